@@ -1,0 +1,20 @@
+"""Fused kernels for contrastive losses and gradient token scoring, and the two systems that live on them."""
+
+from ccu_fast.losses import info_nce, inverse_info_nce, sigmoid_loss, sup_con
+from ccu_fast.relations import ALL, OTHER, SAME, SELF, Relation
+from ccu_fast.similarity import reduce_similarity
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ALL",
+    "OTHER",
+    "SAME",
+    "SELF",
+    "Relation",
+    "info_nce",
+    "inverse_info_nce",
+    "reduce_similarity",
+    "sigmoid_loss",
+    "sup_con",
+]

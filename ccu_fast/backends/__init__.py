@@ -1,0 +1,1 @@
+"""The implementations behind the operations; :mod:`.registry` chooses between them."""

@@ -1,0 +1,75 @@
+"""What every similarity backend receives: one validated, flattened problem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+KINDS = ("lse", "sum", "softplus")
+
+
+def encode(kind: str, relations: int) -> int:
+    """A reduction as one integer, so that it can cross an operator schema and the C ABI."""
+    return KINDS.index(kind) * 8 + int(relations)
+
+
+def decode(code: int) -> tuple[str, int]:
+    """The inverse of :func:`encode`."""
+    return KINDS[code // 8], code % 8
+
+
+@dataclass(frozen=True)
+class SimilarityProblem:
+    """S = scale · x yᵀ + bias, and which reductions of it are wanted.
+
+    Attributes:
+        x: ``[B, N, D]`` or ``[1, N, D]`` (shared by all banks); fp16, bf16, fp32 or fp64.
+        y: ``[B, M, D]`` or ``[1, M, D]``; dtype and device of ``x``.
+        scale: 0-dim fp32 (fp64 for fp64 inputs) tensor on the device of ``x``.
+        bias: the same, or None.
+        row_labels, col_labels: int64 ``[1 or B, N]`` and ``[1 or B, M]``, both or neither; negative = ignored.
+        row_ids, col_ids: the same for identities; when None, ``diagonal`` says whether i == j is SELF.
+        diagonal: pairs (i, i) are SELF. Only without ids.
+        rows, cols: encoded reductions (:func:`encode`) along rows (over j) and columns (over i).
+    """
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    row_labels: Tensor | None
+    col_labels: Tensor | None
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+    diagonal: bool
+    rows: tuple[int, ...]
+    cols: tuple[int, ...]
+
+    def flatten(self) -> tuple[Any, ...]:
+        """The fields in order, in the types an operator schema knows."""
+        return (
+            self.x, self.y, self.scale, self.bias,
+            self.row_labels, self.col_labels, self.row_ids, self.col_ids,
+            self.diagonal, list(self.rows), list(self.cols),
+        )  # fmt: skip
+
+    @staticmethod
+    def unflatten(fields: Sequence[Any]) -> SimilarityProblem:
+        """The inverse of :meth:`flatten`."""
+        *head, rows, cols = fields
+        return SimilarityProblem(*head, rows=tuple(rows), cols=tuple(cols))
+
+    @property
+    def banks(self) -> int:
+        return max(self.x.shape[0], self.y.shape[0])
+
+    @property
+    def n(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def m(self) -> int:
+        return self.y.shape[1]

@@ -1,0 +1,79 @@
+"""Argument checks with one wording: the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def tensor(name: str, value: Any, *, dtypes: Sequence[torch.dtype] | None = FLOATS, ndim: int | None = None) -> Tensor:
+    """``value`` as it is, or a TypeError/ValueError that names the argument."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if dtypes is not None and value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {names(dtypes)}, got {value.dtype}")
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions, got shape {list(value.shape)}")
+    return value
+
+
+def same(name: str, value: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
+    """``value`` lives where ``other`` lives (and has its dtype)."""
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} (that of {other_name}), got {value.device}")
+    if dtype and value.dtype != other.dtype:
+        raise TypeError(f"{name}: expected dtype {other.dtype} (that of {other_name}), got {value.dtype}")
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int]) -> None:
+    """``value`` has exactly this shape."""
+    if list(value.shape) != list(expected):
+        raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
+
+
+def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf) -> float:
+    """``value`` as a finite float within [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    result = float(value)
+    if not math.isfinite(result) or not low <= result <= high:
+        raise ValueError(f"{name}: expected a finite number in [{low}, {high}], got {value}")
+    return result
+
+
+def integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
+    """``value`` as an int within [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name}: expected an int {bounds}, got {value}")
+    return value
+
+
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """``value`` is one of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {tuple(allowed)}, got {value!r}")
+    return str(value)
+
+
+def finite(name: str, value: Tensor) -> None:
+    """Every element is finite. Reads the tensor on the host's behalf: synchronises a GPU."""
+    bad = ~torch.isfinite(value)
+    if bool(bad.any()):
+        where = bad.nonzero()[0].tolist()
+        raise ValueError(f"{name}: expected finite values, got {value[tuple(where)].item()} at index {where}")
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    """fp32-or-bf16 style list for messages."""
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -1,0 +1,220 @@
+"""Contrastive losses as short formulas over :func:`ccu_fast.reduce_similarity`, and their modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.relations import ALL, OTHER, SAME, SELF
+from ccu_fast.similarity import reduce_similarity
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def info_nce(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor | None = None,
+    symmetric: bool = True,
+    reduction: str = "mean",
+    **similarity: Any,
+) -> Tensor:
+    """InfoNCE, the loss of CLIP when symmetric::
+
+        logits = scale * x @ y.mT + bias
+        target = torch.arange(len(x))
+        loss = F.cross_entropy(logits, target)
+        if symmetric:
+            loss = (loss + F.cross_entropy(logits.mT, target)) / 2
+
+    With ids the positives of a row are all columns of its id (their mean logit is the target), and rows without a
+    positive do not count.
+
+    Args:
+        x: ``[..., N, D]`` fp32, fp16 or bf16; usually unit vectors.
+        y: ``[..., M, D]``; leading dimensions broadcast, one loss for each bank.
+        scale: number or one-element tensor; 1 / temperature.
+        bias: number or one-element tensor, added to the logits.
+        symmetric: average the losses over rows and over columns.
+        reduction: "mean" or "sum" over the items, or "none".
+        **similarity: row_ids, col_ids, row_labels and col_labels (only negative ones matter here), paired,
+            backend, workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
+
+    Returns:
+        fp32 ``[...]`` (one value per bank), or ``[..., N]`` for reduction="none".
+
+    Raises:
+        ValueError: N ≠ M without ids, or reduction="none" of a symmetric loss with N ≠ M.
+
+    Source: van den Oord et al. 2018 (arXiv 1807.03748), eq. 4; Radford et al. 2021 (arXiv 2103.00020), fig. 3.
+    """
+    check.one_of("reduction", reduction, REDUCTIONS)
+    _require_positives(x, y, similarity)
+    spec = [("lse", ALL), ("sum", SELF), ("count", SELF)]
+    rows, cols = reduce_similarity(
+        x, y, scale=scale, bias=bias, rows=spec, cols=spec if symmetric else (), **similarity
+    )
+    sides = []
+    for lse, positive, count in filter(None, (rows, cols)):
+        sides.append(_reduce(lse - positive / count.clamp(min=1), count > 0, reduction))
+    if reduction == "none" and symmetric and rows[0].shape != cols[0].shape:
+        raise ValueError(
+            f"reduction: expected 'mean' or 'sum' for a symmetric loss of {rows[0].shape[-1]} rows and "
+            f"{cols[0].shape[-1]} columns, got 'none'"
+        )
+    return sum(sides[1:], sides[0]) / len(sides)
+
+
+def inverse_info_nce(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor,
+    kind: str = "bounded",
+    reduction: str = "mean",
+    **similarity: Any,
+) -> Tensor:
+    """Push the rows of x away from what they should no longer match::
+
+        S = scale * x @ y.mT
+        "bounded":      mean_i( logsumexp(S[i, all]) - logsumexp(S[i, OTHER]) )      # = -log(1 - p_positive) >= 0
+        "contrastive":  mean_i( logsumexp(S[i, SAME]) - mean(S[i, OTHER]) )
+        "ascent":       -info_nce(x, y, symmetric=False)
+
+    The gradient of "bounded" on a positive is its own softmax probability, so it fades once the row is forgotten;
+    "ascent" has no floor. Without labels the positives of "bounded" are SELF alone; "contrastive" needs labels.
+
+    Args:
+        x: ``[..., N, D]``, the items to forget.
+        y: ``[..., M, D]``, the keys; join several banks with torch.cat.
+        scale: number or one-element tensor; 1 / temperature.
+        kind: "bounded", "contrastive" or "ascent".
+        reduction: "mean" or "sum" over the rows, or "none". Rows that have no positive or no OTHER (for
+            "contrastive": no SAME or no OTHER) contribute 0 and do not count in the mean.
+        **similarity: bias, row_labels, col_labels, row_ids, col_ids, paired, backend, workspace, nan_policy: see
+            :func:`ccu_fast.reduce_similarity`.
+
+    Returns:
+        fp32 ``[...]``, or ``[..., N]`` for reduction="none".
+
+    Raises:
+        ValueError: unknown kind or reduction; kind="contrastive" without labels.
+
+    Source: "bounded" is this project's definition for CCU (arXiv 2509.23895 publishes no formula); "contrastive" is
+    Contrastive Unlearning, Lee et al. 2024 (arXiv 2401.10458), eq. 1; "ascent" is the negated InfoNCE.
+    """
+    check.one_of("kind", kind, ("bounded", "contrastive", "ascent"))
+    check.one_of("reduction", reduction, REDUCTIONS)
+    if kind == "ascent":
+        return -info_nce(x, y, scale=scale, symmetric=False, reduction=reduction, **similarity)
+    if kind == "bounded":
+        spec = [("lse", ALL), ("lse", OTHER), ("count", OTHER), ("count", SELF | SAME)]
+        (everything, other, n_other, n_positive), _ = reduce_similarity(x, y, scale=scale, rows=spec, **similarity)
+        counts = (n_other > 0) & (n_positive > 0)
+        return _reduce(torch.where(counts, everything - torch.where(counts, other, 0), 0), counts, reduction)
+    if similarity.get("row_labels") is None:
+        raise ValueError("row_labels: expected a tensor for kind='contrastive', got None")
+    spec = [("lse", SAME), ("sum", OTHER), ("count", OTHER), ("count", SAME)]
+    (same, other, n_other, n_same), _ = reduce_similarity(x, y, scale=scale, rows=spec, **similarity)
+    counts = (n_other > 0) & (n_same > 0)
+    return _reduce(torch.where(counts, same, 0) - other / n_other.clamp(min=1), counts, reduction)
+
+
+def sup_con(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor,
+    row_labels: Tensor,
+    col_labels: Tensor | None = None,
+    reduction: str = "mean",
+    **similarity: Any,
+) -> Tensor:
+    """Supervised contrastive loss, the "outside" form::
+
+        S = scale * x @ y.mT, the pair (i, i) left out
+        mean_i( logsumexp(S[i, SAME or OTHER]) - mean(S[i, SAME]) )
+
+    For the usual one-bank form pass ``sup_con(z, z, ...)``. Rows without a positive contribute 0 and do not count.
+
+    Args:
+        x: ``[..., N, D]``; y: ``[..., M, D]``.
+        scale: number or one-element tensor; 1 / temperature.
+        row_labels: int64 ``[..., N]``; col_labels: int64 ``[..., M]``, by default the row labels.
+        reduction: "mean" or "sum" over the rows, or "none".
+        **similarity: see :func:`ccu_fast.reduce_similarity`.
+
+    Returns:
+        fp32 ``[...]``, or ``[..., N]`` for reduction="none".
+
+    Raises:
+        ValueError: unknown reduction, labels of the wrong length.
+
+    Source: Khosla et al. 2020 (arXiv 2004.11362), eq. 2.
+    """
+    check.one_of("reduction", reduction, REDUCTIONS)
+    spec = [("lse", SAME | OTHER), ("sum", SAME), ("count", SAME)]
+    (rest, positive, n_positive), _ = reduce_similarity(
+        x, y, scale=scale, row_labels=row_labels, col_labels=col_labels, rows=spec, **similarity
+    )
+    counts = n_positive > 0
+    return _reduce(torch.where(counts, rest, 0) - positive / n_positive.clamp(min=1), counts, reduction)
+
+
+def sigmoid_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor | None = None,
+    reduction: str = "mean",
+    **similarity: Any,
+) -> Tensor:
+    """The pairwise sigmoid loss of SigLIP::
+
+        logits = scale * x @ y.mT + bias
+        sign = 2 * torch.eye(N) - 1
+        -F.logsigmoid(sign * logits).sum() / N
+
+    Args:
+        x: ``[..., N, D]``; y: ``[..., M, D]``.
+        scale, bias: numbers or one-element tensors (gradient flows).
+        reduction: "mean" (the sum over all pairs divided by N), "sum", or "none" (``[..., N]``).
+        **similarity: row_ids, col_ids (equal ids are positives), paired, backend, workspace, nan_policy: see
+            :func:`ccu_fast.reduce_similarity`.
+
+    Returns:
+        fp32 ``[...]``, or ``[..., N]`` for reduction="none".
+
+    Raises:
+        ValueError: N ≠ M without ids, unknown reduction.
+
+    Source: Zhai et al. 2023 (arXiv 2303.15343), algorithm 1.
+    """
+    check.one_of("reduction", reduction, REDUCTIONS)
+    (softplus, positive), _ = reduce_similarity(
+        x, y, scale=scale, bias=bias, rows=[("softplus", ALL), ("sum", SELF)], **similarity
+    )
+    return _reduce(softplus - positive, torch.ones_like(softplus, dtype=torch.bool), reduction)
+
+
+def _require_positives(x: Tensor, y: Tensor, similarity: dict[str, Any]) -> None:
+    """Without ids only a square problem says which pairs belong together."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.ndim < 2 or y.ndim < 2:
+        return  # reduce_similarity says what is wrong
+    if similarity.get("row_ids") is None and x.shape[-2] != y.shape[-2]:
+        raise ValueError(f"y: expected {x.shape[-2]} rows (those of x) or row_ids and col_ids, got {y.shape[-2]} rows")
+
+
+def _reduce(per_row: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    """Mean over the rows that count; none of them gives 0, not NaN."""
+    per_row = torch.where(counts, per_row, 0)
+    if reduction == "none":
+        return per_row
+    total = per_row.sum(-1)
+    return total if reduction == "sum" else total / counts.sum(-1).clamp(min=1)

@@ -1,0 +1,119 @@
+"""How a row item and a column item stand to each other, and how many stand so.
+
+Every pair (i, j) has exactly one relation:
+
+    SELF    the same item: row_ids[i] == col_ids[j], or i == j when the two sides are paired
+    SAME    the same label, not SELF
+    OTHER   a different label (or no labels at all), not SELF
+
+A negative label takes its row or column out of everything.
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+
+import torch
+from torch import Tensor
+
+
+class Relation(IntFlag):
+    """A set of relations; combine with ``|``."""
+
+    SELF = 1
+    SAME = 2
+    OTHER = 4
+
+
+SELF = Relation.SELF
+SAME = Relation.SAME
+OTHER = Relation.OTHER
+ALL = SELF | SAME | OTHER
+
+
+def relation_matrix(
+    row_labels: Tensor | None,
+    col_labels: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    *,
+    diagonal: bool,
+    n: int,
+    m: int,
+    device: torch.device,
+) -> Tensor:
+    """The relation of every pair as uint8 bits, ``[1 or B, n, m]``; 0 where a side is ignored.
+
+    This is the definition the kernels are tested against; it costs O(n·m) memory.
+    """
+    rel = torch.full((1, n, m), int(OTHER), dtype=torch.uint8, device=device)
+    if row_labels is not None and col_labels is not None:
+        rel = torch.where(row_labels[:, :, None] == col_labels[:, None, :], int(SAME), rel)
+    if row_ids is not None and col_ids is not None:
+        rel = torch.where(row_ids[:, :, None] == col_ids[:, None, :], int(SELF), rel)
+    elif diagonal:
+        eye = torch.eye(n, m, dtype=torch.bool, device=device)
+        rel = torch.where(eye, int(SELF), rel)
+    if row_labels is not None and col_labels is not None:
+        rel = rel.masked_fill((row_labels < 0)[:, :, None] | (col_labels < 0)[:, None, :], 0)
+    return rel.to(torch.uint8)
+
+
+def _occurrences(keys: Tensor, queries: Tensor) -> Tensor:
+    """How often each query occurs among the keys, along the last dimension."""
+    ordered = keys.sort(dim=-1).values
+    upper = torch.searchsorted(ordered, queries.contiguous(), right=True)
+    return upper - torch.searchsorted(ordered, queries.contiguous())
+
+
+def count_relations(
+    row_labels: Tensor | None,
+    col_labels: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    *,
+    diagonal: bool,
+    n: int,
+    m: int,
+    device: torch.device,
+) -> dict[Relation, Tensor]:
+    """For every row the number of columns in each relation: int64 ``[1 or B, n]``.
+
+    O((n + m)·log m) time and O(n + m) memory, no host synchronisation: sorting and binary search instead of the
+    n×m matrix. Swap the row and column arguments to count rows per column.
+    """
+    if row_ids is None or col_ids is None:
+        if row_labels is None or col_labels is None:
+            own = (torch.arange(n, device=device) < (m if diagonal else 0)).long()[None]
+            return {SELF: own, SAME: torch.zeros_like(own), OTHER: m - own}
+        row_ids = torch.arange(n, device=device)[None]
+        col_ids = torch.arange(m, device=device)[None] if diagonal else torch.full((1, m), -1, device=device)
+    if row_labels is None or col_labels is None:
+        col_ids, row_ids = _same_banks(col_ids, row_ids)
+        own = _occurrences(col_ids, row_ids)
+        return {SELF: own, SAME: torch.zeros_like(own), OTHER: m - own}
+
+    row_ids, row_labels, col_ids, col_labels = _same_banks(row_ids, row_labels, col_ids, col_labels)
+    ids = torch.cat([row_ids, col_ids], -1)
+    labels = torch.cat([row_labels, col_labels], -1)
+    # The position of a key's first occurrence in sorted order is a dense name for it below n + m,
+    # so a pair of names fits in one int64.
+    id_names = torch.searchsorted(ids.sort(dim=-1).values, ids)
+    label_names = torch.searchsorted(labels.sort(dim=-1).values, labels)
+    both = id_names * (n + m) + label_names
+
+    ignored_cols = col_labels < 0
+    # An ignored column gets a name no row has.
+    col_id_names = id_names[:, n:].masked_fill(ignored_cols, -1)
+    own = _occurrences(col_id_names, id_names[:, :n])
+    alike = _occurrences(label_names[:, n:].masked_fill(ignored_cols, -1), label_names[:, :n])
+    own_and_alike = _occurrences(both[:, n:].masked_fill(ignored_cols, -1), both[:, :n])
+    valid = (~ignored_cols).sum(-1, keepdim=True)
+    same = alike - own_and_alike
+    keep = (row_labels >= 0).long()
+    return {SELF: own * keep, SAME: same * keep, OTHER: (valid - own - same) * keep}
+
+
+def _same_banks(*tensors: Tensor) -> tuple[Tensor, ...]:
+    banks = max(t.shape[0] for t in tensors)
+    return tuple(t.expand(banks, -1).contiguous() for t in tensors)

@@ -1,0 +1,262 @@
+"""reduce_similarity: reductions over S = scale · x yᵀ + bias without keeping S.
+
+Validation, broadcasting, the choice of backend and the autograd rule live here; the arithmetic is in
+``ccu_fast.backends``. Every contrastive loss of the package is a short formula over this one operation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.backends.problem import KINDS, SimilarityProblem, encode
+from ccu_fast.backends.reference import similarity as reference
+from ccu_fast.backends.registry import choose
+from ccu_fast.relations import ALL, OTHER, SAME, SELF, Relation, count_relations
+from ccu_fast.similarity_op import SimilarityReduction
+
+DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}
+
+Reduction = tuple[str, int]
+
+
+def reduce_similarity(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor | None = None,
+    row_labels: Tensor | None = None,
+    col_labels: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    paired: bool | None = None,
+    rows: Sequence[Reduction] = (),
+    cols: Sequence[Reduction] = (),
+    backend: str = "auto",
+    workspace: int | None = None,
+    nan_policy: str = "propagate",
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Reduce the rows and columns of a scaled similarity matrix over sets of relations::
+
+        S = scale * x @ y.mT + bias                                  # never stored whole
+        for ("lse", R):       out_i = logsumexp(S[i, j] for j with relation(i, j) in R)
+        for ("sum", R):       out_i = sum(S[i, j] for j with relation(i, j) in R)
+        for ("softplus", R):  out_i = sum(log(1 + exp(S[i, j])) for j with relation(i, j) in R)
+        for ("count", R):     out_i = number of j with relation(i, j) in R
+
+    ``rows`` reduce over j for every i, ``cols`` over i for every j; all of them come from one pass over S. An empty
+    set has lse −inf, sum 0 and count 0, and passes no gradient.
+
+    Args:
+        x: ``[..., N, D]`` fp32, fp16 or bf16 (fp64 on the reference backend). Any strides; N may be 0.
+        y: ``[..., M, D]``, dtype and device of ``x``. Leading dimensions broadcast: 17 text banks ``[17, N, D]``
+            against one image bank ``[M, D]`` give results of leading shape ``[17]``.
+        scale: number or one-element tensor (gradient flows); the inverse temperature.
+        bias: number or one-element tensor (gradient flows), added to every entry of S.
+        row_labels: int64 ``[N]`` or ``[..., N]``. Equal labels are SAME, a negative label takes the row out of
+            everything. With None nothing is SAME. For a paired problem ``col_labels`` defaults to it.
+        col_labels: int64 ``[M]`` or ``[..., M]``.
+        row_ids: int64 ``[N]`` or ``[..., N]``: who the item is. Equal ids are SELF, whatever the labels.
+            For a paired problem ``col_ids`` defaults to it.
+        col_ids: int64 ``[M]`` or ``[..., M]``.
+        paired: pairs (i, i) are SELF when no ids are given. Default: N == M. Pass False for two unrelated banks of
+            equal size.
+        rows: reductions along rows: pairs of "lse", "sum", "softplus" or "count" and a set of relations, e.g.
+            ``[("lse", ALL), ("sum", SELF)]``.
+        cols: reductions along columns.
+        backend: "auto", or one of "native", "triton", "reference"; a named one raises if it cannot serve.
+        workspace: bytes the operation may use beyond O((N+M)·D). Default 256 MiB on a CPU, 1 GiB on a GPU. More
+            of it means less recomputation in the backward pass.
+        nan_policy: "propagate" (NaN in, NaN out, as torch and GradScaler expect) or "raise" (checks x and y
+            first; synchronises a GPU).
+
+    Returns:
+        Two lists, in the order asked: row results ``[..., N]`` and column results ``[..., M]``. fp32 (fp64 for fp64
+        inputs); counts are int64 and have no gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Under autocast fp32 inputs are cast to the autocast dtype, as torch.matmul does. Accumulation is in fp32. The
+    result is deterministic.
+    """
+    p, lead, row_spec, col_spec = _problem(
+        x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, paired, rows, cols, nan_policy
+    )
+    workspace = _workspace(workspace, p.x.device)
+    name = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
+    if not p.rows and not p.cols:
+        tiles: tuple[list[Tensor], list[Tensor]] = ([], [])
+    elif name == "reference" or p.banks == 0 or p.n == 0 or p.m == 0:
+        tiles = reference.reduce(p)
+    else:
+        row_out, col_out = SimilarityReduction.apply(*p.flatten(), name, workspace, _needs_backward(p))
+        tiles = list(row_out.unbind(0)), list(col_out.unbind(0))
+
+    row_results = _assemble(row_spec, iter(tiles[0]), lambda: _count(p, along_rows=True), (*lead, p.n))
+    col_results = _assemble(col_spec, iter(tiles[1]), lambda: _count(p, along_rows=False), (*lead, p.m))
+    return row_results, col_results
+
+
+def _problem(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    bias: float | Tensor | None,
+    row_labels: Tensor | None,
+    col_labels: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    paired: bool | None,
+    rows: Sequence[Reduction],
+    cols: Sequence[Reduction],
+    nan_policy: str,
+) -> tuple[SimilarityProblem, tuple[int, ...], list[Reduction], list[Reduction]]:
+    check.tensor("x", x)
+    check.tensor("y", y)
+    check.same("y", y, "x", x)
+    for name, t in (("x", x), ("y", y)):
+        if t.ndim < 2:
+            raise ValueError(f"{name}: expected shape [..., items, D], got {list(t.shape)}")
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(f"y: expected last dimension {x.shape[-1]} (that of x), got {y.shape[-1]}")
+    check.one_of("nan_policy", nan_policy, ("propagate", "raise"))
+    if nan_policy == "raise":
+        check.finite("x", x)
+        check.finite("y", y)
+    try:
+        lead = tuple(torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]))
+    except RuntimeError:
+        raise ValueError(
+            f"y: expected leading dimensions that broadcast with {list(x.shape[:-2])} (those of x), "
+            f"got {list(y.shape[:-2])}"
+        ) from None
+    n, m = x.shape[-2], y.shape[-2]
+    square = n == m if paired is None else paired
+    if paired and n != m:
+        raise ValueError(f"paired: expected as many rows in x as in y, got {n} and {m}")
+
+    def pair(what: str, row: Tensor | None, col: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if row is None and col is None:
+            return None, None
+        if row is None or (col is None and not square):
+            missing, given = (f"row_{what}", f"col_{what}") if row is None else (f"col_{what}", f"row_{what}")
+            raise ValueError(f"{missing}: expected a tensor because {given} is given, got None")
+        col = row if col is None else col
+        return (
+            _keys(f"row_{what}", row, lead, n, x.device),
+            _keys(f"col_{what}", col, lead, m, x.device),
+        )
+
+    row_labels, col_labels = pair("labels", row_labels, col_labels)
+    row_ids, col_ids = pair("ids", row_ids, col_ids)
+    row_spec = [_reduction("rows", r) for r in rows]
+    col_spec = [_reduction("cols", r) for r in cols]
+
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
+        x, y = x.to(torch.get_autocast_dtype(kind)), y.to(torch.get_autocast_dtype(kind))
+    p = SimilarityProblem(
+        x=_banks(x, lead),
+        y=_banks(y, lead),
+        scale=_scalar("scale", scale, x),
+        bias=None if bias is None else _scalar("bias", bias, x),
+        row_labels=row_labels,
+        col_labels=col_labels,
+        row_ids=row_ids,
+        col_ids=col_ids,
+        diagonal=square and row_ids is None,
+        rows=tuple(encode(k, r) for k, r in row_spec if k != "count"),
+        cols=tuple(encode(k, r) for k, r in col_spec if k != "count"),
+    )
+    return p, lead, row_spec, col_spec
+
+
+def _needs_backward(p: SimilarityProblem) -> bool:
+    inputs = (p.x, p.y, p.scale, p.bias)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def _reduction(name: str, value: Any) -> Reduction:
+    kinds = (*KINDS, "count")
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"{name}: expected pairs such as ('lse', ALL), got {value!r}")
+    kind, relations = value
+    if kind not in kinds:
+        raise ValueError(f"{name}: expected a reduction in {kinds}, got {kind!r}")
+    if isinstance(relations, bool) or not isinstance(relations, int) or not 1 <= relations <= int(ALL):
+        raise ValueError(f"{name}: expected a set of SELF, SAME and OTHER, got {relations!r}")
+    return kind, int(relations)
+
+
+def _keys(name: str, value: Tensor, lead: tuple[int, ...], items: int, device: torch.device) -> Tensor:
+    """Labels or ids as int64 ``[1 or B, items]``."""
+    check.tensor(name, value, dtypes=check.INTEGERS)
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device} (that of x), got {value.device}")
+    if value.ndim < 1 or value.shape[-1] != items:
+        raise ValueError(f"{name}: expected shape [{items}] or [..., {items}], got {list(value.shape)}")
+    value = value.long()
+    if value.ndim == 1:
+        return value[None].contiguous()
+    try:
+        value = value.expand(*lead, items)
+    except RuntimeError:
+        raise ValueError(f"{name}: expected shape {[*lead, items]}, got {list(value.shape)}") from None
+    return value.reshape(-1, items).contiguous()
+
+
+def _banks(t: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """``[1, N, D]`` when one bank serves all, else ``[B, N, D]``; contiguous."""
+    if t.shape[:-2].numel() == 1:
+        return t.reshape(1, *t.shape[-2:]).contiguous()
+    return t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]).contiguous()
+
+
+def _scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if isinstance(value, Tensor):
+        check.tensor(name, value)
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected one element, got shape {list(value.shape)}")
+        check.same(name, value, "x", x, dtype=False)
+        return value.reshape(()).to(compute)
+    return torch.full((), check.number(name, value), dtype=compute, device=x.device)
+
+
+def _workspace(value: int | None, device: torch.device) -> int:
+    if value is None:
+        return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cpu"])
+    return check.integer("workspace", value, low=0)
+
+
+def _count(p: SimilarityProblem, *, along_rows: bool) -> dict[Relation, Tensor]:
+    row = (p.row_labels, p.col_labels, p.row_ids, p.col_ids)
+    if along_rows:
+        return count_relations(*row, diagonal=p.diagonal, n=p.n, m=p.m, device=p.x.device)
+    labels, ids = (p.col_labels, p.row_labels), (p.col_ids, p.row_ids)
+    return count_relations(*labels, *ids, diagonal=p.diagonal, n=p.m, m=p.n, device=p.x.device)
+
+
+def _assemble(
+    spec: list[Reduction],
+    tiles: Iterator[Tensor],
+    counts: Callable[[], dict[Relation, Tensor]],
+    shape: tuple[int, ...],
+) -> list[Tensor]:
+    """The results in the order asked, tile reductions and counts interleaved."""
+    by_relation = counts() if any(kind == "count" for kind, _ in spec) else {}
+    results = []
+    for kind, relations in spec:
+        if kind == "count":
+            total = torch.stack([by_relation[r] for r in (SELF, SAME, OTHER) if r & relations]).sum(0)
+            results.append(total.expand(math.prod(shape[:-1]), -1).reshape(shape))
+        else:
+            results.append(next(tiles).reshape(shape))
+    return results

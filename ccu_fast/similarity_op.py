@@ -1,0 +1,113 @@
+"""reduce_similarity as torch operators with an autograd rule.
+
+    ccu_fast::reduce_similarity           x, y, … → row results [R, B, N], column results [C, B, M], stash
+    ccu_fast::reduce_similarity_backward  their gradients → dx, dy, dscale, dbias
+
+The backend is chosen before and named by a string, inside the operator, so a compiled graph never breaks. In eager
+mode the implementation is called directly: the dispatcher would cost more than a small problem's arithmetic.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ccu_fast.backends.problem import SimilarityProblem
+
+_FIELDS = (
+    "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_labels, Tensor? col_labels, "
+    "Tensor? row_ids, Tensor? col_ids, bool diagonal, int[] rows, int[] cols"
+)
+_LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
+_LIBRARY.define(
+    f"reduce_similarity({_FIELDS}, str backend, int workspace, bool keep) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    f"reduce_similarity_backward(Tensor grad_rows, Tensor grad_cols, {_FIELDS}, Tensor row_out, Tensor col_out, "
+    "Tensor stash, bool[] needs, str backend, int workspace) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_N_FIELDS = 11
+
+
+def _implementation(backend: str) -> Any:
+    return importlib.import_module(f"ccu_fast.backends.{backend}.similarity")
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    # The dtypes were decided at the door; a GEMM inside must not be cast again.
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    p = SimilarityProblem.unflatten(args[:_N_FIELDS])
+    backend, workspace, keep = args[_N_FIELDS:]
+    with _without_autocast(p.x.device):
+        return _implementation(backend).forward(p, workspace, keep)
+
+
+def _backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p = SimilarityProblem.unflatten(args[:_N_FIELDS])
+    row_out, col_out, stash, needs, backend, workspace = args[_N_FIELDS:]
+    with _without_autocast(p.x.device):
+        return _implementation(backend).backward(p, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
+
+
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    p = SimilarityProblem.unflatten(args[:_N_FIELDS])
+    backend, workspace, keep = args[_N_FIELDS:]
+    row_out = p.x.new_empty((len(p.rows), p.banks, p.n), dtype=torch.float32)
+    col_out = p.x.new_empty((len(p.cols), p.banks, p.m), dtype=torch.float32)
+    stash = p.x.new_empty(_implementation(backend).stash_shape(p, workspace, keep), dtype=torch.float32)
+    return row_out, col_out, stash
+
+
+def _fake_backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p = SimilarityProblem.unflatten(args[:_N_FIELDS])
+    needs = args[_N_FIELDS + 3]
+    return (
+        p.x.new_empty(p.x.shape if needs[0] else (0,)),
+        p.y.new_empty(p.y.shape if needs[1] else (0,)),
+        p.scale.new_empty(()),
+        p.scale.new_empty(()),
+    )
+
+
+_LIBRARY.impl("reduce_similarity", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("reduce_similarity_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("ccu_fast::reduce_similarity", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("ccu_fast::reduce_similarity_backward", _fake_backward, lib=_LIBRARY)
+
+
+class SimilarityReduction(torch.autograd.Function):
+    """Row and column results of one problem; the stash is whatever the backend keeps for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        call = torch.ops.ccu_fast.reduce_similarity if torch.compiler.is_compiling() else _forward
+        row_out, col_out, stash = call(*args)
+        # The stash is not marked as an input or output: it lives exactly as long as the graph.
+        ctx.save_for_backward(*args[:8], row_out, col_out, stash)
+        ctx.rest = args[8:]
+        return row_out, col_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, row_out, col_out, stash = ctx.saved_tensors
+        diagonal, rows, cols, backend, workspace, _ = ctx.rest
+        needs = list(ctx.needs_input_grad[:4])
+        call = torch.ops.ccu_fast.reduce_similarity_backward if torch.compiler.is_compiling() else _backward
+        grads = call(
+            grad_rows.contiguous(), grad_cols.contiguous(), *tensors, diagonal, rows, cols,
+            row_out, col_out, stash, needs, backend, workspace,
+        )  # fmt: skip
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 10)
