@@ -1,0 +1,57 @@
+// parallel_for over the threads the process already has.
+//
+// torch brings an OpenMP runtime whose idle workers spin for a while after every parallel region. A second pool beside
+// it would fight those spinning workers for the cores, so the region is handed to that runtime when the process has
+// one (found by name, never linked), and to plain threads otherwise.
+#ifndef CCU_FAST_CPU_PARALLEL_H_
+#define CCU_FAST_CPU_PARALLEL_H_
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace ccu {
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+inline GompParallel gomp_parallel() {
+  static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+}
+
+// Calls body(task) once for every task in [0, tasks). Which thread runs which task is not fixed: a body must write
+// only what belongs to its task, and then the result does not depend on the number of threads.
+template <class Body>
+void parallel_for(int64_t tasks, int threads, const Body& body) {
+  if (threads > tasks) threads = static_cast<int>(tasks);
+  if (threads <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) body(task);
+    return;
+  }
+  struct Region {
+    const Body* body;
+    int64_t tasks;
+    std::atomic<int64_t> next{0};
+    static void run(void* self) {
+      auto* region = static_cast<Region*>(self);
+      for (int64_t task; (task = region->next.fetch_add(1, std::memory_order_relaxed)) < region->tasks;)
+        (*region->body)(task);
+    }
+  } region{&body, tasks};
+  if (const GompParallel parallel = gomp_parallel()) {
+    parallel(&Region::run, &region, static_cast<unsigned>(threads), 0);
+    return;
+  }
+  std::vector<std::thread> others;
+  others.reserve(threads - 1);
+  for (int t = 1; t < threads; ++t) others.emplace_back(&Region::run, &region);
+  Region::run(&region);
+  for (auto& other : others) other.join();
+}
+
+}  // namespace ccu
+
+#endif  // CCU_FAST_CPU_PARALLEL_H_

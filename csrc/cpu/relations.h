@@ -1,0 +1,77 @@
+// Which columns of a row belong to a reduction: the relation of every pair, a vector of columns at a time.
+#ifndef CCU_FAST_CPU_RELATIONS_H_
+#define CCU_FAST_CPU_RELATIONS_H_
+
+#include "../ccu_fast.h"
+#include "simd.h"
+
+namespace ccu {
+namespace CCU_ISA {
+
+enum : int32_t { kSelf = 1, kSame = 2, kOther = 4, kEverything = 7 };
+enum Kind : int32_t { kLse = 0, kSum = 1, kSoftplus = 2 };
+
+// How much of the relation has to be looked at. Most problems need nothing or the diagonal only.
+enum class Mode { kAll, kDiagonal, kGeneral };
+
+inline Kind kind_of(int32_t code) { return static_cast<Kind>(code / 8); }
+inline int32_t relations_of(int32_t code) { return code % 8; }
+
+inline Mode mode_of(const ccu_tile& t, int32_t relations) {
+  if (t.row_labels != nullptr || t.row_ids != nullptr) return Mode::kGeneral;
+  const bool self = relations & kSelf, other = relations & kOther;
+  if (!t.diagonal) return other ? Mode::kAll : Mode::kDiagonal;
+  return self == other && other ? Mode::kAll : Mode::kDiagonal;
+}
+
+// The pairs of one bank that a reduction chooses.
+struct Chooser {
+  const int32_t *row_labels, *col_labels, *row_ids, *col_ids;
+  int64_t row0;
+  bool diagonal;
+  int32_t relations;
+
+  Chooser(const ccu_tile& t, int64_t bank, int32_t relations_)
+      : row_labels(t.row_labels ? t.row_labels + bank * t.row_label_stride : nullptr),
+        col_labels(t.col_labels ? t.col_labels + bank * t.col_label_stride : nullptr),
+        row_ids(t.row_ids ? t.row_ids + bank * t.row_id_stride : nullptr),
+        col_ids(t.col_ids ? t.col_ids + bank * t.col_id_stride : nullptr),
+        row0(t.row0),
+        diagonal(t.diagonal),
+        relations(relations_) {}
+
+  // At most the pair (i, i) is chosen; only meaningful in Mode::kDiagonal.
+  bool only_diagonal() const { return !(relations & kOther); }
+
+  // Lanes of 0 or -1 for row i of the chunk and the n columns from j on.
+  template <Mode mode>
+  vi operator()(int64_t i, int64_t j, int n) const {
+    const vi yes = splat(-1), no = splat(0);
+    const vi lane = iota();
+    vi chosen = relations & kOther ? yes : no;
+    if (mode == Mode::kGeneral && row_labels != nullptr) {
+      const vi label = n == kLanes ? load<vi>(col_labels + j) : load_part<vi>(col_labels + j, n);
+      chosen = label == splat(row_labels[i]) ? (relations & kSame ? yes : no) : chosen;
+    }
+    if (mode == Mode::kGeneral && row_ids != nullptr) {
+      const vi id = n == kLanes ? load<vi>(col_ids + j) : load_part<vi>(col_ids + j, n);
+      chosen = id == splat(row_ids[i]) ? (relations & kSelf ? yes : no) : chosen;
+    } else if (mode != Mode::kAll && diagonal) {
+      const int64_t own = row0 + i - j;
+      const int32_t where = own < 0 || own >= kLanes ? -1 : static_cast<int32_t>(own);
+      chosen = lane == splat(where) ? (relations & kSelf ? yes : no) : chosen;
+    }
+    if (mode == Mode::kGeneral && row_labels != nullptr) {
+      const vi label = n == kLanes ? load<vi>(col_labels + j) : load_part<vi>(col_labels + j, n);
+      chosen = label < splat(0) ? no : chosen;
+      if (row_labels[i] < 0) chosen = no;
+    }
+    if (mode == Mode::kAll) chosen = yes;
+    return n == kLanes ? chosen : (lane < splat(n) ? chosen : no);
+  }
+};
+
+}  // namespace CCU_ISA
+}  // namespace ccu
+
+#endif  // CCU_FAST_CPU_RELATIONS_H_
