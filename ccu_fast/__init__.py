@@ -1,6 +1,8 @@
 """Fused kernels for contrastive losses and gradient token scoring, and the two systems that live on them."""
 
+from ccu_fast.clip import ClipLoss, SigLipLoss
 from ccu_fast.losses import info_nce, inverse_info_nce, sigmoid_loss, sup_con
+from ccu_fast.modules import InfoNCE, InverseInfoNCE, SigmoidLoss, SupCon
 from ccu_fast.relations import ALL, OTHER, SAME, SELF, Relation
 from ccu_fast.similarity import reduce_similarity
 
@@ -11,7 +13,13 @@ __all__ = [
     "OTHER",
     "SAME",
     "SELF",
+    "ClipLoss",
+    "InfoNCE",
+    "InverseInfoNCE",
     "Relation",
+    "SigLipLoss",
+    "SigmoidLoss",
+    "SupCon",
     "info_nce",
     "inverse_info_nce",
     "reduce_similarity",
