@@ -1,0 +1,246 @@
+"""reduce_similarity on a CPU: torch's GEMM makes chunks of dot = x yᵀ, C++ does everything between the GEMMs.
+
+The workspace is elastic. Forward walks the chunks, reduces each, and keeps as many of them as fit; backward takes
+kept chunks as they are and recomputes the others, turns each into G, and feeds it to two GEMMs. With a fraction f
+kept that is (8 − 2f)·N·M·D FLOPs in all, 6 at best, against 12 for two cross-entropies over materialised logits.
+
+GEMM precision is torch's: ``torch.set_float32_matmul_precision("medium")`` runs the GEMMs in bf16 where the CPU has
+it, and then (and for bf16 inputs) G is rounded to bf16 once, after all its terms were added in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import _C
+from ccu_fast.backends.problem import SimilarityProblem, decode
+
+# Larger chunks do not make the GEMMs faster, and this one still fits a server's last-level cache.
+_LARGEST_CHUNK = 32 << 20
+_FEWEST_ROWS = 64
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows [start, stop) of banks [first, last)."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+
+    @property
+    def banks(self) -> int:
+        return self.last - self.first
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a problem is cut: chunks in order, the first ``kept`` of which stay for the backward pass."""
+
+    chunks: list[_Chunk]
+    kept: int
+    cols: int
+
+    def size(self, chunk: _Chunk) -> int:
+        return chunk.banks * chunk.rows * self.cols
+
+    @property
+    def largest(self) -> int:
+        return max(self.size(c) for c in self.chunks)
+
+    @property
+    def stash(self) -> int:
+        return sum(self.size(c) for c in self.chunks[: self.kept])
+
+
+def _layout(p: SimilarityProblem, workspace: int, keep: bool) -> _Layout:
+    """One chunk of scratch, a quarter of the workspace at most; the rest is for kept chunks."""
+    scratch = min(workspace // 4, _LARGEST_CHUNK) // 4
+    if p.n * p.m <= scratch or p.n <= _FEWEST_ROWS:
+        group = max(1, scratch // (p.n * p.m))
+        chunks = [_Chunk(b, min(b + group, p.banks), 0, p.n) for b in range(0, p.banks, group)]
+    else:
+        rows = max(_FEWEST_ROWS, scratch // p.m // _FEWEST_ROWS * _FEWEST_ROWS)
+        chunks = [
+            _Chunk(b, b + 1, start, min(start + rows, p.n)) for b in range(p.banks) for start in range(0, p.n, rows)
+        ]
+    layout = _Layout(chunks, 0, p.m)
+    room = workspace // 4 - layout.largest
+    # A problem of one chunk is small: keeping it costs no more than its scratch.
+    kept = 1 if keep and len(chunks) == 1 else 0
+    while keep and kept < len(chunks) and layout.size(chunks[kept]) <= room:
+        room -= layout.size(chunks[kept])
+        kept += 1
+    return _Layout(chunks, kept, p.m)
+
+
+def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
+    """Shape of what forward keeps for backward."""
+    return (_layout(p, workspace, keep).stash,)
+
+
+class _Problem:
+    """The problem as the C++ side wants it: fp32 operands, int32 keys, host numbers."""
+
+    def __init__(self, p: SimilarityProblem) -> None:
+        self.p = p
+        self.x, self.y = p.x.float(), p.y.float()
+        self.scale = float(p.scale)
+        self.bias = 0.0 if p.bias is None else float(p.bias)
+        self.row_labels, self.col_labels = _narrow(p.row_labels, p.col_labels)
+        self.row_ids, self.col_ids = _narrow(p.row_ids, p.col_ids)
+        self.threads = torch.get_num_threads()
+
+    def dot(self, chunk: _Chunk, out: Tensor) -> Tensor:
+        """x yᵀ of one chunk, ``[banks, rows, M]``, written to the flat buffer ``out``."""
+        dot = out[: chunk.banks * chunk.rows * self.p.m].view(chunk.banks, chunk.rows, self.p.m)
+        x = _bank(self.x, chunk)[:, chunk.start : chunk.stop]
+        if self.y.shape[0] == 1 and (x.shape[0] == chunk.banks):
+            torch.mm(x.reshape(-1, x.shape[-1]), self.y[0].T, out=dot.view(-1, self.p.m))
+        else:
+            torch.bmm(x.expand(chunk.banks, -1, -1), _bank(self.y, chunk).mT, out=dot)
+        return dot
+
+    def tile(self, chunk: _Chunk, dot: Tensor) -> Any:
+        rows = slice(chunk.start, chunk.stop)
+        return _C.Tile(
+            dot.data_ptr(), chunk.banks, chunk.rows, self.p.m, chunk.start, self.scale, self.bias,
+            _address(self.row_labels, chunk, rows), _address(self.col_labels, chunk),
+            _address(self.row_ids, chunk, rows), _address(self.col_ids, chunk),
+            self.p.diagonal, list(self.p.rows), list(self.p.cols), self.threads,
+        )  # fmt: skip
+
+
+def _bank(t: Tensor, chunk: _Chunk) -> Tensor:
+    return t if t.shape[0] == 1 else t[chunk.first : chunk.last]
+
+
+def _address(keys: Tensor | None, chunk: _Chunk, rows: slice | None = None) -> tuple[int, int]:
+    """Where a chunk's labels or ids start, and the stride from bank to bank."""
+    if keys is None:
+        return 0, 0
+    part = _bank(keys, chunk)
+    return part[:, rows or slice(None)].data_ptr(), 0 if keys.shape[0] == 1 else keys.stride(0)
+
+
+def _narrow(row: Tensor | None, col: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The same equalities and signs in int32."""
+    if row is None or col is None:
+        return None, None
+    both = torch.cat([row.flatten(), col.flatten()])
+    if both.numel() and (both.max() > 2**31 - 1 or both.min() < -(2**31)):
+        names = both.unique(return_inverse=True)[1]
+        both = torch.where(both < 0, -1 - names, names)
+    both = both.to(torch.int32)
+    return both[: row.numel()].view(row.shape), both[row.numel() :].view(col.shape)
+
+
+def _kept(layout: _Layout, stash: Tensor) -> Iterator[Tensor]:
+    offset = 0
+    for chunk in layout.chunks[: layout.kept]:
+        yield stash[offset : offset + layout.size(chunk)]
+        offset += layout.size(chunk)
+
+
+def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Row results ``[R, B, N]``, column results ``[C, B, M]`` and the kept chunks, flat."""
+    layout = _layout(p, workspace, keep)
+    native = _Problem(p)
+    stash = torch.empty(layout.stash)
+    scratch = torch.empty(layout.largest if layout.kept < len(layout.chunks) else 0)
+    row_out = torch.empty(len(p.rows), p.banks, p.n)
+    col_max = torch.full((len(p.cols), p.banks, p.m), -torch.inf)
+    col_sum = torch.zeros(len(p.cols), p.banks, p.m, dtype=torch.float64)
+    buffers = _kept(layout, stash)
+    for chunk in layout.chunks:
+        dot = native.dot(chunk, next(buffers, scratch))
+        _C.similarity_forward(
+            native.tile(chunk, dot),
+            row_out[:, chunk.first :, chunk.start :].data_ptr(), row_out.stride(0), row_out.stride(1),
+            col_max[:, chunk.first :].data_ptr(), col_sum[:, chunk.first :].data_ptr(), col_max.stride(0),
+        )  # fmt: skip
+    col_out = torch.empty_like(col_max)
+    for c, code in enumerate(p.cols):
+        is_lse = decode(code)[0] == "lse"
+        col_out[c] = col_max[c] + col_sum[c].log() if is_lse else col_sum[c]
+    return row_out, col_out, stash
+
+
+def backward(
+    p: SimilarityProblem,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    row_out: Tensor,
+    col_out: Tensor,
+    stash: Tensor,
+    needs: Sequence[bool],
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, y, scale and bias; those not in ``needs`` are empty or zero."""
+    layout = _layout(p, workspace, keep=stash.numel() > 0)
+    native = _Problem(p)
+    in_bf16 = _rounds_to_bf16(p)
+    x, y = (native.x, native.y) if not in_bf16 else (p.x.bfloat16(), p.y.bfloat16())
+    dx = torch.zeros(p.x.shape if needs[0] else (0,))
+    dy = torch.zeros(p.y.shape if needs[1] else (0,))
+    scratch = torch.empty(layout.largest)
+    grad_buffer = torch.empty(layout.largest, dtype=torch.bfloat16) if in_bf16 else scratch
+    scale_sum = bias_sum = 0.0
+    buffers = _kept(layout, stash)
+    for chunk in layout.chunks:
+        buffer = next(buffers, None)
+        if buffer is None:
+            dot = native.dot(chunk, scratch)
+        else:
+            dot = buffer.view(chunk.banks, chunk.rows, p.m)
+        grad = grad_buffer[: dot.numel()].view(dot.shape)
+        sums = torch.empty(2, chunk.banks * chunk.rows, dtype=torch.float64)
+        _C.similarity_backward(
+            native.tile(chunk, dot),
+            grad_rows[:, chunk.first :, chunk.start :].data_ptr(), row_out[:, chunk.first :, chunk.start :].data_ptr(),
+            row_out.stride(0), row_out.stride(1),
+            grad_cols[:, chunk.first :].data_ptr(), col_out[:, chunk.first :].data_ptr(), col_out.stride(0),
+            grad.data_ptr(), _C.BF16 if in_bf16 else _C.F32, sums[0].data_ptr(), sums[1].data_ptr(),
+        )  # fmt: skip
+        scale_sum += float(sums[0].sum())
+        bias_sum += float(sums[1].sum())
+        if needs[0]:
+            _accumulate(dx, chunk, slice(chunk.start, chunk.stop), grad, _bank(y, chunk))
+        if needs[1]:
+            rows = _bank(x, chunk)[:, chunk.start : chunk.stop]
+            _accumulate(dy, chunk, slice(None), grad.mT, rows)
+    return (
+        dx.to(p.x.dtype),
+        dy.to(p.y.dtype),
+        torch.tensor(scale_sum),
+        torch.tensor(bias_sum),
+    )
+
+
+def _accumulate(out: Tensor, chunk: _Chunk, rows: slice, left: Tensor, right: Tensor) -> None:
+    """out[banks of the chunk, rows] += left @ right in fp32; a shared ``out`` sums over the banks."""
+    target = _bank(out, chunk)[:, rows]
+    for b in range(chunk.banks):
+        slot, factor = target[b % target.shape[0]], right[b % right.shape[0]]
+        if left.dtype == torch.float32:
+            slot.addmm_(left[b], factor)
+        else:
+            slot += torch.mm(left[b], factor)
+
+
+def _rounds_to_bf16(p: SimilarityProblem) -> bool:
+    """G may be bf16 when the user's dtype or matmul precision says so and the CPU has bf16 products."""
+    wanted = p.x.dtype == torch.bfloat16 or (
+        p.x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+    )
+    return wanted and torch.ops.mkldnn._is_mkldnn_bf16_supported()
