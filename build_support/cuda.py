@@ -14,7 +14,7 @@ from pathlib import Path
 
 from build_support.probe import Unavailable, run
 
-OLDEST_TOOLKIT = (12, 0)
+OLDEST_TOOLKIT = 12
 # Ampere to Blackwell; what the toolkit at hand does not know is dropped.
 DEFAULT_ARCHS = ("80", "86", "89", "90", "100", "120")
 
@@ -44,6 +44,7 @@ class Toolkit:
 
     @property
     def link_flags(self) -> list[str]:
+        """The runtime as a static library: the module loads on machines without CUDA."""
         return [f"-L{self.library_dir}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 
 
@@ -121,11 +122,12 @@ def find_toolkit(cxx: list[str]) -> Toolkit:
     release = re.search(r"release (\d+)\.(\d+)", run([nvcc, "--version"]))
     if release is None:
         raise Unavailable(f"`{nvcc} --version` names no release")
-    if (int(release[1]), int(release[2])) < OLDEST_TOOLKIT:
-        raise Unavailable(f"{nvcc} is CUDA {release[1]}.{release[2]}, older than {OLDEST_TOOLKIT[0]}.{OLDEST_TOOLKIT[1]}")
+    version = f"{release[1]}.{release[2]}"
+    if int(release[1]) < OLDEST_TOOLKIT:
+        raise Unavailable(f"{nvcc} is CUDA {version}, older than {OLDEST_TOOLKIT}.0")
     root, library_dir = _locate(nvcc)
     known = {int(arch) for arch in re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"]))}
-    toolkit = Toolkit(nvcc, root, f"{release[1]}.{release[2]}", library_dir, _choose_archs(known))
+    toolkit = Toolkit(nvcc, root, version, library_dir, _choose_archs(known))
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "probe.cu").write_text(PROBE)
         run([nvcc, "-std=c++17", "-Xcompiler=-fPIC", *toolkit.gencode, "-c", "probe.cu", "-o", "probe.o"], cwd=folder)

@@ -18,7 +18,7 @@ CXX_FLAGS = [
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
     "-Wall", "-Wextra",
 ]  # fmt: skip
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-lineinfo", "--expt-relaxed-constexpr"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-lineinfo"]
 ONCE = ("dispatch.cpp",)
 
 RULES = """ninja_required_version = 1.5
@@ -56,6 +56,7 @@ class Plan:
 
     @property
     def defines(self) -> list[str]:
+        """What the files compiled once are told about the others."""
         have = [f"-DCCU_HAVE_{isa.upper()}=1" for isa in self.isas]
         return have + (["-DCCU_HAVE_CUDA=1"] if self.toolkit else [])
 
