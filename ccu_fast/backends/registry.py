@@ -57,13 +57,17 @@ def cannot_serve(backend: str, op: str, device: torch.device, dtype: torch.dtype
     return None
 
 
+def candidates(device_type: str) -> tuple[str, ...]:
+    """What ``auto`` tries, in this order."""
+    # The interpreter is for tests: it is never what a user wants picked for them.
+    return ("native", "reference") if device_type == "cpu" else BACKENDS
+
+
 @functools.cache
 def _automatic(op: str, device_type: str, dtype: torch.dtype) -> str:
     device = torch.device(device_type)
-    # The interpreter is for tests: it is never what a user wants picked for them.
-    order = ("native", "reference") if device_type == "cpu" else BACKENDS
-    reasons = []
-    for name in order:
+    reasons: list[str] = []
+    for name in candidates(device_type):
         reason = cannot_serve(name, op, device, dtype)
         if reason is None:
             log.debug("%s on %s %s: %s%s", op, device_type, dtype, name, "".join(f"; not {r}" for r in reasons))

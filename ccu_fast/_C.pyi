@@ -1,0 +1,6 @@
+"""The compiled module, see csrc/bindings.cpp: called by ccu_fast.backends.native alone, which checks its arguments."""
+
+from typing import Any
+
+def cpu_isa() -> str: ...
+def __getattr__(name: str) -> Any: ...

@@ -1,0 +1,63 @@
+"""The command ``ccu-fast``: ``info`` needs torch alone, the other commands (:mod:`.commands`) the extra ``apps``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ccu_fast import __version__, info
+
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+USAGE = """usage: ccu-fast COMMAND [OPTIONS]
+
+  info    what this installation can do on this machine and, for what it cannot, why
+  demo    unlearn and protect real digits, and write a report
+  bench   measure the operations against their peers, in a checkout
+
+demo and bench need more packages: pip install 'ccu-fast[apps]'"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line, by default the process's own.
+
+    Returns:
+        The exit status: 0, 1 for what cannot be done here, 2 for a wrong command line, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words[:1] == ["info"]:
+            return info.main(words[1:], prog="ccu-fast info")
+        try:
+            from ccu_fast.commands import app
+        except ModuleNotFoundError as error:
+            if error.name != "typer":
+                raise
+            return _without_typer(words)
+        app(args=words, prog_name="ccu-fast")
+    except KeyboardInterrupt:
+        print("ccu-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        extra = info.extra_of(error.name or "")
+        if extra is None:
+            raise
+        print(f"ccu-fast: {error.name} is missing: pip install 'ccu-fast[{extra}]'", file=sys.stderr)
+        return 1
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _without_typer(words: list[str]) -> int:
+    if words == ["--version"]:
+        print(__version__)
+        return 0
+    if not words or words[0] == "--help":
+        print(USAGE)
+        return 0
+    if words[0] in ("demo", "bench"):
+        print(f"ccu-fast: {words[0]} needs typer: pip install 'ccu-fast[apps]'", file=sys.stderr)
+        return 1
+    print(f"ccu-fast: no command {words[0]!r}\n\n{USAGE}", file=sys.stderr)
+    return 2

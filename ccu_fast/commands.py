@@ -1,0 +1,102 @@
+"""The commands of ``ccu-fast``. Each imports what it needs when it runs, so that ``--help`` is quick."""
+
+# No `from __future__ import annotations`: typer reads the annotations.
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ccu_fast import __version__, info
+from ccu_fast.cli import INTERRUPTED
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Part(str, Enum):
+    """One half of the demo."""
+
+    unlearn = "unlearn"
+    protect = "protect"
+
+
+@contextmanager
+def ctrl_c_is_an_ending() -> Iterator[None]:
+    """End with one line and status 130; typer alone says "Aborted." and 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("ccu-fast: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fused kernels for contrastive losses and gradient token scoring, and the systems built on them."""
+
+
+@app.command("info", epilog="Example: ccu-fast info --json > ccu_fast_info.json")
+def info_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what this installation can do on this machine and, for what it cannot, why."""
+    info.main(["--json"] if as_json else [])
+
+
+@app.command(epilog="Example: ccu-fast demo --out report --only unlearn")
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html and results.json, made if needed.", file_okay=False)
+    ] = Path("ccu_fast_demo"),
+    seeds: Annotated[int, typer.Option(help="How many seeds to average over.", min=1)] = 1,
+    only: Annotated[Part | None, typer.Option(help="Run one half alone.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No live progress.")] = False,
+) -> None:
+    """Unlearn a class and protect a data set, on real digits, and write a report with the figures."""
+    with ctrl_c_is_an_ending():
+        run = importlib.import_module("ccu_fast.demo").run
+        run(out, seeds=seeds, only=only.value if only else None, quiet=quiet)
+
+
+def find_benchmarks() -> Callable[[Sequence[str]], Any] | None:
+    """The main function of the benchmarks in the checkout we are in or run from; None outside a checkout."""
+    for root in (Path.cwd(), info.PACKAGE.parent):
+        if (root / "benchmarks" / "__main__.py").exists() and (root / "csrc" / "ccu_fast.h").exists():
+            sys.path.insert(0, str(root))
+            main: Callable[[Sequence[str]], Any] = importlib.import_module("benchmarks.__main__").main
+            return main
+    return None
+
+
+@app.command(
+    epilog="Example: ccu-fast bench -- --help",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Measure the operations against their peers. Options go to the checkout's ``python -m benchmarks``."""
+    with ctrl_c_is_an_ending():
+        benchmarks = find_benchmarks()
+        if benchmarks is None:
+            print(
+                "ccu-fast: the benchmarks come with the source, not with the installed package; "
+                "run this command in the folder of a checkout",
+                file=sys.stderr,
+            )
+            raise SystemExit(1)
+        raise SystemExit(benchmarks(context.args) or 0)

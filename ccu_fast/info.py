@@ -1,0 +1,224 @@
+"""What this installation can do on this machine and, for what it cannot, why: ``python -m ccu_fast.info``."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ccu_fast
+from ccu_fast.backends import registry
+
+# Import name → what ``pip`` calls it.
+EXTRAS = {
+    "apps": {"typer": "typer", "rich": "rich", "PIL": "pillow", "matplotlib": "matplotlib", "sklearn": "scikit-learn"},
+}
+OPERATIONS = ("reduce_similarity", "topk_flips", "pgd_step_")
+PACKAGE = Path(ccu_fast.__file__).resolve().parent
+
+
+def build_info() -> dict[str, Any] | None:
+    """What the build recorded (compiler, instruction sets, CUDA, what it skipped and why); None if it did not run."""
+    try:
+        info: dict[str, Any] = json.loads((PACKAGE / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return info
+
+
+def why_not_native() -> str | None:
+    """Why the compiled kernels cannot be used, the build's own reason first; None when they can."""
+    reason = registry.unavailable("native")
+    if reason is None:
+        return None
+    info = build_info()
+    if info is not None and "native" in info["skipped"]:
+        return f"not built: {info['skipped']['native']}"
+    others = sorted(path.name for path in PACKAGE.glob("_C.*.so"))
+    if others:
+        return f"{reason}; {', '.join(others)} is there, this is Python {platform.python_version()}"
+    if info is None:
+        return f"not built: run `pip install .` or `python setup.py build_ext --inplace` in the checkout ({reason})"
+    return reason
+
+
+def extra_of(module: str) -> str | None:
+    """The extra that brings an importable module; None when none does."""
+    top = module.split(".")[0]
+    return next((extra for extra, modules in EXTRAS.items() if top in modules), None)
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the installed NVIDIA driver serves; None without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def why_no_devices() -> str | None:
+    """Why torch sees no CUDA device; None when it sees one."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    driver = driver_cuda()
+    if driver is None:
+        return "no NVIDIA driver is loaded (libcuda.so.1)"
+    if driver[0] < int(torch.version.cuda.split(".")[0]):
+        return f"the driver serves CUDA {driver[0]}.{driver[1]}, torch is built with {torch.version.cuda}"
+    return "the driver shows no device (CUDA_VISIBLE_DEVICES?)"
+
+
+def why_no_cuda_kernels() -> str | None:
+    """Why the CUDA C++ kernels cannot run here; None when they can. Triton's kernels do not depend on this."""
+    native = why_not_native()
+    if native is not None:
+        return native
+    info = build_info()
+    if info is None:
+        return "the build left no record"
+    if info["cuda"] is None:
+        return f"not built: {info['skipped'].get('cuda', 'no reason recorded')}"
+    built = info["cuda"]["version"]
+    driver = driver_cuda()
+    if driver is not None and driver[0] < int(built.split(".")[0]):
+        return f"the driver serves CUDA {driver[0]}.{driver[1]}, the kernels are built with {built}"
+    return why_no_devices()
+
+
+def collect() -> dict[str, Any]:
+    """Everything :func:`render` prints, as plain data."""
+    return {
+        "ccu_fast": {"version": ccu_fast.__version__, "folder": str(PACKAGE)},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "build": build_info(),
+        "cpu": {"isa": _cpu_isa(), "threads": torch.get_num_threads(), "why_not": why_not_native()},
+        "cuda": {
+            "torch": torch.version.cuda,
+            "driver": ".".join(map(str, driver_cuda() or ())) or None,
+            "devices": _devices(),
+            "why_no_devices": why_no_devices(),
+            "why_no_kernels": why_no_cuda_kernels(),
+        },
+        "operations": {op: {device: _choice(op, device) for device in ("cpu", "cuda")} for op in OPERATIONS},
+        "extras": {
+            extra: {distribution: _version(distribution) for distribution in modules.values()}
+            for extra, modules in EXTRAS.items()
+        },
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report for people, ``key  value`` a line."""
+    build = report["build"] or {"git_sha": None, "native": None, "cuda": None, "skipped": {}}
+    native, cuda, cpu = build["native"], build["cuda"], report["cpu"]
+    missing = " (not installed)"
+    rows = [
+        ("ccu_fast", f"{report['ccu_fast']['version']}, commit {build['git_sha'] or 'unknown'}"),
+        ("", report["ccu_fast"]["folder"]),
+        ("python", f"{report['python']} on {report['platform']}"),
+        ("torch", report["torch"]),
+        ("triton", report["triton"] or "not installed"),
+        ("", ""),
+        ("cpu kernels", cpu["isa"] or f"none, torch is used instead: {cpu['why_not']}"),
+    ]
+    if native:
+        rows.append(("  built", f"{', '.join(native['isas'])} with {native['compiler']}"))
+    rows += [(f"  no {name}", why) for name, why in build["skipped"].items() if name not in ("native", "cuda")]
+    rows.append(("threads", str(cpu["threads"])))
+    if cuda:
+        rows.append(("cuda kernels", f"CUDA {cuda['version']} for {', '.join('sm_' + arch for arch in cuda['archs'])}"))
+    if report["cuda"]["why_no_kernels"]:
+        rows.append(("  unusable" if cuda else "cuda kernels", report["cuda"]["why_no_kernels"]))
+    for number, device in enumerate(report["cuda"]["devices"]):
+        rows.append((f"gpu {number}", f"{device['name']}, sm_{device['capability']}, {device['memory_gib']} GiB"))
+    if report["cuda"]["why_no_devices"]:
+        rows.append(("gpu", f"none: {report['cuda']['why_no_devices']}"))
+    rows.append(("", ""))
+    for op, devices in report["operations"].items():
+        for device, choice in devices.items():
+            rows.append((f"{op} on {device}", choice["backend"] or f"no device: {report['cuda']['why_no_devices']}"))
+            rows += [(f"  not {backend}", why) for backend, why in choice["why_not"].items()]
+    rows.append(("", ""))
+    for extra, packages in report["extras"].items():
+        listed = ", ".join(f"{name} {version}" if version else name + missing for name, version in packages.items())
+        rows.append((f"extra [{extra}]", listed))
+        if not all(packages.values()):
+            rows.append(("", f"pip install 'ccu-fast[{extra}]'"))
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"{key:<{width}}  {value}".rstrip() for key, value in rows)
+
+
+def _cpu_isa() -> str | None:
+    if registry.unavailable("native") is not None:
+        return None
+    return str(importlib.import_module("ccu_fast._C").cpu_isa())
+
+
+def _devices() -> list[dict[str, Any]]:
+    devices = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30),
+            }
+        )
+    return devices
+
+
+def _choice(op: str, device_type: str) -> dict[str, Any]:
+    """The backend that ``auto`` picks for fp32 tensors, and what speaks against those it would rather have."""
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return {"backend": None, "why_not": {}}
+    device = torch.device(device_type)
+    chosen = registry.choose("auto", op, device, torch.float32)
+    order = registry.candidates(device_type)
+    better = order[: order.index(chosen)]
+    return {
+        "backend": chosen,
+        "why_not": {name: registry.cannot_serve(name, op, device, torch.float32) for name in better},
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m ccu_fast.info") -> int:
+    """Print the report; with ``--json`` as JSON."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="What this installation can do on this machine and, for what it cannot, why.",
+        epilog=f"Example: {prog} --json > ccu_fast_info.json",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, to attach to a report of a problem")
+    options = parser.parse_args(arguments)
+    report = collect()
+    print(json.dumps(report, indent=2) if options.json else render(report))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
