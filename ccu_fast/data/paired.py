@@ -1,0 +1,65 @@
+"""Items that exist in two modalities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+
+
+@dataclass(frozen=True)
+class PairedData:
+    """N items, each with a visual and another view, a label and an identity.
+
+    Attributes:
+        visual: ``[N, ...]`` what the visual tower takes.
+        other: ``[N, ...]`` what the other tower takes.
+        labels: int64 ``[N]``, class indices ≥ 0.
+        ids: int64 ``[N]``, unique: who the item is. Default 0 … N−1; give your own as soon as two sets are compared.
+
+    Raises:
+        TypeError, ValueError: the first dimensions differ, a label is negative, an id occurs twice.
+    """
+
+    visual: Tensor
+    other: Tensor
+    labels: Tensor
+    ids: Tensor = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        check.tensor("visual", self.visual, dtypes=None)
+        check.tensor("other", self.other, dtypes=None)
+        check.tensor("labels", self.labels, dtypes=check.INTEGERS, ndim=1)
+        if self.ids is None:
+            object.__setattr__(self, "ids", torch.arange(len(self.labels), device=self.labels.device))
+        check.tensor("ids", self.ids, dtypes=check.INTEGERS, ndim=1)
+        for name in ("visual", "labels", "ids"):
+            if len(getattr(self, name)) != len(self.other):
+                raise ValueError(f"{name}: expected {len(self.other)} items (as in other), got {len(getattr(self, name))}")
+        object.__setattr__(self, "labels", self.labels.long())
+        object.__setattr__(self, "ids", self.ids.long())
+        if len(self) and int(self.labels.min()) < 0:
+            raise ValueError(f"labels: expected class indices of at least 0, got {int(self.labels.min())}")
+        if len(self.ids.unique()) != len(self):
+            raise ValueError("ids: expected every id once, got repeated ones")
+
+    def __len__(self) -> int:
+        return len(self.other)
+
+    def __getitem__(self, index: Tensor) -> PairedData:
+        """The items of a boolean mask ``[N]`` or of int64 positions, each at most once."""
+        return PairedData(self.visual[index], self.other[index], self.labels[index], self.ids[index])
+
+    def batch(self, index: Tensor) -> PairedData:
+        """Like indexing, without the checks: for the inner loop, where the whole has passed them."""
+        part = object.__new__(PairedData)
+        for name in ("visual", "other", "labels", "ids"):
+            object.__setattr__(part, name, getattr(self, name)[index])
+        return part
+
+    def to(self, device: torch.device | str) -> PairedData:
+        """The same items on another device."""
+        return PairedData(*(getattr(self, name).to(device) for name in ("visual", "other", "labels", "ids")))

@@ -1,0 +1,79 @@
+"""Cross-modal Contrastive Unlearning: a trained two-modality model loses the visual knowledge of a forget set.
+
+    from ccu_fast.unlearn import PairedData, UnlearnConfig, unlearn
+
+    forget, retain = data[to_forget], data[~to_forget]              # data: PairedData
+    clean = unlearn(model, forget, retain, UnlearnConfig(forget="class"))
+
+The method follows arXiv 2509.23895 in its three parts; the paper's formulas are not public, and those used here are
+this project's definition (:mod:`ccu_fast.unlearn.objective`).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ccu_fast.data.paired import PairedData
+from ccu_fast.unlearn.audit import audit, membership_auc
+from ccu_fast.unlearn.ccu import ccu
+from ccu_fast.unlearn.config import Budget, Progress, UnlearnConfig
+from ccu_fast.unlearn.loop import HeldOut, run
+from ccu_fast.unlearn.objective import forgetting_loss, retention_loss, separation_loss
+from ccu_fast.unlearn.protocol import TwoModalityModel, check_problem
+
+__all__ = [
+    "Budget",
+    "HeldOut",
+    "PairedData",
+    "TwoModalityModel",
+    "UnlearnConfig",
+    "audit",
+    "forgetting_loss",
+    "membership_auc",
+    "retention_loss",
+    "separation_loss",
+    "unlearn",
+]
+
+
+def unlearn(
+    model: nn.Module,
+    forget: PairedData,
+    retain: PairedData,
+    config: UnlearnConfig | None = None,
+    *,
+    held_out: HeldOut | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """A copy of ``model`` without the visual knowledge of the forget set.
+
+    Args:
+        model: an ``nn.Module`` with the methods of :class:`TwoModalityModel`, on the device of the data; unchanged.
+            Parameters that do not require a gradient stay as they are.
+        forget: the items to forget. Their other modality is kept.
+        retain: the items to keep, disjoint from ``forget``.
+        config: defaults to forgetting a class.
+        held_out: when to stop before the budget is spent; needed for and used with ``config.early_stop``.
+        progress: called every few steps as progress("unlearn", done, total, note).
+
+    Returns:
+        The new model, in the training mode ``model`` was in.
+
+    Raises:
+        TypeError, ValueError: the model lacks a method, its towers share no space or give no unit vectors, its heads
+            lack a class; a set is empty; the sets overlap; a class to forget is still in ``retain`` (or, for
+            instances, has left it); early_stop without held_out.
+        FloatingPointError: the loss is not finite; the message names the step.
+    """
+    config = UnlearnConfig() if config is None else config
+    if not isinstance(config, UnlearnConfig):
+        raise TypeError(f"config: expected an UnlearnConfig, got {type(config).__name__}")
+    if config.early_stop != (held_out is not None):
+        raise ValueError(
+            "held_out: expected a HeldOut with early_stop=True and None without, got "
+            f"{'None' if held_out is None else 'one'} with early_stop={config.early_stop}"
+        )
+    check_problem(model, forget, retain, config.forget)
+    return run(
+        model, forget, retain, ccu(config), config.budget, seed=config.seed, held_out=held_out, progress=progress
+    ).model

@@ -1,0 +1,51 @@
+"""Random labels for the items to forget, the true ones for the rest.
+
+Every item of the forget set gets one wrong class, drawn once among the classes of the retain set; the visual and
+fused heads learn it next to the task on the retain set. Defaults: the common budget. Source: Graves et al. 2020,
+Amnesiac Machine Learning (arXiv 2010.10981), and Golatkar et al. 2020 (arXiv 1911.04933).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ccu_fast.data.paired import PairedData
+from ccu_fast.unlearn.loop import Batch, Prepare, Step
+from ccu_fast.unlearn.protocol import task_loss
+
+
+def random_label(seed: int) -> Prepare:
+    """The method, with the seed of the wrong labels.
+
+    Raises:
+        ValueError: the retain set has one class, and it is the one to forget.
+    """
+
+    def prepare(frozen: nn.Module, forget: PairedData, retain: PairedData) -> Step:
+        wrong = wrong_labels(forget.labels, retain.labels.unique(), seed)
+
+        def step(model: nn.Module, batch: Batch) -> Tensor:
+            n = len(batch.forget)
+            visual = model.embed_visual(torch.cat([batch.forget.visual, batch.retain.visual]))
+            other = model.embed_other(torch.cat([batch.forget.other, batch.retain.other]))
+            labels = wrong[batch.forget_rows]
+            return (
+                F.cross_entropy(model.classify_visual(visual[:n]), labels)
+                + F.cross_entropy(model.classify_fused(visual[:n], other[:n]), labels)
+                + task_loss(model, visual[n:], other[n:], batch.retain.labels)
+            )
+
+        return step
+
+    return prepare
+
+
+def wrong_labels(labels: Tensor, classes: Tensor, seed: int) -> Tensor:
+    """For every label another one of ``classes``, uniformly. int64, shape of ``labels``."""
+    allowed = classes[None, :] != labels[:, None]
+    if not bool(allowed.any(1).all()):
+        raise ValueError("retain: expected at least one class besides each forgotten item's own, got none")
+    draw = torch.rand(allowed.shape, generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    return classes[draw.masked_fill(~allowed, -1).argmax(1)]

@@ -1,0 +1,191 @@
+"""The three losses of Cross-modal Contrastive Unlearning (CCU), each over reduce_similarity.
+
+CCU (arXiv 2509.23895) describes its three parts in words; its formulas are not public. The formulas here are this
+project's definition, and no figure of the paper is claimed for them.
+
+Letters: u, a are the visual and other embeddings of the items to forget, r, b those of the items to retain; a 0 marks
+the frozen original model. All are unit vectors of one space, rows of ``[N, D]``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.losses import inverse_info_nce
+from ccu_fast.relations import ALL, SAME
+from ccu_fast.similarity import reduce_similarity
+
+
+def forgetting_loss(
+    u: Tensor,
+    r: Tensor,
+    *,
+    u0: Tensor,
+    a0: Tensor,
+    b0: Tensor,
+    scale: float | Tensor,
+    forget_labels: Tensor | None = None,
+    retain_labels: Tensor | None = None,
+    forget_ids: Tensor | None = None,
+    retain_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """(a) Push the visual embeddings to forget away from what they meant::
+
+        keys = torch.cat([r.detach(), b0, a0, u0])
+        S = scale * u @ keys.T
+        mean_i( logsumexp(S[i, all]) - logsumexp(S[i, not positive]) )       # >= 0, fades once forgotten
+
+    Positive is a key of the same label (to forget a class) or of the same id (to forget instances: label roles would
+    make the model forget the rest of their class too). The frozen a0 and u0 are what makes the loss work when a whole
+    class goes: among the retained keys no row would have a positive, and the loss would be 0.
+
+    Args:
+        u: ``[N_u, D]`` live visual embeddings of the forget batch; the only argument that gets a gradient here.
+        r: ``[N_r, D]`` visual embeddings of the retain batch.
+        u0, a0: ``[N_u, D]`` the frozen visual and other embeddings of the forget batch.
+        b0: ``[N_r, D]`` the frozen other embeddings of the retain batch.
+        scale: number or one-element tensor; 1 / temperature.
+        forget_labels, retain_labels: int64 ``[N_u]`` and ``[N_r]``: roles by class. A negative label takes its row
+            and its keys out.
+        forget_ids, retain_ids: int64 ``[N_u]`` and ``[N_r]``: roles by instance.
+        backend: see :func:`ccu_fast.reduce_similarity`.
+
+    Returns:
+        fp32 scalar (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: not exactly one of the two kinds of role is given.
+
+    Source: this project's definition (see the module's first lines); the bounded form is that of
+    :func:`ccu_fast.inverse_info_nce`.
+    """
+    by_label = _both("forget_labels", forget_labels, "retain_labels", retain_labels)
+    by_id = _both("forget_ids", forget_ids, "retain_ids", retain_ids)
+    if by_label == by_id:
+        raise ValueError(
+            "forget_labels, forget_ids: expected the labels (forget a class) or the ids (forget instances), got "
+            + ("both" if by_label else "neither")
+        )
+    keys = torch.cat([r.detach(), b0.detach(), a0.detach(), u0.detach()])
+    row = forget_labels if by_label else forget_ids
+    retained = retain_labels if by_label else retain_ids
+    assert row is not None and retained is not None
+    roles = "labels" if by_label else "ids"
+    relation = {f"row_{roles}": row, f"col_{roles}": torch.cat([retained, retained, row, row])}
+    return inverse_info_nce(u, keys, scale=scale, paired=False, backend=backend, **relation)
+
+
+def retention_loss(
+    rows: Tensor,
+    frozen_rows: Tensor,
+    keys: Tensor,
+    *,
+    scale: float | Tensor,
+    backend: str = "auto",
+) -> Tensor:
+    """(b) Keep how the other modality's embeddings relate to the frozen ones::
+
+        T = softmax(scale * frozen_rows @ keys.T, dim=1)                     # the frozen relations
+        S = scale * rows @ keys.T
+        mean_i( logsumexp(S[i]) - sum_j T[i, j] S[i, j] )                    # cross-entropy of softmax(S) against T
+
+    Σ_j T_ij s_ij is linear in the row, scale · rows_i · (T keys)_i, and T keys is the derivative of the frozen
+    log-sum-exp, so neither S nor T is stored.
+
+    Args:
+        rows: ``[N, D]`` live embeddings, [a; b] in CCU.
+        frozen_rows: ``[N, D]`` the same items under the frozen model.
+        keys: ``[M, D]`` frozen embeddings, [a0; b0] in CCU.
+        scale: number or one-element tensor; 1 / temperature.
+        backend: see :func:`ccu_fast.reduce_similarity`.
+
+    Returns:
+        fp32 scalar (fp64 for fp64 inputs); its least value is the mean entropy of T. 0 for no rows.
+
+    Raises:
+        ValueError: frozen_rows is not shaped like rows.
+
+    Source: this project's definition (see the module's first lines).
+    """
+    check.tensor("rows", rows, ndim=2)
+    check.tensor("frozen_rows", frozen_rows)
+    check.shape("frozen_rows", frozen_rows, rows.shape)
+    if len(rows) == 0:
+        return rows.sum()
+    keys = keys.detach()
+    expected_key = _mean_key(frozen_rows, keys, scale, backend)
+    (lse,), _ = reduce_similarity(rows, keys, scale=scale, paired=False, rows=[("lse", ALL)], backend=backend)
+    return (lse - scale * (rows * expected_key).sum(-1)).mean()
+
+
+def separation_loss(
+    r: Tensor,
+    r0: Tensor,
+    u: Tensor,
+    *,
+    scale: float | Tensor,
+    retain_labels: Tensor,
+    forget_labels: Tensor,
+    weight: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """(c) Hold the retained visual embeddings to their own frozen class, apart from the forgotten ones::
+
+        P = scale * r @ r0.T
+        Q = scale * r @ u.T
+        same = retain_labels[:, None] == labels_of_columns
+        mean_i( logaddexp(logsumexp(P[i]), log(weight) + logsumexp(Q[i, same])) - mean(P[i, same]) )
+
+    The forgotten items act as negatives for their own class only: repelling all of them would fight (a). When a
+    whole class goes none is left and what remains is a supervised contrastive loss towards the frozen embeddings.
+
+    Args:
+        r: ``[N_r, D]`` live visual embeddings of the retain batch.
+        r0: ``[M, D]`` frozen visual embeddings of the same batch, in the same order (M = N_r).
+        u: ``[N_u, D]`` visual embeddings of the forget batch; detach them to leave them where they are.
+        scale: number or one-element tensor; 1 / temperature.
+        retain_labels: int64 ``[N_r]``, forget_labels: int64 ``[N_u]``; negative = left out.
+        weight: > 0, how much a forgotten item counts among the negatives.
+        backend: see :func:`ccu_fast.reduce_similarity`.
+
+    Returns:
+        fp32 scalar (fp64 for fp64 inputs), the mean over rows that have a positive; 0 when none has.
+
+    Raises:
+        ValueError: weight is not positive, labels of the wrong length.
+
+    Source: this project's definition (see the module's first lines).
+    """
+    if check.number("weight", weight, low=0) == 0:
+        raise ValueError("weight: expected a positive number, got 0")
+    shared = {"scale": scale, "paired": False, "row_labels": retain_labels, "backend": backend}
+    spec = [("lse", ALL), ("sum", SAME), ("count", SAME)]
+    (own, positive, count), _ = reduce_similarity(r, r0.detach(), col_labels=retain_labels, rows=spec, **shared)
+    (forgotten,), _ = reduce_similarity(r, u, col_labels=forget_labels, rows=[("lse", SAME)], **shared)
+    has_positive = count > 0
+    # A row that is left out has −inf on both sides, where logaddexp has no derivative.
+    everything = torch.logaddexp(torch.where(has_positive, own, 0), forgotten + math.log(weight))
+    per_row = torch.where(has_positive, everything - positive / count.clamp(min=1), 0)
+    return per_row.sum() / has_positive.sum().clamp(min=1)
+
+
+def _mean_key(frozen_rows: Tensor, keys: Tensor, scale: float | Tensor, backend: str) -> Tensor:
+    """softmax(scale · frozen_rows keysᵀ) keys, as ∂lse_i / ∂(scale · frozen_rows_i)."""
+    scale = scale.detach() if isinstance(scale, Tensor) else scale
+    with torch.enable_grad():
+        scaled = (scale * frozen_rows.detach()).requires_grad_()
+        (lse,), _ = reduce_similarity(scaled, keys, paired=False, rows=[("lse", ALL)], backend=backend)
+        return torch.autograd.grad(lse.sum(), scaled)[0]
+
+
+def _both(name: str, value: Tensor | None, other_name: str, other: Tensor | None) -> bool:
+    """Whether the pair is given; half a pair is an error."""
+    if (value is None) != (other is None):
+        missing, given = (name, other_name) if value is None else (other_name, name)
+        raise ValueError(f"{missing}: expected a tensor because {given} is given, got None")
+    return value is not None

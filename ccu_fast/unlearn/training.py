@@ -1,0 +1,114 @@
+"""Training a two-modality model from scratch: the original, and the gold standard of forgetting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ccu_fast import check
+from ccu_fast.data.paired import PairedData
+from ccu_fast.losses import info_nce
+from ccu_fast.unlearn.config import Progress
+from ccu_fast.unlearn.loop import Run, epochs_of_rows
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Attributes:
+        epochs, batch: at least 1.
+        learning_rate: of Adam, > 0.
+        alignment: weight ≥ 0 of the InfoNCE loss between the two embeddings of an item.
+        temperature: > 0, of that loss.
+        seed: of the initial weights and the batches, at least 0.
+    """
+
+    epochs: int = 60
+    batch: int = 128
+    learning_rate: float = 1e-3
+    alignment: float = 0.1
+    temperature: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check.integer("epochs", self.epochs, low=1)
+        check.integer("batch", self.batch, low=1)
+        check.integer("seed", self.seed, low=0)
+        check.number("learning_rate", self.learning_rate, low=1e-12)
+        check.number("alignment", self.alignment, low=0)
+        check.number("temperature", self.temperature, low=1e-6)
+
+
+def train(
+    make_model: Callable[[], nn.Module],
+    data: PairedData,
+    config: TrainConfig,
+    *,
+    visual_known: Tensor | None = None,
+    progress: Progress | None = None,
+    stage: str = "train",
+) -> Run:
+    """A new model, trained on the cross-entropy of its three heads and the alignment of its two embeddings.
+
+    Args:
+        make_model: called once for a fresh model. Its random initial weights come from the seed; the global random
+            state is as before afterwards.
+        data: the training items.
+        config: epochs, batch, learning rate, seed.
+        visual_known: bool ``[N]``; items where it is False train the other head only, as if their visual half had
+            never existed.
+        progress: called once an epoch as progress(stage, done, total, note).
+        stage: the name progress hears.
+
+    Raises:
+        FloatingPointError: the loss is NaN or infinite; the message says in which epoch.
+    """
+    if visual_known is not None:
+        check.tensor("visual_known", visual_known, dtypes=(torch.bool,))
+        check.shape("visual_known", visual_known, [len(data)])
+    start = time.perf_counter()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = make_model().to(data.labels.device).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    rows = epochs_of_rows(len(data), config.batch, torch.Generator().manual_seed(config.seed))
+    steps = max(1, len(data) // config.batch)
+    losses: list[float] = []
+    for epoch in range(1, config.epochs + 1):
+        total = torch.zeros((), device=data.labels.device)
+        for _ in range(steps):
+            index = next(rows).to(data.labels.device)
+            loss = _loss(model, data.batch(index), None if visual_known is None else visual_known[index], config)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        losses.append(total.item() / steps)
+        if not abs(losses[-1]) < float("inf"):
+            raise FloatingPointError(f"{stage}: the loss is {losses[-1]} in epoch {epoch} of {config.epochs}")
+        if progress is not None:
+            progress(stage, epoch, config.epochs, f"loss {losses[-1]:.3f}")
+    taken = steps * config.epochs
+    items = taken * min(config.batch, len(data))
+    return Run(model.eval(), taken, items, time.perf_counter() - start, losses)
+
+
+def _loss(model: nn.Module, batch: PairedData, known: Tensor | None, config: TrainConfig) -> Tensor:
+    other = model.embed_other(batch.other)
+    loss = F.cross_entropy(model.classify_other(other), batch.labels)
+    if known is not None:
+        if not bool(known.any()):
+            return loss
+        batch, other = batch.batch(known), other[known]
+    visual = model.embed_visual(batch.visual)
+    loss = loss + F.cross_entropy(model.classify_visual(visual), batch.labels)
+    loss = loss + F.cross_entropy(model.classify_fused(visual, other), batch.labels)
+    if config.alignment:
+        loss = loss + config.alignment * info_nce(visual, other, scale=1 / config.temperature)
+    return loss
