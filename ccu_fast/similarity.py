@@ -18,7 +18,7 @@ from ccu_fast.backends.problem import KINDS, SimilarityProblem, encode
 from ccu_fast.backends.reference import similarity as reference
 from ccu_fast.backends.registry import choose
 from ccu_fast.relations import ALL, OTHER, SAME, SELF, Relation, count_relations
-from ccu_fast.similarity_op import SimilarityReduction
+from ccu_fast.similarity_op import SimilarityReduction, without_autocast
 
 DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}
 
@@ -94,7 +94,8 @@ def reduce_similarity(
     if not p.rows and not p.cols:
         tiles: tuple[list[Tensor], list[Tensor]] = ([], [])
     elif name == "reference" or p.banks == 0 or p.n == 0 or p.m == 0:
-        tiles = reference.reduce(p)
+        with without_autocast(p.x.device):
+            tiles = reference.reduce(p)
     else:
         row_out, col_out = SimilarityReduction.apply(*p.flatten(), name, workspace, _needs_backward(p))
         tiles = list(row_out.unbind(0)), list(col_out.unbind(0))

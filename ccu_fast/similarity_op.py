@@ -40,8 +40,8 @@ def _implementation(backend: str) -> Any:
     return importlib.import_module(f"ccu_fast.backends.{backend}.similarity")
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    # The dtypes were decided at the door; a GEMM inside must not be cast again.
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The dtypes were decided at the door; a GEMM inside must not be cast again."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -50,14 +50,14 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     p = SimilarityProblem.unflatten(args[:_N_FIELDS])
     backend, workspace, keep = args[_N_FIELDS:]
-    with _without_autocast(p.x.device):
+    with without_autocast(p.x.device):
         return _implementation(backend).forward(p, workspace, keep)
 
 
 def _backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p = SimilarityProblem.unflatten(args[:_N_FIELDS])
     row_out, col_out, stash, needs, backend, workspace = args[_N_FIELDS:]
-    with _without_autocast(p.x.device):
+    with without_autocast(p.x.device):
         return _implementation(backend).backward(p, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
 
 

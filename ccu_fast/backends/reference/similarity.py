@@ -33,9 +33,8 @@ def _reduce(s: Tensor, relation: Tensor, code: int, dim: int) -> Tensor:
     if kind == "sum":
         return torch.where(chosen, s, 0).sum(dim)
     if kind == "softplus":
-        # log(1 + exp(s)) without torch's threshold, which is linear above 20 and loses 2e-9 there.
-        value = s.clamp(min=0) + torch.log1p(torch.exp(-s.abs()))
-        return torch.where(chosen, value, 0).sum(dim)
+        # Not torch's softplus: it is linear above 20 and loses 2e-9 there.
+        return torch.where(chosen, -torch.nn.functional.logsigmoid(-s), 0).sum(dim)
     if s.shape[dim] == 0:
         return s.sum(dim) - torch.inf
     masked = torch.where(chosen, s, -torch.inf)

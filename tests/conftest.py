@@ -1,0 +1,57 @@
+"""Fixtures that every test module shares: the seed, and the backends that this machine can run."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from ccu_fast.backends.registry import unavailable
+
+CI = os.environ.get("CI", "").lower() in ("1", "true")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device is visible"))
+
+
+def absent(what: str, reason: str) -> None:
+    """Skips the test and says why; under CI=true, where everything must be there, fails it."""
+    if CI:
+        pytest.fail(f"{what} is missing, and nothing may be under CI=true: {reason}")
+    pytest.skip(f"{what}: {reason}")
+
+
+def require_backend(name: str) -> str:
+    reason = unavailable(name)
+    if reason is not None:
+        absent(f"the {name} backend", reason)
+    return name
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of the CPU."""
+    return require_backend(request.param)
+
+
+@pytest.fixture
+def native() -> str:
+    return require_backend("native")
+
+
+@pytest.fixture(params=["reference-fp64", "reference-fp32", "native-fp32"])
+def engine(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
+    """Each backend of the CPU with each dtype it computes in."""
+    name, dtype = request.param.split("-")
+    return require_backend(name), {"fp64": torch.float64, "fp32": torch.float32}[dtype]
