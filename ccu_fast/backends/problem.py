@@ -64,7 +64,8 @@ class SimilarityProblem:
 
     @property
     def banks(self) -> int:
-        return max(self.x.shape[0], self.y.shape[0])
+        # Not the larger of the two: no bank at all on one side is no bank.
+        return self.y.shape[0] if self.x.shape[0] == 1 else self.x.shape[0]
 
     @property
     def n(self) -> int:
