@@ -59,6 +59,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("F32") = static_cast<int>(CCU_F32);
   m.attr("F16") = static_cast<int>(CCU_F16);
   m.attr("BF16") = static_cast<int>(CCU_BF16);
+#if CCU_HAVE_CUDA
+  m.attr("CUDA") = true;
+#else
+  m.attr("CUDA") = false;
+#endif
   m.def("cpu_isa", [] { return std::string(ccu_cpu_isa()); });
 
   py::class_<ccu_tile>(m, "Tile").def(
@@ -122,4 +127,81 @@ PYBIND11_MODULE(_C, m) {
           a.bias_sums = pointer<double>(bias_sums);
           call("similarity_backward", ccu_similarity_backward, a);
         });
+
+  m.def(
+      "topk_flips",
+      [](Address grad, int64_t rows, int64_t dim, Address packed, int64_t tokens, Address token_ids, double max_norm,
+         Address embedding, int64_t embedding_stride, int embedding_dtype, bool maximize, Address current,
+         bool exclude_current, bool certify, std::pair<Address, int64_t> allowed, std::pair<Address, int64_t> penalty,
+         int64_t k, int threads, Address ids, Address delta, Address score, Address count, Address valid) {
+        ccu_topk_flips_args a{};
+        a.grad = pointer<float>(grad);
+        a.rows = rows;
+        a.dim = dim;
+        a.packed = pointer<float>(packed);
+        a.tokens = tokens;
+        a.token_ids = pointer<int64_t>(token_ids);
+        a.max_norm = max_norm;
+        a.embedding = pointer<void>(embedding);
+        a.embedding_stride = embedding_stride;
+        a.embedding_dtype = embedding_dtype;
+        a.maximize = maximize;
+        a.current = pointer<int64_t>(current);
+        a.exclude_current = exclude_current;
+        a.certify = certify;
+        a.allowed = pointer<uint8_t>(allowed.first);
+        a.allowed_stride = allowed.second;
+        a.penalty = pointer<float>(penalty.first);
+        a.penalty_stride = penalty.second;
+        a.k = k;
+        a.threads = threads;
+        a.ids = pointer<int64_t>(ids);
+        a.delta = pointer<float>(delta);
+        a.score = pointer<double>(score);
+        a.count = pointer<int64_t>(count);
+        a.valid = pointer<uint8_t>(valid);
+        call("topk_flips", ccu_topk_flips, a);
+      },
+      py::kw_only(), py::arg("grad"), py::arg("rows"), py::arg("dim"), py::arg("packed"), py::arg("tokens"),
+      py::arg("token_ids"), py::arg("max_norm"), py::arg("embedding"), py::arg("embedding_stride"),
+      py::arg("embedding_dtype"), py::arg("maximize"), py::arg("current"), py::arg("exclude_current"),
+      py::arg("certify"), py::arg("allowed"), py::arg("penalty"), py::arg("k"), py::arg("threads"), py::arg("ids"),
+      py::arg("delta"), py::arg("score"), py::arg("count"), py::arg("valid"));
+
+  // On a CPU: whether the check found something, and therefore nothing was written.
+  m.def(
+      "pgd_step",
+      [](Address delta, Address grad, Address image, int dtype, int grad_dtype, int64_t samples, int64_t channels,
+         int64_t inner, Address step, Address eps, Address lower, Address upper, bool l2, bool check, int threads,
+         bool cuda, Address stream) {
+        int32_t found = 0;
+        ccu_pgd_step_args a{};
+        a.delta = pointer<void>(delta);
+        a.grad = pointer<void>(grad);
+        a.image = pointer<void>(image);
+        a.dtype = dtype;
+        a.grad_dtype = grad_dtype;
+        a.samples = samples;
+        a.channels = channels;
+        a.inner = inner;
+        a.step = pointer<float>(step);
+        a.eps = pointer<float>(eps);
+        a.lower = pointer<float>(lower);
+        a.upper = pointer<float>(upper);
+        a.norm = l2 ? CCU_L2 : CCU_LINF;
+        a.check = check;
+        a.threads = threads;
+        a.found = &found;
+        a.stream = pointer<void>(stream);
+#if CCU_HAVE_CUDA
+        call("pgd_step", cuda ? ccu_cuda_pgd_step : ccu_pgd_step, a);
+#else
+        if (cuda) throw std::runtime_error("pgd_step: this build has no CUDA");
+        call("pgd_step", ccu_pgd_step, a);
+#endif
+        return found != 0;
+      },
+      py::kw_only(), py::arg("delta"), py::arg("grad"), py::arg("image"), py::arg("dtype"), py::arg("grad_dtype"),
+      py::arg("samples"), py::arg("channels"), py::arg("inner"), py::arg("step"), py::arg("eps"), py::arg("lower"),
+      py::arg("upper"), py::arg("l2"), py::arg("check"), py::arg("threads"), py::arg("cuda"), py::arg("stream"));
 }

@@ -80,6 +80,65 @@ typedef struct {
 
 int ccu_similarity_backward(const ccu_similarity_backward_args* args);
 
+// ---------------------------------------------------------------------------------------------------------------------
+// topk_flips: per row the k tokens of lowest score, score = sign * dot(embedding[id], grad) + penalty in float64 order,
+// ties to the lowest token; sign = -1 for maximize. Tokens count from 0 to `tokens` in the packed table.
+
+enum { CCU_TOKEN_PANEL = 16 };
+
+typedef struct {
+  const float* grad;           // [rows, dim]
+  int64_t rows, dim;
+  const float* packed;         // [ceil(tokens / 16), dim, 16], zeros behind the last token
+  int64_t tokens;
+  const int64_t* token_ids;    // [tokens], ascending: the embedding's row of a packed token; NULL: the same number
+  double max_norm;             // of the packed tokens
+  const void* embedding;       // row id at id * embedding_stride
+  int64_t embedding_stride;
+  int32_t embedding_dtype;
+  int32_t maximize;
+  const int64_t* current;      // [rows] ids, or NULL
+  int32_t exclude_current;
+  int32_t certify;             // 0: let fp32 decide which k tokens are reported
+  const uint8_t* allowed;      // row i at i * allowed_stride, by packed token; or NULL
+  int64_t allowed_stride;
+  const float* penalty;        // row i at i * penalty_stride, by packed token; finite; or NULL
+  int64_t penalty_stride;
+  int64_t k;
+  int32_t threads;
+  int64_t* ids;                // [rows, k]; -1 behind the last
+  float* delta;                // [rows, k]: dot(embedding[id] - embedding[current], grad); NaN behind the last
+  double* score;               // [rows, k]: score - sign * dot(embedding[current], grad); +inf behind the last
+  int64_t* count;              // [rows]
+  uint8_t* valid;              // [rows]: 0 for a gradient with NaN or inf
+} ccu_topk_flips_args;
+
+int ccu_topk_flips(const ccu_topk_flips_args* args);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// pgd_step, in place on delta. Parameters are arrays over channels.
+
+enum ccu_pgd_norm { CCU_LINF = 0, CCU_L2 = 1 };
+
+typedef struct {
+  void* delta;                 // [samples, channels, inner]
+  const void* grad;            // the same shape
+  const void* image;           // the same shape
+  int32_t dtype;               // of delta and image
+  int32_t grad_dtype;
+  int64_t samples, channels, inner;
+  const float *step, *eps, *lower, *upper;  // [channels]; CPU addresses, for CUDA device addresses
+  int32_t norm;
+  int32_t check;               // 1: look for NaN (l2: inf as well) first and write nothing if there is one; 0: no step there
+  int32_t threads;
+  int32_t* found;              // set to 1 if the check found something, else 0 (CPU only)
+  void* stream;                // CUDA only
+} ccu_pgd_step_args;
+
+int ccu_pgd_step(const ccu_pgd_step_args* args);
+// CUDA, L-infinity only; `check`, `threads` and `found` are not looked at.
+int ccu_cuda_pgd_step(const ccu_pgd_step_args* args);
+
 #ifdef __cplusplus
 }
 #endif

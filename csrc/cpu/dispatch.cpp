@@ -91,3 +91,5 @@ const char* ccu_cpu_isa(void) {
 
 CCU_OP(similarity_forward)
 CCU_OP(similarity_backward)
+CCU_OP(topk_flips)
+CCU_OP(pgd_step)
