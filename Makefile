@@ -1,0 +1,78 @@
+# make test   lint, type checks and all tests          make demo   the demonstration, written to ./demo
+# make lint   lint and type checks alone               make bench  the benchmarks (ARGS=... are passed on)
+#
+# Each makes its own environment in .venv on the first run. Variables:
+#   PYTHON=python3.12        the interpreter to start from
+#   TORCH=torch==2.13.0      what to install as torch, before everything else
+#   SYSTEM_SITE=1            no network: use the packages that PYTHON has, torch and build tools included
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+SYSTEM_SITE ?=
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+BUILD := setup.py pyproject.toml $(wildcard build_support/*.py) $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: test lint demo bench clean
+.DELETE_ON_ERROR:
+
+test: $(VENV)/.test lint
+	$(if $(SYSTEM_SITE),CCU_FAST_TEST_OFFLINE=1) $(PY) -m pytest -q $(ARGS)
+
+lint: $(VENV)/.test
+	@$(call tool,ruff) check .
+	@$(call tool,ruff) format --check .
+	@$(call tool,clang-format) --dry-run -Werror $(CXX_FILES)
+	@$(call tool,mypy)
+
+demo: $(VENV)/.apps
+	$(PY) -m ccu_fast demo --out demo $(ARGS)
+
+bench: $(VENV)/.apps
+	$(PY) -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Without network a tool may be missing: that is said, not passed over.
+tool = $(if $(SYSTEM_SITE),[ -x $(TOOLS)/$(1) ] || { echo "$(1) is not installed: NOT CHECKED"; exit 0; };) \
+  echo "$(1)"; $(TOOLS)/$(1)
+
+ifdef SYSTEM_SITE
+TOOLS := $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")
+
+# A virtual environment made from another one does not see that one's packages: a .pth file names them.
+$(VENV)/.python:
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(PYTHON) -c "import sysconfig; print(*{sysconfig.get_path(p) for p in ('purelib', 'platlib')}, sep='\n')" \
+	  > $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/system_site.pth
+	$(PIP) uninstall -y setuptools # up to Python 3.11 venv brings an old one, which would hide PYTHON's
+	@touch $@
+
+$(VENV)/.apps $(VENV)/.test: $(VENV)/.python $(BUILD)
+	$(PIP) install --no-index --no-build-isolation --no-deps -e .
+	@touch $(VENV)/.apps $(VENV)/.test
+else
+TOOLS := $(VENV)/bin
+
+# torch alone and first: nothing that follows may pick another one.
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --no-compile '$(TORCH)'
+	@touch $@
+
+# Editable: the tests run what is in this folder, with the module compiled from what is in csrc.
+$(VENV)/.apps: $(VENV)/.python $(BUILD)
+	$(PIP) install --no-compile -e '.[apps]'
+	@touch $@
+
+# open_clip's loss.py is an oracle; its requirements (torchvision) are not needed for that.
+$(VENV)/.test: $(VENV)/.python $(BUILD)
+	$(PIP) install --no-compile -e '.[test]'
+	$(PIP) install --no-deps 'open_clip_torch==3.3.0'
+	@touch $(VENV)/.apps $@
+endif
