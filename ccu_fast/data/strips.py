@@ -59,7 +59,7 @@ def load_strips(n_train: int = 2048, n_test: int = 500, *, seed: int = 0) -> tup
         seed: the same seed gives the same split and strips.
 
     Raises:
-        ImportError: scikit-learn is not installed (``pip install ccu-fast[demo]``).
+        ImportError: scikit-learn is not installed (``pip install ccu-fast[apps]``).
         TypeError, ValueError: a count is no positive int.
     """
     check.integer("n_train", n_train, low=1)
@@ -68,7 +68,7 @@ def load_strips(n_train: int = 2048, n_test: int = 500, *, seed: int = 0) -> tup
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("digit-strips needs scikit-learn: pip install 'ccu-fast[demo]'") from error
+        raise ImportError("digit-strips needs scikit-learn: pip install 'ccu-fast[apps]'") from error
     bunch = load_digits()
     small = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
     large = F.interpolate(small, size=(SIDE, SIDE), mode="bilinear", align_corners=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -43,8 +44,10 @@ class SmallDualEncoder(nn.Module):
     """Convolutional image tower and causal transformer text tower, for images of about 16×64 px.
 
     Image: three 3×3 stride-2 convolutions to width, ``image_depth`` residual blocks, then one linear map of the whole
-    feature map, so that position counts. Text: learned positions, ``text_depth`` pre-norm causal blocks, feature at
-    the first EOT. No dropout and no batch statistics: training and evaluation are the same function.
+    feature map, so that position counts. Text: ``text_depth`` pre-norm causal blocks with rotary positions, feature at
+    the first EOT. Rotary positions are relative: with learned absolute ones any word in front of a caption of fixed
+    form moves all that follow to untrained positions, and a protection would be credited with that.
+    No dropout and no batch statistics: training and evaluation are the same function.
 
     Args:
         vocabulary: number of token ids.
@@ -85,13 +88,12 @@ class SmallDualEncoder(nn.Module):
         self.image_shape = (channels, *image_size)
         self.image_tower = _ImageTower(channels, image_size, width, image_depth, dim)
         self.token_embedding = nn.Embedding(vocabulary, width)
-        self.position = nn.Parameter(torch.empty(context, width))
+        self.register_buffer("rotation", _rotation(context, 32), persistent=False)
         self.blocks = nn.ModuleList(_Block(width, heads=width // 32) for _ in range(text_depth))
         self.text_norm = nn.LayerNorm(width)
         self.text_projection = nn.Linear(width, dim, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position, std=0.01)
 
     @property
     def embedding_matrix(self) -> Tensor:
@@ -112,18 +114,19 @@ class SmallDualEncoder(nn.Module):
     def encode_text(self, tokens: Tensor, embeddings: Tensor | None = None) -> Tensor:
         check.tensor("tokens", tokens, dtypes=(torch.int64,), ndim=2)
         n, length = tokens.shape
-        if length > len(self.position):
-            raise ValueError(f"tokens: expected at most {len(self.position)} positions, got {length}")
+        if length > self.rotation.shape[1]:
+            raise ValueError(f"tokens: expected at most {self.rotation.shape[1]} positions, got {length}")
         if embeddings is None:
             embeddings = self.token_embedding(tokens)
         else:
-            check.shape("embeddings", embeddings, (n, length, self.position.shape[1]))
-        x = embeddings + self.position[:length]
+            check.shape("embeddings", embeddings, (n, length, self.embedding_matrix.shape[1]))
+        rotation = self.rotation[:, :length]
         end = (tokens == self.eot).int().argmax(1)
+        x = embeddings
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = block(x, rotation)
         # Only the feature at EOT is read, so the last block need not compute the other positions.
-        x = self.blocks[-1].at(x, end)
+        x = self.blocks[-1].at(x, end, rotation)
         return F.normalize(self.text_projection(self.text_norm(x)), dim=-1)
 
 
@@ -131,9 +134,7 @@ class _ImageTower(nn.Module):
     def __init__(self, channels: int, size: tuple[int, int], width: int, depth: int, dim: int) -> None:
         super().__init__()
         widths = (channels, width // 4, width // 2, width)
-        self.stages = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.stages = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths))
         self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
         self.norm = nn.GroupNorm(width // 32, width)
         cells = -(-size[0] // 8) * -(-size[1] // 8)
@@ -161,21 +162,24 @@ class _Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         h = self.norm1(x)
         key, value = self._split(self.key_value(h), 2)
         (query,) = self._split(self.query(h), 1)
+        query, key = _rotate(query, rotation), _rotate(key, rotation)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
-    def at(self, x: Tensor, position: Tensor) -> Tensor:
-        """``forward(x)[i, position[i]]`` without the other positions: ``[N, W]``."""
+    def at(self, x: Tensor, position: Tensor, rotation: Tensor) -> Tensor:
+        """``forward(x, rotation)[i, position[i]]`` without the other positions: ``[N, W]``."""
         n, length, _ = x.shape
         h = self.norm1(x)
         key, value = self._split(self.key_value(h), 2)
         item = torch.arange(n, device=x.device)
         (query,) = self._split(self.query(h[item, position])[:, None], 1)
+        query = _rotate(query, rotation[:, position][:, :, None, None])
+        key = _rotate(key, rotation)
         seen = torch.arange(length, device=x.device) <= position[:, None]
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen[:, None, None])
         y = x[item, position] + self.out(mixed.transpose(1, 2).flatten(1))
@@ -184,3 +188,17 @@ class _Block(nn.Module):
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         n, length, _ = x.shape
         return x.view(n, length, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _rotation(context: int, head_width: int) -> Tensor:
+    """Cosines and sines of rotary positions: ``[2, context, head_width / 2]``."""
+    frequency = 100.0 ** -torch.arange(0, 1, 2 / head_width)
+    angle = torch.arange(context)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate the halves of the last dimension against each other (Su et al. 2021, arXiv 2104.09864)."""
+    cos, sin = rotation
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)

@@ -1,0 +1,25 @@
+"""MEM: publish image-caption pairs that teach a model less (Liu et al. 2024, arXiv 2407.16307)."""
+
+from ccu_fast.mem.evaluate import reading, retrieval
+from ccu_fast.mem.experiment import run_digit_strips
+from ccu_fast.mem.export import export, read_back
+from ccu_fast.mem.generate import Protected, protect
+from ccu_fast.mem.settings import Method, Settings
+from ccu_fast.mem.tokenizer import WordTokenizer
+from ccu_fast.mem.victim import Recipe, Victim, train_victim
+
+__all__ = [
+    "Method",
+    "Protected",
+    "Recipe",
+    "Settings",
+    "Victim",
+    "WordTokenizer",
+    "export",
+    "protect",
+    "read_back",
+    "reading",
+    "retrieval",
+    "run_digit_strips",
+    "train_victim",
+]

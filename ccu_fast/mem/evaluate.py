@@ -1,0 +1,99 @@
+"""What a dual encoder has learned: retrieval, and reading by zero-shot classification."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+
+
+def retrieval_ranks(query: Tensor, gallery: Tensor, query_group: Tensor, gallery_group: Tensor) -> Tensor:
+    """The rank of the best right answer for each query: 1 + wrong answers that score higher + half of those that tie.
+
+    Right are all gallery items of the query's group, so equal captions are equally right and several captions an image
+    need no special case. The half makes a model that scores everything alike as good as guessing, neither perfect nor
+    hopeless.
+
+    Args:
+        query: ``[N, D]``; gallery: ``[M, D]``. Scores are dot products, computed in fp64.
+        query_group: int64 ``[N]``; gallery_group: int64 ``[M]``. Every query has a right answer.
+
+    Returns:
+        fp64 ``[N]``, at least 1.
+
+    Raises:
+        ValueError: a query without a right answer, or shapes that do not fit.
+    """
+    check.tensor("query", query, ndim=2)
+    check.tensor("gallery", gallery, ndim=2)
+    check.shape("query_group", query_group, (len(query),))
+    check.shape("gallery_group", gallery_group, (len(gallery),))
+    score = query.double() @ gallery.double().mT
+    right = query_group[:, None] == gallery_group
+    if not bool(right.any(1).all()):
+        lonely = int((~right.any(1)).nonzero()[0])
+        raise ValueError(f"query_group: expected each query's group in gallery_group, got none for query {lonely}")
+    best = score.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    wrong = score.masked_fill(right, -torch.inf)
+    return 1 + (wrong > best).sum(1) + 0.5 * (wrong == best).sum(1)
+
+
+def retrieval(image: Tensor, text: Tensor, image_group: Tensor, text_group: Tensor) -> dict[str, float]:
+    """R@1, R@5, R@10 (shares in [0, 1]) and the median rank, image to text and text to image.
+
+    Args:
+        image: ``[N, D]`` and text: ``[M, D]``, unit vectors.
+        image_group: int64 ``[N]``; text_group: int64 ``[M]``. Equal numbers belong together.
+
+    Returns:
+        ``i2t_r1, i2t_r5, i2t_r10, i2t_medr, t2i_r1, …``; see :func:`retrieval_ranks` for ties.
+    """
+    result: dict[str, float] = {}
+    sides = {"i2t": (image, text, image_group, text_group), "t2i": (text, image, text_group, image_group)}
+    for name, side in sides.items():
+        ranks = retrieval_ranks(*side)
+        for k in (1, 5, 10):
+            result[f"{name}_r{k}"] = float((ranks <= k).double().mean())
+        result[f"{name}_medr"] = float(ranks.quantile(0.5))
+    return result
+
+
+def groups(captions: list[str]) -> Tensor:
+    """Equal captions get equal numbers: int64 ``[N]``."""
+    names: dict[str, int] = {}
+    return torch.tensor([names.setdefault(text, len(names)) for text in captions], dtype=torch.int64)
+
+
+def reading(image: Tensor, classes: Tensor, digits: Tensor) -> dict[str, Any]:
+    """Zero-shot reading: of all possible captions each image picks the nearest; how much of it is right?
+
+    Args:
+        image: ``[N, D]``, unit vectors.
+        classes: ``[10**P, D]``, the embedding of the caption of each number with P digits, in numerical order.
+        digits: int64 ``[N, P]``.
+
+    Returns:
+        ``digit`` (share of right digits, guessing .1), ``position`` (the same for each of the P positions), ``strip``
+        (share of images with all digits right, guessing 10**−P).
+    """
+    places = digits.shape[1]
+    check.shape("classes", classes, (10**places, image.shape[1]))
+    number = (image @ classes.mT).argmax(1)
+    powers = 10 ** torch.arange(places - 1, -1, -1, device=number.device)
+    right = (number[:, None] // powers % 10) == digits
+    return {
+        "digit": float(right.double().mean()),
+        "position": right.double().mean(0).tolist(),
+        "strip": float(right.all(1).double().mean()),
+    }
+
+
+def guessing(query_group: Tensor, gallery_group: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[int, float]:
+    """The expected R@k of a random order: 1 − C(M−g, k) / C(M, k) for a query with g right answers among M."""
+    right = (query_group[:, None] == gallery_group).sum(1).tolist()
+    total = len(gallery_group)
+    return {k: sum(1 - math.comb(total - g, k) / math.comb(total, k) for g in right) / max(len(right), 1) for k in ks}

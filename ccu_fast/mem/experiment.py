@@ -1,0 +1,162 @@
+"""digit-strips from data to report: protect with every method, train a victim on each, measure it on clean strips."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.data.strips import LENGTH, StripSet, caption, load_strips
+from ccu_fast.mem.evaluate import groups, guessing, reading, retrieval
+from ccu_fast.mem.export import export, noise_size, psnr
+from ccu_fast.mem.generate import Protected, protect
+from ccu_fast.mem.settings import Method, Progress, Settings, silent
+from ccu_fast.mem.surrogate import generator, pixels
+from ccu_fast.mem.tokenizer import WordTokenizer, insert_triggers
+from ccu_fast.mem.triggers import random_triggers
+from ccu_fast.mem.victim import Recipe, Victim, train_victim
+from ccu_fast.models.dual_encoder import DualEncoder, SmallDualEncoder
+
+EXAMPLES = 6
+
+
+def run_digit_strips(
+    seed: int = 0,
+    methods: Sequence[str] = ("clean", "em", "mem"),
+    progress: Progress | None = None,
+    out: str | Path | None = None,
+    *,
+    settings: Settings | None = None,
+    recipe: Recipe | None = None,
+    n_train: int = 2048,
+    n_test: int = 500,
+    width: int = 96,
+) -> dict[str, Any]:
+    """Protect digit-strips with each method, train a fresh victim on what is published, evaluate it on clean strips.
+
+    The victim has the surrogate's architecture but other random weights; its weights and batches are the same for
+    every method. The same arguments give the same figures (for the same number of threads).
+
+    Args:
+        seed: of everything: data split, surrogate, victim.
+        methods: names for :meth:`ccu_fast.mem.settings.Method.parse`, each at most once.
+        progress: called as ``progress(stage, done, total, note)``.
+        out: when given, the datasets are also written to ``out/<method>`` (see :func:`ccu_fast.mem.export.export`).
+        settings: budget and schedule of the generator.
+        recipe: the victim's training.
+        n_train, n_test: numbers of strips.
+        width: of both towers.
+
+    Returns:
+        A dict that ``json.dumps`` takes. ``guessing``: R@k of a random order. ``methods[name]``:
+
+        - ``last``, ``best``: retrieval on clean test strips (R@k as shares, median ranks) after the last epoch and
+          after the epoch with the highest R@1 (mean of both directions; the protector's worst case), with ``epoch``
+        - ``reading``: zero-shot reading of the test strips after the last epoch
+        - ``prefixed``: retrieval after the last epoch when test captions carry random trigger words (None without
+          triggers): how much of the damage is owed to captions that look different
+        - ``train_loss``, ``curve``: of the victim, for each epoch; ``surrogate_loss``: of the generator, for each round
+        - ``noise``: ``eps_255`` (largest change, in 1/255) and ``psnr_db``
+        - ``examples``: ``caption``, ``published`` (caption with triggers) and ``clean``, ``protected``, ``noise`` as
+          nested lists ``[16][64]`` of ints
+
+    Raises:
+        ValueError: unknown or repeated method.
+    """
+    parsed = [Method.parse(name) for name in methods]
+    if len(set(methods)) != len(parsed):
+        raise ValueError(f"methods: expected each method once, got {list(methods)}")
+    check.integer("seed", seed, low=0)
+    progress = silent if progress is None else progress
+    settings = Settings() if settings is None else settings
+    recipe = Recipe() if recipe is None else recipe
+    train, test = load_strips(n_train, n_test, seed=seed)
+    tokenizer = WordTokenizer.for_strips()
+    factory = partial(SmallDualEncoder, len(tokenizer), tokenizer.eot, width=width, dim=width)
+    exam = _Exam(test, tokenizer, seed)
+    result: dict[str, Any] = {
+        "task": "digit-strips",
+        "seed": seed,
+        "train": n_train,
+        "test": n_test,
+        "width": width,
+        "settings": asdict(settings),
+        "recipe": asdict(recipe),
+        "guessing": {f"r{k}": share for k, share in guessing(exam.groups, exam.groups).items()},
+        "methods": {},
+    }
+    for method in parsed:
+        protected = protect(
+            train.images, train.captions, tokenizer, factory,
+            method=method, settings=settings, seed=seed, progress=progress,
+        )  # fmt: skip
+        if out is not None:
+            export(protected, Path(out) / method.name, seed=seed)
+        victim = train_victim(
+            protected.images, tokenizer.encode(protected.captions), factory, exam.retrieval,
+            eot=tokenizer.eot, recipe=recipe, seed=seed, stage=f"victim {method.name}", progress=progress,
+        )  # fmt: skip
+        result["methods"][method.name] = _summary(train, protected, victim, exam)
+    return result
+
+
+class _Exam:
+    """The clean test strips, tokenised once."""
+
+    def __init__(self, test: StripSet, tokenizer: WordTokenizer, seed: int) -> None:
+        self.test, self.tokenizer, self.seed = test, tokenizer, seed
+        self.images = pixels(test.images)
+        self.tokens = tokenizer.encode(test.captions)
+        self.groups = groups(test.captions)
+
+    def retrieval(self, model: DualEncoder, tokens: Tensor | None = None) -> dict[str, float]:
+        text = self._encode(model.encode_text, self.tokens if tokens is None else tokens)
+        return retrieval(self._encode(model.encode_image, self.images), text, self.groups, self.groups)
+
+    def prefixed(self, model: DualEncoder, length: int) -> dict[str, float] | None:
+        if length == 0:
+            return None
+        rng = generator(self.seed, "test prefix")
+        words = random_triggers(len(self.tokens), length, self.tokenizer.trigger_ids, rng)
+        return self.retrieval(model, insert_triggers(self.tokens, words))
+
+    def reading(self, model: DualEncoder) -> dict[str, Any]:
+        every = self.tokenizer.encode([caption(list(d)) for d in itertools.product(range(10), repeat=LENGTH)])
+        classes = self._encode(model.encode_text, every)
+        return reading(self._encode(model.encode_image, self.images), classes, self.test.digits)
+
+    @staticmethod
+    @torch.no_grad()
+    def _encode(encoder: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        return torch.cat([encoder(part) for part in inputs.split(256)])
+
+
+def _summary(train: StripSet, protected: Protected, victim: Victim, exam: _Exam) -> dict[str, Any]:
+    best = max(range(len(victim.curve)), key=lambda i: victim.curve[i]["i2t_r1"] + victim.curve[i]["t2i_r1"])
+    return {
+        "last": {"epoch": len(victim.curve), **victim.curve[-1]},
+        "best": {"epoch": best + 1, **victim.curve[best]},
+        "reading": exam.reading(victim.model),
+        "prefixed": exam.prefixed(victim.model, protected.method.triggers),
+        "train_loss": victim.train_loss,
+        "curve": victim.curve,
+        "surrogate_loss": protected.losses,
+        "noise": {"eps_255": noise_size(protected.noise), "psnr_db": psnr(protected.noise)},
+        "examples": [
+            {
+                "caption": train.captions[i],
+                "published": protected.captions[i],
+                "clean": train.images[i, 0].tolist(),
+                "protected": protected.images[i, 0].tolist(),
+                "noise": protected.noise[i, 0].tolist(),
+            }
+            for i in range(min(EXAMPLES, len(train)))
+        ],
+    }

@@ -1,0 +1,124 @@
+"""A word-level tokenizer with a fixed vocabulary, for captions whose words are known.
+
+Every token is one word and words are separated by spaces, so decode → encode is the identity on any sequence of word
+ids: a trigger that is published as text comes back as the ids that were optimised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ccu_fast.data.strips import DIGIT_WORDS, PROMPT
+
+SPECIAL = ("<pad>", "<sot>", "<eot>")
+
+# Everyday words without a meaning for digits, numbers or pictures: what triggers may be made of.
+_NEUTRAL = """
+able acorn actor agent album alley almond amber anchor angle ankle apple apron arch arena arm armor arrow ash
+aspen atlas attic aunt autumn avenue award bacon badge bag baker balcony ball bamboo banana band bank bar bark
+barn barrel basil basin basket bat bath bay beach bead beam bean bear beard bed bee beef beetle bell belt bench
+berry bike bird biscuit blanket block bloom boat body bolt bone book boot border bottle boulder bowl box branch
+brand brass bread breeze brick bridge broom brother brush bucket buffalo bulb bus bush butter button cabin cable
+cactus cake camel camp canal candle cannon canoe canvas cap cape captain car cargo carpet carrot cart castle cat
+cave cedar ceiling cellar cello chain chair chalk cheese cherry chess chest chimney church cider circus city clay
+cliff cloak clock cloth cloud clover coach coal coast coat cobra cocoa coin collar comet compass cook copper coral
+corn corner cotton couch cousin crab cradle crane cream creek cricket crown crystal cup curtain cushion daisy dam
+dancer dawn deck deer desert desk diary dinner dish ditch dock doctor dog doll dolphin donkey door dough dove
+dragon drawer dress drum duck dune dusk eagle earth east echo eel egg elbow elm ember engine evening fabric falcon
+farm farmer feather fence fern ferry field fig finger fire fish flag flame flask flood floor flour flower flute
+foam fog forest fork fort fountain fox frame frog frost fruit galaxy garden garlic gate giant ginger glacier glass
+glove goat gold goose grain granite grape grass gravel grove guitar gulf hail hammer hammock harbor harp hat hawk
+hay hazel heart hedge helmet hen herb heron hill hinge honey hood hook horn horse hotel house ink iris iron island
+ivory ivy jacket jade jar jasmine jelly jewel jungle kettle key king kitchen kite knee knight knot ladder lake
+lamb lamp lantern leaf leather lemon lily lime linen lion lizard lock lotus lumber magnet maple marble market
+mask meadow melon metal milk mill mint mirror mist moon moose moss moth mountain mouse mud mule music nail nest
+net night north nut oak oar oasis oat ocean olive onion orchard organ otter oven owl ox oyster paddle palace palm
+paper park parrot path pear pebble pepper piano pigeon pillow pine pipe planet plate plum pocket pond pony poppy
+"""
+NEUTRAL = tuple(_NEUTRAL.split())
+
+
+class WordTokenizer:
+    """Words ↔ ids. Ids: PAD 0, SOT 1, EOT 2, then the words in order.
+
+    Args:
+        words: the vocabulary; distinct, without white space.
+        triggers: the words triggers may use, all of them in ``words``.
+
+    Raises:
+        ValueError: repeated, empty or unknown words.
+    """
+
+    pad, sot, eot = 0, 1, 2
+
+    def __init__(self, words: Sequence[str], triggers: Sequence[str] = ()) -> None:
+        self._words = (*SPECIAL, *words)
+        self._ids = {word: i for i, word in enumerate(self._words)}
+        if len(self._ids) != len(self._words):
+            repeated = sorted({w for w in self._words if self._words.count(w) > 1})
+            raise ValueError(f"words: expected distinct words, got {repeated[0]!r} more than once")
+        for word in words:
+            if word.split() != [word]:
+                raise ValueError(f"words: expected words without white space, got {word!r}")
+        self.trigger_ids = torch.tensor(self._lookup(triggers), dtype=torch.int64)
+
+    @staticmethod
+    def for_strips() -> WordTokenizer:
+        """The vocabulary of digit-strips: its caption words and the neutral words."""
+        return WordTokenizer((*PROMPT.split(), *DIGIT_WORDS, *NEUTRAL), triggers=NEUTRAL)
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    def allowed(self) -> Tensor:
+        """bool ``[V]``: which ids triggers may use."""
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        mask[self.trigger_ids] = True
+        return mask
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """SOT, the words, EOT, padded to the longest: int64 ``[N, L]``.
+
+        Raises:
+            TypeError: ``captions`` is one string.
+            ValueError: an empty caption or a word outside the vocabulary.
+        """
+        if isinstance(captions, str):
+            raise TypeError("captions: expected a sequence of strings, got one str")
+        rows = [[self.sot, *self._lookup(text.split(), text), self.eot] for text in captions]
+        tokens = torch.full((len(rows), max(map(len, rows), default=2)), self.pad, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            if len(row) == 2:
+                raise ValueError(f"captions: expected at least one word, got an empty caption at index {i}")
+            tokens[i, : len(row)] = torch.tensor(row)
+        return tokens
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """The words between SOT and the first EOT, joined by single spaces."""
+        captions = []
+        for row in tokens.tolist():
+            row = row[: row.index(self.eot)] if self.eot in row else row
+            captions.append(" ".join(self._words[i] for i in row if i >= len(SPECIAL)))
+        return captions
+
+    def _lookup(self, words: Sequence[str], text: str | None = None) -> list[int]:
+        # The special tokens are not words of any caption.
+        unknown = [w for w in words if self._ids.get(w, 0) < len(SPECIAL)]
+        if unknown:
+            where = "" if text is None else f" in {text!r}"
+            raise ValueError(f"captions: expected words of the vocabulary, got {unknown[0]!r}{where}")
+        return [self._ids[w] for w in words]
+
+
+def insert_triggers(tokens: Tensor, triggers: Tensor) -> Tensor:
+    """Put ``triggers`` int64 ``[N, n]`` after SOT: ``[N, L]`` → ``[N, L + n]``."""
+    return torch.cat([tokens[:, :1], triggers, tokens[:, 1:]], 1)
+
+
+def trim(tokens: Tensor, eot: int) -> Tensor:
+    """Cut the columns after the last EOT of the batch: exact under causal attention."""
+    end = int((tokens == eot).int().argmax(1).max()) + 1
+    return tokens[:, :end]
