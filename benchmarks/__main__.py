@@ -1,0 +1,106 @@
+"""``python -m benchmarks`` and ``ccu-fast bench``: run, store, show; or hold stored results against the bars."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import bars, environment, results, tables
+from benchmarks.ops import OPS
+from benchmarks.registry import Case, select
+from benchmarks.runner import run
+
+EXAMPLES = """examples:
+  python -m benchmarks                                       everything, stored under benchmarks/results/<device>/
+  python -m benchmarks --ops clip_loss --shapes B=8192       one shape
+  python -m benchmarks --ops clip_loss --shapes B=300,D=100  a shape that is not listed
+  python -m benchmarks --quick                               small shapes, printed only: does everything run?
+  python -m benchmarks --check                               the bars, from stored results
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        device = _device(arguments.device)
+        for op in arguments.ops:
+            if op not in OPS:
+                raise ValueError(f"ops: expected some of {', '.join(OPS)}, got {op!r}")
+        if arguments.check:
+            return _check(arguments.out or results.FOLDER, device.type, strict=arguments.strict)
+        cases = _cases(arguments, device)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+    facts = environment.describe(device)
+    stored = arguments.out or (None if arguments.quick else results.FOLDER)
+    folder = None if stored is None else stored / environment.slug(device)
+    seconds = arguments.seconds if arguments.seconds is not None else (0.2 if arguments.quick else 4.0)
+    for case in cases:
+        rows = run(case, facts, seconds=seconds, say=lambda text: print(text, file=sys.stderr, flush=True))
+        tables.show(rows)
+        if folder is not None:  # after every case: an interrupted run keeps what it has
+            results.write(folder, rows)
+            tables.write_readme(folder)
+    if folder is not None:
+        print(f"stored in {folder}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--ops", nargs="+", default=list(OPS), metavar="OP", help=", ".join(OPS))
+    parser.add_argument("--shapes", nargs="+", default=[], metavar="B=…,D=…", help="only these sizes, or new ones")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--quick", action="store_true", help="small shapes; nothing is stored without --out")
+    parser.add_argument("--seconds", type=float, help="timing budget of a case (4; quick 0.2); at least 2 rounds")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {results.FOLDER.name}/ beside this file")
+    parser.add_argument("--check", action="store_true", help="measure nothing; stored figures against bars.json")
+    parser.add_argument("--strict", action="store_true", help="with --check: exit 1 unless every bar is met")
+    return parser
+
+
+def _device(name: str | None) -> torch.device:
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ValueError("device: expected cpu, because torch sees no CUDA device; got 'cuda'")
+    return torch.device("cuda", torch.cuda.current_device()) if found and name != "cpu" else torch.device("cpu")
+
+
+def _cases(arguments: argparse.Namespace, device: torch.device) -> list[Case]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    cases = [
+        Case(OPS[name], shape, dtype, device)
+        for name in arguments.ops
+        for shape in select(OPS[name], arguments.shapes, device.type, arguments.quick)
+    ]
+    if not cases:
+        raise ValueError(f"shapes: expected sizes of {', '.join(arguments.ops)}, got {' '.join(arguments.shapes)}")
+    return cases
+
+
+def _check(out: Path, device: str, *, strict: bool) -> int:
+    owed = [bar for bar in bars.load() if bar.device == device]
+    folders = sorted(folder for folder in out.glob(f"{device}-*") if folder.is_dir())
+    all_met = bool(folders)
+    for folder in folders:
+        print(folder.name)
+        lines, met = bars.check(owed, results.read(folder))
+        print("\n".join(lines))
+        all_met = all_met and met
+    if not folders:
+        print(f"no results for {device} in {out}: nothing measured, {len(owed)} bars owed")
+    return 0 if all_met or not strict else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The figures the project owes (bars.json) held against the figures it has (results/)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.registry import label, parse
+from benchmarks.results import Row
+
+FILE = Path(__file__).resolve().parent / "bars.json"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One claim.
+
+    Attributes:
+        measure: "speed" (times faster than ``peer``, at least), "memory" (share of the peer's peak extra memory, at
+            most), "bytes" (peak extra memory, at most) or "floor" (share of the ceiling's speed, at least).
+    """
+
+    device: str
+    op: str
+    shape: str
+    provider: str
+    measure: str
+    bar: float
+    source: str
+    peer: str | None = None
+
+    def measured(self, rows: Sequence[Row]) -> float | None:
+        """The figure in these rows of one machine, or None."""
+        wanted = parse(self.shape)
+        here = {
+            row.provider: row
+            for row in rows
+            if row.op == self.op and row.device == self.device and wanted.items() <= row.shape.items()
+        }
+        own, peer = here.get(self.provider), here.get(self.peer or "")
+        if own is None:
+            return None
+        if self.measure == "speed":
+            return own.speedup_over.get(self.peer or "")
+        if self.measure == "floor":
+            return own.share_of_floor
+        if self.measure == "bytes":
+            return own.peak_extra_bytes
+        if peer is None or own.peak_extra_bytes is None or not peer.peak_extra_bytes:
+            return None
+        return own.peak_extra_bytes / peer.peak_extra_bytes
+
+    def met(self, value: float | None) -> bool:
+        """A figure that was not measured meets nothing."""
+        if value is None:
+            return False
+        return value <= self.bar if self.measure in ("memory", "bytes") else value >= self.bar
+
+    def said(self, value: float | None) -> str:
+        """One line: what was measured, what is owed."""
+        verdict = "not measured" if value is None else "met" if self.met(value) else "NOT MET"
+        sign = "≤" if self.measure in ("memory", "bytes") else "≥"
+        what = {
+            "speed": f"times faster than {self.peer}",
+            "memory": f"of the memory of {self.peer}",
+            "bytes": "MB peak extra memory",
+            "floor": "of the ceiling's speed",
+        }[self.measure]
+        unit = 1e6 if self.measure == "bytes" else 1.0
+        figure = "–" if value is None else f"{value / unit:.3g}"
+        return (
+            f"{verdict:12} {figure:>6} (bar {sign} {self.bar / unit:g} {what})  "
+            f"{self.op} {label(parse(self.shape))} {self.provider} [{self.source}]"
+        )
+
+
+def load(path: Path = FILE) -> list[Bar]:
+    """All bars."""
+    return [Bar(**entry) for entry in json.loads(path.read_text())]
+
+
+def check(bars: Sequence[Bar], rows: Sequence[Row]) -> tuple[list[str], bool]:
+    """A line for each bar, and whether all are met."""
+    values = [(bar, bar.measured(rows)) for bar in bars]
+    return [bar.said(value) for bar, value in values], all(bar.met(value) for bar, value in values)

@@ -1,0 +1,94 @@
+"""Where and with what a measurement was made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ccu_fast
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_PACKAGES = ("triton", "open_clip_torch", "numpy")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, versions and the state of the source, as every stored row carries them."""
+    sha = _git("rev-parse", "HEAD")
+    # Stored results are outputs: writing them does not make the measured source another one.
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results") if sha else None
+    facts: dict[str, Any] = {
+        "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ccu_fast": ccu_fast.__version__,
+        **{name: _version(name) for name in _PACKAGES},
+        "git_sha": sha,
+        "dirty": None if changed is None else bool(changed),
+    }
+    if device.type == "cuda":
+        facts |= {"cuda": torch.version.cuda, "driver": _driver(), "capability": _capability(device)}
+    return facts
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's own name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def slug(device: torch.device) -> str:
+    """The name of the device's folder under results/: what it is, and for a CPU with how many threads."""
+    text = device_name(device) + (f" {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+    return f"{device.type}-" + re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def cpu_name() -> str:
+    """The model name the kernel reports, with the widest vector extension it lists."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    name = match.group(1).strip() if match else platform.machine()
+    widest = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if re.search(rf"\b{f}\b", info)), None)
+    return f"{name} ({widest})" if widest else name
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    return _run("git", "-C", str(REPOSITORY), *arguments)
+
+
+def _driver() -> str | None:
+    return _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def _capability(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
+
+
+def _run(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,116 @@
+"""Peak memory of one call beyond what was there before it: results included, inputs not.
+
+On a GPU the allocator knows. On a CPU it is measured: a fresh process for each provider runs the call once while the
+kernel records the highest resident size (``VmHWM``, reset through ``/proc/self/clear_refs``), after free heap pages
+were given back. Nothing is sampled, so no peak is missed. The call is warmed up before (on a small problem, or on
+the same one if it compiles), because thread stacks and library buffers that are allocated once are not the call's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.registry import Case, Provider, Unavailable
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def peak_extra_bytes(case: Case, provider: Provider) -> int:
+    """Bytes one call needs at its peak beyond its inputs.
+
+    Raises:
+        Unavailable: the operating system does not record peaks, or the measuring process died.
+    """
+    if case.device.type == "cuda":
+        return _on_gpu(case, provider)
+    if not _CLEAR_REFS.exists():
+        raise Unavailable("peak memory on a CPU is read from Linux's /proc")
+    return int(in_fresh_process(_on_cpu, case, provider, torch.get_num_threads()))
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """Growth of this process's resident size while ``call`` runs, at its peak."""
+    gc.collect()
+    # Free heap pages that stay resident would be reused by the call and not be seen.
+    ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR_REFS.write_text("5")
+    before = _resident("VmRSS")
+    out = call()
+    peak = _resident("VmHWM")
+    del out
+    return max(0, peak - before)
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` in a new process that shares nothing with this one; torch is imported once for all of them.
+
+    Raises:
+        Unavailable: the process raised or died (out of memory, for example); the message says which.
+    """
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        # Imported once, before any thread exists; the compiler because it takes longest.
+        context.set_forkserver_preload(["benchmarks.ops", "torch._inductor.compile_fx"])
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_reply, args=(send, function, args))
+    process.start()
+    send.close()
+    try:
+        ok, value = receive.recv()
+    except EOFError:
+        process.join()
+        raise Unavailable(f"the measuring process died with exit code {process.exitcode}") from None
+    except BaseException:
+        process.kill()
+        raise
+    process.join()
+    if not ok:
+        raise Unavailable(f"the measuring process raised {value}")
+    return value
+
+
+def _reply(send: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        send.send((True, function(*args)))
+    except Exception as error:
+        send.send((False, f"{type(error).__name__}: {error}"))
+
+
+def _on_cpu(case: Case, provider: Provider, threads: int) -> int:
+    torch.set_num_threads(threads)
+    small = Case(case.op, case.op.quick[0], case.dtype, case.device)
+    if not provider.compiled and provider.serves(small.shape, "cpu"):
+        provider.build(small.inputs(), small.shape)()
+    call = provider.build(case.inputs(), case.shape)
+    if provider.compiled:
+        call()
+    return peak_of(call)
+
+
+def _on_gpu(case: Case, provider: Provider) -> int:
+    call = provider.build(case.inputs(), case.shape)
+    call()
+    torch.cuda.synchronize(case.device)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(case.device)
+    before = torch.cuda.memory_allocated(case.device)
+    out = call()
+    torch.cuda.synchronize(case.device)
+    peak = torch.cuda.max_memory_allocated(case.device)
+    del out
+    return peak - before
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
