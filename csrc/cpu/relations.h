@@ -15,6 +15,7 @@ enum Kind : int32_t { kLse = 0, kSum = 1, kSoftplus = 2 };
 enum class Mode { kAll, kDiagonal, kGeneral };
 
 inline Kind kind_of(int32_t code) { return static_cast<Kind>(code / 8); }
+inline bool is_lse(int32_t code) { return kind_of(code) == kLse; }
 inline int32_t relations_of(int32_t code) { return code % 8; }
 
 inline Mode mode_of(const ccu_tile& t, int32_t relations) {
@@ -43,33 +44,36 @@ struct Chooser {
   // At most the pair (i, i) is chosen; only meaningful in Mode::kDiagonal.
   bool only_diagonal() const { return !(relations & kOther); }
 
-  // Lanes of 0 or -1 for row i of the chunk and the n columns from j on.
-  template <Mode mode>
-  vi operator()(int64_t i, int64_t j, int n) const {
+  // Lanes of 0 or -1 for row i of the chunk and the columns from j on.
+  template <Mode mode, class Lanes>
+  vi choose(int64_t i, int64_t j, Lanes lanes) const {
     const vi yes = splat(-1), no = splat(0);
-    const vi lane = iota();
-    vi chosen = relations & kOther ? yes : no;
+    vi chosen = yes;
+    if (mode != Mode::kAll) chosen = relations & kOther ? yes : no;
     if (mode == Mode::kGeneral && row_labels != nullptr) {
-      const vi label = n == kLanes ? load<vi>(col_labels + j) : load_part<vi>(col_labels + j, n);
+      const vi label = load<vi>(col_labels + j, lanes);
       chosen = label == splat(row_labels[i]) ? (relations & kSame ? yes : no) : chosen;
     }
     if (mode == Mode::kGeneral && row_ids != nullptr) {
-      const vi id = n == kLanes ? load<vi>(col_ids + j) : load_part<vi>(col_ids + j, n);
-      chosen = id == splat(row_ids[i]) ? (relations & kSelf ? yes : no) : chosen;
+      chosen = load<vi>(col_ids + j, lanes) == splat(row_ids[i]) ? (relations & kSelf ? yes : no) : chosen;
     } else if (mode != Mode::kAll && diagonal) {
       const int64_t own = row0 + i - j;
       const int32_t where = own < 0 || own >= kLanes ? -1 : static_cast<int32_t>(own);
-      chosen = lane == splat(where) ? (relations & kSelf ? yes : no) : chosen;
+      chosen = iota() == splat(where) ? (relations & kSelf ? yes : no) : chosen;
     }
     if (mode == Mode::kGeneral && row_labels != nullptr) {
-      const vi label = n == kLanes ? load<vi>(col_labels + j) : load_part<vi>(col_labels + j, n);
-      chosen = label < splat(0) ? no : chosen;
+      chosen = load<vi>(col_labels + j, lanes) < splat(0) ? no : chosen;
       if (row_labels[i] < 0) chosen = no;
     }
-    if (mode == Mode::kAll) chosen = yes;
-    return n == kLanes ? chosen : (lane < splat(n) ? chosen : no);
+    return chosen & in_use(lanes);
   }
 };
+
+// The function for the mode a problem needs, out of a template over modes.
+template <class F>
+F pick(Mode mode, F all, F diagonal, F general) {
+  return mode == Mode::kAll ? all : mode == Mode::kDiagonal ? diagonal : general;
+}
 
 }  // namespace CCU_ISA
 }  // namespace ccu

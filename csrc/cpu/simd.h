@@ -4,6 +4,10 @@
 #ifndef CCU_FAST_CPU_SIMD_H_
 #define CCU_FAST_CPU_SIMD_H_
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -25,31 +29,55 @@ typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
+// How many lanes of a vector are in use: all of them, known to the compiler, or the first n at the end of a row.
+struct Full {
+  static constexpr int n = kLanes;
+};
+struct Part {
+  int n;
+};
+
 template <class V, class T>
-inline V load(const T* p) {
+inline V load(const T* p, Full = {}) {
   static_assert(sizeof(V) == kLanes * sizeof(T), "lane size");
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
+// The lanes not in use are zero.
 template <class V, class T>
-inline void store(T* p, V v) {
-  static_assert(sizeof(V) == kLanes * sizeof(T), "lane size");
-  std::memcpy(p, &v, sizeof v);
-}
-
-// The first n lanes from memory, the others zero; n < kLanes.
-template <class V, class T>
-inline V load_part(const T* p, int n) {
+inline V load(const T* p, Part part) {
   V v = {};
-  std::memcpy(&v, p, n * sizeof(T));
+  std::memcpy(&v, p, part.n * sizeof(T));
   return v;
 }
 
 template <class V, class T>
-inline void store_part(T* p, V v, int n) {
-  std::memcpy(p, &v, n * sizeof(T));
+inline void store(T* p, V v, Full = {}) {
+  static_assert(sizeof(V) == kLanes * sizeof(T), "lane size");
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <class V, class T>
+inline void store(T* p, V v, Part part) {
+  std::memcpy(p, &v, part.n * sizeof(T));
+}
+
+// Calls step(j, lanes) over [begin, end) in vectors.
+template <class Step>
+inline void for_vectors(int64_t begin, int64_t end, const Step& step) {
+  int64_t j = begin;
+  for (; j + kLanes <= end; j += kLanes) step(j, Full{});
+  if (j < end) step(j, Part{static_cast<int>(end - j)});
+}
+
+// Lanes of -1 where in use.
+inline vi in_use(Full) { return vi{} - 1; }
+inline vi in_use(Part part) {
+  vi v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i < part.n ? -1 : 0;
+  return v;
 }
 
 inline vf splat(float x) { return vf{} + x; }
@@ -61,7 +89,19 @@ inline vi iota() {
   return v;
 }
 
+// The second operand if either is NaN, like the instructions.
 inline vf max(vf a, vf b) { return a > b ? a : b; }
+inline vf min(vf a, vf b) { return a < b ? a : b; }
+
+inline bool any(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#else
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= mask[i];
+  return bits != 0;
+#endif
+}
 
 // Pairwise, so that the order of additions is the same for every caller.
 inline float sum(vf v) {
@@ -78,15 +118,16 @@ inline float max(vf v) {
   return result;
 }
 
-// exp(x) to about 1 ulp for x <= 88.7; 0 below -103 or so, by way of denormals; exp(-inf) = 0; NaN gives NaN
-// (through poly, whatever the exponent bits are).
+// exp(x) to about 1 ulp; denormals and 0 below -87, inf above 88.7, NaN for NaN.
 inline vf exp(vf x) {
-  // exp(x) = 2^n * exp(r), n = round(x / ln 2). Below -104 the result is 0 whatever x is; above 89 it is inf.
-  const vf clamped = x < -104.0f ? splat(-104.0f) : (x > 89.0f ? splat(89.0f) : x);
+  // exp(x) = 2^n * exp(r), n = round(x / ln 2). Below -104 the result is 0 whatever x is, above 89 it is inf.
+  // A NaN is the second operand and goes through.
+  x = max(splat(-104.0f), x);
+  x = min(splat(89.0f), x);
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const vf shifted = clamped * 1.44269504088896341f + magic;
+  const vf shifted = x * 1.44269504088896341f + magic;
   const vf n = shifted - magic;
-  vf r = clamped - n * 0.693145751953125f;
+  vf r = x - n * 0.693145751953125f;
   r = r - n * 1.42860682030941723e-6f;
   vf poly = splat(1.9875691500e-4f);
   poly = poly * r + 1.3981999507e-3f;
@@ -95,19 +136,14 @@ inline vf exp(vf x) {
   poly = poly * r + 1.6666665459e-1f;
   poly = poly * r + 5.0000001201e-1f;
   poly = poly * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)poly, (__m512)n);
+#else
   // 2^n in two factors, because n may reach -150 and 129, beyond a single exponent.
-  vi shifted_bits, magic_bits;
-  const vf magic_vector = splat(magic);
-  std::memcpy(&shifted_bits, &shifted, sizeof shifted);
-  std::memcpy(&magic_bits, &magic_vector, sizeof magic_vector);
-  const vi exponent = shifted_bits - magic_bits;
+  const vi exponent = (vi)shifted - (vi)splat(magic);
   const vi half = exponent >> 1;
-  const vi first_bits = (half + 127) << 23;
-  const vi second_bits = (exponent - half + 127) << 23;
-  vf first, second;
-  std::memcpy(&first, &first_bits, sizeof first);
-  std::memcpy(&second, &second_bits, sizeof second);
-  return poly * first * second;
+  return poly * (vf)((half + 127) << 23) * (vf)((exponent - half + 127) << 23);
+#endif
 }
 
 // log(1 + exp(s)), to about 2 ulp, without overflow on either side.

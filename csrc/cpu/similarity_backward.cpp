@@ -6,11 +6,16 @@
 //     grad = scale * G                        so that dX = grad Y and dY = grad^T X
 //     scale_sums_i = sum_j G_ij dot_ij        bias_sums_i = sum_j G_ij
 //
-// Work: one exponential per pair and lse or softplus; 4 bytes read and 4 (bf16: 2) written per pair. All terms of a
-// pair are added in fp32 before anything is rounded: on a positive pair they nearly cancel.
+// Work: 4 bytes read and 4 (bf16: 2) written per pair, and one exponential for all lse together: with
+// w_ri = g_ri exp(c - out_ri), the same for columns, and one constant c, their part of G is exp(S_ij - c) (sum of the
+// w that chose the pair). That is exact in fp32 as long as the outs lie within 2 * kSpread of each other; where they
+// do not, each lse takes its own exponential. All terms of a pair are added in fp32 before anything is rounded: on a
+// positive pair they nearly cancel.
 //
 // A task is a block of rows of one bank, walked in stripes of columns whose accumulator stays in the L1 cache.
 #include <algorithm>
+#include <memory>
+#include <new>
 
 #include "../ccu_fast.h"
 #include "parallel.h"
@@ -24,60 +29,117 @@ namespace {
 constexpr int64_t kStripe = 1024;
 constexpr int64_t kRowBlock = 8;
 
-// What a reduction says about a vector of columns: its incoming gradient and its forward result.
+// S <= out for a chosen pair, so exp(S - c) <= e^40; and where it underflows, S < c - 87 <= out - 47: nothing is lost.
+constexpr float kSpread = 40.0f;
+
+// What a reduction says about a vector of columns: its factor (incoming gradient, times exp(c - out) when the
+// exponential is shared) and its forward result.
 struct PerRow {
   float grad, out;
-  vf grads(int64_t, int) const { return splat(grad); }
-  vf outs(int64_t, int) const { return splat(out); }
+  template <class Lanes>
+  vf factors(int64_t, Lanes) const {
+    return splat(grad);
+  }
+  template <class Lanes>
+  vf outs(int64_t, Lanes) const {
+    return splat(out);
+  }
 };
 
 struct PerColumn {
   const float *grad, *out;
-  vf grads(int64_t j, int n) const { return n == kLanes ? load<vf>(grad + j) : load_part<vf>(grad + j, n); }
-  vf outs(int64_t j, int n) const { return n == kLanes ? load<vf>(out + j) : load_part<vf>(out + j, n); }
+  template <class Lanes>
+  vf factors(int64_t j, Lanes lanes) const {
+    return load<vf>(grad + j, lanes);
+  }
+  template <class Lanes>
+  vf outs(int64_t j, Lanes lanes) const {
+    return load<vf>(out + j, lanes);
+  }
 };
 
-template <Mode mode, class Side>
-void add_reduction(const ccu_tile& t, const float* dot, const Chooser& chooser, Kind kind, const Side& side, int64_t i,
-                   int64_t begin, int64_t end, float* g) {
-  for (int64_t j = begin; j < end; j += kLanes) {
-    const int n = static_cast<int>(std::min<int64_t>(kLanes, end - j));
-    const vi chosen = chooser.template operator()<mode>(i, j, n);
-    const vf d = n == kLanes ? load<vf>(dot + j) : load_part<vf>(dot + j, n);
-    const vf s = d * t.scale + t.bias;
-    vf value = side.grads(j, n);
-    if (kind == kLse) {
-      value *= exp(s - side.outs(j, n));
-    } else if (kind == kSoftplus) {
-      // Through exp(-|s|), which cannot overflow.
-      const vf e = exp(s < splat(0.0f) ? s : -s);
-      value *= (s < splat(0.0f) ? e : splat(1.0f)) / (e + 1.0f);
-    }
-    // g is padded to whole vectors.
-    float* slot = g + (j - begin);
-    store(slot, load<vf>(slot) + (chosen ? value : splat(0.0f)));
+// What to multiply the factor with.
+enum class Term { kNothing, kOwnExp, kSigmoid };
+
+// A stripe of one row: S there, and the accumulator for G, padded to whole vectors.
+struct Stripe {
+  const float* dot;
+  float scale, bias;
+  int64_t i, begin, end;
+  float* g;
+
+  template <class Lanes>
+  vf scores(int64_t j, Lanes lanes) const {
+    return load<vf>(dot + j, lanes) * scale + bias;
   }
+};
+
+template <Term term, Mode mode, class Side>
+void add(const Stripe& stripe, const Chooser& chooser, const Side& side) {
+  int64_t begin = stripe.begin, end = stripe.end;
+  if (mode == Mode::kDiagonal && chooser.only_diagonal()) {
+    begin = std::max(begin, chooser.row0 + stripe.i);
+    end = std::min(end, chooser.row0 + stripe.i + 1);
+  }
+  for_vectors(begin, end, [&](int64_t j, auto lanes) {
+    vf value = side.factors(j, lanes);
+    if (term == Term::kOwnExp) {
+      value *= exp(stripe.scores(j, lanes) - side.outs(j, lanes));
+    } else if (term == Term::kSigmoid) {
+      const vf s = stripe.scores(j, lanes);
+      const vf e = exp(s < 0.0f ? s : -s);  // through exp(-|s|), which cannot overflow
+      value *= (s < 0.0f ? e : splat(1.0f)) / (e + 1.0f);
+    }
+    float* slot = stripe.g + (j - stripe.begin);
+    store(slot, load<vf>(slot) + (chooser.choose<mode>(stripe.i, j, lanes) ? value : splat(0.0f)));
+  });
 }
 
-template <class Side>
-void add_reduction(const ccu_tile& t, const float* dot, const Chooser& chooser, Kind kind, const Side& side, int64_t i,
-                   int64_t begin, int64_t end, float* g) {
-  switch (mode_of(t, chooser.relations)) {
-    case Mode::kAll:
-      return add_reduction<Mode::kAll>(t, dot, chooser, kind, side, i, begin, end, g);
-    case Mode::kDiagonal: {
-      const int64_t own = t.row0 + i;
-      if (!chooser.only_diagonal()) return add_reduction<Mode::kDiagonal>(t, dot, chooser, kind, side, i, begin, end, g);
-      // SELF alone on the diagonal: one pair a row.
-      if (!t.diagonal || !(chooser.relations & kSelf) || own < begin || own >= end) return;
-      const int64_t first = own - (own - begin) % kLanes;
-      return add_reduction<Mode::kDiagonal>(t, dot, chooser, kind, side, i, first, std::min<int64_t>(first + kLanes, end),
-                                            g + (first - begin));
-    }
-    case Mode::kGeneral:
-      return add_reduction<Mode::kGeneral>(t, dot, chooser, kind, side, i, begin, end, g);
-  }
+template <Term term, class Side>
+void add(const Stripe& stripe, const Chooser& chooser, Mode mode, const Side& side) {
+  pick(mode, add<term, Mode::kAll, Side>, add<term, Mode::kDiagonal, Side>, add<term, Mode::kGeneral, Side>)(
+      stripe, chooser, side);
 }
+
+// The constant c and the columns' factors with exp(c - out) in them; `shared` is false where that would not be exact.
+struct SharedExponential {
+  bool shared = false;
+  float c = 0;
+  std::unique_ptr<float[]> col_factors;  // [n_col, banks, cols]
+
+  explicit SharedExponential(const ccu_similarity_backward_args& a) {
+    const ccu_tile& t = a.tile;
+    float lowest = kInf, highest = -kInf;
+    const auto widen = [&](float out) {
+      // An empty set (-inf) chose no pair; a NaN fails the comparison below.
+      if (out == -kInf) return;
+      lowest = out < lowest ? out : lowest;
+      highest = out <= highest ? highest : out;
+    };
+    for (int r = 0; r < t.n_row; ++r)
+      for (int64_t b = 0; kind_of(t.row_codes[r]) == kLse && b < t.banks; ++b)
+        for (int64_t i = 0; i < t.rows; ++i) widen(a.row_out[r * a.row_reduction_stride + b * a.row_bank_stride + i]);
+    for (int c_ = 0; c_ < t.n_col; ++c_)
+      for (int64_t j = 0; kind_of(t.col_codes[c_]) == kLse && j < t.banks * t.cols; ++j)
+        widen(a.col_out[c_ * a.col_reduction_stride + j]);
+    if (!(highest - lowest <= 2 * kSpread)) return;
+    c = lowest + (highest - lowest) / 2;
+    const int64_t columns = t.banks * t.cols;
+    col_factors.reset(new (std::nothrow) float[t.n_col * columns]);
+    if (!col_factors) return;
+    shared = true;
+    for (int r = 0; r < t.n_col; ++r) {
+      const float* grad = a.col_grad + r * a.col_reduction_stride;
+      const float* out = a.col_out + r * a.col_reduction_stride;
+      float* factors = col_factors.get() + r * columns;
+      for_vectors(0, columns, [&](int64_t j, auto lanes) {
+        store(factors + j, load<vf>(grad + j, lanes) * factor(load<vf>(out + j, lanes)), lanes);
+      });
+    }
+  }
+
+  vf factor(vf out) const { return out == splat(-kInf) ? splat(0.0f) : exp(c - out); }
+};
 
 inline uint16_t to_bf16(float x) {
   uint32_t bits;
@@ -86,12 +148,59 @@ inline uint16_t to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// All reductions of one stripe of one row, into stripe.g.
+void accumulate(const ccu_similarity_backward_args& a, const SharedExponential& exponential, int64_t bank,
+                const Stripe& stripe) {
+  const ccu_tile& t = a.tile;
+  const int64_t i = stripe.i;
+  std::fill(stripe.g, stripe.g + (stripe.end - stripe.begin) + kLanes, 0.0f);
+  const auto each = [&](const auto& of_row, const auto& of_column) {
+    for (int r = 0; r < t.n_row; ++r) {
+      const int64_t at = r * a.row_reduction_stride + bank * a.row_bank_stride + i;
+      const Chooser chooser(t, bank, relations_of(t.row_codes[r]));
+      of_row(kind_of(t.row_codes[r]), chooser, PerRow{a.row_grad[at], a.row_out[at]});
+    }
+    for (int r = 0; r < t.n_col; ++r) {
+      const int64_t at = r * a.col_reduction_stride + bank * t.cols;
+      const Chooser chooser(t, bank, relations_of(t.col_codes[r]));
+      of_column(kind_of(t.col_codes[r]), chooser, PerColumn{a.col_grad + at, a.col_out + at}, r);
+    }
+  };
+  if (exponential.shared) {
+    each(
+        [&](Kind kind, const Chooser& chooser, PerRow row) {
+          if (kind != kLse) return;
+          row.grad *= exponential.factor(splat(row.out))[0];
+          add<Term::kNothing>(stripe, chooser, mode_of(t, chooser.relations), row);
+        },
+        [&](Kind kind, const Chooser& chooser, PerColumn column, int r) {
+          if (kind != kLse) return;
+          column.grad = exponential.col_factors.get() + (r * t.banks + bank) * t.cols;
+          add<Term::kNothing>(stripe, chooser, mode_of(t, chooser.relations), column);
+        });
+    for_vectors(stripe.begin, stripe.end, [&](int64_t j, auto lanes) {
+      float* slot = stripe.g + (j - stripe.begin);
+      const vf weight = load<vf>(slot);
+      // Where nothing was chosen S is not bounded, and 0 * inf must not make a NaN.
+      store(slot, weight == 0.0f ? weight : weight * exp(stripe.scores(j, lanes) - exponential.c));
+    });
+  }
+  const auto rest = [&](Kind kind, const Chooser& chooser, const auto& side) {
+    const Mode mode = mode_of(t, chooser.relations);
+    if (kind == kSum) add<Term::kNothing>(stripe, chooser, mode, side);
+    if (kind == kSoftplus) add<Term::kSigmoid>(stripe, chooser, mode, side);
+    if (kind == kLse && !exponential.shared) add<Term::kOwnExp>(stripe, chooser, mode, side);
+  };
+  each(rest, [&](Kind kind, const Chooser& chooser, const PerColumn& column, int) { rest(kind, chooser, column); });
+}
+
 }  // namespace
 
 int similarity_backward(const ccu_similarity_backward_args& a) {
   const ccu_tile& t = a.tile;
   if (a.grad_dtype != CCU_F32 && a.grad_dtype != CCU_BF16) return CCU_UNSUPPORTED;
   const int64_t blocks = (t.rows + kRowBlock - 1) / kRowBlock;
+  const SharedExponential exponential(a);
 
   parallel_for(t.banks * blocks, t.threads, [&](int64_t task) {
     const int64_t bank = task / blocks, first = task % blocks * kRowBlock;
@@ -103,32 +212,21 @@ int similarity_backward(const ccu_similarity_backward_args& a) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t row = bank * t.rows + i;
         const float* dot = t.dot + row * t.cols;
-        std::fill(g, g + (end - begin) + kLanes, 0.0f);
-        for (int r = 0; r < t.n_row; ++r) {
-          const int64_t at = r * a.row_reduction_stride + bank * a.row_bank_stride + i;
-          add_reduction(t, dot, Chooser(t, bank, relations_of(t.row_codes[r])), kind_of(t.row_codes[r]),
-                        PerRow{a.row_grad[at], a.row_out[at]}, i, begin, end, g);
-        }
-        for (int c = 0; c < t.n_col; ++c) {
-          const int64_t at = c * a.col_reduction_stride + bank * t.cols;
-          add_reduction(t, dot, Chooser(t, bank, relations_of(t.col_codes[c])), kind_of(t.col_codes[c]),
-                        PerColumn{a.col_grad + at, a.col_out + at}, i, begin, end, g);
-        }
+        accumulate(a, exponential, bank, Stripe{dot, t.scale, t.bias, i, begin, end, g});
         vf scale_part = splat(0.0f), bias_part = splat(0.0f);
-        for (int64_t j = begin; j < end; j += kLanes) {
-          const int n = static_cast<int>(std::min<int64_t>(kLanes, end - j));
-          const vf d = n == kLanes ? load<vf>(dot + j) : load_part<vf>(dot + j, n);
+        // grad may be dot itself: a vector is read before it is written.
+        for_vectors(begin, end, [&](int64_t j, auto lanes) {
           const vf value = load<vf>(g + (j - begin));
-          scale_part += value * d;
+          scale_part += value * load<vf>(dot + j, lanes);
           bias_part += value;
-          store(g + (j - begin), value * t.scale);
-        }
+          if (a.grad_dtype == CCU_F32)
+            store(static_cast<float*>(a.grad) + row * t.cols + j, value * t.scale, lanes);
+          else
+            store(g + (j - begin), value * t.scale);
+        });
         scale_sum[i - first] += sum(scale_part);
         bias_sum[i - first] += sum(bias_part);
-        // Last, because grad may be dot itself.
-        if (a.grad_dtype == CCU_F32) {
-          std::copy(g, g + (end - begin), static_cast<float*>(a.grad) + row * t.cols + begin);
-        } else {
+        if (a.grad_dtype == CCU_BF16) {
           uint16_t* out = static_cast<uint16_t*>(a.grad) + row * t.cols + begin;
           for (int64_t j = 0; j < end - begin; ++j) out[j] = to_bf16(g[j]);
         }

@@ -1,15 +1,16 @@
 // Row and column reductions of a chunk of S = scale * dot + bias, from one read of the chunk.
 //
-//     lse       out_i = log(sum_j [chosen_ij] exp(S_ij))          softplus   out_i = sum_j [chosen_ij] log(1 + exp(S_ij))
-//     sum       out_i = sum_j [chosen_ij] S_ij                    and the same along columns
+//     lse       out_i = log(sum_j [chosen_ij] exp(S_ij))          softplus   out_i = sum_j [chosen_ij] log(1 +
+//     exp(S_ij)) sum       out_i = sum_j [chosen_ij] S_ij                    and the same along columns
 //
-// Work: one exponential per pair and lse or softplus; 4 bytes read per pair. The GEMM that made the chunk costs 2 D
-// FLOP per pair, so this is a few percent of it.
+// Work: 4 bytes read per pair, and one exponential for all lse together. The GEMM that made the chunk costs 2 D FLOP
+// per pair, so this is a few percent of it.
 //
-// A task is a stripe of columns of one bank: it owns those columns' running (max, sum), and leaves a partial (max,
-// sum) per row that is merged afterwards in stripe order. Every lse has its own running maximum, so no range of S can
-// underflow. Blocks of rows are small enough that the second look at a block finds it in the L1 cache. Neither the
-// tasks nor the order of additions depend on the number of threads.
+// A task is a stripe of columns of one bank: it owns those columns' running (shift, sum), and leaves a partial (shift,
+// sum) per row that is merged afterwards in stripe order. A block of a few rows of the stripe stays in the L1 cache:
+// its maximum c is the shift of E = exp(S - c), computed once, and every lse is a sum over E. A sum that comes out so
+// small that terms may have underflowed is computed again with a maximum of its own, so no range of S is lost.
+// Neither the tasks nor the order of additions depend on the number of threads.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -26,97 +27,120 @@ namespace {
 constexpr int64_t kStripe = 256;
 constexpr int64_t kRowBlock = 16;
 
+// Terms of at least 2^-24 of such a sum are normal numbers in fp32.
+constexpr float kTrusted = 1e-26f;
+
+// sum * exp(shift), or just sum when the reduction is not an lse.
 struct Partial {
-  float max, sum;
+  float shift, sum;
 };
 
-// One chunk's view of S.
-struct Scores {
+// One bank's S, and the block of it that is being reduced: rows [first, last), columns [begin, end).
+struct Block {
   const float* dot;
   int64_t cols;
   float scale, bias;
+  int64_t first, last, begin, end;
+  float shift;        // the block's maximum
+  bool exponentials;  // e holds exp(S - shift)
+  float* e;           // [kRowBlock][kStripe]
 
-  vf operator()(int64_t i, int64_t j, int n) const {
-    const float* p = dot + i * cols + j;
-    return (n == kLanes ? load<vf>(p) : load_part<vf>(p, n)) * scale + bias;
+  template <class Lanes>
+  vf scores(int64_t i, int64_t j, Lanes lanes) const {
+    return load<vf>(dot + i * cols + j, lanes) * scale + bias;
+  }
+
+  template <class Lanes>
+  vf shared_exp(int64_t i, int64_t j, Lanes lanes) const {
+    return load<vf>(e + (i - first) * kStripe + (j - begin), lanes);
+  }
+
+  void compute_exponentials() {
+    vf highest = splat(-kInf);
+    for (int64_t i = first; i < last; ++i)
+      for_vectors(begin, end, [&](int64_t j, auto lanes) {
+        highest = max(highest, in_use(lanes) ? scores(i, j, lanes) : splat(-kInf));
+      });
+    shift = max(highest);
+    exponentials = std::isfinite(shift);
+    if (!exponentials) return;
+    for (int64_t i = first; i < last; ++i)
+      for_vectors(begin, end, [&](int64_t j, auto lanes) {
+        store(e + (i - first) * kStripe + (j - begin), exp(scores(i, j, lanes) - shift), lanes);
+      });
   }
 };
 
-// Calls step(j, lanes) over [begin, end) in vectors.
-template <class Step>
-inline void over_columns(int64_t begin, int64_t end, const Step& step) {
-  int64_t j = begin;
-  for (; j + kLanes <= end; j += kLanes) step(j, kLanes);
-  if (j < end) step(j, static_cast<int>(end - j));
-}
-
 template <Mode mode>
-Partial reduce_row(const Scores& scores, const Chooser& chooser, Kind kind, int64_t i, int64_t begin, int64_t end) {
+Partial reduce_row(const Block& block, const Chooser& chooser, Kind kind, int64_t i) {
+  int64_t begin = block.begin, end = block.end;
   if (mode == Mode::kDiagonal && chooser.only_diagonal()) {
     begin = std::max(begin, chooser.row0 + i);
     end = std::min(end, chooser.row0 + i + 1);
   }
-  if (kind != kLse) {
+  const auto add_up = [&](const auto& term) {
     vf total = splat(0.0f);
-    over_columns(begin, end, [&](int64_t j, int n) {
-      const vf s = scores(i, j, n);
-      const vi chosen = chooser.template operator()<mode>(i, j, n);
-      total += chosen ? (kind == kSum ? s : softplus(s)) : splat(0.0f);
+    for_vectors(begin, end, [&](int64_t j, auto lanes) {
+      total += chooser.choose<mode>(i, j, lanes) ? term(j, lanes) : splat(0.0f);
     });
-    return {0.0f, sum(total)};
+    return sum(total);
+  };
+  if (kind == kSum) return {0, add_up([&](int64_t j, auto lanes) { return block.scores(i, j, lanes); })};
+  if (kind == kSoftplus) return {0, add_up([&](int64_t j, auto lanes) { return softplus(block.scores(i, j, lanes)); })};
+  if (block.exponentials) {
+    const float shared = add_up([&](int64_t j, auto lanes) { return block.shared_exp(i, j, lanes); });
+    if (!(shared < kTrusted)) return {block.shift, shared};
   }
   vf highest = splat(-kInf);
-  over_columns(begin, end, [&](int64_t j, int n) {
-    const vf s = scores(i, j, n);
-    highest = max(highest, chooser.template operator()<mode>(i, j, n) ? s : splat(-kInf));
+  for_vectors(begin, end, [&](int64_t j, auto lanes) {
+    highest = max(highest, chooser.choose<mode>(i, j, lanes) ? block.scores(i, j, lanes) : splat(-kInf));
   });
   const float peak = max(highest);
   const float shift = peak == -kInf ? 0.0f : peak;
-  vf total = splat(0.0f);
-  over_columns(begin, end, [&](int64_t j, int n) {
-    const vf e = exp(scores(i, j, n) - shift);
-    total += chooser.template operator()<mode>(i, j, n) ? e : splat(0.0f);
-  });
-  return {peak, sum(total)};
+  return {peak, add_up([&](int64_t j, auto lanes) { return exp(block.scores(i, j, lanes) - shift); })};
 }
 
 template <Mode mode>
-void reduce_columns(const Scores& scores, const Chooser& chooser, Kind kind, int64_t first, int64_t last, int64_t begin,
-                    int64_t end, float* running_max, double* running_sum) {
+void reduce_columns(const Block& block, const Chooser& chooser, Kind kind, float* running_shift, double* running_sum) {
+  int64_t begin = block.begin, end = block.end;
   if (mode == Mode::kDiagonal && chooser.only_diagonal()) {
-    begin = std::max(begin, chooser.row0 + first);
-    end = std::min(end, chooser.row0 + last);
+    begin = std::max(begin, chooser.row0 + block.first);
+    end = std::min(end, chooser.row0 + block.last);
   }
-  over_columns(begin, end, [&](int64_t j, int n) {
-    float* const column_max = running_max + j;
+  for_vectors(begin, end, [&](int64_t j, auto lanes) {
+    const auto add_up = [&](const auto& term) {
+      vf total = splat(0.0f);
+      for (int64_t i = block.first; i < block.last; ++i)
+        total += chooser.choose<mode>(i, j, lanes) ? term(i) : splat(0.0f);
+      return total;
+    };
     double* const column_sum = running_sum + j;
-    vf total = splat(0.0f);
     if (kind != kLse) {
-      for (int64_t i = first; i < last; ++i) {
-        const vf s = scores(i, j, n);
-        const vi chosen = chooser.template operator()<mode>(i, j, n);
-        total += chosen ? (kind == kSum ? s : softplus(s)) : splat(0.0f);
-      }
-      for (int lane = 0; lane < n; ++lane) column_sum[lane] += total[lane];
+      const vf total = kind == kSum ? add_up([&](int64_t i) { return block.scores(i, j, lanes); })
+                                    : add_up([&](int64_t i) { return softplus(block.scores(i, j, lanes)); });
+      for (int lane = 0; lane < lanes.n; ++lane) column_sum[lane] += total[lane];
       return;
     }
-    const vf before = n == kLanes ? load<vf>(column_max) : load_part<vf>(column_max, n);
-    vf peak = before;
-    for (int64_t i = first; i < last; ++i) {
-      const vf s = scores(i, j, n);
-      peak = max(peak, chooser.template operator()<mode>(i, j, n) ? s : splat(-kInf));
+    const vf before = load<vf>(running_shift + j, lanes);
+    vf shift = max(before, splat(block.shift));
+    vf total;
+    bool trusted = block.exponentials;
+    if (trusted) {
+      total = add_up([&](int64_t i) { return block.shared_exp(i, j, lanes); });
+      trusted = !any((total < splat(kTrusted)) & in_use(lanes));
+      total *= exp(block.shift - shift);
     }
-    const vf shift = peak == splat(-kInf) ? splat(0.0f) : peak;
-    for (int64_t i = first; i < last; ++i) {
-      const vf e = exp(scores(i, j, n) - shift);
-      total += chooser.template operator()<mode>(i, j, n) ? e : splat(0.0f);
+    if (!trusted) {
+      vf peak = before;
+      for (int64_t i = block.first; i < block.last; ++i)
+        peak = max(peak, chooser.choose<mode>(i, j, lanes) ? block.scores(i, j, lanes) : splat(-kInf));
+      const vf finite = peak == splat(-kInf) ? splat(0.0f) : peak;
+      total = add_up([&](int64_t i) { return exp(block.scores(i, j, lanes) - finite); });
+      shift = peak;
     }
-    const vf decay = exp(before - shift);
-    for (int lane = 0; lane < n; ++lane) column_sum[lane] = column_sum[lane] * decay[lane] + total[lane];
-    if (n == kLanes)
-      store(column_max, peak);
-    else
-      store_part(column_max, peak, n);
+    const vf decay = shift == splat(-kInf) ? splat(0.0f) : exp(before - shift);
+    for (int lane = 0; lane < lanes.n; ++lane) column_sum[lane] = column_sum[lane] * decay[lane] + total[lane];
+    store(running_shift + j, shift, lanes);
   });
 }
 
@@ -129,49 +153,47 @@ int similarity_forward(const ccu_similarity_forward_args& a) {
   const std::unique_ptr<Partial[]> partials(new (std::nothrow) Partial[t.n_row * per_reduction]);
   if (!partials) return CCU_OUT_OF_MEMORY;
 
+  const bool any_lse = std::any_of(t.row_codes, t.row_codes + t.n_row, is_lse) ||
+                       std::any_of(t.col_codes, t.col_codes + t.n_col, is_lse);
   parallel_for(t.banks * stripes, t.threads, [&](int64_t task) {
     const int64_t bank = task / stripes, stripe = task % stripes;
-    const int64_t begin = stripe * kStripe, end = std::min(begin + kStripe, t.cols);
-    const Scores scores{t.dot + bank * t.rows * t.cols, t.cols, t.scale, t.bias};
-    for (int64_t first = 0; first < t.rows; first += kRowBlock) {
-      const int64_t last = std::min(first + kRowBlock, t.rows);
+    alignas(64) float e[kRowBlock * kStripe];
+    Block block{t.dot + bank * t.rows * t.cols,           t.cols, t.scale, t.bias, 0, 0, stripe * kStripe,
+                std::min((stripe + 1) * kStripe, t.cols), 0,      false,   e};
+    for (block.first = 0; block.first < t.rows; block.first = block.last) {
+      block.last = std::min(block.first + kRowBlock, t.rows);
+      if (any_lse) block.compute_exponentials();
       for (int r = 0; r < t.n_row; ++r) {
         const Chooser chooser(t, bank, relations_of(t.row_codes[r]));
-        const Mode mode = mode_of(t, chooser.relations);
-        const auto reduce = mode == Mode::kAll        ? reduce_row<Mode::kAll>
-                            : mode == Mode::kDiagonal ? reduce_row<Mode::kDiagonal>
-                                                      : reduce_row<Mode::kGeneral>;
+        const auto reduce = pick(mode_of(t, chooser.relations), reduce_row<Mode::kAll>, reduce_row<Mode::kDiagonal>,
+                                 reduce_row<Mode::kGeneral>);
         Partial* out = partials.get() + r * per_reduction + (bank * stripes + stripe) * t.rows;
-        for (int64_t i = first; i < last; ++i)
-          out[i] = reduce(scores, chooser, kind_of(t.row_codes[r]), i, begin, end);
+        for (int64_t i = block.first; i < block.last; ++i) out[i] = reduce(block, chooser, kind_of(t.row_codes[r]), i);
       }
       for (int c = 0; c < t.n_col; ++c) {
         const Chooser chooser(t, bank, relations_of(t.col_codes[c]));
-        const Mode mode = mode_of(t, chooser.relations);
-        const auto reduce = mode == Mode::kAll        ? reduce_columns<Mode::kAll>
-                            : mode == Mode::kDiagonal ? reduce_columns<Mode::kDiagonal>
-                                                      : reduce_columns<Mode::kGeneral>;
+        const auto reduce = pick(mode_of(t, chooser.relations), reduce_columns<Mode::kAll>,
+                                 reduce_columns<Mode::kDiagonal>, reduce_columns<Mode::kGeneral>);
         const int64_t offset = c * a.col_reduction_stride + bank * t.cols;
-        reduce(scores, chooser, kind_of(t.col_codes[c]), first, last, begin, end, a.col_max + offset,
-               a.col_sum + offset);
+        reduce(block, chooser, kind_of(t.col_codes[c]), a.col_max + offset, a.col_sum + offset);
       }
     }
   });
 
   parallel_for(t.n_row * t.banks, t.threads, [&](int64_t task) {
     const int64_t r = task / t.banks, bank = task % t.banks;
-    const bool lse = kind_of(t.row_codes[r]) == kLse;
+    const bool lse = is_lse(t.row_codes[r]);
     const Partial* in = partials.get() + r * per_reduction + bank * stripes * t.rows;
     float* out = a.row_out + r * a.row_reduction_stride + bank * a.row_bank_stride;
     for (int64_t i = 0; i < t.rows; ++i) {
       float peak = lse ? -kInf : 0.0f;
-      for (int64_t k = 0; lse && k < stripes; ++k) peak = std::max(peak, in[k * t.rows + i].max);
+      for (int64_t k = 0; lse && k < stripes; ++k) peak = std::max(peak, in[k * t.rows + i].shift);
       double total = 0;
       for (int64_t k = 0; k < stripes; ++k) {
         const Partial& part = in[k * t.rows + i];
-        // A stripe with nothing chosen has max -inf and sum 0; -inf - -inf must not make it NaN.
+        // A stripe with nothing chosen has shift -inf and sum 0; -inf - -inf must not make it NaN.
         if (part.sum == 0.0f) continue;
-        total += lse ? part.sum * std::exp(static_cast<double>(part.max) - peak) : part.sum;
+        total += lse ? part.sum * std::exp(static_cast<double>(part.shift) - peak) : part.sum;
       }
       out[i] = static_cast<float>(lse ? peak + std::log(total) : total);
     }
