@@ -76,6 +76,8 @@ def _automatic(op: str, device_type: str, dtype: torch.dtype) -> str:
     raise AssertionError("unreachable: the reference serves everything")
 
 
+# Under torch.compile the choice is made while tracing and is a constant of the graph.
+@torch.compiler.assume_constant_result
 def choose(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that will run ``op``.
 

@@ -58,14 +58,15 @@ class _Layout:
     def largest(self) -> int:
         return max(self.size(c) for c in self.chunks)
 
-    @property
-    def stash(self) -> int:
-        return sum(self.size(c) for c in self.chunks[: self.kept])
+
+def _scratch(workspace: int) -> int:
+    """Elements of a chunk: a quarter of the workspace at most."""
+    return min(workspace // 4, _LARGEST_CHUNK) // 4
 
 
 def _layout(p: SimilarityProblem, workspace: int, keep: bool) -> _Layout:
-    """One chunk of scratch, a quarter of the workspace at most; the rest is for kept chunks."""
-    scratch = min(workspace // 4, _LARGEST_CHUNK) // 4
+    """One chunk of scratch; the rest of the workspace is for kept chunks."""
+    scratch = _scratch(workspace)
     if p.n * p.m <= scratch or p.n <= _FEWEST_ROWS:
         group = max(1, scratch // (p.n * p.m))
         chunks = [_Chunk(b, min(b + group, p.banks), 0, p.n) for b in range(0, p.banks, group)]
@@ -75,18 +76,23 @@ def _layout(p: SimilarityProblem, workspace: int, keep: bool) -> _Layout:
             _Chunk(b, b + 1, start, min(start + rows, p.n)) for b in range(p.banks) for start in range(0, p.n, rows)
         ]
     layout = _Layout(chunks, 0, p.m)
-    room = workspace // 4 - layout.largest
-    # A problem of one chunk is small: keeping it costs no more than its scratch.
-    kept = 1 if keep and len(chunks) == 1 else 0
-    while keep and kept < len(chunks) and layout.size(chunks[kept]) <= room:
+    (room,) = stash_shape(p, workspace, keep)
+    kept = 0
+    while kept < len(chunks) and layout.size(chunks[kept]) <= room:
         room -= layout.size(chunks[kept])
         kept += 1
     return _Layout(chunks, kept, p.m)
 
 
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
-    """Shape of what forward keeps for backward."""
-    return (_layout(p, workspace, keep).stash,)
+    """Shape of what forward keeps for backward: what the scratch leaves of the workspace, and one chunk at least.
+
+    The sizes may be symbols of a compiled graph. The formula has no branch on them, so one graph serves all sizes.
+    """
+    if not keep:
+        return (0,)
+    room = workspace // 4 - _scratch(workspace)
+    return (torch.sym_min(p.banks * p.n * p.m, torch.sym_max(room, _FEWEST_ROWS * p.m)),)
 
 
 class _Problem:
@@ -156,7 +162,7 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     """Row results ``[R, B, N]``, column results ``[C, B, M]`` and the kept chunks, flat."""
     layout = _layout(p, workspace, keep)
     native = _Problem(p)
-    stash = torch.empty(layout.stash)
+    stash = torch.empty(stash_shape(p, workspace, keep))
     scratch = torch.empty(layout.largest if layout.kept < len(layout.chunks) else 0)
     row_out = torch.empty(len(p.rows), p.banks, p.n)
     col_max = torch.full((len(p.cols), p.banks, p.m), -torch.inf)
