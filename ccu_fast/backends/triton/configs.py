@@ -6,7 +6,7 @@ No autotuning: the same inputs take the same tiles, hence the same bits, in ever
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -37,6 +37,14 @@ class Device:
     max_groups: int
     forward: dict[str, Tile]
     gradient: dict[str, Tile]
+
+    def tile(self, kernel: str, arithmetic: str, keyed: bool) -> Tile:
+        """The tile of "forward" or "gradient"; half as wide where labels or ids must be compared.
+
+        There every pair has a relation and every column a key in registers, which a full tile would spill.
+        """
+        full: Tile = getattr(self, kernel)[arithmetic]
+        return replace(full, block_n=max(full.block_n // 2, 16)) if keyed else full
 
 
 _IEEE = Tile(64, 64, 16, 4, 3)

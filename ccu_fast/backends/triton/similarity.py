@@ -39,14 +39,16 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     with _on(p.x):
         device = configs.device()
         arithmetic = configs.arithmetic(p.x.dtype)
-        tile = device.forward[arithmetic]
+        keys = _keys(p)
+        tile = device.tile("forward", arithmetic, any(k is not None for k in keys))
         rows, cols = _spec(p, p.rows), _spec(p, p.cols)
+        x, y = _padded(p.x, tile.block_k), _padded(p.y, tile.block_k)
         plan = _rectangles(p, tile, device, workspace)
         row_parts = _parts(p.x, rows, plan.strips, p.banks, p.n)
         col_parts = _parts(p.x, cols, plan.groups, p.banks, p.m)
         forward_kernel[(p.banks * plan.groups * plan.strips,)](
-            p.x, p.y, p.scale, p.bias, p.row_labels, p.col_labels, p.row_ids, p.col_ids, row_parts, col_parts,
-            p.n, p.m, p.x.shape[2], p.banks, *_bank_strides(p),
+            x, y, p.scale, p.bias, *keys, row_parts, col_parts,
+            p.n, p.m, x.shape[2], p.banks, *_bank_strides(x, y, *keys),
             plan.groups, plan.group_tiles, plan.strips, plan.strip_tiles,
             **_constants(p, tile, arithmetic),
             MASK_N=p.n % tile.block_m != 0,
@@ -74,7 +76,9 @@ def backward(
     with _on(p.x):
         device = configs.device()
         arithmetic = configs.arithmetic(p.x.dtype)
-        tile = device.gradient[arithmetic]
+        keys = _keys(p)
+        tile = device.tile("gradient", arithmetic, any(k is not None for k in keys))
+        x, y = _padded(p.x, tile.block_k), _padded(p.y, tile.block_k)
         want_x, want_y = needs[0], needs[1]
         want_totals = needs[2] or needs[3]
         norm, undo = _normalisation(p, grad_rows, grad_cols)
@@ -90,9 +94,9 @@ def backward(
             g = p.x.new_empty((n_banks, count, stride) if want_x or want_y else (0,))
             parts = totals.new_empty((2, programs) if want_totals else (0,), dtype=torch.float32)
             gradient_kernel[(programs,)](
-                p.x, p.y, p.scale, p.bias, norm, p.row_labels, p.col_labels, p.row_ids, p.col_ids,
+                x, y, p.scale, p.bias, norm, *keys,
                 grad_rows, grad_cols, row_out, col_out, g, parts,
-                p.n, p.m, p.x.shape[2], p.banks, banks.start, first, count, stride, *_bank_strides(p),
+                p.n, p.m, x.shape[2], p.banks, banks.start, first, count, stride, *_bank_strides(x, y, *keys),
                 **constants,
                 HAS_NORM=norm is not None, STORE=want_x or want_y, TOTALS=want_totals,
                 MASK_N=count % tile.block_m != 0,
@@ -120,36 +124,53 @@ def _available(p: SimilarityProblem) -> int:
     return int(OTHER | own | alike)
 
 
-def _spec(p: SimilarityProblem, codes: Sequence[int], *, off_diagonal: bool = False) -> Spec:
-    """(kind, relations, slot of the running maximum) for each reduction, with relations that cannot occur left out.
+def _spec(p: SimilarityProblem, codes: Sequence[int]) -> Spec:
+    """(kind, relations, slot of the running maximum) for each reduction, relations that cannot occur left out.
 
     All that can occur is ALL, so that the kernels test nothing where nothing needs a test.
     """
-    available = _available(p)
-    if off_diagonal and p.diagonal:
-        available &= ~int(SELF)
     spec = []
     slot = len(codes)
     for code in codes:
-        kind, relations = code // 8, code % 8 & available
-        spec.append((kind, int(ALL) if relations == available else relations, slot))
+        kind, relations = code // 8, code % 8
+        spec.append((kind, _simplest(relations, _available(p)), slot))
         slot += kind == 0
     return tuple(spec)
 
 
+def _simplest(relations: int, available: int) -> int:
+    relations &= available
+    return int(ALL) if relations == available else relations
+
+
+def _by_distance(p: SimilarityProblem, spec: Spec) -> tuple[Spec, Spec, Spec]:
+    """A spec in three: what holds for every tile, what is added near the diagonal, what is added far from it.
+
+    Only relations by position differ: far from the diagonal nothing is SELF.
+    """
+    if not p.diagonal:
+        return spec, (), ()
+    far = _available(p) & ~int(SELF)
+    return (
+        tuple((kind, relations if relations == ALL else 0, slot) for kind, relations, slot in spec),
+        tuple((kind, 0 if relations == ALL else relations, slot) for kind, relations, slot in spec),
+        tuple((kind, 0 if relations == ALL else _simplest(relations, far), slot) for kind, relations, slot in spec),
+    )
+
+
 def _constants(p: SimilarityProblem, tile: configs.Tile, arithmetic: str) -> dict[str, Any]:
     """The compile-time arguments that both kernels share."""
+    specs: dict[str, Spec] = {}
+    for name, codes in (("ROWS", p.rows), ("COLS", p.cols)):
+        spec = specs[name] = _spec(p, codes)
+        specs[f"{name}_ALWAYS"], specs[f"{name}_NEAR"], specs[f"{name}_FAR"] = _by_distance(p, spec)
     return {
-        "ROWS": _spec(p, p.rows),
-        "COLS": _spec(p, p.cols),
-        "ROWS_OFF": _spec(p, p.rows, off_diagonal=True),
-        "COLS_OFF": _spec(p, p.cols, off_diagonal=True),
+        **specs,
         "HAS_BIAS": p.bias is not None,
         "HAS_LABELS": p.row_labels is not None,
         "HAS_IDS": p.row_ids is not None,
         "DIAGONAL": p.diagonal,
         "MASK_M": p.m % tile.block_n != 0,
-        "MASK_D": p.x.shape[2] % tile.block_k != 0,
         "PRECISION": "tf32" if arithmetic == "tf32" else "ieee",
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -159,9 +180,31 @@ def _constants(p: SimilarityProblem, tile: configs.Tile, arithmetic: str) -> dic
     }
 
 
-def _bank_strides(p: SimilarityProblem) -> tuple[int, ...]:
+def _padded(t: Tensor, multiple: int) -> Tensor:
+    """Zeros to a whole number of steps along D: aligned 16-byte loads and no mask, whatever D is."""
+    missing = -t.shape[2] % multiple
+    return torch.nn.functional.pad(t, (0, missing)) if missing else t
+
+
+def _keys(p: SimilarityProblem) -> tuple[Tensor | None, ...]:
+    """Row labels, column labels, row ids, column ids as int32 names: half the registers of int64, one comparison."""
+    return (*_names(p.row_labels, p.col_labels, signed=True), *_names(p.row_ids, p.col_ids, signed=False))
+
+
+def _names(row: Tensor | None, col: Tensor | None, *, signed: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Equal keys get equal names, the place of their first occurrence in sorted order; negative labels get −1."""
+    if row is None or col is None:
+        return None, None
+    banks = max(row.shape[0], col.shape[0])
+    keys = torch.cat([row.expand(banks, -1), col.expand(banks, -1)], 1)
+    names = torch.searchsorted(keys.sort(dim=1).values, keys, out_int32=True)
+    if signed:
+        names = names.masked_fill(keys < 0, -1)
+    return names[:, : row.shape[1]].contiguous(), names[:, row.shape[1] :].contiguous()
+
+
+def _bank_strides(*tensors: Tensor | None) -> tuple[int, ...]:
     """Elements from one bank to the next; 0 where one serves all."""
-    tensors = (p.x, p.y, p.row_labels, p.col_labels, p.row_ids, p.col_ids)
     return tuple(0 if t is None or t.shape[0] == 1 else t[0].numel() for t in tensors)
 
 

@@ -35,6 +35,7 @@ from ccu_fast.backends.triton.similarity_tile import (
     LOG2E,
     LSE,
     SUM,
+    crosses_diagonal,
     empty_state,
     gradient_tile,
     join,
@@ -50,19 +51,10 @@ BAND = tl.constexpr(8)
 
 
 @triton.jit
-def _reduce_both(
-    t, rows, cols, N, M, row_label, col_label, row_id, col_id, state,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
-    MASK_N: tl.constexpr, MASK_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One tile into the state of its rows, and the fresh state of its columns."""
-    counts, own, alike = relate(
-        rows, cols, N, M, row_label, col_label, row_id, col_id,
-        HAS_LABELS, HAS_IDS, DIAGONAL, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    state = reduce_tile(t, counts, own, alike, state, ROWS, 1)
-    return state, reduce_tile(t, counts, own, alike, empty_state(COLS, BLOCK_N), COLS, 0)
+def _reduce_both(t, relation, state, col_state, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """One tile into the states of its rows and of its columns."""
+    state = reduce_tile(t, relation, state, ROWS, 1)
+    return state, reduce_tile(t, relation, col_state, COLS, 0)
 
 
 @triton.jit
@@ -70,15 +62,17 @@ def forward_kernel(
     x, y, scale_ptr, bias_ptr, row_labels, col_labels, row_ids, col_ids, row_parts, col_parts,
     N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
     groups, group_tiles, strips, strip_tiles,
-    ROWS: tl.constexpr, COLS: tl.constexpr, ROWS_OFF: tl.constexpr, COLS_OFF: tl.constexpr,
+    ROWS: tl.constexpr, ROWS_ALWAYS: tl.constexpr, ROWS_NEAR: tl.constexpr, ROWS_FAR: tl.constexpr,
+    COLS: tl.constexpr, COLS_ALWAYS: tl.constexpr, COLS_NEAR: tl.constexpr, COLS_FAR: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
-    MASK_N: tl.constexpr, MASK_M: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_N: tl.constexpr, MASK_M: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Partial row and column states of one rectangle of tiles.
 
-    ``row_parts`` is fp32 ``[slots, strips, banks, N]``, ``col_parts`` ``[slots, groups, banks, M]``. The ``_OFF`` specs
-    hold away from the diagonal, where no pair is SELF by position. The ``_bank`` arguments are strides, 0 if shared.
+    ``row_parts`` is fp32 ``[slots, strips, banks, N]``, ``col_parts`` ``[slots, groups, banks, M]``. The ``_bank``
+    arguments are strides, 0 if shared. Where pairs are SELF by position (``DIAGONAL``) the reductions over everything
+    are ``_ALWAYS`` alike; the others are ``_NEAR`` the diagonal and without SELF ``_FAR`` from it.
     """
     pid = tl.program_id(0)
     bank = (pid // (groups * strips)).to(tl.int64)
@@ -118,26 +112,24 @@ def forward_kernel(
             # Out of range an existing row is read again; relate() keeps it out.
             dots = products(
                 x, y, tl.minimum(rows, N - 1), tl.minimum(cols, M - 1), D,
-                BLOCK_M, BLOCK_N, BLOCK_K, MASK_D, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
             t = dots * scale + bias
+            relation = relate(
+                rows, cols, N, M, row_label, col_label, row_id, col_id,
+                HAS_LABELS, HAS_IDS, False, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            col_state = empty_state(COLS, BLOCK_N)
+            state, col_state = _reduce_both(t, relation, state, col_state, ROWS_ALWAYS, COLS_ALWAYS)
             if DIAGONAL:
-                near = (row_tile * BLOCK_M < (col_tile + 1) * BLOCK_N) & (col_tile * BLOCK_N < (row_tile + 1) * BLOCK_M)
-                if near:
-                    state, col_state = _reduce_both(
-                        t, rows, cols, N, M, row_label, col_label, row_id, col_id, state,
-                        ROWS, COLS, HAS_LABELS, HAS_IDS, True, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
+                if crosses_diagonal(row_tile * BLOCK_M, col_tile * BLOCK_N, BLOCK_M, BLOCK_N):
+                    relation = relate(
+                        rows, cols, N, M, row_label, col_label, row_id, col_id,
+                        HAS_LABELS, HAS_IDS, True, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
+                    state, col_state = _reduce_both(t, relation, state, col_state, ROWS_NEAR, COLS_NEAR)
                 else:
-                    state, col_state = _reduce_both(
-                        t, rows, cols, N, M, row_label, col_label, row_id, col_id, state,
-                        ROWS_OFF, COLS_OFF, HAS_LABELS, HAS_IDS, False, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
-                    )  # fmt: skip
-            else:
-                state, col_state = _reduce_both(
-                    t, rows, cols, N, M, row_label, col_label, row_id, col_id, state,
-                    ROWS, COLS, HAS_LABELS, HAS_IDS, False, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
+                    state, col_state = _reduce_both(t, relation, state, col_state, ROWS_FAR, COLS_FAR)
 
             seen = col_ok & (row_tile > first_row_tile)
             for c in tl.static_range(len(COLS)):
@@ -192,10 +184,11 @@ def gradient_kernel(
     grad_rows, grad_cols, row_out, col_out, g_out, totals_out,
     N, M, D, banks, first_bank, first_row, chunk_rows, g_stride,
     x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
-    ROWS: tl.constexpr, COLS: tl.constexpr, ROWS_OFF: tl.constexpr, COLS_OFF: tl.constexpr,
+    ROWS: tl.constexpr, ROWS_ALWAYS: tl.constexpr, ROWS_NEAR: tl.constexpr, ROWS_FAR: tl.constexpr,
+    COLS: tl.constexpr, COLS_ALWAYS: tl.constexpr, COLS_NEAR: tl.constexpr, COLS_FAR: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
     HAS_NORM: tl.constexpr, STORE: tl.constexpr, TOTALS: tl.constexpr,
-    MASK_N: tl.constexpr, MASK_M: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_N: tl.constexpr, MASK_M: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of G for the rows [first_row, first_row + chunk_rows) of some banks.
@@ -220,7 +213,7 @@ def gradient_kernel(
         bias = tl.load(bias_ptr) * LOG2E
     dots = products(
         x + bank * x_bank, y + bank * y_bank, tl.minimum(rows, N - 1), tl.minimum(cols, M - 1), D,
-        BLOCK_M, BLOCK_N, BLOCK_K, MASK_D, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
     t = dots * scale + bias
 
@@ -239,29 +232,23 @@ def gradient_kernel(
     g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # A chunk may end inside a tile whose next rows exist: they belong to the next chunk.
     end = first_row + chunk_rows
+    relation = relate(
+        rows, cols, end, M, row_label, col_label, row_id, col_id,
+        HAS_LABELS, HAS_IDS, False, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    g = gradient_tile(t, relation, g, rows_sources, ROWS_ALWAYS, 1)
+    g = gradient_tile(t, relation, g, cols_sources, COLS_ALWAYS, 0)
     if DIAGONAL:
-        top = first_row + row_tile * BLOCK_M
-        if (top < (col_tile + 1) * BLOCK_N) & (col_tile * BLOCK_N < top + BLOCK_M):
-            counts, own, alike = relate(
+        if crosses_diagonal(first_row + row_tile * BLOCK_M, col_tile * BLOCK_N, BLOCK_M, BLOCK_N):
+            relation = relate(
                 rows, cols, end, M, row_label, col_label, row_id, col_id,
                 HAS_LABELS, HAS_IDS, True, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            g = gradient_tile(t, counts, own, alike, g, rows_sources, ROWS, 1)
-            g = gradient_tile(t, counts, own, alike, g, cols_sources, COLS, 0)
+            g = gradient_tile(t, relation, g, rows_sources, ROWS_NEAR, 1)
+            g = gradient_tile(t, relation, g, cols_sources, COLS_NEAR, 0)
         else:
-            counts, own, alike = relate(
-                rows, cols, end, M, row_label, col_label, row_id, col_id,
-                HAS_LABELS, HAS_IDS, False, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-            g = gradient_tile(t, counts, own, alike, g, rows_sources, ROWS_OFF, 1)
-            g = gradient_tile(t, counts, own, alike, g, cols_sources, COLS_OFF, 0)
-    else:
-        counts, own, alike = relate(
-            rows, cols, end, M, row_label, col_label, row_id, col_id,
-            HAS_LABELS, HAS_IDS, False, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        g = gradient_tile(t, counts, own, alike, g, rows_sources, ROWS, 1)
-        g = gradient_tile(t, counts, own, alike, g, cols_sources, COLS, 0)
+            g = gradient_tile(t, relation, g, rows_sources, ROWS_FAR, 1)
+            g = gradient_tile(t, relation, g, cols_sources, COLS_FAR, 0)
 
     if TOTALS:
         tl.store(totals_out + pid, tl.sum(tl.sum(g * dots, 1), 0))

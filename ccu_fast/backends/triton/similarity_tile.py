@@ -3,7 +3,7 @@
 Inside the kernels S is carried as ``t = S · log2(e)``, so that an exponential is one ``exp2`` of one difference and
 no rounding is added to S's own. A SPEC is a tuple of ``(kind, relations, peak)`` known at compile time: the kind of
 :data:`LSE`, :data:`SUM` or :data:`SOFTPLUS`, the relation bits, and the slot that keeps an lse's running maximum.
-The relations :data:`EVERY` need no test, and the empty set costs nothing.
+The empty set of relations costs nothing.
 
 A state is one ``(total, peak)`` pair of vectors for each entry of a SPEC: an lse is ``peak + log2(total)``, the other
 kinds use only the total. ``sum`` totals t itself, ``softplus`` totals natural units.
@@ -23,11 +23,7 @@ SOFTPLUS = tl.constexpr(2)
 
 SELF = tl.constexpr(1)
 SAME = tl.constexpr(2)
-SELF_OR_SAME = tl.constexpr(3)
 OTHER = tl.constexpr(4)
-SELF_OR_OTHER = tl.constexpr(5)
-SAME_OR_OTHER = tl.constexpr(6)
-EVERY = tl.constexpr(7)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -46,22 +42,16 @@ def swizzle(pid, n_rows, n_cols, WIDTH: tl.constexpr):
 @triton.jit
 def products(
     x, y, rows, cols, D,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    MASK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x[rows] · y[cols]ᵀ in fp32; rows and cols are in range."""
+    """x[rows] · y[cols]ᵀ in fp32; rows and cols are in range, D is a multiple of BLOCK_K."""
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x + rows.to(tl.int64)[:, None] * D + k[None, :]
     y_ptrs = y + cols.to(tl.int64)[None, :] * D + k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, D, BLOCK_K):
-        if MASK_D:
-            inside = k < D - start
-            a = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
-            b = tl.load(y_ptrs, mask=inside[:, None], other=0.0)
-        else:
-            a = tl.load(x_ptrs)
-            b = tl.load(y_ptrs)
+    for _ in range(0, D, BLOCK_K):
+        a = tl.load(x_ptrs)
+        b = tl.load(y_ptrs)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         x_ptrs += BLOCK_K
         y_ptrs += BLOCK_K
@@ -70,7 +60,7 @@ def products(
 
 @triton.jit
 def load_keys(labels, ids, index, in_range, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr):
-    """Labels and ids of some rows or columns; out of range the label is negative, so it is ignored."""
+    """Names of the labels and ids of some rows or columns; out of range the label is negative, so it is ignored."""
     label = index
     if HAS_LABELS:
         label = tl.load(labels + index, mask=in_range, other=-1)
@@ -81,50 +71,36 @@ def load_keys(labels, ids, index, in_range, HAS_LABELS: tl.constexpr, HAS_IDS: t
 
 
 @triton.jit
+def crosses_diagonal(row, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether the tile that begins at (row, col) holds a pair (i, i)."""
+    return (row < col + BLOCK_N) & (col < row + BLOCK_M)
+
+
+@triton.jit
 def relate(
     rows, cols, N, M, row_label, col_label, row_id, col_id,
     HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
     MASK_N: tl.constexpr, MASK_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Three masks of a tile: the pair takes part, it is SELF by id or position, its labels are equal.
+    """The relation of every pair of a tile, 0 where it takes no part: one register each, not one for each mask.
 
     What does not apply is a constant, which the compiler folds away.
     """
-    counts = tl.full((BLOCK_M, BLOCK_N), True, tl.int1)
-    alike = tl.full((BLOCK_M, BLOCK_N), False, tl.int1)
-    own = tl.full((BLOCK_M, BLOCK_N), False, tl.int1)
+    relation = tl.full((BLOCK_M, BLOCK_N), OTHER, tl.int32)
     if HAS_LABELS:
-        alike = row_label[:, None] == col_label[None, :]
-        counts = (row_label >= 0)[:, None] & (col_label >= 0)[None, :]
+        relation = tl.where(row_label[:, None] == col_label[None, :], SAME, relation)
+    if HAS_IDS:
+        relation = tl.where(row_id[:, None] == col_id[None, :], SELF, relation)
+    elif DIAGONAL:
+        relation = tl.where(rows[:, None] == cols[None, :], SELF, relation)
+    if HAS_LABELS:
+        relation = tl.where((row_label >= 0)[:, None] & (col_label >= 0)[None, :], relation, 0)
     else:
         if MASK_N:
-            counts = counts & (rows < N)[:, None]
+            relation = tl.where((rows < N)[:, None], relation, 0)
         if MASK_M:
-            counts = counts & (cols < M)[None, :]
-    if HAS_IDS:
-        own = row_id[:, None] == col_id[None, :]
-    elif DIAGONAL:
-        own = rows[:, None] == cols[None, :]
-    return counts, own, alike
-
-
-@triton.jit
-def members(counts, own, alike, RELATIONS: tl.constexpr):
-    """Which pairs of a tile stand in one of RELATIONS."""
-    chosen = counts
-    if RELATIONS == SELF:
-        chosen = counts & own
-    elif RELATIONS == SAME:
-        chosen = counts & alike & ~own
-    elif RELATIONS == SELF_OR_SAME:
-        chosen = counts & (alike | own)
-    elif RELATIONS == OTHER:
-        chosen = counts & ~(alike | own)
-    elif RELATIONS == SELF_OR_OTHER:
-        chosen = counts & (own | ~alike)
-    elif RELATIONS == SAME_OR_OTHER:
-        chosen = counts & ~own
-    return chosen
+            relation = tl.where((cols < M)[None, :], relation, 0)
+    return relation
 
 
 @triton.jit
@@ -165,13 +141,13 @@ def empty_state(SPEC: tl.constexpr, ITEMS: tl.constexpr):
 
 
 @triton.jit
-def reduce_tile(t, counts, own, alike, state, SPEC: tl.constexpr, AXIS: tl.constexpr):
+def reduce_tile(t, relation, state, SPEC: tl.constexpr, AXIS: tl.constexpr):
     """The state after one more tile, reduced over AXIS (1: row results, 0: column results)."""
     result = ()
     for r in tl.static_range(len(SPEC)):
         total, peak = state[r]
         if SPEC[r][1] != 0:
-            chosen = members(counts, own, alike, SPEC[r][1])
+            chosen = (relation & SPEC[r][1]) != 0
             if SPEC[r][0] == LSE:
                 masked = tl.where(chosen, t, float("-inf"))
                 top = tl.maximum(peak, tl.max(masked, AXIS))
@@ -206,7 +182,7 @@ def load_gradients(grads, outs, index, in_range, stride, SPEC: tl.constexpr):
 
 
 @triton.jit
-def gradient_tile(t, counts, own, alike, g, sources, SPEC: tl.constexpr, AXIS: tl.constexpr):
+def gradient_tile(t, relation, g, sources, SPEC: tl.constexpr, AXIS: tl.constexpr):
     """g plus what the reductions over AXIS send back to every entry of S."""
     for r in tl.static_range(len(SPEC)):
         if SPEC[r][1] != 0:
@@ -216,5 +192,5 @@ def gradient_tile(t, counts, own, alike, g, sources, SPEC: tl.constexpr, AXIS: t
                 part = part * tl.exp2(t - tl.expand_dims(lse, AXIS))
             elif SPEC[r][0] == SOFTPLUS:
                 part = part / (1.0 + tl.exp2(-t))
-            g += tl.where(members(counts, own, alike, SPEC[r][1]), part, 0.0)
+            g += tl.where((relation & SPEC[r][1]) != 0, part, 0.0)
     return g
