@@ -103,7 +103,7 @@ def inverse_info_nce(
         fp32 ``[...]``, or ``[..., N]`` for reduction="none".
 
     Raises:
-        ValueError: unknown kind or reduction; kind="contrastive" without labels.
+        ValueError: unknown kind or reduction; kind="contrastive" without labels; nothing that says what is positive.
 
     Source: "bounded" is this project's definition for CCU (arXiv 2509.23895 publishes no formula); "contrastive" is
     Contrastive Unlearning, Lee et al. 2024 (arXiv 2401.10458), eq. 1; "ascent" is the negated InfoNCE.
@@ -113,6 +113,7 @@ def inverse_info_nce(
     if kind == "ascent":
         return -info_nce(x, y, scale=scale, symmetric=False, reduction=reduction, **similarity)
     if kind == "bounded":
+        _require_positives(x, y, similarity, labels=True)
         spec = [("lse", ALL), ("lse", OTHER), ("count", OTHER), ("count", SELF | SAME)]
         (everything, other, n_other, n_positive), _ = reduce_similarity(x, y, scale=scale, rows=spec, **similarity)
         counts = (n_other > 0) & (n_positive > 0)
@@ -153,11 +154,12 @@ def sup_con(
         fp32 ``[...]``, or ``[..., N]`` for reduction="none".
 
     Raises:
-        ValueError: unknown reduction, labels of the wrong length.
+        TypeError, ValueError: unknown reduction, no labels, labels of the wrong length.
 
     Source: Khosla et al. 2020 (arXiv 2004.11362), eq. 2.
     """
     check.one_of("reduction", reduction, REDUCTIONS)
+    check.tensor("row_labels", row_labels, dtypes=check.INTEGERS)
     spec = [("lse", SAME | OTHER), ("sum", SAME), ("count", SAME)]
     (rest, positive, n_positive), _ = reduce_similarity(
         x, y, scale=scale, row_labels=row_labels, col_labels=col_labels, rows=spec, **similarity
@@ -185,30 +187,39 @@ def sigmoid_loss(
         x: ``[..., N, D]``; y: ``[..., M, D]``.
         scale, bias: numbers or one-element tensors (gradient flows).
         reduction: "mean" (the sum over all pairs divided by N), "sum", or "none" (``[..., N]``).
-        **similarity: row_ids, col_ids (equal ids are positives), paired, backend, workspace, nan_policy: see
-            :func:`ccu_fast.reduce_similarity`.
+        **similarity: row_ids, col_ids (equal ids are positives), paired (False: every pair is a negative), backend,
+            workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
 
     Returns:
         fp32 ``[...]``, or ``[..., N]`` for reduction="none".
 
     Raises:
-        ValueError: N ≠ M without ids, unknown reduction.
+        ValueError: N ≠ M without ids or paired=False, unknown reduction.
 
     Source: Zhai et al. 2023 (arXiv 2303.15343), algorithm 1.
     """
     check.one_of("reduction", reduction, REDUCTIONS)
+    _require_positives(x, y, similarity, negatives_only=True)
     (softplus, positive), _ = reduce_similarity(
         x, y, scale=scale, bias=bias, rows=[("softplus", ALL), ("sum", SELF)], **similarity
     )
     return _reduce(softplus - positive, torch.ones_like(softplus, dtype=torch.bool), reduction)
 
 
-def _require_positives(x: Tensor, y: Tensor, similarity: dict[str, Any]) -> None:
-    """Without ids only a square problem says which pairs belong together."""
+def _require_positives(
+    x: Tensor, y: Tensor, similarity: dict[str, Any], *, labels: bool = False, negatives_only: bool = False
+) -> None:
+    """Without ids (or labels, where they make positives) only a paired problem says which items belong together."""
     if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.ndim < 2 or y.ndim < 2:
         return  # reduce_similarity says what is wrong
-    if similarity.get("row_ids") is None and x.shape[-2] != y.shape[-2]:
-        raise ValueError(f"y: expected {x.shape[-2]} rows (those of x) or row_ids and col_ids, got {y.shape[-2]} rows")
+    if similarity.get("row_ids") is not None or (labels and similarity.get("row_labels") is not None):
+        return
+    keys = "row_ids and col_ids or row_labels and col_labels" if labels else "row_ids and col_ids"
+    if similarity.get("paired") is False:
+        if not negatives_only:
+            raise ValueError(f"paired: expected True or {keys}, got False")
+    elif x.shape[-2] != y.shape[-2]:
+        raise ValueError(f"y: expected {x.shape[-2]} rows (those of x) or {keys}, got {y.shape[-2]} rows")
 
 
 def _reduce(per_row: Tensor, counts: Tensor, reduction: str) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.backends.problem import KINDS, SimilarityProblem, encode
+from ccu_fast.backends.problem import KINDS, MAX_REDUCTIONS, SimilarityProblem, encode
 from ccu_fast.backends.reference import similarity as reference
 from ccu_fast.backends.registry import choose
 from ccu_fast.relations import ALL, OTHER, SAME, SELF, Relation, count_relations
@@ -68,7 +68,7 @@ def reduce_similarity(
         paired: pairs (i, i) are SELF when no ids are given. Default: N == M. Pass False for two unrelated banks of
             equal size.
         rows: reductions along rows: pairs of "lse", "sum", "softplus" or "count" and a set of relations, e.g.
-            ``[("lse", ALL), ("sum", SELF)]``.
+            ``[("lse", ALL), ("sum", SELF)]``. At most 8 besides counts.
         cols: reductions along columns.
         backend: "auto", or one of "native", "triton", "reference"; a named one raises if it cannot serve.
         workspace: bytes the operation may use beyond O((N+M)·D). Default 256 MiB on a CPU, 1 GiB on a GPU. More
@@ -157,8 +157,7 @@ def _problem(
 
     row_labels, col_labels = pair("labels", row_labels, col_labels)
     row_ids, col_ids = pair("ids", row_ids, col_ids)
-    row_spec = [_reduction("rows", r) for r in rows]
-    col_spec = [_reduction("cols", r) for r in cols]
+    row_spec, col_spec = _spec("rows", rows), _spec("cols", cols)
 
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
@@ -182,6 +181,14 @@ def _problem(
 def _needs_backward(p: SimilarityProblem) -> bool:
     inputs = (p.x, p.y, p.scale, p.bias)
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def _spec(name: str, values: Sequence[Reduction]) -> list[Reduction]:
+    spec = [_reduction(name, value) for value in values]
+    tiled = sum(kind != "count" for kind, _ in spec)
+    if tiled > MAX_REDUCTIONS:
+        raise ValueError(f"{name}: expected at most {MAX_REDUCTIONS} reductions besides counts, got {tiled}")
+    return spec
 
 
 def _reduction(name: str, value: Any) -> Reduction:

@@ -278,6 +278,18 @@ def test_sigmoid_loss_is_its_definition(n: int, reduction: str, bias: float | No
     )
 
 
+def test_sigmoid_loss_without_positives(engine: Engine) -> None:
+    """One chunk of the texts of other ranks."""
+    backend, dtype = engine
+
+    def torchs(**t: Tensor) -> Tensor:
+        return -F.logsigmoid(-logits(**t)).sum() / 20
+
+    for m in (20, 30):
+        data = features(20, 6, m=m, bias=-3.0)
+        compare(lambda **t: sigmoid_loss(**t, paired=False, backend=backend), torchs, data, dtype)
+
+
 # ---- open_clip's classes
 
 

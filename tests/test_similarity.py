@@ -17,7 +17,7 @@ from tolerance import assert_three_way
 from torch import Tensor
 
 from ccu_fast import ALL, OTHER, SAME, SELF, info_nce, reduce_similarity
-from ccu_fast.backends.problem import KINDS
+from ccu_fast.backends.problem import KINDS, MAX_REDUCTIONS
 
 Engine = tuple[str, torch.dtype]
 
@@ -63,6 +63,11 @@ def test_many_reductions_at_once(keys: str, engine: Engine) -> None:
     rows = (("lse", ALL), ("lse", OTHER), ("lse", SAME), ("sum", SAME), ("softplus", SELF), ("lse", SELF))
     cols = (("lse", SAME | OTHER), ("softplus", ALL), ("lse", SAME), ("sum", OTHER), ("lse", OTHER))
     check(Case(unit(37, 16), unit(37, 16), 8.0, -3.0, KEYS[keys](37, 37), rows, cols), *engine)
+
+
+def test_as_many_reductions_as_allowed(engine: Engine) -> None:
+    spec = tuple((kind, relations) for kind in KINDS for relations in SETS)[-MAX_REDUCTIONS:]
+    check(Case(unit(37, 16), unit(29, 16), 8.0, keys=KEYS["labels and ids"](37, 29), rows=spec, cols=spec), *engine)
 
 
 SHAPES = [

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 
 KINDS = ("lse", "sum", "softplus")
+# On either side. CCU_MAX_REDUCTIONS of csrc/ccu_fast.h.
+MAX_REDUCTIONS = 8
 
 
 def encode(kind: str, relations: int) -> int:

@@ -205,10 +205,7 @@ def backward(
     buffers = _kept(layout, stash)
     for chunk in layout.chunks:
         buffer = next(buffers, None)
-        if buffer is None:
-            dot = native.dot(chunk, scratch)
-        else:
-            dot = buffer.view(chunk.banks, chunk.rows, p.m)
+        dot = native.dot(chunk, scratch) if buffer is None else buffer[: layout.size(chunk)].view(chunk.banks, -1, p.m)
         grad = grad_buffer[: dot.numel()].view(dot.shape)
         sums = torch.empty(2, chunk.banks * chunk.rows, dtype=torch.float64)
         _C.similarity_backward(

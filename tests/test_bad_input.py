@@ -1,0 +1,227 @@
+"""Bad input: the message names the argument, what was expected and what came; and nothing is computed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import ccu_fast
+from ccu_fast import ALL, SELF, reduce_similarity
+from ccu_fast.backends import registry
+
+X, Y = torch.randn(4, 3), torch.randn(5, 3)
+LABELS = torch.zeros(4, dtype=torch.long)
+META = torch.empty(4, 3, device="meta")
+NAN = torch.tensor([[0.0, 1.0], [torch.nan, 2.0]])
+
+
+def reduce(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+    return lambda: reduce_similarity(*args, **{"rows": [("lse", ALL)], **kwargs})
+
+
+def call(name: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    return lambda: getattr(ccu_fast, name)(*args, **kwargs)
+
+
+def forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    return lambda: module(*args, **kwargs)
+
+
+BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    # the features
+    (reduce([[1.0]], Y), TypeError, "x: expected a torch.Tensor, got list"),
+    (reduce(X, None), TypeError, "y: expected a torch.Tensor, got NoneType"),
+    (reduce(X.long(), Y), TypeError, "x: expected dtype float16 or bfloat16 or float32 or float64, got torch.int64"),
+    (reduce(X, Y.bool()), TypeError, "y: expected dtype float16 or bfloat16 or float32 or float64, got torch.bool"),
+    (reduce(X.to(torch.complex64), Y), TypeError, "x: expected dtype float16 or bfloat16 or float32 or float64, got "),
+    (reduce(X, Y.double()), TypeError, "y: expected dtype torch.float32 (that of x), got torch.float64"),
+    (reduce(X, META), ValueError, "y: expected device cpu (that of x), got meta"),
+    (reduce(X[0], Y), ValueError, "x: expected shape [..., items, D], got [3]"),
+    (reduce(X, Y[0]), ValueError, "y: expected shape [..., items, D], got [3]"),
+    (reduce(X, Y[:, :2]), ValueError, "y: expected last dimension 3 (that of x), got 2"),
+    (
+        reduce(torch.randn(2, 4, 3), torch.randn(3, 5, 3)),
+        ValueError,
+        "y: expected leading dimensions that broadcast with [2] (those of x), got [3]",
+    ),
+    (reduce(NAN, NAN, nan_policy="raise"), ValueError, "x: expected finite values, got nan at index [1, 0]"),
+    (
+        reduce(X, torch.full((5, 3), torch.inf), nan_policy="raise"),
+        ValueError,
+        "y: expected finite values, got inf at index [0, 0]",
+    ),
+    (reduce(X, Y, nan_policy="omit"), ValueError, "nan_policy: expected one of ('propagate', 'raise'), got 'omit'"),
+    # scale and bias
+    (reduce(X, Y, scale="10"), TypeError, "scale: expected a number, got str"),
+    (reduce(X, Y, scale=True), TypeError, "scale: expected a number, got bool"),
+    (reduce(X, Y, scale=float("nan")), ValueError, "scale: expected a finite number in [-inf, inf], got nan"),
+    (reduce(X, Y, scale=torch.ones(2)), ValueError, "scale: expected one element, got shape [2]"),
+    (reduce(X, Y, scale=torch.tensor(3)), TypeError, "scale: expected dtype float16 or bfloat16 or float32 or float64"),
+    (reduce(X, Y, scale=torch.ones((), device="meta")), ValueError, "scale: expected device cpu (that of x), got meta"),
+    (reduce(X, Y, bias=[1.0]), TypeError, "bias: expected a number, got list"),
+    (reduce(X, Y, bias=float("inf")), ValueError, "bias: expected a finite number in [-inf, inf], got inf"),
+    (reduce(X, Y, bias=torch.zeros(1, 2)), ValueError, "bias: expected one element, got shape [1, 2]"),
+    # labels and ids
+    (reduce(X, X, row_labels=[0, 1, 2, 3]), TypeError, "row_labels: expected a torch.Tensor, got list"),
+    (reduce(X, X, row_labels=LABELS.float()), TypeError, "row_labels: expected dtype int64 or int32 or "),
+    (reduce(X, X, row_labels=LABELS[:3]), ValueError, "row_labels: expected shape [4] or [..., 4], got [3]"),
+    (reduce(X, X, row_labels=LABELS[0]), ValueError, "row_labels: expected shape [4] or [..., 4], got []"),
+    (
+        reduce(X, Y, row_labels=LABELS, col_labels=LABELS),
+        ValueError,
+        "col_labels: expected shape [5] or [..., 5], got [4]",
+    ),
+    (
+        reduce(X, Y, row_labels=LABELS),
+        ValueError,
+        "col_labels: expected a tensor because row_labels is given, got None",
+    ),
+    (
+        reduce(X, X, col_labels=LABELS),
+        ValueError,
+        "row_labels: expected a tensor because col_labels is given, got None",
+    ),
+    (reduce(X, X, row_ids=LABELS[None].expand(2, 4)), ValueError, "row_ids: expected shape [4], got [2, 4]"),
+    (reduce(X, X, row_ids=LABELS.to("meta")), ValueError, "row_ids: expected device cpu (that of x), got meta"),
+    (reduce(X, Y, row_ids=LABELS), ValueError, "col_ids: expected a tensor because row_ids is given, got None"),
+    (reduce(X, X, col_ids=LABELS), ValueError, "row_ids: expected a tensor because col_ids is given, got None"),
+    (reduce(X, Y, paired=True), ValueError, "paired: expected as many rows in x as in y, got 4 and 5"),
+    # what is asked for
+    (reduce(X, Y, rows=["lse"]), TypeError, "rows: expected pairs such as ('lse', ALL), got 'lse'"),
+    (reduce(X, Y, rows="lse"), TypeError, "rows: expected pairs such as ('lse', ALL), got 'l'"),
+    (
+        reduce(X, Y, cols=[("mean", ALL)]),
+        ValueError,
+        "cols: expected a reduction in ('lse', 'sum', 'softplus', 'count'), got 'mean'",
+    ),
+    (reduce(X, Y, rows=[("lse", 0)]), ValueError, "rows: expected a set of SELF, SAME and OTHER, got 0"),
+    (reduce(X, Y, rows=[("lse", 8)]), ValueError, "rows: expected a set of SELF, SAME and OTHER, got 8"),
+    (reduce(X, Y, rows=[("lse", "ALL")]), ValueError, "rows: expected a set of SELF, SAME and OTHER, got 'ALL'"),
+    (
+        reduce(X, Y, cols=[("sum", SELF)] * 9),
+        ValueError,
+        "cols: expected at most 8 reductions besides counts, got 9",
+    ),
+    # how it is computed
+    (reduce(X, Y, backend="cuda"), ValueError, "backend: expected one of ('auto', 'triton', 'native', 'reference'), "),
+    (reduce(X, Y, workspace=-1), ValueError, "workspace: expected an int at least 0, got -1"),
+    (reduce(X, Y, workspace=1e6), TypeError, "workspace: expected an int, got float"),
+    # the losses
+    (call("info_nce", X, Y, scale=1.0), ValueError, "y: expected 4 rows (those of x) or row_ids and col_ids, got 5"),
+    (
+        call("info_nce", X, X, scale=1.0, paired=False),
+        ValueError,
+        "paired: expected True or row_ids and col_ids, got False",
+    ),
+    (call("info_nce", X, 1, scale=1.0), TypeError, "y: expected a torch.Tensor, got int"),
+    (
+        call("info_nce", X, X, scale=1.0, reduction="max"),
+        ValueError,
+        "reduction: expected one of ('mean', 'sum', 'none'), got 'max'",
+    ),
+    (
+        call("info_nce", X, Y, scale=1.0, reduction="none", row_ids=LABELS, col_ids=torch.zeros(5, dtype=torch.long)),
+        ValueError,
+        "reduction: expected 'mean' or 'sum' for a symmetric loss of 4 rows and 5 columns, got 'none'",
+    ),
+    (
+        call("inverse_info_nce", X, X, scale=1.0, kind="soft"),
+        ValueError,
+        "kind: expected one of ('bounded', 'contrastive', 'ascent'), got 'soft'",
+    ),
+    (
+        call("inverse_info_nce", X, X, scale=1.0, kind="contrastive"),
+        ValueError,
+        "row_labels: expected a tensor for kind='contrastive', got None",
+    ),
+    (call("inverse_info_nce", X, X, scale=1.0, reduction=None), ValueError, "reduction: expected one of ('mean', "),
+    (
+        call("inverse_info_nce", X, Y, scale=1.0),
+        ValueError,
+        "y: expected 4 rows (those of x) or row_ids and col_ids or row_labels and col_labels, got 5 rows",
+    ),
+    (call("sup_con", X, X, scale=1.0, row_labels=LABELS[:2]), ValueError, "row_labels: expected shape [4] or [..., 4]"),
+    (call("sup_con", X, X, scale=1.0, row_labels=None), TypeError, "row_labels: expected a torch.Tensor, got NoneType"),
+    (call("sup_con", X, X, scale=1.0, row_labels=LABELS, reduction="avg"), ValueError, "reduction: expected one of "),
+    (
+        call("sigmoid_loss", X, Y, scale=1.0),
+        ValueError,
+        "y: expected 4 rows (those of x) or row_ids and col_ids, got 5",
+    ),
+    (call("sigmoid_loss", X, X, scale=1.0, reduction="avg"), ValueError, "reduction: expected one of ('mean', 'sum', "),
+    # the modules
+    (
+        call("ClipLoss", use_horovod=True),
+        ValueError,
+        "use_horovod: expected False (only torch.distributed is supported)",
+    ),
+    (call("ClipLoss", rank=2, world_size=2), ValueError, "rank: expected an int in [0, 1], got 2"),
+    (call("ClipLoss", world_size=0), ValueError, "world_size: expected an int at least 1, got 0"),
+    (call("ClipLoss", rank="0"), TypeError, "rank: expected an int, got str"),
+    (
+        call("SigLipLoss", dist_impl="ring"),
+        ValueError,
+        "dist_impl: expected one of ('bidir', 'shift', 'reduce', 'gather'), got 'ring'",
+    ),
+    (forward(ccu_fast.ClipLoss(), X, Y, 1.0), ValueError, "y: expected 4 rows (those of x)"),
+    (forward(ccu_fast.ClipLoss(), X, X, None), TypeError, "scale: expected a number, got NoneType"),
+    (forward(ccu_fast.ClipLoss(backend="gpu"), X, X, 1.0), ValueError, "backend: expected one of ("),
+    (call("InfoNCE", "3"), TypeError, "scale: expected a number, got str"),
+    (call("InfoNCE", learnable=True), ValueError, "scale: expected a positive number for learnable=True, got None"),
+    (
+        call("SupCon", -1.0, learnable=True),
+        ValueError,
+        "scale: expected a positive number for learnable=True, got -1.0",
+    ),
+    (call("InfoNCE", reduction="max"), ValueError, "reduction: expected one of ('mean', 'sum', 'none'), got 'max'"),
+    (
+        call("InverseInfoNCE", kind="soft"),
+        ValueError,
+        "kind: expected one of ('bounded', 'contrastive', 'ascent'), got",
+    ),
+    (call("SigmoidLoss", bias="0"), TypeError, "bias: expected a number, got str"),
+    (
+        forward(ccu_fast.InfoNCE(), X, X),
+        ValueError,
+        "scale: expected a number or tensor because the module was built without one, got None",
+    ),
+    (
+        forward(ccu_fast.InfoNCE(2.0), X, X, scale=3.0),
+        ValueError,
+        "scale: expected None because the module has its own scale, got a value",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD, ids=[m for _, _, m in BAD])
+def test_message(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^" + re.escape(message)) as caught:
+        make()
+    assert caught.type is error
+    assert "got" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_a_backend_that_cannot_serve_says_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named by the user: an error with the reason, and no silent detour."""
+    with pytest.raises(ValueError, match=f"^backend: '{name}' cannot run reduce_similarity here: "):
+        reduce_similarity(X.double(), Y.double(), rows=[("lse", ALL)], backend=name)
+    monkeypatch.setattr(registry, "unavailable", lambda backend: "it was never built")
+    with pytest.raises(ValueError, match=f"^backend: '{name}' cannot run reduce_similarity here: it was never built$"):
+        reduce_similarity(X, Y, rows=[("lse", ALL)], backend=name)
+
+
+def test_auto_falls_back_where_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        registry, "unavailable", lambda backend: None if backend == "reference" else "it was never built"
+    )
+    registry._automatic.cache_clear()
+    try:
+        (lse,), _ = reduce_similarity(X, Y, rows=[("lse", ALL)])
+    finally:
+        registry._automatic.cache_clear()
+    torch.testing.assert_close(lse, (X @ Y.T).logsumexp(1))
