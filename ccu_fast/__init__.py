@@ -5,6 +5,7 @@ from ccu_fast.losses import info_nce, inverse_info_nce, sigmoid_loss, sup_con
 from ccu_fast.modules import InfoNCE, InverseInfoNCE, SigmoidLoss, SupCon
 from ccu_fast.relations import ALL, OTHER, SAME, SELF, Relation
 from ccu_fast.similarity import reduce_similarity
+from ccu_fast.tokens import Flips, TokenTable, candidate_losses, topk_flips
 
 __version__ = "0.1.0"
 
@@ -14,15 +15,19 @@ __all__ = [
     "SAME",
     "SELF",
     "ClipLoss",
+    "Flips",
     "InfoNCE",
     "InverseInfoNCE",
     "Relation",
     "SigLipLoss",
     "SigmoidLoss",
     "SupCon",
+    "TokenTable",
+    "candidate_losses",
     "info_nce",
     "inverse_info_nce",
     "reduce_similarity",
     "sigmoid_loss",
     "sup_con",
+    "topk_flips",
 ]

@@ -59,6 +59,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("F32") = static_cast<int>(CCU_F32);
   m.attr("F16") = static_cast<int>(CCU_F16);
   m.attr("BF16") = static_cast<int>(CCU_BF16);
+  m.attr("TOKEN_PANEL") = static_cast<int>(CCU_TOKEN_PANEL);
 #if CCU_HAVE_CUDA
   m.attr("CUDA") = true;
 #else
@@ -131,7 +132,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "topk_flips",
       [](Address grad, int64_t rows, int64_t dim, Address packed, int64_t tokens, Address token_ids, double max_norm,
-         Address embedding, int64_t embedding_stride, int embedding_dtype, bool maximize, Address current,
+         Address embedding, std::pair<int64_t, int64_t> embedding_strides, int embedding_dtype, bool maximize, Address current,
          bool exclude_current, bool certify, std::pair<Address, int64_t> allowed, std::pair<Address, int64_t> penalty,
          int64_t k, int threads, Address ids, Address delta, Address score, Address count, Address valid) {
         ccu_topk_flips_args a{};
@@ -143,7 +144,8 @@ PYBIND11_MODULE(_C, m) {
         a.token_ids = pointer<int64_t>(token_ids);
         a.max_norm = max_norm;
         a.embedding = pointer<void>(embedding);
-        a.embedding_stride = embedding_stride;
+        a.embedding_stride = embedding_strides.first;
+        a.embedding_step = embedding_strides.second;
         a.embedding_dtype = embedding_dtype;
         a.maximize = maximize;
         a.current = pointer<int64_t>(current);
@@ -163,7 +165,7 @@ PYBIND11_MODULE(_C, m) {
         call("topk_flips", ccu_topk_flips, a);
       },
       py::kw_only(), py::arg("grad"), py::arg("rows"), py::arg("dim"), py::arg("packed"), py::arg("tokens"),
-      py::arg("token_ids"), py::arg("max_norm"), py::arg("embedding"), py::arg("embedding_stride"),
+      py::arg("token_ids"), py::arg("max_norm"), py::arg("embedding"), py::arg("embedding_strides"),
       py::arg("embedding_dtype"), py::arg("maximize"), py::arg("current"), py::arg("exclude_current"),
       py::arg("certify"), py::arg("allowed"), py::arg("penalty"), py::arg("k"), py::arg("threads"), py::arg("ids"),
       py::arg("delta"), py::arg("score"), py::arg("count"), py::arg("valid"));

@@ -93,8 +93,8 @@ typedef struct {
   int64_t tokens;
   const int64_t* token_ids;    // [tokens], ascending: the embedding's row of a packed token; NULL: the same number
   double max_norm;             // of the packed tokens
-  const void* embedding;       // row id at id * embedding_stride
-  int64_t embedding_stride;
+  const void* embedding;       // element d of row id at id * embedding_stride + d * embedding_step
+  int64_t embedding_stride, embedding_step;
   int32_t embedding_dtype;
   int32_t maximize;
   const int64_t* current;      // [rows] ids, or NULL

@@ -88,8 +88,8 @@ class Step {
     const G* __restrict grad = grad_ + at;
     const T* __restrict image = image_ + at;
     for (int64_t i = 0; i < n; ++i)
-      delta[i] = from_float<T>(
-          pgd_linf(to_float(delta[i]), to_float(grad[i]), to_float(image[i]), step, eps, lower, upper));
+      delta[i] =
+          from_float<T>(pgd_linf(to_float(delta[i]), to_float(grad[i]), to_float(image[i]), step, eps, lower, upper));
   }
 
   static float finite_or_zero(float x) { return std::fabs(x) <= 3.4028235e38f ? x : 0.0f; }

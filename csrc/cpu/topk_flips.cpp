@@ -57,10 +57,10 @@ constexpr int panels_of(int rows) {
   return fit >= 6 ? 6 : (fit >= 1 ? (fit == 5 ? 4 : fit) : 1);
 }
 constexpr int kGroup = 12;
-constexpr int64_t kGroupBytes = 384 << 10;   // of the table, to stay in the second-level cache
-constexpr int64_t kListBytes = 32 << 20;     // of all lists together
-constexpr double kUnit = 1.0 / (1 << 24);    // rounding unit of fp32
-constexpr double kLargest = 1e37;            // beyond it an fp32 score might overflow
+constexpr int64_t kGroupBytes = 384 << 10;  // of the table, to stay in the second-level cache
+constexpr int64_t kListBytes = 32 << 20;    // of all lists together
+constexpr double kUnit = 1.0 / (1 << 24);   // rounding unit of fp32
+constexpr double kLargest = 1e37;           // beyond it an fp32 score might overflow
 
 struct Item {
   float key;
@@ -123,6 +123,7 @@ class Dot {
       case CCU_BF16:
         return converted<bf16>(id, grad);
       default:
+        if (a_.embedding_step != 1) return converted<float>(id, grad);
         return run(static_cast<const float*>(a_.embedding) + id * a_.embedding_stride, grad, a_.dim);
     }
   }
@@ -154,7 +155,7 @@ class Dot {
     double total = 0.0;
     for (int64_t d0 = 0; d0 < a_.dim; d0 += kChunk) {
       const int64_t n = std::min(kChunk, a_.dim - d0);
-      for (int64_t d = 0; d < n; ++d) chunk[d] = to_float(e[d0 + d]);
+      for (int64_t d = 0; d < n; ++d) chunk[d] = to_float(e[(d0 + d) * a_.embedding_step]);
       total += run(chunk, grad + d0, n);
     }
     return total;
@@ -455,8 +456,7 @@ class Search {
     if (token_slices_ > 1) {
       auto& all = merged_[r];
       all.clear();
-      for (int64_t s = 0; s < token_slices_; ++s)
-        all.insert(all.end(), lists[s].items, lists[s].items + lists[s].size);
+      for (int64_t s = 0; s < token_slices_; ++s) all.insert(all.end(), lists[s].items, lists[s].items + lists[s].size);
       items = all.data();
       size = static_cast<int32_t>(all.size());
     }

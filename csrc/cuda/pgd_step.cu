@@ -1,8 +1,10 @@
-// pgd_step on a GPU, L-infinity: delta = clamp(clamp(delta - step * sign(grad), -eps, eps) + image, lower, upper) - image.
+// pgd_step on a GPU, L-infinity: delta = clamp(clamp(delta - step * sign(grad), -eps, eps) + image, lower, upper) -
+// image.
 //
 // Bytes bound: three reads and one write of the tensor, 3 FLOP-like operations for every 4 bytes. So the grid is
 // only as large as it takes to keep the memory busy, and each thread moves 16 bytes of delta at a time; grid-stride, so
-// that one launch serves any size. Parameters per channel are read through the cache, or once when there is one channel.
+// that one launch serves any size. Parameters per channel are read through the cache, or once when there is one
+// channel.
 #include <cuda_runtime.h>
 
 #include "../ccu_fast.h"
@@ -34,15 +36,15 @@ __device__ __forceinline__ Values read(const Parameters& p, int64_t channel) {
 
 template <class T, class G>
 __device__ __forceinline__ void update(T* delta, const G& grad, const T& image, const Values& v) {
-  *delta = from_float<T>(
-      pgd_linf(to_float(*delta), to_float(grad), to_float(image), v.step, v.eps, v.lower, v.upper));
+  *delta = from_float<T>(pgd_linf(to_float(*delta), to_float(grad), to_float(image), v.step, v.eps, v.lower, v.upper));
 }
 
 // N elements a time; `inner` is a multiple of N, so that a pack lies within one channel.
 template <class T, class G, int N, bool kOneChannel>
 __global__ void __launch_bounds__(kThreads)
-    linf_packs(Pack<T, N>* __restrict__ delta, const Pack<G, N>* __restrict__ grad, const Pack<T, N>* __restrict__ image,
-               int64_t packs, int64_t packs_per_channel, int64_t channels, Parameters p) {
+    linf_packs(Pack<T, N>* __restrict__ delta, const Pack<G, N>* __restrict__ grad,
+               const Pack<T, N>* __restrict__ image, int64_t packs, int64_t packs_per_channel, int64_t channels,
+               Parameters p) {
   Values v = read(p, 0);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < packs; i += stride) {
@@ -65,7 +67,8 @@ int launch(const ccu_pgd_step_args& a, int64_t elements, int64_t inner) {
       cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
     return CCU_CUDA_ERROR;
   const int64_t packs = elements / N;
-  const int64_t wanted = (packs + kThreads - 1) / kThreads, most = static_cast<int64_t>(processors) * kBlocksPerProcessor;
+  const int64_t wanted = (packs + kThreads - 1) / kThreads,
+                most = static_cast<int64_t>(processors) * kBlocksPerProcessor;
   linf_packs<T, G, N, kOneChannel>
       <<<static_cast<unsigned>(wanted < most ? wanted : most), kThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(
           static_cast<Pack<T, N>*>(a.delta), static_cast<const Pack<G, N>*>(a.grad),

@@ -1,0 +1,74 @@
+"""topk_flips as a torch operator, so that a compiled graph never breaks on it.
+
+    ccu_fast::topk_flips    gradients, table, options → ids, delta, score, count, valid; not differentiable
+
+What depends on values (ids in range, a finite penalty, a table that is not stale) is checked inside the operator, where
+there are values also when a graph runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.backends.token_problem import TokenProblem, TokenResult
+
+_LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
+_LIBRARY.define(
+    "topk_flips(Tensor grad, Tensor embedding, Tensor? token_ids, Tensor? packed, float max_norm, int k, "
+    "bool maximize, Tensor? current, bool exclude_current, Tensor? allowed, Tensor? penalty, bool certify, "
+    "int version, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def version_of(embedding: Tensor) -> int:
+    """Counts in-place changes; −1 where torch does not (inference tensors)."""
+    return -1 if embedding.is_inference() else embedding._version
+
+
+def _topk(*args: Any) -> TokenResult:
+    *fields, version, backend = args
+    p = TokenProblem(*fields)
+    if version >= 0 and version_of(p.embedding) != version:
+        raise ValueError(
+            "table: expected an embedding unchanged since the table was built, got one changed in place; "
+            "call table.refresh()"
+        )
+    if p.current is not None and p.rows:
+        vocabulary = p.embedding.shape[0]
+        low, high = (int(v) for v in p.current.aminmax())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"current_ids: expected ids in [0, {vocabulary - 1}], got {low if low < 0 else high}")
+    if p.penalty is not None:
+        check.finite("penalty", p.penalty)
+    result: TokenResult = importlib.import_module(f"ccu_fast.backends.{backend}.tokens").topk(p)
+    return result
+
+
+def _fake(*args: Any) -> TokenResult:
+    p = TokenProblem(*args[:-2])
+    size = (p.rows, p.k)
+    return TokenResult(
+        ids=p.grad.new_empty(size, dtype=torch.int64),
+        delta=p.grad.new_empty(size, dtype=torch.float32),
+        score=p.grad.new_empty(size, dtype=torch.float64),
+        count=p.grad.new_empty(p.rows, dtype=torch.int64),
+        valid=p.grad.new_empty(p.rows, dtype=torch.bool),
+    )
+
+
+_LIBRARY.impl("topk_flips", _topk, "CompositeExplicitAutograd")
+torch.library.register_fake("ccu_fast::topk_flips", _fake, lib=_LIBRARY)
+
+
+def topk(p: TokenProblem, version: int, backend: str) -> TokenResult:
+    """Solve ``p``; through the operator only where a graph is being made."""
+    fields = tuple(getattr(p, name) for name in TokenProblem.__dataclass_fields__)
+    if torch.compiler.is_compiling():
+        return TokenResult(*torch.ops.ccu_fast.topk_flips(*fields, version, backend))
+    return _topk(*fields, version, backend)
