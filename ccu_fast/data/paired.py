@@ -37,8 +37,10 @@ class PairedData:
             object.__setattr__(self, "ids", torch.arange(len(self.labels), device=self.labels.device))
         check.tensor("ids", self.ids, dtypes=check.INTEGERS, ndim=1)
         for name in ("visual", "labels", "ids"):
-            if len(getattr(self, name)) != len(self.other):
-                raise ValueError(f"{name}: expected {len(self.other)} items (as in other), got {len(getattr(self, name))}")
+            items = len(getattr(self, name))
+            check.same(name, getattr(self, name), "other", self.other, dtype=False)
+            if items != len(self.other):
+                raise ValueError(f"{name}: expected {len(self.other)} items (as in other), got {items}")
         object.__setattr__(self, "labels", self.labels.long())
         object.__setattr__(self, "ids", self.ids.long())
         if len(self) and int(self.labels.min()) < 0:

@@ -11,15 +11,15 @@ this project's definition (:mod:`ccu_fast.unlearn.objective`).
 
 from __future__ import annotations
 
-from torch import nn
+from typing import cast
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.audit import audit, membership_auc
-from ccu_fast.unlearn.ccu import ccu
+from ccu_fast.unlearn.ccu import ccu_method
 from ccu_fast.unlearn.config import Budget, Progress, UnlearnConfig
 from ccu_fast.unlearn.loop import HeldOut, run
 from ccu_fast.unlearn.objective import forgetting_loss, retention_loss, separation_loss
-from ccu_fast.unlearn.protocol import TwoModalityModel, check_problem
+from ccu_fast.unlearn.protocol import Model, TwoModalityModel, check_problem
 
 __all__ = [
     "Budget",
@@ -37,14 +37,14 @@ __all__ = [
 
 
 def unlearn(
-    model: nn.Module,
+    model: Model,
     forget: PairedData,
     retain: PairedData,
     config: UnlearnConfig | None = None,
     *,
     held_out: HeldOut | None = None,
     progress: Progress | None = None,
-) -> nn.Module:
+) -> Model:
     """A copy of ``model`` without the visual knowledge of the forget set.
 
     Args:
@@ -74,6 +74,7 @@ def unlearn(
             f"{'None' if held_out is None else 'one'} with early_stop={config.early_stop}"
         )
     check_problem(model, forget, retain, config.forget)
-    return run(
-        model, forget, retain, ccu(config), config.budget, seed=config.seed, held_out=held_out, progress=progress
-    ).model
+    done = run(
+        model, forget, retain, ccu_method(config), config.budget, seed=config.seed, held_out=held_out, progress=progress
+    )
+    return cast("Model", done.model)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.loop import accuracies, embed
+from ccu_fast.unlearn.protocol import TwoModalityModel
 
 MODALITIES = ("visual", "other", "fused")
 
 
 def audit(
-    model: nn.Module,
+    model: TwoModalityModel,
     *,
     forget: PairedData,
     retain: PairedData,
@@ -49,7 +50,7 @@ def audit(
     return result
 
 
-def membership_auc(model: nn.Module, members: PairedData, unseen: PairedData) -> float:
+def membership_auc(model: TwoModalityModel, members: PairedData, unseen: PairedData) -> float:
     """How well the visual head's confidence in the true class tells members from unseen items: the area under the
     ROC curve, 0.5 for not at all.
 
@@ -101,7 +102,7 @@ def embedding_map(before: np.ndarray, after: np.ndarray, *, kind: str = "pca", s
 
 
 @torch.no_grad()
-def _confidence(model: nn.Module, data: PairedData) -> Tensor:
+def _confidence(model: TwoModalityModel, data: PairedData) -> Tensor:
     visual, _ = embed(model, data)
     was_training = model.training
     model.eval()

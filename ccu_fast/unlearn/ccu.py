@@ -9,25 +9,25 @@ This project's definition, with weights 3, 1, 1, 1; arXiv 2509.23895 publishes n
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.config import UnlearnConfig
 from ccu_fast.unlearn.loop import Batch, Prepare, Step, embed
 from ccu_fast.unlearn.objective import forgetting_loss, retention_loss, separation_loss
-from ccu_fast.unlearn.protocol import task_loss
+from ccu_fast.unlearn.protocol import TwoModalityModel, task_loss
 
 
-def ccu(config: UnlearnConfig) -> Prepare:
+def ccu_method(config: UnlearnConfig) -> Prepare:
     """The method for :func:`ccu_fast.unlearn.loop.run`."""
 
-    def prepare(frozen: nn.Module, forget: PairedData, retain: PairedData) -> Step:
+    def prepare(frozen: TwoModalityModel, forget: PairedData, retain: PairedData) -> Step:
         # The frozen model sees every item once, not once in every step.
         u0_all, a0_all = embed(frozen, forget)
         r0_all, b0_all = embed(frozen, retain)
 
-        def step(model: nn.Module, batch: Batch) -> Tensor:
+        def step(model: TwoModalityModel, batch: Batch) -> Tensor:
             u0, a0 = u0_all[batch.forget_rows], a0_all[batch.forget_rows]
             r0, b0 = r0_all[batch.retain_rows], b0_all[batch.retain_rows]
             n = len(batch.forget)
@@ -41,7 +41,7 @@ def ccu(config: UnlearnConfig) -> Prepare:
 
 
 def _loss(
-    model: nn.Module,
+    model: TwoModalityModel,
     batch: Batch,
     u: Tensor,
     r: Tensor,

@@ -57,8 +57,8 @@ class UnlearnConfig:
     retention: float = 1.0
     separation: float = 1.0
     task: float = 1.0
-    temperature: float = 0.1
-    forgotten_weight: float = 1.0
+    temperature: float = 0.2
+    forgotten_weight: float = 0.1
     budget: Budget = field(default_factory=Budget)
     early_stop: bool = False
     seed: int = 0

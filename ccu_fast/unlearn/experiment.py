@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from ccu_fast import check
 from ccu_fast.data.halves import CLASSES, PIXELS, load_halves
@@ -20,9 +19,10 @@ from ccu_fast.unlearn.baselines import gradient_ascent as ascent
 from ccu_fast.unlearn.baselines.fine_tune import fine_tune
 from ccu_fast.unlearn.baselines.random_label import random_label
 from ccu_fast.unlearn.baselines.retrain import retrain
-from ccu_fast.unlearn.ccu import ccu
+from ccu_fast.unlearn.ccu import ccu_method
 from ccu_fast.unlearn.config import Budget, Progress, UnlearnConfig
 from ccu_fast.unlearn.loop import HeldOut, Prepare, Run, accuracies, embed, run
+from ccu_fast.unlearn.protocol import TwoModalityModel
 from ccu_fast.unlearn.scenario import Scenario, make_scenario
 from ccu_fast.unlearn.training import TrainConfig, train
 
@@ -82,9 +82,7 @@ def run_digits_halves(
     check.integer("seed", seed, low=0)
     names = _order(methods)
     training = replace(training or TrainConfig(), seed=seed)
-    split = make_scenario(
-        load_halves(seed), scenario, forget_class=forget_class, forget_share=forget_share, seed=seed
-    )
+    split = make_scenario(load_halves(seed), scenario, forget_class=forget_class, forget_share=forget_share, seed=seed)
     config = replace(config or default_config(scenario), forget=scenario, seed=seed)
     with _one_thread():
         runs = _run_all(names, split, config, training, progress)
@@ -158,28 +156,32 @@ def _run_all(
 
 def _method(name: str, config: UnlearnConfig) -> tuple[Prepare, Budget]:
     budget = config.budget
-    without = {"ccu_without_a": "forgetting", "ccu_without_b": "retention", "ccu_without_c": "separation"}
+    without = {
+        "ccu_without_a": replace(config, forgetting=0.0),
+        "ccu_without_b": replace(config, retention=0.0),
+        "ccu_without_c": replace(config, separation=0.0),
+    }
     if name == "ccu":
-        return ccu(config), budget
+        return ccu_method(config), budget
     if name in without:
-        return ccu(replace(config, **{without[name]: 0.0})), budget
+        return ccu_method(without[name]), budget
     if name == "gradient_ascent":
-        return ascent.gradient_ascent, replace(budget, learning_rate=ascent.BUDGET.learning_rate)
+        return ascent.gradient_ascent, replace(budget, learning_rate=ascent.LEARNING_RATE[config.forget])
     if name == "contrastive_unlearning":
         return (
             contrastive.contrastive_unlearning(config.forget),
-            replace(budget, retain_per_forget=contrastive.BUDGET.retain_per_forget),
+            replace(budget, retain_per_forget=contrastive.RETAIN_PER_FORGET),
         )
     return {"fine_tune": fine_tune, "random_label": random_label(config.seed)}[name], budget
 
 
-def _held_out(original: nn.Module, split: Scenario) -> HeldOut:
+def _held_out(original: TwoModalityModel, split: Scenario) -> HeldOut:
     unseen = split.retain_held_out
     level = 0.0 if split.name == "class" else accuracies(original, unseen)["visual"]
     return HeldOut(unseen, level)
 
 
-def _audit(model: nn.Module, split: Scenario) -> dict[str, Any]:
+def _audit(model: TwoModalityModel, split: Scenario) -> dict[str, Any]:
     return audit(
         model,
         forget=split.forget,
@@ -190,7 +192,8 @@ def _audit(model: nn.Module, split: Scenario) -> dict[str, Any]:
 
 
 def _gaps(values: dict[str, float | None], gold: dict[str, float | None]) -> dict[str, float | None]:
-    return {k: None if v is None or gold[k] is None else v - gold[k] for k, v in values.items()}
+    pairs = ((k, v, gold[k]) for k, v in values.items())
+    return {k: None if v is None or g is None else v - g for k, v, g in pairs}
 
 
 def _embeddings(runs: dict[str, Run], split: Scenario) -> dict[str, Any]:

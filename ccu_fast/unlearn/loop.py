@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.config import Budget, Progress
+from ccu_fast.unlearn.protocol import TwoModalityModel
 
 CHECK_EVERY = 5
 
@@ -26,10 +27,10 @@ class Batch:
     retain_rows: Tensor
 
 
-Step = Callable[[nn.Module, Batch], Tensor]
+Step = Callable[[TwoModalityModel, Batch], Tensor]
 """The loss of one step."""
 
-Prepare = Callable[[nn.Module, PairedData, PairedData], Step]
+Prepare = Callable[[TwoModalityModel, PairedData, PairedData], Step]
 """From the frozen original and the two whole sets to the step of a method."""
 
 
@@ -63,7 +64,7 @@ class Run:
         losses: the loss of every step.
     """
 
-    model: nn.Module
+    model: TwoModalityModel
     steps: int
     items: int
     seconds: float
@@ -71,7 +72,7 @@ class Run:
 
 
 def run(
-    original: nn.Module,
+    original: TwoModalityModel,
     forget: PairedData,
     retain: PairedData,
     prepare: Prepare,
@@ -127,7 +128,7 @@ def run(
 
 
 @torch.no_grad()
-def accuracies(model: nn.Module, data: PairedData) -> dict[str, float]:
+def accuracies(model: TwoModalityModel, data: PairedData) -> dict[str, float]:
     """The share of items each head names right: ``{"visual": …, "other": …, "fused": …}`` in [0, 1]."""
     was_training = model.training
     model.eval()
@@ -142,7 +143,7 @@ def accuracies(model: nn.Module, data: PairedData) -> dict[str, float]:
 
 
 @torch.no_grad()
-def embed(model: nn.Module, data: PairedData) -> tuple[Tensor, Tensor]:
+def embed(model: TwoModalityModel, data: PairedData) -> tuple[Tensor, Tensor]:
     """Visual and other embeddings ``[N, D]`` of all items, in evaluation mode."""
     was_training = model.training
     model.eval()
@@ -172,7 +173,7 @@ def _batches(forget: PairedData, retain: PairedData, budget: Budget, seed: int) 
         yield Batch(forget_batch, retain.batch(r), u, r)
 
 
-def _reached(model: nn.Module, forget: PairedData, held_out: HeldOut, floor: dict[str, float]) -> bool:
+def _reached(model: TwoModalityModel, forget: PairedData, held_out: HeldOut, floor: dict[str, float]) -> bool:
     if accuracies(model, forget)["visual"] > held_out.level:
         return False
     return all(value >= floor[name] for name, value in accuracies(model, held_out.retain).items())

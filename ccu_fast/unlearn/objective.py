@@ -10,6 +10,7 @@ the frozen original model. All are unit vectors of one space, rows of ``[N, D]``
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def forgetting_loss(
     retained = retain_labels if by_label else retain_ids
     assert row is not None and retained is not None
     roles = "labels" if by_label else "ids"
-    relation = {f"row_{roles}": row, f"col_{roles}": torch.cat([retained, retained, row, row])}
+    relation: dict[str, Any] = {f"row_{roles}": row, f"col_{roles}": torch.cat([retained, retained, row, row])}
     return inverse_info_nce(u, keys, scale=scale, paired=False, backend=backend, **relation)
 
 
@@ -163,7 +164,7 @@ def separation_loss(
     """
     if check.number("weight", weight, low=0) == 0:
         raise ValueError("weight: expected a positive number, got 0")
-    shared = {"scale": scale, "paired": False, "row_labels": retain_labels, "backend": backend}
+    shared: dict[str, Any] = {"scale": scale, "paired": False, "row_labels": retain_labels, "backend": backend}
     spec = [("lse", ALL), ("sum", SAME), ("count", SAME)]
     (own, positive, count), _ = reduce_similarity(r, r0.detach(), col_labels=retain_labels, rows=spec, **shared)
     (forgotten,), _ = reduce_similarity(r, u, col_labels=forget_labels, rows=[("lse", SAME)], **shared)

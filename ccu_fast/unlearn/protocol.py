@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +12,32 @@ from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-@runtime_checkable
+
 class TwoModalityModel(Protocol):
-    """An ``nn.Module`` with two towers into one space and three heads; :class:`ccu_fast.models.fusion.FusionModel`
-    is one. "Visual" is the modality to forget, "other" the one to keep, whatever they are.
+    """An ``nn.Module`` with two towers into one space and three heads; ``ccu_fast.models.fusion.FusionModel`` is one.
+
+    "Visual" is the modality to forget, "other" the one to keep, whatever they are.
     """
+
+    training: bool
+
+    def train(self, mode: bool = True) -> Self:
+        """As of ``nn.Module``."""
+
+    def eval(self) -> Self:
+        """As of ``nn.Module``."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of ``nn.Module``."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of ``nn.Module``."""
+
+    def to(self, device: torch.device) -> Self:
+        """As of ``nn.Module``."""
 
     def embed_visual(self, visual: Tensor) -> Tensor:
         """Inputs → unit vectors ``[N, D]``."""
@@ -33,13 +55,14 @@ class TwoModalityModel(Protocol):
         """Embeddings of both → logits ``[N, classes]``."""
 
 
+Model = TypeVar("Model", bound=TwoModalityModel)
+
 METHODS = ("embed_visual", "embed_other", "classify_visual", "classify_other", "classify_fused")
 
 
-def check_problem(model: nn.Module, forget: PairedData, retain: PairedData, roles: str) -> None:
+def check_problem(model: Any, forget: PairedData, retain: PairedData, roles: str) -> None:
     """Raise what is wrong with a model and its forget and retain sets, by name, before anything runs."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     missing = [name for name in METHODS if not callable(getattr(model, name, None))]
     if missing:
         raise TypeError(f"model: expected the methods of TwoModalityModel, got a {type(model).__name__} without "
@@ -51,6 +74,10 @@ def check_problem(model: nn.Module, forget: PairedData, retain: PairedData, role
             raise TypeError(f"{name}: expected a PairedData, got {type(data).__name__}")
         if len(data) == 0:
             raise ValueError(f"{name}: expected at least one item, got none")
+    device = next(model.parameters()).device
+    for name, data in (("forget", forget), ("retain", retain)):
+        if data.labels.device != device:
+            raise ValueError(f"{name}: expected device {device} (that of model), got {data.labels.device}")
     overlap = forget.ids[torch.isin(forget.ids, retain.ids)]
     if len(overlap):
         raise ValueError(
@@ -71,11 +98,16 @@ def check_problem(model: nn.Module, forget: PairedData, retain: PairedData, role
     _check_outputs(model, forget, retain)
 
 
-def _check_outputs(model: nn.Module, forget: PairedData, retain: PairedData) -> None:
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check_outputs(model: TwoModalityModel, forget: PairedData, retain: PairedData) -> None:
     sample = torch.zeros(1, dtype=torch.long, device=forget.labels.device)
     item = forget.batch(sample)
-    was_training = model.training
-    model.eval()
+    # On a copy: switching modes back and forth would lose those of single layers.
+    model = copy.deepcopy(model).eval()
     with torch.no_grad():
         visual, other = model.embed_visual(item.visual), model.embed_other(item.other)
         if visual.ndim != 2 or visual.shape != other.shape:
@@ -95,7 +127,6 @@ def _check_outputs(model: nn.Module, forget: PairedData, retain: PairedData) -> 
         ):
             if logits.ndim != 2 or logits.shape[1] < classes:
                 raise ValueError(f"model: expected [N, {classes} or more] logits from {name}, got {list(logits.shape)}")
-    model.train(was_training)
 
 
 def task_loss(model: TwoModalityModel, visual: Tensor, other: Tensor, labels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ccu_fast import check
@@ -15,6 +15,7 @@ from ccu_fast.data.paired import PairedData
 from ccu_fast.losses import info_nce
 from ccu_fast.unlearn.config import Progress
 from ccu_fast.unlearn.loop import Run, epochs_of_rows
+from ccu_fast.unlearn.protocol import TwoModalityModel
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class TrainConfig:
 
     epochs: int = 60
     batch: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     alignment: float = 0.1
     temperature: float = 0.1
     seed: int = 0
@@ -46,7 +47,7 @@ class TrainConfig:
 
 
 def train(
-    make_model: Callable[[], nn.Module],
+    make_model: Callable[[], TwoModalityModel],
     data: PairedData,
     config: TrainConfig,
     *,
@@ -99,7 +100,7 @@ def train(
     return Run(model.eval(), taken, items, time.perf_counter() - start, losses)
 
 
-def _loss(model: nn.Module, batch: PairedData, known: Tensor | None, config: TrainConfig) -> Tensor:
+def _loss(model: TwoModalityModel, batch: PairedData, known: Tensor | None, config: TrainConfig) -> Tensor:
     other = model.embed_other(batch.other)
     loss = F.cross_entropy(model.classify_other(other), batch.labels)
     if known is not None:

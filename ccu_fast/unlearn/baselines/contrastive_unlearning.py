@@ -11,18 +11,19 @@ When a whole class goes no retained key shares it and the pushing term is empty;
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.losses import inverse_info_nce
 from ccu_fast.relations import OTHER
 from ccu_fast.similarity import reduce_similarity
-from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.loop import Batch, Prepare, Step
-from ccu_fast.unlearn.protocol import task_loss
+from ccu_fast.unlearn.protocol import TwoModalityModel, task_loss
 
-BUDGET = Budget(retain_per_forget=4)
+RETAIN_PER_FORGET = 4
 
 
 def contrastive_unlearning(
@@ -31,8 +32,8 @@ def contrastive_unlearning(
     """The method; ``forget`` is "class" or "instances"."""
     scale = 1 / temperature
 
-    def prepare(frozen: nn.Module, forget_set: PairedData, retain_set: PairedData) -> Step:
-        def step(model: nn.Module, batch: Batch) -> Tensor:
+    def prepare(frozen: TwoModalityModel, forget_set: PairedData, retain_set: PairedData) -> Step:
+        def step(model: TwoModalityModel, batch: Batch) -> Tensor:
             n = len(batch.forget)
             visual = model.embed_visual(torch.cat([batch.forget.visual, batch.retain.visual]))
             other = model.embed_other(batch.retain.other)
@@ -60,7 +61,7 @@ def unlearning_loss(
         scale: 1 / temperature.
         whole_class: no retained item shares a forgotten label.
     """
-    relation = {"row_labels": forget_labels, "col_labels": retain_labels, "paired": False}
+    relation: dict[str, Any] = {"row_labels": forget_labels, "col_labels": retain_labels, "paired": False}
     if not whole_class:
         return inverse_info_nce(u, r, scale=scale, kind="contrastive", **relation)
     (pull, count), _ = reduce_similarity(u, r, scale=scale, rows=[("sum", OTHER), ("count", OTHER)], **relation)

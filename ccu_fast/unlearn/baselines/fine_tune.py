@@ -6,17 +6,17 @@ learning rate and epochs belong to its networks and are not used here.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.loop import Batch, Step
-from ccu_fast.unlearn.protocol import task_loss
+from ccu_fast.unlearn.protocol import TwoModalityModel, task_loss
 
 
-def fine_tune(frozen: nn.Module, forget: PairedData, retain: PairedData) -> Step:
+def fine_tune(frozen: TwoModalityModel, forget: PairedData, retain: PairedData) -> Step:
     """Cross-entropy of the three heads on the retain batch."""
 
-    def step(model: nn.Module, batch: Batch) -> Tensor:
+    def step(model: TwoModalityModel, batch: Batch) -> Tensor:
         retain = batch.retain
         return task_loss(model, model.embed_visual(retain.visual), model.embed_other(retain.other), retain.labels)
 

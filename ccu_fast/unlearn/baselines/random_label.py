@@ -8,12 +8,12 @@ Amnesiac Machine Learning (arXiv 2010.10981), and Golatkar et al. 2020 (arXiv 19
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.loop import Batch, Prepare, Step
-from ccu_fast.unlearn.protocol import task_loss
+from ccu_fast.unlearn.protocol import TwoModalityModel, task_loss
 
 
 def random_label(seed: int) -> Prepare:
@@ -23,10 +23,10 @@ def random_label(seed: int) -> Prepare:
         ValueError: the retain set has one class, and it is the one to forget.
     """
 
-    def prepare(frozen: nn.Module, forget: PairedData, retain: PairedData) -> Step:
+    def prepare(frozen: TwoModalityModel, forget: PairedData, retain: PairedData) -> Step:
         wrong = wrong_labels(forget.labels, retain.labels.unique(), seed)
 
-        def step(model: nn.Module, batch: Batch) -> Tensor:
+        def step(model: TwoModalityModel, batch: Batch) -> Tensor:
             n = len(batch.forget)
             visual = model.embed_visual(torch.cat([batch.forget.visual, batch.retain.visual]))
             other = model.embed_other(torch.cat([batch.forget.other, batch.retain.other]))

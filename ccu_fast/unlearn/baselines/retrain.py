@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.config import Progress
 from ccu_fast.unlearn.loop import Run
+from ccu_fast.unlearn.protocol import TwoModalityModel
 from ccu_fast.unlearn.training import TrainConfig, train
 
 
 def retrain(
-    make_model: Callable[[], nn.Module],
+    make_model: Callable[[], TwoModalityModel],
     data: PairedData,
     forget_ids: torch.Tensor,
     config: TrainConfig,
