@@ -1,0 +1,219 @@
+"""``ccu-fast demo``: unlearn and protect real digits, then write ``report.html`` and ``results.json``.
+
+The work is cut into parts (one scenario of one seed, one protection method of one seed). A finished part is written to
+``parts/`` at once, so an interrupted demo goes on where it stopped; parts of another version or setting are redone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ccu_fast
+from ccu_fast import check
+from ccu_fast.files import write_whole
+from ccu_fast.mem.experiment import run_digit_strips
+from ccu_fast.unlearn.experiment import run_digits_halves
+
+SCENARIOS = ("class", "instances")
+METHODS = ("clean", "em", "mem")
+HALVES = ("unlearn", "protect")
+
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of work: its name (also its file's) and what computes it."""
+
+    name: str
+    half: str
+    seed: int
+    variant: str
+
+
+def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Run the demo and write its report.
+
+    Args:
+        out: folder for ``report.html``, ``results.json``, ``parts/`` and ``protected/`` (the published data sets of
+            seed 0); made if needed.
+        seeds: how many, at least 1; the report shows mean and spread.
+        only: "unlearn" or "protect" runs that half alone.
+        quiet: no live progress and no closing table.
+
+    Returns:
+        What ``results.json`` holds: versions, settings, and every figure by half, variant and seed. All but the
+        seconds are the same for the same machine, version and thread count.
+
+    Raises:
+        ValueError: seeds below 1, or an unknown half.
+    """
+    from rich.console import Console
+
+    from ccu_fast.report.page import write_report
+    from ccu_fast.report.tables import print_summary
+
+    check.integer("seeds", seeds, low=1)
+    if only is not None:
+        check.one_of("only", only, HALVES)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True, quiet=quiet)
+    parts = [part for part in _parts(seeds) if only in (None, part.half)]
+    results: dict[str, Any] = {
+        "versions": _versions(),
+        "seeds": seeds,
+        "unlearn": {},
+        "protect": {},
+    }
+    started = time.perf_counter()
+    with _live(console, len(parts)) as (overall, progress):
+        for part in parts:
+            overall(part)
+            value = _load_or_compute(part, out, progress)
+            results[part.half].setdefault(part.variant, {})[str(part.seed)] = value
+        overall(None)
+    write_whole(out / "results.json", json.dumps(_without_pictures(results), indent=1) + "\n")
+    write_report(results, out / "report.html")
+    if not quiet:
+        print_summary(results, Console())
+    console.print(f"{time.perf_counter() - started:.0f} s. Report: [bold]{out / 'report.html'}[/bold]")
+    return results
+
+
+def _parts(seeds: int) -> Iterator[Part]:
+    for seed in range(seeds):
+        for scenario in SCENARIOS:
+            yield Part(f"unlearn-{scenario}-seed{seed}", "unlearn", seed, scenario)
+    for seed in range(seeds):
+        for method in METHODS:
+            yield Part(f"protect-{method}-seed{seed}", "protect", seed, method)
+
+
+def _compute(part: Part, out: Path, progress: Progress) -> dict[str, Any]:
+    started = time.perf_counter()
+    if part.half == "unlearn":
+        value = run_digits_halves(part.seed, part.variant, progress=progress)
+    else:
+        published = out / "protected"
+        if part.seed == 0:
+            # Left by a run that was killed after the export and before its part was written.
+            shutil.rmtree(published / part.variant, ignore_errors=True)
+        value = run_digit_strips(
+            part.seed, (part.variant,), progress=progress, out=published if part.seed == 0 else None
+        )
+    value["seconds"] = time.perf_counter() - started
+    return value
+
+
+def _load_or_compute(part: Part, out: Path, progress: Progress) -> dict[str, Any]:
+    """The part from its file, if this very code wrote it; else computed and written."""
+    path = out / "parts" / f"{part.name}.json"
+    key = _key()
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["key"] == key:
+            return dict(stored["value"])
+    # Through JSON also when fresh, so that a resumed report cannot differ from an uninterrupted one.
+    text = json.dumps({"key": key, "value": _compute(part, out, progress)}, default=_plain)
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, text)
+    return dict(json.loads(text)["value"])
+
+
+def _key() -> str:
+    """Changes with the versions, the threads and the package's own source."""
+    digest = hashlib.sha256(json.dumps(_versions()).encode())
+    root = Path(ccu_fast.__file__).parent
+    for source in sorted(root.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "ccu_fast": ccu_fast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"not JSON: {type(value).__name__}")
+
+
+def _without_pictures(results: dict[str, Any]) -> dict[str, Any]:
+    """The figures alone: no embeddings, no images."""
+    unlearn = {
+        scenario: {seed: {k: v for k, v in value.items() if k != "embeddings"} for seed, value in by_seed.items()}
+        for scenario, by_seed in results["unlearn"].items()
+    }
+    protect = {
+        method: {
+            seed: {
+                **value,
+                "methods": {
+                    name: {k: v for k, v in m.items() if k != "examples"} for name, m in value["methods"].items()
+                },
+            }
+            for seed, value in by_seed.items()
+        }
+        for method, by_seed in results["protect"].items()
+    }
+    return {**results, "unlearn": unlearn, "protect": protect}
+
+
+@contextmanager
+def _live(console: Any, parts: int) -> Iterator[tuple[Callable[[Part | None], None], Progress]]:
+    """Two bars: the parts, and the stage within the part."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<32}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        whole = bars.add_task("demo", total=parts, note="")
+        stage_bar = bars.add_task("", total=None, note="")
+        done = -1
+
+        def overall(part: Part | None) -> None:
+            nonlocal done
+            done += 1
+            bars.update(whole, completed=done, note=part.name if part else "writing the report")
+
+        def progress(stage: str, step: int, total: int, note: str) -> None:
+            if bars.tasks[1].description != stage:
+                bars.reset(stage_bar, total=total, description=stage)
+            bars.update(stage_bar, completed=step, total=total, note=note)
+
+        yield overall, progress

@@ -1,0 +1,1 @@
+"""Pictures, tables and the HTML page made from a demo's results."""
