@@ -81,6 +81,10 @@ def build_ours(inputs: Tensors, shape: Shape) -> Call:
     return partial(_call, best, inputs["grad"], TokenTable(inputs["table"]), shape["k"])
 
 
+def _prepared() -> str:
+    return "its TokenTable, a copy of the table in the kernel's order, is made before the clock and not in its memory"
+
+
 def build_ceiling(inputs: Tensors, shape: Shape) -> Call:
     """The scores alone: one GEMM into a buffer made before."""
     scores = inputs["grad"].new_empty(shape["N"], shape["V"])
@@ -107,7 +111,7 @@ TOPK_FLIPS = Op(
     providers=(
         Provider("naive", build_naive),
         Provider("naive_compiled", build_compiled, compiled=True),
-        Provider("ccu_fast", build_ours, role="ours"),
+        Provider("ccu_fast", build_ours, role="ours", note=_prepared),
         Provider("gemm_ceiling", build_ceiling, role="ceiling"),
     ),
     shapes={device: [{"N": n, "V": 49408, "D": 512, "k": 16} for n in (5, 64, 2560)] for device in ("cpu", "cuda")},

@@ -1,0 +1,458 @@
+"""The benchmark machinery on tiny shapes: who gets timed, what is stored, what the tables and bars are made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import bars, environment, memory, results, tables, timer
+from benchmarks.__main__ import main
+from benchmarks.gate import Gate
+from benchmarks.ops import OPS, clip_loss, common, other_losses, pgd_step, topk_flips
+from benchmarks.registry import Call, Case, Op, Provider, Shape, Tensors, Unavailable, label, select
+from benchmarks.results import Row
+from benchmarks.runner import run
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+
+
+def case(op: Op, *providers: Provider, shape: Shape | None = None) -> Case:
+    chosen = replace(op, providers=providers) if providers else op
+    return Case(chosen, shape or op.quick[0], torch.float32, CPU)
+
+
+def measure(benchmark: Case) -> dict[str, Row]:
+    return {row.provider: row for row in run(benchmark, {"device": "test"}, seconds=0.01, say=lambda text: None)}
+
+
+# --- providers to inject; at module level because they travel to the process that measures memory ---------------------
+
+
+def eager_clip(inputs: Tensors, shape: Shape) -> Call:
+    return common.build(inputs, shape, loss=clip_loss.two_gemms)
+
+
+def spoiled_clip(inputs: Tensors, shape: Shape, *, key: str, factor: float, calls: list[str]) -> Call:
+    right = eager_clip(inputs, shape)
+
+    def call() -> Tensors:
+        calls.append(key)
+        out = right()
+        return {**out, key: out[key] * factor}
+
+    return call
+
+
+def broken(inputs: Tensors, shape: Shape, *, error: Exception) -> Call:
+    raise error
+
+
+def allocate(inputs: Tensors, shape: Shape, *, mib: int) -> Call:
+    def call() -> Tensors:
+        for size in (mib // 3, mib, mib // 2):  # one after the other: only the largest counts
+            torch.ones(size * MIB, dtype=torch.uint8)
+        return {"kept": torch.ones(MIB, dtype=torch.uint8)}
+
+    return call
+
+
+def held_while_allocating(mib: int) -> int:
+    held = torch.ones(mib * MIB, dtype=torch.uint8)
+
+    def call() -> object:
+        return [torch.ones(mib * MIB, dtype=torch.uint8), held]
+
+    return memory.peak_of(call)
+
+
+def retained_by_the_heap() -> int:
+    """Many small blocks, freed: the heap keeps their pages unless it is told to give them back."""
+    blocks = [torch.ones(64 << 10, dtype=torch.uint8) for _ in range(512)]
+    pins = blocks[::128]  # keep the heap from shrinking by itself
+    del blocks
+
+    def call() -> object:
+        return [torch.ones(64 << 10, dtype=torch.uint8) for _ in range(512)]
+
+    peak = memory.peak_of(call)
+    assert pins
+    return peak
+
+
+def fail() -> None:
+    raise RuntimeError("no such luck")
+
+
+def die() -> None:
+    os._exit(7)
+
+
+# --- the gate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["loss", "dx", "dy", "dscale"])
+def test_a_wrong_provider_is_called_once_and_never_timed(key: str) -> None:
+    calls: list[str] = []
+    wrong = Provider("wrong", partial(spoiled_clip, key=key, factor=1.01, calls=calls), role="ours")
+    rows = measure(case(clip_loss.CLIP_LOSS, Provider("open_clip", eager_clip), wrong))
+
+    assert calls == [key]
+    row = rows["wrong"]
+    assert row.status == "wrong"
+    assert row.reason is not None and key in row.reason
+    assert row.gate_errors[key] is not None and row.gate_errors[key] > row.gate_limits[key]
+    assert (row.rounds, row.p20_ms, row.p50_ms, row.p80_ms, row.host_ms) == (None,) * 5
+    assert (row.tflops, row.gb_per_s, row.share_of_floor, row.peak_extra_bytes) == (None,) * 4
+    assert row.speedup_over == {}
+    assert rows["open_clip"].status == "ok"
+    assert rows["open_clip"].speedup_over == {}
+    assert "×" not in "".join(tables.cells(row, "open_clip"))
+
+
+def test_nan_is_wrong() -> None:
+    nan = Provider("nan", partial(spoiled_clip, key="dx", factor=float("nan"), calls=[]))
+    row = measure(case(clip_loss.CLIP_LOSS, Provider("open_clip", eager_clip), nan))["nan"]
+    assert row.status == "wrong"
+    assert row.gate_errors["dx"] is None
+    json.dumps(asdict(row), allow_nan=False)
+
+
+def test_ours_is_held_to_the_three_way_rule_and_a_peer_to_sanity() -> None:
+    slightly = partial(spoiled_clip, key="dy", factor=1 + 1e-4, calls=[])
+    rows = measure(
+        case(
+            clip_loss.CLIP_LOSS,
+            Provider("ours", slightly, role="ours"),
+            Provider("peer", slightly),
+            Provider("open_clip", eager_clip),
+        )
+    )
+    assert rows["ours"].status == "wrong"
+    assert rows["peer"].status == "ok"
+
+
+def test_who_cannot_run_says_why() -> None:
+    rows = measure(
+        case(
+            clip_loss.CLIP_LOSS,
+            Provider("open_clip", eager_clip),
+            Provider("absent", partial(broken, error=Unavailable("not installed"))),
+            Provider("crashing", partial(broken, error=RuntimeError("boom"))),
+        )
+    )
+    assert (rows["absent"].status, rows["absent"].reason) == ("unavailable", "not installed")
+    assert (rows["crashing"].status, rows["crashing"].reason) == ("error", "RuntimeError: boom")
+    assert rows["open_clip"].p50_ms is not None
+
+
+@pytest.mark.parametrize("spoil", ["worse", "repeated", "outside", "short"])
+def test_top_k_gate_sees_a_wrong_choice(spoil: str) -> None:
+    benchmark = case(topk_flips.TOPK_FLIPS)
+    inputs = benchmark.inputs()
+    gate = Gate(benchmark, inputs)
+    naive = benchmark.op.providers[0]
+    right = naive.build(inputs, benchmark.shape)()
+    assert gate.judge(naive, right).passed
+    ids = right["ids"].clone()
+    scores = inputs["grad"] @ inputs["table"].T
+    if spoil == "worse":
+        ids[-1, -1] = scores[-1].argmin()
+    elif spoil == "repeated":
+        ids[0, 1] = ids[0, 0]
+    elif spoil == "outside":
+        ids[0, 0] = -1
+    else:
+        ids = ids[:, :-1]
+    assert not gate.judge(naive, {"ids": ids}).passed
+
+
+def test_pgd_gate_sees_noise_beyond_its_bound() -> None:
+    benchmark = case(pgd_step.PGD_STEP)
+    inputs = benchmark.inputs()
+    gate = Gate(benchmark, inputs)
+    ours = Provider("ours", pgd_step.build_eager, role="ours")
+    eager = benchmark.op.providers[0]
+    image = eager.build(inputs, benchmark.shape)()["image"]
+    assert gate.judge(eager, {"image": image}).passed
+    delta = image - inputs["image"]
+    assert gate.judge(ours, {"delta": delta}).passed
+    delta[0, 0, 0, 0] = 1.01 * pgd_step.EPS
+    assert not gate.judge(ours, {"delta": delta}).passed
+
+
+@pytest.mark.parametrize("shape", [{"B": 37, "D": 24}, {"B": 700, "D": 16}])
+def test_the_blockwise_answer_is_autograd_in_fp64(shape: Shape) -> None:
+    inputs = clip_loss.make(shape, torch.float64, CPU)
+    blockwise = clip_loss.expect(inputs, shape)
+    whole = common.fp64_step(clip_loss.one_gemm, inputs)
+    for name, want in whole.values.items():
+        want = want if blockwise.rows is None or want.ndim < 2 else want[blockwise.rows]
+        torch.testing.assert_close(blockwise.values[name], want, rtol=1e-10, atol=1e-14)
+    assert (blockwise.rows is None) == (shape["B"] <= clip_loss.CHECKED_ROWS)
+
+
+# --- the clock -------------------------------------------------------------------------------------------------------
+
+
+def test_providers_take_turns_and_every_one_leads_a_round() -> None:
+    order: list[str] = []
+
+    def call(name: str) -> Tensors:
+        order.append(name)
+        return {}
+
+    calls: dict[str, Call] = {name: partial(call, name) for name in "abc"}
+    samples = timer.interleave(calls, CPU, seconds=0.0)
+    assert "".join(order) == "abc" + "abcbcacab"  # the first round of a short case is thrown away
+    assert {len(s.ms) for s in samples.values()} == {timer.LEAST_ROUNDS}
+
+
+def test_nothing_to_time_is_no_error() -> None:
+    assert timer.interleave({}, CPU, seconds=1.0) == {}
+
+
+def test_ratios_are_taken_within_each_round() -> None:
+    # The machine slowed down threefold half way; each round still says "twice as fast".
+    peer = timer.Samples(ms=[10.0, 30.0, 30.0, 10.0])
+    ours = timer.Samples(ms=[5.0, 15.0, 15.0, 5.0])
+    assert timer.ratio(peer, ours) == 2.0
+    assert timer.Samples(ms=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).quantile(0.2) == 2.0
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+
+
+@linux
+@pytest.mark.parametrize("mib", [24, 96])
+def test_a_known_allocation_is_measured(mib: int) -> None:
+    provider = Provider("allocates", partial(allocate, mib=mib))
+    assert memory.peak_extra_bytes(case(pgd_step.PGD_STEP), provider) == pytest.approx(mib * MIB, abs=MIB)
+
+
+@linux
+def test_what_was_there_before_does_not_count() -> None:
+    assert memory.in_fresh_process(held_while_allocating, 48) == pytest.approx(48 * MIB, abs=MIB)
+
+
+@linux
+def test_pages_the_heap_kept_do_not_hide_an_allocation() -> None:
+    assert memory.in_fresh_process(retained_by_the_heap) == pytest.approx(32 * MIB, abs=3 * MIB)
+
+
+@pytest.mark.parametrize(("function", "said"), [(fail, "no such luck"), (die, "exit code 7")])
+def test_a_measuring_process_that_fails_says_so(function: Callable[[], None], said: str) -> None:
+    with pytest.raises(Unavailable, match=said):
+        memory.in_fresh_process(function)
+
+
+@linux
+def test_the_memory_of_eager_is_that_of_its_logits() -> None:
+    shape = {"B": 1024, "D": 16}
+    peak = memory.peak_extra_bytes(case(clip_loss.CLIP_LOSS, shape=shape), Provider("eager", eager_clip))
+    matrix = 4 * shape["B"] ** 2
+    assert 4 * matrix < peak < 12 * matrix
+
+
+# --- from the command line to the files ------------------------------------------------------------------------------
+
+
+def test_one_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--ops", "clip_loss", "--shapes", "B=64,D=32", "--device", "cpu", "--seconds", "0.05"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+
+    folder = tmp_path / environment.slug(CPU)
+    raw = json.loads((folder / "clip_loss.json").read_text())
+    assert all(entry.keys() == {f.name for f in fields(Row)} for entry in raw)
+    rows = {row.provider: row for row in results.read(folder)}
+    expected = {p.name for p in clip_loss.PROVIDERS if p.serves({"B": 64, "D": 32}, "cpu")}
+    assert rows.keys() == expected
+    for row in rows.values():
+        assert row.provider in printed
+        assert row.shape == {"B": 64, "D": 32}
+        assert (row.op, row.dtype, row.device) == ("clip_loss", "float32", "cpu")
+        if row.status == "ok":
+            assert row.p20_ms is not None and row.p50_ms is not None and row.p80_ms is not None
+            assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
+            assert row.rounds is not None and row.rounds >= timer.LEAST_ROUNDS
+            assert row.tflops == pytest.approx(6 * 64**2 * 32 / row.p50_ms / 1e9, rel=1e-3)
+        if row.status == "ok" and row.role != "ceiling":
+            assert row.gate_errors.keys() == {"loss", "dx", "dy", "dscale"}
+            assert row.share_of_floor is not None and row.share_of_floor > 0
+            assert row.peak_extra_bytes is not None or row.note is not None
+        for key in ("measured", "device", "torch", "triton", "threads", "git_sha", "dirty", "ccu_fast"):
+            assert key in row.environment
+    assert rows["one_gemm"].status == rows["open_clip"].status == "ok"
+    assert rows["one_gemm_compiled"].status in ("ok", "error")  # a machine without a C++ compiler
+    assert rows["open_clip"].speedup_over["one_gemm"] == pytest.approx(
+        1 / rows["one_gemm"].speedup_over["open_clip"], rel=0.5
+    )
+    assert torch.get_float32_matmul_precision() == "highest"
+
+    page = (folder / "README.md").read_text()
+    assert all(name in page for name in expected)
+    main(["--check", "--device", "cpu", "--out", str(tmp_path)])
+    assert "not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.name != "clip_loss"], ids=lambda op: op.name)
+def test_every_op_passes_its_gate(op: Op, native: str) -> None:
+    # Compilation is left to the test above: it is the same code for every op, and slow.
+    chosen = [p for p in op.providers if not p.compiled]
+    rows = measure(case(op, *chosen))
+    assert {row.provider: (row.status, row.reason) for row in rows.values()} == {p.name: ("ok", None) for p in chosen}
+
+
+def test_ours_in_every_form_passes_the_gate(native: str) -> None:
+    chosen = [p for p in clip_loss.PROVIDERS if p.role == "ours" or p.name == "open_clip" or p.arithmetic == "bf16"]
+    rows = measure(case(clip_loss.CLIP_LOSS, *chosen, shape={"B": 640, "D": 48}))
+    assert {row.status for row in rows.values()} == {"ok"}
+
+
+def test_the_loop_and_the_batch_of_banks_agree() -> None:
+    inputs = other_losses.make_banks({"K": 3, "B": 20, "D": 16}, torch.float64, CPU)
+    torch.testing.assert_close(other_losses.banks_loop(*inputs.values()), other_losses.banks_batched(*inputs.values()))
+
+
+def test_inputs_are_the_same_every_time() -> None:
+    for op in OPS.values():
+        first, second = case(op).inputs(), case(op).inputs()
+        assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def row(provider: str, *, b: int = 8, p50: float | None = 1.0, **more: Any) -> Row:
+    values: dict[str, Any] = {
+        "op": "clip_loss",
+        "shape": {"B": b, "D": 512},
+        "dtype": "float32",
+        "device": "cpu",
+        "role": "ours",
+    }
+    return Row(**{**values, "provider": provider, "arithmetic": "working", "p50_ms": p50, "rounds": 3, **more})
+
+
+def test_a_shape_measured_anew_replaces_all_its_rows(tmp_path: Path) -> None:
+    results.write(tmp_path, [row("a", b=16), row("a", b=8), row("b", b=8)])
+    results.write(tmp_path, [row("c", b=8, p50=2.0), row("a", b=8, p50=3.0)])
+    stored = [(r.shape["B"], r.provider, r.p50_ms) for r in results.read(tmp_path)]
+    assert stored == [(8, "c", 2.0), (8, "a", 3.0), (16, "a", 1.0)]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_page_is_made_from_the_files_alone(tmp_path: Path) -> None:
+    results.write(tmp_path, [row("open_clip", p50=6.0, role="peer"), row("fast", speedup_over={"open_clip": 1.5})])
+    path = tmp_path / "clip_loss.json"
+    path.write_text(path.read_text().replace('"open_clip": 1.5', '"open_clip": 2.75'))
+    tables.write_readme(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert "| fast | – | 1 | – | 2.75× |" in page
+    assert "| open_clip | – | 6 | – | 1.00× |" in page
+
+
+def test_the_plain_table_says_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)  # as if rich were not installed
+    tables.show([row("fast", speedup_over={"open_clip": 2.75}), row("bad", p50=None, status="wrong", reason="off")])
+    printed = capsys.readouterr().out
+    assert "2.75×" in printed and "wrong: off" in printed and "┃" not in printed
+
+
+# --- what is selected ------------------------------------------------------------------------------------------------
+
+
+def test_shapes_are_selected_by_some_of_their_sizes() -> None:
+    op = clip_loss.CLIP_LOSS
+    assert select(op, [], "cpu", quick=False) == list(op.shapes["cpu"])
+    assert select(op, [], "cpu", quick=True) == list(op.quick)
+    assert select(op, ["B=8192"], "cpu", quick=False) == [{"B": 8192, "D": 512}]
+    assert select(op, ["D=512", "B=8192"], "cpu", quick=False) == list(op.shapes["cpu"])
+    assert select(op, ["B=300"], "cpu", quick=False) == [{"B": 300, "D": 512}]  # not listed: a new one
+    assert select(op, ["V=10"], "cpu", quick=False) == []  # another op's size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ops", "clip"], "ops: expected some of clip_loss"),
+        (["--ops", "clip_loss", "--shapes", "V=3"], "shapes: expected sizes of clip_loss"),
+        (["--shapes", "B8192"], "shapes: expected something like B=8192"),
+    ],
+)
+def test_a_bad_command_line_is_explained(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+# --- the bars --------------------------------------------------------------------------------------------------------
+
+
+def test_every_bar_can_be_measured() -> None:
+    assert len(bars.load()) > 20
+    for bar in bars.load():
+        op = OPS[bar.op]
+        shape = next(s for s in op.shapes[bar.device] if label(s) == bar.shape)
+        names = {p.name: p for p in op.providers if p.serves(shape, bar.device)}
+        assert names[bar.provider].role == "ours"
+        assert bar.measure in ("speed", "memory", "bytes", "floor")
+        assert (bar.measure in ("speed", "memory")) == (bar.peer is not None)
+        if bar.peer is not None:
+            assert names[bar.peer].role == "peer"
+        if bar.measure == "floor":
+            assert any(p.role == "ceiling" for p in names.values())
+
+
+@pytest.mark.parametrize(
+    ("measure_", "bar", "ours", "met"),
+    [
+        ("speed", 3.0, {"speedup_over": {"open_clip": 3.0}}, True),
+        ("speed", 3.0, {"speedup_over": {"open_clip": 2.99}}, False),
+        ("speed", 3.0, {"speedup_over": {"another": 9.0}}, False),
+        ("memory", 0.4, {"peak_extra_bytes": 400}, True),
+        ("memory", 0.4, {"peak_extra_bytes": 401}, False),
+        ("memory", 0.4, {}, False),
+        ("bytes", 200, {"peak_extra_bytes": 201}, False),
+        ("bytes", 200, {"peak_extra_bytes": 200}, True),
+        ("floor", 0.7, {"share_of_floor": 0.71}, True),
+    ],
+)
+def test_a_bar_is_met_or_not(measure_: str, bar: float, ours: dict[str, Any], met: bool) -> None:
+    owed = bars.Bar("cpu", "clip_loss", "B=8,D=512", "fast", measure_, bar, "issue 0", "open_clip")
+    rows = [row("open_clip", peak_extra_bytes=1000), row("fast", **ours), row("fast", b=16)]
+    lines, all_met = bars.check([owed], rows)
+    assert all_met == met
+    assert ("NOT MET" in lines[0] or "not measured" in lines[0]) != met
+
+
+def test_check_exits_with_1_only_if_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check = ["--check", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(check) == 0
+    assert main([*check, "--strict"]) == 1
+    owed = [bar for bar in bars.load() if bar.device == "cpu"]
+    rows: dict[tuple[str, str, str], Row] = {}
+    for bar in owed:
+        for name in filter(None, (bar.provider, bar.peer)):
+            shape = next(s for s in OPS[bar.op].shapes["cpu"] if label(s) == bar.shape)
+            rows.setdefault((bar.op, bar.shape, name), row(name, op=bar.op, shape=dict(shape), peak_extra_bytes=10**9))
+        own = rows[bar.op, bar.shape, bar.provider]
+        own.peak_extra_bytes = 10**8
+        if bar.measure == "speed" and bar.peer is not None:
+            own.speedup_over[bar.peer] = bar.bar
+    results.write(tmp_path / "cpu-test", list(rows.values()))
+    capsys.readouterr()
+    assert main([*check, "--strict"]) == 0
+    assert capsys.readouterr().out.count("met  ") == len(owed)
+    next(iter(rows.values())).speedup_over.clear()
+    results.write(tmp_path / "cpu-test", list(rows.values()))
+    assert main([*check, "--strict"]) == 1
+    assert main(check) == 0
