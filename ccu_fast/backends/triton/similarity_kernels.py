@@ -251,8 +251,8 @@ def gradient_kernel(
             g = gradient_tile(t, relation, g, cols_sources, COLS_FAR, 0)
 
     if TOTALS:
-        tl.store(totals_out + pid, tl.sum(tl.sum(g * dots, 1), 0))
-        tl.store(totals_out + tl.num_programs(0) + pid, tl.sum(tl.sum(g, 1), 0))
+        tl.store(totals_out + pid, tl.sum(g * dots))
+        tl.store(totals_out + tl.num_programs(0) + pid, tl.sum(g))
     if STORE:
         if HAS_NORM:
             g = g * tl.load(norm_ptr)
