@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ccu_fast.backends.problem import SimilarityProblem
 
@@ -87,6 +86,22 @@ torch.library.register_fake("ccu_fast::reduce_similarity", _fake_forward, lib=_L
 torch.library.register_fake("ccu_fast::reduce_similarity_backward", _fake_backward, lib=_LIBRARY)
 
 
+class _OnceDifferentiable(torch.autograd.Function):
+    """The gradients under create_graph=True: whoever differentiates them gets an error.
+
+    torch's decorator of this name does so only when the incoming gradient requires grad. That of a loss does not, and
+    the second derivative would be silently zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        return _backward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("reduce_similarity: second derivatives need backend='reference'")
+
+
 class SimilarityReduction(torch.autograd.Function):
     """Row and column results of one problem; the stash is whatever the backend keeps for its backward pass."""
 
@@ -100,12 +115,15 @@ class SimilarityReduction(torch.autograd.Function):
         return row_out, col_out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, row_out, col_out, stash = ctx.saved_tensors
         diagonal, rows, cols, backend, workspace, _ = ctx.rest
         needs = list(ctx.needs_input_grad[:4])
-        call = torch.ops.ccu_fast.reduce_similarity_backward if torch.compiler.is_compiling() else _backward
+        call: Any = _backward
+        if torch.compiler.is_compiling():
+            call = torch.ops.ccu_fast.reduce_similarity_backward
+        elif torch.is_grad_enabled():
+            call = _OnceDifferentiable.apply
         grads = call(
             grad_rows.contiguous(), grad_cols.contiguous(), *tensors, diagonal, rows, cols,
             row_out, col_out, stash, needs, backend, workspace,

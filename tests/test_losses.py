@@ -39,7 +39,7 @@ def compare(ours: Loss, torchs: Loss, data: dict[str, Tensor], dtype: torch.dtyp
     same, got = differentiate(torchs, data, dtype), differentiate(ours, data, dtype)
     for name, truth in exact.items():
         # The gradient of a scalar is a sum over pairs that cancel, and at most that of its features' size.
-        magnitude = max(1.0, float(truth.abs().max())) if truth.ndim == 0 else None
+        magnitude = max(1.0, float(truth.detach().abs().max())) if truth.ndim == 0 else None
         # A relative error of eps in S is one of |S| eps in exp(S), and |S| is at most the scale.
         ulps = (64 if dtype == torch.float64 else 16) + 2 * float(data["scale"])
         assert_three_way(name, got[name], same[name], truth, ulps=ulps, magnitude=magnitude)

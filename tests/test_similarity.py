@@ -383,9 +383,18 @@ def test_inputs_are_not_written(backend: str) -> None:
 
 def test_second_derivatives_are_refused_not_wrong(native: str) -> None:
     x, y = (torch.randn(6, 4, requires_grad=True) for _ in "xy")
-    (grad,) = torch.autograd.grad(info_nce(x, y, scale=3.0, backend=native), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    z = torch.nn.functional.normalize(x, dim=-1)  # has a second derivative of its own, which must not hide ours
+    (grad,) = torch.autograd.grad(info_nce(z, y, scale=3.0, backend=native), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives need backend='reference'"):
+        grad.square().sum().backward()
+    (once,) = torch.autograd.grad(info_nce(torch.nn.functional.normalize(x, dim=-1), y, scale=3.0, backend=native), x)
+    assert torch.equal(grad, once)
+
+
+def test_second_derivatives_of_the_reference() -> None:
+    x, y = (torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in "xy")
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda *t: info_nce(*t[:2], scale=t[2], backend="reference"), (x, y, scale))
 
 
 @pytest.mark.parametrize("workspace", [0, None])
