@@ -1,0 +1,1 @@
+"""The compiled CPU kernels of csrc, called through ccu_fast._C."""

@@ -1,0 +1,144 @@
+"""``ccu-fast``: its commands, what they hand on, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ccu_fast
+from ccu_fast import cli, info
+
+HIDE_TYPER = "import sys; sys.modules['typer'] = None; from ccu_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A stand-in for ccu_fast.demo that keeps what it was called with."""
+    module = types.ModuleType("ccu_fast.demo")
+    module.calls = []  # type: ignore[attr-defined]
+
+    def run(out: Path, **options: Any) -> None:
+        module.calls.append((out, options))  # type: ignore[attr-defined]
+
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ccu_fast.demo", module)
+    return module
+
+
+def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(info.PACKAGE.parent)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, text=True, capture_output=True, check=False
+    )
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == ccu_fast.__version__
+
+
+@pytest.mark.parametrize("name", ["info", "demo", "bench"])
+def test_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([name, "--help"]) == 0
+    assert f"Example: ccu-fast {name}" in capsys.readouterr().out
+
+
+def test_overview_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("info", "demo", "bench"):
+        assert name in shown
+        assert name in cli.USAGE
+
+
+def test_info_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == info.collect()
+
+
+def test_demo_hands_its_options_on(demo: Any) -> None:
+    assert cli.main(["demo"]) == 0
+    assert cli.main(["demo", "--out", "there", "--seeds", "3", "--only", "protect", "--quiet"]) == 0
+    assert demo.calls == [
+        (Path("ccu_fast_demo"), {"seeds": 1, "only": None, "quiet": False}),
+        (Path("there"), {"seeds": 3, "only": "protect", "quiet": True}),
+    ]
+
+
+@pytest.mark.parametrize("wrong", [["demo", "--seeds", "0"], ["demo", "--only", "both"], ["nonsense"], ["info", "x"]])
+def test_wrong_command_lines_end_with_2(wrong: list[str], demo: Any) -> None:
+    assert cli.main(wrong) == 2
+    assert demo.calls == []
+
+
+def test_demo_names_the_extra_that_is_missing(
+    demo: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.pyplot")
+
+    monkeypatch.setattr(demo, "run", run)
+    assert cli.main(["demo"]) == 1
+    assert capsys.readouterr().err == "ccu-fast: matplotlib.pyplot is missing: pip install 'ccu-fast[apps]'\n"
+
+
+def test_a_missing_module_that_no_extra_brings_is_a_bug_and_shows(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'ccu_fast.typo'", name="ccu_fast.typo")
+
+    monkeypatch.setattr(demo, "run", run)
+    with pytest.raises(ModuleNotFoundError, match="typo"):
+        cli.main(["demo"])
+
+
+def test_ctrl_c_ends_with_one_line_and_130() -> None:
+    program = """
+import os, signal, sys, time, types
+demo = types.ModuleType("ccu_fast.demo")
+def run(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+demo.run = run
+sys.modules["ccu_fast.demo"] = demo
+from ccu_fast.cli import main
+sys.exit(main(["demo"]))
+"""
+    done = command("-c", program)
+    assert (done.returncode, done.stderr) == (130, "ccu-fast: interrupted\n")
+
+
+def test_bench_runs_the_benchmarks_of_the_checkout(tmp_path: Path) -> None:
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "ccu_fast.h").touch()
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    (tmp_path / "benchmarks" / "__main__.py").write_text("def main(arguments):\n    print(arguments)\n    return 3\n")
+    done = command("-m", "ccu_fast", "bench", "topk_flips", "--device", "cpu", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "['topk_flips', '--device', 'cpu']\n"), done.stderr
+
+
+def test_bench_outside_a_checkout_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(info, "PACKAGE", tmp_path / "site-packages" / "ccu_fast")
+    assert cli.main(["bench"]) == 1
+    assert "in the folder of a checkout" in capsys.readouterr().err
+
+
+def test_without_typer_info_works_and_the_rest_says_what_to_install() -> None:
+    assert "cpu kernels" in command("-c", HIDE_TYPER, "info").stdout
+    demo = command("-c", HIDE_TYPER, "demo")
+    assert (demo.returncode, demo.stderr) == (1, "ccu-fast: demo needs typer: pip install 'ccu-fast[apps]'\n")
+    assert command("-c", HIDE_TYPER, "--version").stdout.strip() == ccu_fast.__version__
+    assert command("-c", HIDE_TYPER).stdout.strip() == cli.USAGE
+    wrong = command("-c", HIDE_TYPER, "nonsense")
+    assert wrong.returncode == 2
+    assert "no command 'nonsense'" in wrong.stderr

@@ -1,0 +1,149 @@
+"""``python -m ccu_fast.info``: here, and where the module, Triton, a driver or a device is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ccu_fast
+from ccu_fast import info
+from ccu_fast.backends import registry
+
+NOT_BUILT = {"git_sha": None, "native": None, "cuda": None, "skipped": {"native": "no C++ compiler: tried them all"}}
+CUDA_13 = {"git_sha": None, "native": {}, "cuda": {"version": "13.0", "archs": ["90"]}, "skipped": {}}
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """The package without its compiled module."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
+    shutil.copytree(info.PACKAGE, tmp_path / "ccu_fast", ignore=ignore)
+    return tmp_path
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, text=True, capture_output=True, check=False
+    )
+
+
+def test_report_is_json_and_text_with_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert info.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == info.collect()
+    assert info.main([]) == 0
+    text = capsys.readouterr().out
+    for fact in (ccu_fast.__version__, torch.__version__, report["python"]):
+        assert fact in text
+    for op, devices in report["operations"].items():
+        chosen = registry.choose("auto", op, torch.device("cpu"), torch.float32)
+        assert devices["cpu"]["backend"] == chosen
+        assert any(line.split() == [op, "on", "cpu", chosen] for line in text.splitlines())
+    if not torch.cuda.is_available():
+        assert all(devices["cuda"]["backend"] is None for devices in report["operations"].values())
+        assert f"none: {report['cuda']['why_no_devices']}" in text
+
+
+def test_compiled_module_of_this_checkout_is_described() -> None:
+    if registry.unavailable("native"):
+        pytest.skip(f"nothing is compiled: {info.why_not_native()}")
+    report = info.collect()
+    assert report["cpu"]["isa"] in report["build"]["native"]["isas"]
+    assert report["cpu"]["why_not"] is None
+
+
+def test_without_the_module_the_reason_is_the_builds(bare: Path) -> None:
+    (bare / "ccu_fast" / "_build_info.json").write_text(json.dumps(NOT_BUILT))
+    done = python(bare, "-m", "ccu_fast.info")
+    assert done.returncode == 0, done.stderr
+    assert "none, torch is used instead: not built: no C++ compiler: tried them all" in done.stdout
+    assert any(line.split() == ["reduce_similarity", "on", "cpu", "reference"] for line in done.stdout.splitlines())
+
+
+def test_without_any_build_the_way_to_one_is_named(bare: Path) -> None:
+    done = python(bare, "-m", "ccu_fast.info")
+    assert done.returncode == 0, done.stderr
+    assert "not built: run `pip install .`" in done.stdout
+
+
+def test_module_of_another_python_is_recognised(bare: Path) -> None:
+    (bare / "ccu_fast" / "_C.cpython-27-x86_64-linux-gnu.so").touch()
+    done = python(bare, "-m", "ccu_fast.info")
+    assert done.returncode == 0, done.stderr
+    assert "_C.cpython-27-x86_64-linux-gnu.so is there, this is Python 3." in done.stdout
+
+
+def test_without_module_and_triton_the_losses_work(bare: Path) -> None:
+    program = """
+import sys
+for hidden in ("triton", "typer", "rich", "PIL", "matplotlib", "sklearn"):
+    sys.modules[hidden] = None
+import torch, ccu_fast, ccu_fast.info
+x = torch.eye(4, requires_grad=True)
+loss = ccu_fast.info_nce(x, torch.eye(4), scale=1.0)
+loss.backward()
+expected = torch.nn.functional.cross_entropy(torch.eye(4), torch.arange(4))
+assert torch.allclose(loss, expected), (loss, expected)
+assert ccu_fast.info.main([]) == 0
+"""
+    done = python(bare, "-c", program)
+    assert done.returncode == 0, done.stderr
+
+
+def test_native_named_by_the_user_raises_without_the_module(bare: Path) -> None:
+    program = "import torch, ccu_fast; ccu_fast.info_nce(torch.eye(2), torch.eye(2), scale=1.0, backend='native')"
+    done = python(bare, "-c", program)
+    assert done.returncode == 1
+    assert "ValueError: backend: 'native' cannot run reduce_similarity here" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "driver", "reason"),
+    [
+        (None, None, "torch is built without CUDA"),
+        ("13.0", None, "no NVIDIA driver is loaded (libcuda.so.1)"),
+        ("13.0", (12, 8), "the driver serves CUDA 12.8, torch is built with 13.0"),
+        ("12.4", (12, 8), "the driver shows no device (CUDA_VISIBLE_DEVICES?)"),
+    ],
+)
+def test_why_there_is_no_device(
+    torch_cuda: str | None, driver: tuple[int, int] | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(info, "driver_cuda", lambda: driver)
+    assert info.why_no_devices() == reason
+
+
+def test_driver_too_old_for_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "why_not_native", lambda: None)
+    monkeypatch.setattr(info, "build_info", lambda: CUDA_13)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(info, "driver_cuda", lambda: (12, 8))
+    assert info.why_no_cuda_kernels() == "the driver serves CUDA 12.8, the kernels are built with 13.0"
+    monkeypatch.setattr(info, "driver_cuda", lambda: (13, 0))
+    assert info.why_no_cuda_kernels() is None
+
+
+def test_cuda_left_out_of_the_build_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "why_not_native", lambda: None)
+    monkeypatch.setattr(info, "build_info", lambda: {**CUDA_13, "cuda": None, "skipped": {"cuda": "no nvcc"}})
+    assert info.why_no_cuda_kernels() == "not built: no nvcc"
+
+
+def test_missing_extra_comes_with_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = info.collect()
+    report["extras"]["apps"]["rich"] = None
+    text = info.render(report)
+    assert "rich (not installed)" in text
+    assert "pip install 'ccu-fast[apps]'" in text
+    assert info.extra_of("matplotlib.pyplot") == "apps"
+    assert info.extra_of("json") is None
