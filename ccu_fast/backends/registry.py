@@ -14,6 +14,9 @@ log = logging.getLogger("ccu_fast")
 
 BACKENDS = ("triton", "native", "reference")
 
+# What the compiled module also runs on cuda tensors.
+NATIVE_CUDA = ("pgd_step_",)
+
 
 @functools.cache
 def unavailable(backend: str) -> str | None:
@@ -42,8 +45,10 @@ def cannot_serve(backend: str, op: str, device: torch.device, dtype: torch.dtype
         return reason
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it computes fp32, fp16 and bf16, not {dtype}"
-    if backend == "native" and device.type != "cpu":
+    if backend == "native" and device.type != "cpu" and not (device.type == "cuda" and op in NATIVE_CUDA):
         return f"its {op} runs on cpu tensors, not {device.type}"
+    if backend == "native" and device.type == "cuda" and not importlib.import_module("ccu_fast._C").CUDA:
+        return "this build of ccu_fast._C has no CUDA kernels"
     if backend == "triton":
         if op != "reduce_similarity":
             return f"it has no {op}"

@@ -1,0 +1,31 @@
+"""pgd_step_ in plain torch, any device and dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from ccu_fast.backends.noise_problem import BadGradient, NoiseStep
+
+
+def step(p: NoiseStep) -> None:
+    """Write the step to ``p.delta``. Computes in fp64 for fp64 noise, in fp32 otherwise."""
+    usable = torch.isfinite(p.grad) if p.l2 else ~torch.isnan(p.grad)
+    if p.check and not bool(usable.all()):
+        raise BadGradient
+    compute = p.parameters.dtype
+    channels = p.parameters.shape[1]
+    size, up, low, high = p.parameters.view(4, *([channels] if channels > 1 else [1]), *[1] * max(p.delta.ndim - 2, 0))
+    delta, image = p.delta.to(compute), p.image.to(compute)
+    grad = torch.where(usable, p.grad, 0).to(compute)
+    if p.l2:
+        rate = size.reshape(()) / _norms(grad)
+        delta = delta - torch.where(rate.isfinite(), rate, 0).to(compute) * grad
+        delta = delta * (up.reshape(()) / _norms(delta)).clamp(max=1).nan_to_num(1).to(compute)
+    else:
+        delta = (delta - size * grad.sign()).clamp(-up, up)
+    p.delta.copy_((delta + image).clamp(low, high) - image)
+
+
+def _norms(t: torch.Tensor) -> torch.Tensor:
+    """The Euclidean norm of every sample, in fp64, shaped to broadcast."""
+    return torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64).view(-1, *[1] * (t.ndim - 1))
