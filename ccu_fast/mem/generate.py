@@ -80,8 +80,9 @@ def protect(
         raise ValueError(f"captions: expected {len(images)} strings (one for each image), got {len(captions)}")
     if len(images) < 2:
         raise ValueError(f"images: expected at least 2, got {len(images)}")
-    if method.triggers and not len(tokenizer.trigger_ids):
-        raise ValueError("tokenizer: expected trigger words because the method uses triggers, got none")
+    words = min(len(tokenizer.trigger_ids), settings.trigger_words)
+    if method.triggers and words < settings.candidates:
+        raise ValueError(f"tokenizer: expected at least {settings.candidates} trigger words (candidates), got {words}")
     run = _Run(images, tokenizer.encode(captions), tokenizer, factory, method, settings, seed)
     if method.noise == "random":
         run.noise = random_noise(images, settings.eps, generator(seed, "random noise"))
@@ -111,7 +112,9 @@ class _Run:
         self.factory, self.method, self.settings, self.seed = factory, method, settings, seed
         self.rng = generator(seed, "generate")
         self.noise = torch.zeros_like(images, dtype=torch.int8)
-        self.triggers = random_triggers(len(images), method.triggers, tokenizer.trigger_ids, self.rng)
+        words = torch.randperm(len(tokenizer.trigger_ids), generator=self.rng)[: settings.trigger_words]
+        self.alphabet = tokenizer.trigger_ids[words]
+        self.triggers = random_triggers(len(images), method.triggers, self.alphabet, self.rng)
         self.losses: dict[str, list[float]] = {"surrogate": [], "triggers": [], "noise": []}
 
     def note(self) -> str:
@@ -138,7 +141,8 @@ class _Run:
 
     def _improve_triggers(self) -> None:
         losses = []
-        allowed = self.tokenizer.allowed()
+        allowed = torch.zeros(len(self.tokenizer), dtype=torch.bool)
+        allowed[self.alphabet] = True
         for rows in batches(len(self.images), self.settings.batch, self.rng):
             with torch.no_grad():
                 image = self.model.encode_image(pixels(self._protected(rows)))

@@ -68,6 +68,8 @@ class Settings:
         pgd_steps: PGD steps for each batch and round.
         rounds: surrogate steps, then a trigger pass, then a noise pass.
         trigger_rounds: the first rounds, in which triggers are still changed.
+        trigger_words: size of the alphabet that the run draws from the tokenizer's trigger words. A small one is the
+            easier lesson: each word and the noise that goes with it then occur often.
         candidates: words tried at each trigger position.
         surrogate_steps: optimiser steps of the surrogate in each round.
         restart: rounds after which the surrogate starts again from new random weights; 0 for never.
@@ -83,6 +85,7 @@ class Settings:
     pgd_steps: int = 6
     rounds: int = 10
     trigger_rounds: int = 3
+    trigger_words: int = 16
     candidates: int = 8
     surrogate_steps: int = 32
     restart: int = 0
@@ -94,7 +97,8 @@ class Settings:
     def __post_init__(self) -> None:
         check.integer("eps", self.eps, low=0, high=127)
         check.integer("step", self.step, low=1, high=127)
-        for name in ("rounds", "candidates", "batch"):
+        check.integer("batch", self.batch, low=2)
+        for name in ("rounds", "candidates", "trigger_words"):
             check.integer(name, getattr(self, name), low=1)
         for name in ("pgd_steps", "trigger_rounds", "surrogate_steps", "restart"):
             check.integer(name, getattr(self, name), low=0)

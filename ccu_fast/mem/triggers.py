@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ccu_fast.candidates import candidate_losses
 from ccu_fast.losses import info_nce
 from ccu_fast.mem.surrogate import frozen
 from ccu_fast.models.dual_encoder import DualEncoder
-from ccu_fast.tokens import TokenTable, candidate_losses, topk_flips
+from ccu_fast.tokens import TokenTable, topk_flips
 
 
 def random_triggers(n: int, length: int, ids: Tensor, rng: torch.Generator) -> Tensor:

@@ -93,7 +93,7 @@ class SmallDualEncoder(nn.Module):
         self.text_norm = nn.LayerNorm(width)
         self.text_projection = nn.Linear(width, dim, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.token_embedding.weight, std=0.3)
 
     @property
     def embedding_matrix(self) -> Tensor:
