@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = environment.describe(device)
     stored = arguments.out or (None if arguments.quick else results.FOLDER)
     folder = None if stored is None else stored / environment.slug(device)
-    seconds = arguments.seconds if arguments.seconds is not None else (0.2 if arguments.quick else 4.0)
+    seconds = arguments.seconds if arguments.seconds is not None else (0.2 if arguments.quick else 3.0)
     for case in cases:
         rows = run(case, facts, seconds=seconds, say=lambda text: print(text, file=sys.stderr, flush=True))
         tables.show(rows)
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", nargs="+", default=[], metavar="B=…,D=…", help="only these sizes, or new ones")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="small shapes; nothing is stored without --out")
-    parser.add_argument("--seconds", type=float, help="timing budget of a case (4; quick 0.2); at least 2 rounds")
+    parser.add_argument("--seconds", type=float, help="timing budget of a case (3; quick 0.2); at least 2 rounds")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {results.FOLDER.name}/ beside this file")
     parser.add_argument("--check", action="store_true", help="measure nothing; stored figures against bars.json")
     parser.add_argument("--strict", action="store_true", help="with --check: exit 1 unless every bar is met")

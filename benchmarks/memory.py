@@ -1,8 +1,9 @@
 """Peak memory of one call beyond what was there before it: results included, inputs not.
 
 On a GPU the allocator knows. On a CPU it is measured: a fresh process for each provider runs the call once while the
-kernel records the highest resident size (``VmHWM``, reset through ``/proc/self/clear_refs``), after free heap pages
-were given back. Nothing is sampled, so no peak is missed. The call is warmed up before (on a small problem, or on
+kernel records the highest resident size (``VmHWM``, reset through ``/proc/self/clear_refs``). Nothing is sampled, so no
+peak is missed; the heap is told to give freed blocks of a megabyte and more back at once, so what is resident is what
+is in use. The call is warmed up before (on a small problem, or on
 the same one if it compiles), because thread stacks and library buffers that are allocated once are not the call's.
 """
 
@@ -22,6 +23,7 @@ from benchmarks.registry import Case, Provider, Unavailable
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def peak_extra_bytes(case: Case, provider: Provider) -> int:
@@ -40,8 +42,9 @@ def peak_extra_bytes(case: Case, provider: Provider) -> int:
 def peak_of(call: Callable[[], object]) -> int:
     """Growth of this process's resident size while ``call`` runs, at its peak."""
     gc.collect()
-    # Free heap pages that stay resident would be reused by the call and not be seen.
-    ctypes.CDLL(None).malloc_trim(0)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # free heap pages that stay resident would be reused by the call and not be seen
+        trim(0)
     _CLEAR_REFS.write_text("5")
     before = _resident("VmRSS")
     out = call()
@@ -80,6 +83,11 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _reply(send: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # glibc raises both thresholds as large blocks are freed, to 32 and 64 MiB, unless they are set.
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 20)
     try:
         send.send((True, function(*args)))
     except Exception as error:

@@ -70,6 +70,7 @@ class Op:
     """An operation: inputs, the right answer, the work it needs at least, and who computes it.
 
     Attributes:
+        kernel: what ccu_fast's choice of backend calls the operation.
         make: inputs of a shape, the same on every call (fixed seed).
         expect: the right answer in fp64.
         errors: one non-negative number for each output, 0 is exact; NaN counts as wrong.
@@ -81,6 +82,7 @@ class Op:
     """
 
     name: str
+    kernel: str
     title: str
     make: Callable[[Shape, torch.dtype, torch.device], Tensors]
     expect: Callable[[Tensors, Shape], Expected]

@@ -20,6 +20,7 @@ class Row:
 
     Attributes:
         status: "ok"; "wrong" (the gate failed: nothing was timed); "unavailable"; "error".
+        backend: which of ccu_fast's backends ran, for ours.
         reason: why the status is not "ok".
         gate_errors, gate_limits: error of each output against ``reference``, and what was allowed.
         p20_ms, p50_ms, p80_ms: quantiles over ``rounds`` interleaved rounds.
@@ -38,6 +39,7 @@ class Row:
     arithmetic: str
     status: str = "ok"
     reason: str | None = None
+    backend: str | None = None
     note: str | None = None
     reference: str | None = None
     gate_errors: dict[str, float | None] = field(default_factory=dict)

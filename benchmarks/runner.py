@@ -15,6 +15,7 @@ from benchmarks.gate import Gate
 from benchmarks.registry import Call, Case, Provider, Unavailable, label
 from benchmarks.results import Row
 from benchmarks.timer import Samples, interleave, ratio
+from ccu_fast.backends.registry import choose
 
 Say = Callable[[str], None]
 
@@ -77,6 +78,8 @@ def _admit(provider: Provider, gate: Gate, row: Row) -> Call | None:
     except Exception as error:  # a peer that breaks is a result, not the end of the run
         row.status, row.reason = "error", f"{type(error).__name__}: {error}".splitlines()[0]
         return None
+    if provider.role == "ours":
+        row.backend = choose("auto", gate.case.op.kernel, gate.case.device, gate.case.dtype)
     row.reference = verdict.reference
     row.gate_errors = {k: e if math.isfinite(e) else None for k, e in verdict.errors.items()}
     row.gate_limits = verdict.limits

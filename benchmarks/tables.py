@@ -95,10 +95,12 @@ def _markdown(rows: list[Row]) -> list[str]:
     rounds = max((row.rounds for row in rows if row.rounds), default=0)
     reference = next((row.reference for row in rows if row.reference), "nothing")
     source = f"{(where.get('git_sha') or 'no commit')[:12]}{' with changes' if where.get('dirty') else ''}"
+    backends = sorted({row.backend for row in rows if row.backend})
+    ours = f" ({', '.join(backends)})" if backends else ""
     cuda = f", CUDA {where['cuda']}, driver {where['driver']}" if "cuda" in where else ""
     lines += ["", f"{rounds} rounds; checked against {reference}; {where.get('threads')} threads; "
-              f"torch {where.get('torch')}, triton {where.get('triton')}{cuda}; ccu_fast {where.get('ccu_fast')} at "
-              f"{source}; {where.get('measured')}."]  # fmt: skip
+              f"torch {where.get('torch')}, triton {where.get('triton')}{cuda}; "
+              f"ccu_fast {where.get('ccu_fast')}{ours} at {source}; {where.get('measured')}."]  # fmt: skip
     notes = dict.fromkeys(f"{row.provider}: {row.note}." for row in rows if row.note)
     return [*lines, *(["", *notes] if notes else []), ""]
 

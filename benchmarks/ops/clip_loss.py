@@ -153,6 +153,7 @@ PROVIDERS = (
 
 CLIP_LOSS = Op(
     name="clip_loss",
+    kernel="reduce_similarity",
     title="symmetric InfoNCE of unit vectors at scale 100: loss, dX, dY, dscale",
     make=make,
     expect=expect,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.registry import Call, Expected, Shape, Tensors, Unavailable
-from ccu_fast.backends.registry import cannot_serve
+from ccu_fast.backends.registry import candidates, cannot_serve, choose
 
 Loss = Callable[..., Tensor]
 Build = Callable[..., Call]
@@ -86,15 +86,16 @@ def scale_terms(x: Tensor, dx: Tensor, scale: Tensor) -> float:
 
 
 def our_backend(op: str, tensor: Tensor) -> str:
-    """The backend under test: the one written for this device, never a silent fallback.
+    """The kernels that ``backend="auto"`` picks; never the reference, which is there to be right and not fast.
 
     Raises:
-        Unavailable: with the reason the package gives.
+        Unavailable: with the reasons the package gives.
     """
-    name = "triton" if tensor.device.type == "cuda" else "native"
-    reason = cannot_serve(name, op, tensor.device, tensor.dtype)
-    if reason is not None:
-        raise Unavailable(f"backend {name}: {reason}")
+    device, dtype = tensor.device, tensor.dtype
+    name = choose("auto", op, device, dtype)
+    if name == "reference":
+        others = (c for c in candidates(device.type) if c != name)
+        raise Unavailable("; ".join(f"{c}: {cannot_serve(c, op, device, dtype)}" for c in others))
     return name
 
 

@@ -147,6 +147,7 @@ def _ceiling_one_bank(inputs: Tensors, shape: Shape) -> Call:
 
 CLIP_LOSS_BANKS = Op(
     name="clip_loss_banks",
+    kernel="reduce_similarity",
     title="K banks [K, B, D] against one bank [B, D], summed symmetric InfoNCE: loss, dX, dY, dscale",
     make=make_banks,
     expect=partial(_expect, loss=banks_batched),
@@ -169,6 +170,7 @@ CLIP_LOSS_BANKS = Op(
 
 SIGMOID_LOSS = Op(
     name="sigmoid_loss",
+    kernel="reduce_similarity",
     title="SigLIP's sigmoid loss: loss, dX, dY, dscale, dbias",
     make=make_sigmoid,
     expect=partial(_expect, loss=eager_sigmoid),
@@ -188,6 +190,7 @@ SIGMOID_LOSS = Op(
 
 SUP_CON = Op(
     name="sup_con",
+    kernel="reduce_similarity",
     title="supervised contrastive loss of one bank, 64 items a class: loss, dZ, dscale",
     make=make_sup_con,
     expect=partial(_expect, loss=eager_sup_con),

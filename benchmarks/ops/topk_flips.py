@@ -104,6 +104,7 @@ def work(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
 
 TOPK_FLIPS = Op(
     name="topk_flips",
+    kernel="topk_flips",
     title="best k of V tokens for N gradient rows, exact",
     make=make,
     expect=expect,
