@@ -44,7 +44,8 @@ def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     result = float(value)
-    if not math.isfinite(result) or not low <= result <= high:
+    # Comparisons, which torch.compile can trace for a number that it made symbolic; NaN fails them.
+    if not -math.inf < result < math.inf or not low <= result <= high:
         raise ValueError(f"{name}: expected a finite number in [{low}, {high}], got {value}")
     return result
 

@@ -37,7 +37,7 @@ class Flips(NamedTuple):
 
     ids: Tensor
     delta: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     valid: Tensor
     rows: Tensor | None = None
 

@@ -63,5 +63,5 @@ class TokenResult(NamedTuple):
     ids: Tensor
     delta: Tensor
     score: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     valid: Tensor

@@ -18,9 +18,9 @@ def step(p: NoiseStep) -> None:
     delta, image = p.delta.to(compute), p.image.to(compute)
     grad = torch.where(usable, p.grad, 0).to(compute)
     if p.l2:
-        rate = size.reshape(()) / _norms(grad)
+        rate = size.flatten()[0] / _norms(grad)
         delta = delta - torch.where(rate.isfinite(), rate, 0).to(compute) * grad
-        delta = delta * (up.reshape(()) / _norms(delta)).clamp(max=1).nan_to_num(1).to(compute)
+        delta = delta * (up.flatten()[0] / _norms(delta)).clamp(max=1).nan_to_num(1).to(compute)
     else:
         delta = (delta - size * grad.sign()).clamp(-up, up)
     p.delta.copy_((delta + image).clamp(low, high) - image)
