@@ -50,7 +50,6 @@ void copy_codes(const std::vector<int32_t>& from, int32_t* to, int32_t* count) {
   *count = static_cast<int32_t>(from.size());
 }
 
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -95,19 +94,19 @@ PYBIND11_MODULE(_C, m) {
         return t;
       }));
 
-  m.def("similarity_forward", [](const ccu_tile& tile, Address row_out, int64_t row_reduction_stride,
-                                 int64_t row_bank_stride, Address col_max, Address col_sum,
-                                 int64_t col_reduction_stride) {
-    ccu_similarity_forward_args a{};
-    a.tile = tile;
-    a.row_out = pointer<float>(row_out);
-    a.row_reduction_stride = row_reduction_stride;
-    a.row_bank_stride = row_bank_stride;
-    a.col_max = pointer<float>(col_max);
-    a.col_sum = pointer<double>(col_sum);
-    a.col_reduction_stride = col_reduction_stride;
-    call("similarity_forward", ccu_similarity_forward, a);
-  });
+  m.def("similarity_forward",
+        [](const ccu_tile& tile, Address row_out, int64_t row_reduction_stride, int64_t row_bank_stride,
+           Address col_max, Address col_sum, int64_t col_reduction_stride) {
+          ccu_similarity_forward_args a{};
+          a.tile = tile;
+          a.row_out = pointer<float>(row_out);
+          a.row_reduction_stride = row_reduction_stride;
+          a.row_bank_stride = row_bank_stride;
+          a.col_max = pointer<float>(col_max);
+          a.col_sum = pointer<double>(col_sum);
+          a.col_reduction_stride = col_reduction_stride;
+          call("similarity_forward", ccu_similarity_forward, a);
+        });
 
   m.def("similarity_backward",
         [](const ccu_tile& tile, Address row_grad, Address row_out, int64_t row_reduction_stride,
@@ -132,9 +131,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "topk_flips",
       [](Address grad, int64_t rows, int64_t dim, Address packed, int64_t tokens, Address token_ids, double max_norm,
-         Address embedding, std::pair<int64_t, int64_t> embedding_strides, int embedding_dtype, bool maximize, Address current,
-         bool exclude_current, bool certify, std::pair<Address, int64_t> allowed, std::pair<Address, int64_t> penalty,
-         int64_t k, int threads, Address ids, Address delta, Address score, Address count, Address valid) {
+         Address embedding, std::pair<int64_t, int64_t> embedding_strides, int embedding_dtype, bool maximize,
+         Address current, bool exclude_current, bool certify, std::pair<Address, int64_t> allowed,
+         std::pair<Address, int64_t> penalty, int64_t k, int threads, Address ids, Address delta, Address score,
+         Address count, Address valid) {
         ccu_topk_flips_args a{};
         a.grad = pointer<float>(grad);
         a.rows = rows;

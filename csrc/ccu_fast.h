@@ -35,9 +35,9 @@ enum { CCU_MAX_REDUCTIONS = 8 };
 
 // A chunk of rows of one or several banks, and what is to be known about its rows and columns.
 typedef struct {
-  const float* dot;         // [banks, rows, cols], rows are those from row0 on
+  const float* dot;  // [banks, rows, cols], rows are those from row0 on
   int64_t banks, rows, cols;
-  int64_t row0;             // index of the first row, for the diagonal
+  int64_t row0;  // index of the first row, for the diagonal
   float scale, bias;
   const int32_t* row_labels;  // [banks or 1, rows] of this chunk, or NULL; negative = ignored
   const int32_t* col_labels;  // [banks or 1, cols], or NULL
@@ -45,7 +45,7 @@ typedef struct {
   const int32_t* col_ids;     // [banks or 1, cols], or NULL
   int64_t row_label_stride, col_label_stride, row_id_stride, col_id_stride;  // from bank to bank, 0 if shared
   int32_t diagonal;
-  int32_t n_row, n_col;                        // how many reductions
+  int32_t n_row, n_col;  // how many reductions
   int32_t row_codes[CCU_MAX_REDUCTIONS];
   int32_t col_codes[CCU_MAX_REDUCTIONS];
   int32_t threads;
@@ -54,10 +54,10 @@ typedef struct {
 // Row results of the chunk, and the running column results.
 typedef struct {
   ccu_tile tile;
-  float* row_out;           // reduction r, bank b, row i at r * row_reduction_stride + b * row_bank_stride + i
+  float* row_out;  // reduction r, bank b, row i at r * row_reduction_stride + b * row_bank_stride + i
   int64_t row_reduction_stride, row_bank_stride;
-  float* col_max;           // [n_col, banks, cols], -inf before the first chunk (lse only)
-  double* col_sum;          // [n_col, banks, cols], 0 before the first chunk
+  float* col_max;                // [n_col, banks, cols], -inf before the first chunk (lse only)
+  double* col_sum;               // [n_col, banks, cols], 0 before the first chunk
   int64_t col_reduction_stride;  // from reduction to reduction in both
 } ccu_similarity_forward_args;
 
@@ -66,16 +66,16 @@ int ccu_similarity_forward(const ccu_similarity_forward_args* args);
 // G of the chunk, scaled and ready for the two GEMMs dX = G Y and dY = G^T X.
 typedef struct {
   ccu_tile tile;
-  const float* row_grad;    // strides of row_out
+  const float* row_grad;  // strides of row_out
   const float* row_out;
   int64_t row_reduction_stride, row_bank_stride;
-  const float* col_grad;    // [n_col, banks, cols], strides of col_out
+  const float* col_grad;  // [n_col, banks, cols], strides of col_out
   const float* col_out;
   int64_t col_reduction_stride;
-  void* grad;               // [banks, rows, cols]: scale * G in grad_dtype; may be `dot` itself for fp32
-  int32_t grad_dtype;       // CCU_F32 or CCU_BF16
-  double* scale_sums;       // [banks * rows]: sum_j G_ij dot_ij
-  double* bias_sums;        // [banks * rows]: sum_j G_ij
+  void* grad;          // [banks, rows, cols]: scale * G in grad_dtype; may be `dot` itself for fp32
+  int32_t grad_dtype;  // CCU_F32 or CCU_BF16
+  double* scale_sums;  // [banks * rows]: sum_j G_ij dot_ij
+  double* bias_sums;   // [banks * rows]: sum_j G_ij
 } ccu_similarity_backward_args;
 
 int ccu_similarity_backward(const ccu_similarity_backward_args* args);
@@ -87,30 +87,30 @@ int ccu_similarity_backward(const ccu_similarity_backward_args* args);
 enum { CCU_TOKEN_PANEL = 16 };
 
 typedef struct {
-  const float* grad;           // [rows, dim]
+  const float* grad;  // [rows, dim]
   int64_t rows, dim;
-  const float* packed;         // [ceil(tokens / 16), dim, 16], zeros behind the last token
+  const float* packed;  // [ceil(tokens / 16), dim, 16], zeros behind the last token
   int64_t tokens;
-  const int64_t* token_ids;    // [tokens], ascending: the embedding's row of a packed token; NULL: the same number
-  double max_norm;             // of the packed tokens
-  const void* embedding;       // element d of row id at id * embedding_stride + d * embedding_step
+  const int64_t* token_ids;  // [tokens], ascending: the embedding's row of a packed token; NULL: the same number
+  double max_norm;           // of the packed tokens
+  const void* embedding;     // element d of row id at id * embedding_stride + d * embedding_step
   int64_t embedding_stride, embedding_step;
   int32_t embedding_dtype;
   int32_t maximize;
-  const int64_t* current;      // [rows] ids, or NULL
+  const int64_t* current;  // [rows] ids, or NULL
   int32_t exclude_current;
-  int32_t certify;             // 0: let fp32 decide which k tokens are reported
-  const uint8_t* allowed;      // row i at i * allowed_stride, by packed token; or NULL
+  int32_t certify;         // 0: let fp32 decide which k tokens are reported
+  const uint8_t* allowed;  // row i at i * allowed_stride, by packed token; or NULL
   int64_t allowed_stride;
-  const float* penalty;        // row i at i * penalty_stride, by packed token; finite; or NULL
+  const float* penalty;  // row i at i * penalty_stride, by packed token; finite; or NULL
   int64_t penalty_stride;
   int64_t k;
   int32_t threads;
-  int64_t* ids;                // [rows, k]; -1 behind the last
-  float* delta;                // [rows, k]: dot(embedding[id] - embedding[current], grad); NaN behind the last
-  double* score;               // [rows, k]: score - sign * dot(embedding[current], grad); +inf behind the last
-  int64_t* count;              // [rows]
-  uint8_t* valid;              // [rows]: 0 for a gradient with NaN or inf
+  int64_t* ids;    // [rows, k]; -1 behind the last
+  float* delta;    // [rows, k]: dot(embedding[id] - embedding[current], grad); NaN behind the last
+  double* score;   // [rows, k]: score - sign * dot(embedding[current], grad); +inf behind the last
+  int64_t* count;  // [rows]
+  uint8_t* valid;  // [rows]: 0 for a gradient with NaN or inf
 } ccu_topk_flips_args;
 
 int ccu_topk_flips(const ccu_topk_flips_args* args);
@@ -121,18 +121,18 @@ int ccu_topk_flips(const ccu_topk_flips_args* args);
 enum ccu_pgd_norm { CCU_LINF = 0, CCU_L2 = 1 };
 
 typedef struct {
-  void* delta;                 // [samples, channels, inner]
-  const void* grad;            // the same shape
-  const void* image;           // the same shape
-  int32_t dtype;               // of delta and image
+  void* delta;        // [samples, channels, inner]
+  const void* grad;   // the same shape
+  const void* image;  // the same shape
+  int32_t dtype;      // of delta and image
   int32_t grad_dtype;
   int64_t samples, channels, inner;
   const float *step, *eps, *lower, *upper;  // [channels]; CPU addresses, for CUDA device addresses
   int32_t norm;
-  int32_t check;               // 1: look for NaN (l2: inf as well) first and write nothing if there is one; 0: no step there
+  int32_t check;  // 1: look for NaN (l2: inf as well) first and write nothing if there is one; 0: no step there
   int32_t threads;
-  int32_t* found;              // set to 1 if the check found something, else 0 (CPU only)
-  void* stream;                // CUDA only
+  int32_t* found;  // set to 1 if the check found something, else 0 (CPU only)
+  void* stream;    // CUDA only
 } ccu_pgd_step_args;
 
 int ccu_pgd_step(const ccu_pgd_step_args* args);

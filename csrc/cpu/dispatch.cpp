@@ -72,21 +72,21 @@ const char* ccu_cpu_isa(void) {
   }
 }
 
-#define CCU_OP(op)                                                    \
-  CCU_ON_AVX512(CCU_DECLARE(avx512, op))                              \
-  CCU_ON_AVX2(CCU_DECLARE(avx2, op))                                  \
-  CCU_ON_NEON(CCU_DECLARE(neon, op))                                  \
-  CCU_ON_BASE(CCU_DECLARE(base, op))                                  \
-  int ccu_##op(const ccu_##op##_args* args) {                         \
-    if (args == nullptr) return CCU_BAD_ARGUMENT;                     \
-    switch (isa()) {                                                  \
+#define CCU_OP(op)                                                      \
+  CCU_ON_AVX512(CCU_DECLARE(avx512, op))                                \
+  CCU_ON_AVX2(CCU_DECLARE(avx2, op))                                    \
+  CCU_ON_NEON(CCU_DECLARE(neon, op))                                    \
+  CCU_ON_BASE(CCU_DECLARE(base, op))                                    \
+  int ccu_##op(const ccu_##op##_args* args) {                           \
+    if (args == nullptr) return CCU_BAD_ARGUMENT;                       \
+    switch (isa()) {                                                    \
       CCU_ON_AVX512(case Isa::kAvx512 : return ccu::avx512::op(*args);) \
-      CCU_ON_AVX2(case Isa::kAvx2 : return ccu::avx2::op(*args);)     \
-      CCU_ON_NEON(case Isa::kNeon : return ccu::neon::op(*args);)     \
-      CCU_ON_BASE(case Isa::kBase : return ccu::base::op(*args);)     \
-      default:                                                        \
-        return CCU_UNSUPPORTED;                                       \
-    }                                                                 \
+      CCU_ON_AVX2(case Isa::kAvx2 : return ccu::avx2::op(*args);)       \
+      CCU_ON_NEON(case Isa::kNeon : return ccu::neon::op(*args);)       \
+      CCU_ON_BASE(case Isa::kBase : return ccu::base::op(*args);)       \
+      default:                                                          \
+        return CCU_UNSUPPORTED;                                         \
+    }                                                                   \
   }
 
 CCU_OP(similarity_forward)
