@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
+from ccu_fast.backends.problem import SimilarityProblem
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -38,13 +40,17 @@ class Device:
     forward: dict[str, Tile]
     gradient: dict[str, Tile]
 
-    def tile(self, kernel: str, arithmetic: str, keyed: bool) -> Tile:
-        """The tile of "forward" or "gradient"; half as wide where labels or ids must be compared.
+    def tile(self, kernel: str, arithmetic: str, p: SimilarityProblem) -> Tile:
+        """The tile of "forward" or "gradient" for p; half as wide where pairs have to be looked at one by one.
 
-        There every pair has a relation and every column a key in registers, which a full tile would spill.
+        With labels, with ids or with edges that cut through a tile every pair has a relation in a register, which a
+        full tile would spill.
         """
         full: Tile = getattr(self, kernel)[arithmetic]
-        return replace(full, block_n=max(full.block_n // 2, 16)) if keyed else full
+        keyed = p.row_labels is not None or p.row_ids is not None
+        if keyed or p.n % full.block_m or p.m % full.block_n:
+            return replace(full, block_n=max(full.block_n // 2, 16))
+        return full
 
 
 _IEEE = Tile(64, 64, 16, 4, 3)
@@ -52,14 +58,14 @@ _TILES: dict[str, tuple[dict[str, Tile], dict[str, Tile]]] = {
     # A100: 163 KB of shared memory, mma.
     "sm_80": (
         {"half": Tile(128, 128, 64, 8, 3), "tf32": Tile(128, 128, 32, 8, 3), "ieee": _IEEE},
-        {"half": Tile(128, 128, 64, 8, 3), "tf32": Tile(128, 128, 32, 8, 3), "ieee": _IEEE},
+        {"half": Tile(128, 64, 64, 8, 3), "tf32": Tile(128, 64, 32, 8, 3), "ieee": _IEEE},
     ),
     # GeForce and workstation parts, 8.6 to 12.x: 99 KB.
     "small": (
         {"half": Tile(128, 64, 64, 8, 2), "tf32": Tile(128, 64, 32, 8, 2), "ieee": _IEEE},
         {"half": Tile(128, 64, 64, 8, 2), "tf32": Tile(128, 64, 32, 8, 2), "ieee": _IEEE},
     ),
-    # H100, H200: 227 KB, wgmma. Two programs fit one multiprocessor: one multiplies while the other exponentiates.
+    # H100, H200: 227 KB, wgmma.
     "sm_90": (
         {"half": Tile(128, 128, 64, 8, 3), "tf32": Tile(128, 128, 32, 8, 3), "ieee": _IEEE},
         {"half": Tile(128, 128, 64, 8, 3), "tf32": Tile(128, 128, 32, 8, 3), "ieee": _IEEE},

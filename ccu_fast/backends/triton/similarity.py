@@ -40,7 +40,7 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
         device = configs.device()
         arithmetic = configs.arithmetic(p.x.dtype)
         keys = _keys(p)
-        tile = device.tile("forward", arithmetic, any(k is not None for k in keys))
+        tile = device.tile("forward", arithmetic, p)
         rows, cols = _spec(p, p.rows), _spec(p, p.cols)
         x, y = _padded(p.x, tile.block_k), _padded(p.y, tile.block_k)
         plan = _rectangles(p, tile, device, workspace)
@@ -77,7 +77,7 @@ def backward(
         device = configs.device()
         arithmetic = configs.arithmetic(p.x.dtype)
         keys = _keys(p)
-        tile = device.tile("gradient", arithmetic, any(k is not None for k in keys))
+        tile = device.tile("gradient", arithmetic, p)
         x, y = _padded(p.x, tile.block_k), _padded(p.y, tile.block_k)
         want_x, want_y = needs[0], needs[1]
         want_totals = needs[2] or needs[3]
@@ -269,9 +269,7 @@ def _normalisation(p: SimilarityProblem, grad_rows: Tensor, grad_cols: Tensor) -
     return torch.ldexp(one, -exponent), p.scale * torch.ldexp(one, exponent)
 
 
-def _chunks(
-    p: SimilarityProblem, stride: int, tile: configs.Tile, workspace: int
-) -> Iterator[tuple[slice, int, int]]:
+def _chunks(p: SimilarityProblem, stride: int, tile: configs.Tile, workspace: int) -> Iterator[tuple[slice, int, int]]:
     """(banks, first row, rows) of each piece of G: several whole banks, or some rows of one bank."""
     row_bytes = stride * p.x.element_size()
     whole = workspace // (row_bytes * p.n)

@@ -1,0 +1,170 @@
+"""Every Triton kernel compiled ahead of time for sm_80, sm_89, sm_90 and sm_100, and what the compiler made of it.
+
+No GPU is needed: a driver that only names a target takes the place of the real one, and the backend's own launch code
+runs on CPU tensors. So what is compiled here, arguments, specialisations and tiles, is what a GPU of that kind would run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import absent
+from torch import Tensor
+
+from ccu_fast.backends.problem import SimilarityProblem, encode
+from ccu_fast.relations import ALL, OTHER, SAME, SELF
+
+MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+MAX_REGISTERS = 255
+
+# Rows, columns, keys, "ragged" if the shape fits no tile, bias.
+Variant = tuple[tuple[tuple[str, int], ...], tuple[tuple[str, int], ...], str]
+CLIP = (("lse", ALL), ("sum", SELF))
+VARIANTS: dict[str, Variant] = {
+    "clip": (CLIP, CLIP, ""),
+    "clip ragged": (CLIP, CLIP, "ragged"),
+    "clip labels ids ragged": (CLIP, CLIP, "labels ids ragged"),
+    "siglip": ((("softplus", ALL), ("sum", SELF)), (), "bias"),
+    "siglip ragged": ((("softplus", ALL), ("sum", SELF)), (), "bias ragged"),
+    "bounded labels": ((("lse", ALL), ("lse", OTHER)), (), "labels"),
+    "supcon labels": ((("lse", SAME | OTHER), ("sum", SAME)), (), "labels"),
+}
+EVERYWHERE = [
+    ("bf16", "clip"), ("bf16", "clip ragged"), ("bf16", "clip labels ids ragged"), ("bf16", "siglip"),
+    ("fp16", "clip"), ("tf32", "clip"), ("tf32", "clip labels ids ragged"), ("ieee", "clip labels ids ragged"),
+]  # fmt: skip
+ON_SM_90 = [("bf16", "siglip ragged"), ("bf16", "bounded labels"), ("fp16", "supcon labels"), ("ieee", "clip")]
+CASES = (
+    [(capability, *case) for capability in (80, 90, 100) for case in EVERYWHERE]
+    + [(90, *case) for case in ON_SM_90]
+    + [(89, "bf16", "clip"), (89, "tf32", "clip labels ids ragged")]
+)
+
+
+class TargetOnly:
+    """A Triton driver that knows a target and launches nothing."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+        self.utils = self
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"multiprocessor_count": 132, "max_shared_mem": SHARED_LIMIT[self.capability], "warpSize": 32}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        return 0, 0, 0, 0, 1024
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return lambda *args: None
+
+
+@pytest.fixture
+def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Callable[[], dict[str, Any]]]]:
+    """Starts compiling for a capability; what it returns gives the compiled kernels by name."""
+    if importlib.util.find_spec("triton") is None:
+        absent("ahead-of-time compilation", "the package triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        absent("ahead-of-time compilation", "TRITON_INTERPRET=1 is set")
+    import triton
+
+    from ccu_fast.backends.triton import similarity
+
+    kernels = (similarity.forward_kernel, similarity.merge_kernel, similarity.gradient_kernel)
+
+    def forget() -> None:
+        for kernel in kernels:
+            for capability in MATRIX_INSTRUCTION:
+                kernel.device_caches.pop(capability, None)
+        similarity.configs._device.cache_clear()
+
+    def start(capability: int) -> Callable[[], dict[str, Any]]:
+        forget()
+        monkeypatch.setattr(triton.runtime.driver, "_active", TargetOnly(capability))
+
+        def compiled() -> dict[str, Any]:
+            found = {}
+            for kernel in kernels:
+                for number, binary in enumerate(kernel.device_caches[capability][0].values()):
+                    found[f"{kernel.__name__} {number}"] = binary
+            return found
+
+        return compiled
+
+    yield start
+    forget()
+
+
+def usage(cubin: bytes, folder: Path) -> dict[str, int]:
+    """REG, STACK, LOCAL, … as cuobjdump reports them; a spill is a stack frame."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    (folder / "kernel.cubin").write_bytes(cubin)
+    dump = subprocess.run(
+        [tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True, timeout=60
+    )
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", dump.stdout.splitlines()[-1])}
+
+
+def problem(variant: Variant, dtype: torch.dtype) -> SimilarityProblem:
+    rows, cols, traits = variant
+    n, m, d = (250, 261, 130) if "ragged" in traits else (256, 256, 512)
+
+    def keys(what: str, items: int) -> Tensor | None:
+        return torch.zeros(1, items, dtype=torch.int64) if what in traits else None
+
+    return SimilarityProblem(
+        torch.zeros(1, n, d, dtype=dtype), torch.zeros(1, m, d, dtype=dtype), torch.ones(()),
+        torch.zeros(()) if "bias" in traits else None,
+        keys("labels", n), keys("labels", m), keys("ids", n), keys("ids", m), "ids" not in traits,
+        tuple(encode(k, int(r)) for k, r in rows), tuple(encode(k, int(r)) for k, r in cols),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("capability", "precision", "variant"), CASES, ids=lambda value: str(value))
+def test_resources(
+    capability: int,
+    precision: str,
+    variant: str,
+    compiled_for: Callable[[int], Callable[[], dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ccu_fast.backends.triton import similarity
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest" if precision == "ieee" else "high")
+    compiled = compiled_for(capability)
+    p = problem(VARIANTS[variant], {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32))
+    row_out, col_out, stash = similarity.forward(p, 1 << 20, True)
+    incoming = torch.zeros_like(row_out), torch.zeros_like(col_out)
+    similarity.backward(p, *incoming, row_out, col_out, stash, [True] * 4, 1 << 30)
+
+    kernels = compiled()
+    assert {name.split()[0] for name in kernels} == {"forward_kernel", "merge_kernel", "gradient_kernel"}
+    for name, kernel in kernels.items():
+        used = usage(kernel.asm["cubin"], tmp_path)
+        assert used["STACK"] == used["LOCAL"] == 0, f"{name} spills: {used}"
+        assert used["REG"] <= MAX_REGISTERS, f"{name}: {used}"
+        assert kernel.metadata.shared <= SHARED_LIMIT[capability], f"{name}: {kernel.metadata.shared} B shared"
+        multiplies = not name.startswith("merge") and precision != "ieee"
+        assert (MATRIX_INSTRUCTION[capability] in kernel.asm["ptx"]) == multiplies, name

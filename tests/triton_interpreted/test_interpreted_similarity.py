@@ -1,0 +1,312 @@
+"""The Triton backend of reduce_similarity against brute force; tiles of 16×16×16, so small shapes walk every path."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import pytest
+import torch
+from oracle import SETS, Case, by_us, check, unit
+from tolerance import assert_three_way
+from torch import Tensor
+
+import ccu_fast
+from ccu_fast import ALL, OTHER, SAME, SELF, info_nce, reduce_similarity
+from ccu_fast.backends.problem import KINDS, SimilarityProblem, encode
+from ccu_fast.backends.reference import similarity as reference
+from ccu_fast.backends.triton import configs, similarity
+from ccu_fast.backends.triton.similarity_kernels import gradient_kernel
+from ccu_fast.relations import count_relations
+
+FP32, FP16 = torch.float32, torch.float16
+CLIP = (("lse", ALL), ("sum", SELF))
+MIX = (("lse", ALL), ("sum", SAME), ("softplus", SELF | OTHER), ("lse", OTHER))
+
+
+def ints(high: int, *shape: int, low: int = 0) -> Tensor:
+    return torch.randint(low, high, shape)
+
+
+def keys(kind: str, n: int, m: int, *banks: int) -> dict[str, Any]:
+    labels = {"row_labels": ints(4, *banks, n, low=-1), "col_labels": ints(4, *banks, m, low=-1)}
+    ids = {"row_ids": ints(30, *banks, n), "col_ids": ints(30, *banks, m)}
+    huge = {name: value * 2**55 for name, value in labels.items()} | {name: -value << 40 for name, value in ids.items()}
+    return {
+        "unrelated": {"paired": False}, "paired": {}, "labels": labels, "ids": ids, "labels and ids": labels | ids,
+        "huge keys": huge, "all ignored": {**labels, "row_labels": torch.full((*banks, n), -1)},
+    }[kind]  # fmt: skip
+
+
+KEYS = ("unrelated", "paired", "labels", "ids", "labels and ids", "huge keys", "all ignored")
+
+
+@pytest.mark.parametrize("keyed", KEYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_reduction_over_every_relation(kind: str, keyed: str) -> None:
+    n, m = (37, 37) if keyed == "paired" else (37, 53)
+    spec = tuple((kind, relations) for relations in SETS)
+    check(Case(unit(n, 40), unit(m, 40), 6.0, -1.5, keys(keyed, n, m), spec, spec), "triton", FP32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_of_a_paired_problem(kind: str) -> None:
+    """SELF by position, then by label, with labels that differ on the diagonal; near it and far from it."""
+    spec = tuple((kind, relations) for relations in SETS)
+    case = Case(unit(40, 24), unit(40, 24), 6.0, None, keys("labels", 40, 40), spec, spec)
+    assert (case.keys["row_labels"] != case.keys["col_labels"]).any()
+    check(case, "triton", FP32)
+
+
+SHAPES = [(1, 1, 1), (1, 20, 7), (20, 1, 40), (16, 32, 16), (17, 33, 130), (48, 48, 7), (100, 18, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["x".join(map(str, s)) for s in SHAPES])
+@pytest.mark.parametrize("kind", ["labels and ids", "unrelated"])
+def test_shapes(shape: tuple[int, int, int], kind: str) -> None:
+    n, m, d = shape
+    check(Case(unit(n, d), unit(m, d), 4.0, 0.5, keys(kind, n, m), MIX, MIX[::-1]), "triton", FP32)
+
+
+BANKS = {
+    "y shared": ((3, 37, 20), (40, 20)), "x shared": ((37, 20), (3, 40, 20)), "neither": ((3, 37, 20), (3, 40, 20)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("workspace", [0, 40 * 48 * 4, 1 << 24], ids=["least", "one bank", "all banks"])
+@pytest.mark.parametrize(("x", "y"), BANKS.values(), ids=BANKS)
+def test_banks(x: tuple[int, ...], y: tuple[int, ...], workspace: int) -> None:
+    """Whatever is shared, and whether G comes in rows, in whole banks or at once."""
+    lead = torch.broadcast_shapes(x[:-2], y[:-2])
+    case = Case(unit(*x), unit(*y), 5.0, None, keys("labels", 37, 40, *lead), MIX, CLIP)
+    check(case, "triton", FP32, workspace=workspace)
+
+
+def test_banks_in_two_dimensions() -> None:
+    check(Case(unit(2, 1, 18, 8), unit(3, 20, 8), 5.0, None, {}, MIX, CLIP), "triton", FP32)
+
+
+def problem(case: Case, dtype: torch.dtype = FP32) -> SimilarityProblem:
+    """An unlabelled case of one bank, as the backends get it."""
+    return SimilarityProblem(
+        case.x[None].to(dtype), case.y[None].to(dtype), torch.tensor(case.scale), torch.tensor(case.bias or 0.0),
+        None, None, None, None, case.square,
+        tuple(encode(k, int(r)) for k, r in case.rows), tuple(encode(k, int(r)) for k, r in case.cols),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("workspace", [0, 1 << 24])
+def test_any_subset_of_gradients(workspace: int) -> None:
+    """What is not needed is not computed, and what is has the same bits as when all is."""
+    p = problem(Case(unit(37, 20), unit(37, 20), 5.0, 0.25, {}, MIX, CLIP))
+    row_out, col_out, stash = similarity.forward(p, workspace, True)
+    assert stash.shape == similarity.stash_shape(p, workspace, True)
+    incoming = torch.randn_like(row_out), torch.randn_like(col_out)
+    full = similarity.backward(p, *incoming, row_out, col_out, stash, [True] * 4, workspace)
+    subsets = [(i == j for i in range(4)) for j in range(5)] + [(True, True, False, False), (False, False, True, True)]
+    for needs in map(tuple, subsets):
+        some = similarity.backward(p, *incoming, row_out, col_out, stash, list(needs), workspace)
+        for value, whole, need, like in zip(some, full, needs, (p.x, p.y, p.scale, p.scale), strict=True):
+            assert value.dtype == like.dtype
+            if need:
+                assert torch.equal(value, whole)
+            else:
+                assert value.shape == (() if like.ndim == 0 else (0,))
+
+
+def test_one_side_only() -> None:
+    for spec in ({"rows": CLIP}, {"cols": CLIP}):
+        check(Case(unit(37, 20), unit(37, 20), 5.0, None, {}, **spec), "triton", FP32)
+
+
+@pytest.mark.parametrize("kind", ["paired", "labels and ids"])
+def test_fp16(kind: str) -> None:
+    check(Case(unit(37, 40), unit(37, 40), 10.0, None, keys(kind, 37, 37), MIX, CLIP), "triton", FP16)
+
+
+@pytest.mark.parametrize("factor", [65536.0, 1.0, 2.0**-40])
+def test_fp16_gradients_keep_their_digits(factor: float) -> None:
+    """GradScaler's 65536 must not overflow inside, and tiny gradients must not vanish before they meet their factor."""
+    x, y = (unit(48, 24).to(FP16) for _ in range(2))
+    grads = []
+    for dtype, backend in ((torch.float64, "reference"), (FP16, "triton")):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, y)]
+        loss = info_nce(
+            *leaves, scale=torch.tensor(10.0, dtype=torch.float64 if dtype != FP16 else FP32), backend=backend
+        )
+        # The part of the factor that fp16 cannot hold is taken before the gradients are rounded to it.
+        grads.append(torch.autograd.grad(loss * factor, leaves))
+    for name, exact, ours in zip("xy", *grads, strict=True):
+        if factor < 1:
+            assert (ours.double() - exact).abs().max() <= 2.0**-24, name  # below fp16's smallest number: all zero
+        else:
+            error = (ours.double() - exact).abs().max() / exact.abs().max()
+            assert error < 4e-3, f"d{name}: relative error {error:.2g}"
+
+
+def test_fp16_matrix_of_gradients_has_a_common_exponent() -> None:
+    """The same incoming gradients at 2^-60 and at 2^10 give the same fp32 sums, bit for bit, but for the exponent."""
+    p = problem(Case(unit(37, 20), unit(37, 20), 5.0, None, {}, CLIP, CLIP), FP16)
+    row_out, col_out, _ = similarity.forward(p, 1 << 20, True)
+    incoming = torch.randn_like(row_out), torch.randn_like(col_out)
+    sums = []
+    for factor in (2.0**-60, 1.0, 2.0**10):
+        scaled = [g * factor for g in incoming]
+        norm, undo = similarity._normalisation(p, *scaled)
+        assert norm is not None
+        largest = float(norm) * float(sum(g.abs().amax((1, 2)).sum() for g in scaled))
+        assert 2.0**13 <= largest < 2.0**14
+        sums.append(float(norm) * float(undo) / p.scale.item())
+    assert sums == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+@pytest.mark.parametrize("kind", ["paired", "labels"])
+def test_sharp_logits(kind: str, dtype: torch.dtype) -> None:
+    """Scale 100 with perfect matches: SELF at 100 and OTHER far below, each lse with its own maximum."""
+    x = unit(37, 40)
+    y = torch.nn.functional.normalize(x + 0.05 * torch.randn_like(x), dim=-1)
+    spec = (("lse", ALL), ("lse", OTHER), ("lse", SELF))
+    case = Case(x, y, 100.0, None, keys(kind, 37, 37), spec, spec)
+    # dscale is a difference of such logits: its terms are what the tolerance knows, their fp16 inputs are exact.
+    check(case, "triton", dtype, ulps=64)
+
+
+def test_unnormalised_logits() -> None:
+    """|S| of 500 and more: no overflow, no NaN; an error of eps·|S| in S is one of eps·|S| in exp(S)."""
+    x, y = 4 * torch.randn(37, 40, dtype=torch.float64), 4 * torch.randn(53, 40, dtype=torch.float64)
+    assert (x @ y.mT).abs().max() > 300
+    spec = (("lse", ALL), ("softplus", ALL))
+    check(Case(x, y, 2.0, None, {}, spec, spec), "triton", FP32, ulps=2048)
+
+
+def test_same_inputs_same_bits() -> None:
+    case = Case(unit(50, 30), unit(61, 30), 20.0, -1.0, keys("labels and ids", 50, 61), MIX, MIX)
+    first, second = (by_us(case, FP32, "triton", workspace=1) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_nan_reaches_what_it_touches_and_nothing_else() -> None:
+    x, y = unit(37, 20).float(), unit(40, 20).float()
+    x[5, 3] = torch.nan
+    rows, cols = reduce_similarity(x, y, rows=[("lse", ALL), ("sum", ALL)], cols=[("lse", ALL)], backend="triton")
+    for row in rows:
+        assert row.isnan().nonzero().flatten().tolist() == [5]
+    assert cols[0].isnan().all()
+
+
+def test_an_empty_set_is_minus_infinity_and_sends_nothing_back() -> None:
+    x, y = (unit(20, 8).float().requires_grad_() for _ in range(2))
+    labels = torch.zeros(20, dtype=torch.int64)
+    rows, cols = reduce_similarity(
+        x, y, row_labels=labels, rows=[("lse", OTHER)], cols=[("lse", OTHER), ("lse", SAME)], backend="triton"
+    )
+    assert (rows[0] == -torch.inf).all()
+    assert (cols[0] == -torch.inf).all()
+    assert cols[1].isfinite().all()
+    for grad in torch.autograd.grad([*rows, cols[0]], [x, y], [torch.full((20,), torch.nan)] * 2):
+        assert (grad == 0).all()
+
+
+def test_frozen_inputs() -> None:
+    x, y = unit(20, 8).float(), unit(20, 8).float().requires_grad_()
+    scale = torch.tensor(3.0)
+    info_nce(x, y, scale=scale, backend="triton").backward()
+    want = y.grad.clone()
+    y.grad = None
+    info_nce(x, y, scale=scale, backend="reference").backward()
+    assert_three_way("dy", want, y.grad, y.grad.double())
+
+
+def losses(x: Tensor, y: Tensor, scale: Tensor, backend: str) -> dict[str, Tensor]:
+    labels = torch.arange(len(x)) % 5 - (torch.arange(len(x)) == 7).long()
+    options: dict[str, Any] = {"scale": scale, "backend": backend}
+    return {
+        "info_nce": info_nce(x, y, **options),
+        "one way": info_nce(x, y, symmetric=False, **options),
+        "bounded": ccu_fast.inverse_info_nce(x, y, row_labels=labels, **options),
+        "contrastive": ccu_fast.inverse_info_nce(x, y, kind="contrastive", row_labels=labels, **options),
+        "ascent": ccu_fast.inverse_info_nce(x, y, kind="ascent", **options),
+        "sup_con": ccu_fast.sup_con(x, y, row_labels=labels, **options),
+        "sigmoid": ccu_fast.sigmoid_loss(x, y, bias=-10.0, **options),
+    }
+
+
+def test_every_loss() -> None:
+    x, y = unit(37, 24), unit(37, 24)
+    results = []
+    for dtype, backend in ((FP32, "triton"), (FP32, "reference"), (torch.float64, "reference")):
+        leaves = [x.to(FP32).to(dtype).requires_grad_(), y.to(FP32).to(dtype).requires_grad_()]
+        scale = torch.tensor(10.0, dtype=dtype, requires_grad=True)
+        out = {}
+        for name, loss in losses(*leaves, scale, backend).items():
+            grads = torch.autograd.grad(loss, [*leaves, scale])
+            out |= {name: loss} | {f"{name} d{of}": g for of, g in zip(("x", "y", "scale"), grads, strict=True)}
+        results.append(out)
+    for name, ours in results[0].items():
+        assert_three_way(name, ours, results[1][name], results[2][name], ulps=32, magnitude=1.0)
+
+
+def test_operator_is_well_formed() -> None:
+    p = problem(Case(unit(20, 8), unit(24, 8), 3.0, 0.5, {}, CLIP, CLIP))
+    forward = (*p.flatten(), "triton", 1 << 20, True)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.ccu_fast.reduce_similarity.default, forward, test_utils=checks)
+    row_out, col_out, stash = torch.ops.ccu_fast.reduce_similarity(*forward)
+    for needs in ([True] * 4, [False, True, False, False]):
+        backward = (row_out, col_out, *p.flatten(), row_out, col_out, stash, needs, "triton", 1 << 20)
+        torch.library.opcheck(torch.ops.ccu_fast.reduce_similarity_backward.default, backward, test_utils=checks)
+
+
+def test_large_label_counts_agree_with_the_counter() -> None:
+    """Softplus of S = 0 is log 2 for each pair: the kernels count, and must agree with count_relations."""
+    n, m = 70, 45
+    k = keys("labels and ids", n, m)
+    out, _ = reduce_similarity(
+        torch.zeros(n, 4), torch.zeros(m, 4), **k, rows=[("softplus", r) for r in (SELF, SAME, OTHER)], backend="triton"
+    )
+    ordered = (k["row_labels"][None], k["col_labels"][None], k["row_ids"][None], k["col_ids"][None])
+    counts = count_relations(*ordered, diagonal=False, n=n, m=m, device=torch.device("cpu"))
+    for value, relation in zip(out, (SELF, SAME, OTHER), strict=True):
+        torch.testing.assert_close(value / torch.tensor(2.0).log(), counts[relation][0].float())
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """One tile at the far end of x and of G: both lie above 2^31 elements, in memory that is only reserved."""
+    n, d, m, tile = 1 << 20, 4096, 16, 16
+    stride = 1 << 28
+
+    def reserved(elements: int) -> Tensor:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+        return torch.frombuffer(mmap.mmap(-1, elements * 2, flags=flags), dtype=FP16)
+
+    x, g = reserved(n * d).view(n, d), reserved(tile * stride).view(tile, stride)
+    x[-tile:] = unit(tile, d).to(FP16)
+    y = unit(m, d).to(FP16)
+    one = torch.ones(())
+    out = torch.zeros(n)
+    row_grad = torch.ones(n)
+    first = n - tile
+    spec, none = ((1, 7, 1),), ()
+    totals = torch.zeros(2, 1)
+    config = configs.device().gradient["half"]
+    gradient_kernel[(1,)](
+        x, y, one, None, None, None, None, None, None, row_grad, row_grad, out, out, g, totals,
+        n, m, d, 1, 0, first, tile, stride, 0, 0, 0, 0, 0, 0,
+        ROWS=spec, ROWS_ALWAYS=spec, ROWS_NEAR=none, ROWS_FAR=none,
+        COLS=none, COLS_ALWAYS=none, COLS_NEAR=none, COLS_FAR=none,
+        HAS_BIAS=False, HAS_LABELS=False, HAS_IDS=False, DIAGONAL=False, HAS_NORM=False, STORE=True, TOTALS=True,
+        MASK_N=False, MASK_M=False, PRECISION="ieee",
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+    )  # fmt: skip
+    assert (g[:, :m] == 1).all()
+    want = (x[-tile:].double() @ y.double().mT).sum()
+    assert totals[0].item() == pytest.approx(want.item(), rel=1e-4)
+    assert totals[1].item() == tile * m
+
+
+def test_reference_agrees_on_one_problem_given_directly() -> None:
+    p = problem(Case(unit(37, 20), unit(53, 20), 5.0, 0.25, {}, MIX, MIX))
+    for ours, truth in zip(similarity.forward(p, 0, False)[:2], reference.reduce(p), strict=True):
+        torch.testing.assert_close(ours, torch.stack(truth), rtol=2e-6, atol=2e-6)
