@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ccu_fast import __version__, info
+from ccu_fast.backends import machine
 from ccu_fast.cli import INTERRUPTED
 
 app = typer.Typer(
@@ -76,7 +77,7 @@ def demo(
 
 def find_benchmarks() -> Callable[[Sequence[str]], Any] | None:
     """The main function of the benchmarks in the checkout we are in or run from; None outside a checkout."""
-    for root in (Path.cwd(), info.PACKAGE.parent):
+    for root in (Path.cwd(), machine.PACKAGE.parent):
         if (root / "benchmarks" / "__main__.py").exists() and (root / "csrc" / "ccu_fast.h").exists():
             sys.path.insert(0, str(root))
             main: Callable[[Sequence[str]], Any] = importlib.import_module("benchmarks.__main__").main

@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import importlib.metadata
 import json
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import ccu_fast
-from ccu_fast.backends import registry
+from ccu_fast.backends import machine, registry
 
 # Import name → what ``pip`` calls it.
 EXTRAS = {
     "apps": {"typer": "typer", "rich": "rich", "PIL": "pillow", "matplotlib": "matplotlib", "sklearn": "scikit-learn"},
 }
 OPERATIONS = ("reduce_similarity", "topk_flips", "pgd_step_")
-PACKAGE = Path(ccu_fast.__file__).resolve().parent
-
-
-def build_info() -> dict[str, Any] | None:
-    """What the build recorded (compiler, instruction sets, CUDA, what it skipped and why); None if it did not run."""
-    try:
-        info: dict[str, Any] = json.loads((PACKAGE / "_build_info.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return info
-
-
-def why_not_native() -> str | None:
-    """Why the compiled kernels cannot be used, the build's own reason first; None when they can."""
-    reason = registry.unavailable("native")
-    if reason is None:
-        return None
-    info = build_info()
-    if info is not None and "native" in info["skipped"]:
-        return f"not built: {info['skipped']['native']}"
-    others = sorted(path.name for path in PACKAGE.glob("_C.*.so"))
-    if others:
-        return f"{reason}; {', '.join(others)} is there, this is Python {platform.python_version()}"
-    if info is None:
-        return f"not built: run `pip install .` or `python setup.py build_ext --inplace` in the checkout ({reason})"
-    return reason
 
 
 def extra_of(module: str) -> str | None:
@@ -56,65 +28,22 @@ def extra_of(module: str) -> str | None:
     return next((extra for extra, modules in EXTRAS.items() if top in modules), None)
 
 
-def driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the installed NVIDIA driver serves; None without a driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    version = ctypes.c_int()
-    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
-        return None
-    return version.value // 1000, version.value % 1000 // 10
-
-
-def why_no_devices() -> str | None:
-    """Why torch sees no CUDA device; None when it sees one."""
-    if torch.cuda.is_available():
-        return None
-    if torch.version.cuda is None:
-        return "torch is built without CUDA"
-    driver = driver_cuda()
-    if driver is None:
-        return "no NVIDIA driver is loaded (libcuda.so.1)"
-    if driver[0] < int(torch.version.cuda.split(".")[0]):
-        return f"the driver serves CUDA {driver[0]}.{driver[1]}, torch is built with {torch.version.cuda}"
-    return "the driver shows no device (CUDA_VISIBLE_DEVICES?)"
-
-
-def why_no_cuda_kernels() -> str | None:
-    """Why the CUDA C++ kernels cannot run here; None when they can. Triton's kernels do not depend on this."""
-    native = why_not_native()
-    if native is not None:
-        return native
-    info = build_info()
-    if info is None:
-        return "the build left no record"
-    if info["cuda"] is None:
-        return f"not built: {info['skipped'].get('cuda', 'no reason recorded')}"
-    built = info["cuda"]["version"]
-    driver = driver_cuda()
-    if driver is not None and driver[0] < int(built.split(".")[0]):
-        return f"the driver serves CUDA {driver[0]}.{driver[1]}, the kernels are built with {built}"
-    return why_no_devices()
-
-
 def collect() -> dict[str, Any]:
     """Everything :func:`render` prints, as plain data."""
     return {
-        "ccu_fast": {"version": ccu_fast.__version__, "folder": str(PACKAGE)},
+        "ccu_fast": {"version": ccu_fast.__version__, "folder": str(machine.PACKAGE)},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "build": build_info(),
-        "cpu": {"isa": _cpu_isa(), "threads": torch.get_num_threads(), "why_not": why_not_native()},
+        "build": machine.build_info(),
+        "cpu": {"isa": _cpu_isa(), "threads": torch.get_num_threads(), "why_not": machine.why_not_native()},
         "cuda": {
             "torch": torch.version.cuda,
-            "driver": ".".join(map(str, driver_cuda() or ())) or None,
+            "driver": ".".join(map(str, machine.driver_cuda() or ())) or None,
             "devices": _devices(),
-            "why_no_devices": why_no_devices(),
-            "why_no_kernels": why_no_cuda_kernels(),
+            "why_no_devices": machine.why_no_devices(),
+            "why_no_kernels": machine.why_no_cuda_kernels(),
         },
         "operations": {op: {device: _choice(op, device) for device in ("cpu", "cuda")} for op in OPERATIONS},
         "extras": {

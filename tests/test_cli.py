@@ -14,6 +14,7 @@ import pytest
 
 import ccu_fast
 from ccu_fast import cli, info
+from ccu_fast.backends import machine
 
 HIDE_TYPER = "import sys; sys.modules['typer'] = None; from ccu_fast.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -33,7 +34,7 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(info.PACKAGE.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(machine.PACKAGE.parent)}
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, text=True, capture_output=True, check=False
     )
@@ -128,7 +129,7 @@ def test_bench_outside_a_checkout_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(info, "PACKAGE", tmp_path / "site-packages" / "ccu_fast")
+    monkeypatch.setattr(machine, "PACKAGE", tmp_path / "site-packages" / "ccu_fast")
     assert cli.main(["bench"]) == 1
     assert "in the folder of a checkout" in capsys.readouterr().err
 

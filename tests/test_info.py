@@ -14,7 +14,7 @@ import torch
 
 import ccu_fast
 from ccu_fast import info
-from ccu_fast.backends import registry
+from ccu_fast.backends import machine, registry
 
 NOT_BUILT = {"git_sha": None, "native": None, "cuda": None, "skipped": {"native": "no C++ compiler: tried them all"}}
 CUDA_13 = {"git_sha": None, "native": {}, "cuda": {"version": "13.0", "archs": ["90"]}, "skipped": {}}
@@ -24,7 +24,7 @@ CUDA_13 = {"git_sha": None, "native": {}, "cuda": {"version": "13.0", "archs": [
 def bare(tmp_path: Path) -> Path:
     """The package without its compiled module."""
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
-    shutil.copytree(info.PACKAGE, tmp_path / "ccu_fast", ignore=ignore)
+    shutil.copytree(machine.PACKAGE, tmp_path / "ccu_fast", ignore=ignore)
     return tmp_path
 
 
@@ -54,7 +54,7 @@ def test_report_is_json_and_text_with_the_same_facts(capsys: pytest.CaptureFixtu
 
 def test_compiled_module_of_this_checkout_is_described() -> None:
     if registry.unavailable("native"):
-        pytest.skip(f"nothing is compiled: {info.why_not_native()}")
+        pytest.skip(f"nothing is compiled: {machine.why_not_native()}")
     report = info.collect()
     assert report["cpu"]["isa"] in report["build"]["native"]["isas"]
     assert report["cpu"]["why_not"] is None
@@ -119,24 +119,50 @@ def test_why_there_is_no_device(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-    monkeypatch.setattr(info, "driver_cuda", lambda: driver)
-    assert info.why_no_devices() == reason
+    monkeypatch.setattr(machine, "driver_cuda", lambda: driver)
+    assert machine.why_no_devices() == reason
 
 
 def test_driver_too_old_for_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(info, "why_not_native", lambda: None)
-    monkeypatch.setattr(info, "build_info", lambda: CUDA_13)
+    monkeypatch.setattr(machine, "why_not_native", lambda: None)
+    monkeypatch.setattr(machine, "build_info", lambda: CUDA_13)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(info, "driver_cuda", lambda: (12, 8))
-    assert info.why_no_cuda_kernels() == "the driver serves CUDA 12.8, the kernels are built with 13.0"
-    monkeypatch.setattr(info, "driver_cuda", lambda: (13, 0))
-    assert info.why_no_cuda_kernels() is None
+    monkeypatch.setattr(machine, "driver_cuda", lambda: (12, 8))
+    assert machine.why_no_cuda_kernels() == "the driver serves CUDA 12.8, the kernels are built with 13.0"
+    monkeypatch.setattr(machine, "driver_cuda", lambda: (13, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert machine.why_no_cuda_kernels() is None
+
+
+@pytest.mark.parametrize(
+    ("built", "device", "served"),
+    [
+        (["80"], (8, 0), True),
+        (["80"], (8, 9), True),
+        (["80"], (9, 0), True),
+        (["80", "100"], (9, 0), False),
+        (["90"], (8, 0), False),
+        (["80", "90a"], (12, 0), True),
+    ],
+)
+def test_gpus_that_the_build_serves(
+    built: list[str], device: tuple[int, int], served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "why_not_native", lambda: None)
+    monkeypatch.setattr(machine, "build_info", lambda: {**CUDA_13, "cuda": {"version": "13.0", "archs": built}})
+    monkeypatch.setattr(machine, "driver_cuda", lambda: (13, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: device)
+    reason = machine.why_no_cuda_kernels()
+    assert (reason is None) == served
+    assert served or "GPU 0 is sm_" in str(reason)
 
 
 def test_cuda_left_out_of_the_build_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(info, "why_not_native", lambda: None)
-    monkeypatch.setattr(info, "build_info", lambda: {**CUDA_13, "cuda": None, "skipped": {"cuda": "no nvcc"}})
-    assert info.why_no_cuda_kernels() == "not built: no nvcc"
+    monkeypatch.setattr(machine, "why_not_native", lambda: None)
+    monkeypatch.setattr(machine, "build_info", lambda: {**CUDA_13, "cuda": None, "skipped": {"cuda": "no nvcc"}})
+    assert machine.why_no_cuda_kernels() == "not built: no nvcc"
 
 
 def test_missing_extra_comes_with_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import logging
 import os
 
 import torch
+
+from ccu_fast.backends import machine
 
 log = logging.getLogger("ccu_fast")
 
@@ -24,11 +25,7 @@ def unavailable(backend: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "native":
-        try:
-            importlib.import_module("ccu_fast._C")
-        except ImportError as error:
-            return f"the compiled module ccu_fast._C cannot be loaded: {error}"
-        return None
+        return machine.why_not_native()
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -47,8 +44,8 @@ def cannot_serve(backend: str, op: str, device: torch.device, dtype: torch.dtype
         return f"it computes fp32, fp16 and bf16, not {dtype}"
     if backend == "native" and device.type != "cpu" and not (device.type == "cuda" and op in NATIVE_CUDA):
         return f"its {op} runs on cpu tensors, not {device.type}"
-    if backend == "native" and device.type == "cuda" and not importlib.import_module("ccu_fast._C").CUDA:
-        return "this build of ccu_fast._C has no CUDA kernels"
+    if backend == "native" and device.type == "cuda":
+        return machine.why_no_cuda_kernels()
     if backend == "triton":
         if op != "reduce_similarity":
             return f"it has no {op}"
