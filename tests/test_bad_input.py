@@ -13,6 +13,8 @@ import ccu_fast
 from ccu_fast import ALL, SELF, reduce_similarity
 from ccu_fast.backends import registry
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 X, Y = torch.randn(4, 3), torch.randn(5, 3)
 LABELS = torch.zeros(4, dtype=torch.long)
 META = torch.empty(4, 3, device="meta")

@@ -14,6 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from ccu_fast import ALL, OTHER, SAME, SELF, ClipLoss, InfoNCE, SigLipLoss, SigmoidLoss, info_nce
 from ccu_fast.backends.problem import SimilarityProblem, encode
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = (encode("lse", ALL), encode("sum", SELF), encode("softplus", OTHER))
 COLS = (encode("lse", SAME | OTHER),)
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 import ccu_fast
 from ccu_fast import ClipLoss, InfoNCE, InverseInfoNCE, SigLipLoss, SigmoidLoss, SupCon
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LABELS = torch.tensor([0, 1, 0, 2, 1, -1])
 
 TWINS: dict[str, tuple[nn.Module, Any, dict[str, Any]]] = {

@@ -19,6 +19,8 @@ from torch import Tensor
 from ccu_fast import ALL, OTHER, SAME, SELF, info_nce, reduce_similarity
 from ccu_fast.backends.problem import KINDS, MAX_REDUCTIONS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Engine = tuple[str, torch.dtype]
 
 MIX = (("lse", ALL), ("sum", SELF), ("softplus", SAME | OTHER), ("lse", OTHER))
