@@ -26,7 +26,7 @@ class Row:
         p20_ms, p50_ms, p80_ms: quantiles over ``rounds`` interleaved rounds.
         host_ms: median time until the call returned to Python (a GPU may still be working).
         speedup_over: for each peer timed in the same run, the median of the ratios taken round by round.
-        share_of_floor: time of the ceiling (same FLOPs or bytes, nothing else) divided by this time, taken alike.
+        share_of_floor: time of the ceiling (the FLOPs or bytes and nothing else) divided by this time, taken alike.
         peak_extra_bytes: peak memory of one call beyond its inputs; results included.
     """
 
