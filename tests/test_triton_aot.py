@@ -1,7 +1,8 @@
 """Every Triton kernel compiled ahead of time for sm_80, sm_89, sm_90 and sm_100, and what the compiler made of it.
 
 No GPU is needed: a driver that only names a target takes the place of the real one, and the backend's own launch code
-runs on CPU tensors. So what is compiled here, arguments, specialisations and tiles, is what a GPU of that kind would run.
+runs on CPU tensors. So what is compiled here, arguments, specialisations and tiles, is what a GPU of that kind would
+run.
 """
 
 from __future__ import annotations

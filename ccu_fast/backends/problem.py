@@ -62,7 +62,7 @@ class SimilarityProblem:
     def unflatten(fields: Sequence[Any]) -> SimilarityProblem:
         """The inverse of :meth:`flatten`."""
         *head, rows, cols = fields
-        return SimilarityProblem(*head, rows=tuple(rows), cols=tuple(cols))
+        return SimilarityProblem(*(*head, tuple(rows), tuple(cols)))
 
     @property
     def banks(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,8 @@ class SmallDualEncoder(nn.Module):
         context: longest token sequence.
         dim: size of the shared space.
     """
+
+    rotation: Tensor
 
     def __init__(
         self,
@@ -126,7 +128,7 @@ class SmallDualEncoder(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x, rotation)
         # Only the feature at EOT is read, so the last block need not compute the other positions.
-        x = self.blocks[-1].at(x, end, rotation)
+        x = cast(_Block, self.blocks[-1]).at(x, end, rotation)
         return F.normalize(self.text_projection(self.text_norm(x)), dim=-1)
 
 

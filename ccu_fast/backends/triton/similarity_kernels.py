@@ -193,8 +193,8 @@ def gradient_kernel(
 ):  # fmt: skip
     """One tile of G for the rows [first_row, first_row + chunk_rows) of some banks.
 
-    ``g_out`` is ``[banks in the chunk, chunk_rows, g_stride]`` in the dtype of x, times ``norm``; ``totals_out`` is fp32
-    ``[2, programs]``: Σ G∘(x yᵀ) and Σ G of each tile, from fp32 values.
+    ``g_out`` is ``[banks in the chunk, chunk_rows, g_stride]`` in the dtype of x, times ``norm``; ``totals_out`` is
+    fp32 ``[2, programs]``: Σ G∘(x yᵀ) and Σ G of each tile, from fp32 values.
     """
     pid = tl.program_id(0)
     row_tiles = tl.cdiv(chunk_rows, BLOCK_M)
