@@ -130,6 +130,7 @@ def find_toolkit(cxx: list[str]) -> Toolkit:
     toolkit = Toolkit(nvcc, root, version, library_dir, _choose_archs(known))
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "probe.cu").write_text(PROBE)
-        run([nvcc, "-std=c++17", "-Xcompiler=-fPIC", *toolkit.gencode, "-c", "probe.cu", "-o", "probe.o"], cwd=folder)
+        highest = toolkit.gencode[-2:]  # machine code and PTX; every other architecture would only take time
+        run([nvcc, "-std=c++17", "-Xcompiler=-fPIC", *highest, "-c", "probe.cu", "-o", "probe.o"], cwd=folder)
         run([*cxx, "-shared", "probe.o", "-o", "probe.so", *toolkit.link_flags], cwd=folder)
     return toolkit
