@@ -9,8 +9,8 @@ A state is one ``(total, peak)`` pair of vectors for each entry of a SPEC: an ls
 kinds use only the total. ``sum`` totals t itself, ``softplus`` totals natural units.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# Triton functions are a language of their own: their arguments are typed when they are compiled.
+# mypy: disable-error-code="no-untyped-def, assignment"
+# Triton functions are a language of their own: typed when they are compiled, their tuples grown by concatenation.
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def join(total, peak, other_total, other_peak):
 def empty_state(SPEC: tl.constexpr, ITEMS: tl.constexpr):
     """The state before any tile."""
     state = ()
-    for r in tl.static_range(len(SPEC)):
+    for _ in tl.static_range(len(SPEC)):
         state = state + ((tl.zeros((ITEMS,), tl.float32), tl.full((ITEMS,), float("-inf"), tl.float32)),)
     return state
 
