@@ -71,8 +71,9 @@ def protect(
         TypeError, ValueError: naming the argument.
 
     Source: Liu et al. 2024 (arXiv 2407.16307). Different from the authors' code: noise and clamps in pixel space, each
-    row chooses its own trigger words, the last batch is not dropped, captions are shuffled in a share of the steps
-    (``Settings.shuffle``) instead of in every noise step.
+    row chooses its own trigger words, the last batch is not dropped, trigger words come from a small alphabet
+    (``Settings.trigger_words``), captions are shuffled in all parts of a round (``Settings.shuffle``) instead of in the
+    noise steps alone, and the surrogate starts anew at times (``Settings.restart``).
     """
     settings = Settings() if settings is None else settings
     check.tensor("images", images, dtypes=(torch.uint8,), ndim=4)

@@ -72,7 +72,8 @@ class Settings:
             easier lesson: each word and the noise that goes with it then occur often.
         candidates: words tried at each trigger position.
         surrogate_steps: optimiser steps of the surrogate in each round.
-        restart: rounds after which the surrogate starts again from new random weights; 0 for never.
+        restart: rounds after which the surrogate starts again from new random weights; 0 for never. A victim starts
+            there too, so noise should be easy to learn for more than one young model.
         shuffle: share of the generator's steps in which captions change places within the batch while triggers stay
             with their image, so that noise and trigger must predict each other without the caption's help.
         batch: pairs in a batch.
@@ -83,13 +84,13 @@ class Settings:
     eps: int = 8
     step: int = 1
     pgd_steps: int = 6
-    rounds: int = 10
+    rounds: int = 9
     trigger_rounds: int = 3
     trigger_words: int = 16
     candidates: int = 8
     surrogate_steps: int = 32
-    restart: int = 0
-    shuffle: float = 0.5
+    restart: int = 3
+    shuffle: float = 1.0
     batch: int = 128
     lr: float = 1e-3
     weight_decay: float = 0.1
