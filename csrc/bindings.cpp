@@ -66,13 +66,15 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("cpu_isa", [] { return std::string(ccu_cpu_isa()); });
 
-  py::class_<ccu_tile>(m, "Tile").def(
-      py::init([](Address dot, int64_t banks, int64_t rows, int64_t cols, int64_t row0, float scale, float bias,
-                  std::pair<Address, int64_t> row_labels, std::pair<Address, int64_t> col_labels,
-                  std::pair<Address, int64_t> row_ids, std::pair<Address, int64_t> col_ids, bool diagonal,
-                  const std::vector<int32_t>& row_codes, const std::vector<int32_t>& col_codes, int threads) {
+  py::class_<ccu_tile>(m, "Tile").def(py::init(
+      [](Address dot, int dot_dtype, Address self_dot, int64_t banks, int64_t rows, int64_t cols, int64_t row0,
+         float scale, float bias, std::pair<Address, int64_t> row_labels, std::pair<Address, int64_t> col_labels,
+         std::pair<Address, int64_t> row_ids, std::pair<Address, int64_t> col_ids, bool diagonal,
+         const std::vector<int32_t>& row_codes, const std::vector<int32_t>& col_codes, int threads) {
         ccu_tile t{};
-        t.dot = pointer<float>(dot);
+        t.dot = pointer<void>(dot);
+        t.dot_dtype = dot_dtype;
+        t.self_dot = pointer<float>(self_dot);
         t.banks = banks;
         t.rows = rows;
         t.cols = cols;

@@ -35,7 +35,9 @@ enum { CCU_MAX_REDUCTIONS = 8 };
 
 // A chunk of rows of one or several banks, and what is to be known about its rows and columns.
 typedef struct {
-  const float* dot;  // [banks, rows, cols], rows are those from row0 on
+  const void* dot;        // [banks, rows, cols] in dot_dtype, rows are those from row0 on
+  int32_t dot_dtype;      // CCU_F32 or CCU_BF16
+  const float* self_dot;  // [banks, rows]: dot of the diagonal pairs in fp32, to replace rounded ones; or NULL
   int64_t banks, rows, cols;
   int64_t row0;  // index of the first row, for the diagonal
   float scale, bias;
@@ -72,7 +74,7 @@ typedef struct {
   const float* col_grad;  // [n_col, banks, cols], strides of col_out
   const float* col_out;
   int64_t col_reduction_stride;
-  void* grad;          // [banks, rows, cols]: scale * G in grad_dtype; may be `dot` itself for fp32
+  void* grad;          // [banks, rows, cols]: scale * G in grad_dtype; may be `dot` itself if the dtypes are the same
   int32_t grad_dtype;  // CCU_F32 or CCU_BF16
   double* scale_sums;  // [banks * rows]: sum_j G_ij dot_ij
   double* bias_sums;   // [banks * rows]: sum_j G_ij

@@ -25,6 +25,15 @@ inline Mode mode_of(const ccu_tile& t, int32_t relations) {
   return self == other && other ? Mode::kAll : Mode::kDiagonal;
 }
 
+// A bf16 row of the chunk (`row` counted over all banks, row `i` of its bank) as fp32, columns [begin, end), with the
+// diagonal pair as it was before rounding.
+inline void widen(const ccu_tile& t, int64_t row, int64_t i, int64_t begin, int64_t end, float* out) {
+  const uint16_t* in = static_cast<const uint16_t*>(t.dot) + row * t.cols;
+  for_vectors(begin, end, [&](int64_t j, auto lanes) { store(out + (j - begin), load_bf16(in + j, lanes), lanes); });
+  const int64_t own = t.row0 + i;
+  if (t.self_dot != nullptr && own >= begin && own < end) out[own - begin] = t.self_dot[row];
+}
+
 // The pairs of one bank that a reduction chooses.
 struct Chooser {
   const int32_t *row_labels, *col_labels, *row_ids, *col_ids;

@@ -72,6 +72,16 @@ inline void for_vectors(int64_t begin, int64_t end, const Step& step) {
   if (j < end) step(j, Part{static_cast<int>(end - j)});
 }
 
+// The same for bf16 in memory.
+template <class Lanes>
+inline vf load_bf16(const uint16_t* p, Lanes lanes) {
+  typedef uint16_t half __attribute__((vector_size(kLanes * 2)));
+  typedef uint32_t word __attribute__((vector_size(kLanes * 4)));
+  half bits = {};
+  std::memcpy(&bits, p, lanes.n * sizeof(uint16_t));
+  return (vf)(__builtin_convertvector(bits, word) << 16);
+}
+
 // Lanes of -1 where in use.
 inline vi in_use(Full) { return vi{} - 1; }
 inline vi in_use(Part part) {

@@ -18,6 +18,7 @@
 #include <new>
 
 #include "../ccu_fast.h"
+#include "../common/half.h"
 #include "parallel.h"
 #include "relations.h"
 #include "simd.h"
@@ -63,14 +64,14 @@ enum class Term { kNothing, kOwnExp, kSigmoid };
 
 // A stripe of one row: S there, and the accumulator for G, padded to whole vectors.
 struct Stripe {
-  const float* dot;
+  const float* dot;  // of column begin
   float scale, bias;
   int64_t i, begin, end;
   float* g;
 
   template <class Lanes>
   vf scores(int64_t j, Lanes lanes) const {
-    return load<vf>(dot + j, lanes) * scale + bias;
+    return load<vf>(dot + (j - begin), lanes) * scale + bias;
   }
 };
 
@@ -141,13 +142,6 @@ struct SharedExponential {
   vf factor(vf out) const { return out == splat(-kInf) ? splat(0.0f) : exp(c - out); }
 };
 
-inline uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 // All reductions of one stripe of one row, into stripe.g.
 void accumulate(const ccu_similarity_backward_args& a, const SharedExponential& exponential, int64_t bank,
                 const Stripe& stripe) {
@@ -205,30 +199,35 @@ int similarity_backward(const ccu_similarity_backward_args& a) {
   parallel_for(t.banks * blocks, t.threads, [&](int64_t task) {
     const int64_t bank = task / blocks, first = task % blocks * kRowBlock;
     const int64_t last = std::min(first + kRowBlock, t.rows);
-    alignas(64) float g[kStripe + kLanes];
+    alignas(64) float g[kStripe + kLanes], widened[kStripe];
     double scale_sum[kRowBlock] = {}, bias_sum[kRowBlock] = {};
     for (int64_t begin = 0; begin < t.cols; begin += kStripe) {
       const int64_t end = std::min(begin + kStripe, t.cols);
       for (int64_t i = first; i < last; ++i) {
         const int64_t row = bank * t.rows + i;
-        const float* dot = t.dot + row * t.cols;
+        const float* dot = widened;
+        if (t.dot_dtype == CCU_F32)
+          dot = static_cast<const float*>(t.dot) + row * t.cols + begin;
+        else
+          widen(t, row, i, begin, end, widened);
         accumulate(a, exponential, bank, Stripe{dot, t.scale, t.bias, i, begin, end, g});
         vf scale_part = splat(0.0f), bias_part = splat(0.0f);
-        // grad may be dot itself: a vector is read before it is written.
         for_vectors(begin, end, [&](int64_t j, auto lanes) {
-          const vf value = load<vf>(g + (j - begin));
-          scale_part += value * load<vf>(dot + j, lanes);
+          float* slot = g + (j - begin);
+          const vf value = load<vf>(slot);
+          scale_part += value * load<vf>(dot + (j - begin), lanes);
           bias_part += value;
-          if (a.grad_dtype == CCU_F32)
-            store(static_cast<float*>(a.grad) + row * t.cols + j, value * t.scale, lanes);
-          else
-            store(g + (j - begin), value * t.scale);
+          store(slot, value * t.scale);
         });
         scale_sum[i - first] += sum(scale_part);
         bias_sum[i - first] += sum(bias_part);
-        if (a.grad_dtype == CCU_BF16) {
-          uint16_t* out = static_cast<uint16_t*>(a.grad) + row * t.cols + begin;
-          for (int64_t j = 0; j < end - begin; ++j) out[j] = to_bf16(g[j]);
+        // Last, because grad may be dot itself.
+        const int64_t at = row * t.cols + begin;
+        if (a.grad_dtype == CCU_F32) {
+          std::copy(g, g + (end - begin), static_cast<float*>(a.grad) + at);
+        } else {
+          bf16* out = static_cast<bf16*>(a.grad) + at;
+          for (int64_t j = 0; j < end - begin; ++j) out[j] = from_float<bf16>(g[j]);
         }
       }
     }

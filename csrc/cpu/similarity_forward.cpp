@@ -37,8 +37,8 @@ struct Partial {
 
 // One bank's S, and the block of it that is being reduced: rows [first, last), columns [begin, end).
 struct Block {
-  const float* dot;
-  int64_t cols;
+  const float* dot;  // of (first, begin)
+  int64_t stride;    // from row to row
   float scale, bias;
   int64_t first, last, begin, end;
   float shift;        // the block's maximum
@@ -47,7 +47,20 @@ struct Block {
 
   template <class Lanes>
   vf scores(int64_t i, int64_t j, Lanes lanes) const {
-    return load<vf>(dot + i * cols + j, lanes) * scale + bias;
+    return load<vf>(dot + (i - first) * stride + (j - begin), lanes) * scale + bias;
+  }
+
+  // Points to the chunk itself, or to its fp32 form in `widened` when it is bf16.
+  void fetch(const ccu_tile& t, int64_t bank, float* widened) {
+    const int64_t row = bank * t.rows + first;
+    if (t.dot_dtype == CCU_F32) {
+      dot = static_cast<const float*>(t.dot) + row * t.cols + begin;
+      stride = t.cols;
+      return;
+    }
+    for (int64_t i = first; i < last; ++i) widen(t, row + (i - first), i, begin, end, widened + (i - first) * kStripe);
+    dot = widened;
+    stride = kStripe;
   }
 
   template <class Lanes>
@@ -158,10 +171,12 @@ int similarity_forward(const ccu_similarity_forward_args& a) {
   parallel_for(t.banks * stripes, t.threads, [&](int64_t task) {
     const int64_t bank = task / stripes, stripe = task % stripes;
     alignas(64) float e[kRowBlock * kStripe];
-    Block block{t.dot + bank * t.rows * t.cols,           t.cols, t.scale, t.bias, 0, 0, stripe * kStripe,
-                std::min((stripe + 1) * kStripe, t.cols), 0,      false,   e};
+    alignas(64) float widened[kRowBlock * kStripe];
+    const int64_t begin = stripe * kStripe, end = std::min(begin + kStripe, t.cols);
+    Block block{nullptr, 0, t.scale, t.bias, 0, 0, begin, end, 0, false, e};
     for (block.first = 0; block.first < t.rows; block.first = block.last) {
       block.last = std::min(block.first + kRowBlock, t.rows);
+      block.fetch(t, bank, widened);
       if (any_lse) block.compute_exponentials();
       for (int r = 0; r < t.n_row; ++r) {
         const Chooser chooser(t, bank, relations_of(t.row_codes[r]));

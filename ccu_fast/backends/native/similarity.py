@@ -4,8 +4,10 @@ The workspace is elastic. Forward walks the chunks, reduces each, and keeps as m
 kept chunks as they are and recomputes the others, turns each into G, and feeds it to two GEMMs. With a fraction f
 kept that is (8 − 2f)·N·M·D FLOPs in all, 6 at best, against 12 for two cross-entropies over materialised logits.
 
-GEMM precision is torch's: ``torch.set_float32_matmul_precision("medium")`` runs the GEMMs in bf16 where the CPU has
-it, and then (and for bf16 inputs) G is rounded to bf16 once, after all its terms were added in fp32.
+All of it is in fp32, with two exceptions where the CPU multiplies bf16: bf16 inputs, and fp32 inputs after
+``torch.set_float32_matmul_precision("medium")``. Then the GEMMs are bf16 throughout, as under autocast: dot is rounded
+to bf16 (but not the pairs (i, i) of a paired problem, the positives, which are recomputed in fp32), and G is rounded
+once, after all its terms were added in fp32.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from ccu_fast.backends.problem import SimilarityProblem, decode
 # Larger chunks do not make the GEMMs faster, and this one still fits a server's last-level cache.
 _LARGEST_CHUNK = 32 << 20
 _FEWEST_ROWS = 64
+# The stash opens with a word that says whether it holds bf16; 64 bytes keep what follows aligned.
+_HEADER = 16
+# Below this many pairs another thread costs more than it does.
+_SERIAL_PAIRS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class _Layout:
     chunks: list[_Chunk]
     kept: int
     cols: int
+    dtype: torch.dtype
 
     def size(self, chunk: _Chunk) -> int:
         return chunk.banks * chunk.rows * self.cols
@@ -60,13 +67,13 @@ class _Layout:
 
 
 def _scratch(workspace: int) -> int:
-    """Elements of a chunk: a quarter of the workspace at most."""
-    return min(workspace // 4, _LARGEST_CHUNK) // 4
+    """Bytes of a chunk: a quarter of the workspace at most."""
+    return min(workspace // 4, _LARGEST_CHUNK)
 
 
-def _layout(p: SimilarityProblem, workspace: int, keep: bool) -> _Layout:
+def _layout(p: SimilarityProblem, workspace: int, keep: bool, dtype: torch.dtype) -> _Layout:
     """One chunk of scratch; the rest of the workspace is for kept chunks."""
-    scratch = _scratch(workspace)
+    scratch = _scratch(workspace) // dtype.itemsize
     if p.n * p.m <= scratch or p.n <= _FEWEST_ROWS:
         group = max(1, scratch // (p.n * p.m))
         chunks = [_Chunk(b, min(b + group, p.banks), 0, p.n) for b in range(0, p.banks, group)]
@@ -75,37 +82,41 @@ def _layout(p: SimilarityProblem, workspace: int, keep: bool) -> _Layout:
         chunks = [
             _Chunk(b, b + 1, start, min(start + rows, p.n)) for b in range(p.banks) for start in range(0, p.n, rows)
         ]
-    layout = _Layout(chunks, 0, p.m)
-    (room,) = stash_shape(p, workspace, keep)
+    layout = _Layout(chunks, 0, p.m, dtype)
+    room = (stash_shape(p, workspace, keep)[0] - _HEADER) * 4 // dtype.itemsize
     kept = 0
     while kept < len(chunks) and layout.size(chunks[kept]) <= room:
         room -= layout.size(chunks[kept])
         kept += 1
-    return _Layout(chunks, kept, p.m)
+    return _Layout(chunks, kept, p.m, dtype)
 
 
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
     """Shape of what forward keeps for backward: what the scratch leaves of the workspace, and one chunk at least.
 
-    The sizes may be symbols of a compiled graph. The formula has no branch on them, so one graph serves all sizes.
+    The sizes may be symbols of a compiled graph. The formula has no branch on them, so one graph serves all sizes;
+    bf16 uses half of it, and memory that is never written costs nothing.
     """
     if not keep:
         return (0,)
-    room = workspace // 4 - _scratch(workspace)
-    return (torch.sym_min(p.banks * p.n * p.m, torch.sym_max(room, _FEWEST_ROWS * p.m)),)
+    room = (workspace - _scratch(workspace)) // 4
+    return (_HEADER + torch.sym_min(p.banks * p.n * p.m, torch.sym_max(room, _FEWEST_ROWS * p.m)),)
 
 
 class _Problem:
-    """The problem as the C++ side wants it: fp32 operands, int32 keys, host numbers."""
+    """The problem as the GEMMs and the C++ side want it: operands, int32 keys, host numbers."""
 
-    def __init__(self, p: SimilarityProblem) -> None:
+    def __init__(self, p: SimilarityProblem, dtype: torch.dtype) -> None:
         self.p = p
-        self.x, self.y = p.x.float(), p.y.float()
+        self.x, self.y = p.x.to(dtype), p.y.to(dtype)
+        self.self_dot: Tensor | None = None
+        if dtype == torch.bfloat16 and p.diagonal:
+            self.self_dot = (p.x.float() * p.y.float()).sum(-1).expand(p.banks, -1)
         self.scale = float(p.scale)
         self.bias = 0.0 if p.bias is None else float(p.bias)
         self.row_labels, self.col_labels = _narrow(p.row_labels, p.col_labels)
         self.row_ids, self.col_ids = _narrow(p.row_ids, p.col_ids)
-        self.threads = torch.get_num_threads()
+        self.threads = torch.get_num_threads() if p.banks * p.n * p.m > _SERIAL_PAIRS else 1
 
     def dot(self, chunk: _Chunk, out: Tensor) -> Tensor:
         """x yᵀ of one chunk, ``[banks, rows, M]``, written to the flat buffer ``out``."""
@@ -119,8 +130,11 @@ class _Problem:
 
     def tile(self, chunk: _Chunk, dot: Tensor) -> Any:
         rows = slice(chunk.start, chunk.stop)
+        # Held by self until the next tile: C++ reads it through an address.
+        self.own = None if self.self_dot is None else self.self_dot[chunk.first : chunk.last, rows].contiguous()
         return _C.Tile(
-            dot.data_ptr(), chunk.banks, chunk.rows, self.p.m, chunk.start, self.scale, self.bias,
+            dot.data_ptr(), _C.BF16 if dot.dtype == torch.bfloat16 else _C.F32,
+            0 if self.own is None else self.own.data_ptr(), chunk.banks, chunk.rows, self.p.m, chunk.start, self.scale, self.bias,
             _address(self.row_labels, chunk, rows), _address(self.col_labels, chunk),
             _address(self.row_ids, chunk, rows), _address(self.col_ids, chunk),
             self.p.diagonal, list(self.p.rows), list(self.p.cols), self.threads,
@@ -152,7 +166,7 @@ def _narrow(row: Tensor | None, col: Tensor | None) -> tuple[Tensor | None, Tens
 
 
 def _kept(layout: _Layout, stash: Tensor) -> Iterator[Tensor]:
-    offset = 0
+    stash, offset = stash[_HEADER:].view(layout.dtype), 0
     for chunk in layout.chunks[: layout.kept]:
         yield stash[offset : offset + layout.size(chunk)]
         offset += layout.size(chunk)
@@ -160,10 +174,12 @@ def _kept(layout: _Layout, stash: Tensor) -> Iterator[Tensor]:
 
 def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row results ``[R, B, N]``, column results ``[C, B, M]`` and the kept chunks, flat."""
-    layout = _layout(p, workspace, keep)
-    native = _Problem(p)
+    dtype = _gemm_dtype(p)
+    layout = _layout(p, workspace, keep, dtype)
+    native = _Problem(p, dtype)
     stash = torch.empty(stash_shape(p, workspace, keep))
-    scratch = torch.empty(layout.largest if layout.kept < len(layout.chunks) else 0)
+    stash[:_HEADER] = float(dtype == torch.bfloat16)
+    scratch = torch.empty(layout.largest if layout.kept < len(layout.chunks) else 0, dtype=dtype)
     row_out = torch.empty(len(p.rows), p.banks, p.n)
     col_max = torch.full((len(p.cols), p.banks, p.m), -torch.inf)
     col_sum = torch.zeros(len(p.cols), p.banks, p.m, dtype=torch.float64)
@@ -193,34 +209,33 @@ def backward(
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, y, scale and bias; those not in ``needs`` are empty or zero."""
-    layout = _layout(p, workspace, keep=stash.numel() > 0)
-    native = _Problem(p)
-    in_bf16 = _rounds_to_bf16(p)
-    x, y = (native.x, native.y) if not in_bf16 else (p.x.bfloat16(), p.y.bfloat16())
+    # Forward's choice, whatever the precision setting is by now.
+    dtype = torch.bfloat16 if float(stash[0]) else torch.float32
+    layout = _layout(p, workspace, True, dtype)
+    native = _Problem(p, dtype)
     dx = torch.zeros(p.x.shape if needs[0] else (0,))
     dy = torch.zeros(p.y.shape if needs[1] else (0,))
-    scratch = torch.empty(layout.largest)
-    grad_buffer = torch.empty(layout.largest, dtype=torch.bfloat16) if in_bf16 else scratch
+    scratch = torch.empty(layout.largest, dtype=dtype)
     scale_sum = bias_sum = 0.0
     buffers = _kept(layout, stash)
     for chunk in layout.chunks:
         buffer = next(buffers, None)
         dot = native.dot(chunk, scratch) if buffer is None else buffer[: layout.size(chunk)].view(chunk.banks, -1, p.m)
-        grad = grad_buffer[: dot.numel()].view(dot.shape)
+        grad = scratch[: dot.numel()].view(dot.shape)
         sums = torch.empty(2, chunk.banks * chunk.rows, dtype=torch.float64)
         _C.similarity_backward(
             native.tile(chunk, dot),
             grad_rows[:, chunk.first :, chunk.start :].data_ptr(), row_out[:, chunk.first :, chunk.start :].data_ptr(),
             row_out.stride(0), row_out.stride(1),
             grad_cols[:, chunk.first :].data_ptr(), col_out[:, chunk.first :].data_ptr(), col_out.stride(0),
-            grad.data_ptr(), _C.BF16 if in_bf16 else _C.F32, sums[0].data_ptr(), sums[1].data_ptr(),
+            grad.data_ptr(), _C.BF16 if dtype == torch.bfloat16 else _C.F32, sums[0].data_ptr(), sums[1].data_ptr(),
         )  # fmt: skip
         scale_sum += float(sums[0].sum())
         bias_sum += float(sums[1].sum())
         if needs[0]:
-            _accumulate(dx, chunk, slice(chunk.start, chunk.stop), grad, _bank(y, chunk))
+            _accumulate(dx, chunk, slice(chunk.start, chunk.stop), grad, _bank(native.y, chunk))
         if needs[1]:
-            rows = _bank(x, chunk)[:, chunk.start : chunk.stop]
+            rows = _bank(native.x, chunk)[:, chunk.start : chunk.stop]
             _accumulate(dy, chunk, slice(None), grad.mT, rows)
     return (
         dx.to(p.x.dtype),
@@ -241,9 +256,9 @@ def _accumulate(out: Tensor, chunk: _Chunk, rows: slice, left: Tensor, right: Te
             slot += torch.mm(left[b], factor)
 
 
-def _rounds_to_bf16(p: SimilarityProblem) -> bool:
-    """G may be bf16 when the user's dtype or matmul precision says so and the CPU has bf16 products."""
+def _gemm_dtype(p: SimilarityProblem) -> torch.dtype:
+    """What the GEMMs multiply: bf16 when the inputs' dtype or the matmul precision says so and the CPU has it."""
     wanted = p.x.dtype == torch.bfloat16 or (
         p.x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
     )
-    return wanted and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if wanted and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
