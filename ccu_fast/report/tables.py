@@ -9,29 +9,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-PROTECT_LABELS = {"clean": "clean data", "em": "EM (noise only)", "mem": "MEM (noise + trigger)"}
+PROTECT_LABELS = {"clean": "clean data", "em": "EM (noise)", "mem": "MEM (noise + trigger)"}
 
-# Title, and the path of the value within one method's metrics.
+# Title, and the path of the value within one method's metrics. U: the forget set's, R: the retain set's.
 UNLEARN_COLUMNS = {
     "class": (
-        ("visual, forgotten, train", ("metrics", "visual", "forget_train")),
-        ("visual, forgotten, test", ("metrics", "visual", "forget_test")),
-        ("other, forgotten, train", ("metrics", "other", "forget_train")),
-        ("other, forgotten, test", ("metrics", "other", "forget_test")),
-        ("visual, retained, test", ("metrics", "visual", "retain_test")),
-        ("other, retained, test", ("metrics", "other", "retain_test")),
-        ("fused, retained, test", ("metrics", "fused", "retain_test")),
-        ("membership AUC", ("metrics", "mia_auc")),
-        ("seconds", ("cost", "seconds")),
+        ("visual U train", ("metrics", "visual", "forget_train")),
+        ("visual U test", ("metrics", "visual", "forget_test")),
+        ("other U train", ("metrics", "other", "forget_train")),
+        ("other U test", ("metrics", "other", "forget_test")),
+        ("visual R test", ("metrics", "visual", "retain_test")),
+        ("other R test", ("metrics", "other", "retain_test")),
+        ("fused R test", ("metrics", "fused", "retain_test")),
+        ("MIA AUC", ("metrics", "mia_auc")),
+        ("s", ("cost", "seconds")),
     ),
     "instances": (
-        ("visual, forgotten", ("metrics", "visual", "forget_train")),
-        ("other, forgotten", ("metrics", "other", "forget_train")),
-        ("visual, retained, test", ("metrics", "visual", "retain_test")),
-        ("other, retained, test", ("metrics", "other", "retain_test")),
-        ("fused, retained, test", ("metrics", "fused", "retain_test")),
-        ("membership AUC", ("metrics", "mia_auc")),
-        ("seconds", ("cost", "seconds")),
+        ("visual U", ("metrics", "visual", "forget_train")),
+        ("other U", ("metrics", "other", "forget_train")),
+        ("visual R test", ("metrics", "visual", "retain_test")),
+        ("other R test", ("metrics", "other", "retain_test")),
+        ("fused R test", ("metrics", "fused", "retain_test")),
+        ("MIA AUC", ("metrics", "mia_auc")),
+        ("s", ("cost", "seconds")),
     ),
 }
 
@@ -54,13 +54,14 @@ def unlearn_table(scenario: str, by_seed: dict[str, Any]) -> Table:
         cells = []
         for _, (kind, *keys) in columns:
             values = [_dig(value[kind][method], keys) for value in by_seed.values()]
-            cells.append(spread(values, digits=2 if keys[-1] == "seconds" else 3))
+            cells.append(spread(values, digits=1 if keys[-1] == "seconds" else 3))
         rows.append([metrics["label"], *cells])
     setting = first["setting"]
     what = f"class {setting['forget_class']}" if scenario == "class" else "random instances"
     caption = (
-        f"digits-halves, {what} forgotten: {setting['forget_items']} of "
-        f"{setting['forget_items'] + setting['retain_items']} training items, seeds {', '.join(by_seed)}"
+        f"digits-halves, {what} forgotten (U, {setting['forget_items']} of "
+        f"{setting['forget_items'] + setting['retain_items']} training items; the rest is R): accuracy of each "
+        f"modality's head, membership attack, seconds; seeds {', '.join(by_seed)}"
     )
     return Table(caption, ["method", *(title for title, _ in columns)], rows)
 
@@ -69,7 +70,7 @@ def protect_table(results: dict[str, Any]) -> Table:
     """Retrieval on clean test strips of a victim trained on each data set, last and best epoch."""
     columns = ["victim trained on", "epoch"]
     keys = [f"{side}_{m}" for side in ("i2t", "t2i") for m in ("r1", "r5", "r10", "medr")]
-    titles = [f"{side} {m}" for side in ("image→text", "text→image") for m in ("R@1", "R@5", "R@10", "medR")]
+    titles = [f"{side} {m}" for side in ("i→t", "t→i") for m in ("R@1", "R@5", "R@10", "medR")]
     rows = []
     for method, by_seed in results.items():
         measured = [value["methods"][method] for value in by_seed.values()]
@@ -80,11 +81,12 @@ def protect_table(results: dict[str, Any]) -> Table:
     any_value = next(iter(next(iter(results.values())).values()))
     seeds = next(iter(results.values()))
     caption = (
-        f"digit-strips: {any_value['train']} training strips, {any_value['test']} clean test strips, "
+        "digit-strips, retrieval on clean test strips (image to text, text to image) and zero-shot reading: "
+        f"{any_value['train']} training, {any_value['test']} test strips, "
         f"ε = {any_value['settings']['eps']}/255, seeds {', '.join(seeds)}; guessing gives R@1 "
         f"{any_value['guessing']['r1']:.3f}, R@10 {any_value['guessing']['r10']:.3f}, digit .100"
     )
-    return Table(caption, [*columns, *titles, "digits read (zero-shot)"], rows)
+    return Table(caption, [*columns, *titles, "digits read"], rows)
 
 
 def spread(values: list[float | None], *, digits: int = 3) -> str:
@@ -104,12 +106,15 @@ def all_tables(results: dict[str, Any]) -> list[Table]:
 
 def print_summary(results: dict[str, Any], console: Console) -> None:
     """The tables in the terminal."""
+    from rich import box
     from rich.table import Table as RichTable
 
     for table in all_tables(results):
-        shown = RichTable(title=table.caption, title_justify="left")
+        shown = RichTable(
+            title=table.caption, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        )
         for i, column in enumerate(table.columns):
-            shown.add_column(column, justify="left" if i == 0 else "right")
+            shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)

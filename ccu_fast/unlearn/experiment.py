@@ -28,16 +28,16 @@ from ccu_fast.unlearn.training import TrainConfig, train
 
 METHODS = {
     "original": "before unlearning",
-    "gold_mask": "retrained, visual half of the forget set hidden",
-    "gold_drop": "retrained without the forget set",
-    "fine_tune": "fine-tuning on the retain set",
+    "gold_mask": "gold: visual half masked",
+    "gold_drop": "gold: both halves dropped",
+    "fine_tune": "fine-tuning",
     "gradient_ascent": "gradient ascent",
     "random_label": "random labels",
     "contrastive_unlearning": "Contrastive Unlearning",
     "ccu": "CCU",
-    "ccu_without_a": "CCU without (a) forgetting",
-    "ccu_without_b": "CCU without (b) retention",
-    "ccu_without_c": "CCU without (c) separation",
+    "ccu_without_a": "CCU without (a)",
+    "ccu_without_b": "CCU without (b)",
+    "ccu_without_c": "CCU without (c)",
 }
 ALWAYS = ("original", "gold_mask")
 

@@ -134,7 +134,8 @@ class _Problem:
         self.own = None if self.self_dot is None else self.self_dot[chunk.first : chunk.last, rows].contiguous()
         return _C.Tile(
             dot.data_ptr(), _C.BF16 if dot.dtype == torch.bfloat16 else _C.F32,
-            0 if self.own is None else self.own.data_ptr(), chunk.banks, chunk.rows, self.p.m, chunk.start, self.scale, self.bias,
+            0 if self.own is None else self.own.data_ptr(),
+            chunk.banks, chunk.rows, self.p.m, chunk.start, self.scale, self.bias,
             _address(self.row_labels, chunk, rows), _address(self.col_labels, chunk),
             _address(self.row_ids, chunk, rows), _address(self.col_ids, chunk),
             self.p.diagonal, list(self.p.rows), list(self.p.cols), self.threads,
