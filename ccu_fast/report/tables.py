@@ -114,7 +114,7 @@ def print_summary(results: dict[str, Any], console: Console) -> None:
             title=table.caption, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
         )
         for i, column in enumerate(table.columns):
-            shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+            shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0, min_width=5 if i else None)
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)

@@ -28,8 +28,8 @@ from ccu_fast.unlearn.training import TrainConfig, train
 
 METHODS = {
     "original": "before unlearning",
-    "gold_mask": "gold: visual half masked",
-    "gold_drop": "gold: both halves dropped",
+    "gold_mask": "gold: visual masked",
+    "gold_drop": "gold: both dropped",
     "fine_tune": "fine-tuning",
     "gradient_ascent": "gradient ascent",
     "random_label": "random labels",
