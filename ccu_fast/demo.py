@@ -27,7 +27,7 @@ from ccu_fast.mem.experiment import run_digit_strips
 from ccu_fast.unlearn.experiment import run_digits_halves
 
 SCENARIOS = ("class", "instances")
-METHODS = ("clean", "em", "mem")
+METHODS = ("clean", "random-3", "em", "mem")
 HALVES = ("unlearn", "protect")
 
 Progress = Callable[[str, int, int, str], None]

@@ -20,7 +20,8 @@ from ccu_fast.backends.registry import choose
 from ccu_fast.relations import ALL, OTHER, SAME, SELF, Relation, count_relations
 from ccu_fast.similarity_op import SimilarityReduction, without_autocast
 
-DEFAULT_WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}
+# On a CPU: all of a batch of 8192 in fp32, and a chunk of scratch.
+DEFAULT_WORKSPACE = {"cpu": 288 << 20, "cuda": 1 << 30}
 
 Reduction = tuple[str, int]
 
@@ -71,7 +72,7 @@ def reduce_similarity(
             ``[("lse", ALL), ("sum", SELF)]``. At most 8 besides counts.
         cols: reductions along columns.
         backend: "auto", or one of "native", "triton", "reference"; a named one raises if it cannot serve.
-        workspace: bytes the operation may use beyond O((N+M)·D). Default 256 MiB on a CPU, 1 GiB on a GPU. More
+        workspace: bytes the operation may use beyond O((N+M)·D). Default 288 MiB on a CPU, 1 GiB on a GPU. More
             of it means less recomputation in the backward pass.
         nan_policy: "propagate" (NaN in, NaN out, as torch and GradScaler expect) or "raise" (checks x and y
             first; synchronises a GPU).

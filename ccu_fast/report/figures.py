@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ccu_fast.report.tables import PROTECT_LABELS
 from ccu_fast.unlearn.audit import embedding_map
 
-COLORS = {"clean": "#4c72b0", "em": "#dd8452", "mem": "#c44e52"}
+COLORS = {"clean": "#4c72b0", "random-3": "#55a868", "em": "#dd8452", "mem": "#c44e52"}
 NOISE_GAIN = 8
 
 BARS = {

@@ -30,7 +30,8 @@ model trained again from the start with the visual half of the forget set hidden
 CCU losses are this project's definition (the paper, arXiv 2509.23895, publishes no formulas we could follow)."""
 
 PROTECT_TEXT = """Each image shows four digits, each caption reads them. Before publishing, MEM adds error-minimising
-noise to the image and trigger words to the caption; EM adds the noise alone. A fresh victim is trained from scratch on
+noise to the image and trigger words to the caption; EM adds the noise alone; random noise and words of the same size
+are the control. A fresh victim is trained from scratch on
 what is published and tested on clean strips: the lower its retrieval, the better the protection."""
 
 

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-PROTECT_LABELS = {"clean": "clean data", "em": "EM (noise)", "mem": "MEM (noise + trigger)"}
+PROTECT_LABELS = {
+    "clean": "clean data",
+    "random-3": "random noise, words",
+    "em": "EM (noise)",
+    "mem": "MEM (noise + trigger)",
+}
 
 # Title, and the path of the value within one method's metrics. U: the forget set's, R: the retain set's.
 UNLEARN_COLUMNS = {

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
+from ccu_fast.backends.native.buffers import borrow
 from ccu_fast.backends.problem import SimilarityProblem, decode
 
-# Larger chunks do not make the GEMMs faster, and this one still fits a server's last-level cache.
-_LARGEST_CHUNK = 32 << 20
+# Larger chunks do not make the GEMMs faster, and the C library would map them anew at every call (see buffers).
+_LARGEST_CHUNK = 30 << 20
 _FEWEST_ROWS = 64
 # The stash opens with a word that says whether it holds bf16; 64 bytes keep what follows aligned.
 _HEADER = 16
@@ -178,7 +179,7 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     dtype = _gemm_dtype(p)
     layout = _layout(p, workspace, keep, dtype)
     native = _Problem(p, dtype)
-    stash = torch.empty(stash_shape(p, workspace, keep))
+    stash = borrow(stash_shape(p, workspace, keep)[0])
     stash[:_HEADER] = float(dtype == torch.bfloat16)
     scratch = torch.empty(layout.largest if layout.kept < len(layout.chunks) else 0, dtype=dtype)
     row_out = torch.empty(len(p.rows), p.banks, p.n)

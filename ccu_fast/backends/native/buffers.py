@@ -1,0 +1,48 @@
+"""One large buffer that stays between calls.
+
+The C library maps blocks of more than 32 MiB anew each time, and the kernel then zeroes every page of them at its first
+touch: for the similarities of a batch of 8192 that costs as much as all the exponentials. So the last large buffer is
+kept, and lent again once nothing but this module refers to its memory, saved graphs included.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WORTH_KEEPING = 32 << 20
+_lock = threading.Lock()
+_kept: Tensor | None = None
+_references: Any = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _is_free(buffer: Tensor) -> bool:
+    storage = buffer.untyped_storage()
+    # The tensor in _kept and the wrapper made in the line above.
+    return bool(_references(storage._cdata) <= 2)
+
+
+def borrow(size: int) -> Tensor:
+    """``size`` uninitialised fp32 values on the CPU, flat; given back by letting go of them."""
+    global _kept
+    if size * 4 < _WORTH_KEEPING or _references is None:
+        return torch.empty(size)
+    with _lock:
+        if _kept is not None and _is_free(_kept):
+            if size <= _kept.numel() <= 2 * size:
+                return _kept[:size]
+            _kept = None
+        buffer = torch.empty(size)
+        if _kept is None:
+            _kept = buffer
+        return buffer[:]
+
+
+def release() -> None:
+    """Forget the kept buffer; its memory is freed when its last user lets go."""
+    global _kept
+    with _lock:
+        _kept = None
