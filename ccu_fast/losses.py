@@ -55,13 +55,18 @@ def info_nce(
     """
     check.one_of("reduction", reduction, REDUCTIONS)
     _require_positives(x, y, similarity)
-    spec = [("lse", ALL), ("sum", SELF), ("count", SELF)]
+    spec = [("lse", ALL), ("sum", SELF)]
+    if similarity.get("row_ids") is not None or similarity.get("row_labels") is not None:
+        spec.append(("count", SELF))
     rows, cols = reduce_similarity(
         x, y, scale=scale, bias=bias, rows=spec, cols=spec if symmetric else (), **similarity
     )
     sides = []
-    for lse, positive, count in filter(None, (rows, cols)):
-        sides.append(_reduce(lse - positive / count.clamp(min=1), count > 0, reduction))
+    for lse, positive, *count in filter(None, (rows, cols)):
+        if count:
+            sides.append(_reduce(lse - positive / count[0].clamp(min=1), count[0] > 0, reduction))
+        else:  # every row has its one positive
+            sides.append(_reduce(lse - positive, None, reduction))
     if reduction == "none" and symmetric and rows[0].shape != cols[0].shape:
         raise ValueError(
             f"reduction: expected 'mean' or 'sum' for a symmetric loss of {rows[0].shape[-1]} rows and "
@@ -203,7 +208,7 @@ def sigmoid_loss(
     (softplus, positive), _ = reduce_similarity(
         x, y, scale=scale, bias=bias, rows=[("softplus", ALL), ("sum", SELF)], **similarity
     )
-    return _reduce(softplus - positive, torch.ones_like(softplus, dtype=torch.bool), reduction)
+    return _reduce(softplus - positive, None, reduction)
 
 
 def _require_positives(
@@ -222,10 +227,13 @@ def _require_positives(
         raise ValueError(f"y: expected {x.shape[-2]} rows (those of x) or {keys}, got {y.shape[-2]} rows")
 
 
-def _reduce(per_row: Tensor, counts: Tensor, reduction: str) -> Tensor:
-    """Mean over the rows that count; none of them gives 0, not NaN."""
-    per_row = torch.where(counts, per_row, 0)
+def _reduce(per_row: Tensor, counts: Tensor | None, reduction: str) -> Tensor:
+    """Mean over the rows that count (None: all of them); without any the result is 0, not NaN."""
+    if counts is not None:
+        per_row = torch.where(counts, per_row, 0)
     if reduction == "none":
         return per_row
     total = per_row.sum(-1)
-    return total if reduction == "sum" else total / counts.sum(-1).clamp(min=1)
+    if reduction == "sum":
+        return total
+    return total / (max(per_row.shape[-1], 1) if counts is None else counts.sum(-1).clamp(min=1))

@@ -1,7 +1,7 @@
 """One large buffer that stays between calls.
 
 The C library maps blocks of more than 32 MiB anew each time, and the kernel then zeroes every page of them at its first
-touch: for the similarities of a batch of 8192 that costs as much as all the exponentials. So the last large buffer is
+touch: for the similarities of a batch of 8192 that costs as much as all the exponentials. So the largest buffer is
 kept, and lent again once nothing but this module refers to its memory, saved graphs included.
 """
 
@@ -32,7 +32,7 @@ def borrow(size: int) -> Tensor:
         return torch.empty(size)
     with _lock:
         if _kept is not None and _is_free(_kept):
-            if size <= _kept.numel() <= 2 * size:
+            if size <= _kept.numel():
                 return _kept[:size]
             _kept = None
         buffer = torch.empty(size)

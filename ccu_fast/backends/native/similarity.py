@@ -84,7 +84,7 @@ def _layout(p: SimilarityProblem, workspace: int, keep: bool, dtype: torch.dtype
             _Chunk(b, b + 1, start, min(start + rows, p.n)) for b in range(p.banks) for start in range(0, p.n, rows)
         ]
     layout = _Layout(chunks, 0, p.m, dtype)
-    room = (stash_shape(p, workspace, keep)[0] - _HEADER) * 4 // dtype.itemsize
+    room = (_stash_shape(p, workspace, keep, dtype)[0] - _HEADER) * 4 // dtype.itemsize
     kept = 0
     while kept < len(chunks) and layout.size(chunks[kept]) <= room:
         room -= layout.size(chunks[kept])
@@ -95,13 +95,18 @@ def _layout(p: SimilarityProblem, workspace: int, keep: bool, dtype: torch.dtype
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
     """Shape of what forward keeps for backward: what the scratch leaves of the workspace, and one chunk at least.
 
-    The sizes may be symbols of a compiled graph. The formula has no branch on them, so one graph serves all sizes;
-    bf16 uses half of it, and memory that is never written costs nothing.
+    The sizes may be symbols of a compiled graph. The formula has no branch on them, so one graph serves all sizes.
     """
+    return _stash_shape(p, workspace, keep, _gemm_dtype(p))
+
+
+def _stash_shape(p: SimilarityProblem, workspace: int, keep: bool, dtype: torch.dtype) -> tuple[int, ...]:
     if not keep:
         return (0,)
-    room = (workspace - _scratch(workspace)) // 4
-    return (_HEADER + torch.sym_min(p.banks * p.n * p.m, torch.sym_max(room, _FEWEST_ROWS * p.m)),)
+    pairs = torch.sym_min(
+        p.banks * p.n * p.m, torch.sym_max((workspace - _scratch(workspace)) // dtype.itemsize, _FEWEST_ROWS * p.m)
+    )
+    return (_HEADER + (pairs * dtype.itemsize + 3) // 4,)
 
 
 class _Problem:
@@ -112,7 +117,9 @@ class _Problem:
         self.x, self.y = p.x.to(dtype), p.y.to(dtype)
         self.self_dot: Tensor | None = None
         if dtype == torch.bfloat16 and p.diagonal:
-            self.self_dot = (p.x.float() * p.y.float()).sum(-1).expand(p.banks, -1)
+            pairs = min(p.n, p.m)
+            own = (p.x[:, :pairs].float() * p.y[:, :pairs].float()).sum(-1)
+            self.self_dot = torch.nn.functional.pad(own, (0, p.n - pairs)).expand(p.banks, -1)
         self.scale = float(p.scale)
         self.bias = 0.0 if p.bias is None else float(p.bias)
         self.row_labels, self.col_labels = _narrow(p.row_labels, p.col_labels)
@@ -179,8 +186,10 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     dtype = _gemm_dtype(p)
     layout = _layout(p, workspace, keep, dtype)
     native = _Problem(p, dtype)
-    stash = borrow(stash_shape(p, workspace, keep)[0])
+    stash = borrow(_stash_shape(p, workspace, keep, dtype)[0])
     stash[:_HEADER] = float(dtype == torch.bfloat16)
+    # Also what no chunk fills has to be the same every time.
+    stash[_HEADER:].view(dtype)[sum(map(layout.size, layout.chunks[: layout.kept])) :] = 0
     scratch = torch.empty(layout.largest if layout.kept < len(layout.chunks) else 0, dtype=dtype)
     row_out = torch.empty(len(p.rows), p.banks, p.n)
     col_max = torch.full((len(p.cols), p.banks, p.m), -torch.inf)
