@@ -159,7 +159,7 @@ def compare(
         # A relative error of eps in S is one of |S| eps in exp(S), and |S| is at most the scale.
         ulps = (64 if ours[name].dtype == torch.float64 else 16) + 2 * scale
         if truth.numel() == 1:
-            # A single sum of products that both of us round to `rounded`: torch's error may be nearly nothing by chance.
+            # One sum of products that both round to `rounded`: by chance torch may hardly err at all.
             ulps += torch.finfo(rounded).eps / torch.finfo(torch.float32).eps / 4
         assert_three_way(name, ours[name], same[name], truth, ulps=ulps, magnitude=magnitude)
 
