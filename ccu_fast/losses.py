@@ -1,4 +1,4 @@
-"""Contrastive losses as short formulas over :func:`ccu_fast.reduce_similarity`, and their modules."""
+"""Contrastive losses as short formulas over :func:`ccu_fast.reduce_similarity`."""
 
 from __future__ import annotations
 
