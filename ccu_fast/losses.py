@@ -191,7 +191,8 @@ def sigmoid_loss(
     Args:
         x: ``[..., N, D]``; y: ``[..., M, D]``.
         scale, bias: numbers or one-element tensors (gradient flows).
-        reduction: "mean" (the sum over all pairs divided by N), "sum", or "none" (``[..., N]``).
+        reduction: "mean" (the sum over all pairs divided by N, rows with a negative label included), "sum", or "none"
+            (``[..., N]``).
         **similarity: row_ids, col_ids (equal ids are positives), paired (False: every pair is a negative), backend,
             workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
 
@@ -205,10 +206,17 @@ def sigmoid_loss(
     """
     check.one_of("reduction", reduction, REDUCTIONS)
     _require_positives(x, y, similarity, negatives_only=True)
-    (softplus, positive), _ = reduce_similarity(
-        x, y, scale=scale, bias=bias, rows=[("softplus", ALL), ("sum", SELF)], **similarity
+    # softplus(-S) of a positive, not softplus(S) - S, whose terms cancel where the pair is sure.
+    spec = [("softplus", SAME | OTHER), ("sum", SELF), ("softplus", SELF), ("count", SELF)]
+    every_row_has_one = all(similarity.get(name) is None for name in ("row_ids", "row_labels", "paired"))
+    (negatives, own, *several), _ = reduce_similarity(
+        x, y, scale=scale, bias=bias, rows=spec[:2] if every_row_has_one else spec, **similarity
     )
-    return _reduce(softplus - positive, None, reduction)
+    positives = -torch.nn.functional.logsigmoid(own)
+    if several:
+        softplus, count = several
+        positives = torch.where(count == 1, positives, softplus - own)
+    return _reduce(negatives + positives, None, reduction)
 
 
 def _require_positives(

@@ -55,7 +55,8 @@ def pgd_step_(
         upper: largest, not below ``lower``.
         norm: "linf", or "l2" (norms over all of a sample).
         nan_policy: "raise": look at grad first (one more read of it; synchronises a GPU) and raise for NaN, for
-            "l2" also for inf, with nothing written. "zero": no step there.
+            "l2" also for inf, with nothing written. "zero": no step there, and no look (on a GPU the parameters
+            are still copied there, and checked here if per channel).
         backend: "auto", or "native" or "reference"; a named one raises if it cannot serve.
 
     Returns:

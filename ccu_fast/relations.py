@@ -115,5 +115,6 @@ def count_relations(
 
 
 def _same_banks(*tensors: Tensor) -> tuple[Tensor, ...]:
-    banks = max(t.shape[0] for t in tensors)
-    return tuple(t.expand(banks, -1).contiguous() for t in tensors)
+    counts = [t.shape[0] for t in tensors]
+    banks = 0 if 0 in counts else max(counts)
+    return tuple(t.expand(banks, t.shape[1]).contiguous() for t in tensors)

@@ -84,7 +84,7 @@ def reduce_similarity(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
-    Under autocast fp32 inputs are cast to the autocast dtype, as torch.matmul does. Accumulation is in fp32. The
+    Under autocast the inputs are cast to the autocast dtype, as torch.matmul does. Accumulation is in fp32. The
     result is deterministic.
     """
     p, lead, row_spec, col_spec = _problem(
@@ -94,7 +94,7 @@ def reduce_similarity(
     name = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
     if not p.rows and not p.cols:
         tiles: tuple[list[Tensor], list[Tensor]] = ([], [])
-    elif name == "reference" or p.banks == 0 or p.n == 0 or p.m == 0:
+    elif name == "reference" or 0 in (p.banks, p.n, p.m, p.x.shape[-1]):
         with without_autocast(p.x.device):
             tiles = reference.reduce(p)
     else:
@@ -122,6 +122,8 @@ def _problem(
 ) -> tuple[SimilarityProblem, tuple[int, ...], list[Reduction], list[Reduction]]:
     check.tensor("x", x)
     check.tensor("y", y)
+    check.same("y", y, "x", x, dtype=False)
+    x, y = _autocast(x), _autocast(y)
     check.same("y", y, "x", x)
     for name, t in (("x", x), ("y", y)):
         if t.ndim < 2:
@@ -140,6 +142,8 @@ def _problem(
             f"got {list(y.shape[:-2])}"
         ) from None
     n, m = x.shape[-2], y.shape[-2]
+    if paired not in (None, True, False):
+        raise TypeError(f"paired: expected True, False or None, got {paired!r}")
     square = n == m if paired is None else paired
     if paired and n != m:
         raise ValueError(f"paired: expected as many rows in x as in y, got {n} and {m}")
@@ -160,9 +164,6 @@ def _problem(
     row_ids, col_ids = pair("ids", row_ids, col_ids)
     row_spec, col_spec = _spec("rows", rows), _spec("cols", cols)
 
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
-        x, y = x.to(torch.get_autocast_dtype(kind)), y.to(torch.get_autocast_dtype(kind))
     p = SimilarityProblem(
         x=_banks(x, lead),
         y=_banks(y, lead),
@@ -185,6 +186,8 @@ def _needs_backward(p: SimilarityProblem) -> bool:
 
 
 def _spec(name: str, values: Sequence[Reduction]) -> list[Reduction]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected a sequence of pairs such as ('lse', ALL), got {type(values).__name__}")
     spec = [_reduction(name, value) for value in values]
     tiled = sum(kind != "count" for kind, _ in spec)
     if tiled > MAX_REDUCTIONS:
@@ -218,14 +221,22 @@ def _keys(name: str, value: Tensor, lead: tuple[int, ...], items: int, device: t
         value = value.expand(*lead, items)
     except RuntimeError:
         raise ValueError(f"{name}: expected shape {[*lead, items]}, got {list(value.shape)}") from None
-    return value.reshape(-1, items).contiguous()
+    return value.reshape(math.prod(lead), items).contiguous()
 
 
 def _banks(t: Tensor, lead: tuple[int, ...]) -> Tensor:
     """``[1, N, D]`` when one bank serves all, else ``[B, N, D]``; contiguous."""
     if t.shape[:-2].numel() == 1:
         return t.reshape(1, *t.shape[-2:]).contiguous()
-    return t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]).contiguous()
+    return t.expand(*lead, *t.shape[-2:]).reshape(math.prod(lead), *t.shape[-2:]).contiguous()
+
+
+def _autocast(t: Tensor) -> Tensor:
+    """What torch.matmul would multiply."""
+    kind = t.device.type
+    if torch.is_autocast_enabled(kind) and t.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return t.to(torch.get_autocast_dtype(kind))
+    return t
 
 
 def _scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:

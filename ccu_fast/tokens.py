@@ -58,8 +58,8 @@ class TokenTable:
         TypeError, ValueError: naming the argument; also for NaN or inf in an allowed row of the embedding.
 
     An in-place change of the embedding (an optimiser step, say) makes the table stale: :func:`topk_flips` then
-    raises, and :meth:`refresh` prepares it anew. Torch does not count changes of tensors made under inference mode;
-    those are not noticed.
+    raises, and :meth:`refresh` prepares it anew. Torch does not count changes through ``.data`` or of tensors made
+    under inference mode; those are not noticed.
 
     Attributes:
         embedding: the matrix, detached.

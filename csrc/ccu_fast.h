@@ -11,7 +11,8 @@
 extern "C" {
 #endif
 
-// A status other than CCU_OK means that nothing was written.
+// After a status other than CCU_OK the outputs hold nothing of use; inputs, and what is changed in place, are
+// untouched.
 enum ccu_status {
   CCU_OK = 0,
   CCU_BAD_ARGUMENT = 1,

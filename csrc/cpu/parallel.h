@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -47,7 +48,11 @@ void parallel_for(int64_t tasks, int threads, const Body& body) {
   }
   std::vector<std::thread> others;
   others.reserve(threads - 1);
-  for (int t = 1; t < threads; ++t) others.emplace_back(&Region::run, &region);
+  try {
+    for (int t = 1; t < threads; ++t) others.emplace_back(&Region::run, &region);
+  } catch (const std::system_error&) {
+    // As many as the system gives; the work is shared among those.
+  }
   Region::run(&region);
   for (auto& other : others) other.join();
 }

@@ -8,7 +8,7 @@
 namespace ccu {
 namespace CCU_ISA {
 
-enum : int32_t { kSelf = 1, kSame = 2, kOther = 4, kEverything = 7 };
+enum : int32_t { kSelf = 1, kSame = 2, kOther = 4 };
 enum Kind : int32_t { kLse = 0, kSum = 1, kSoftplus = 2 };
 
 // How much of the relation has to be looked at. Most problems need nothing or the diagonal only.

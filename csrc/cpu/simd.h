@@ -4,7 +4,7 @@
 #ifndef CCU_FAST_CPU_SIMD_H_
 #define CCU_FAST_CPU_SIMD_H_
 
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -105,11 +105,18 @@ inline vf min(vf a, vf b) { return a < b ? a : b; }
 
 inline bool any(vi mask) {
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)mask) != 0;
+  __m512i m;
+  std::memcpy(&m, &mask, sizeof m);
+  return _mm512_test_epi32_mask(m, m) != 0;
+#elif defined(__AVX2__)
+  __m256i m;
+  std::memcpy(&m, &mask, sizeof m);
+  return _mm256_movemask_epi8(m) != 0;
 #else
-  int32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= mask[i];
-  return bits != 0;
+  uint64_t word[kLanes / 2], all = 0;
+  std::memcpy(word, &mask, sizeof word);
+  for (const uint64_t w : word) all |= w;
+  return all != 0;
 #endif
 }
 

@@ -112,7 +112,7 @@ struct SharedExponential {
     const ccu_tile& t = a.tile;
     float lowest = kInf, highest = -kInf;
     const auto widen = [&](float out) {
-      // An empty set (-inf) chose no pair; a NaN fails the comparison below.
+      // An empty set (-inf) chose no pair.
       if (out == -kInf) return;
       lowest = out < lowest ? out : lowest;
       highest = out <= highest ? highest : out;
@@ -123,7 +123,8 @@ struct SharedExponential {
     for (int c_ = 0; c_ < t.n_col; ++c_)
       for (int64_t j = 0; kind_of(t.col_codes[c_]) == kLse && j < t.banks * t.cols; ++j)
         widen(a.col_out[c_ * a.col_reduction_stride + j]);
-    if (!(highest - lowest <= 2 * kSpread)) return;
+    // Without any lse there is nothing to share; with an inf or NaN among them nothing is sure.
+    if (!(lowest <= highest && highest - lowest <= 2 * kSpread)) return;
     c = lowest + (highest - lowest) / 2;
     const int64_t columns = t.banks * t.cols;
     col_factors.reset(new (std::nothrow) float[t.n_col * columns]);

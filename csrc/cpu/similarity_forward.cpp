@@ -1,7 +1,8 @@
 // Row and column reductions of a chunk of S = scale * dot + bias, from one read of the chunk.
 //
-//     lse       out_i = log(sum_j [chosen_ij] exp(S_ij))          softplus   out_i = sum_j [chosen_ij] log(1 +
-//     exp(S_ij)) sum       out_i = sum_j [chosen_ij] S_ij                    and the same along columns
+//     lse        out_i = log(sum_j [chosen_ij] exp(S_ij))
+//     sum        out_i = sum_j [chosen_ij] S_ij
+//     softplus   out_i = sum_j [chosen_ij] log(1 + exp(S_ij))        and the same along columns
 //
 // Work: 4 bytes read per pair, and one exponential for all lse together. The GEMM that made the chunk costs 2 D FLOP
 // per pair, so this is a few percent of it.

@@ -84,23 +84,6 @@ struct List {
   bool overflow;
 };
 
-inline bool any(vi mask) {
-#if defined(__AVX512F__)
-  __m512i m;
-  std::memcpy(&m, &mask, sizeof m);
-  return _mm512_test_epi32_mask(m, m) != 0;
-#elif defined(__AVX2__)
-  __m256i m;
-  std::memcpy(&m, &mask, sizeof m);
-  return _mm256_movemask_epi8(m) != 0;
-#else
-  uint64_t word[kLanes / 2], all = 0;
-  std::memcpy(word, &mask, sizeof word);
-  for (const uint64_t w : word) all |= w;
-  return all != 0;
-#endif
-}
-
 // Twice the bound, from a k-th score on either side of its true place, and some for the rounding of this sum itself.
 float cutoff_above(float kth, double err) {
   const double cutoff = kth + 2.02 * err + 4.0 * kUnit * std::fabs(static_cast<double>(kth));
@@ -264,7 +247,7 @@ class Search {
       float most = 0.0f;
       for (int64_t v = 0; v < a_.tokens; ++v) most = std::max(most, std::fabs(p[v]));
       if (!(most * scale < kLargest)) row.path = Path::kExact;
-      if (!row.strict || a_.certify == 0) row.err += scale * 0x1p-125;
+      row.err += scale * 0x1p-125;
     }
     return row;
   }

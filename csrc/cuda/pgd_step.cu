@@ -1,5 +1,6 @@
-// pgd_step on a GPU, L-infinity: delta = clamp(clamp(delta - step * sign(grad), -eps, eps) + image, lower, upper) -
-// image.
+// pgd_step on a GPU, L-infinity:
+//
+//     delta = clamp(clamp(delta - step * sign(grad), -eps, eps) + image, lower, upper) - image
 //
 // Bytes bound: three reads and one write of the tensor, 3 FLOP-like operations for every 4 bytes. So the grid is
 // only as large as it takes to keep the memory busy, and each thread moves 16 bytes of delta at a time; grid-stride, so

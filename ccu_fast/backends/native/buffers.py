@@ -1,8 +1,9 @@
 """One large buffer that stays between calls.
 
 The C library maps blocks of more than 32 MiB anew each time, and the kernel then zeroes every page of them at its first
-touch: for the similarities of a batch of 8192 that costs as much as all the exponentials. So the largest buffer is
-kept, and lent again once nothing but this module refers to its memory, saved graphs included.
+touch: for the similarities of a batch of 8192 that costs as much as all the exponentials. So the largest buffer, of up
+to 320 MiB, stays with the process and is lent again once nothing but this module refers to its memory, saved graphs
+included. :func:`release` gives it back to the system.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 _WORTH_KEEPING = 32 << 20
+_MOST = 320 << 20  # what the default workspace comes to, and some
 _lock = threading.Lock()
 _kept: Tensor | None = None
 _references: Any = getattr(torch._C, "_storage_Use_Count", None)
@@ -29,14 +31,15 @@ def borrow(size: int) -> Tensor:
     """``size`` uninitialised fp32 values on the CPU, flat; given back by letting go of them."""
     global _kept
     if size * 4 < _WORTH_KEEPING or _references is None:
-        return torch.empty(size)
+        return torch.empty(size, dtype=torch.float32, device="cpu")
     with _lock:
         if _kept is not None and _is_free(_kept):
             if size <= _kept.numel():
                 return _kept[:size]
-            _kept = None
-        buffer = torch.empty(size)
-        if _kept is None:
+            if size * 4 <= _MOST:
+                _kept = None
+        buffer = torch.empty(size, dtype=torch.float32, device="cpu")
+        if _kept is None and size * 4 <= _MOST:
             _kept = buffer
         return buffer[:]
 

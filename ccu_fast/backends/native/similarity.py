@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ccu_fast import _C
 from ccu_fast.backends.native.buffers import borrow
+from ccu_fast.backends.precision import fp32_precision
 from ccu_fast.backends.problem import SimilarityProblem, decode
 
 # Larger chunks do not make the GEMMs faster, and the C library would map them anew at every call (see buffers).
@@ -30,6 +31,8 @@ _FEWEST_ROWS = 64
 _HEADER = 16
 # Below this many pairs another thread costs more than it does.
 _SERIAL_PAIRS = 1 << 14
+# Said of every buffer whose address C++ gets: the process may have other defaults.
+_FP32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def _layout(p: SimilarityProblem, workspace: int, keep: bool, dtype: torch.dtype
             _Chunk(b, b + 1, start, min(start + rows, p.n)) for b in range(p.banks) for start in range(0, p.n, rows)
         ]
     layout = _Layout(chunks, 0, p.m, dtype)
-    room = (_stash_shape(p, workspace, keep, dtype)[0] - _HEADER) * 4 // dtype.itemsize
+    room = (stash_shape(p, workspace, keep)[0] - _HEADER) * 4 // dtype.itemsize
     kept = 0
     while kept < len(chunks) and layout.size(chunks[kept]) <= room:
         room -= layout.size(chunks[kept])
@@ -95,14 +98,12 @@ def _layout(p: SimilarityProblem, workspace: int, keep: bool, dtype: torch.dtype
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
     """Shape of what forward keeps for backward: what the scratch leaves of the workspace, and one chunk at least.
 
-    The sizes may be symbols of a compiled graph. The formula has no branch on them, so one graph serves all sizes.
+    The sizes may be symbols of a compiled graph. The formula has no branch on them, so one graph serves all sizes; nor
+    does it depend on a setting that may change before the graph runs. fp32 inputs in bf16 GEMMs use half of it.
     """
-    return _stash_shape(p, workspace, keep, _gemm_dtype(p))
-
-
-def _stash_shape(p: SimilarityProblem, workspace: int, keep: bool, dtype: torch.dtype) -> tuple[int, ...]:
     if not keep:
         return (0,)
+    dtype = torch.bfloat16 if p.x.dtype == torch.bfloat16 and _has_bf16() else torch.float32
     pairs = torch.sym_min(
         p.banks * p.n * p.m, torch.sym_max((workspace - _scratch(workspace)) // dtype.itemsize, _FEWEST_ROWS * p.m)
     )
@@ -186,14 +187,15 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     dtype = _gemm_dtype(p)
     layout = _layout(p, workspace, keep, dtype)
     native = _Problem(p, dtype)
-    stash = borrow(_stash_shape(p, workspace, keep, dtype)[0])
+    stash = borrow(stash_shape(p, workspace, keep)[0])
     stash[:_HEADER] = float(dtype == torch.bfloat16)
-    # Also what no chunk fills has to be the same every time.
-    stash[_HEADER:].view(dtype)[sum(map(layout.size, layout.chunks[: layout.kept])) :] = 0
-    scratch = torch.empty(layout.largest if layout.kept < len(layout.chunks) else 0, dtype=dtype)
-    row_out = torch.empty(len(p.rows), p.banks, p.n)
-    col_max = torch.full((len(p.cols), p.banks, p.m), -torch.inf)
-    col_sum = torch.zeros(len(p.cols), p.banks, p.m, dtype=torch.float64)
+    # What no chunk fills has to be the same every time, too (but for the half that bf16 GEMMs of fp32 inputs leave).
+    filled = sum(map(layout.size, layout.chunks[: layout.kept]))
+    stash[_HEADER:].view(dtype)[filled : filled + layout.largest] = 0
+    scratch = torch.empty(layout.largest if layout.kept < len(layout.chunks) else 0, dtype=dtype, device="cpu")
+    row_out = torch.empty(len(p.rows), p.banks, p.n, **_FP32)
+    col_max = torch.full((len(p.cols), p.banks, p.m), -torch.inf, **_FP32)
+    col_sum = torch.zeros(len(p.cols), p.banks, p.m, dtype=torch.float64, device="cpu")
     buffers = _kept(layout, stash)
     for chunk in layout.chunks:
         dot = native.dot(chunk, next(buffers, scratch))
@@ -224,16 +226,16 @@ def backward(
     dtype = torch.bfloat16 if float(stash[0]) else torch.float32
     layout = _layout(p, workspace, True, dtype)
     native = _Problem(p, dtype)
-    dx = torch.zeros(p.x.shape if needs[0] else (0,))
-    dy = torch.zeros(p.y.shape if needs[1] else (0,))
-    scratch = torch.empty(layout.largest, dtype=dtype)
+    dx = torch.zeros(p.x.shape if needs[0] else (0,), **_FP32)
+    dy = torch.zeros(p.y.shape if needs[1] else (0,), **_FP32)
+    scratch = torch.empty(layout.largest, dtype=dtype, device="cpu")
     scale_sum = bias_sum = 0.0
     buffers = _kept(layout, stash)
     for chunk in layout.chunks:
         buffer = next(buffers, None)
         dot = native.dot(chunk, scratch) if buffer is None else buffer[: layout.size(chunk)].view(chunk.banks, -1, p.m)
         grad = scratch[: dot.numel()].view(dot.shape)
-        sums = torch.empty(2, chunk.banks * chunk.rows, dtype=torch.float64)
+        sums = torch.empty(2, chunk.banks * chunk.rows, dtype=torch.float64, device="cpu")
         _C.similarity_backward(
             native.tile(chunk, dot),
             grad_rows[:, chunk.first :, chunk.start :].data_ptr(), row_out[:, chunk.first :, chunk.start :].data_ptr(),
@@ -251,8 +253,8 @@ def backward(
     return (
         dx.to(p.x.dtype),
         dy.to(p.y.dtype),
-        torch.tensor(scale_sum),
-        torch.tensor(bias_sum),
+        torch.tensor(scale_sum, **_FP32),
+        torch.tensor(bias_sum, **_FP32),
     )
 
 
@@ -269,7 +271,9 @@ def _accumulate(out: Tensor, chunk: _Chunk, rows: slice, left: Tensor, right: Te
 
 def _gemm_dtype(p: SimilarityProblem) -> torch.dtype:
     """What the GEMMs multiply: bf16 when the inputs' dtype or the matmul precision says so and the CPU has it."""
-    wanted = p.x.dtype == torch.bfloat16 or (
-        p.x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
-    )
-    return torch.bfloat16 if wanted and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    wanted = p.x.dtype == torch.bfloat16 or (p.x.dtype == torch.float32 and fp32_precision("cpu") == "medium")
+    return torch.bfloat16 if wanted and _has_bf16() else torch.float32
+
+
+def _has_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -17,7 +17,7 @@ def pack(embedding: Tensor, token_ids: Tensor | None) -> Tensor:
     """Panels of 16 tokens, ``[ceil(T / 16), D, 16]`` fp32: a vector register holds one dimension of 16 tokens."""
     tokens = embedding.shape[0] if token_ids is None else token_ids.shape[0]
     dim = embedding.shape[1]
-    packed = torch.empty((tokens + _PANEL - 1) // _PANEL, dim, _PANEL, dtype=torch.float32)
+    packed = torch.empty((tokens + _PANEL - 1) // _PANEL, dim, _PANEL, dtype=torch.float32, device="cpu")
     for start in range(0, tokens, _PACK_ROWS):
         part = slice(start, min(start + _PACK_ROWS, tokens))
         rows = embedding[part] if token_ids is None else embedding[token_ids[part]]
@@ -36,11 +36,11 @@ def topk(p: TokenProblem) -> TokenResult:
         raise ValueError("table: expected one built for the native backend, got one built for the reference")
     size = (p.rows, p.k)
     result = TokenResult(
-        ids=torch.empty(size, dtype=torch.int64),
-        delta=torch.empty(size, dtype=torch.float32),
-        score=torch.empty(size, dtype=torch.float64),
-        count=torch.empty(p.rows, dtype=torch.int64),
-        valid=torch.empty(p.rows, dtype=torch.bool),
+        ids=torch.empty(size, dtype=torch.int64, device="cpu"),
+        delta=torch.empty(size, dtype=torch.float32, device="cpu"),
+        score=torch.empty(size, dtype=torch.float64, device="cpu"),
+        count=torch.empty(p.rows, dtype=torch.int64, device="cpu"),
+        valid=torch.empty(p.rows, dtype=torch.bool, device="cpu"),
     )
     _C.topk_flips(
         grad=p.grad.data_ptr(),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
+from ccu_fast.backends.precision import fp32_precision
 from ccu_fast.backends.problem import SimilarityProblem
 
 
@@ -108,8 +109,4 @@ def arithmetic(dtype: torch.dtype) -> str:
     """Which column of the tables serves ``dtype``; for fp32 torch's own setting for matmul decides."""
     if dtype != torch.float32:
         return "half"
-    try:
-        exact = torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set through torch.backends.cuda.matmul.fp32_precision, which forbids the older question
-        exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
-    return "ieee" if exact else "tf32"
+    return "ieee" if fp32_precision("cuda") == "highest" else "tf32"
