@@ -94,7 +94,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (reduce(X, Y, paired=True), ValueError, "paired: expected as many rows in x as in y, got 4 and 5"),
     # what is asked for
     (reduce(X, Y, rows=["lse"]), TypeError, "rows: expected pairs such as ('lse', ALL), got 'lse'"),
-    (reduce(X, Y, rows="lse"), TypeError, "rows: expected pairs such as ('lse', ALL), got 'l'"),
+    (reduce(X, Y, rows="lse"), TypeError, "rows: expected a sequence of pairs such as ('lse', ALL), got str"),
     (
         reduce(X, Y, cols=[("mean", ALL)]),
         ValueError,
