@@ -25,8 +25,8 @@ PARTS = 6  # two scenarios, four methods
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "run_digits_halves", small_demo.digits_halves)
-    monkeypatch.setattr(demo, "run_digit_strips", small_demo.digit_strips)
+    for module, name, value in small_demo.REPLACEMENTS:
+        monkeypatch.setattr(module, name, value)
 
 
 def without_times(value: Any) -> Any:
