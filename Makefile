@@ -54,7 +54,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.apps $(VENV)/.test: $(VENV)/.python $(BUILD)
-	$(PIP) install --no-index --no-build-isolation --no-deps -e .
+	$(PIP) install --no-index --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
 	@touch $(VENV)/.apps $(VENV)/.test
 else
 TOOLS := $(VENV)/bin
@@ -65,14 +65,15 @@ $(VENV)/.python:
 	$(PIP) install --no-compile '$(TORCH)'
 	@touch $@
 
-# Editable: the tests run what is in this folder, with the module compiled from what is in csrc.
+# Editable: the tests run what is in this folder, with the module compiled from what is in csrc. By a path and not by
+# an import hook (compat), because some tests put another copy of the package in front.
 $(VENV)/.apps: $(VENV)/.python $(BUILD)
-	$(PIP) install --no-compile -e '.[apps]'
+	$(PIP) install --no-compile --config-settings editable_mode=compat -e '.[apps]'
 	@touch $@
 
 # open_clip's loss.py is an oracle; its requirements (torchvision) are not needed for that.
 $(VENV)/.test: $(VENV)/.python $(BUILD)
-	$(PIP) install --no-compile -e '.[test]'
+	$(PIP) install --no-compile --config-settings editable_mode=compat -e '.[test]'
 	$(PIP) install --no-deps 'open_clip_torch==3.3.0'
 	@touch $(VENV)/.apps $@
 endif

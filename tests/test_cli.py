@@ -102,6 +102,7 @@ def test_a_missing_module_that_no_extra_brings_is_a_bug_and_shows(demo: Any, mon
 def test_ctrl_c_ends_with_one_line_and_130() -> None:
     program = """
 import os, signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born without it
 demo = types.ModuleType("ccu_fast.demo")
 def run(*_, **__):
     os.kill(os.getpid(), signal.SIGINT)
