@@ -3,10 +3,10 @@
 #
 # Each makes its own environment in .venv on the first run. Variables:
 #   PYTHON=python3.12        the interpreter to start from
-#   TORCH=torch==2.13.0      what to install as torch, before everything else
+#   TORCH='torch==2.13.0 triton==3.7.1'   what to install as torch and its triton, before everything else
 #   SYSTEM_SITE=1            no network: use the packages that PYTHON has, torch and build tools included
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?= torch==2.13.0 triton==3.7.1
 SYSTEM_SITE ?=
 VENV ?= .venv
 ARGS ?=
@@ -62,7 +62,7 @@ TOOLS := $(VENV)/bin
 # torch alone and first: nothing that follows may pick another one.
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --no-compile '$(TORCH)'
+	$(PIP) install --no-compile $(TORCH)
 	@touch $@
 
 # Editable: the tests run what is in this folder, with the module compiled from what is in csrc. By a path and not by

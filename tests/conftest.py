@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-from ccu_fast.backends.registry import unavailable
-
-CI = os.environ.get("CI", "").lower() in ("1", "true")
+from presence import require_backend
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,20 +15,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device is visible"))
-
-
-def absent(what: str, reason: str) -> None:
-    """Skips the test and says why; under CI=true, where everything must be there, fails it."""
-    if CI:
-        pytest.fail(f"{what} is missing, and nothing may be under CI=true: {reason}")
-    pytest.skip(f"{what}: {reason}")
-
-
-def require_backend(name: str) -> str:
-    reason = unavailable(name)
-    if reason is not None:
-        absent(f"the {name} backend", reason)
-    return name
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-from conftest import absent
+from presence import absent
 
 
 @functools.cache

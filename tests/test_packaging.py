@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import absent
+from presence import absent
 
 from ccu_fast import info
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import absent
+from presence import absent
 from torch import Tensor
 
 from ccu_fast.backends.problem import SimilarityProblem, encode

@@ -1,0 +1,25 @@
+"""What a test needs and this machine may lack."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ccu_fast.backends.registry import unavailable
+
+CI = os.environ.get("CI", "").lower() in ("1", "true")
+
+
+def absent(what: str, reason: str) -> None:
+    """Skips the test and says why; under CI=true, where everything must be there, fails it."""
+    if CI:
+        pytest.fail(f"{what} is missing, and nothing may be under CI=true: {reason}")
+    pytest.skip(f"{what}: {reason}")
+
+
+def require_backend(name: str) -> str:
+    reason = unavailable(name)
+    if reason is not None:
+        absent(f"the {name} backend", reason)
+    return name
