@@ -91,8 +91,4 @@ def _leave_one_out(s: Tensor) -> Tensor:
 def _scalar(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> float | Tensor:
     if not isinstance(value, Tensor):
         return check.number(name, value)
-    check.tensor(name, value)
-    if value.numel() != 1:
-        raise ValueError(f"{name}: expected one element, got shape {list(value.shape)}")
-    check.same(name, value, "image", like, dtype=False)
-    return value.reshape(()).to(dtype)
+    return check.one_element(name, value, "image", like).to(dtype)

@@ -50,6 +50,15 @@ def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.
     return result
 
 
+def one_element(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
+    """``value`` is one floating-point number in a tensor where ``other`` lives; returned without dimensions."""
+    tensor(name, value)
+    if value.numel() != 1:
+        raise ValueError(f"{name}: expected one element, got shape {list(value.shape)}")
+    same(name, value, other_name, other, dtype=False)
+    return value.reshape(())
+
+
 def integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
     """``value`` as an int within [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -85,12 +85,7 @@ class ClipLoss(nn.Module):
         Returns:
             fp32 scalar. open_clip's own is in the dtype of the logits.
         """
-        options: dict[str, Any] = {
-            "scale": logit_scale,
-            "bias": logit_bias,
-            "backend": self.backend,
-            "workspace": self.workspace,
-        }
+        options = _options(self, logit_scale, logit_bias)
         if self.world_size == 1:
             loss = info_nce(image_features, text_features, **options)
         else:
@@ -181,12 +176,7 @@ class SigLipLoss(nn.Module):
         Returns:
             fp32 scalar. open_clip's own is in the dtype of the logits.
         """
-        options: dict[str, Any] = {
-            "scale": logit_scale,
-            "bias": logit_bias,
-            "backend": self.backend,
-            "workspace": self.workspace,
-        }
+        options = _options(self, logit_scale, logit_bias)
         texts = text_features
         if self.world_size > 1:
             texts = _gather(check.tensor("text_features", text_features, ndim=2), self.world_size)
@@ -229,6 +219,11 @@ def _gather(shard: Tensor, world_size: int) -> Tensor:
         raise ValueError(f"world_size: expected {dist.get_world_size()} (that of the group), got {world_size}")
     gathered: Tensor = _GatherShards.apply(shard, world_size)
     return gathered
+
+
+def _options(module: ClipLoss | SigLipLoss, scale: float | Tensor, bias: float | Tensor | None) -> dict[str, Any]:
+    """What both losses hand to the function that computes them."""
+    return {"scale": scale, "bias": bias, "backend": module.backend, "workspace": module.workspace}
 
 
 def _global_ids(features: Tensor, rank: int, world_size: int) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from ccu_fast.relations import ALL, OTHER, SAME, SELF
 from ccu_fast.similarity import reduce_similarity
 
 REDUCTIONS = ("mean", "sum", "none")
+INVERSE_KINDS = ("bounded", "contrastive", "ascent")
 
 
 def info_nce(
@@ -113,7 +114,7 @@ def inverse_info_nce(
     Source: "bounded" is this project's definition for CCU (arXiv 2509.23895 publishes no formula); "contrastive" is
     Contrastive Unlearning, Lee et al. 2024 (arXiv 2401.10458), eq. 1; "ascent" is the negated InfoNCE.
     """
-    check.one_of("kind", kind, ("bounded", "contrastive", "ascent"))
+    check.one_of("kind", kind, INVERSE_KINDS)
     check.one_of("reduction", reduction, REDUCTIONS)
     if kind == "ascent":
         return -info_nce(x, y, scale=scale, symmetric=False, reduction=reduction, **similarity)

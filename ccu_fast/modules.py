@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ccu_fast import check
-from ccu_fast.losses import REDUCTIONS, info_nce, inverse_info_nce, sigmoid_loss, sup_con
-
-INVERSE_KINDS = ("bounded", "contrastive", "ascent")
+from ccu_fast.losses import INVERSE_KINDS, REDUCTIONS, info_nce, inverse_info_nce, sigmoid_loss, sup_con
 
 
 class _SimilarityLoss(nn.Module):

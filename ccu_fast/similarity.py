@@ -242,11 +242,7 @@ def _autocast(t: Tensor) -> Tensor:
 def _scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     if isinstance(value, Tensor):
-        check.tensor(name, value)
-        if value.numel() != 1:
-            raise ValueError(f"{name}: expected one element, got shape {list(value.shape)}")
-        check.same(name, value, "x", x, dtype=False)
-        return value.reshape(()).to(compute)
+        return check.one_element(name, value, "x", x).to(compute)
     return torch.full((), check.number(name, value), dtype=compute, device=x.device)
 
 

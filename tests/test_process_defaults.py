@@ -99,3 +99,10 @@ def test_sure_positives_keep_their_precision(scale: float, bias: float, ids: boo
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=0)
     (mine,), (true,) = torch.autograd.grad(ours, x), torch.autograd.grad(exact, z)
     torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4 * float(true.abs().max()))
+
+
+def test_both_sides_of_the_c_interface_agree_on_how_many_reductions_fit() -> None:
+    from ccu_fast import _C
+    from ccu_fast.backends.problem import MAX_REDUCTIONS
+
+    assert MAX_REDUCTIONS == _C.MAX_REDUCTIONS

@@ -1,7 +1,7 @@
 """One large buffer that stays between calls.
 
 The C library maps blocks of more than 32 MiB anew each time, and the kernel then zeroes every page of them at its first
-touch: for the similarities of a batch of 8192 that costs as much as all the exponentials. So the largest buffer, of up
+touch, which for the similarities of a batch of 8192 shows in the time of a step. So the largest buffer, of up
 to 320 MiB, stays with the process and is lent again once nothing but this module refers to its memory, saved graphs
 included. :func:`release` gives it back to the system.
 """
