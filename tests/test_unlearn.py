@@ -439,6 +439,7 @@ class TestMethods:
         groups = [b.forget.ids.tolist() for b in seen]
         assert groups[0] == groups[3] != groups[4] == groups[7]
         assert len({tuple(b.retain.ids.tolist()) for b in seen}) == 8
+        assert [(b.step, b.steps) for b in seen] == [(step, 8) for step in range(8)]
         for b in seen:
             assert torch.equal(forget.ids[b.forget_rows], b.forget.ids)
             assert torch.equal(retain.ids[b.retain_rows], b.retain.ids)

@@ -19,12 +19,14 @@ CHECK_EVERY = 5
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step sees: items of both sets and the rows they have there."""
+    """What one step sees: items of both sets, the rows they have there, which step it is (from 0) and of how many."""
 
     forget: PairedData
     retain: PairedData
     forget_rows: Tensor
     retain_rows: Tensor
+    step: int
+    steps: int
 
 
 Step = Callable[[TwoModalityModel, Batch], Tensor]
@@ -59,7 +61,7 @@ class Run:
     Attributes:
         model: the unlearned copy; the original is as it was.
         steps: optimiser steps taken.
-        items: items that went forward and backward, both sets together.
+        items: items of the batches, both sets together.
         seconds: wall time of preparation, steps and checks.
         losses: the loss of every step.
     """
@@ -170,7 +172,7 @@ def _batches(forget: PairedData, retain: PairedData, budget: Budget, seed: int) 
             u = next(forget_rows).to(device)
             forget_batch = forget.batch(u)
         r = next(retain_rows).to(device)
-        yield Batch(forget_batch, retain.batch(r), u, r)
+        yield Batch(forget_batch, retain.batch(r), u, r, step, budget.steps)
 
 
 def _reached(model: TwoModalityModel, forget: PairedData, held_out: HeldOut, floor: dict[str, float]) -> bool:
