@@ -1,0 +1,58 @@
+"""Stand-ins for torchvision, which open_clip imports for image files and which has no build for CPU torch.
+
+Whatever is imported from it is an empty class: enough to import, nothing to compute with.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+MODULES = (
+    "torchvision",
+    "torchvision.transforms",
+    "torchvision.transforms.functional",
+    "torchvision.transforms.v2",
+    "torchvision.ops",
+    "torchvision.ops.misc",
+    "torchvision.datasets",
+    "torchvision.models",
+    "torchvision.models.feature_extraction",
+)
+
+
+class _Named(type):
+    """Members of a stand-in, such as those of an enumeration, are their names."""
+
+    def __getattr__(cls, name: str) -> str:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
+class _Stub(ModuleType):
+    __version__ = "0.0"
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        made = _Named(name, (), {})
+        setattr(self, name, made)
+        return made
+
+
+def install() -> None:
+    """Make ``import torchvision`` work where it is not installed; a real one is left alone."""
+    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is not None:
+        return
+    for name in MODULES:
+        module = _Stub(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        sys.modules[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
