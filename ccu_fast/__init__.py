@@ -1,5 +1,6 @@
 """Fused kernels for contrastive losses and gradient token scoring, and the two systems that live on them."""
 
+from ccu_fast import patch
 from ccu_fast.clip import ClipLoss, SigLipLoss
 from ccu_fast.losses import info_nce, inverse_info_nce, sigmoid_loss, sup_con
 from ccu_fast.modules import InfoNCE, InverseInfoNCE, SigmoidLoss, SupCon
@@ -27,6 +28,7 @@ __all__ = [
     "candidate_losses",
     "info_nce",
     "inverse_info_nce",
+    "patch",
     "pgd_step_",
     "reduce_similarity",
     "sigmoid_loss",
