@@ -9,7 +9,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 MODULES = (
     "torchvision",
@@ -35,7 +35,7 @@ class _Named(type):
 
 class _Stub(ModuleType):
     __version__ = "0.0"
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -69,6 +69,7 @@ class Installed:
                 return replacement(original, *args, **kwargs)
             return original(*args, **kwargs)
 
+        call.installed = self  # type: ignore[attr-defined]
         self.wrapper = call
         setattr(owner, attribute, call)
 
@@ -82,10 +83,13 @@ class Installed:
         owner, attribute = self.site.owner, self.site.attribute
         if vars(owner).get(attribute, ABSENT) is not self.wrapper:
             return
-        if self._own is ABSENT:
+        below = self._own
+        while isinstance(inner := getattr(below, "installed", None), Installed) and not inner.on:
+            below = inner._own  # reverted while ours lay over it
+        if below is ABSENT:
             delattr(owner, attribute)
         else:
-            setattr(owner, attribute, self._own)
+            setattr(owner, attribute, below)
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ccu_fast.integrations.site import Site, arguments
 from ccu_fast.losses import info_nce, sigmoid_loss
+from ccu_fast.relations import ALL, SELF
+from ccu_fast.similarity import reduce_similarity
 
 
 def _clip(model: Any, out: Any) -> Tensor:
@@ -27,7 +29,7 @@ def _siglip(model: Any, out: Any) -> Tensor:
 
 
 def _align(model: Any, out: Any) -> Tensor:
-    return info_nce(out.text_embeds, out.image_embeds, scale=1 / model.temperature)
+    return smoothed_info_nce(out.text_embeds, out.image_embeds, scale=1 / model.temperature, smoothing=0.1)
 
 
 def _clap(model: Any, out: Any) -> Tensor:
@@ -50,10 +52,23 @@ def sites() -> list[Site]:
     found = []
     for module, (name, loss) in _MODELS.items():
         owner = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name)
-        found.append(
-            Site(owner, "forward", ("self", "input_ids"), _with(loss))
-        )
+        found.append(Site(owner, "forward", ("self", "input_ids"), _with(loss)))
     return found
+
+
+def smoothed_info_nce(x: Tensor, y: Tensor, *, scale: Tensor, smoothing: float) -> Tensor:
+    """Symmetric InfoNCE with label smoothing, the loss of ALIGN::
+
+        s = scale * x @ y.T;  target = arange(N)
+        (F.cross_entropy(s, target, label_smoothing=smoothing)
+         + F.cross_entropy(s.T, target, label_smoothing=smoothing)) / 2
+
+    The smoothed target puts smoothing / N on every column, so a row is its log-sum-exp less that mean of its logits.
+    """
+    spec = [("lse", ALL), ("sum", SELF), ("sum", ALL)]
+    sides = reduce_similarity(x, y, scale=scale, rows=spec, cols=spec)
+    losses = [lse - (1 - smoothing) * own - smoothing / len(x) * every for lse, own, every in sides]
+    return (losses[0] + losses[1]).mean() / 2
 
 
 def _with(loss: Callable[[Any, Any], Tensor]) -> Callable[..., Any]:

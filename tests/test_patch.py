@@ -1,0 +1,146 @@
+"""The mechanics of ccu_fast.patch, on a module made here in place of a library."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from ccu_fast import patch
+from ccu_fast.integrations.site import Site, arguments
+
+
+class Library:
+    def forward(self, x: int, y: int = 1) -> int:
+        return x + y
+
+
+class Child(Library):
+    pass
+
+
+OWN = Library.forward
+
+
+def doubled(original: Any, *args: Any, **kwargs: Any) -> Any:
+    return 2 * original(*args, **kwargs)
+
+
+def tripled(original: Any, *args: Any, **kwargs: Any) -> Any:
+    return 3 * original(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def targets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two targets whose distributions are pytest: "double" and "triple" of the same function."""
+    for name, replacement in (("double", doubled), ("triple", tripled)):
+        module = ModuleType(f"ccu_fast.integrations.{name}")
+        site = Site(Library, "forward", ("self", "x"), replacement)
+        module.sites = lambda site=site: [site]  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(patch.TARGETS, name, patch.Target("pytest", "1", "1000", name))
+    yield
+    assert Library.forward is OWN
+    assert patch.active() == {}
+
+
+def test_applying_and_reverting() -> None:
+    assert patch.apply("double") == [f"{__name__}.Library.forward"]
+    assert Library().forward(1) == 4
+    assert Child().forward(1, y=2) == 6
+    patch.revert("double")
+    assert Library().forward(1) == 2
+
+
+def test_applying_twice_is_applying_once() -> None:
+    patch.apply("double")
+    assert patch.apply("double") == patch.active()["double"]
+    assert Library().forward(1) == 4
+    patch.revert("double")
+    patch.revert("double")
+    assert Library().forward(1) == 2
+
+
+@pytest.mark.parametrize("order", [("double", "triple"), ("triple", "double")])
+def test_reverting_in_any_order(order: tuple[str, str]) -> None:
+    for name in ("double", "triple"):
+        patch.apply(name)
+    assert Library().forward(1) == 12
+    patch.revert(order[0])
+    assert Library().forward(1) == {"double": 4, "triple": 6}[order[1]]
+    patch.revert(order[1])
+    assert Library().forward(1) == 2
+
+
+def test_reverting_under_another_one_s_wrapper_leaves_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch.apply("double")
+    inner = Library.forward
+
+    def theirs(self: Library, x: int, y: int = 1) -> int:
+        return 100 + inner(self, x, y)
+
+    monkeypatch.setattr(Library, "forward", theirs)
+    assert Library().forward(1) == 104
+    patch.revert("double")
+    assert Library().forward(1) == 102
+    Library.forward = OWN  # type: ignore[method-assign]
+
+
+def test_the_context_manager_keeps_what_was_applied_before() -> None:
+    with patch.applied("double", "triple"):
+        with patch.applied("double"):
+            assert Library().forward(1) == 12
+        assert Library().forward(1) == 12
+    with pytest.raises(RuntimeError), patch.applied("double"):
+        raise RuntimeError
+    assert Library().forward(1) == 2
+
+
+def test_a_method_that_is_inherited_is_given_back_by_removing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(Child, "forward", ("self", "x"), doubled)
+    monkeypatch.setattr(sys.modules["ccu_fast.integrations.double"], "sites", lambda: [site])
+    with patch.applied("double"):
+        assert (Child().forward(1), Library().forward(1)) == (4, 2)
+    assert "forward" not in vars(Child)
+
+
+def test_an_unknown_version_is_left_alone_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "1000.0rc1")
+    with pytest.warns(UserWarning, match=r"left alone: version 1000.0rc1 of pytest is not known \(known: 1 ≤"):
+        assert patch.apply("double") == []
+    assert Library().forward(1) == 2
+
+
+def test_another_signature_is_left_alone_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = [Site(Child, "forward", ("self", "x"), doubled), Site(Library, "forward", ("self", "images"), doubled)]
+    monkeypatch.setattr(sys.modules["ccu_fast.integrations.double"], "sites", lambda: sites)
+    with pytest.warns(UserWarning, match=r"has the parameters \('self', 'x', 'y'\), expected them to begin with"):
+        assert patch.apply("double") == []
+    assert Child().forward(1) == 2, "half a patch"
+
+
+def test_a_missing_library_and_an_unknown_name() -> None:
+    patch.TARGETS["double"] = patch.Target("no-such-distribution", "1", "2", "")
+    with pytest.raises(ModuleNotFoundError, match="double: no-such-distribution is not installed"):
+        patch.apply("double")
+    with pytest.raises(ValueError, match="name: expected one of"):
+        patch.apply("clip_open")
+    with pytest.raises(ValueError, match="name: expected one of"):
+        patch.revert("clip_open")
+
+
+def test_arguments_are_named_whatever_way_they_came() -> None:
+    def function(a: int, b: int = 2, **rest: int) -> None: ...
+
+    assert arguments(function, (1,), {"c": 3}) == {"a": 1, "b": 2, "c": 3}
+
+
+def test_every_target_has_an_integration_and_says_what_it_replaces() -> None:
+    for name, replaces in patch.targets().items():
+        assert replaces
+        if name not in ("double", "triple"):
+            assert callable(__import__(f"ccu_fast.integrations.{name}", fromlist=["sites"]).sites)
