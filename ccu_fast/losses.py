@@ -1,18 +1,16 @@
-"""Contrastive losses as short formulas over :func:`ccu_fast.reduce_similarity`."""
+"""The contrastive losses of one process: :mod:`ccu_fast.formulas` over :func:`ccu_fast.reduce_similarity`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ccu_fast import check
-from ccu_fast.relations import ALL, OTHER, SAME, SELF
+from ccu_fast import check, formulas
+from ccu_fast.formulas import INVERSE_KINDS
 from ccu_fast.similarity import reduce_similarity
 
 REDUCTIONS = ("mean", "sum", "none")
-INVERSE_KINDS = ("bounded", "contrastive", "ascent")
 
 
 def info_nce(
@@ -56,24 +54,14 @@ def info_nce(
     """
     check.one_of("reduction", reduction, REDUCTIONS)
     _require_positives(x, y, similarity)
-    spec = [("lse", ALL), ("sum", SELF)]
-    if similarity.get("row_ids") is not None or similarity.get("row_labels") is not None:
-        spec.append(("count", SELF))
-    rows, cols = reduce_similarity(
-        x, y, scale=scale, bias=bias, rows=spec, cols=spec if symmetric else (), **similarity
-    )
-    sides = []
-    for lse, positive, *count in filter(None, (rows, cols)):
-        if count:
-            sides.append(_reduce(lse - positive / count[0].clamp(min=1), count[0] > 0, reduction))
-        else:  # every row has its one positive
-            sides.append(_reduce(lse - positive, None, reduction))
-    if reduction == "none" and symmetric and rows[0].shape != cols[0].shape:
+    sides = formulas.info_nce(reduce_similarity, x, y, scale=scale, bias=bias, symmetric=symmetric, **similarity)
+    values = [_reduce(side, reduction) for side in sides]
+    if reduction == "none" and symmetric and values[0].shape != values[1].shape:
         raise ValueError(
-            f"reduction: expected 'mean' or 'sum' for a symmetric loss of {rows[0].shape[-1]} rows and "
-            f"{cols[0].shape[-1]} columns, got 'none'"
+            f"reduction: expected 'mean' or 'sum' for a symmetric loss of {values[0].shape[-1]} rows and "
+            f"{values[1].shape[-1]} columns, got 'none'"
         )
-    return sum(sides[1:], sides[0]) / len(sides)
+    return sum(values[1:], values[0]) / len(values)
 
 
 def inverse_info_nce(
@@ -116,20 +104,9 @@ def inverse_info_nce(
     """
     check.one_of("kind", kind, INVERSE_KINDS)
     check.one_of("reduction", reduction, REDUCTIONS)
-    if kind == "ascent":
-        return -info_nce(x, y, scale=scale, symmetric=False, reduction=reduction, **similarity)
-    if kind == "bounded":
-        _require_positives(x, y, similarity, labels=True)
-        spec = [("lse", ALL), ("lse", OTHER), ("count", OTHER), ("count", SELF | SAME)]
-        (everything, other, n_other, n_positive), _ = reduce_similarity(x, y, scale=scale, rows=spec, **similarity)
-        counts = (n_other > 0) & (n_positive > 0)
-        return _reduce(torch.where(counts, everything - torch.where(counts, other, 0), 0), counts, reduction)
-    if similarity.get("row_labels") is None:
-        raise ValueError("row_labels: expected a tensor for kind='contrastive', got None")
-    spec = [("lse", SAME), ("sum", OTHER), ("count", OTHER), ("count", SAME)]
-    (same, other, n_other, n_same), _ = reduce_similarity(x, y, scale=scale, rows=spec, **similarity)
-    counts = (n_other > 0) & (n_same > 0)
-    return _reduce(torch.where(counts, same, 0) - other / n_other.clamp(min=1), counts, reduction)
+    if kind != "contrastive":
+        _require_positives(x, y, similarity, labels=kind == "bounded")
+    return _reduce(formulas.inverse_info_nce(reduce_similarity, x, y, scale=scale, kind=kind, **similarity), reduction)
 
 
 def sup_con(
@@ -166,12 +143,10 @@ def sup_con(
     """
     check.one_of("reduction", reduction, REDUCTIONS)
     check.tensor("row_labels", row_labels, dtypes=check.INTEGERS)
-    spec = [("lse", SAME | OTHER), ("sum", SAME), ("count", SAME)]
-    (rest, positive, n_positive), _ = reduce_similarity(
-        x, y, scale=scale, row_labels=row_labels, col_labels=col_labels, rows=spec, **similarity
+    side = formulas.sup_con(
+        reduce_similarity, x, y, scale=scale, row_labels=row_labels, col_labels=col_labels, **similarity
     )
-    counts = n_positive > 0
-    return _reduce(torch.where(counts, rest, 0) - positive / n_positive.clamp(min=1), counts, reduction)
+    return _reduce(side, reduction)
 
 
 def sigmoid_loss(
@@ -207,17 +182,7 @@ def sigmoid_loss(
     """
     check.one_of("reduction", reduction, REDUCTIONS)
     _require_positives(x, y, similarity, negatives_only=True)
-    # softplus(-S) of a positive, not softplus(S) - S, whose terms cancel where the pair is sure.
-    spec = [("softplus", SAME | OTHER), ("sum", SELF), ("softplus", SELF), ("count", SELF)]
-    every_row_has_one = all(similarity.get(name) is None for name in ("row_ids", "row_labels", "paired"))
-    (negatives, own, *several), _ = reduce_similarity(
-        x, y, scale=scale, bias=bias, rows=spec[:2] if every_row_has_one else spec, **similarity
-    )
-    positives = -torch.nn.functional.logsigmoid(own)
-    if several:
-        softplus, count = several
-        positives = torch.where(count == 1, positives, softplus - own)
-    return _reduce(negatives + positives, None, reduction)
+    return _reduce(formulas.sigmoid_loss(reduce_similarity, x, y, scale=scale, bias=bias, **similarity), reduction)
 
 
 def _require_positives(
@@ -236,13 +201,10 @@ def _require_positives(
         raise ValueError(f"y: expected {x.shape[-2]} rows (those of x) or {keys}, got {y.shape[-2]} rows")
 
 
-def _reduce(per_row: Tensor, counts: Tensor | None, reduction: str) -> Tensor:
-    """Mean over the rows that count (None: all of them); without any the result is 0, not NaN."""
-    if counts is not None:
-        per_row = torch.where(counts, per_row, 0)
+def _reduce(side: formulas.Side, reduction: str) -> Tensor:
+    """Mean over the items that count; without any the result is 0, not NaN."""
+    values = side.values()
     if reduction == "none":
-        return per_row
-    total = per_row.sum(-1)
-    if reduction == "sum":
-        return total
-    return total / (max(per_row.shape[-1], 1) if counts is None else counts.sum(-1).clamp(min=1))
+        return values
+    total = values.sum(-1)
+    return total if reduction == "sum" else total / side.divisor()

@@ -87,10 +87,10 @@ def reduce_similarity(
     Under autocast the inputs are cast to the autocast dtype, as torch.matmul does. Accumulation is in fp32. The
     result is deterministic.
     """
-    p, lead, row_spec, col_spec = _problem(
+    p, lead, row_spec, col_spec = build_problem(
         x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, paired, rows, cols, nan_policy
     )
-    workspace = _workspace(workspace, p.x.device)
+    workspace = workspace_bytes(workspace, p.x.device)
     name = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
     if not p.rows and not p.cols:
         tiles: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -101,12 +101,12 @@ def reduce_similarity(
         row_out, col_out = SimilarityReduction.apply(*p.flatten(), name, workspace, _needs_backward(p))
         tiles = list(row_out.unbind(0)), list(col_out.unbind(0))
 
-    row_results = _assemble(row_spec, iter(tiles[0]), lambda: _count(p, along_rows=True), (*lead, p.n))
-    col_results = _assemble(col_spec, iter(tiles[1]), lambda: _count(p, along_rows=False), (*lead, p.m))
+    row_results = assemble(row_spec, iter(tiles[0]), lambda: count(p, along_rows=True), (*lead, p.n))
+    col_results = assemble(col_spec, iter(tiles[1]), lambda: count(p, along_rows=False), (*lead, p.m))
     return row_results, col_results
 
 
-def _problem(
+def build_problem(
     x: Tensor,
     y: Tensor,
     scale: float | Tensor,
@@ -120,6 +120,7 @@ def _problem(
     cols: Sequence[Reduction],
     nan_policy: str,
 ) -> tuple[SimilarityProblem, tuple[int, ...], list[Reduction], list[Reduction]]:
+    """The arguments of :func:`reduce_similarity`, checked: the problem, leading dimensions, the two specs as asked."""
     check.tensor("x", x)
     check.tensor("y", y)
     check.same("y", y, "x", x, dtype=False)
@@ -246,13 +247,15 @@ def _scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     return torch.full((), check.number(name, value), dtype=compute, device=x.device)
 
 
-def _workspace(value: int | None, device: torch.device) -> int:
+def workspace_bytes(value: int | None, device: torch.device) -> int:
+    """The workspace as given, or the default of the device."""
     if value is None:
         return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cpu"])
     return check.integer("workspace", value, low=0)
 
 
-def _count(p: SimilarityProblem, *, along_rows: bool) -> dict[Relation, Tensor]:
+def count(p: SimilarityProblem, *, along_rows: bool) -> dict[Relation, Tensor]:
+    """For every row (or column) of a problem the number of pairs in each relation."""
     row = (p.row_labels, p.col_labels, p.row_ids, p.col_ids)
     if along_rows:
         return count_relations(*row, diagonal=p.diagonal, n=p.n, m=p.m, device=p.x.device)
@@ -260,7 +263,7 @@ def _count(p: SimilarityProblem, *, along_rows: bool) -> dict[Relation, Tensor]:
     return count_relations(*labels, *ids, diagonal=p.diagonal, n=p.m, m=p.n, device=p.x.device)
 
 
-def _assemble(
+def assemble(
     spec: list[Reduction],
     tiles: Iterator[Tensor],
     counts: Callable[[], dict[Relation, Tensor]],

@@ -221,10 +221,15 @@ def backward(
     needs: Sequence[bool],
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, y, scale and bias; those not in ``needs`` are empty or zero."""
+    """Gradients of x, y, scale and bias; those not in ``needs`` are empty or zero.
+
+    An empty stash says that nothing was kept. ``row_out`` and ``col_out`` may then be results of a larger problem of
+    which this one is a block: E is relative to them.
+    """
+    kept = stash.numel() > 0
     # Forward's choice, whatever the precision setting is by now.
-    dtype = torch.bfloat16 if float(stash[0]) else torch.float32
-    layout = _layout(p, workspace, True, dtype)
+    dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if kept else _gemm_dtype(p)
+    layout = _layout(p, workspace, kept, dtype)
     native = _Problem(p, dtype)
     dx = torch.zeros(p.x.shape if needs[0] else (0,), **_FP32)
     dy = torch.zeros(p.y.shape if needs[1] else (0,), **_FP32)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -44,3 +47,48 @@ def _reduce(s: Tensor, relation: Tensor, code: int, dim: int) -> Tensor:
     # An empty set is −inf with zero gradient: its log must not see the zero.
     lse = torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1, total)) + peak)
     return lse.squeeze(dim)
+
+
+def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What the fused backends' ``forward`` gives: results ``[R, B, N]`` and ``[C, B, M]``, no stash."""
+    with torch.no_grad():
+        rows, cols = reduce(p)
+    return _stack(rows, p, p.n), _stack(cols, p, p.m), p.x.new_empty((0,))
+
+
+def backward(
+    p: SimilarityProblem,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    row_out: Tensor,
+    col_out: Tensor,
+    stash: Tensor,
+    needs: Sequence[bool],
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the fused backends' ``backward`` gives: E is relative to ``row_out`` and ``col_out``."""
+    bias = torch.zeros_like(p.scale) if p.bias is None else p.bias
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (p.x, p.y, p.scale, bias)]
+        x, y, scale, bias = leaves
+        rows, cols = reduce(replace(p, x=x, y=y, scale=scale, bias=bias))
+    grads = [
+        _relative(code, own, shift, grad)
+        for codes, results, shifts, wanted in ((p.rows, rows, row_out, grad_rows), (p.cols, cols, col_out, grad_cols))
+        for code, own, shift, grad in zip(codes, results, shifts, wanted, strict=True)
+    ]
+    dx, dy, dscale, dbias = torch.autograd.grad([*rows, *cols], leaves, grads)
+    empty = x.new_empty((0,))
+    return dx if needs[0] else empty, dy if needs[1] else empty, dscale, dbias
+
+
+def _stack(results: list[Tensor], p: SimilarityProblem, items: int) -> Tensor:
+    return torch.stack(results) if results else p.scale.new_empty((0, p.banks, items))
+
+
+def _relative(code: int, own: Tensor, shift: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of ``own``, a log-sum-exp over a part of what ``shift`` is over."""
+    if decode(code)[0] != "lse":
+        return grad
+    own = own.detach()
+    return grad * torch.where(own == -torch.inf, 0, torch.exp(own - shift))
