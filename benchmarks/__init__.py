@@ -3,8 +3,9 @@
     python -m benchmarks --help
 
 ``registry`` says what an operation, a shape and a provider are; ``ops`` lists them; ``gate`` decides who may be timed;
-``timer`` and ``memory`` measure; ``runner`` puts a case together; ``results`` and ``tables`` store and show it;
-``bars`` holds the results against the figures the project owes.
+``timer`` and ``memory`` measure; ``runner`` puts a case together; ``results``, ``tables``, ``plots`` and ``summary``
+store and show it; ``bars`` holds the results against the figures the project owes. ``visit`` does everything that a
+visit to a GPU is for, ``exercise`` calls our kernels on small shapes. FACTS.md says what was decided by measuring.
 """
 
 import os

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import bars, environment, results, tables
+from benchmarks import bars, environment, plots, results, summary, tables
 from benchmarks.ops import OPS
-from benchmarks.registry import Case, select
+from benchmarks.registry import Case, Op, label, select
 from benchmarks.runner import run
 
 EXAMPLES = """examples:
@@ -19,7 +23,9 @@ EXAMPLES = """examples:
   python -m benchmarks --ops clip_loss --shapes B=8192       one shape
   python -m benchmarks --ops clip_loss --shapes B=300,D=100  a shape that is not listed
   python -m benchmarks --quick                               small shapes, printed only: does everything run?
+  python -m benchmarks --minutes 5                           start no case after 5 minutes, and name those left out
   python -m benchmarks --check                               the bars, from stored results
+  python -m benchmarks --report                              pages, plots and the README's table, from stored results
 """
 
 
@@ -27,12 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        device = _device(arguments.device)
+        device = environment.choose_device(arguments.device)
         for op in arguments.ops:
             if op not in OPS:
                 raise ValueError(f"ops: expected some of {', '.join(OPS)}, got {op!r}")
-        if arguments.check:
-            return _check(arguments.out or results.FOLDER, device.type, strict=arguments.strict)
+        if arguments.report or arguments.check:
+            out = arguments.out or results.FOLDER
+            reported = _report(out) if arguments.report else 0
+            checked = _check(out, device.type, strict=arguments.strict) if arguments.check else 0
+            return reported or checked
         cases = _cases(arguments, device)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -42,15 +51,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     stored = arguments.out or (None if arguments.quick else results.FOLDER)
     folder = None if stored is None else stored / environment.slug(device)
     seconds = arguments.seconds if arguments.seconds is not None else (0.2 if arguments.quick else 3.0)
-    for case in cases:
-        rows = run(case, facts, seconds=seconds, say=lambda text: print(text, file=sys.stderr, flush=True))
-        tables.show(rows)
-        if folder is not None:  # after every case: an interrupted run keeps what it has
-            results.write(folder, rows)
-            tables.write_readme(folder)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    late = [case for case in cases if not _measure(case, facts, seconds, folder, deadline)]
+    if late:
+        print("out of time, not measured: " + "; ".join(f"{case.op.name} {label(case.shape)}" for case in late))
     if folder is not None:
         print(f"stored in {folder}")
     return 0
+
+
+def _measure(case: Case, facts: dict[str, Any], seconds: float, folder: Path | None, deadline: float) -> bool:
+    """Run and store one case, unless it is too late to start it."""
+    if time.monotonic() > deadline:
+        return False
+    rows = run(case, facts, seconds=seconds, say=lambda text: print(text, file=sys.stderr, flush=True))
+    tables.show(rows)
+    if folder is not None:  # after every case: an interrupted run keeps what it has
+        results.write(folder, rows)
+        tables.write_readme(folder)
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,30 +81,48 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", nargs="+", default=[], metavar="B=…,D=…", help="only these sizes, or new ones")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="small shapes; nothing is stored without --out")
+    parser.add_argument("--no-compiled", action="store_true", help="leave out what torch.compile has to compile")
     parser.add_argument("--seconds", type=float, help="timing budget of a case (3; quick 0.2); at least 2 rounds")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no case later than this")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {results.FOLDER.name}/ beside this file")
     parser.add_argument("--check", action="store_true", help="measure nothing; stored figures against bars.json")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write pages, plots, the README's table")
     parser.add_argument("--strict", action="store_true", help="with --check: exit 1 unless every bar is met")
     return parser
-
-
-def _device(name: str | None) -> torch.device:
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        raise ValueError("device: expected cpu, because torch sees no CUDA device; got 'cuda'")
-    return torch.device("cuda", torch.cuda.current_device()) if found and name != "cpu" else torch.device("cpu")
 
 
 def _cases(arguments: argparse.Namespace, device: torch.device) -> list[Case]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cases = [
-        Case(OPS[name], shape, dtype, device)
+        Case(_chosen(OPS[name], arguments.no_compiled), shape, dtype, device)
         for name in arguments.ops
         for shape in select(OPS[name], arguments.shapes, device.type, arguments.quick)
     ]
     if not cases:
         raise ValueError(f"shapes: expected sizes of {', '.join(arguments.ops)}, got {' '.join(arguments.shapes)}")
     return cases
+
+
+def _chosen(op: Op, no_compiled: bool) -> Op:
+    return replace(op, providers=[p for p in op.providers if not p.compiled]) if no_compiled else op
+
+
+def _report(out: Path) -> int:
+    """Everything that is made from the stored rows."""
+    folders = sorted(folder for folder in out.glob("*") if folder.is_dir() and results.read(folder))
+    if not folders:
+        print(f"no results in {out}")
+        return 1
+    written: list[Path] = []
+    for folder in folders:
+        written += plots.write(folder)
+        tables.write_readme(folder)  # it shows the plots that are there
+        written.append(folder / "README.md")
+    written.append(summary.write(out))
+    if out == results.FOLDER:
+        written += summary.update_pages(out, environment.REPOSITORY)
+    print("\n".join(f"wrote {path}" for path in written))
+    return 0
 
 
 def _check(out: Path, device: str, *, strict: bool) -> int:

@@ -16,7 +16,7 @@ import torch
 import ccu_fast
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_PACKAGES = ("triton", "open_clip_torch", "numpy")
+_PACKAGES = ("triton", "open_clip_torch", "inf_cl", "siglip-kernel", "numpy")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -41,6 +41,18 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts |= {"cuda": torch.version.cuda, "driver": _driver(), "capability": _capability(device)}
     return facts
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device that was named, by default a GPU where there is one.
+
+    Raises:
+        ValueError: "cuda" was named and torch sees none.
+    """
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ValueError("device: expected cpu, because torch sees no CUDA device; got 'cuda'")
+    return torch.device("cuda", torch.cuda.current_device()) if found and name != "cpu" else torch.device("cpu")
 
 
 def device_name(device: torch.device) -> str:

@@ -1,4 +1,9 @@
-"""What is measured: an operation, its shapes, and the providers that compete on them."""
+"""What is measured: an operation, its shapes, and the providers that compete on them.
+
+To add an operation write ``benchmarks/ops/<op>.py`` with one :class:`Op` and name it in ``benchmarks/ops/__init__.py``;
+its bars go into ``bars.json``, its line of the README's table into ``summary.py``. To add a competitor append a
+:class:`Provider` to the Op.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +37,14 @@ class Provider:
     Attributes:
         name: stable; bars and stored rows refer to it.
         build: prepares everything that is done once (tables, compilation, buffers) and returns the call that is timed.
-        role: "peer", "ours", or "ceiling" (the same bytes or FLOPs with nothing else; no answer to check).
+        role: "peer"; "ours"; "ceiling" (the same bytes or FLOPs with nothing else; no answer to check); or
+            "yardstick" (another operation of ours with the same FLOPs, checked against its own ``expect``).
         arithmetic: "working" (the case's dtype) or "bf16" (the user allows GEMM operands to be rounded to bf16).
         compiled: the first call at a shape compiles.
         serves: which shapes it runs on.
         note: what exactly ran, when the name alone does not say.
+        backend: which backend of ours was asked for.
+        expect: the right answer of a yardstick; None where it is the operation's.
     """
 
     name: str
@@ -46,6 +54,8 @@ class Provider:
     compiled: bool = False
     serves: Callable[[Shape, str], bool] = everywhere
     note: Callable[[], str] | None = None
+    backend: str = "auto"
+    expect: Callable[[Tensors, Shape], Expected] | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Row:
         gate_errors, gate_limits: error of each output against ``reference``, and what was allowed.
         p20_ms, p50_ms, p80_ms: quantiles over ``rounds`` interleaved rounds.
         host_ms: median time until the call returned to Python (a GPU may still be working).
+        graph_ms: median time of the same call replayed as a CUDA graph, for calls below a millisecond.
         speedup_over: for each peer timed in the same run, the median of the ratios taken round by round.
         share_of_floor: time of the ceiling (the FLOPs or bytes and nothing else) divided by this time, taken alike.
         peak_extra_bytes: peak memory of one call beyond its inputs; results included.
@@ -49,6 +50,7 @@ class Row:
     p50_ms: float | None = None
     p80_ms: float | None = None
     host_ms: float | None = None
+    graph_ms: float | None = None
     speedup_over: dict[str, float] = field(default_factory=dict)
     share_of_floor: float | None = None
     tflops: float | None = None

@@ -81,6 +81,7 @@ def write_readme(folder: Path) -> None:
     ]
     for op, of_op in groupby(rows, key=lambda row: row.op):
         text += [f"## {op}", "", *([OPS[op].title + ".", ""] if op in OPS else [])]
+        text += [f"![time and memory of {op}]({op}.svg)", ""] if (folder / f"{op}.svg").exists() else []
         for _, group in groupby(of_op, key=lambda row: row.group):
             text += _markdown(list(group))
     replace(folder / "README.md", "\n".join(text).rstrip() + "\n")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from benchmarks.registry import Call
+from benchmarks.registry import Call, Tensors
 
 MAX_ROUNDS = 300
 LEAST_ROUNDS = 3
@@ -69,6 +69,27 @@ def interleave(calls: Mapping[str, Call], device: torch.device, *, seconds: floa
         if was_enabled:
             gc.enable()
     return samples
+
+
+def captured(call: Call, device: torch.device) -> Call:
+    """The call as a CUDA graph: what it launched once, launched again at one stroke. Its outputs are always the same
+    tensors, overwritten.
+    """
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what is set up once must not be captured
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Tensors:
+        graph.replay()
+        return out
+
+    return replay
 
 
 def ratio(peer: Samples, ours: Samples) -> float:

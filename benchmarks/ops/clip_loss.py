@@ -1,4 +1,4 @@
-"""clip_loss: the symmetric InfoNCE loss of two banks of unit vectors, with dX, dY and dscale."""
+"""clip_loss: the symmetric InfoNCE loss of two banks of unit vectors, with dX, dY and dscale; and forward alone."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from benchmarks.ops.common import (
     scale_terms,
     unit,
 )
+from benchmarks.ops.peers import build_inf_cl, inf_cl_note, inf_cl_serves
 from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors
 
 SCALE = 100.0  # where CLIP's learned temperature is clamped
@@ -94,9 +95,11 @@ def ours(x: Tensor, y: Tensor, scale: Tensor, *, backend: str, workspace: int | 
     return ccu_fast.info_nce(x, y, scale=scale, backend=backend, workspace=workspace)
 
 
-def build_ours(inputs: Tensors, shape: Shape, *, workspace: int | None = None, medium: bool = False) -> Call:
-    """The loss on the backend of this device."""
-    loss = partial(ours, backend=our_backend("reduce_similarity", inputs["x"]), workspace=workspace)
+def build_ours(
+    inputs: Tensors, shape: Shape, *, backend: str = "auto", workspace: int | None = None, medium: bool = False
+) -> Call:
+    """The loss on the backend of this device, or on the one that is named."""
+    loss = partial(ours, backend=our_backend("reduce_similarity", inputs["x"], backend), workspace=workspace)
     return (build_medium if medium else build)(inputs, shape, loss=loss)
 
 
@@ -120,8 +123,21 @@ def work(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _stored(shape: Shape, device: str) -> bool:
-    # On a CPU the largest shape is there for the memory bar: ours in 64 MiB against open_clip, minutes for the rest.
-    return device == "cuda" or shape["B"] <= 8192
+    # The largest shape is there for the memory bar. On a CPU: ours in 64 MiB against open_clip, minutes for the rest.
+    # On a GPU: nothing that stores 137 GB of logits.
+    return shape["B"] <= (65536 if device == "cuda" else 8192)
+
+
+def _open_clip(shape: Shape, device: str) -> bool:
+    return device == "cpu" or _stored(shape, device)
+
+
+def _ours(shape: Shape, device: str) -> bool:
+    return device == "cuda" or _stored(shape, device)
+
+
+def _reference(shape: Shape, device: str) -> bool:
+    return shape["B"] <= (8192 if device == "cuda" else 2048)
 
 
 def _stored_cpu(shape: Shape, device: str) -> bool:
@@ -129,17 +145,20 @@ def _stored_cpu(shape: Shape, device: str) -> bool:
 
 
 def _cuda(shape: Shape, device: str) -> bool:
-    return device == "cuda"
+    return device == "cuda" and _stored(shape, device)
 
 
 OPEN_CLIP = partial(build_open_clip, name="ClipLoss", otherwise=two_gemms)
 PROVIDERS = (
-    Provider("open_clip", OPEN_CLIP, note=open_clip_note),
+    Provider("open_clip", OPEN_CLIP, note=open_clip_note, serves=_open_clip),
     Provider("one_gemm", partial(build, loss=one_gemm), serves=_stored),
     Provider("one_gemm_compiled", partial(build_compiled, loss=one_gemm), compiled=True, serves=_stored),
     Provider("open_clip_compiled", partial(OPEN_CLIP, how=build_compiled), compiled=True, serves=_cuda,
              note=open_clip_note),
-    Provider("ccu_fast", build_ours, role="ours", serves=_stored),
+    Provider("inf_cl", build_inf_cl, serves=inf_cl_serves, note=inf_cl_note),
+    Provider("ccu_fast", build_ours, role="ours", serves=_ours),
+    Provider("ccu_fast_reference", partial(build_ours, backend="reference"), role="ours", serves=_reference,
+             backend="reference"),
     Provider("ccu_fast_64mib", partial(build_ours, workspace=64 << 20), role="ours"),
     Provider("gemm_ceiling", build_ceiling, role="ceiling", serves=_stored),
     Provider("open_clip_autocast", partial(OPEN_CLIP, how=build_autocast), arithmetic="bf16", serves=_stored_cpu,
@@ -161,11 +180,62 @@ CLIP_LOSS = Op(
     providers=PROVIDERS,
     shapes={
         "cpu": [{"B": b, "D": 512} for b in (128, 1024, 2048, 8192, 16384)],
-        "cuda": [{"B": b, "D": 512} for b in (128, 256, 1024, 4096, 8192, 16384, 32768)]
+        "cuda": [{"B": b, "D": 512} for b in (128, 256, 1024, 4096, 8192, 16384, 32768, 262144)]
         + [{"B": 32768, "D": d} for d in (768, 1024)],
     },
     quick=[{"B": 96, "D": 64}, {"B": 640, "D": 48}],
     work=work,
     baseline="open_clip",
     bf16_baseline="open_clip_autocast",
+)
+
+# --- forward alone ---------------------------------------------------------------------------------------------------
+
+
+def make_forward(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
+    """The same inputs; none wants a gradient."""
+    return {k: t.detach() for k, t in make(shape, dtype, device).items()}
+
+
+def expect_forward(inputs: Tensors, shape: Shape) -> Expected:
+    """The loss."""
+    return Expected({"loss": expect(inputs, shape).values["loss"]})
+
+
+def build_one_gemm(inputs: Tensors, shape: Shape) -> Call:
+    """The one GEMM of 2·B²D FLOPs, into a buffer made before."""
+    return partial(_gemm, inputs["x"], inputs["y"], inputs["x"].new_empty(shape["B"], shape["B"]))
+
+
+def _gemm(x: Tensor, y: Tensor, s: Tensor) -> Tensors:
+    torch.mm(x, y.T, out=s)
+    return {}
+
+
+def work_forward(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
+    """2·B²D FLOPs."""
+    return 2.0 * shape["B"] ** 2 * shape["D"], 0.0
+
+
+CLIP_LOSS_FORWARD = Op(
+    name="clip_loss_forward",
+    kernel="reduce_similarity",
+    title="the value of that loss alone, no gradients",
+    make=make_forward,
+    expect=expect_forward,
+    errors=relative_errors,
+    providers=(
+        Provider("open_clip", OPEN_CLIP, note=open_clip_note),
+        Provider("one_gemm", partial(build, loss=one_gemm)),
+        Provider("one_gemm_compiled", partial(build_compiled, loss=one_gemm), compiled=True),
+        Provider("ccu_fast", build_ours, role="ours"),
+        Provider("gemm_ceiling", build_one_gemm, role="ceiling"),
+    ),
+    shapes={
+        "cpu": [{"B": 4096, "D": 512}],
+        "cuda": [{"B": 32768, "D": d} for d in (512, 768, 1024)],
+    },
+    quick=[{"B": 96, "D": 64}],
+    work=work_forward,
+    baseline="open_clip",
 )

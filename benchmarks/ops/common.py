@@ -24,7 +24,7 @@ def step(loss: Loss, inputs: Tensors) -> Tensors:
     """The loss of the inputs in their order, and its gradient for every one that wants it, named ``d<input>``."""
     value = loss(*inputs.values())
     wanted = {k: t for k, t in inputs.items() if t.requires_grad}
-    grads = torch.autograd.grad(value, tuple(wanted.values()))
+    grads = torch.autograd.grad(value, tuple(wanted.values())) if wanted else ()
     return {"loss": value.detach(), **{f"d{k}": g for k, g in zip(wanted, grads, strict=True)}}
 
 
@@ -69,7 +69,13 @@ def matmul_precision(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def fp64_step(loss: Loss, inputs: Tensors) -> Expected:
+def build_ours(inputs: Tensors, shape: Shape, *, loss: Loss, backend: str = "auto") -> Call:
+    """A loss of ours, which takes its backend by name, on the kernels of this device."""
+    name = our_backend("reduce_similarity", next(iter(inputs.values())), backend)
+    return build(inputs, shape, loss=functools.partial(loss, backend=name))
+
+
+def fp64_step(inputs: Tensors, shape: Shape, *, loss: Loss) -> Expected:
     """The right answer of a loss small enough to be written out in fp64."""
     exact = {
         k: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
@@ -85,13 +91,18 @@ def scale_terms(x: Tensor, dx: Tensor, scale: Tensor) -> float:
     return float(((x * dx).abs().sum() / scale).detach())
 
 
-def our_backend(op: str, tensor: Tensor) -> str:
-    """The kernels that ``backend="auto"`` picks; never the reference, which is there to be right and not fast.
+def our_backend(op: str, tensor: Tensor, wanted: str = "auto") -> str:
+    """The backend that was asked for; "auto" must find kernels, as the reference is there to be right and not fast.
 
     Raises:
         Unavailable: with the reasons the package gives.
     """
     device, dtype = tensor.device, tensor.dtype
+    if wanted != "auto":
+        reason = cannot_serve(wanted, op, device, dtype)
+        if reason is not None:
+            raise Unavailable(f"{wanted}: {reason}")
+        return wanted
     name = choose("auto", op, device, dtype)
     if name == "reference":
         others = (c for c in candidates(device.type) if c != name)

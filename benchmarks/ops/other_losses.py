@@ -12,17 +12,17 @@ import ccu_fast
 from benchmarks.gate import relative_errors
 from benchmarks.ops import clip_loss
 from benchmarks.ops.common import (
-    Loss,
     build,
     build_compiled,
     build_open_clip,
+    build_ours,
     fp64_step,
     leaf,
     open_clip_note,
-    our_backend,
     unit,
 )
-from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors
+from benchmarks.ops.peers import build_siglip_kernel, siglip_kernel_note
+from benchmarks.registry import Call, Op, Provider, Shape, Tensors
 
 # --- K text banks against one image bank -----------------------------------------------------------------------------
 
@@ -114,15 +114,6 @@ def ours_sup_con(z: Tensor, scale: Tensor, labels: Tensor, *, backend: str) -> T
 # --- registered ------------------------------------------------------------------------------------------------------
 
 
-def _build_ours(inputs: Tensors, shape: Shape, *, loss: Loss) -> Call:
-    backend = our_backend("reduce_similarity", next(iter(inputs.values())))
-    return build(inputs, shape, loss=partial(loss, backend=backend))
-
-
-def _expect(inputs: Tensors, shape: Shape, *, loss: Loss) -> Expected:
-    return fp64_step(loss, inputs)
-
-
 def _banks_work(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
     flops, moved = clip_loss.work(shape, dtype)
     return shape["K"] * flops, moved
@@ -150,13 +141,13 @@ CLIP_LOSS_BANKS = Op(
     kernel="reduce_similarity",
     title="K banks [K, B, D] against one bank [B, D], summed symmetric InfoNCE: loss, dX, dY, dscale",
     make=make_banks,
-    expect=partial(_expect, loss=banks_batched),
+    expect=partial(fp64_step, loss=banks_batched),
     errors=relative_errors,
     providers=(
         Provider("eager_loop", partial(build, loss=banks_loop)),
         Provider("eager_batched", partial(build, loss=banks_batched)),
         Provider("batched_compiled", partial(build_compiled, loss=banks_batched), compiled=True),
-        Provider("ccu_fast", partial(_build_ours, loss=ours_banks), role="ours"),
+        Provider("ccu_fast", partial(build_ours, loss=ours_banks), role="ours"),
         Provider("gemm_ceiling", _ceiling_banks, role="ceiling"),
     ),
     shapes={
@@ -173,13 +164,14 @@ SIGMOID_LOSS = Op(
     kernel="reduce_similarity",
     title="SigLIP's sigmoid loss: loss, dX, dY, dscale, dbias",
     make=make_sigmoid,
-    expect=partial(_expect, loss=eager_sigmoid),
+    expect=partial(fp64_step, loss=eager_sigmoid),
     errors=relative_errors,
     providers=(
         Provider("open_clip", partial(build_open_clip, name="SigLipLoss", otherwise=eager_sigmoid),
                  note=open_clip_note),
         Provider("eager_compiled", partial(build_compiled, loss=eager_sigmoid), compiled=True),
-        Provider("ccu_fast", partial(_build_ours, loss=ours_sigmoid), role="ours"),
+        Provider("siglip_kernel", build_siglip_kernel, note=siglip_kernel_note),
+        Provider("ccu_fast", partial(build_ours, loss=ours_sigmoid), role="ours"),
         Provider("gemm_ceiling", clip_loss.build_ceiling, role="ceiling"),
     ),
     shapes={"cpu": [{"B": 4096, "D": 512}], "cuda": [{"B": b, "D": 768} for b in (4096, 16384)]},
@@ -193,12 +185,12 @@ SUP_CON = Op(
     kernel="reduce_similarity",
     title="supervised contrastive loss of one bank, 64 items a class: loss, dZ, dscale",
     make=make_sup_con,
-    expect=partial(_expect, loss=eager_sup_con),
+    expect=partial(fp64_step, loss=eager_sup_con),
     errors=relative_errors,
     providers=(
         Provider("eager", partial(build, loss=eager_sup_con)),
         Provider("eager_compiled", partial(build_compiled, loss=eager_sup_con), compiled=True),
-        Provider("ccu_fast", partial(_build_ours, loss=ours_sup_con), role="ours"),
+        Provider("ccu_fast", partial(build_ours, loss=ours_sup_con), role="ours"),
         Provider("gemm_ceiling", _ceiling_one_bank, role="ceiling"),
     ),
     shapes={"cpu": [{"B": 4096, "D": 512}], "cuda": [{"B": b, "D": 512} for b in (4096, 16384)]},

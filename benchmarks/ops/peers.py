@@ -1,0 +1,79 @@
+"""Fused losses of other projects, called as their own documentation does on one GPU.
+
+Both are Triton kernels for CUDA tensors. Where they cannot run, the reason is what the table shows;
+tests/test_peers.py runs them in Triton's interpreter, so that what is called here is known to be the same loss.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.ops.common import build
+from benchmarks.registry import Call, Shape, Tensors, Unavailable
+
+INF_CL, SIGLIP_KERNEL = "inf_cl", "siglip-kernel"
+_FEWEST, _MOST = 16, 256  # inf_cl's head_dim, a power of two that divides D
+
+
+def inf_cl_loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """Inf-CL (arXiv 2410.17243) in both directions; one GPU runs cal_inf_loss's own non-distributed branch.
+
+    cal_inf_loss itself cannot be used with a learned scale on one process: it all-reduces the scale's gradient.
+    """
+    loss = importlib.import_module("inf_cl").cal_flash_loss
+    width = _head(x.shape[-1])
+    return (loss(x, y, scale=scale, head_dim=width).mean() + loss(y, x, scale=scale, head_dim=width).mean()) / 2
+
+
+def _head(d: int) -> int:
+    return min(_MOST, d & -d)
+
+
+def inf_cl_serves(shape: Shape, device: str) -> bool:
+    """Where D has a power of two that its tiles can take."""
+    return _head(shape["D"]) >= _FEWEST
+
+
+def siglip_kernel_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """siglip-kernel with the variant that it picks itself; its temperature is a logarithm."""
+    return importlib.import_module("siglip_kernel").fused_siglip_loss(x, y, scale.log(), bias)
+
+
+def build_inf_cl(inputs: Tensors, shape: Shape) -> Call:
+    """inf_cl's loss and gradients."""
+    _require(INF_CL, inputs["x"].device)
+    return build(inputs, shape, loss=inf_cl_loss)
+
+
+def build_siglip_kernel(inputs: Tensors, shape: Shape) -> Call:
+    """siglip-kernel's loss and gradients."""
+    _require(SIGLIP_KERNEL, inputs["x"].device)
+    return build(inputs, shape, loss=siglip_kernel_loss)
+
+
+def _require(package: str, device: torch.device) -> None:
+    if version(package) is None:
+        raise Unavailable(f"{package} is not installed (pip install --no-deps {package})")
+    if device.type != "cuda":
+        raise Unavailable(f"{package} has kernels for CUDA tensors only")
+
+
+def version(package: str) -> str | None:
+    """The installed version; None without one."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _note(package: str) -> str:
+    return f"{package} {version(package) or 'is not installed'}"
+
+
+inf_cl_note = partial(_note, INF_CL)
+siglip_kernel_note = partial(_note, SIGLIP_KERNEL)

@@ -1,0 +1,46 @@
+"""Run by test_peers.py under TRITON_INTERPRET=1: the peers' losses and gradients on the CPU against the eager ones."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from benchmarks.gate import relative_errors
+from benchmarks.ops import clip_loss, other_losses, peers
+from benchmarks.ops.common import Loss, fp64_step, step
+from benchmarks.registry import Tensors
+
+CPU = torch.device("cpu")
+
+
+def same(asm: str, constraints: str, args: list[Any], **_: Any) -> Any:
+    """inf_cl's inline assembly rounds fp32 to TF32, which the interpreter cannot: leave the operand as it is."""
+    return args[0]
+
+
+def inf_cl() -> dict[str, float]:
+    tl.inline_asm_elementwise = same
+    shape = {"B": 128, "D": 48}  # a whole number of its 64-row tiles, several heads
+    return errors(clip_loss.make(shape, torch.float32, CPU), clip_loss.two_gemms, peers.inf_cl_loss)
+
+
+def siglip() -> dict[str, float]:
+    torch.cuda.get_device_capability = lambda *_: (9, 0)  # it asks at import
+    import siglip_kernel
+
+    # What it picks itself for bf16, the dtype that is timed.
+    siglip_kernel.fused_siglip_loss = siglip_kernel.fused_chunked_bf16_siglip_loss
+    inputs = other_losses.make_sigmoid({"B": 96, "D": 32}, torch.float32, CPU)
+    return errors(inputs, other_losses.eager_sigmoid, peers.siglip_kernel_loss)
+
+
+def errors(inputs: Tensors, eager: Loss, peer: Loss) -> dict[str, float]:
+    return relative_errors(step(peer, inputs), fp64_step(inputs, {}, loss=eager), inputs)
+
+
+if __name__ == "__main__":
+    checks = {peers.INF_CL: inf_cl, peers.SIGLIP_KERNEL: siglip}
+    print(json.dumps({name: check() for name, check in checks.items() if peers.version(name)}))

@@ -1,0 +1,59 @@
+"""The benchmark's GPU peers compute the loss they are timed for: their own kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from presence import absent
+
+from benchmarks.ops import other_losses, peers
+from benchmarks.registry import Unavailable
+
+HERE = Path(__file__).parent
+
+
+@functools.cache
+def interpreted() -> dict[str, dict[str, float]]:
+    """Errors of each installed peer, by output; one process for all, as importing torch takes longest."""
+    done = subprocess.run(
+        # -O, because inf_cl asserts that its tensors are on a GPU.
+        [sys.executable, "-O", str(HERE / "peers_in_interpreter.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return errors
+
+
+@pytest.mark.parametrize("package", [peers.INF_CL, peers.SIGLIP_KERNEL])
+def test_a_peer_computes_our_loss_and_its_gradients(package: str) -> None:
+    for needed in ("triton", package):
+        if peers.version(needed) is None:
+            absent(needed, f"not installed (pip install --no-deps {needed})")
+    errors = interpreted()[package]
+    assert errors.keys() == {"loss", "dx", "dy", "dscale"} | ({"dbias"} if package == peers.SIGLIP_KERNEL else set())
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_a_peer_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = other_losses.make_sigmoid({"B": 8, "D": 16}, torch.float32, torch.device("cpu"))
+    for build, name in ((peers.build_inf_cl, "inf_cl"), (peers.build_siglip_kernel, "siglip-kernel")):
+        monkeypatch.setattr(peers, "version", lambda package: "1.0")
+        with pytest.raises(Unavailable, match=f"{name} has kernels for CUDA tensors only"):
+            build(inputs, {"B": 8, "D": 16})
+        monkeypatch.setattr(peers, "version", lambda package: None)
+        with pytest.raises(Unavailable, match=f"{name} is not installed .pip install --no-deps {name}"):
+            build(inputs, {"B": 8, "D": 16})
+
+
+def test_inf_cl_is_given_a_width_that_divides_d() -> None:
+    assert [peers._head(d) for d in (48, 512, 768, 1024, 24)] == [16, 256, 256, 256, 8]
+    assert not peers.inf_cl_serves({"D": 24}, "cuda")
