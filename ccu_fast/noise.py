@@ -105,7 +105,7 @@ def _parameters(delta: Tensor, norm: str, values: tuple[Any, ...]) -> tuple[list
             continue
         if norm == "l2" and i < 2:
             raise TypeError(f"{name}: expected a number for norm 'l2', got a tensor")
-        tensors[i] = _per_channel(name, value, delta)
+        tensors[i] = per_channel(name, value, delta)
     if not tensors:
         _check_range(numbers[2], numbers[3])
         return numbers, None
@@ -116,7 +116,7 @@ def _parameters(delta: Tensor, norm: str, values: tuple[Any, ...]) -> tuple[list
     return numbers, torch.stack(rows)
 
 
-def _per_channel(name: str, value: Tensor, delta: Tensor) -> Tensor:
+def per_channel(name: str, value: Tensor, delta: Tensor) -> Tensor:
     """``[1]`` or ``[C]`` from a tensor that varies along dimension 1 of delta only."""
     check.tensor(name, value)
     if value.device != delta.device and value.numel() > 1:

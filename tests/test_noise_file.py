@@ -1,0 +1,155 @@
+"""Noise files: what a kill leaves, and what is refused."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ccu_fast import NoiseStore
+
+ITEM = (3, 4, 5)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randint(-8, 9, shape, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32])
+def test_a_file_is_what_was_committed(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "noise.bin"
+    store = NoiseStore.create(path, 9, ITEM, dtype=dtype, tag="set A")
+    assert not store.data.any() and store.progress == {}
+    store.scatter_(torch.arange(9), noise(9, *ITEM))
+    store.commit(round=1, batch=7)
+    committed = store.data.clone()
+    store.scatter_(torch.tensor([3, 8]), noise(2, *ITEM))
+    store.scatter_add_clamp_(torch.tensor([3, 0]), noise(2, *ITEM), 8 / 255)
+    assert not torch.equal(store.data, committed)
+    store.close()
+    for _ in range(2):
+        store = NoiseStore.open(path, tag="set A", dtype=dtype, item_shape=ITEM)
+        assert torch.equal(store.data, committed) and store.progress == {"round": 1, "batch": 7}
+        store.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["noise.bin"]
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    store = NoiseStore(7, ITEM)
+    store.scatter_(torch.arange(7), noise(7, *ITEM))
+    store.commit(round=2)
+    store.save(tmp_path / "a", tag="x")
+    loaded = NoiseStore.load(tmp_path / "a", tag="x")
+    assert torch.equal(loaded.data, store.data) and loaded.progress == {"round": 2}
+    loaded.scatter_(torch.tensor([0]), noise(1, *ITEM))
+    mapped = NoiseStore.open(tmp_path / "a")
+    assert torch.equal(mapped.data, store.data)
+    mapped.save(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"^path: expected another file"):
+        mapped.save(tmp_path / "a")
+    with pytest.raises(BlockingIOError, match="locked"):
+        store.save(tmp_path / "a")
+    mapped.close()
+    store.save(tmp_path / "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+KILLED = """
+import os, signal, sys, torch
+from ccu_fast import NoiseStore
+store = NoiseStore.open(sys.argv[1])
+index = torch.arange(0, 40, 2)
+store.scatter_(index, torch.full((20, 3, 64, 64), 5, dtype=torch.int8))
+store.commit(batch=1)
+store.scatter_(index + 1, torch.full((20, 3, 64, 64), 6, dtype=torch.int8))
+if sys.argv[2] == "torn":
+    write = store._file._journal.write
+    class Torn:
+        count = 0
+        def write(self, data):
+            self.count += 1
+            if self.count == 3:
+                write(data[:1000])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(data)
+    store._file._journal = Torn()
+store.scatter_add_clamp_(index, torch.full((20, 3, 64, 64), 7, dtype=torch.int8), 8 / 255)
+if sys.argv[2] == "header":
+    class Dying:
+        def __init__(self, real): self.real = real
+        def __getattr__(self, name): return getattr(self.real, name)
+        def pwrite(self, handle, data, at):
+            self.real.pwrite(handle, data[:100], at)
+            self.real.kill(self.real.getpid(), signal.SIGKILL)
+    import ccu_fast.noise_file as f
+    f.os = Dying(os)
+    store.commit(batch=2)
+if sys.argv[2] == "journal":
+    store._file._end_journal = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    store.commit(batch=2)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("moment", ["between", "torn", "header", "journal"])
+def test_a_kill_leaves_the_last_commit(tmp_path: Path, moment: str) -> None:
+    path = tmp_path / "noise.bin"
+    NoiseStore.create(path, 40, (3, 64, 64)).close()
+    done = subprocess.run([sys.executable, "-c", KILLED, path, moment], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "noise.bin.journal").exists()
+    store = NoiseStore.open(path)
+    rows = store.data.flatten(1)
+    assert bool((rows == rows[:, :1]).all())  # no half-written image
+    # In "journal" the second commit's header was written before the kill: then it holds.
+    expected = (2, [8, 6]) if moment == "journal" else (1, [5, 0])
+    assert store.progress == {"batch": expected[0]}
+    assert rows[:, 0].tolist() == expected[1] * 20
+    assert not (tmp_path / "noise.bin.journal").exists()
+    store.close()
+
+
+def test_foreign_and_damaged_files(tmp_path: Path) -> None:
+    path = tmp_path / "noise.bin"
+    path.write_bytes(b"something else" * 1000)
+    with pytest.raises(ValueError, match=r"^path: expected a file that NoiseStore wrote"):
+        NoiseStore.open(path)
+    with pytest.raises(ValueError, match=r"^path: expected a file that NoiseStore wrote"):
+        NoiseStore(1, (2,)).save(path)
+    assert path.read_bytes().startswith(b"something else")
+    with pytest.raises(FileExistsError):
+        NoiseStore.create(path, 1, (2,))
+    path.unlink()
+    NoiseStore.create(path, 5, ITEM, tag="set A").close()
+    with open(path, "r+b") as file:
+        file.truncate(9000 - 900)
+    with pytest.raises(ValueError, match=r"^path: expected 8492 bytes .*, got 8100: it is damaged"):
+        NoiseStore.open(path)
+    with pytest.raises(FileNotFoundError):
+        NoiseStore.open(tmp_path / "none")
+    store = NoiseStore.create(tmp_path / "second", 5, ITEM)
+    with pytest.raises(ValueError, match=r"^progress: expected at most 4096 bytes"):
+        store.commit(text="x" * 5000)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        ({"tag": "set B"}, "with tag 'set B', got 'set A'"),
+        ({"dtype": torch.float32}, "with dtype torch.float32, got torch.int8"),
+        ({"item_shape": (3, 4, 6)}, r"with item_shape \(3, 4, 6\), got \(3, 4, 5\)"),
+    ],
+)
+def test_another_file_than_expected(tmp_path: Path, expected: dict[str, Any], message: str) -> None:
+    path = tmp_path / "noise.bin"
+    NoiseStore.create(path, 5, ITEM, tag="set A").close()
+    for read in (NoiseStore.open, NoiseStore.load):
+        with pytest.raises(ValueError, match=message):
+            read(path, **expected)
+    NoiseStore.open(path).close()  # and it is not left locked
