@@ -1,5 +1,6 @@
 # make test   lint, type checks and all tests          make demo   the demonstration, written to ./demo
 # make lint   lint and type checks alone               make bench  the benchmarks (ARGS=... are passed on)
+# make compat the patches against the real libraries, an environment for each in .venv-compat
 #
 # Each makes its own environment in .venv on the first run. Variables:
 #   PYTHON=python3.12        the interpreter to start from
@@ -16,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD := setup.py pyproject.toml $(wildcard build_support/*.py) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test lint demo bench clean
+.PHONY: test lint demo bench compat clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.test lint
@@ -34,8 +35,11 @@ demo: $(VENV)/.apps
 bench: $(VENV)/.apps
 	$(PY) -m benchmarks $(ARGS)
 
+compat: $(VENV)/.test
+	$(PY) -m benchmarks.compat $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json
+	rm -rf $(VENV) .venv-compat build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Without network a tool may be missing: that is said, not passed over.

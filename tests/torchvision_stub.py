@@ -47,9 +47,15 @@ class _Stub(ModuleType):
 
 def install() -> None:
     """Make ``import torchvision`` work where it is not installed; a real one is left alone."""
-    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is not None:
-        return
-    for name in MODULES:
+    stand_in(*MODULES)
+
+
+def stand_in(*names: str) -> None:
+    """Empty modules of these names, parents before children, for what is not installed."""
+    missing = {n for n in names if "." not in n and n not in sys.modules and importlib.util.find_spec(n) is None}
+    for name in names:
+        if name.split(".")[0] not in missing:
+            continue
         module = _Stub(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
         sys.modules[name] = module

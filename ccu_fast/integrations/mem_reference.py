@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ccu_fast.integrations.site import Site
 from ccu_fast.losses import info_nce
-from ccu_fast.noise import pgd_step_
 from ccu_fast.tokens import TokenTable, topk_flips
 
 LOSS = ("umodel", "outputs", "criterion", "options", "gather_backdoor_indices")
@@ -166,10 +165,8 @@ def min_min_attack(
     device = options.device
     ids, mask, pixels = (batch[key].to(device) for key in ("input_ids", "attention_mask", "pixel_values"))
     scale = model.logit_scale.exp().detach()
-    bounds = {"lower": self.lower_limit, "upper": self.upper_limit}
-    valid = {name: value.expand_as(pixels[0]) for name, value in bounds.items()}
     noise = random_noise
-    noisy = torch.max(torch.min(pixels + noise, valid["upper"]), valid["lower"])
+    noisy = torch.clamp(pixels + noise, self.lower_limit, self.upper_limit)
     weights = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in weights:
@@ -183,13 +180,9 @@ def min_min_attack(
             image = model.get_image_features(pixel_values=leaf)
             loss = info_nce(image / image.norm(dim=-1, keepdim=True), text, scale=scale)
             (grad,) = torch.autograd.grad(loss, leaf)
-            noise = noisy - pixels
-            # Without bounds: that is what the authors' function returns beside the images.
-            pgd_step_(
-                noise, grad, pixels, step=self.step_size, eps=self.epsilon,
-                lower=float("-inf"), upper=float("inf"), nan_policy="zero",
-            )  # fmt: skip
-            noisy = torch.max(torch.min(pixels + noise, valid["upper"]), valid["lower"])
+            # The radius is a tensor of the image's shape there, so this is not pgd_step_.
+            noise = torch.clamp(noisy.detach() - self.step_size * grad.sign() - pixels, -self.epsilon, self.epsilon)
+            noisy = torch.clamp(pixels + noise, self.lower_limit, self.upper_limit)
     finally:
         for p in weights:
             p.requires_grad_(True)

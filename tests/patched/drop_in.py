@@ -29,9 +29,14 @@ Problem = Callable[[torch.dtype], tuple[Callable[[], Tensor], Sequence[Tensor]]]
 
 def library(module: str) -> ModuleType:
     """The library under test. Under ``make compat`` and in CI it must be there."""
+    require(module)
+    return importlib.import_module(module)
+
+
+def require(module: str) -> None:
+    """Skips, outside ``make compat``, where a library is not installed."""
     if importlib.util.find_spec(module.split(".")[0]) is None and RECORD is None:
         pytest.skip(f"{module} is not installed (make compat builds an environment that has it)")
-    return importlib.import_module(module)
 
 
 def same_numbers(target: str, problem: Problem, *, magnitude: float | None = None, ulps: float = 16) -> None:

@@ -1,0 +1,1 @@
+"""``make compat``: the drop-in patches against the real libraries, a pinned and the newest version of each."""

@@ -1,0 +1,110 @@
+"""Build an environment for each library and version, run its tests there, write the table.
+
+    python -m benchmarks.compat [--only NAME] [--root FOLDER]
+
+Writes ``results.json`` and ``README.md`` beside this file. Rows of libraries that were not asked for stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.compat.environments import ENVIRONMENTS, Environment, build
+from ccu_fast import patch
+from ccu_fast.files import write_whole
+
+HERE = Path(__file__).parent
+CHECKOUT = HERE.parents[1]
+RESULTS, TABLE = HERE / "results.json", HERE / "README.md"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line asks for; 1 when a test failed or an environment could not be built."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compat", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--only", metavar="NAME", help="one target, or one target-version")
+    parser.add_argument("--root", type=Path, default=CHECKOUT / ".venv-compat", help="where the environments are made")
+    options = parser.parse_args(arguments)
+    chosen = [e for e in ENVIRONMENTS if options.only in (None, e.target, e.name)]
+    if not chosen:
+        parser.error(f"--only: expected one of {sorted({e.target for e in ENVIRONMENTS})}, got {options.only!r}")
+    rows: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for environment in chosen:
+        print(f"{environment.name} …", file=sys.stderr)
+        rows[environment.name] = row = run(environment, options.root)
+        print(f"{environment.name}: {row['outcome']}", file=sys.stderr)
+        write_whole(RESULTS, json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    write_whole(TABLE, table(rows))
+    return int(any(rows[e.name]["outcome"] != "passed" for e in chosen))
+
+
+def run(environment: Environment, root: Path) -> dict[str, Any]:
+    """One row of the results: what passed, what was measured, with which versions."""
+    row: dict[str, Any] = {
+        "target": environment.target,
+        "version": environment.version,
+        "replaces": patch.targets()[environment.target],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+    try:
+        python = build(environment, root)
+    except subprocess.CalledProcessError as error:
+        return {**row, "outcome": f"not built: {error}"}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "record.jsonl"
+        tests = CHECKOUT / "tests" / "patched" / f"test_{environment.target}.py"
+        command = [str(python), "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", str(tests)]
+        names = {"CCU_FAST_COMPAT_RECORD": str(log), "CCU_FAST_COMPAT_VERSION": environment.version}
+        done = subprocess.run(
+            command, cwd=CHECKOUT, env={**os.environ, **names}, capture_output=True, text=True, check=False
+        )
+        measured = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    if done.returncode:
+        print(done.stdout[-4000:], file=sys.stderr)
+    checks = [m["check"] for m in measured]
+    return {
+        **row,
+        "outcome": "passed" if done.returncode == 0 else "failed",
+        "summary": done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr.strip()[-200:],
+        "numbers": checks.count("numbers"),
+        "training": max((m["difference"] for m in measured if m["check"] == "training"), default=None),
+        "speed": [{"what": m["what"], "ratio": m["ratio"], "ms": m["ms"]} for m in measured if m["check"] == "speed"],
+    }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The results for people, in Markdown."""
+    lines = [
+        "# Drop-in patches against the real libraries",
+        "",
+        "Made by `make compat` from [results.json](results.json). *Numbers*: comparisons of loss and gradients (for "
+        "token scoring: tokens) with the library's own that passed, the library in float64 as the judge. *Training*: "
+        "the largest difference between the losses of 100 steps with and without the patch, 0 where tokens are chosen. "
+        "*Speed*: the library's time over the patched one's, median of rounds in turns, on a CPU.",
+        "",
+        "| library | version | replaced | numbers | training | speed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for _, row in sorted(rows.items()):
+        speed = "<br>".join(f"{s['ratio']:.2f}× {s['what']}" for s in row.get("speed", [])) or "–"
+        training = "–" if row.get("training") is None else f"{row['training']:.1e}"
+        numbers = f"{row.get('numbers', 0)} equal" if row["outcome"] == "passed" else row["outcome"]
+        lines.append(f"| {row['target']} | {row['version']} | {row['replaces']} | {numbers} | {training} | {speed} |")
+    some = next(iter(rows.values()), {})
+    lines += ["", f"torch {some.get('torch')}, Python {some.get('python')}, {some.get('threads')} threads.", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,84 @@
+"""Which library is tested in which version, and an environment for each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One library in one version.
+
+    Attributes:
+        target: a name of :func:`ccu_fast.patch.targets`; its tests are ``tests/patched/test_<target>.py``.
+        version: what is installed; for code that is not a package what the table calls it.
+        packages: requirements in ``pip``'s words, installed with theirs.
+        alone: requirements installed without theirs: those need torchvision or dozens of packages that are not used.
+    """
+
+    target: str
+    version: str
+    packages: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.target}-{self.version}"
+
+
+_TEXTATTACK = (
+    "lru-dict", "more-itertools", "nltk", "terminaltables", "word2number", "num2words", "editdistance", "lemminflect",
+    "docopt", "click", "joblib", "tqdm", "regex",
+)  # fmt: skip
+
+ENVIRONMENTS = (
+    Environment("open_clip", "2.24.0", ("ftfy", "regex", "tqdm", "huggingface-hub"), ("open_clip_torch==2.24.0",)),
+    Environment("open_clip", "3.3.0", ("ftfy", "regex", "tqdm", "huggingface-hub"), ("open_clip_torch==3.3.0",)),
+    Environment("transformers", "4.57.6", ("transformers==4.57.6",)),
+    Environment("transformers", "5.24.0", ("transformers==5.24.0",)),
+    Environment("sentence_transformers", "5.1.2", ("sentence-transformers==5.1.2",)),
+    Environment("sentence_transformers", "6.2.0", ("sentence-transformers==6.2.0",)),
+    Environment("pytorch_metric_learning", "2.3.0", ("pytorch-metric-learning==2.3.0",)),
+    Environment("pytorch_metric_learning", "2.9.0", ("pytorch-metric-learning==2.9.0",)),
+    Environment("nanogcg", "0.2.3", ("nanogcg==0.2.3",)),
+    Environment("nanogcg", "0.3.0", ("nanogcg==0.3.0",)),
+    Environment("textattack", "0.3.10", ("requests", "pandas", "transformers"), ("textattack==0.3.10", *_TEXTATTACK)),
+    Environment("textattack", "0.3.11", ("requests", "pandas", "transformers"), ("textattack==0.3.11", *_TEXTATTACK)),
+    Environment("mem_reference", "authors' code" if os.environ.get("CCU_FAST_MEM_REFERENCE") else "transcription"),
+)
+
+
+def build(environment: Environment, root: Path) -> Path:
+    """The interpreter of an environment in ``root``, made where it is not: the packages of this one shine through.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not install what the environment needs.
+    """
+    folder = root / environment.name.replace("'", "").replace(" ", "-")
+    python = folder / "bin" / "python"
+    done = folder / "done"
+    if done.exists():
+        return python
+    venv.create(folder, with_pip=True, clear=True)
+    site = subprocess.check_output(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    ).strip()
+    # addsitedir, so that .pth files of this environment (an editable install) count there too. Behind its own packages.
+    (Path(site) / "zz_parent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    constraint = folder / "constraints.txt"
+    constraint.write_text(f"torch=={torch.__version__.split('+')[0]}\n")
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+    if environment.packages:
+        subprocess.run([*pip, "-c", str(constraint), *environment.packages], check=True, stdout=sys.stderr)
+    if environment.alone:
+        subprocess.run([*pip, "--no-deps", *environment.alone], check=True, stdout=sys.stderr)
+    done.touch()
+    return python
