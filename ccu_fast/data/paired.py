@@ -12,12 +12,13 @@ from ccu_fast import check
 
 @dataclass(frozen=True)
 class PairedData:
-    """N items, each with a visual and another view, a label and an identity.
+    """N items, each with a visual and another view, an identity and, where there are classes, a label.
 
     Attributes:
         visual: ``[N, ...]`` what the visual tower takes.
         other: ``[N, ...]`` what the other tower takes.
-        labels: int64 ``[N]``, class indices ≥ 0.
+        labels: int64 ``[N]``, class indices ≥ 0; None for pairs without classes, which is stored as −1 everywhere
+            (see :attr:`labelled`).
         ids: int64 ``[N]``, unique: who the item is. Default 0 … N−1; give your own as soon as two sets are compared.
 
     Raises:
@@ -26,12 +27,16 @@ class PairedData:
 
     visual: Tensor
     other: Tensor
-    labels: Tensor
+    labels: Tensor = field(default=None)  # type: ignore[assignment]
     ids: Tensor = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         check.tensor("visual", self.visual, dtypes=None)
         check.tensor("other", self.other, dtypes=None)
+        unlabelled = self.labels is None
+        if unlabelled:
+            labels = torch.full((len(self.other),), -1, device=self.other.device)
+            object.__setattr__(self, "labels", labels)
         check.tensor("labels", self.labels, dtypes=check.INTEGERS, ndim=1)
         if self.ids is None:
             object.__setattr__(self, "ids", torch.arange(len(self.labels), device=self.labels.device))
@@ -43,7 +48,7 @@ class PairedData:
                 raise ValueError(f"{name}: expected {len(self.other)} items (as in other), got {items}")
         object.__setattr__(self, "labels", self.labels.long())
         object.__setattr__(self, "ids", self.ids.long())
-        if len(self) and int(self.labels.min()) < 0:
+        if len(self) and not unlabelled and int(self.labels.min()) < 0:
             raise ValueError(f"labels: expected class indices of at least 0, got {int(self.labels.min())}")
         if len(self.ids.unique()) != len(self):
             raise ValueError("ids: expected every id once, got repeated ones")
@@ -51,9 +56,15 @@ class PairedData:
     def __len__(self) -> int:
         return len(self.other)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the items have classes; an empty set has none."""
+        return len(self) > 0 and int(self.labels[0]) >= 0
+
     def __getitem__(self, index: Tensor) -> PairedData:
         """The items of a boolean mask ``[N]`` or of int64 positions, each at most once."""
-        return PairedData(self.visual[index], self.other[index], self.labels[index], self.ids[index])
+        labels = self.labels[index] if self.labelled else None
+        return PairedData(self.visual[index], self.other[index], labels, self.ids[index])  # type: ignore[arg-type]
 
     def batch(self, index: Tensor) -> PairedData:
         """Like indexing, without the checks: for the inner loop, where the whole has passed them."""
@@ -64,4 +75,7 @@ class PairedData:
 
     def to(self, device: torch.device | str) -> PairedData:
         """The same items on another device."""
-        return PairedData(*(getattr(self, name).to(device) for name in ("visual", "other", "labels", "ids")))
+        whole = object.__new__(PairedData)
+        for name in ("visual", "other", "labels", "ids"):
+            object.__setattr__(whole, name, getattr(self, name).to(device))
+        return whole

@@ -74,7 +74,8 @@ def unlearn(
             f"{'None' if held_out is None else 'one'} with early_stop={config.early_stop}"
         )
     check_problem(model, forget, retain, config.forget)
+    full = cast("TwoModalityModel", model)
     done = run(
-        model, forget, retain, ccu_method(config), config.budget, seed=config.seed, held_out=held_out, progress=progress
+        full, forget, retain, ccu_method(config), config.budget, seed=config.seed, held_out=held_out, progress=progress
     )
     return cast("Model", done.model)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ccu_fast import check
 
-ROLES = ("class", "instances")
+ROLES = ("class", "instances", "pairs")
 
 Progress = Callable[[str, int, int, str], None]
 """Called as progress(stage, done, total, note); may be None wherever it is taken."""

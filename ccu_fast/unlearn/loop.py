@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ccu_fast.data.paired import PairedData
+from ccu_fast.unlearn import checkpoint as files
+from ccu_fast.unlearn.checkpoint import Checkpoint
 from ccu_fast.unlearn.config import Budget, Progress
-from ccu_fast.unlearn.protocol import TwoModalityModel
+from ccu_fast.unlearn.parameters import Mask, freeze_all_but
+from ccu_fast.unlearn.protocol import TwoModalityModel, heads, logits_of
 
 CHECK_EVERY = 5
+CHUNK = 1024  # items embedded at once where no gradient is needed
 
 
 @dataclass(frozen=True)
@@ -30,17 +35,32 @@ class Batch:
 
 
 Step = Callable[[TwoModalityModel, Batch], Tensor]
-"""The loss of one step."""
+"""The loss of one step. A :class:`StatefulStep` where a method needs more than that."""
 
 Prepare = Callable[[TwoModalityModel, PairedData, PairedData], Step]
 """From the frozen original and the two whole sets to the step of a method."""
 
 
+class StatefulStep(Protocol):
+    """A step with a beginning, or with a memory that a checkpoint must hold."""
+
+    def __call__(self, model: TwoModalityModel, batch: Batch) -> Tensor:
+        """The loss of one step."""
+
+    def start(self, model: TwoModalityModel) -> None:
+        """Change the copy before the first step, in place and without gradients; not called by a resumed run."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on besides the model and the batch: tensors and plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where ``state_dict`` was called."""
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """When to stop: at the first check (every 5 steps) where the visual accuracy on the forget set is at most
-    ``level`` and each of the visual, other and fused accuracies on ``retain`` is at most ``slack`` below the
-    original's.
+    ``level`` and each of the accuracies on ``retain`` is at most ``slack`` below the original's (:func:`accuracies`).
 
     Attributes:
         retain: held-out items of the classes that stay.
@@ -82,6 +102,9 @@ def run(
     *,
     seed: int = 0,
     held_out: HeldOut | None = None,
+    trainable: Sequence[str] = ("*",),
+    mask: Mask | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
     stage: str = "unlearn",
 ) -> Run:
@@ -94,54 +117,155 @@ def run(
         budget: steps, learning rate, batch.
         seed: of the batches.
         held_out: stop early when this is reached.
+        trainable: shell patterns of the names of parameters that may change.
+        mask: from the original and both sets to a bool tensor for each parameter; where it is False the gradient is 0
+            in every step. Parameters it does not name are free.
+        checkpoint: where the state is written; a run that finds one there goes on from it and ends as it would have.
         progress: called every few steps as progress(stage, done, total, note).
         stage: the name progress hears.
 
     Raises:
-        FloatingPointError: the loss is NaN or infinite; the message says at which step.
+        FloatingPointError: the loss is NaN or infinite; the message says at which step and, with a checkpoint, where
+            the last good state is.
     """
     start = time.perf_counter()
     frozen = copy.deepcopy(original).eval().requires_grad_(False)
     model = copy.deepcopy(original).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=budget.learning_rate)
+    freeze_all_but(model, trainable)  # type: ignore[arg-type]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.Adam(parameters.values(), lr=budget.learning_rate)
+    allowed = {} if mask is None else mask(original, forget, retain)
     step_loss = prepare(frozen, forget, retain)
     floor = {} if held_out is None else {k: v - held_out.slack for k, v in accuracies(frozen, held_out.retain).items()}
-
     losses: list[float] = []
-    items = 0
+    items, before = 0, 0.0
+    keeper = None if checkpoint is None else _Keeper(checkpoint, original, forget, retain, budget, seed, stage)
+    stored = None if keeper is None else keeper.load()
+    if stored is not None:
+        model.load_state_dict(stored["model"])
+        optimizer.load_state_dict(stored["optimizer"])
+        if stored["step"]:
+            step_loss.load_state_dict(stored["step"])  # type: ignore[attr-defined]
+        losses, items, before = stored["losses"], stored["items"], stored["seconds"]
+    elif hasattr(step_loss, "start"):
+        with torch.no_grad():
+            step_loss.start(model)
+
+    def spent() -> float:
+        return before + time.perf_counter() - start
+
+    done = stored is not None and stored["done"]
     for step, batch in enumerate(_batches(forget, retain, budget, seed), start=1):
+        if done:
+            break
+        if step <= len(losses):  # taken before the checkpoint was written
+            continue
         loss = step_loss(model, batch)
         value = loss.item()
         if not abs(value) < float("inf"):
-            raise FloatingPointError(f"{stage}: the loss is {value} at step {step} of {budget.steps}")
+            raise FloatingPointError(_not_finite(f"the loss is {value}", stage, step, budget, keeper))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        for name, open_weights in allowed.items():
+            if name in parameters and parameters[name].grad is not None:
+                parameters[name].grad.mul_(open_weights)  # type: ignore[union-attr]
         optimizer.step()
         losses.append(value)
         items += len(batch.forget) + len(batch.retain)
-        if step % CHECK_EVERY == 0 or step == budget.steps:
+        last = step == budget.steps
+        if step % CHECK_EVERY == 0 or last:
             if progress is not None:
                 progress(stage, step, budget.steps, f"loss {value:.3f}")
-            if held_out is not None and _reached(model, forget, held_out, floor):
-                break
+            done = last or (held_out is not None and _reached(model, forget, held_out, floor))
+        if keeper is not None and (done or step % keeper.checkpoint.every == 0):
+            if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
+                raise FloatingPointError(_not_finite("a weight is not finite", stage, step, budget, keeper))
+            keeper.save(model, optimizer, step_loss, losses, items, spent(), done)
     model.train(original.training)
-    return Run(model, len(losses), items, time.perf_counter() - start, losses)
+    for parameter, as_was in zip(model.parameters(), original.parameters(), strict=True):
+        parameter.requires_grad_(as_was.requires_grad)
+    return Run(model, len(losses), items, spent(), losses)
+
+
+class _Keeper:
+    """Writes and reads the checkpoint of one run."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        original: TwoModalityModel,
+        forget: PairedData,
+        retain: PairedData,
+        budget: Budget,
+        seed: int,
+        stage: str,
+    ) -> None:
+        self.checkpoint = checkpoint
+        settings = {"budget": asdict(budget), "seed": seed, "stage": stage, "more": checkpoint.settings}
+        self.key = files.fingerprint(original.state_dict(), forget, retain, settings)
+        self.device = forget.labels.device
+        self.written = 0
+
+    def load(self) -> dict[str, Any] | None:
+        state = files.load(self.checkpoint, self.key, self.device)
+        self.written = 0 if state is None else len(state["losses"])
+        return state
+
+    def save(
+        self,
+        model: TwoModalityModel,
+        optimizer: torch.optim.Optimizer,
+        step: Step,
+        losses: list[float],
+        items: int,
+        seconds: float,
+        done: bool,
+    ) -> None:
+        state = {
+            "key": self.key,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step.state_dict() if hasattr(step, "state_dict") else {},
+            "losses": losses,
+            "items": items,
+            "seconds": seconds,
+            "done": done,
+        }
+        files.save(self.checkpoint, state)
+        self.written = len(losses)
+
+
+def _not_finite(what: str, stage: str, step: int, budget: Budget, keeper: _Keeper | None) -> str:
+    message = f"{stage}: {what} at step {step} of {budget.steps}"
+    if keeper is None or not keeper.written:
+        return message
+    return f"{message}; the state after step {keeper.written} is in {keeper.checkpoint.path}"
 
 
 @torch.no_grad()
 def accuracies(model: TwoModalityModel, data: PairedData) -> dict[str, float]:
-    """The share of items each head names right: ``{"visual": …, "other": …, "fused": …}`` in [0, 1]."""
+    """The share of items each head names right: ``{"visual": …, "other": …, "fused": …}`` in [0, 1].
+
+    Without heads or labels the share of items whose partner is the nearest of the whole set, from the visual to the
+    other modality ("visual") and back ("other").
+    """
+    visual, other = embed(model, data)
+    own = heads(model)
+    if not own or not data.labelled:
+        everyone = torch.arange(len(data), device=visual.device)
+        return {
+            "visual": (_nearest(visual, other) == everyone).double().mean().item(),
+            "other": (_nearest(other, visual) == everyone).double().mean().item(),
+        }
     was_training = model.training
     model.eval()
-    visual, other = model.embed_visual(data.visual), model.embed_other(data.other)
-    logits = {
-        "visual": model.classify_visual(visual),
-        "other": model.classify_other(other),
-        "fused": model.classify_fused(visual, other),
-    }
+    logits = {head: logits_of(model, head, visual, other) for head in own}
     model.train(was_training)
-    return {name: (value.argmax(-1) == data.labels).double().mean().item() for name, value in logits.items()}
+    return {head: (value.argmax(-1) == data.labels).double().mean().item() for head, value in logits.items()}
+
+
+def _nearest(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([(part @ y.T).argmax(1) for part in x.split(CHUNK)])
 
 
 @torch.no_grad()
@@ -149,9 +273,10 @@ def embed(model: TwoModalityModel, data: PairedData) -> tuple[Tensor, Tensor]:
     """Visual and other embeddings ``[N, D]`` of all items, in evaluation mode."""
     was_training = model.training
     model.eval()
-    result = model.embed_visual(data.visual), model.embed_other(data.other)
+    visual = torch.cat([model.embed_visual(part) for part in data.visual.split(CHUNK)])
+    other = torch.cat([model.embed_other(part) for part in data.other.split(CHUNK)])
     model.train(was_training)
-    return result
+    return visual, other
 
 
 def epochs_of_rows(items: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -9,7 +9,8 @@ import torch
 from ccu_fast import check
 from ccu_fast.data.halves import Halves
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn.config import ROLES
+
+SCENARIOS = ("class", "instances")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def make_scenario(
     Raises:
         ValueError: unknown name, a class that does not occur, a share that leaves one side empty.
     """
-    check.one_of("scenario", name, ROLES)
+    check.one_of("scenario", name, SCENARIOS)
     train, test, held_out = halves.train, halves.test, halves.held_out
     if name == "class":
         known = train.labels.unique().tolist()

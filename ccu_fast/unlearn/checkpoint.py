@@ -1,0 +1,86 @@
+"""Where a run is written down while it goes, so that a killed one goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.data.paired import PairedData
+from ccu_fast.files import new_file
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that a run writes its state to and starts from.
+
+    Attributes:
+        path: the file, written whole or not at all; its folder must exist.
+        every: steps between two writes, at least 1.
+        settings: what else, besides the model, the data, the budget and the seed, decides the outcome; JSON. A file of
+            other settings is an error, not a start.
+    """
+
+    path: Path
+    every: int = 20
+    settings: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check.integer("every", self.every, low=1)
+        object.__setattr__(self, "path", Path(self.path))
+        if not self.path.parent.is_dir():
+            raise ValueError(f"checkpoint: expected a path in an existing folder, got {self.path}")
+
+
+def fingerprint(state: Mapping[str, Tensor], forget: PairedData, retain: PairedData, settings: Any) -> str:
+    """SHA-256 of a model's weights, both sets and the settings: equal ones give equal runs."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, value in state.items():
+        digest.update(name.encode())
+        digest.update(_bytes(value))
+    for data in (forget, retain):
+        for value in (data.visual, data.other, data.labels, data.ids):
+            digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def save(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+    """Write the state, all of it or nothing."""
+    with new_file(checkpoint.path) as file:
+        torch.save(state, file)
+
+
+def load(checkpoint: Checkpoint, key: str, device: torch.device) -> dict[str, Any] | None:
+    """The state, or None where no file is.
+
+    Raises:
+        ValueError: the file is of another run, or not a checkpoint.
+    """
+    if not checkpoint.path.exists():
+        return None
+    try:
+        state = torch.load(checkpoint.path, map_location=device, weights_only=True)
+        stored = state["key"]
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint: expected a file that an unlearning run wrote, got {checkpoint.path} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if stored != key:
+        raise ValueError(
+            f"checkpoint: expected the state of this run in {checkpoint.path}, got that of one with another model, "
+            "other data or other settings; remove the file to start anew"
+        )
+    return dict(state)
+
+
+def _bytes(value: Tensor) -> bytes:
+    flat = value.detach().cpu().contiguous()
+    return f"{flat.dtype}{list(flat.shape)}".encode() + flat.reshape(-1).view(torch.uint8).numpy().tobytes()
