@@ -1,0 +1,156 @@
+"""Pairs on a disk as the generator reads them: pictures are decoded when they are asked for, and only then alive."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.mem.data.listing import Bad, Listing
+from ccu_fast.mem.data.pictures import MAX_PIXELS, BadPicture, decode
+from ccu_fast.mem.data.shards import read_span
+
+DIGEST = 32
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one look at every picture found.
+
+    Attributes:
+        digests: uint8 ``[images, 32]``: SHA-256 of each encoded picture; zeros for the bad ones.
+        bad: image number → why it cannot be used.
+    """
+
+    digests: Tensor
+    bad: dict[int, str]
+
+
+class DiskSource:
+    """A :class:`~ccu_fast.mem.source.PairSource` over a listing.
+
+    Decoding runs in threads that live as long as the source (Pillow's decoders and resizing release the interpreter).
+    A call of :meth:`images` keeps its own batch alive and at most one picture for each thread.
+
+    Args:
+        listing: what there is.
+        shape: (C, H, W) of the model; see :func:`ccu_fast.mem.data.pictures.decode`.
+        digests: uint8 ``[images, 32]`` from :func:`scan`: a picture that has changed since is refused. None: no check.
+        threads: decoders; by default the processors this process may use.
+        max_pixels: larger pictures are refused.
+    """
+
+    def __init__(
+        self,
+        listing: Listing,
+        shape: tuple[int, int, int],
+        *,
+        digests: Tensor | None = None,
+        threads: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        check.integer("threads", threads, low=1)
+        check.integer("max_pixels", max_pixels, low=1)
+        self.listing, self.image_shape, self.digests, self.max_pixels = listing, shape, digests, max_pixels
+        self.captions: Sequence[str] = listing.captions
+        self.image_of = listing.image_of
+        self.n_images = listing.n_images
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def images(self, index: Tensor) -> Tensor:
+        """See :class:`~ccu_fast.mem.source.PairSource`.
+
+        Raises:
+            BadPicture: with its path: unreadable, or changed since it was scanned.
+        """
+        numbers = index.tolist()
+        batch = torch.empty((len(numbers), *self.image_shape), dtype=torch.uint8)
+
+        def fill(place: int) -> None:
+            batch[place] = self._decoded(numbers[place])
+
+        self.each(fill, len(numbers))
+        return batch
+
+    def each(self, work: Callable[[int], None], n: int) -> None:
+        """``work(0) … work(n − 1)`` in the decoding threads; the first exception comes out when all have ended."""
+        waiting = [self._pool.submit(work, i) for i in range(n)]
+        errors = [error for future in waiting if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+
+    def read(self, number: int) -> bytes:
+        """The encoded picture.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        spans = self.listing.spans
+        if spans is None:
+            return Path(self.listing.files[number]).read_bytes()
+        shard, offset, size = spans[number].tolist()
+        return read_span(self.listing.shards[shard], offset, size)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _decoded(self, number: int) -> Tensor:
+        file = self.listing.files[number]
+        try:
+            data = self.read(number)
+            if self.digests is not None and hashlib.sha256(data).digest() != self.digests[number].numpy().tobytes():
+                raise BadPicture("changed since it was checked")
+            return decode(data, self.image_shape, max_pixels=self.max_pixels)
+        except (OSError, BadPicture) as error:
+            raise BadPicture(f"{file}: {_why(error)}") from error
+
+
+def scan(source: DiskSource, numbers: Sequence[int], progress: Callable[[int, int], None] | None = None) -> Scan:
+    """Read and decode each of these pictures once, so that what is bad is known before hours of work.
+
+    Args:
+        source: the pictures; its digests are not looked at.
+        numbers: which of them.
+        progress: called as ``progress(done, total)``.
+    """
+    digests = torch.zeros(source.n_images, DIGEST, dtype=torch.uint8)
+    bad: dict[int, str] = {}
+
+    def look(number: int) -> None:
+        try:
+            data = source.read(number)
+            decode(data, source.image_shape, max_pixels=source.max_pixels)
+            digests[number] = torch.frombuffer(bytearray(hashlib.sha256(data).digest()), dtype=torch.uint8)
+        except (OSError, BadPicture) as error:
+            bad[number] = _why(error)
+
+    for start in range(0, len(numbers), _CHUNK):
+        part = numbers[start : start + _CHUNK]
+        source.each(lambda place, part=part: look(part[place]), len(part))  # type: ignore[misc]
+        if progress is not None:
+            progress(start + len(part), len(numbers))
+    return Scan(digests, dict(sorted(bad.items())))
+
+
+def bad_pictures(listing: Listing, bad: dict[int, str]) -> list[Bad]:
+    """What a scan found, in the words of the listing."""
+    return [Bad(listing.files[number], why) for number, why in sorted(bad.items())]
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)

@@ -1,0 +1,62 @@
+"""Folders of pictures with captions beside them: ``x.jpg`` and ``x.txt``, one caption a line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ccu_fast.mem.data.listing import Listing, Rows, published_names
+from ccu_fast.mem.data.pictures import is_picture
+
+
+def list_folder(root: Path) -> Listing:
+    """The pictures below ``root`` in the order of their paths. Other files are no part of the dataset.
+
+    A picture without captions and a caption file without a picture are bad.
+    """
+    rows = Rows()
+    root = Path(root)
+    pictures, texts = [], []
+    for folder, subfolders, files in os.walk(root):
+        subfolders.sort()
+        for name in sorted(files):
+            relative = os.path.relpath(os.path.join(folder, name), root)
+            if is_picture(name):
+                pictures.append(relative)
+            elif name.lower().endswith(".txt"):
+                texts.append(relative)
+    known, used = set(texts), set()
+    for number, picture in enumerate(pictures):
+        text = caption_file(picture)
+        if text not in known:
+            rows.refuse(picture, f"no caption file {text}")
+            continue
+        used.add(text)
+        try:
+            lines = (root / text).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            rows.refuse(text, f"expected UTF-8 text, got {error}")
+            continue
+        captions = [line for line in lines if line.strip()]
+        if not captions:
+            rows.refuse(text, "empty caption")
+        for caption in captions:
+            rows.add(number, text, os.path.normpath(root / picture), caption)
+    for text in texts:
+        if text not in used:
+            rows.refuse(text, "no picture beside this caption file")
+    return Listing(
+        format="folder",
+        root=root,
+        files=rows.files,
+        names=published_names(rows.files, root),
+        captions=rows.captions,
+        image_of=rows.rows_of_images(),
+        records=rows.records,
+        bad=rows.bad,
+    )
+
+
+def caption_file(picture: str) -> str:
+    """``a/b.jpg`` → ``a/b.txt``."""
+    return os.path.splitext(picture)[0] + ".txt"

@@ -1,0 +1,241 @@
+"""What a dataset holds, before any picture is decoded: distinct images, rows, and what is wrong with the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+
+FORMATS = ("csv", "folder", "imagefolder", "webdataset")
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Something that cannot be protected: where it is and why."""
+
+    where: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to read a dataset.
+
+    Attributes:
+        format: one of :data:`FORMATS`; None: see :func:`list_pairs`.
+        image_column: CSV and imagefolder; default "images" (CSV) or "file_name" (imagefolder).
+        caption_column: CSV and imagefolder; default "caption", for an imagefolder "text" where there is no "caption".
+    """
+
+    format: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.format is not None:
+            check.one_of("format", self.format, FORMATS)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The usable part of a dataset.
+
+    Attributes:
+        format: one of :data:`FORMATS`.
+        root: the CSV file, the folder, or the folder of the shards.
+        metadata: the file that names images and captions (CSV, imagefolder), with its two columns in ``columns``.
+        files: for each image its path, or ``shard.tar/key.jpg``.
+        names: for each image its published path, relative to the output, ending in ``.png``.
+        spans: webdataset: int64 ``[images, 3]``: shard, offset and size in bytes of each image.
+        shards: webdataset: the tar files.
+        captions: for each row.
+        image_of: int64 ``[rows]``.
+        records: for each row its number among the records of the metadata, so that writing can follow the input.
+        bad: what was left out.
+    """
+
+    format: str
+    root: Path
+    files: list[str]
+    names: list[str]
+    captions: list[str]
+    image_of: Tensor
+    records: list[int]
+    bad: list[Bad] = field(default_factory=list)
+    metadata: Path | None = None
+    columns: tuple[str, str] | None = None
+    spans: Tensor | None = None
+    shards: list[Path] = field(default_factory=list)
+
+    @property
+    def n_images(self) -> int:
+        return len(self.files)
+
+    def fingerprint(self) -> str:
+        """Changes with the names, captions, order and layout; contents of pictures are not in it."""
+        digest = hashlib.sha256(json.dumps([self.format, self.columns, list(map(asdict, self.bad))]).encode())
+        for part in (self.names, self.captions, self.records):
+            for item in part:
+                digest.update(f"{item}\0".encode("utf-8", "surrogatepass"))
+        digest.update(self.image_of.numpy().tobytes())
+        return digest.hexdigest()
+
+    def without(self, images: Sequence[int], bad: Sequence[Bad]) -> Listing:
+        """The listing without these images and their rows; ``bad`` is added to what was left out."""
+        keep = torch.ones(self.n_images, dtype=torch.bool)
+        keep[torch.tensor(images, dtype=torch.int64)] = False
+        number = keep.cumsum(0) - 1
+        rows = keep[self.image_of].nonzero()[:, 0].tolist()
+        kept = keep.nonzero()[:, 0].tolist()
+        return replace(
+            self,
+            files=[self.files[i] for i in kept],
+            names=[self.names[i] for i in kept],
+            spans=None if self.spans is None else self.spans[keep],
+            captions=[self.captions[row] for row in rows],
+            image_of=number[self.image_of[rows]],
+            records=[self.records[row] for row in rows],
+            bad=[*self.bad, *bad],
+        )
+
+
+class Rows:
+    """Collects rows while a dataset is read; refuses empty captions and repeated rows."""
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+        self.captions: list[str] = []
+        self.image_of: list[int] = []
+        self.records: list[int] = []
+        self.bad: list[Bad] = []
+        self._number: dict[str, int] = {}
+        self._seen: set[tuple[int, str]] = set()
+
+    def refuse(self, where: str, why: str) -> None:
+        """Leave something out."""
+        self.bad.append(Bad(where, why))
+
+    def add(self, record: int, where: str, file: str, caption: str) -> bool:
+        """A row; False (and an entry in ``bad``) when it cannot be used."""
+        if not caption.strip():
+            self.refuse(where, "empty caption")
+            return False
+        number = self._number.get(file, len(self.files))
+        if (number, caption) in self._seen:
+            self.refuse(where, "the same image and caption as an earlier row")
+            return False
+        if number == len(self.files):
+            self._number[file] = number
+            self.files.append(file)
+        self._seen.add((number, caption))
+        self.captions.append(caption)
+        self.image_of.append(number)
+        self.records.append(record)
+        return True
+
+    def rows_of_images(self) -> Tensor:
+        """``image_of`` as a tensor."""
+        return torch.tensor(self.image_of, dtype=torch.int64)
+
+
+def list_pairs(path: str | Path, options: Options | None = None) -> Listing:
+    """Read what a dataset holds; no picture is opened.
+
+    ==============  ==================================================================================================
+    ``csv``         a ``.csv`` or ``.tsv`` file, or a folder with one; image paths are absolute or relative to it
+    ``imagefolder`` a folder with ``metadata.csv`` or ``metadata.jsonl`` (Hugging Face)
+    ``webdataset``  a ``.tar`` file or a folder of them; each key has one image and one ``txt`` (img2dataset)
+    ``folder``      any other folder: pictures, and beside each ``x.jpg`` an ``x.txt`` with one caption a line
+    ==============  ==================================================================================================
+
+    The format is recognised (files by their ending, folders as imagefolder, webdataset, csv, folder in this order)
+    unless ``options`` names it. What this package published is read by the
+    format that its manifest names.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: wrong columns, no pairs, an unknown layout.
+    """
+    from ccu_fast.mem.data.folders import list_folder
+    from ccu_fast.mem.data.shards import list_shards
+    from ccu_fast.mem.data.tables import list_table
+
+    path, options = Path(path), options or Options()
+    if not path.exists():
+        raise FileNotFoundError(f"input: expected a file or folder, got {path}, which does not exist")
+    format, table = options.format or recognise(path), path
+    if path.is_dir() and format in ("csv", "imagefolder"):
+        table = _table_in(path, format)
+    if format in ("csv", "imagefolder"):
+        listing = list_table(table, format, options.image_column, options.caption_column)
+    elif options.image_column or options.caption_column:
+        raise ValueError(f"image_column, caption_column: expected with csv or imagefolder only, got format {format}")
+    else:
+        listing = list_shards(path) if format == "webdataset" else list_folder(path)
+    if not listing.captions and not listing.bad:
+        raise ValueError(f"input: expected image-caption pairs, got none in {path} (read as {format})")
+    return listing
+
+
+def recognise(path: Path) -> str:
+    """The format of what is there; see :func:`list_pairs`."""
+    if path.is_file():
+        kinds = {".csv": "csv", ".tsv": "csv", ".tar": "webdataset"}
+        if path.suffix.lower() not in kinds:
+            raise ValueError(f"input: expected .csv, .tsv, .tar or a folder, got {path}")
+        return kinds[path.suffix.lower()]
+    if (path / MANIFEST).is_file():
+        known = json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("format")
+        if known in FORMATS:
+            return str(known)
+    if any((path / f"metadata.{kind}").is_file() for kind in ("csv", "jsonl")):
+        return "imagefolder"
+    if any(path.glob("*.tar")):
+        return "webdataset"
+    return "csv" if len([*path.glob("*.csv"), *path.glob("*.tsv")]) == 1 else "folder"
+
+
+def _table_in(folder: Path, format: str) -> Path:
+    pattern = ("metadata.csv", "metadata.jsonl") if format == "imagefolder" else ("*.csv", "*.tsv")
+    found = sorted(file for p in pattern for file in folder.glob(p))
+    if len(found) != 1:
+        raise ValueError(f"input: expected one of {pattern} in {folder}, got {[f.name for f in found] or 'none'}")
+    return found[0]
+
+
+def published_names(files: Sequence[str], root: Path) -> list[str]:
+    """Where each image goes: its path below ``root`` if it has one, else below ``images/``; always with ``.png``.
+
+    Where two would get the same name, their old extension stays: ``a.jpg`` and ``a.gif`` become ``a.jpg.png`` and
+    ``a.gif.png``.
+    """
+    root_text = os.path.abspath(root)
+    absolute = [os.path.normpath(os.path.join(root_text, file)) for file in files]
+    outside = [path for path in absolute if not path.startswith(root_text.rstrip("/") + "/")]
+    common = os.path.commonpath([os.path.dirname(path) for path in outside]) if outside else ""
+    relative = [
+        os.path.relpath(path, root_text)
+        if path.startswith(root_text.rstrip("/") + "/")
+        else os.path.join("images", os.path.relpath(path, common))
+        for path in absolute
+    ]
+    short = [str(PurePosixPath(name).with_suffix(".png")) for name in relative]
+    count = Counter(short)
+    names = [new if count[new] == 1 else f"{old}.png" for new, old in zip(short, relative, strict=True)]
+    if len(set(names)) != len(names):
+        twice = next(name for name, n in Counter(names).items() if n > 1)
+        raise ValueError(f"input: expected images whose published names differ, got {twice} more than once")
+    return names

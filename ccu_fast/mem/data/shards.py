@@ -1,0 +1,144 @@
+"""WebDataset tar shards, as img2dataset writes them: for each key a picture, a ``txt`` with the caption, a ``json``.
+
+A shard is indexed by one pass over its headers and then read at offsets, so any pair can be had at any time without
+unpacking. Only uncompressed tar files allow that.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from ccu_fast.mem.data.listing import Listing, Rows
+from ccu_fast.mem.data.pictures import EXTENSIONS
+
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class BadShard(ValueError):
+    """A tar file that cannot be read to its end; the message says why."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The members of one key: extension → (offset, size)."""
+
+    key: str
+    members: dict[str, tuple[int, int]]
+
+    @property
+    def pictures(self) -> list[str]:
+        return [extension for extension in self.members if extension.rpartition(".")[2] in EXTENSIONS]
+
+
+def list_shards(path: Path) -> Listing:
+    """The pairs of one ``.tar`` file or of all in a folder, in the order of names and members.
+
+    A shard that cannot be read to its end is left out as a whole.
+    """
+    shards = [path] if path.is_file() else sorted(path.glob("*.tar"))
+    rows, spans, good = Rows(), [], []
+    record = -1
+    for shard in shards:
+        try:
+            samples = list(read_index(shard))
+        except (BadShard, OSError) as error:
+            rows.refuse(shard.name, f"unreadable shard: {error}")
+            continue
+        good.append(shard)
+        for sample in samples:
+            record += 1
+            where = f"{shard.name}/{sample.key}"
+            pictures = sample.pictures
+            if len(pictures) != 1:
+                rows.refuse(where, f"expected one picture, got {pictures or 'none'}")
+            elif "txt" not in sample.members:
+                rows.refuse(where, f"no caption {sample.key}.txt")
+            else:
+                try:
+                    caption = read_span(shard, *sample.members["txt"]).decode("utf-8-sig")
+                except UnicodeDecodeError as error:
+                    rows.refuse(f"{where}.txt", f"expected UTF-8 text, got {error}")
+                    continue
+                before = len(rows.files)
+                if rows.add(record, where, f"{where}.{pictures[0]}", caption):
+                    if len(rows.files) == before:
+                        raise ValueError(f"{shard}: expected every key once, got {sample.key} again")
+                    spans.append((len(good) - 1, *sample.members[pictures[0]]))
+    return Listing(
+        format="webdataset",
+        root=path.parent if path.is_file() else path,
+        files=rows.files,
+        names=[str(PurePosixPath(name[: -len(PurePosixPath(name).suffix)] + ".png")) for name in rows.files],
+        captions=rows.captions,
+        image_of=rows.rows_of_images(),
+        records=rows.records,
+        bad=rows.bad,
+        spans=torch.tensor(spans, dtype=torch.int64).reshape(-1, 3),
+        shards=good,
+    )
+
+
+def read_index(shard: Path) -> Iterator[Sample]:
+    """The samples of a shard: neighbours with the same key (the path up to the first dot of its last part).
+
+    Raises:
+        BadShard: not a plain tar file, damaged, or truncated. The tarfile module takes a damaged header in the middle
+            for the end of the file; here the end must be one.
+    """
+    size = shard.stat().st_size
+    end = 0
+    key = ""
+    members: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(shard, mode="r:") as archive:
+            for member in archive:
+                end = member.offset_data + (-(-member.size // _BLOCK) * _BLOCK if member.isreg() else 0)
+                if member.isreg():
+                    if member.offset_data + member.size > size:
+                        raise BadShard(f"truncated in {member.name}")
+                    name, extension = split_key(member.name)
+                    if name != key and members:
+                        yield Sample(key, members)
+                        members = {}
+                    if extension in members:
+                        raise BadShard(f"{member.name} occurs twice")
+                    key = name
+                    members[extension] = (member.offset_data, member.size)
+                # The module keeps every header it has read.
+                archive.members = []  # type: ignore[attr-defined]
+    except tarfile.TarError as error:
+        raise BadShard(f"not an uncompressed tar file ({error})") from error
+    if members:
+        yield Sample(key, members)
+    with shard.open("rb") as file:
+        file.seek(end)
+        if file.read(_BLOCK).strip(b"\0"):
+            raise BadShard(f"damaged at byte {end}")
+    if end > size:
+        raise BadShard("truncated")
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """``a/b.c.jpg`` → (``a/b``, ``c.jpg``), as webdataset splits; extensions in lower case."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def read_span(path: Path, offset: int, size: int) -> bytes:
+    """``size`` bytes at ``offset``.
+
+    Raises:
+        OSError: the file ends before.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) != size:
+        raise OSError(f"{path}: expected {size} bytes at {offset}, got {len(data)}")
+    return data

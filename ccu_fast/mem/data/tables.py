@@ -1,0 +1,142 @@
+"""Tables that name images and captions: CSV (and TSV), and Hugging Face's metadata.csv and metadata.jsonl."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from ccu_fast.mem.data.listing import Listing, Rows, published_names
+
+# A field may be as long as a C long allows; the default of 128 KiB is less than some scraped captions.
+_FIELD_LIMIT = 2**31 - 1
+
+
+def list_table(path: Path, format: str, image_column: str | None, caption_column: str | None) -> Listing:
+    """The listing of a table; image paths are absolute or relative to the table's folder.
+
+    Raises:
+        ValueError: a column is missing, or the file is no such table.
+    """
+    rows, columns = Rows(), None
+    folder = path.parent
+    for number, record in enumerate(read_records(path)):
+        if columns is None:
+            columns = _columns(path, format, list(record), image_column, caption_column)
+        where = f"{path.name}, record {number + 1}"
+        image, caption = record.get(columns[0]), record.get(columns[1])
+        if None in record or None in record.values() or not isinstance(image, str) or not isinstance(caption, str):
+            rows.refuse(where, f"expected the header's fields, with strings in {columns[0]} and {columns[1]}")
+        elif not image.strip():
+            rows.refuse(where, f"no path in {columns[0]}")
+        else:
+            rows.add(number, where, os.path.normpath(folder / image), caption)
+    return Listing(
+        format=format,
+        root=folder,
+        metadata=path,
+        columns=columns,
+        files=rows.files,
+        names=published_names(rows.files, folder),
+        captions=rows.captions,
+        image_of=rows.rows_of_images(),
+        records=rows.records,
+        bad=rows.bad,
+    )
+
+
+def read_records(path: Path) -> Iterator[dict[Any, Any]]:
+    """The records, one at a time; of a CSV those with too many fields have the key None, with too few the value None.
+
+    Raises:
+        ValueError: not UTF-8, not CSV, a repeated column, not one JSON object a line.
+    """
+    try:
+        with _open(path) as file:
+            yield from _jsonl(path, file) if path.suffix == ".jsonl" else _csv(path, file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8, got {error}") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}: expected CSV, got {error}") from error
+
+
+def rewrite(source: Path, target: Path, change: Callable[[int, dict[str, Any]], dict[str, Any] | None]) -> None:
+    """Copy a table record by record through ``change`` (None leaves a record out); columns, their order, delimiter
+    and line ends stay.
+    """
+    with target.open("w", newline="", encoding="utf-8") as file:
+        write: Callable[[dict[str, Any]], None] | None = None
+        for number, record in enumerate(read_records(source)):
+            changed = change(number, record)
+            if changed is None:
+                continue
+            if write is None:
+                write = _writer(source, file, list(record))
+            write(changed)
+
+
+def _writer(source: Path, file: TextIO, columns: list[str]) -> Callable[[dict[str, Any]], None]:
+    if source.suffix == ".jsonl":
+
+        def write_line(record: dict[str, Any]) -> None:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+        return write_line
+    with source.open("rb") as raw:
+        end = "\r\n" if raw.readline().endswith(b"\r\n") else "\n"
+    options: Any = {"fieldnames": columns, "delimiter": _delimiter(source), "lineterminator": end}
+    plain, quoted = csv.DictWriter(file, **options), csv.DictWriter(file, quoting=csv.QUOTE_ALL, **options)
+    plain.writeheader()
+
+    def write(record: dict[str, Any]) -> None:
+        # Python before 3.13 quotes a lone carriage return only where it ends lines, and would read it as one.
+        alone = any("\r" in value for value in record.values())
+        (quoted if alone else plain).writerow(record)
+
+    return write
+
+
+def _open(path: Path) -> TextIO:
+    return path.open(newline="", encoding="utf-8-sig")
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def _csv(path: Path, file: TextIO) -> Iterator[dict[Any, Any]]:
+    csv.field_size_limit(_FIELD_LIMIT)
+    reader = csv.DictReader(file, delimiter=_delimiter(path), strict=True)
+    names = list(reader.fieldnames or ())
+    if len(set(names)) != len(names):
+        raise ValueError(f"{path}: expected distinct columns, got {names}")
+    yield from reader
+
+
+def _jsonl(path: Path, file: TextIO) -> Iterator[dict[Any, Any]]:
+    for number, line in enumerate(file):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number + 1}: expected JSON, got {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number + 1}: expected a JSON object, got {type(record).__name__}")
+        yield record
+
+
+def _columns(path: Path, format: str, found: list[Any], image: str | None, caption: str | None) -> tuple[str, str]:
+    image = image or ("file_name" if format == "imagefolder" else "images")
+    if caption is None:
+        caption = "text" if format == "imagefolder" and "caption" not in found else "caption"
+    missing = [name for name in (image, caption) if name not in found]
+    if missing:
+        raise ValueError(
+            f"{path}: expected the columns {image} and {caption}, got {', '.join(map(str, found)) or 'none'} "
+            "(other names: --image-column, --caption-column)"
+        )
+    return image, caption
