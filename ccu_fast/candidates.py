@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
 from ccu_fast import check
-
-_CHUNK_ELEMENTS = 1 << 24
+from ccu_fast.backends.registry import choose
 
 
 def candidate_losses(
@@ -17,6 +18,7 @@ def candidate_losses(
     *,
     scale: float | Tensor,
     bias: float | Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """The symmetric InfoNCE loss of the batch with one caption replaced, for every caption and candidate::
 
@@ -27,8 +29,7 @@ def candidate_losses(
 
     at the cost of one similarity per candidate and image. A replaced caption changes one column of s: in that
     direction its log-sum-exp is new, in the other every image's loses one term and gains one. The term is not
-    subtracted, which would cancel when it dominates: each log-sum-exp without it is joined from the part before
-    it and the part behind it.
+    subtracted where it dominates, which would cancel; then the others are summed anew.
 
     Args:
         text_candidates: ``[B, K, D]`` features of K candidate captions for each of the B rows; fp32, fp16, bf16 or
@@ -38,9 +39,11 @@ def candidate_losses(
         scale: number or one-element tensor: the inverse temperature.
         bias: number or one-element tensor added to every similarity. It cancels; accepted for one signature with
             :func:`ccu_fast.info_nce`.
+        backend: "auto", "native" or "reference"; a named one raises if it cannot serve. Where a gradient is asked for,
+            and in fp64, the reference serves: the kernels only compare candidates.
 
     Returns:
-        ``[B, K]`` fp32 (fp64 for fp64 inputs). Differentiable.
+        ``[B, K]`` fp32 (fp64 for fp64 inputs).
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -58,34 +61,37 @@ def candidate_losses(
     batch, candidates, _ = text_candidates.shape
     if batch == 0 or candidates == 0:
         return text_candidates.new_zeros((batch, candidates), dtype=compute)
+    follows = torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in (text_candidates, image, text, scale)
+    )
+    if follows and backend == "native":
+        raise ValueError("backend: 'native' has no gradient; call under torch.no_grad() or detach the inputs")
+    name = choose("reference" if follows else backend, "candidate_losses", image.device, image.dtype)
     with torch.autocast(image.device.type, enabled=False):
-        image, text = factor * image.to(compute), text.to(compute)
-        s = image @ text.T
-        own = s.diagonal()
-        without = _leave_one_out(s)
-        # What the rows and columns other than b contribute whatever stands at b.
-        columns = (s.logsumexp(0) - own).double()
-        fixed = columns.sum() - columns - (own.double().sum() - own.double())
-        rows = max(1, _CHUNK_ELEMENTS // (candidates * batch))
-        parts = []
-        for start in range(0, batch, rows):
-            part = slice(start, min(start + rows, batch))
-            new = text_candidates[part].to(compute) @ image.T  # [b, K, B]: candidate against every image
-            matched = new[torch.arange(new.shape[0]), :, torch.arange(start, start + new.shape[0])]
-            per_image = torch.logaddexp(without[:, part].T[:, None, :], new)
-            changed = per_image.double().sum(-1) + (new.logsumexp(-1) - 2 * matched).double()
-            parts.append((changed + fixed[part, None]) / (2 * batch))
-        return torch.cat(parts).to(compute)
+        arguments = (text_candidates, (factor * image.to(compute)).contiguous(), text.to(compute).contiguous())
+        if follows or not torch.compiler.is_compiling():
+            return _solve(*arguments, name)
+        return torch.ops.ccu_fast.candidate_losses(*arguments, name)
 
 
-def _leave_one_out(s: Tensor) -> Tensor:
-    """out[i, b] = logsumexp of row i without its element b."""
-    # In float64: sums along a row accumulate B roundings. B² elements are few beside B²·K.
-    s64 = s.double()
-    empty = s64.new_full((s.shape[0], 1), -torch.inf)
-    before = torch.cat([empty, s64[:, :-1].logcumsumexp(1)], 1)
-    behind = torch.cat([s64[:, 1:].flip(1).logcumsumexp(1).flip(1), empty], 1)
-    return torch.logaddexp(before, behind).to(s.dtype)
+def _solve(text_candidates: Tensor, image: Tensor, text: Tensor, backend: str) -> Tensor:
+    solved: Tensor = importlib.import_module(f"ccu_fast.backends.{backend}.candidates").solve(
+        text_candidates, image, text
+    )
+    return solved
+
+
+_LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
+_LIBRARY.define(
+    "candidate_losses(Tensor text_candidates, Tensor image, Tensor text, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("candidate_losses", _solve, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "ccu_fast::candidate_losses",
+    lambda candidates, image, text, backend: image.new_empty(candidates.shape[:2]),
+    lib=_LIBRARY,
+)
 
 
 def _scalar(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> float | Tensor:

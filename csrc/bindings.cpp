@@ -42,6 +42,22 @@ void call(const char* name, int (*op)(const Args*), const Args& args) {
   }
 }
 
+// On tensors of a CPU or of a GPU.
+template <class Args>
+void call_on(bool cuda, const char* name, int (*cpu_op)(const Args*), [[maybe_unused]] int (*cuda_op)(const Args*),
+             const Args& args) {
+#if !CCU_HAVE_CUDA
+  if (cuda) throw std::runtime_error(std::string(name) + ": this build has no CUDA");
+#endif
+  call(name, cuda ? cuda_op : cpu_op, args);
+}
+
+#if CCU_HAVE_CUDA
+#define CCU_CUDA(op) op
+#else
+#define CCU_CUDA(op) nullptr
+#endif
+
 void copy_codes(const std::vector<int32_t>& from, int32_t* to, int32_t* count) {
   if (from.size() > CCU_MAX_REDUCTIONS)
     throw std::invalid_argument("expected at most " + std::to_string(CCU_MAX_REDUCTIONS) + " reductions a side, got " +
@@ -58,6 +74,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("F32") = static_cast<int>(CCU_F32);
   m.attr("F16") = static_cast<int>(CCU_F16);
   m.attr("BF16") = static_cast<int>(CCU_BF16);
+  m.attr("U8") = static_cast<int>(CCU_U8);
+  m.attr("I8") = static_cast<int>(CCU_I8);
   m.attr("TOKEN_PANEL") = static_cast<int>(CCU_TOKEN_PANEL);
 #if CCU_HAVE_CUDA
   m.attr("CUDA") = true;
@@ -197,15 +215,95 @@ PYBIND11_MODULE(_C, m) {
         a.threads = threads;
         a.found = &found;
         a.stream = pointer<void>(stream);
-#if CCU_HAVE_CUDA
-        call("pgd_step", cuda ? ccu_cuda_pgd_step : ccu_pgd_step, a);
-#else
-        if (cuda) throw std::runtime_error("pgd_step: this build has no CUDA");
-        call("pgd_step", ccu_pgd_step, a);
-#endif
+        call_on(cuda, "pgd_step", ccu_pgd_step, CCU_CUDA(ccu_cuda_pgd_step), a);
         return found != 0;
       },
       py::kw_only(), py::arg("delta"), py::arg("grad"), py::arg("image"), py::arg("dtype"), py::arg("grad_dtype"),
       py::arg("samples"), py::arg("channels"), py::arg("inner"), py::arg("step"), py::arg("eps"), py::arg("lower"),
       py::arg("upper"), py::arg("l2"), py::arg("check"), py::arg("threads"), py::arg("cuda"), py::arg("stream"));
+
+  m.def(
+      "noise_add",
+      [](Address images, int image_dtype, Address noise, int noise_dtype, Address index, int64_t items,
+         int64_t channels, int64_t inner, int64_t rows, float lower, float upper, Address limits, Address out,
+         int threads, bool cuda, Address stream) {
+        ccu_noise_add_args a{};
+        a.images = pointer<void>(images);
+        a.image_dtype = image_dtype;
+        a.noise = pointer<void>(noise);
+        a.noise_dtype = noise_dtype;
+        a.index = pointer<int64_t>(index);
+        a.items = items;
+        a.channels = channels;
+        a.inner = inner;
+        a.rows = rows;
+        a.lower = lower;
+        a.upper = upper;
+        a.limits = pointer<float>(limits);
+        a.out = pointer<void>(out);
+        a.threads = threads;
+        a.stream = pointer<void>(stream);
+        call_on(cuda, "noise_add", ccu_noise_add, CCU_CUDA(ccu_cuda_noise_add), a);
+      },
+      py::kw_only(), py::arg("images"), py::arg("image_dtype"), py::arg("noise"), py::arg("noise_dtype"),
+      py::arg("index"), py::arg("items"), py::arg("channels"), py::arg("inner"), py::arg("rows"), py::arg("lower"),
+      py::arg("upper"), py::arg("limits"), py::arg("out"), py::arg("threads"), py::arg("cuda"), py::arg("stream"));
+
+  m.def(
+      "noise_update",
+      [](Address noise, int noise_dtype, Address rows, Address order, int64_t count, int64_t total, int64_t size,
+         Address delta, int delta_dtype, float eps, int threads, bool cuda, Address stream) {
+        ccu_noise_update_args a{};
+        a.noise = pointer<void>(noise);
+        a.noise_dtype = noise_dtype;
+        a.rows = pointer<int64_t>(rows);
+        a.order = pointer<int64_t>(order);
+        a.count = count;
+        a.total = total;
+        a.size = size;
+        a.delta = pointer<void>(delta);
+        a.delta_dtype = delta_dtype;
+        a.eps = eps;
+        a.threads = threads;
+        a.stream = pointer<void>(stream);
+        call_on(cuda, "noise_update", ccu_noise_update, CCU_CUDA(ccu_cuda_noise_update), a);
+      },
+      py::kw_only(), py::arg("noise"), py::arg("noise_dtype"), py::arg("rows"), py::arg("order"), py::arg("count"),
+      py::arg("total"), py::arg("size"), py::arg("delta"), py::arg("delta_dtype"), py::arg("eps"), py::arg("threads"),
+      py::arg("cuda"), py::arg("stream"));
+
+  m.def(
+      "candidate_rest",
+      [](Address s, int64_t batch, Address rest, Address fixed, int threads, bool cuda, Address stream) {
+        ccu_candidate_rest_args a{};
+        a.s = pointer<float>(s);
+        a.batch = batch;
+        a.rest = pointer<float>(rest);
+        a.fixed = pointer<double>(fixed);
+        a.threads = threads;
+        a.stream = pointer<void>(stream);
+        call_on(cuda, "candidate_rest", ccu_candidate_rest, CCU_CUDA(ccu_cuda_candidate_rest), a);
+      },
+      py::kw_only(), py::arg("s"), py::arg("batch"), py::arg("rest"), py::arg("fixed"), py::arg("threads"),
+      py::arg("cuda"), py::arg("stream"));
+
+  m.def(
+      "candidate_losses",
+      [](Address similarity, Address rest, Address fixed, int64_t batch, int64_t candidates, int64_t first,
+         int64_t rows, Address out, int threads, bool cuda, Address stream) {
+        ccu_candidate_losses_args a{};
+        a.similarity = pointer<float>(similarity);
+        a.rest = pointer<float>(rest);
+        a.fixed = pointer<double>(fixed);
+        a.batch = batch;
+        a.candidates = candidates;
+        a.first = first;
+        a.rows = rows;
+        a.out = pointer<float>(out);
+        a.threads = threads;
+        a.stream = pointer<void>(stream);
+        call_on(cuda, "candidate_losses", ccu_candidate_losses, CCU_CUDA(ccu_cuda_candidate_losses), a);
+      },
+      py::kw_only(), py::arg("similarity"), py::arg("rest"), py::arg("fixed"), py::arg("batch"), py::arg("candidates"),
+      py::arg("first"), py::arg("rows"), py::arg("out"), py::arg("threads"), py::arg("cuda"), py::arg("stream"));
 }

@@ -21,7 +21,7 @@ enum ccu_status {
   CCU_CUDA_ERROR = 4,
 };
 
-enum ccu_dtype { CCU_F32 = 0, CCU_F16 = 1, CCU_BF16 = 2 };
+enum ccu_dtype { CCU_F32 = 0, CCU_F16 = 1, CCU_BF16 = 2, CCU_U8 = 3, CCU_I8 = 4 };
 
 // The instruction set the CPU kernels run with: "avx512", "avx2", "neon" or "base".
 const char* ccu_cpu_isa(void);
@@ -141,6 +141,72 @@ typedef struct {
 int ccu_pgd_step(const ccu_pgd_step_args* args);
 // CUDA, L-infinity only; `check`, `threads` and `found` are not looked at.
 int ccu_cuda_pgd_step(const ccu_pgd_step_args* args);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The noise store. int8 noise counts steps of 1/255; uint8 images are pixels, whose level 255 is 1.
+
+// out[b] = clamp(images[b] + noise[index[b]], lower, upper), out may be images.
+typedef struct {
+  const void* images;    // [items, channels, inner]
+  int32_t image_dtype;   // CCU_U8, F32, F16, BF16
+  const void* noise;     // [rows, channels, inner]
+  int32_t noise_dtype;   // CCU_I8, F16, F32
+  const int64_t* index;  // [items], in range; NULL: the same number
+  int64_t items, channels, inner, rows;
+  float lower, upper;   // in the units of images: levels for uint8
+  const float* limits;  // [2, channels]: lower, upper per channel in their place; or NULL
+  void* out;
+  int32_t threads;
+  void* stream;  // CUDA only
+} ccu_noise_add_args;
+
+int ccu_noise_add(const ccu_noise_add_args* args);
+int ccu_cuda_noise_add(const ccu_noise_add_args* args);
+
+// noise[i] = clamp(noise[i] + sum of the deltas whose index is i, in their order, -eps, eps).
+typedef struct {
+  void* noise;           // [total, size]
+  int32_t noise_dtype;   // CCU_I8, F16, F32
+  const int64_t* rows;   // [count]: the index, sorted; in range
+  const int64_t* order;  // [count]: the delta of each
+  int64_t count, total, size;
+  const void* delta;    // [count, size]
+  int32_t delta_dtype;  // CCU_I8, F16, F32
+  float eps;            // in the units of the noise: steps for int8
+  int32_t threads;
+  void* stream;  // CUDA only
+} ccu_noise_update_args;
+
+int ccu_noise_update(const ccu_noise_update_args* args);
+int ccu_cuda_noise_update(const ccu_noise_update_args* args);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// candidate_losses besides its GEMMs, see csrc/cpu/candidates.cpp. Addresses are those of the device that computes.
+
+typedef struct {
+  const float* s;  // [batch images, batch texts]
+  int64_t batch;
+  float* rest;    // [batch texts, batch images]
+  double* fixed;  // [batch]
+  int32_t threads;
+  void* stream;  // CUDA only
+} ccu_candidate_rest_args;
+
+int ccu_candidate_rest(const ccu_candidate_rest_args* args);
+int ccu_cuda_candidate_rest(const ccu_candidate_rest_args* args);
+
+typedef struct {
+  const float* similarity;  // [rows, candidates, batch]
+  const float* rest;
+  const double* fixed;
+  int64_t batch, candidates, first, rows;
+  float* out;  // [batch, candidates]
+  int32_t threads;
+  void* stream;  // CUDA only
+} ccu_candidate_losses_args;
+
+int ccu_candidate_losses(const ccu_candidate_losses_args* args);
+int ccu_cuda_candidate_losses(const ccu_candidate_losses_args* args);
 
 #ifdef __cplusplus
 }

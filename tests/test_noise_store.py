@@ -15,11 +15,6 @@ DTYPES = (torch.int8, torch.float16, torch.float32)
 IMAGES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture
-def backend() -> str:
-    return "reference"
-
-
 def steps(*shape: int, most: int = 8) -> Tensor:
     return torch.randint(-most, most + 1, shape, dtype=torch.int8)
 
@@ -227,3 +222,46 @@ def test_compiles_as_one_graph(backend: str) -> None:
     got = torch.compile(f, fullgraph=True, backend="aot_eager")(store, images, index)
     assert torch.equal(got, f(other, images, index))
     assert torch.equal(store.data, other.data)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_threads_changes_no_bit(native: str, dtype: torch.dtype) -> None:
+    item, index = (3, 130, 129), torch.tensor([2, 0, 2, 1, 2])
+    images, delta = pictures(torch.float32, 5, *item), steps(5, *item)
+    start, before, results = filled(dtype, native, 3, item), torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        store = NoiseStore(3, item, dtype=dtype, backend=native)
+        store.data.copy_(start.data)
+        torch.set_num_threads(threads)
+        try:
+            store.scatter_add_clamp_(index, delta, 8 / 255)
+            results.append((store.data, store.add_to(images, index)))
+        finally:
+            torch.set_num_threads(before)
+    for data, added in results[1:]:
+        assert torch.equal(data, results[0][0]) and torch.equal(added, results[0][1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("image_dtype", IMAGES)
+@pytest.mark.parametrize("item", [ITEM, (3, 32, 32)])
+def test_the_cuda_kernels_have_the_bits_of_the_cpu(
+    native: str, dtype: torch.dtype, image_dtype: torch.dtype, item: tuple[int, ...]
+) -> None:
+    here = filled(dtype, native, 11, item)
+    there = NoiseStore(11, item, dtype=dtype, device="cuda", backend=native)
+    there.data.copy_(here.data)
+    index, images, delta = torch.tensor([4, 4, 0, 10]), pictures(image_dtype, 4, *item), steps(4, *item)
+    lower = 0.1 if image_dtype == torch.uint8 else torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    far = lower.cuda() if isinstance(lower, Tensor) else lower
+    assert torch.equal(
+        there.add_to(images.cuda(), index.cuda(), lower=far).cpu(), here.add_to(images, index, lower=lower)
+    )
+    assert torch.equal(here.add_to(images.cuda(), index, lower=far).cpu(), here.add_to(images, index, lower=lower))
+    here.scatter_add_clamp_(index, delta, 8 / 255)
+    there.scatter_add_clamp_(index.cuda(), delta.cuda(), 8 / 255)
+    assert torch.equal(there.data.cpu(), here.data)
+    there.scatter_(index.cuda(), delta.cuda())
+    here.scatter_(index, delta)
+    assert torch.equal(there.data.cpu(), here.data)

@@ -1,4 +1,4 @@
-"""topk_flips against a stable float64 sort, candidate_losses against the loss of the changed batch."""
+"""topk_flips against a stable float64 sort."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tolerance import assert_three_way
 from torch import Tensor
 
-from ccu_fast import Flips, TokenTable, candidate_losses, info_nce, topk_flips
+from ccu_fast import Flips, TokenTable, topk_flips
 from ccu_fast.backends.registry import unavailable
 
 BACKENDS = ["reference"] + ([] if unavailable("native") else ["native"])
@@ -398,67 +398,3 @@ def test_scores_are_never_stored(native: str) -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     unit = 1 if sys.platform == "darwin" else 1024
     assert int(done.stdout) * unit < 40e6
-
-
-# ---- candidate_losses
-
-
-def brute_losses(candidates: Tensor, image: Tensor, text: Tensor, scale: Any) -> Tensor:
-    rows = []
-    for b in range(candidates.shape[0]):
-        for k in range(candidates.shape[1]):
-            changed = text.clone()
-            changed[b] = candidates[b, k]
-            rows.append(info_nce(image, changed, scale=scale, backend="reference"))
-    return torch.stack(rows).view(candidates.shape[:2])
-
-
-@pytest.mark.parametrize(("batch", "k", "dim"), [(1, 3, 5), (2, 1, 4), (7, 5, 16), (33, 4, 8)])
-@pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_candidate_losses_are_those_of_the_changed_batch(batch: int, k: int, dim: int, scale: float) -> None:
-    normalize = torch.nn.functional.normalize
-    candidates = normalize(torch.randn(batch, k, dim), dim=-1)
-    image, text = normalize(torch.randn(batch, dim), dim=-1), normalize(torch.randn(batch, dim), dim=-1)
-    # Matched pairs dominate their row: what is removed is nearly all of the sum.
-    text[::2] = image[::2]
-    exact = brute_losses(candidates.double(), image.double(), text.double(), scale)
-    got = candidate_losses(candidates.double(), image.double(), text.double(), scale=scale)
-    torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
-    single = candidate_losses(candidates, image, text, scale=torch.tensor(scale), bias=-3.0)
-    assert single.dtype == torch.float32
-    assert_three_way("losses", single, brute_losses(candidates, image, text, scale), exact, magnitude=scale)
-    for dtype in (torch.float16, torch.bfloat16):
-        low = [t.to(dtype) for t in (candidates, image, text)]
-        exact = brute_losses(*(t.double() for t in low), scale)
-        same = brute_losses(*(t.float() for t in low), scale)
-        assert_three_way(str(dtype), candidate_losses(*low, scale=scale), same, exact, magnitude=scale)
-
-
-def test_candidate_losses_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = (torch.randn(9, 3, 4), torch.randn(9, 4), torch.randn(9, 4))
-    whole = candidate_losses(*arguments, scale=2.0)
-    monkeypatch.setattr("ccu_fast.candidates._CHUNK_ELEMENTS", 60)
-    torch.testing.assert_close(candidate_losses(*arguments, scale=2.0), whole)
-
-
-def test_candidate_losses_differentiate() -> None:
-    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 2, 3), (4, 3), (4, 3))]
-    assert torch.autograd.gradcheck(lambda *t: candidate_losses(*t, scale=2.0), inputs)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"text_candidates": torch.randn(3, 4)}, ValueError, "text_candidates: expected 3 dimensions"),
-        ({"image": torch.randn(2, 4)}, ValueError, r"image: expected shape \[3, 4\]"),
-        ({"text": torch.randn(3, 5)}, ValueError, r"text: expected shape \[3, 4\]"),
-        ({"text": torch.randn(3, 4).double()}, TypeError, "text: expected dtype"),
-        ({"scale": torch.ones(2)}, ValueError, "scale: expected one element"),
-        ({"scale": float("nan")}, ValueError, "scale: expected a finite number"),
-        ({"bias": "0"}, TypeError, "bias: expected a number"),
-    ],
-)
-def test_bad_candidate_losses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = {"text_candidates": torch.randn(3, 2, 4), "image": torch.randn(3, 4), "text": torch.randn(3, 4)}
-    with pytest.raises(error, match=f"^{message}"):
-        candidate_losses(**(arguments | {"scale": 1.0} | changes))

@@ -16,7 +16,7 @@ log = logging.getLogger("ccu_fast")
 BACKENDS = ("triton", "native", "reference")
 
 # What the compiled module also runs on cuda tensors.
-NATIVE_CUDA = ("pgd_step_",)
+NATIVE_CUDA = ("candidate_losses", "noise_store", "pgd_step_")
 
 
 @functools.cache
@@ -42,8 +42,6 @@ def cannot_serve(backend: str, op: str, device: torch.device, dtype: torch.dtype
         return reason
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it computes fp32, fp16 and bf16, not {dtype}"
-    if backend == "native" and op == "noise_store":
-        return "it has no noise_store yet"
     if backend == "native" and device.type != "cpu" and not (device.type == "cuda" and op in NATIVE_CUDA):
         return f"its {op} runs on cpu tensors, not {device.type}"
     if backend == "native" and device.type == "cuda":
