@@ -136,7 +136,10 @@ def test_a_missing_library_and_an_unknown_name() -> None:
 def test_arguments_are_named_whatever_way_they_came() -> None:
     def function(a: int, b: int = 2, **rest: int) -> None: ...
 
+    def strict(a: int, b: int = 2) -> None: ...
+
     assert arguments(function, (1,), {"c": 3}) == {"a": 1, "b": 2, "c": 3}
+    assert arguments(strict, (1,), {"b": 4, "taken_by_a_decorator": 3}) == {"a": 1, "b": 4, "taken_by_a_decorator": 3}
 
 
 def test_every_target_has_an_integration_and_says_what_it_replaces() -> None:

@@ -98,12 +98,16 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, defaults filled in, those of ``**kwargs`` beside the others."""
-    signature = _signature(function)
-    bound = signature.bind(*args, **kwargs)
+    """The arguments of a call by name, defaults filled in, those of ``**kwargs`` beside the others.
+
+    So are names that the signature does not have: decorators take such out before the function sees them.
+    """
+    parameters = _signature(function).parameters
+    extra = {name: value for name, value in kwargs.items() if name not in parameters}
+    bound = _signature(function).bind(*args, **{name: kwargs[name] for name in kwargs if name not in extra})
     bound.apply_defaults()
     named = dict(bound.arguments)
-    for parameter in signature.parameters.values():
+    for parameter in parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(named.pop(parameter.name))
-    return named
+            del named[parameter.name]
+    return {**named, **extra}
