@@ -13,15 +13,12 @@ import torch
 from ccu_fast import check
 from ccu_fast.data.halves import CLASSES, PIXELS, load_halves
 from ccu_fast.models.fusion import FusionModel
-from ccu_fast.unlearn.audit import MODALITIES, audit
-from ccu_fast.unlearn.baselines import contrastive_unlearning as contrastive
-from ccu_fast.unlearn.baselines import gradient_ascent as ascent
-from ccu_fast.unlearn.baselines.fine_tune import fine_tune
-from ccu_fast.unlearn.baselines.random_label import random_label
+from ccu_fast.unlearn.audit import MODALITIES, audit, average_gap
+from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.baselines.retrain import retrain
 from ccu_fast.unlearn.ccu import ccu_method
-from ccu_fast.unlearn.config import Budget, Progress, UnlearnConfig
-from ccu_fast.unlearn.loop import HeldOut, Prepare, Run, accuracies, embed, run
+from ccu_fast.unlearn.config import Progress, UnlearnConfig
+from ccu_fast.unlearn.loop import HeldOut, Run, accuracies, embed, run
 from ccu_fast.unlearn.protocol import TwoModalityModel
 from ccu_fast.unlearn.scenario import Scenario, make_scenario
 from ccu_fast.unlearn.training import TrainConfig, train
@@ -30,10 +27,7 @@ METHODS = {
     "original": "before unlearning",
     "gold_mask": "gold: visual masked",
     "gold_drop": "gold: both dropped",
-    "fine_tune": "fine-tuning",
-    "gradient_ascent": "gradient ascent",
-    "random_label": "random labels",
-    "contrastive_unlearning": "Contrastive Unlearning",
+    **{name: baseline.label for name, baseline in BASELINES.items()},
     "ccu": "CCU",
     "ccu_without_a": "CCU without (a)",
     "ccu_without_b": "CCU without (b)",
@@ -72,8 +66,9 @@ def run_digits_halves(
     Returns:
         ``setting`` – task, scenario, seed, sizes, CCU's configuration. ``metrics`` – for each method what
         :func:`ccu_fast.unlearn.audit.audit` measures, the same against the gold_mask model ("gap_to_gold", signed;
-        "mia_gap", absolute) and "label". ``cost`` – for each method "steps", "items", "seconds" and "ratio" (its
-        seconds over gold_mask's). All of that is JSON. ``embeddings`` – float32 arrays for a picture, visual
+        "mia_gap", absolute; "average_gap", see :func:`ccu_fast.unlearn.audit.average_gap`) and "label".
+        ``cost`` – for each method "steps", "items", "seconds" and "ratio" (its seconds over gold_mask's). All of that
+        is JSON. ``embeddings`` – float32 arrays for a picture, visual
         embeddings of test and forget items: "before" and "after" CCU (when it ran), int64 "labels", bool "forgotten".
 
     Raises:
@@ -92,6 +87,7 @@ def run_digits_halves(
     for name, values in metrics.items():
         values["gap_to_gold"] = {m: _gaps(values[m], gold[m]) for m in MODALITIES}
         values["mia_gap"] = abs(values["mia_auc"] - gold["mia_auc"])
+        values["average_gap"] = average_gap(values, gold)
         values["label"] = METHODS[name]
     return {
         "setting": {
@@ -148,31 +144,23 @@ def _run_all(
             runs[name] = retrain(
                 make_model, split.train, split.forget.ids, training, kind=kind, progress=progress, stage=name
             )
+        elif name in BASELINES:
+            runs[name] = BASELINES[name].run(
+                original, split.forget, split.retain, split.name, config.budget,
+                seed=config.seed, held_out=held_out, progress=progress, stage=name,
+            )  # fmt: skip
         elif name != "original":
-            prepare, budget = _method(name, config)
-            runs[name] = loop(prepare, budget, stage=name)
+            runs[name] = loop(ccu_method(_ablation(name, config)), config.budget, stage=name)
     return runs
 
 
-def _method(name: str, config: UnlearnConfig) -> tuple[Prepare, Budget]:
-    budget = config.budget
+def _ablation(name: str, config: UnlearnConfig) -> UnlearnConfig:
     without = {
         "ccu_without_a": replace(config, forgetting=0.0),
         "ccu_without_b": replace(config, retention=0.0),
         "ccu_without_c": replace(config, separation=0.0),
     }
-    if name == "ccu":
-        return ccu_method(config), budget
-    if name in without:
-        return ccu_method(without[name]), budget
-    if name == "gradient_ascent":
-        return ascent.gradient_ascent, replace(budget, learning_rate=ascent.LEARNING_RATE[config.forget])
-    if name == "contrastive_unlearning":
-        return (
-            contrastive.contrastive_unlearning(config.forget),
-            replace(budget, retain_per_forget=contrastive.RETAIN_PER_FORGET),
-        )
-    return {"fine_tune": fine_tune, "random_label": random_label(config.seed)}[name], budget
+    return without.get(name, config)
 
 
 def _held_out(original: TwoModalityModel, split: Scenario) -> HeldOut:

@@ -1,9 +1,11 @@
-"""Contrastive Unlearning, Lee et al. 2024 (arXiv 2401.10458).
+"""Contrastive Unlearning: embeddings to forget leave those of their own class and join those of the others.
 
-Visual embeddings to forget are pulled to retained ones of other classes and pushed from retained ones of their own;
-next to it the cross-entropy on the retain batch. Defaults of the paper: temperature 0.7, λ_UL = 3, λ_CE = 1, four
-retain batches for every forget batch, learning rate 1e-3. (Its optimiser is SGD with momentum; here it gets the
-common Adam, under which 60 steps move as far as those of the others.)
+    loss = λ_UL · L_UL(forget batch against retain batch) + λ_CE · task(retain batch)
+
+Source: Lee et al. 2024 (arXiv 2401.10458), eq. 1 to 3. Defaults of the paper: temperature 0.7, λ_UL = 3, λ_CE = 1, four
+retain batches for every forget batch, learning rate 1e-3. Its optimiser is SGD with momentum; here it gets the common
+Adam, under which 60 steps move as far as those of the others. Changed for two modalities: the embeddings are the visual
+ones; the task is that of all heads.
 
 When a whole class goes no retained key shares it and the pushing term is empty; as in the authors' released code
 (``unlearn_type == "single_class"``) the pull alone remains.
@@ -16,21 +18,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.losses import inverse_info_nce
-from ccu_fast.relations import OTHER
+from ccu_fast.relations import OTHER, SAME
 from ccu_fast.similarity import reduce_similarity
 from ccu_fast.unlearn.loop import Batch, Prepare, Step
 from ccu_fast.unlearn.protocol import TwoModalityModel, task_loss
 
 RETAIN_PER_FORGET = 4
+VARIANTS = ("formula", "released")
 
 
 def contrastive_unlearning(
-    forget: str, *, temperature: float = 0.7, unlearn_weight: float = 3.0, task_weight: float = 1.0
+    forget: str,
+    *,
+    variant: str = "formula",
+    temperature: float = 0.7,
+    unlearn_weight: float = 3.0,
+    task_weight: float = 1.0,
 ) -> Prepare:
-    """The method; ``forget`` is "class" or "instances"."""
+    """The method.
+
+    Args:
+        forget: "class" or "instances".
+        variant: "formula" as in the paper or "released" as in the authors' code; see :func:`unlearning_loss`.
+        temperature: > 0.
+        unlearn_weight, task_weight: λ_UL and λ_CE.
+    """
+    check.one_of("forget", forget, ("class", "instances"))
+    check.one_of("variant", variant, VARIANTS)
+    check.number("temperature", temperature, low=1e-6)
     scale = 1 / temperature
+    whole_class = forget == "class"
 
     def prepare(frozen: TwoModalityModel, forget_set: PairedData, retain_set: PairedData) -> Step:
         def step(model: TwoModalityModel, batch: Batch) -> Tensor:
@@ -38,9 +58,9 @@ def contrastive_unlearning(
             visual = model.embed_visual(torch.cat([batch.forget.visual, batch.retain.visual]))
             other = model.embed_other(batch.retain.other)
             u, r = visual[:n], visual[n:]
-            away = unlearning_loss(u, r, batch.forget.labels, batch.retain.labels, scale, whole_class=forget == "class")
-            task = task_loss(model, r, other, batch.retain.labels)
-            return unlearn_weight * away + task_weight * task
+            labels = batch.forget.labels, batch.retain.labels
+            away = unlearning_loss(u, r, *labels, scale, whole_class=whole_class, variant=variant)
+            return unlearn_weight * away + task_weight * task_loss(model, r, other, batch.retain.labels)
 
         return step
 
@@ -48,21 +68,44 @@ def contrastive_unlearning(
 
 
 def unlearning_loss(
-    u: Tensor, r: Tensor, forget_labels: Tensor, retain_labels: Tensor, scale: float, *, whole_class: bool
+    u: Tensor,
+    r: Tensor,
+    forget_labels: Tensor,
+    retain_labels: Tensor,
+    scale: float,
+    *,
+    whole_class: bool,
+    variant: str = "formula",
 ) -> Tensor:
     """L_UL::
 
         S = u @ r.T / temperature;  same = forget_labels[:, None] == retain_labels[None, :]
-        mean_i( logsumexp(S[i, same]) - mean(S[i, ~same]) )          # a whole class: mean_i( -mean(S[i, ~same]) )
+        "formula":   mean_i( logsumexp(S[i, same]) - mean(S[i, ~same]) )
+        "released":  mean_i( N_r / n_i * logsumexp(S[i, same]) - mean(S[i, ~same]) ),   n_i = (~same[i]).sum()
+        a whole class, either way:  mean_i( -mean(S[i, ~same]) )
+
+    The released code subtracts the log-sum from all N_r columns, those of the same class too, and divides by the number
+    of the others, hence the factor; it also shifts S by its row maximum without gradient, which moves the value and not
+    the gradient and is left out here.
 
     Args:
         u: ``[N_u, D]``, r: ``[N_r, D]`` unit vectors; both get gradients, as in the released code.
         forget_labels: int64 ``[N_u]``, retain_labels: int64 ``[N_r]``.
         scale: 1 / temperature.
         whole_class: no retained item shares a forgotten label.
+        variant: "formula" or "released". Rows without an item of their own or of another class count as 0.
+
+    Source: Lee et al. 2024 (arXiv 2401.10458), eq. 1, and the authors' ``Loss_v1``.
     """
     relation: dict[str, Any] = {"row_labels": forget_labels, "col_labels": retain_labels, "paired": False}
-    if not whole_class:
+    if whole_class:
+        (pull, count), _ = reduce_similarity(u, r, scale=scale, rows=[("sum", OTHER), ("count", OTHER)], **relation)
+        return -(pull / count.clamp(min=1)).mean()
+    if variant == "formula":
         return inverse_info_nce(u, r, scale=scale, kind="contrastive", **relation)
-    (pull, count), _ = reduce_similarity(u, r, scale=scale, rows=[("sum", OTHER), ("count", OTHER)], **relation)
-    return -(pull / count.clamp(min=1)).mean()
+    spec = [("lse", SAME), ("sum", OTHER), ("count", OTHER), ("count", SAME)]
+    (push, pull, n_other, n_same), _ = reduce_similarity(u, r, scale=scale, rows=spec, **relation)
+    counts = (n_other > 0) & (n_same > 0)
+    n_other, n_same = n_other.clamp(min=1).to(push.dtype), n_same.to(push.dtype)
+    per_row = (n_other + n_same) / n_other * torch.where(counts, push, 0) - pull / n_other
+    return torch.where(counts, per_row, 0).sum() / counts.sum().clamp(min=1)

@@ -1,5 +1,7 @@
 """Fine-tuning on the retain set alone and hoping that the rest fades (catastrophic forgetting).
 
+    loss = task(retain batch)
+
 Defaults: the common budget. Source: the "fine-tune" baseline of Golatkar et al. 2020 (arXiv 1911.04933), whose own
 learning rate and epochs belong to its networks and are not used here.
 """
@@ -14,7 +16,7 @@ from ccu_fast.unlearn.protocol import TwoModalityModel, task_loss
 
 
 def fine_tune(frozen: TwoModalityModel, forget: PairedData, retain: PairedData) -> Step:
-    """Cross-entropy of the three heads on the retain batch."""
+    """What the model was trained on, on the retain batch."""
 
     def step(model: TwoModalityModel, batch: Batch) -> Tensor:
         retain = batch.retain

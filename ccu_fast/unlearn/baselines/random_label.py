@@ -1,17 +1,19 @@
 """Random labels for the items to forget, the true ones for the rest.
 
-Every item of the forget set gets one wrong class, drawn once among the classes of the retain set; the visual and
-fused heads learn it next to the task on the retain set. Defaults: the common budget. Source: Graves et al. 2020,
-Amnesiac Machine Learning (arXiv 2010.10981), and Golatkar et al. 2020 (arXiv 1911.04933).
+    loss = CE(forget batch, wrong labels) + task(retain batch)
+
+Every item of the forget set gets one wrong class, drawn once among the classes of the retain set. Defaults: the common
+budget. Source: Graves et al. 2020, Amnesiac Machine Learning (arXiv 2010.10981), and Golatkar et al. 2020
+(arXiv 1911.04933). Changed for two modalities: the heads that see the visual modality learn the wrong labels.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
+from ccu_fast.unlearn.baselines.predictions import relabelled_loss
 from ccu_fast.unlearn.loop import Batch, Prepare, Step
 from ccu_fast.unlearn.protocol import TwoModalityModel, task_loss
 
@@ -30,11 +32,8 @@ def random_label(seed: int) -> Prepare:
             n = len(batch.forget)
             visual = model.embed_visual(torch.cat([batch.forget.visual, batch.retain.visual]))
             other = model.embed_other(torch.cat([batch.forget.other, batch.retain.other]))
-            labels = wrong[batch.forget_rows]
-            return (
-                F.cross_entropy(model.classify_visual(visual[:n]), labels)
-                + F.cross_entropy(model.classify_fused(visual[:n], other[:n]), labels)
-                + task_loss(model, visual[n:], other[n:], batch.retain.labels)
+            return relabelled_loss(model, visual[:n], other[:n], wrong[batch.forget_rows]) + task_loss(
+                model, visual[n:], other[n:], batch.retain.labels
             )
 
         return step

@@ -1,0 +1,143 @@
+"""Membership inference from the model alone: scores that tell what was trained on from what was not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.data.paired import PairedData
+from ccu_fast.unlearn.loop import embed
+from ccu_fast.unlearn.protocol import TwoModalityModel, heads
+
+ATTACKS = ("confidence", "entropy")
+
+
+def membership_auc(
+    model: TwoModalityModel, members: PairedData, unseen: PairedData, *, attack: str = "confidence"
+) -> float:
+    """How well an attack on the visual head tells members from unseen items: the area under the ROC curve.
+
+    0.5 is not at all. Judge a model by its distance from a retrained one's, not by how low it is: far below 0.5 tells
+    the items apart as well as far above.
+
+    Args:
+        model: the model under attack. Without a visual head the confidence is the cosine of the pair's two embeddings.
+        members: items that may have been trained on.
+        unseen: items alike that were not.
+        attack: "confidence" (the probability of the true class) or "entropy" (:func:`modified_entropy`, negated).
+
+    Raises:
+        ValueError: unknown attack; an empty set; "entropy" without a visual head or labels.
+
+    Source: Yeom et al. 2018 (arXiv 1709.01604), Song & Mittal 2021 (arXiv 2003.10595), as rankings; for pairs Ko et
+    al. 2023 (arXiv 2310.00108).
+    """
+    check.one_of("attack", attack, ATTACKS)
+    if attack == "entropy":
+        return auc(*(-modified_entropy(*_visual_logits(model, data)) for data in (members, unseen)))
+    return auc(confidence(model, members), confidence(model, unseen))
+
+
+@torch.no_grad()
+def confidence(model: TwoModalityModel, data: PairedData) -> Tensor:
+    """How sure the visual head is of the true class, fp64 ``[N]``::
+
+        log(p_y / (1 - p_y)) = z_y - logsumexp(z_others)          # orders as p_y does, without rounding to 1
+
+    For a model without a visual head, or items without labels: the cosine of each pair.
+    """
+    if "visual" not in heads(model) or not data.labelled:
+        visual, other = embed(model, data)
+        return (visual.double() * other.double()).sum(1)
+    logits, labels = _visual_logits(model, data)
+    own = logits.gather(1, labels[:, None])[:, 0]
+    rest = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    return own - rest
+
+
+def modified_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The entropy attack that knows the label; small for a confident, right prediction::
+
+        p = softmax(logits);   -(1 - p_y) log(p_y) - sum_{i != y} p_i log(1 - p_i)
+
+    With log(p_i) in the second term, a common slip, it would be large where the model is confidently wrong but also
+    where p_i is tiny, and would no longer fall monotonically with p_y.
+
+    Args:
+        logits: ``[N, C]``, C ≥ 2.
+        labels: int64 ``[N]``.
+
+    Returns:
+        fp64 ``[N]`` ≥ 0.
+
+    Source: Song & Mittal 2021 (arXiv 2003.10595), eq. 8.
+    """
+    check.tensor("logits", logits, ndim=2)
+    check.shape("labels", check.tensor("labels", labels, dtypes=check.INTEGERS), [len(logits)])
+    z = logits.double()
+    log_p = z.log_softmax(1)
+    log_not_p = _log_of_the_rest(z) - z.logsumexp(1, keepdim=True)
+    own = torch.zeros_like(z, dtype=torch.bool).scatter(1, labels.long()[:, None], True)
+    return torch.where(own, -log_not_p.exp() * log_p, -log_p.exp() * log_not_p).sum(1)
+
+
+def auc(positive: Tensor, negative: Tensor) -> float:
+    """P(positive > negative) + P(equal) / 2 over all pairs of two score vectors.
+
+    Raises:
+        ValueError: one of them is empty.
+    """
+    below, not_above = _counts(positive, negative)
+    return (below + not_above).double().mean().item() / (2 * len(negative))
+
+
+def tpr_at_fpr(positive: Tensor, negative: Tensor, fpr: float = 0.01) -> float:
+    """The share of positives above a threshold that at most ``fpr`` of the negatives exceed.
+
+    An attack that is sure of a few items is dangerous even at an area of 0.5. With fewer than 1 / fpr negatives the
+    threshold is their maximum.
+
+    Args:
+        positive, negative: score vectors.
+        fpr: in [0, 1].
+
+    Raises:
+        ValueError: one of them is empty; fpr out of range.
+
+    Source: Carlini et al. 2022 (arXiv 2112.03570), section III.
+    """
+    check.number("fpr", fpr, low=0, high=1)
+    _, not_above = _counts(positive, negative)
+    above = len(negative) - not_above  # negatives that a threshold at this positive, exclusive, lets through
+    return (above <= int(fpr * len(negative))).double().mean().item()
+
+
+def _counts(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """For each positive the negatives below it, and those not above it."""
+    for name, scores in (("positive", positive), ("negative", negative)):
+        if len(scores) == 0:
+            raise ValueError(f"{name}: expected at least one score, got none")
+    ordered = negative.sort().values
+    search: Callable[..., Tensor] = torch.searchsorted
+    return search(ordered, positive.contiguous()), search(ordered, positive.contiguous(), right=True)
+
+
+def _log_of_the_rest(z: Tensor) -> Tensor:
+    """log sum_{j != i} exp(z_j) for every i, without cancellation where p_i is nearly 1."""
+    columns = [torch.cat([z[:, :i], z[:, i + 1 :]], 1).logsumexp(1) for i in range(z.shape[1])]
+    return torch.stack(columns, 1)
+
+
+@torch.no_grad()
+def _visual_logits(model: TwoModalityModel, data: PairedData) -> tuple[Tensor, Tensor]:
+    if "visual" not in heads(model) or not data.labelled:
+        raise ValueError("attack: expected a visual head and labels for 'entropy', got a model or data without")
+    visual, _ = embed(model, data)
+    was_training = model.training
+    model.eval()
+    logits = model.classify_visual(visual).double()
+    model.train(was_training)
+    return logits, data.labels

@@ -1,0 +1,79 @@
+"""Forgetting that only the head does: what a linear classifier still finds in the frozen visual features."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ccu_fast.data.paired import PairedData
+from ccu_fast.unlearn.loop import embed
+from ccu_fast.unlearn.protocol import TwoModalityModel
+
+
+def linear_probe(
+    model: TwoModalityModel,
+    *,
+    forget: PairedData,
+    retain: PairedData,
+    retain_test: PairedData,
+    forget_test: PairedData | None = None,
+) -> dict[str, float | None]:
+    """Accuracies of a linear classifier on the frozen visual embeddings.
+
+    Standardised features, L2-regularised logistic regression (C = 1). It is trained by the reader, who has the data: on
+    forget and retain set with their true labels when a class was forgotten, on the retain set alone for instances.
+
+    Args:
+        model: frozen.
+        forget, retain: the two parts of the training set.
+        retain_test: unseen items of the classes that stay.
+        forget_test: unseen items of the forgotten class; None when instances were forgotten.
+
+    Returns:
+        ``"forget"``: the share of forgotten items that the classifier over all classes names right, on forget_test
+        (instances: on the forget set); ``"forget_vs_rest"``: balanced accuracy of a two-class probe of the forgotten
+        class against the others, on unseen items (instances: None); ``"retain"``: accuracy on retain_test. In [0, 1].
+        A retrained model's are not 0: features learned on other classes describe the forgotten one too.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+
+    Source: Alain & Bengio 2016 (arXiv 1610.01644); on forgetting that is only in the head arXiv 2604.08271.
+    """
+    x = {name: embed(model, data)[0].double().cpu().numpy() for name, data in (
+        ("forget", forget), ("retain", retain), ("retain_test", retain_test)
+    )}  # fmt: skip
+    y = {name: data.labels.cpu().numpy() for name, data in (
+        ("forget", forget), ("retain", retain), ("retain_test", retain_test)
+    )}  # fmt: skip
+    if forget_test is None:
+        probe = _fit(x["retain"], y["retain"])
+        return {
+            "forget": float(probe.score(x["forget"], y["forget"])),
+            "forget_vs_rest": None,
+            "retain": float(probe.score(x["retain_test"], y["retain_test"])),
+        }
+    gone_x, gone_y = embed(model, forget_test)[0].double().cpu().numpy(), forget_test.labels.cpu().numpy()
+    seen_x = np.concatenate([x["forget"], x["retain"]])
+    probe = _fit(seen_x, np.concatenate([y["forget"], y["retain"]]))
+    gone = np.repeat([True, False], [len(x["forget"]), len(x["retain"])])
+    two = _fit(seen_x, gone, balanced=True)
+    hits, rejections = (
+        two.score(gone_x, np.ones(len(gone_x), bool)),
+        two.score(x["retain_test"], np.zeros(len(x["retain_test"]), bool)),
+    )
+    return {
+        "forget": float(probe.score(gone_x, gone_y)),
+        "forget_vs_rest": float(hits + rejections) / 2,
+        "retain": float(probe.score(x["retain_test"], y["retain_test"])),
+    }
+
+
+def _fit(x: np.ndarray, y: np.ndarray, *, balanced: bool = False):  # type: ignore[no-untyped-def]
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError("the linear probe needs scikit-learn: pip install scikit-learn") from error
+    weight = "balanced" if balanced else None
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight=weight)).fit(x, y)

@@ -1,0 +1,115 @@
+"""Figures of figures: the average gap to retraining, the most accurate method, mean and spread over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+PARTS = ("forget_train", "forget_test", "retain_train", "retain_test")
+
+
+def average_gap(values: Mapping[str, Any], gold: Mapping[str, Any]) -> float:
+    """The mean absolute difference from a retrained model, in points (hundredths).
+
+    It averages, each with the same weight: the visual, other and fused accuracy on each of forget_train, forget_test,
+    retain_train and retain_test, and the area mia_auc of the confidence attack. Figures that one of the two lacks, such
+    as forget_test when instances are forgotten, are left out: 13 figures for a class, 10 for instances.
+
+    Args:
+        values, gold: what :func:`ccu_fast.unlearn.audit.audit` gives for the model and for the retrained one.
+
+    Raises:
+        ValueError: they have no figure in common.
+
+    Source: the "average gap" of Fan et al. 2024 (arXiv 2310.12508), over more figures.
+    """
+    pairs = [
+        (values[modality].get(part), gold[modality].get(part))
+        for modality in ("visual", "other", "fused")
+        if modality in values and modality in gold
+        for part in PARTS
+    ]
+    pairs.append((values.get("mia_auc"), gold.get("mia_auc")))
+    gaps = [abs(ours - theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
+    if not gaps:
+        raise ValueError("values: expected a figure that gold has too, got none")
+    return 100 * sum(gaps) / len(gaps)
+
+
+def most_accurate(gaps: Mapping[str, float], names: Iterable[str]) -> str:
+    """Of these methods the one with the smallest average gap; the first of equal ones.
+
+    Raises:
+        ValueError: no name, or one without a gap.
+    """
+    chosen = list(names)
+    if not chosen:
+        raise ValueError("names: expected at least one method, got none")
+    for name in chosen:
+        if name not in gaps:
+            raise ValueError(f"names: expected methods with a gap ({', '.join(gaps)}), got {name}")
+    return min(chosen, key=lambda name: gaps[name])
+
+
+def time_ratios(seconds: Mapping[str, float], gold: str, best: str) -> dict[str, dict[str, float]]:
+    """Each method's wall time over the retrained model's and over that of the most accurate baseline.
+
+    Args:
+        seconds: wall time by method, > 0.
+        gold: the name of the retrained model.
+        best: the name of the most accurate baseline, see :func:`most_accurate`.
+    """
+    return {
+        name: {"to_retrain": value / seconds[gold], "to_most_accurate": value / seconds[best]}
+        for name, value in seconds.items()
+    }
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n − 1); of one value the spread is NaN, because it is not known.
+
+    Raises:
+        ValueError: no value.
+    """
+    if not values:
+        raise ValueError("values: expected at least one, got none")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, math.nan
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def over_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Nested reports of several seeds as one, with a dictionary for every number.
+
+    Args:
+        reports: the same keys everywhere; numbers, None (left out where it is None everywhere), text (kept where it is
+            the same everywhere) or further dictionaries.
+
+    Returns:
+        The same keys with ``{"mean": …, "spread": … or None, "seeds": n}`` for each number.
+
+    Raises:
+        ValueError: no report; reports of different keys; a figure that only some have; text that differs.
+    """
+    if not reports:
+        raise ValueError("reports: expected at least one, got none")
+    first = reports[0]
+    result: dict[str, Any] = {}
+    for key in first:
+        if any(report.keys() != first.keys() for report in reports):
+            raise ValueError(f"reports: expected the keys {sorted(first)} in each, got others")
+        values = [report[key] for report in reports]
+        if isinstance(values[0], Mapping):
+            result[key] = over_seeds(values)
+        elif all(value is None for value in values):
+            result[key] = None
+        elif all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+            mean, spread = mean_and_spread(values)
+            result[key] = {"mean": mean, "spread": None if math.isnan(spread) else spread, "seeds": len(values)}
+        elif all(value == values[0] for value in values):
+            result[key] = values[0]
+        else:
+            raise ValueError(f"reports: expected numbers or one value everywhere for {key!r}, got {values}")
+    return result

@@ -1,0 +1,74 @@
+"""A two-modality problem that trains in a second, and a model without heads for it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ccu_fast.data.paired import PairedData
+from ccu_fast.models.fusion import FusionModel
+from ccu_fast.unlearn.loop import Batch, accuracies
+from ccu_fast.unlearn.training import TrainConfig, train
+
+CLASSES, INPUTS, DIM = 4, 5, 6
+GONE = 1
+
+
+def toy(items: int = 60, seed: int = 0) -> PairedData:
+    """Gaussian blobs in both modalities."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(items) % CLASSES
+    centre = 2 * torch.randn(2, CLASSES, INPUTS, generator=torch.Generator().manual_seed(99))
+    visual, other = centre[:, labels] + 0.5 * torch.randn(2, items, INPUTS, generator=generator)
+    return PairedData(visual, other, labels)
+
+
+def make_model() -> FusionModel:
+    return FusionModel(INPUTS, INPUTS, CLASSES, hidden=16, embedding=DIM)
+
+
+@cache
+def trained() -> FusionModel:
+    """Knows the toy; not to be changed."""
+    model = train(make_model, toy(), TrainConfig(epochs=60, batch=20, learning_rate=1e-2)).model
+    assert isinstance(model, FusionModel) and min(accuracies(model, toy()).values()) > 0.95
+    return model
+
+
+def split(kind: str = "class") -> tuple[PairedData, PairedData]:
+    """Forget and retain set."""
+    data = toy()
+    gone = data.labels == GONE if kind == "class" else torch.arange(len(data)) < 12
+    return data[gone], data[~gone]
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def double(data: PairedData) -> PairedData:
+    return PairedData(data.visual.double(), data.other.double(), data.labels, data.ids)
+
+
+def one_batch(forget: PairedData, retain: PairedData, *, step: int = 0, steps: int = 60, n: int = 10) -> Batch:
+    """The first items of both sets."""
+    u, r = torch.arange(min(n, len(forget))), torch.arange(min(n + 3, len(retain)))
+    return Batch(forget[u], retain[r], u, r, step, steps)
+
+
+class TwoTowers(nn.Module):
+    """Like CLIP: two towers, no heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual, self.other = nn.Linear(INPUTS, DIM), nn.Linear(INPUTS, DIM)
+        self.scale = 10.0
+
+    def embed_visual(self, visual: Tensor) -> Tensor:
+        return F.normalize(self.visual(visual), dim=-1)
+
+    def embed_other(self, other: Tensor) -> Tensor:
+        return F.normalize(self.other(other), dim=-1)
