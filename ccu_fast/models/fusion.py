@@ -1,4 +1,4 @@
-"""A small two-modality classifier: two towers, one shared embedding space, three heads."""
+"""Two-modality classifiers: two towers, one shared embedding space, three heads."""
 
 from __future__ import annotations
 
@@ -9,39 +9,52 @@ from torch.nn import functional as F
 from ccu_fast import check
 
 
-class FusionModel(nn.Module):
-    """Two MLP towers, a projector both share, and heads for each modality and for both together::
+class TwoTowerClassifier(nn.Module):
+    """Any two towers, a projector both share, and heads for each modality and for both together::
 
         z_visual = normalize(projector(visual_tower(visual)))        # unit vectors of one shared space
         z_other  = normalize(projector(other_tower(other)))
         logits   = visual_head(z_visual), other_head(z_other), fused_head([z_visual, z_other])
 
     Args:
-        visual_dim: size of a flattened visual input.
-        other_dim: size of a flattened other input.
+        visual_tower: inputs of the visual modality → ``[N, width]``.
+        other_tower: inputs of the other modality → ``[N, width]``.
+        width: what both towers give.
         classes: number of classes.
-        hidden: width of the towers.
         embedding: size D of the shared space.
+        fusion: width of a hidden layer before the fused head; 0 for none.
     """
 
-    def __init__(self, visual_dim: int, other_dim: int, classes: int, *, hidden: int = 128, embedding: int = 64):
+    def __init__(
+        self,
+        visual_tower: nn.Module,
+        other_tower: nn.Module,
+        width: int,
+        classes: int,
+        *,
+        embedding: int = 64,
+        fusion: int = 0,
+    ) -> None:
         super().__init__()
-        sizes = {"visual_dim": visual_dim, "other_dim": other_dim, "classes": classes, "hidden": hidden}
-        for name, size in {**sizes, "embedding": embedding}.items():
+        for name, size in {"width": width, "classes": classes, "embedding": embedding}.items():
             check.integer(name, size, low=1)
-        self.visual_tower = _tower(visual_dim, hidden)
-        self.other_tower = _tower(other_dim, hidden)
-        self.projector = nn.Linear(hidden, embedding)
+        check.integer("fusion", fusion, low=0)
+        self.visual_tower = visual_tower
+        self.other_tower = other_tower
+        self.projector = nn.Linear(width, embedding)
         self.visual_head = nn.Linear(embedding, classes)
         self.other_head = nn.Linear(embedding, classes)
-        self.fused_head = nn.Linear(2 * embedding, classes)
+        both = 2 * embedding
+        self.fused_head: nn.Module = nn.Linear(both, classes)
+        if fusion:
+            self.fused_head = nn.Sequential(nn.Linear(both, fusion), nn.ReLU(), nn.Linear(fusion, classes))
 
     def embed_visual(self, visual: Tensor) -> Tensor:
-        """``[N, visual_dim]`` → unit vectors ``[N, D]``."""
+        """Inputs of the visual modality → unit vectors ``[N, D]``."""
         return F.normalize(self.projector(self.visual_tower(visual)), dim=-1)
 
     def embed_other(self, other: Tensor) -> Tensor:
-        """``[N, other_dim]`` → unit vectors ``[N, D]``."""
+        """Inputs of the other modality → unit vectors ``[N, D]``."""
         return F.normalize(self.projector(self.other_tower(other)), dim=-1)
 
     def classify_visual(self, visual: Tensor) -> Tensor:
@@ -62,5 +75,70 @@ class FusionModel(nn.Module):
         return self.classify_visual(z_visual), self.classify_other(z_other), self.classify_fused(z_visual, z_other)
 
 
-def _tower(inputs: int, hidden: int) -> nn.Sequential:
+class FusionModel(TwoTowerClassifier):
+    """Two MLP towers on flattened inputs.
+
+    Args:
+        visual_dim: size of a flattened visual input.
+        other_dim: size of a flattened other input.
+        classes: number of classes.
+        hidden: width of the towers.
+        embedding: size D of the shared space.
+        fusion: width of a hidden layer before the fused head; 0 for none.
+    """
+
+    def __init__(
+        self, visual_dim: int, other_dim: int, classes: int, *, hidden: int = 128, embedding: int = 64, fusion: int = 0
+    ) -> None:
+        for name, size in {"visual_dim": visual_dim, "other_dim": other_dim, "hidden": hidden}.items():
+            check.integer(name, size, low=1)
+        visual, other = _mlp(visual_dim, hidden), _mlp(other_dim, hidden)
+        super().__init__(visual, other, hidden, classes, embedding=embedding, fusion=fusion)
+
+
+class ConvFusionModel(TwoTowerClassifier):
+    """Two convolutional towers on single-channel images of one size.
+
+    A tower has three 3×3 convolutions (the second and third halve the image), a linear layer on what is left of the
+    image, and no batch statistics: training and evaluation are the same function.
+
+    Args:
+        size: (height, width) of an image in pixels, multiples of 4.
+        classes: number of classes.
+        channels: of the first convolution; the next have twice and three times as many.
+        hidden: width of the towers' last layer.
+        embedding: size D of the shared space.
+        fusion: width of a hidden layer before the fused head; 0 for none.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        classes: int,
+        *,
+        channels: int = 16,
+        hidden: int = 128,
+        embedding: int = 64,
+        fusion: int = 0,
+    ) -> None:
+        check.integer("channels", channels, low=1)
+        check.integer("hidden", hidden, low=1)
+        if len(size) != 2 or min(size) < 4 or size[0] % 4 or size[1] % 4:
+            raise ValueError(f"size: expected (height, width) in multiples of 4, got {size}")
+        visual, other = _conv(size, channels, hidden), _conv(size, channels, hidden)
+        super().__init__(visual, other, hidden, classes, embedding=embedding, fusion=fusion)
+
+
+def _mlp(inputs: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+
+
+def _conv(size: tuple[int, int], channels: int, hidden: int) -> nn.Sequential:
+    one, two, three = channels, 2 * channels, 3 * channels
+    cells = (size[0] // 4) * (size[1] // 4)
+    return nn.Sequential(
+        nn.Conv2d(1, one, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(one, two, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(two, three, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(three * cells, hidden), nn.ReLU(),
+    )  # fmt: skip

@@ -36,9 +36,11 @@ class Scenario:
 
 
 def make_scenario(
-    halves: Halves, name: str, *, forget_class: int = 3, forget_share: float = 0.1, seed: int = 0
+    halves: Halves, name: str, *, forget_class: int = 3, forget_share: float = 0.1, seed: int = 0, group: int = 1
 ) -> Scenario:
     """Split for forgetting ``forget_class``, or ``forget_share`` of the training items drawn at random.
+
+    Items with equal ``ids // group`` are views of one thing: they are drawn together.
 
     Raises:
         ValueError: unknown name, a class that does not occur, a share that leaves one side empty.
@@ -55,9 +57,11 @@ def make_scenario(
             retain_test=test[~gone_test], retain_held_out=held_out[~gone_held_out],
             forget_test=test[gone_test], forget_held_out=held_out[gone_held_out],
         )  # fmt: skip
-    count = round(check.number("forget_share", forget_share, low=0, high=1) * len(train))
-    if not 0 < count < len(train):
+    things, thing_of = torch.unique(train.ids // group, return_inverse=True)
+    count = round(check.number("forget_share", forget_share, low=0, high=1) * len(things))
+    if not 0 < count < len(things):
         raise ValueError(f"forget_share: expected a share that leaves items on both sides, got {forget_share}")
-    gone = torch.zeros(len(train), dtype=torch.bool)
-    gone[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:count]] = True
+    drawn = torch.zeros(len(things), dtype=torch.bool)
+    drawn[torch.randperm(len(things), generator=torch.Generator().manual_seed(seed))[:count]] = True
+    gone = drawn[thing_of]
     return Scenario(name, train, train[gone], train[~gone], test, held_out, None, None)

@@ -14,7 +14,7 @@ from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.config import Progress
 from ccu_fast.unlearn.loop import Run, epochs_of_rows
-from ccu_fast.unlearn.protocol import TwoModalityModel
+from ccu_fast.unlearn.protocol import TwoModalityModel, heads, logits_of, task_loss
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ def train(
     progress: Progress | None = None,
     stage: str = "train",
 ) -> Run:
-    """A new model, trained on the cross-entropy of its three heads.
+    """A new model, trained on the cross-entropy of its heads; without heads or labels on the InfoNCE of the pairs.
 
     Args:
         make_model: called once for a fresh model. Its random initial weights come from the seed; the global random
             state is as before afterwards.
         data: the training items.
         config: epochs, batch, learning rate, seed.
-        visual_known: bool ``[N]``; items where it is False train the other head only, as if their visual half had
-            never existed.
+        visual_known: bool ``[N]``; items where it is False train the other head only (in a model without: nothing), as
+            if their visual half had never existed.
         progress: called once an epoch as progress(stage, done, total, note).
         stage: the name progress hears.
 
@@ -80,7 +80,7 @@ def train(
         total = torch.zeros((), device=data.labels.device)
         for _ in range(steps):
             index = next(rows).to(data.labels.device)
-            loss = _loss(model, data.batch(index), None if visual_known is None else visual_known[index], config)
+            loss = _loss(model, data.batch(index), None if visual_known is None else visual_known[index])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -96,14 +96,23 @@ def train(
     return Run(model.eval(), taken, items, time.perf_counter() - start, losses)
 
 
-def _loss(model: TwoModalityModel, batch: PairedData, known: Tensor | None, config: TrainConfig) -> Tensor:
+def _loss(model: TwoModalityModel, batch: PairedData, known: Tensor | None) -> Tensor:
+    """The task's loss of the items whose visual half is known; of the others that of the other head, if any."""
+    everything = known is None or bool(known.all())
     other = model.embed_other(batch.other)
-    loss = F.cross_entropy(model.classify_other(other), batch.labels)
-    if known is not None:
-        if not bool(known.any()):
+    if everything:
+        return task_loss(model, model.embed_visual(batch.visual), other, batch.labels)
+    assert known is not None
+    whole = batch.batch(known)
+    loss = other.sum() * 0
+    if "other" in heads(model) and batch.labelled:
+        # The mean over the whole batch, once for known and unknown items together.
+        loss = F.cross_entropy(model.classify_other(other), batch.labels)
+        seen = [head for head in heads(model) if head != "other"]
+        if not len(whole):
             return loss
-        batch, other = batch.batch(known), other[known]
-    visual = model.embed_visual(batch.visual)
-    loss = loss + F.cross_entropy(model.classify_visual(visual), batch.labels)
-    loss = loss + F.cross_entropy(model.classify_fused(visual, other), batch.labels)
+        visual, other = model.embed_visual(whole.visual), other[known]
+        return loss + sum(F.cross_entropy(logits_of(model, head, visual, other), whole.labels) for head in seen)
+    if len(whole):
+        loss = loss + task_loss(model, model.embed_visual(whole.visual), other[known], whole.labels)
     return loss

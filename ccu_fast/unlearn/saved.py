@@ -1,0 +1,84 @@
+"""Models on disk: safetensors with where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ccu_fast
+from ccu_fast.files import new_file
+from ccu_fast.unlearn.protocol import TwoTowerModel
+
+
+def save_model(model: TwoTowerModel, path: str | Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the weights and, in the file's metadata, what made them; all of it or nothing.
+
+    Args:
+        model: its ``state_dict`` is written.
+        path: ends in ``.safetensors``; its folder must exist.
+        provenance: JSON: seed, settings, hashes of what went in. Versions and the hash of the weights are added.
+
+    Returns:
+        The provenance as written: with "versions" and "weights_sha256".
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ImportError("saving a model needs safetensors: pip install safetensors") from error
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    written = {**provenance, "versions": versions(), "weights_sha256": weights_hash(state)}
+    with new_file(Path(path)) as file:
+        file.write(save(state, metadata={"ccu_fast": json.dumps(written)}))
+    return written
+
+
+def load_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The ``state_dict`` and the provenance that :func:`save_model` wrote.
+
+    Raises:
+        ValueError: not a file of ours, or its weights are not those it was written with.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise ValueError(f"path: expected a safetensors file, got {path} ({error})") from error
+    if "ccu_fast" not in metadata:
+        raise ValueError(f"path: expected a model that ccu_fast saved, got {path} without its metadata")
+    provenance = dict(json.loads(metadata["ccu_fast"]))
+    if weights_hash(state) != provenance["weights_sha256"]:
+        raise ValueError(f"path: expected the weights that were written, got changed ones in {path}")
+    return state, provenance
+
+
+def versions() -> dict[str, str]:
+    """What made a figure or a model: the package, torch, Python, the machine."""
+    return {
+        "ccu_fast": ccu_fast.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, whatever the order."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}{value.dtype}{list(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,59 @@
+"""The embedded tasks: real data, a model for it, and how both are trained and unlearned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from ccu_fast.data.halves import CLASSES, PIXELS, Halves, load_halves
+from ccu_fast.data.views import SIZE, STRIDE, load_views
+from ccu_fast.models.fusion import ConvFusionModel, FusionModel
+from ccu_fast.unlearn.protocol import TwoModalityModel
+from ccu_fast.unlearn.training import TrainConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set with its model.
+
+    Attributes:
+        name: as users and files call it.
+        load: from a seed to training, test and held-out items.
+        make_model: a fresh model.
+        training: of the original and of the retrained models; its seed is replaced.
+        group: items whose ``ids // group`` are equal are views of one thing and are forgotten together.
+        describe: one sentence for reports.
+    """
+
+    name: str
+    load: Callable[[int], Halves]
+    make_model: Callable[[], TwoModalityModel]
+    training: TrainConfig
+    group: int
+    describe: str
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "digits-halves",
+            load_halves,
+            partial(FusionModel, PIXELS, PIXELS, CLASSES),
+            TrainConfig(),
+            1,
+            "scikit-learn's 8×8 digits cut in two: the left half is the visual modality, the right half the other; "
+            "MLP towers",
+        ),
+        Task(
+            "digit-views",
+            load_views,
+            partial(ConvFusionModel, SIZE, CLASSES, channels=32),
+            TrainConfig(epochs=15),
+            STRIDE,
+            "the same digits seen eight times each, every half moved, turned, scaled and with noise of its own; "
+            "convolutional towers; all views of a digit are forgotten together",
+        ),
+    )
+}
