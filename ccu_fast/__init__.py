@@ -6,6 +6,7 @@ from ccu_fast.losses import info_nce, inverse_info_nce, sigmoid_loss, sup_con
 from ccu_fast.modules import InfoNCE, InverseInfoNCE, SigmoidLoss, SupCon
 from ccu_fast.noise import pgd_step_
 from ccu_fast.noise_store import NoiseStore
+from ccu_fast.normalize import l2_normalize
 from ccu_fast.relations import ALL, OTHER, SAME, SELF, Relation
 from ccu_fast.similarity import reduce_similarity
 from ccu_fast.tokens import Flips, TokenTable, candidate_losses, topk_flips
@@ -30,6 +31,7 @@ __all__ = [
     "candidate_losses",
     "info_nce",
     "inverse_info_nce",
+    "l2_normalize",
     "patch",
     "pgd_step_",
     "reduce_similarity",

@@ -59,6 +59,13 @@ def one_element(name: str, value: Tensor, other_name: str, other: Tensor) -> Ten
     return value.reshape(())
 
 
+def boolean(name: str, value: Any) -> bool:
+    """``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    return value
+
+
 def integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
     """``value`` as an int within [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ccu_fast import check
 from ccu_fast.losses import info_nce, sigmoid_loss
+from ccu_fast.similarity import normalize_pair
 
 SIGLIP_EXCHANGES = ("bidir", "shift", "reduce", "gather")
 
@@ -32,6 +33,7 @@ class ClipLoss(nn.Module):
         rank: index of this process, in [0, world_size).
         world_size: number of processes; more than 1 needs an initialised ``torch.distributed`` default group.
         use_horovod: must be False.
+        normalize: make the features unit vectors first, before they are gathered.
         backend: see :func:`ccu_fast.reduce_similarity`.
         workspace: bytes of memory the loss may use beyond that of its inputs; see there.
 
@@ -51,6 +53,7 @@ class ClipLoss(nn.Module):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
+        normalize: bool = False,
         backend: str = "auto",
         workspace: int | None = None,
     ) -> None:
@@ -62,6 +65,7 @@ class ClipLoss(nn.Module):
         self.cache_labels = cache_labels
         self.rank, self.world_size = _place(rank, world_size)
         self.use_horovod = use_horovod
+        self.normalize = check.boolean("normalize", normalize)
         self.backend = backend
         self.workspace = workspace
 
@@ -76,7 +80,7 @@ class ClipLoss(nn.Module):
         """The loss, in a dictionary under "contrastive_loss" if ``output_dict``.
 
         Args:
-            image_features: ``[N, D]`` fp32, fp16 or bf16; unit vectors.
+            image_features: ``[N, D]`` fp32, fp16 or bf16; unit vectors, unless normalize=True.
             text_features: ``[N, D]``, dtype and device of the image features.
             logit_scale: number or one-element tensor, already exponentiated.
             logit_bias: number or one-element tensor added to the logits.
@@ -85,6 +89,8 @@ class ClipLoss(nn.Module):
         Returns:
             fp32 scalar. open_clip's own is in the dtype of the logits.
         """
+        if self.normalize:
+            image_features, text_features = normalize_pair(image_features, text_features, self.backend)
         options = _options(self, logit_scale, logit_bias)
         if self.world_size == 1:
             loss = info_nce(image_features, text_features, **options)
@@ -110,7 +116,7 @@ class ClipLoss(nn.Module):
         return torch.cat([everything[:start], shard, everything[start + len(shard) :]])
 
     def extra_repr(self) -> str:
-        return _repr(self, "local_loss", "gather_with_grad", "rank", "world_size", "backend", "workspace")
+        return _repr(self, "local_loss", "gather_with_grad", "rank", "world_size", "normalize", "backend", "workspace")
 
 
 class SigLipLoss(nn.Module):
@@ -129,6 +135,7 @@ class SigLipLoss(nn.Module):
         world_size: number of processes; more than 1 needs an initialised ``torch.distributed`` default group.
         dist_impl: None, "bidir", "shift", "reduce" or "gather", open_clip's ways to exchange the texts. All give the
             same numbers; this class gathers the texts once whichever is named.
+        normalize: make the features unit vectors first, before they are gathered.
         backend: see :func:`ccu_fast.reduce_similarity`.
         workspace: bytes of memory the loss may use beyond that of its inputs; see there.
 
@@ -146,6 +153,7 @@ class SigLipLoss(nn.Module):
         world_size: int = 1,
         dist_impl: str | None = None,
         *,
+        normalize: bool = False,
         backend: str = "auto",
         workspace: int | None = None,
     ) -> None:
@@ -153,6 +161,7 @@ class SigLipLoss(nn.Module):
         self.cache_labels = cache_labels
         self.rank, self.world_size = _place(rank, world_size)
         self.dist_impl = None if dist_impl is None else check.one_of("dist_impl", dist_impl, SIGLIP_EXCHANGES)
+        self.normalize = check.boolean("normalize", normalize)
         self.backend = backend
         self.workspace = workspace
 
@@ -167,7 +176,7 @@ class SigLipLoss(nn.Module):
         """The loss, in a dictionary under "contrastive_loss" if ``output_dict``.
 
         Args:
-            image_features: ``[N, D]`` fp32, fp16 or bf16; unit vectors.
+            image_features: ``[N, D]`` fp32, fp16 or bf16; unit vectors, unless normalize=True.
             text_features: ``[N, D]``, dtype and device of the image features.
             logit_scale: number or one-element tensor, already exponentiated.
             logit_bias: number or one-element tensor added to the logits, or None.
@@ -176,6 +185,8 @@ class SigLipLoss(nn.Module):
         Returns:
             fp32 scalar. open_clip's own is in the dtype of the logits.
         """
+        if self.normalize:
+            image_features, text_features = normalize_pair(image_features, text_features, self.backend)
         options = _options(self, logit_scale, logit_bias)
         texts = text_features
         if self.world_size > 1:
@@ -185,7 +196,7 @@ class SigLipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
-        return _repr(self, "rank", "world_size", "dist_impl", "backend", "workspace")
+        return _repr(self, "rank", "world_size", "dist_impl", "normalize", "backend", "workspace")
 
 
 class _GatherShards(torch.autograd.Function):

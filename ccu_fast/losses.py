@@ -42,7 +42,7 @@ def info_nce(
         symmetric: average the losses over rows and over columns.
         reduction: "mean" or "sum" over the items, or "none".
         **similarity: row_ids, col_ids, row_labels and col_labels (only negative ones matter here), paired,
-            backend, workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
+            normalize, backend, workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
 
     Returns:
         fp32 ``[...]`` (one value per bank), or ``[..., N]`` for reduction="none".
@@ -90,8 +90,8 @@ def inverse_info_nce(
         kind: "bounded", "contrastive" or "ascent".
         reduction: "mean" or "sum" over the rows, or "none". Rows that have no positive or no OTHER (for
             "contrastive": no SAME or no OTHER) contribute 0 and do not count in the mean.
-        **similarity: bias, row_labels, col_labels, row_ids, col_ids, paired, backend, workspace, nan_policy: see
-            :func:`ccu_fast.reduce_similarity`.
+        **similarity: bias, row_labels, col_labels, row_ids, col_ids, paired, normalize, backend, workspace,
+            nan_policy: see :func:`ccu_fast.reduce_similarity`.
 
     Returns:
         fp32 ``[...]``, or ``[..., N]`` for reduction="none".
@@ -169,8 +169,8 @@ def sigmoid_loss(
         scale, bias: numbers or one-element tensors (gradient flows).
         reduction: "mean" (the sum over all pairs divided by N, rows with a negative label included), "sum", or "none"
             (``[..., N]``).
-        **similarity: row_ids, col_ids (equal ids are positives), paired (False: every pair is a negative), backend,
-            workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
+        **similarity: row_ids, col_ids (equal ids are positives), paired (False: every pair is a negative), normalize,
+            backend, workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
 
     Returns:
         fp32 ``[...]``, or ``[..., N]`` for reduction="none".

@@ -17,14 +17,22 @@ class _SimilarityLoss(nn.Module):
 
     log_scale: nn.Parameter | None
     bias: nn.Parameter | float | None
-    _show: tuple[str, ...] = ("reduction", "backend", "workspace")
+    _show: tuple[str, ...] = ("reduction", "normalize", "backend", "workspace")
 
     def __init__(
-        self, scale: float | None, *, learnable: bool, reduction: str, backend: str, workspace: int | None
+        self,
+        scale: float | None,
+        *,
+        learnable: bool,
+        reduction: str,
+        normalize: bool,
+        backend: str,
+        workspace: int | None,
     ) -> None:
         super().__init__()
         self.learnable = learnable
         self.reduction = check.one_of("reduction", reduction, REDUCTIONS)
+        self.normalize = check.boolean("normalize", normalize)
         self.backend = backend
         self.workspace = workspace
         if scale is not None:
@@ -52,6 +60,7 @@ class _SimilarityLoss(nn.Module):
         return {
             "scale": scale if own is None else own,
             "reduction": self.reduction,
+            "normalize": self.normalize,
             "backend": self.backend,
             "workspace": self.workspace,
         }
@@ -69,6 +78,7 @@ class InfoNCE(_SimilarityLoss):
             starts at ``scale``. CLIP bounds it after each step: ``module.log_scale.data.clamp_(max=math.log(100))``.
         symmetric: average the losses over rows and over columns.
         reduction: "mean", "sum" or "none".
+        normalize: make the rows of x and y unit vectors first.
         backend: see :func:`ccu_fast.reduce_similarity`.
         workspace: see there.
 
@@ -85,10 +95,13 @@ class InfoNCE(_SimilarityLoss):
         learnable: bool = False,
         symmetric: bool = True,
         reduction: str = "mean",
+        normalize: bool = False,
         backend: str = "auto",
         workspace: int | None = None,
     ) -> None:
-        super().__init__(scale, learnable=learnable, reduction=reduction, backend=backend, workspace=workspace)
+        super().__init__(
+            scale, learnable=learnable, reduction=reduction, normalize=normalize, backend=backend, workspace=workspace
+        )
         self.symmetric = symmetric
 
     def forward(self, x: Tensor, y: Tensor, *, scale: float | Tensor | None = None, **similarity: Any) -> Tensor:
@@ -112,6 +125,7 @@ class InverseInfoNCE(_SimilarityLoss):
         scale: the inverse temperature; None when forward is to be given it.
         kind: "bounded", "contrastive" or "ascent".
         reduction: "mean", "sum" or "none".
+        normalize: make the rows of x and y unit vectors first.
         backend: see :func:`ccu_fast.reduce_similarity`.
         workspace: see there.
 
@@ -128,10 +142,13 @@ class InverseInfoNCE(_SimilarityLoss):
         *,
         kind: str = "bounded",
         reduction: str = "mean",
+        normalize: bool = False,
         backend: str = "auto",
         workspace: int | None = None,
     ) -> None:
-        super().__init__(scale, learnable=False, reduction=reduction, backend=backend, workspace=workspace)
+        super().__init__(
+            scale, learnable=False, reduction=reduction, normalize=normalize, backend=backend, workspace=workspace
+        )
         self.kind = check.one_of("kind", kind, INVERSE_KINDS)
 
     def forward(self, x: Tensor, y: Tensor, *, scale: float | Tensor | None = None, **similarity: Any) -> Tensor:
@@ -155,6 +172,7 @@ class SupCon(_SimilarityLoss):
         scale: the inverse temperature; None when forward is to be given it.
         learnable: hold the scale as the parameter ``log_scale``, its logarithm.
         reduction: "mean", "sum" or "none".
+        normalize: make the rows of x and y unit vectors first.
         backend: see :func:`ccu_fast.reduce_similarity`.
         workspace: see there.
 
@@ -168,10 +186,13 @@ class SupCon(_SimilarityLoss):
         *,
         learnable: bool = False,
         reduction: str = "mean",
+        normalize: bool = False,
         backend: str = "auto",
         workspace: int | None = None,
     ) -> None:
-        super().__init__(scale, learnable=learnable, reduction=reduction, backend=backend, workspace=workspace)
+        super().__init__(
+            scale, learnable=learnable, reduction=reduction, normalize=normalize, backend=backend, workspace=workspace
+        )
 
     def forward(
         self,
@@ -205,6 +226,7 @@ class SigmoidLoss(_SimilarityLoss):
         bias: added to the logits, None for no bias. SigLIP starts at −10.
         learnable: hold the scale as the parameter ``log_scale``, its logarithm, and the bias as the parameter ``bias``.
         reduction: "mean", "sum" or "none".
+        normalize: make the rows of x and y unit vectors first.
         backend: see :func:`ccu_fast.reduce_similarity`.
         workspace: see there.
 
@@ -221,10 +243,13 @@ class SigmoidLoss(_SimilarityLoss):
         *,
         learnable: bool = False,
         reduction: str = "mean",
+        normalize: bool = False,
         backend: str = "auto",
         workspace: int | None = None,
     ) -> None:
-        super().__init__(scale, learnable=learnable, reduction=reduction, backend=backend, workspace=workspace)
+        super().__init__(
+            scale, learnable=learnable, reduction=reduction, normalize=normalize, backend=backend, workspace=workspace
+        )
         if bias is not None:
             bias = check.number("bias", bias)
         self.bias = nn.Parameter(torch.tensor(bias)) if learnable and bias is not None else bias

@@ -17,6 +17,7 @@ from ccu_fast import check
 from ccu_fast.backends.problem import KINDS, MAX_REDUCTIONS, SimilarityProblem, encode
 from ccu_fast.backends.reference import similarity as reference
 from ccu_fast.backends.registry import choose
+from ccu_fast.normalize import l2_normalize
 from ccu_fast.relations import ALL, OTHER, SAME, SELF, Relation, count_relations
 from ccu_fast.similarity_op import SimilarityReduction, without_autocast
 
@@ -39,6 +40,7 @@ def reduce_similarity(
     paired: bool | None = None,
     rows: Sequence[Reduction] = (),
     cols: Sequence[Reduction] = (),
+    normalize: bool = False,
     backend: str = "auto",
     workspace: int | None = None,
     nan_policy: str = "propagate",
@@ -71,6 +73,7 @@ def reduce_similarity(
         rows: reductions along rows: pairs of "lse", "sum", "softplus" or "count" and a set of relations, e.g.
             ``[("lse", ALL), ("sum", SELF)]``. At most 8 besides counts.
         cols: reductions along columns.
+        normalize: make the rows of x and y unit vectors first (:func:`ccu_fast.l2_normalize`: in fp32, rounded once).
         backend: "auto", or one of "native", "triton", "reference"; a named one raises if it cannot serve.
         workspace: bytes the operation may use beyond O((N+M)·D). Default 288 MiB on a CPU, 1 GiB on a GPU. More
             of it means less recomputation in the backward pass.
@@ -87,6 +90,8 @@ def reduce_similarity(
     Under autocast the inputs are cast to the autocast dtype, as torch.matmul does. Accumulation is in fp32. The
     result is deterministic.
     """
+    if check.boolean("normalize", normalize):
+        x, y = normalize_pair(x, y, backend)
     p, lead, row_spec, col_spec = build_problem(
         x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, paired, rows, cols, nan_policy
     )
@@ -104,6 +109,14 @@ def reduce_similarity(
     row_results = assemble(row_spec, iter(tiles[0]), lambda: count(p, along_rows=True), (*lead, p.n))
     col_results = assemble(col_spec, iter(tiles[1]), lambda: count(p, along_rows=False), (*lead, p.m))
     return row_results, col_results
+
+
+def normalize_pair(x: Tensor, y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Both with unit rows; a bank that is compared with itself only once."""
+    check.tensor("x", x)
+    check.tensor("y", y)
+    unit = l2_normalize(x, backend=backend)
+    return unit, unit if y is x else l2_normalize(y, backend=backend)
 
 
 def build_problem(

@@ -190,6 +190,27 @@ PYBIND11_MODULE(_C, m) {
       py::arg("certify"), py::arg("allowed"), py::arg("penalty"), py::arg("k"), py::arg("threads"), py::arg("ids"),
       py::arg("delta"), py::arg("score"), py::arg("count"), py::arg("valid"));
 
+  // Forward without a gradient, backward with one.
+  m.def(
+      "l2_normalize",
+      [](Address x, int dtype, int64_t rows, int64_t dim, float eps, Address grad, Address out, int other_dtype,
+         Address inverse, int threads) {
+        ccu_l2_normalize_args a{};
+        a.x = pointer<void>(x);
+        a.dtype = dtype;
+        a.rows = rows;
+        a.dim = dim;
+        a.eps = eps;
+        a.grad = pointer<void>(grad);
+        a.out = pointer<void>(out);
+        a.other_dtype = other_dtype;
+        a.inverse = pointer<float>(inverse);
+        a.threads = threads;
+        call("l2_normalize", a.grad == nullptr ? ccu_l2_normalize : ccu_l2_normalize_backward, a);
+      },
+      py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("dim"), py::arg("eps"), py::arg("grad"),
+      py::arg("out"), py::arg("other_dtype"), py::arg("inverse"), py::arg("threads"));
+
   // On a CPU: whether the check found something, and therefore nothing was written.
   m.def(
       "pgd_step",

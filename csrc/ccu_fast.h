@@ -208,6 +208,25 @@ typedef struct {
 int ccu_candidate_losses(const ccu_candidate_losses_args* args);
 int ccu_cuda_candidate_losses(const ccu_candidate_losses_args* args);
 
+// ---------------------------------------------------------------------------------------------------------------------
+// l2_normalize: rows of unit length, out = x * inverse, inverse = 1 / max(|x|, eps); backward: dx from dout.
+
+typedef struct {
+  const void* x;  // [rows, dim]
+  int32_t dtype;  // of x, and of dx
+  int64_t rows, dim;
+  float eps;
+  const void* grad;     // [rows, dim]: of the result; backward only
+  void* out;            // [rows, dim]: the result, backward: dx
+  int32_t other_dtype;  // of the result and its gradient
+  float* inverse;       // [rows]: written by forward, read by backward
+  int32_t threads;
+} ccu_l2_normalize_args;
+typedef ccu_l2_normalize_args ccu_l2_normalize_backward_args;
+
+int ccu_l2_normalize(const ccu_l2_normalize_args* args);
+int ccu_l2_normalize_backward(const ccu_l2_normalize_backward_args* args);
+
 #ifdef __cplusplus
 }
 #endif

@@ -105,7 +105,8 @@ def test_parameters_are_saved_and_loaded() -> None:
 
 def test_what_a_module_says_of_itself() -> None:
     assert repr(InfoNCE(3.0)) == (
-        "InfoNCE(scale=3.0, learnable=False, symmetric=True, reduction='mean', backend='auto', workspace=None)"
+        "InfoNCE(scale=3.0, learnable=False, symmetric=True, reduction='mean', normalize=False, backend='auto', "
+        "workspace=None)"
     )
     assert "kind='ascent'" in repr(InverseInfoNCE(kind="ascent"))
     shown = repr(SigmoidLoss(10.0, -9.5, learnable=True))

@@ -17,6 +17,7 @@ BACKENDS = ("triton", "native", "reference")
 
 # What the compiled module also runs on cuda tensors.
 NATIVE_CUDA = ("candidate_losses", "noise_store", "pgd_step_")
+TRITON = ("reduce_similarity", "l2_normalize")
 
 
 @functools.cache
@@ -47,7 +48,7 @@ def cannot_serve(backend: str, op: str, device: torch.device, dtype: torch.dtype
     if backend == "native" and device.type == "cuda":
         return machine.why_no_cuda_kernels()
     if backend == "triton":
-        if op != "reduce_similarity":
+        if op not in TRITON:
             return f"it has no {op}"
         if device.type == "cpu":
             if os.environ.get("TRITON_INTERPRET") != "1":
