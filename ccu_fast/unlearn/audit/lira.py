@@ -111,7 +111,7 @@ def lira_scores(target: Tensor, shadows: Tensor, inside: Tensor, *, variant: str
     Raises:
         ValueError: unknown variant, shapes that do not match, an item without the shadows it needs.
 
-    Source: Carlini et al. 2022 (arXiv 2112.03570), algorithm 1 and section VI-B (fixed variance); offline eq. 4.
+    Source: Carlini et al. 2022 (arXiv 2112.03570), algorithm 1, its offline variant, and fixed variance.
     """
     check.one_of("variant", variant, VARIANTS)
     check.tensor("target", target, ndim=1)

@@ -73,7 +73,7 @@ def modified_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         fp64 ``[N]`` ≥ 0.
 
-    Source: Song & Mittal 2021 (arXiv 2003.10595), eq. 8.
+    Source: Song & Mittal 2021 (arXiv 2003.10595).
     """
     check.tensor("logits", logits, ndim=2)
     check.shape("labels", check.tensor("labels", labels, dtypes=check.INTEGERS), [len(logits)])
@@ -107,7 +107,7 @@ def tpr_at_fpr(positive: Tensor, negative: Tensor, fpr: float = 0.01) -> float:
     Raises:
         ValueError: one of them is empty; fpr out of range.
 
-    Source: Carlini et al. 2022 (arXiv 2112.03570), section III.
+    Source: Carlini et al. 2022 (arXiv 2112.03570).
     """
     check.number("fpr", fpr, low=0, high=1)
     _, not_above = _counts(positive, negative)

@@ -43,8 +43,8 @@ def relearn_steps(
     Returns:
         The number of steps, in [0, max_steps].
 
-    Source: Golatkar et al. 2020 (arXiv 1911.04933), section 5, there in epochs; Tarun et al. 2021 (arXiv 2111.08947),
-    "anamnesis index".
+    Source: relearning time as in Golatkar et al. 2020 (arXiv 1911.04933), there in epochs; its ratio to a retrained
+    model's as in the anamnesis index of Chundawat et al. 2022 (arXiv 2201.05629).
     """
     check.number("level", level, low=1e-9, high=1)
     check.number("learning_rate", learning_rate, low=1e-12)

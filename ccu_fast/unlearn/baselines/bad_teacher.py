@@ -2,7 +2,7 @@
 
     loss = ( N_u · KL(random ‖ student on forget batch) + N_r · KL(original ‖ student on retain batch) ) / (N_u + N_r)
 
-Source: Chundawat et al. 2023, Can Bad Teaching Induce Forgetting? (arXiv 2205.08096), eq. 3, and its released code:
+Source: Chundawat et al. 2023, Can Bad Teaching Induce Forgetting? (arXiv 2205.08096), and its released code:
 temperature 1, Adam with learning rate 1e-4, one epoch over the forget set and 30 % of the retain set. Here the common
 budget. Changed for two modalities: on the forget set only the heads that see the visual modality imitate the random
 network.

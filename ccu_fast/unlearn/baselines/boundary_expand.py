@@ -4,7 +4,7 @@
     loss = CE(forget batch, K)                                                         # no retain data
     afterwards class K goes
 
-Source: Chen et al. 2023, Boundary Unlearning (arXiv 2303.11570), section 4.2; 10 passes over the forget set at learning
+Source: Chen et al. 2023, Boundary Unlearning (arXiv 2303.11570): 10 passes over the forget set at learning
 rate 1e-5. Changed for two modalities: the visual and the fused head are widened, the other head is not.
 """
 

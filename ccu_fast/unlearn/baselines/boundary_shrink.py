@@ -3,7 +3,7 @@
     x' = x + ε · sign(grad_x CE(original(x), y));   nearest = argmax over the classes ≠ y of original(x')
     loss = CE(forget batch, nearest)                                                   # no retain data
 
-Source: Chen et al. 2023, Boundary Unlearning (arXiv 2303.11570), section 4.1; one FGSM step with ε = 0.1 on pixels in
+Source: Chen et al. 2023, Boundary Unlearning (arXiv 2303.11570): one FGSM step with ε = 0.1 on pixels in
 [0, 1] and 10 passes over the forget set at learning rate 1e-5. Where the attack does not cross a boundary, the released
 code teaches the true class again; here, as in the paper, the label is always an incorrect one, and of the retain set.
 x' is not clamped: inputs need not be pixels. Changed for two modalities: the attack is on the visual input through the

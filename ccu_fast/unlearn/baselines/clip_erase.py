@@ -5,7 +5,7 @@
     consistency   KL(p⁰ ‖ p) of the visual + the same of the other half   on the retain batch
     loss = 1 · retention + 3 · forgetting + 3 · consistency
 
-Source: Yang et al. 2025, CLIPErase (arXiv 2410.23330), eq. 1 to 5 and its weights; Adam at 1e-6, batches of 16. For
+Source: Yang et al. 2025, CLIPErase (arXiv 2410.23330) and its weights; Adam at 1e-6, batches of 16. For
 CLIP the retention loss is the contrastive one, as there; a classifier has its cross-entropies instead. The paper does
 not say over what the unimodal distribution p is taken: here over the classes of the modality's own head or, without
 heads, over the features of the embedding, softmax(z / 0.07). Like the original it severs the link between the halves

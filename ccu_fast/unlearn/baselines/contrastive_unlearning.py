@@ -2,7 +2,7 @@
 
     loss = λ_UL · L_UL(forget batch against retain batch) + λ_CE · task(retain batch)
 
-Source: Lee et al. 2024 (arXiv 2401.10458), eq. 1 to 3. Defaults of the paper: temperature 0.7, λ_UL = 3, λ_CE = 1, four
+Source: Lee et al. 2024 (arXiv 2401.10458). Defaults of the paper: temperature 0.7, λ_UL = 3, λ_CE = 1, four
 retain batches for every forget batch, learning rate 1e-3. Its optimiser is SGD with momentum; here it gets the common
 Adam, under which 60 steps move as far as those of the others. Changed for two modalities: the embeddings are the visual
 ones; the task is that of all heads.

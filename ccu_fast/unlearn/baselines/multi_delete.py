@@ -6,8 +6,9 @@
     loss = α · decoupling + β · multimodal + γ · unimodal
 
 D is the mean squared error, f the fused prediction: the logits of the fused head, or without one the similarity of the
-two embeddings. Source: Cheng & Amiri 2024 (arXiv 2311.12047), eq. 2 to 5; α = β = γ = 1. Its goal is to sever the link
-between the modalities while each keeps its own knowledge, so the visual modality alone is expected to remember.
+two embeddings. Source: Cheng & Amiri 2024 (arXiv 2311.12047), with α = β = γ = 1; its code draws b_j from the forget
+batch itself, which stays in the class when a class goes. Its goal is to sever the link between the modalities while
+each keeps its own knowledge, so the visual modality alone is expected to remember.
 """
 
 from __future__ import annotations

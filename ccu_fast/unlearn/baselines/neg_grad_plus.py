@@ -2,9 +2,9 @@
 
     loss = α · task(retain batch) − (1 − α) · CE(forget batch)
 
-Source: Kurmanji et al. 2023, Towards Unbounded Machine Unlearning (arXiv 2302.09880), section 4; its released code
-(``train_negrad``) has this weighting and α from 0.95 to 0.9999 by data set. Default here: 0.95. Changed for two
-modalities: the ascent is on the heads that see the visual modality, the descent on all.
+Source: Kurmanji et al. 2023, Towards Unbounded Machine Unlearning (arXiv 2302.09880), and its released code
+(``train_negrad``), which has this weighting; α is tuned there. Default here: 0.95. Changed for two modalities: the
+ascent is on the heads that see the visual modality, the descent on all.
 """
 
 from __future__ import annotations

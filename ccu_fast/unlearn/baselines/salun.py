@@ -3,7 +3,7 @@
     mask = |grad of CE(forget set)| among the largest ``share`` of all weights        # once, at the original weights
     loss = CE(forget batch, wrong labels) + retain_weight · task(retain batch);  grad ← mask · grad
 
-Source: Fan et al. 2024, SalUn (arXiv 2310.12508), eq. 3 to 5; default of the paper and its released code: half of the
+Source: Fan et al. 2024, SalUn (arXiv 2310.12508); default of the paper and its released code: half of the
 weights. The released code draws the new label among all classes, the true one included, and does so anew in every
 epoch; here, as in the paper, it is a wrong one. Changed for two modalities: both terms of the forget set are on the
 heads that see the visual modality.

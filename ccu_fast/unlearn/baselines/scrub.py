@@ -3,11 +3,12 @@
     max step:   loss = −KL_T(original ‖ student on forget batch)
     min step:   loss = γ · task(retain batch) + α · KL_T(original ‖ student on retain batch)
 
-Source: Kurmanji et al. 2023, Towards Unbounded Machine Unlearning (arXiv 2302.09880), eq. 3 and algorithm 1; released
-code: γ = 0.99, α = 0.001, temperature T = 4 (the KL times T²), max steps in the first 2 of 3 passes. There a whole pass
-over the forget set follows a whole pass over the retain set; here max and min steps alternate one by one during the
-first two thirds of the budget and only min steps follow, so that any budget holds both. Changed for two modalities: the
-max step is on the heads that see the visual modality. The rewinding variant (SCRUB+R) is not included.
+Source: Kurmanji et al. 2023, Towards Unbounded Machine Unlearning (arXiv 2302.09880), algorithm 1. Defaults here are
+those of the released code's large experiments: γ = 0.99, α = 0.001, temperature T = 4 (the KL times T²), max steps in
+the first 2 of 3 passes; its small ones have γ = 1, α = 0.5, T = 2, max steps in the first 3 of 10 passes, Adam at 5e-4.
+There a whole pass over the forget set goes before a whole pass over the retain set; here max and min steps alternate
+one by one during the first two thirds of the budget and only min steps follow, so that any budget holds both. Changed
+for two modalities: the max step is on the heads that see the visual modality. Rewinding (SCRUB+R) is not included.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     F_D = mean over the items of D of (grad of the loss)²,   F_f = the same over the forget set
     where F_f > α · F_D:   θ ← θ · min(λ · F_D / F_f, 1)
 
-No training. D is the forget and the retain set together. Source: Foster et al. 2024 (arXiv 2308.07707), eq. 5 and 6;
+No training. D is the forget and the retain set together. Source: Foster et al. 2024 (arXiv 2308.07707);
 defaults of the paper and its released code: α = 10, λ = 1; the code squares the mean gradient of 64 items at a time,
 the formula that of each. Changed for two modalities: the loss is the cross-entropy of the heads that see the visual
 modality.
