@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ccu_fast import info_nce
+from ccu_fast import TokenTable, info_nce
 from ccu_fast.data.strips import StripSet, load_strips
 from ccu_fast.mem.experiment import run_digit_strips
 from ccu_fast.mem.generate import Protected, protect
-from ccu_fast.mem.noise import add_noise, minimise_error, random_noise
+from ccu_fast.mem.noise import add_noise, pgd, random_noise
 from ccu_fast.mem.settings import Method, Settings
 from ccu_fast.mem.surrogate import batches, fresh, frozen, generator, pixels
 from ccu_fast.mem.tokenizer import NEUTRAL, SPECIAL, WordTokenizer, insert_triggers, trim
@@ -87,7 +87,7 @@ class TestNoise:
         tokens = TOKENIZER.encode(strips.captions)
         text = model.encode_text(tokens)
         start = torch.zeros_like(strips.images, dtype=torch.int8)
-        noise = minimise_error(model, strips.images, start, text, eps=eps, step=1, steps=12)
+        noise = pgd(model, strips.images, start, text, eps=eps, step=1, steps=12)
         assert noise.dtype == torch.int8
         assert noise.short().abs().max() == eps
         protected = add_noise(strips.images, noise)  # raises if a pixel left 0..255
@@ -99,17 +99,17 @@ class TestNoise:
         model = fresh(FACTORY, 0, "test")
         text = model.encode_text(TOKENIZER.encode(strips.captions))
         start = torch.zeros_like(strips.images, dtype=torch.int8)
-        same = minimise_error(model, strips.images, start, text, eps=4, step=1, steps=3)
-        listed = minimise_error(model, strips.images, start, text.expand(3, -1, -1), eps=4, step=1, steps=3)
+        same = pgd(model, strips.images, start, text, eps=4, step=1, steps=3)
+        listed = pgd(model, strips.images, start, text.expand(3, -1, -1), eps=4, step=1, steps=3)
         assert torch.equal(same, listed)
 
     def test_no_step_and_no_budget_change_nothing(self, strips: StripSet) -> None:
         model = fresh(FACTORY, 0, "test")
         text = model.encode_text(TOKENIZER.encode(strips.captions))
         start = random_noise(strips.images, 3, generator(0, "n"))
-        assert torch.equal(minimise_error(model, strips.images, start, text, eps=3, step=1, steps=0), start)
+        assert torch.equal(pgd(model, strips.images, start, text, eps=3, step=1, steps=0), start)
         zero = torch.zeros_like(start)
-        assert torch.equal(minimise_error(model, strips.images, zero, text, eps=0, step=1, steps=2), zero)
+        assert torch.equal(pgd(model, strips.images, zero, text, eps=0, step=1, steps=2), zero)
 
     def test_random_noise_fills_its_range_and_gives_valid_pixels(self, strips: StripSet) -> None:
         noise = random_noise(strips.images, 8, generator(0, "n"))
@@ -139,13 +139,14 @@ class TestTriggers:
         model = fresh(FACTORY, 1, "test")
         captions = TOKENIZER.encode(strips.captions)
         start = random_triggers(len(strips), length, TOKENIZER.trigger_ids, generator(0, "t"))
-        tokens = insert_triggers(captions, start)
+        tokens = insert_triggers(captions, start, TOKENIZER)
         with torch.no_grad():
             image = model.encode_image(pixels(strips.images))
         options = {"allowed": TOKENIZER.allowed(), "candidates": 6} | options
-        triggers, losses = improve_triggers(model, image, tokens, length, **options)
+        table = TokenTable(model.embedding_matrix.detach(), allowed=options.pop("allowed"))
+        triggers, losses = improve_triggers(model, image, tokens, length, table=table, **options)
         assert all(p.requires_grad and p.grad is None for p in model.parameters())
-        return model, tokens, insert_triggers(captions, triggers), losses
+        return model, tokens, insert_triggers(captions, triggers, TOKENIZER), losses
 
     def test_loss_never_rises_and_is_the_loss_of_what_is_returned(self, strips: StripSet) -> None:
         model, before, after, losses = self.improve(strips, 3)
@@ -188,22 +189,23 @@ class TestProtect:
             strips.images, strips.captions, TOKENIZER, FACTORY, method=method, settings=settings, seed=seed
         )  # fmt: skip
 
-    @pytest.mark.parametrize("name", ["clean", "random", "random-2", "em", "mem", "mem-5", "trigger-1"])
+    @pytest.mark.parametrize("name", ["clean", "random", "random-2", "em", "mem", "mem-5", "trigger-1", "uap", "tap",
+                                      "tap-targeted"])  # fmt: skip
     def test_what_each_method_changes(self, strips: StripSet, name: str) -> None:
         made = self.run(strips, name)
         method = Method.parse(name)
         assert made.triggers.shape == (33, method.triggers)
         assert torch.equal(made.images, add_noise(strips.images, made.noise))
         size = int(made.noise.short().abs().max())
-        # Two rounds of two steps of 1/255 are all that error-minimising noise can have moved.
-        assert size == {"none": 0, "random": 8, "minimise": 4}[method.noise]
+        # Two rounds of two steps of 1/255 are all that noise can have moved; a universal one moves with every batch.
+        assert size == {"none": 0, "random": 8, "universal": 8}.get(method.noise, 4)
         for published, caption in zip(made.captions, strips.captions, strict=True):
             words = published.split()
             assert " ".join(words[method.triggers :]) == caption
             assert set(words[: method.triggers]) <= set(NEUTRAL)
-        expected = insert_triggers(TOKENIZER.encode(strips.captions), made.triggers)
+        expected = insert_triggers(TOKENIZER.encode(strips.captions), made.triggers, TOKENIZER)
         assert torch.equal(TOKENIZER.encode(made.captions), expected)
-        assert len(made.losses["surrogate"]) == (2 if method.generates else 0)
+        assert len(made.losses["surrogate"]) == (0 if not method.generates else 1 if method.attacks_clean_model else 2)
         assert len(made.losses["triggers"]) == (1 if method.generates and method.triggers else 0)
 
     def test_noise_passes_lower_the_surrogates_loss(self, strips: StripSet) -> None:
@@ -242,7 +244,7 @@ class TestProtect:
         with pytest.raises(ValueError, match="at least 3 trigger words"):
             protect(strips.images, strips.captions, few, FACTORY, **common)
 
-    @pytest.mark.parametrize("name", ["mem-0", "mem-", "clean-2", "em-3", "tap", "", None, "mem-100"])
+    @pytest.mark.parametrize("name", ["mem-0", "mem-", "clean-2", "em-3", "tap-3", "", None, "mem-100"])
     def test_unknown_method(self, name: Any) -> None:
         with pytest.raises(ValueError, match="method: expected"):
             Method.parse(name)

@@ -3,16 +3,19 @@
 from ccu_fast.mem.evaluate import reading, retrieval
 from ccu_fast.mem.experiment import run_digit_strips
 from ccu_fast.mem.export import export, read_back
-from ccu_fast.mem.generate import Protected, protect
-from ccu_fast.mem.settings import Method, Settings
-from ccu_fast.mem.tokenizer import WordTokenizer
+from ccu_fast.mem.generate import Protected, Protection, protect
+from ccu_fast.mem.settings import Execution, Method, Settings
+from ccu_fast.mem.tokenizer import Tokenizer, WordTokenizer
 from ccu_fast.mem.victim import Recipe, Victim, train_victim
 
 __all__ = [
+    "Execution",
     "Method",
     "Protected",
+    "Protection",
     "Recipe",
     "Settings",
+    "Tokenizer",
     "Victim",
     "WordTokenizer",
     "export",

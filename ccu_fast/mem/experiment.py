@@ -125,7 +125,7 @@ class _Exam:
             return None
         rng = generator(self.seed, "test prefix")
         words = random_triggers(len(self.tokens), length, self.tokenizer.trigger_ids, rng)
-        return self.retrieval(model, insert_triggers(self.tokens, words))
+        return self.retrieval(model, insert_triggers(self.tokens, words, self.tokenizer))
 
     def reading(self, model: DualEncoder) -> dict[str, Any]:
         every = self.tokenizer.encode([caption(list(d)) for d in itertools.product(range(10), repeat=LENGTH)])

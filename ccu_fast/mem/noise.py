@@ -1,6 +1,8 @@
-"""Error-minimising noise: PGD steps that make the surrogate's loss smaller."""
+"""Noise: PGD steps that make the surrogate's loss smaller (or larger), and random noise as a control."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ def add_noise(images: Tensor, noise: Tensor) -> Tensor:
     return total.to(torch.uint8)
 
 
-def minimise_error(
+def pgd(
     model: DualEncoder,
     images: Tensor,
     noise: Tensor,
@@ -42,33 +44,46 @@ def minimise_error(
     eps: int,
     step: int,
     steps: int,
+    maximise: bool = False,
+    encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """``steps`` times ``noise ← clip(noise − step·sign(∂L/∂noise))``, L = symmetric InfoNCE of one batch.
 
     The clip keeps |noise| ≤ eps and images + noise within 0..255: what is optimised is what can be stored. All
-    quantities are integers in 1/255, so rounding to uint8 loses nothing.
+    quantities are integers in 1/255, so rounding to uint8 loses nothing. Where the gradient is NaN no step is made.
 
     Args:
         model: the surrogate; its weights get no gradient.
         images: uint8 ``[N, C, H, W]``.
-        noise: int8 ``[N, C, H, W]``, where to start.
+        noise: int8 ``[N, C, H, W]``, or ``[1, C, H, W]`` for one noise that all images share: its gradient is that of
+            the whole batch, and the clip at 0..255 is part of L.
         text: ``[N, D]`` text embeddings, or ``[steps, N, D]`` when each step has its own; no gradient.
         eps, step: in 1/255.
         steps: 0 or more.
+        maximise: step the other way.
+        encode: takes the place of ``model.encode_image`` (compiled, say).
 
     Returns:
         The new noise, int8.
     """
-    base = images.float()
-    delta = noise.float()
+    encode = model.encode_image if encode is None else encode
+    dtype = model.embedding_matrix.dtype
+    # Half precision cannot hold 0..255 in steps of one.
+    base = images.to(torch.promote_types(dtype, torch.float32))
+    delta = noise.to(base.dtype)
+    shared = len(noise) != len(images)
+    anchor = torch.zeros_like(delta) if shared else base
+    lower, upper = (-255.0, 255.0) if shared else (0.0, 255.0)
     text = text.detach()
     with frozen(model):
         scale = model.scale.detach()
         for i in range(steps):
             delta.requires_grad_(True)
-            target = text[i] if text.ndim == 3 else text
-            loss = info_nce(model.encode_image((base + delta) / 255), target, scale=scale)
-            (grad,) = torch.autograd.grad(loss, delta)
+            shown = (base + delta).clamp(0, 255) if shared else base + delta
+            loss = info_nce(encode((shown / 255).to(dtype)), text[i] if text.ndim == 3 else text, scale=scale)
+            (grad,) = torch.autograd.grad(-loss if maximise else loss, delta)
             delta = delta.detach()
-            pgd_step_(delta, grad, base, step=float(step), eps=float(eps), lower=0.0, upper=255.0)
+            # "zero": looking for NaN would wait for the device at every step; the round's loss shows it.
+            pgd_step_(delta, grad, anchor, step=float(step), eps=float(eps), lower=lower, upper=upper,
+                      nan_policy="zero")  # fmt: skip
     return delta.to(torch.int8)

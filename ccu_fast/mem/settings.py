@@ -6,12 +6,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from ccu_fast import check
 
 Progress = Callable[[str, int, int, str], None]
 """``progress(stage, done, total, note)``."""
 
-NOISE_KINDS = ("none", "random", "minimise")
+NOISE_KINDS = ("none", "random", "minimise", "maximise", "mislead", "universal")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 def silent(stage: str, done: int, total: int, note: str) -> None:
@@ -24,8 +27,9 @@ class Method:
 
     Attributes:
         name: what reports call it.
-        noise: "none", "random" (uniform within ±eps, the control; its triggers are random too) or "minimise"
-            (error-minimising PGD).
+        noise: "none"; "random" (uniform within ±eps, the control; its triggers are random too); "minimise"
+            (error-minimising PGD); "universal" (the same, one noise for all images); "maximise" and "mislead" (PGD
+            against a surrogate trained on the clean pairs: away from the own caption, or towards another image's).
         triggers: trigger words in front of each caption, 0 for none.
     """
 
@@ -40,22 +44,44 @@ class Method:
     @property
     def generates(self) -> bool:
         """Whether a surrogate is needed."""
-        return self.noise == "minimise" or (self.noise == "none" and self.triggers > 0)
+        return self.noise in NOISE_KINDS[2:] or (self.noise == "none" and self.triggers > 0)
+
+    @property
+    def attacks_clean_model(self) -> bool:
+        """TAP: the surrogate is trained once, on the pairs as they came."""
+        return self.noise in ("maximise", "mislead")
 
     @staticmethod
     def parse(name: str) -> Method:
-        """Read "clean", "random", "random-3", "em", "mem" (three trigger words), "mem-5", "trigger-3", …
+        """Read a name.
+
+        ========================  =====================================================
+        clean                     the data as they came
+        random, random-n          uniform noise, and n random trigger words: the control
+        em                        error-minimising noise (Huang et al. 2021)
+        mem, mem-n                error-minimising noise and n trigger words (three)
+        trigger, trigger-n        the trigger words alone (three)
+        uap                       one error-minimising noise for all images
+        tap, tap-targeted         adversarial poisons (Fowl et al. 2021)
+        ========================  =====================================================
 
         Raises:
             ValueError: an unknown name.
         """
-        match = re.fullmatch(r"(clean|em|random|mem|trigger)(?:-([1-9]\d?))?", str(name))
-        if match is None or (match[1] in ("clean", "em") and match[2]):
-            raise ValueError(f"method: expected clean, random[-n], em, mem[-n] or trigger[-n], got {name!r}")
+        match = re.fullmatch(r"(clean|em|random|mem|trigger|uap|tap-targeted|tap)(?:-([1-9]\d?))?", str(name))
+        if match is None or (match[2] and match[1] not in ("random", "mem", "trigger")):
+            raise ValueError(
+                f"method: expected clean, random[-n], em, mem[-n], trigger[-n], uap, tap or tap-targeted, got {name!r}"
+            )
         kind, length = match.groups()
-        noise = {"clean": "none", "em": "minimise", "random": "random", "mem": "minimise", "trigger": "none"}[kind]
         default = 3 if kind in ("mem", "trigger") else 0
-        return Method(name, noise, int(length or default))
+        return Method(name, _NOISE[kind], int(length or default))
+
+
+_NOISE = {
+    "clean": "none", "trigger": "none", "random": "random", "em": "minimise", "mem": "minimise", "uap": "universal",
+    "tap": "maximise", "tap-targeted": "mislead",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +95,7 @@ class Settings:
         rounds: surrogate steps, then a trigger pass, then a noise pass.
         trigger_rounds: the first rounds, in which triggers are still changed.
         trigger_words: size of the alphabet that the run draws from the tokenizer's trigger words. A small one is the
-            easier lesson: each word and the noise that goes with it then occur often.
+            easier lesson: each word and the noise that goes with it then occur often. None: all of them.
         candidates: words tried at each trigger position.
         surrogate_steps: optimiser steps of the surrogate in each round.
         restart: rounds after which the surrogate starts again from new random weights; 0 for never. A victim starts
@@ -79,6 +105,8 @@ class Settings:
         batch: pairs in a batch.
         lr: learning rate of the surrogate.
         weight_decay: of the surrogate's matrices.
+        beta2: AdamW's second decay rate.
+        compat: decide as the authors' code does, see :mod:`ccu_fast.mem.compat`; :meth:`authors` has its schedule.
     """
 
     eps: int = 8
@@ -86,7 +114,7 @@ class Settings:
     pgd_steps: int = 6
     rounds: int = 9
     trigger_rounds: int = 3
-    trigger_words: int = 16
+    trigger_words: int | None = 16
     candidates: int = 8
     surrogate_steps: int = 32
     restart: int = 3
@@ -94,15 +122,49 @@ class Settings:
     batch: int = 128
     lr: float = 1e-3
     weight_decay: float = 0.1
+    beta2: float = 0.98
+    compat: bool = False
 
     def __post_init__(self) -> None:
         check.integer("eps", self.eps, low=0, high=127)
         check.integer("step", self.step, low=1, high=127)
         check.integer("batch", self.batch, low=2)
-        for name in ("rounds", "candidates", "trigger_words"):
+        for name in ("rounds", "candidates"):
             check.integer(name, getattr(self, name), low=1)
+        if self.trigger_words is not None:
+            check.integer("trigger_words", self.trigger_words, low=1)
         for name in ("pgd_steps", "trigger_rounds", "surrogate_steps", "restart"):
             check.integer(name, getattr(self, name), low=0)
         check.number("shuffle", self.shuffle, low=0.0, high=1.0)
         check.number("lr", self.lr, low=0.0)
         check.number("weight_decay", self.weight_decay, low=0.0)
+        check.number("beta2", self.beta2, low=0.0, high=1.0)
+
+    @staticmethod
+    def authors() -> Settings:
+        """The schedule of the authors' code for RN50 and Flickr8K, and its decisions (``compat``)."""
+        return Settings(
+            eps=8, step=1, pgd_steps=8, rounds=20, trigger_rounds=5, trigger_words=None, candidates=16,
+            surrogate_steps=200, restart=0, shuffle=1.0, batch=128, lr=1e-4, weight_decay=0.2, beta2=0.999, compat=True,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run computes; what it computes stays the same up to rounding.
+
+    Attributes:
+        autocast: dtype of the encoders' matrix products, bf16 or fp16; None for full precision. Losses stay fp32.
+        channels_last: memory order of the images and of the surrogate's convolutions.
+        compile: None, or the mode of ``torch.compile`` for the image tower; "reduce-overhead" replays CUDA graphs.
+    """
+
+    autocast: torch.dtype | None = None
+    channels_last: bool = False
+    compile: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast: expected None, torch.bfloat16 or torch.float16, got {self.autocast!r}")
+        if self.compile is not None:
+            check.one_of("compile", self.compile, COMPILE_MODES)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +28,32 @@ def fresh(factory: ModelFactory, seed: int, purpose: str) -> DualEncoder:
         return factory()
 
 
-def optimizer_for(model: DualEncoder, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def optimizer_for(model: DualEncoder, lr: float, weight_decay: float, beta2: float = 0.98) -> torch.optim.AdamW:
     """AdamW; no decay on biases, norms and the logit scale."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), foreach=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), foreach=True)
 
 
-def train_step(model: DualEncoder, optimizer: torch.optim.Optimizer, images: Tensor, tokens: Tensor) -> Tensor:
-    """One step of symmetric InfoNCE on pixels in [0, 1] and token ids; the loss before it, detached."""
+def train_step(
+    model: DualEncoder,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    tokens: Tensor,
+    average: Callable[[Iterable[nn.Parameter]], None] | None = None,
+) -> Tensor:
+    """One step of symmetric InfoNCE on pixels in [0, 1] and token ids; the loss before it, detached.
+
+    ``average`` is called with the parameters between backward and step: where processes average their gradients.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss = info_nce(model.encode_image(images), model.encode_text(tokens), scale=model.scale)
     loss.backward()
+    if average is not None:
+        average(model.parameters())
     optimizer.step()
     return loss.detach()
 
@@ -55,19 +67,26 @@ def batches(n: int, size: int, rng: torch.Generator) -> list[Tensor]:
     return parts
 
 
-def pixels(images: Tensor) -> Tensor:
-    """uint8 → fp32 in [0, 1]."""
-    return images.float() / 255
+def pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 → floating point in [0, 1]."""
+    return images.to(dtype) / 255
 
 
 @contextmanager
 def frozen(model: DualEncoder) -> Iterator[None]:
-    """Attack steps differentiate inputs only: no weight gradients, and whatever required them before does again."""
+    """Attack steps differentiate inputs only, on the function that is evaluated.
+
+    No weight gradients, and evaluation mode; whatever required gradients or was training before does again.
+    """
     changed: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
+    training = [m for m in cast(nn.Module, model).modules() if m.training]
     try:
         for p in changed:
             p.requires_grad_(False)
+        model.train(False)
         yield
     finally:
         for p in changed:
             p.requires_grad_(True)
+        for module in training:
+            module.training = True

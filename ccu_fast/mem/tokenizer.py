@@ -1,16 +1,15 @@
-"""A word-level tokenizer with a fixed vocabulary, for captions whose words are known.
-
-Every token is one word and words are separated by spaces, so decode → encode is the identity on any sequence of word
-ids: a trigger that is published as text comes back as the ids that were optimised.
-"""
+"""What the generator asks of a tokenizer, and a word-level one for captions whose words are known."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ccu_fast import check
 from ccu_fast.data.strips import DIGIT_WORDS, PROMPT
 
 SPECIAL = ("<pad>", "<sot>", "<eot>")
@@ -41,12 +40,53 @@ paper park parrot path pear pebble pepper piano pigeon pillow pine pipe planet p
 NEUTRAL = tuple(_NEUTRAL.split())
 
 
+class Tokenizer(Protocol):
+    """Captions ↔ ids.
+
+    Attributes:
+        sot, eot, pad: ids that start a caption, end it, and fill the row behind it.
+        context: the longest row, SOT and EOT included.
+    """
+
+    @property
+    def sot(self) -> int: ...
+
+    @property
+    def eot(self) -> int: ...
+
+    @property
+    def pad(self) -> int: ...
+
+    @property
+    def context(self) -> int: ...
+
+    def __len__(self) -> int:
+        """How many ids there are."""
+        ...
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """int64 ``[N, L]``, L ≤ context: SOT, the caption cut to fit, EOT, PAD."""
+        ...
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """int64 ``[N, n]`` → N strings, without special tokens."""
+        ...
+
+    def allowed(self) -> Tensor:
+        """bool ``[V]``: what triggers may be made of, tokens that come back from decode and encode in a caption."""
+        ...
+
+
 class WordTokenizer:
     """Words ↔ ids. Ids: PAD 0, SOT 1, EOT 2, then the words in order.
+
+    Every token is one word and words are separated by spaces, so decode → encode is the identity on any sequence of
+    word ids: a trigger that is published as text comes back as the ids that were optimised.
 
     Args:
         words: the vocabulary; distinct, without white space.
         triggers: the words triggers may use, all of them in ``words``.
+        context: longest row; longer captions are cut and keep EOT.
 
     Raises:
         ValueError: repeated, empty or unknown words.
@@ -54,7 +94,8 @@ class WordTokenizer:
 
     pad, sot, eot = 0, 1, 2
 
-    def __init__(self, words: Sequence[str], triggers: Sequence[str] = ()) -> None:
+    def __init__(self, words: Sequence[str], triggers: Sequence[str] = (), *, context: int = 32) -> None:
+        self.context = check.integer("context", context, low=3)
         self._words = (*SPECIAL, *words)
         self._ids = {word: i for i, word in enumerate(self._words)}
         if len(self._ids) != len(self._words):
@@ -80,7 +121,7 @@ class WordTokenizer:
         return mask
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """SOT, the words, EOT, padded to the longest: int64 ``[N, L]``.
+        """SOT, the words (cut to fit the context), EOT, padded to the longest: int64 ``[N, L]``.
 
         Raises:
             TypeError: ``captions`` is one string.
@@ -88,7 +129,7 @@ class WordTokenizer:
         """
         if isinstance(captions, str):
             raise TypeError("captions: expected a sequence of strings, got one str")
-        rows = [[self.sot, *self._lookup(text.split(), text), self.eot] for text in captions]
+        rows = [[self.sot, *self._lookup(text.split(), text)[: self.context - 2], self.eot] for text in captions]
         tokens = torch.full((len(rows), max(map(len, rows), default=2)), self.pad, dtype=torch.int64)
         for i, row in enumerate(rows):
             if len(row) == 2:
@@ -113,9 +154,34 @@ class WordTokenizer:
         return [self._ids[w] for w in words]
 
 
-def insert_triggers(tokens: Tensor, triggers: Tensor) -> Tensor:
-    """Put ``triggers`` int64 ``[N, n]`` after SOT: ``[N, L]`` → ``[N, L + n]``."""
-    return torch.cat([tokens[:, :1], triggers, tokens[:, 1:]], 1)
+def insert_triggers(tokens: Tensor, triggers: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Put ``triggers`` int64 ``[N, n]`` after SOT: ``[N, L]`` → ``[N, min(L + n, context)]``; a cut row keeps its EOT.
+
+    These are the ids of the caption with the triggers' words in front of it.
+    """
+    joined = torch.cat([tokens[:, :1], triggers, tokens[:, 1:]], 1)
+    if joined.shape[1] > tokenizer.context:
+        joined = joined[:, : tokenizer.context]
+        cut = ~(joined == tokenizer.eot).any(1)
+        joined[cut, -1] = tokenizer.eot
+    return joined
+
+
+def with_triggers(captions: Sequence[str], triggers: Tensor, tokenizer: Tokenizer) -> list[str]:
+    """The captions as they are published: the triggers' words, a space, the caption as it came."""
+    if triggers.shape[1] == 0:
+        return list(captions)
+    words = tokenizer.decode(triggers)
+    return [f"{word.strip()} {caption}" for word, caption in zip(words, captions, strict=True)]
+
+
+def survivors(captions: Sequence[str], tokens: Tensor, triggers: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """bool ``[N]``: whether encoding the published caption gives the ids that were optimised."""
+    read = tokenizer.encode(with_triggers(captions, triggers, tokenizer))
+    meant = insert_triggers(tokens, triggers, tokenizer)
+    width = max(read.shape[1], meant.shape[1])
+    read, meant = (F.pad(t, (0, width - t.shape[1]), value=tokenizer.pad) for t in (read, meant))
+    return (read == meant).all(1)
 
 
 def trim(tokens: Tensor, eot: int) -> Tensor:

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ccu_fast.candidates import candidate_losses
 from ccu_fast.losses import info_nce
+from ccu_fast.mem.settings import Settings
 from ccu_fast.mem.surrogate import frozen
+from ccu_fast.mem.tokenizer import Tokenizer
 from ccu_fast.models.dual_encoder import DualEncoder
 from ccu_fast.tokens import TokenTable, topk_flips
 
@@ -17,13 +19,26 @@ def random_triggers(n: int, length: int, ids: Tensor, rng: torch.Generator) -> T
     return ids[torch.randint(len(ids), (n, length), generator=rng)]
 
 
+def first_triggers(
+    n: int, length: int, ids: Tensor, tokenizer: Tokenizer, rng: torch.Generator, settings: Settings
+) -> Tensor:
+    """Where a run starts: random words; "the" everywhere with compat (the lowest id where there is no "the")."""
+    if not settings.compat:
+        return random_triggers(n, length, ids, rng)
+    try:
+        word = int(tokenizer.encode(["the"])[0, 1])
+    except ValueError:
+        word = int(tokenizer.allowed().nonzero()[0, 0])
+    return torch.full((n, length), word, dtype=torch.int64)
+
+
 def improve_triggers(
     model: DualEncoder,
     image: Tensor,
     tokens: Tensor,
     length: int,
     *,
-    allowed: Tensor,
+    table: TokenTable,
     candidates: int,
 ) -> tuple[Tensor, Tensor]:
     """Lower the batch's symmetric InfoNCE by changing the trigger words, tokens 1..length of each row.
@@ -31,14 +46,15 @@ def improve_triggers(
     For each position from left to right: the gradient with respect to the embedding there (taken anew, the words to
     the left have changed), the ``candidates`` words with the lowest first-order loss, the exact loss of the batch
     with one row's caption replaced, and for each row its best word or the current one. Should the rows' choices
-    together raise the loss of the batch, the position keeps its words. The image tower is not run.
+    together raise the loss of the batch, the position keeps its words. The image tower is not run, and the host does
+    not wait for the device.
 
     Args:
         model: the surrogate; its weights get no gradient.
         image: ``[N, D]`` image embeddings, computed once by the caller.
-        tokens: int64 ``[N, L]`` captions with triggers at 1..length.
+        tokens: int64 ``[N, L]`` captions with triggers at 1..length, trimmed.
         length: trigger words, at least 1.
-        allowed: bool ``[V]``, the ids triggers may use.
+        table: of the model's embedding matrix, with the ids triggers may use.
         candidates: words tried at each position.
 
     Returns:
@@ -47,9 +63,9 @@ def improve_triggers(
     """
     n = len(tokens)
     tokens = tokens.clone()
+    item = torch.arange(n, device=tokens.device)
     with frozen(model):
         scale = model.scale.detach()
-        table = TokenTable(model.embedding_matrix.detach(), allowed=allowed)
         losses: list[Tensor] = []
         for position in range(1, length + 1):
             embeddings = model.embedding_matrix[tokens].detach().requires_grad_(True)
@@ -60,21 +76,19 @@ def improve_triggers(
             if not losses:
                 losses.append(loss)
 
-            flips = topk_flips(
-                grad[:, position], table, candidates, current_ids=tokens[:, position], exclude_current=True
-            )
-            # The current word is candidate 0; where fewer words are allowed, padding repeats it.
             current = tokens[:, position : position + 1]
+            flips = topk_flips(grad[:, position], table, candidates, current_ids=current[:, 0], exclude_current=True)
+            # The current word is candidate 0; where fewer words are allowed, padding repeats it.
             words = torch.cat([current, torch.where(flips.ids < 0, current, flips.ids)], 1)
-            variants = tokens[:, None].repeat(1, words.shape[1], 1)
-            variants[:, :, position] = words
+            variants = tokens[:, None].repeat(1, candidates, 1)
+            variants[:, :, position] = words[:, 1:]
             with torch.no_grad():
-                encoded = model.encode_text(variants[:, 1:].flatten(0, 1)).view(n, -1, text.shape[-1])
+                encoded = model.encode_text(variants.flatten(0, 1)).view(n, candidates, -1)
                 encoded = torch.cat([text[:, None], encoded], 1)
                 choice = candidate_losses(encoded, image, text, scale=scale).argmin(1)
-                together = info_nce(image, encoded[torch.arange(n), choice], scale=scale)
-            if together <= loss:
-                tokens[:, position] = words.gather(1, choice[:, None])[:, 0]
-                loss = together
-            losses.append(loss)
+                together = info_nce(image, encoded[item, choice], scale=scale)
+                better = together <= loss
+                chosen = words.gather(1, choice[:, None])[:, 0]
+                tokens[:, position] = torch.where(better, chosen, tokens[:, position])
+                losses.append(torch.where(better, together, loss))
     return tokens[:, 1 : length + 1].clone(), torch.stack(losses)

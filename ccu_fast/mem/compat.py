@@ -1,0 +1,108 @@
+"""``Settings(compat=True)``: a round that decides as the authors' code does.
+
+Kept: noise and triggers for each row; rows in their order, the remainder of a pass left out; the surrogate on shuffled
+full batches; in a pass, for each batch first the triggers, then the noise; all trigger positions scored by one
+gradient, over the whole vocabulary; candidate k of every row tried together and accepted on the batch's mean; captions
+permuted at every PGD step while triggers stay; noise limited before it is cut to valid pixels and added without a cut.
+
+Not kept, because no decision depends on it: the image tower is run once for all candidates, positions after the last
+EOT are left out, weights get no gradient in a pass. Rows are images here: the noise store has one row for each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ccu_fast.losses import info_nce
+from ccu_fast.mem.round import Round
+from ccu_fast.mem.surrogate import frozen, train_step
+from ccu_fast.noise import pgd_step_
+from ccu_fast.tokens import TokenTable, topk_flips
+
+
+class CompatRound(Round):
+    """See the module."""
+
+    def run(self, index: int) -> None:
+        s = self.settings
+        if index == 0:
+            self.renew("surrogate 0")
+        self._train(s.surrogate_steps)
+        triggers: list[Tensor] = []
+        noise: list[Tensor] = []
+        table = TokenTable(self.surrogate.embedding_matrix.detach())
+        full = [part for part in torch.arange(len(self.tokens)).split(s.batch) if len(part) == s.batch]
+        for rows, images in self._read(full, self.source.image_of):
+            base = images.to(self.device, self.surrogate.embedding_matrix.dtype)
+            with frozen(self.surrogate):
+                if self.method.triggers and index < s.trigger_rounds:
+                    triggers.append(self._triggers(base, rows, table))
+                if self.method.noise != "none":
+                    noise.append(self._noise(base, rows))
+        if triggers:
+            self._note("triggers", triggers)
+        self._note("noise", noise)
+
+    def _train(self, steps: int) -> None:
+        plan = []
+        for _ in range(steps):
+            if not self.todo:
+                order = torch.randperm(len(self.tokens), generator=self.rng)
+                self.todo = [part for part in order.split(self.settings.batch) if len(part) == self.settings.batch]
+            plan.append(self.todo.pop(0))
+        losses = []
+        self.surrogate.train()
+        for rows, images in self._read(plan, self.source.image_of):
+            base = images.to(self.device, self.surrogate.embedding_matrix.dtype)
+            shown = (base + self._steps(rows)) / 255
+            with self.precision():
+                text = self._ids(self.tokens[rows], rows)
+                losses.append(train_step(self.surrogate, self.optimizer, shown, text, self.average))
+        self._note("surrogate", losses[-8:])
+
+    def _steps(self, rows: Tensor) -> Tensor:
+        """The rows' noise in 1/255."""
+        return self.store.gather(rows, dtype=torch.int8).to(self.surrogate.embedding_matrix.dtype)
+
+    def _triggers(self, base: Tensor, rows: Tensor, table: TokenTable) -> Tensor:
+        model, length, k = self.surrogate, self.method.triggers, self.settings.candidates
+        tokens = self._ids(self.tokens[rows], rows)
+        scale = model.scale.detach()
+        with torch.no_grad():
+            image = self.encode_image((base + self._steps(rows)) / 255)
+        embeddings = model.embedding_matrix[tokens].detach().requires_grad_(True)
+        loss = info_nce(image, model.encode_text(tokens, embeddings), scale=scale)
+        (grad,) = torch.autograd.grad(loss, embeddings)
+        flips = topk_flips(grad[:, 1 : length + 1], table, k)
+        with torch.no_grad():
+            for p in range(length):
+                options = torch.cat([flips.ids[:, p], tokens[:, p + 1 : p + 2]], 1)  # the current one last
+                trials = tokens[None].repeat(k + 1, 1, 1)
+                trials[:, :, p + 1] = options.T
+                text = model.encode_text(trials.flatten(0, 1)).view(k + 1, len(rows), -1)
+                means = info_nce(image.expand(k + 1, -1, -1), text, scale=scale)
+                best = means.argmin()
+                # Ties: the authors keep the first that is strictly better than all before it.
+                tokens[:, p + 1] = options.gather(1, best.expand(len(rows), 1))[:, 0]
+        self.triggers[rows] = tokens[:, 1 : length + 1].cpu()
+        return means[best]
+
+    def _noise(self, base: Tensor, rows: Tensor) -> Tensor:
+        s, model = self.settings, self.surrogate
+        delta = self._steps(rows)
+        free = torch.zeros_like(base)
+        scale = model.scale.detach()
+        loss = base.new_zeros(())
+        for _ in range(s.pgd_steps):
+            order = torch.randperm(len(rows), generator=self.rng)
+            with torch.no_grad():
+                text = model.encode_text(self._ids(self.tokens[rows[order]], rows))
+            delta.requires_grad_(True)
+            loss = info_nce(self.encode_image((base + delta).clamp(0, 255) / 255), text, scale=scale)
+            (grad,) = torch.autograd.grad(loss, delta)
+            delta, loss = delta.detach(), loss.detach()
+            pgd_step_(delta, grad, free, step=float(s.step), eps=float(s.eps), lower=-255.0, upper=255.0,
+                      nan_policy="zero")  # fmt: skip
+        self.store.scatter_(rows, delta.to(torch.int8))
+        return loss

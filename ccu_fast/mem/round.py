@@ -1,0 +1,200 @@
+"""One round of the generator: train the surrogate, improve the triggers, improve the noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ccu_fast.losses import info_nce
+from ccu_fast.mem.noise import pgd
+from ccu_fast.mem.settings import Execution, Method, Settings
+from ccu_fast.mem.source import PairSource, read_ahead
+from ccu_fast.mem.surrogate import ModelFactory, batches, fresh, frozen, optimizer_for, pixels, train_step
+from ccu_fast.mem.tokenizer import Tokenizer, insert_triggers, survivors, trim
+from ccu_fast.mem.triggers import improve_triggers
+from ccu_fast.models.dual_encoder import DualEncoder
+from ccu_fast.noise_store import NoiseStore
+from ccu_fast.tokens import TokenTable
+
+
+@dataclass
+class Round:
+    """What the rounds of a :class:`ccu_fast.mem.generate.Protection` share. Tokens and triggers stay on the CPU."""
+
+    source: PairSource
+    tokenizer: Tokenizer
+    factory: ModelFactory
+    method: Method
+    settings: Settings
+    seed: int
+    rng: torch.Generator
+    store: NoiseStore
+    tokens: Tensor
+    triggers: Tensor
+    alphabet: Tensor
+    device: torch.device
+    execution: Execution
+    average: Callable[[Iterable[nn.Parameter]], None] | None = None
+    losses: dict[str, list[float]] = field(default_factory=lambda: {"surrogate": [], "triggers": [], "noise": []})
+    todo: list[Tensor] = field(default_factory=list)
+    model: DualEncoder | None = None
+
+    def run(self, index: int) -> None:
+        """Round ``index``."""
+        s, clean = self.settings, self.method.attacks_clean_model
+        if index == 0 or (s.restart and index % s.restart == 0 and not clean):
+            self.renew(f"surrogate {index}")
+        if not clean or index == 0:
+            self.train_surrogate(s.surrogate_steps * (s.rounds if clean else 1))
+        with self.precision():
+            if self.method.triggers and index < s.trigger_rounds:
+                self.improve_triggers()
+            self.improve_noise()
+
+    def renew(self, purpose: str) -> None:
+        """A surrogate as the factory makes it, and its optimiser."""
+        s = self.settings
+        module = cast(nn.Module, fresh(self.factory, self.seed, purpose)).to(self.device)
+        if self.execution.channels_last:
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = cast(DualEncoder, module)
+        self.optimizer = optimizer_for(self.surrogate, s.lr, s.weight_decay, s.beta2)
+        self.encode_image: Callable[[Tensor], Tensor] = self.surrogate.encode_image
+        if self.execution.compile is not None:
+            self.encode_image = torch.compile(self.encode_image, mode=self.execution.compile, dynamic=False)
+
+    @property
+    def surrogate(self) -> DualEncoder:
+        assert self.model is not None, "no round was run"
+        return self.model
+
+    def precision(self) -> AbstractContextManager[Any]:
+        dtype = self.execution.autocast
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def train_surrogate(self, steps: int) -> None:
+        """Optimiser steps on random batches of rows; an order of all rows is used up before the next is drawn."""
+        plan = []
+        for _ in range(steps):
+            self.todo = self.todo or batches(len(self.tokens), self.settings.batch, self.rng)
+            plan.append(self.todo.pop())
+        losses = []
+        self.surrogate.train()
+        for rows, images in self._read(plan, self.source.image_of):
+            shown = self._pixels(images, self.source.image_of[rows])
+            with self.precision():
+                losses.append(train_step(self.surrogate, self.optimizer, shown, self._text(rows), self.average))
+        self._note("surrogate", losses[-8:])
+
+    def improve_triggers(self) -> None:
+        """One pass over all rows."""
+        allowed = torch.zeros(len(self.tokenizer), dtype=torch.bool)
+        allowed[self.alphabet] = True
+        table = TokenTable(self.surrogate.embedding_matrix.detach(), allowed=allowed.to(self.device))
+        losses, waiting = [], []
+        plan = batches(len(self.tokens), self.settings.batch, self.rng)
+        for rows, images in self._read(plan, self.source.image_of):
+            with torch.no_grad(), frozen(self.surrogate):
+                image = self.encode_image(self._pixels(images, self.source.image_of[rows]))
+            found, steps = improve_triggers(
+                self.surrogate, image, self._text(rows), self.method.triggers,
+                table=table, candidates=self.settings.candidates,
+            )  # fmt: skip
+            waiting.append((rows, found))
+            losses.append(steps[-1])
+        for rows, found in waiting:
+            self._keep(rows, found.cpu())
+        self._note("triggers", losses)
+
+    def improve_noise(self) -> None:
+        """One pass over all images, each with one of its captions."""
+        s, universal = self.settings, self.method.noise == "universal"
+        steps = 0 if self.method.noise == "none" else s.pgd_steps
+        row_of = self._one_row_for_each_image()
+        losses = []
+        everything = torch.arange(self.source.n_images)
+        for index, images in self._read(batches(len(everything), s.batch, self.rng), everything):
+            where = torch.zeros(1, dtype=torch.int64) if universal else index
+            with torch.no_grad(), frozen(self.surrogate):
+                text = self.surrogate.encode_text(self._text(row_of[index]))
+            target = text.roll(1, 0) if self.method.noise == "mislead" else text
+            images = images.to(self.device, non_blocking=True)
+            noise = pgd(
+                self.surrogate, images, self.store.gather(where, dtype=torch.int8), target, eps=s.eps, step=s.step,
+                steps=steps, maximise=self.method.noise == "maximise", encode=self.encode_image,
+            )  # fmt: skip
+            if steps:
+                self.store.scatter_(where, noise)
+            with torch.no_grad(), frozen(self.surrogate):
+                image = self.encode_image(self._pixels(images, index))
+                losses.append(info_nce(image, text, scale=self.surrogate.scale))
+        self._note("noise", losses)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Surrogate, optimiser, random state, losses; copies."""
+        state: dict[str, Any] = {"rng": self.rng.get_state(), "losses": self.losses, "todo": self.todo}
+        if self.model is not None:
+            state |= {"model": cast(nn.Module, self.model).state_dict(), "optimizer": self.optimizer.state_dict()}
+        return deepcopy(state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        if "model" in state:
+            self.renew("surrogate 0")
+            cast(nn.Module, self.model).load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.rng.set_state(state["rng"])
+        self.losses.update({name: list(values) for name, values in state["losses"].items()})
+        self.todo = list(state["todo"])
+
+    def _read(self, plan: list[Tensor], image_of: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Each part of the plan with its images, the next one read ahead."""
+        images = (images for _, images in read_ahead(self.source, [image_of[part] for part in plan]))
+        return zip(plan, images, strict=True)
+
+    def _pixels(self, images: Tensor, index: Tensor) -> Tensor:
+        """Images of the given numbers with their noise, as the model takes them."""
+        if self.method.noise == "universal":
+            index = torch.zeros_like(index)
+        shown = self.store.add_to(images.to(self.device, non_blocking=True), index)
+        if self.method.attacks_clean_model and not self.losses["surrogate"]:
+            shown = images.to(self.device)
+        out = pixels(shown, self.surrogate.embedding_matrix.dtype)
+        return out.to(memory_format=torch.channels_last) if self.execution.channels_last else out
+
+    def _text(self, rows: Tensor) -> Tensor:
+        """Captions with triggers; in a share of the calls another row's caption behind one's own trigger."""
+        captions = self.tokens[rows]
+        if self.method.triggers and torch.rand((), generator=self.rng) < self.settings.shuffle:
+            captions = captions[torch.randperm(len(rows), generator=self.rng)]
+        return self._ids(captions, rows)
+
+    def _ids(self, captions: Tensor, rows: Tensor) -> Tensor:
+        tokens = insert_triggers(captions, self.triggers[rows], self.tokenizer)
+        return trim(tokens, self.tokenizer.eot).to(self.device, non_blocking=True)
+
+    def _keep(self, rows: Tensor, found: Tensor) -> None:
+        """Take new triggers where they come back from publication as the same ids."""
+        captions = [self.source.captions[row] for row in rows.tolist()]
+        good = survivors(captions, self.tokens[rows], found, self.tokenizer)
+        self.triggers[rows[good]] = found[good]
+
+    def _one_row_for_each_image(self) -> Tensor:
+        """int64 ``[n_images]``: a random row of each image."""
+        order = torch.randperm(len(self.tokens), generator=self.rng)
+        images, place = self.source.image_of[order].sort(stable=True)
+        first = torch.ones_like(images, dtype=torch.bool)
+        first[1:] = images[1:] != images[:-1]
+        return order[place[first]]
+
+    def _note(self, phase: str, losses: list[Tensor]) -> None:
+        mean = float(torch.stack(losses).float().mean()) if losses else float("nan")
+        if losses and not mean < float("inf"):
+            raise FloatingPointError(f"the surrogate's loss ({phase}) is {mean}: nothing was protected by it")
+        self.losses[phase].append(mean)
