@@ -149,7 +149,8 @@ def build_problem(
         check.finite("x", x)
         check.finite("y", y)
     try:
-        lead = tuple(torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]))
+        # Torch's function takes longer than a small product.
+        lead = () if x.ndim == y.ndim == 2 else tuple(torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]))
     except RuntimeError:
         raise ValueError(
             f"y: expected leading dimensions that broadcast with {list(x.shape[:-2])} (those of x), "

@@ -9,6 +9,7 @@ mode the implementation is called directly: the dispatcher would cost more than 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -35,6 +36,7 @@ _LIBRARY.define(
 _N_FIELDS = 11
 
 
+@functools.cache
 def _implementation(backend: str) -> Any:
     return importlib.import_module(f"ccu_fast.backends.{backend}.similarity")
 

@@ -12,6 +12,7 @@ once, after all its terms were added in fp32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,22 +78,25 @@ def _scratch(workspace: int) -> int:
 
 def _layout(p: SimilarityProblem, workspace: int, keep: bool, dtype: torch.dtype) -> _Layout:
     """One chunk of scratch; the rest of the workspace is for kept chunks."""
-    scratch = _scratch(workspace) // dtype.itemsize
-    if p.n * p.m <= scratch or p.n <= _FEWEST_ROWS:
-        group = max(1, scratch // (p.n * p.m))
-        chunks = [_Chunk(b, min(b + group, p.banks), 0, p.n) for b in range(0, p.banks, group)]
+    return _cut(p.banks, p.n, p.m, _scratch(workspace), stash_shape(p, workspace, keep)[0], dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _cut(banks: int, n: int, m: int, scratch_bytes: int, stash: int, dtype: torch.dtype) -> _Layout:
+    scratch = scratch_bytes // dtype.itemsize
+    if n * m <= scratch or n <= _FEWEST_ROWS:
+        group = max(1, scratch // (n * m))
+        chunks = [_Chunk(b, min(b + group, banks), 0, n) for b in range(0, banks, group)]
     else:
-        rows = max(_FEWEST_ROWS, scratch // p.m // _FEWEST_ROWS * _FEWEST_ROWS)
-        chunks = [
-            _Chunk(b, b + 1, start, min(start + rows, p.n)) for b in range(p.banks) for start in range(0, p.n, rows)
-        ]
-    layout = _Layout(chunks, 0, p.m, dtype)
-    room = (stash_shape(p, workspace, keep)[0] - _HEADER) * 4 // dtype.itemsize
+        rows = max(_FEWEST_ROWS, scratch // m // _FEWEST_ROWS * _FEWEST_ROWS)
+        chunks = [_Chunk(b, b + 1, start, min(start + rows, n)) for b in range(banks) for start in range(0, n, rows)]
+    layout = _Layout(chunks, 0, m, dtype)
+    room = (stash - _HEADER) * 4 // dtype.itemsize
     kept = 0
     while kept < len(chunks) and layout.size(chunks[kept]) <= room:
         room -= layout.size(chunks[kept])
         kept += 1
-    return _Layout(chunks, kept, p.m, dtype)
+    return _Layout(chunks, kept, m, dtype)
 
 
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
@@ -104,9 +108,10 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
     if not keep:
         return (0,)
     dtype = torch.bfloat16 if p.x.dtype == torch.bfloat16 and _has_bf16() else torch.float32
-    pairs = torch.sym_min(
-        p.banks * p.n * p.m, torch.sym_max((workspace - _scratch(workspace)) // dtype.itemsize, _FEWEST_ROWS * p.m)
-    )
+    all_pairs, fewest = p.banks * p.n * p.m, _FEWEST_ROWS * p.m
+    # Of symbols only torch's own minimum is no branch; of numbers it costs as much as a small problem's arithmetic.
+    least, most = (min, max) if isinstance(all_pairs, int) else (torch.sym_min, torch.sym_max)
+    pairs = least(all_pairs, most((workspace - _scratch(workspace)) // dtype.itemsize, fewest))
     return (_HEADER + (pairs * dtype.itemsize + 3) // 4,)
 
 
@@ -188,10 +193,11 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     layout = _layout(p, workspace, keep, dtype)
     native = _Problem(p, dtype)
     stash = borrow(stash_shape(p, workspace, keep)[0])
-    stash[:_HEADER] = float(dtype == torch.bfloat16)
+    stash[:_HEADER].fill_(dtype == torch.bfloat16)
     # What no chunk fills has to be the same every time, too (but for the half that bf16 GEMMs of fp32 inputs leave).
     filled = sum(map(layout.size, layout.chunks[: layout.kept]))
-    stash[_HEADER:].view(dtype)[filled : filled + layout.largest] = 0
+    if _HEADER * 4 + filled * dtype.itemsize < stash.numel() * 4:
+        stash[_HEADER:].view(dtype)[filled : filled + layout.largest] = 0
     scratch = torch.empty(layout.largest if layout.kept < len(layout.chunks) else 0, dtype=dtype, device="cpu")
     row_out = torch.empty(len(p.rows), p.banks, p.n, **_FP32)
     col_max = torch.full((len(p.cols), p.banks, p.m), -torch.inf, **_FP32)
@@ -231,8 +237,8 @@ def backward(
     dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if kept else _gemm_dtype(p)
     layout = _layout(p, workspace, kept, dtype)
     native = _Problem(p, dtype)
-    dx = torch.zeros(p.x.shape if needs[0] else (0,), **_FP32)
-    dy = torch.zeros(p.y.shape if needs[1] else (0,), **_FP32)
+    dx = _Sum(p.x, needs[0], once=p.x.shape[0] == p.banks)
+    dy = _Sum(p.y, needs[1], once=len(layout.chunks) == 1 or (layout.chunks[0].rows == p.n and p.y.shape[0] == p.banks))
     scratch = torch.empty(layout.largest, dtype=dtype, device="cpu")
     scale_sum = bias_sum = 0.0
     buffers = _kept(layout, stash)
@@ -248,30 +254,52 @@ def backward(
             grad_cols[:, chunk.first :].data_ptr(), col_out[:, chunk.first :].data_ptr(), col_out.stride(0),
             grad.data_ptr(), _C.BF16 if dtype == torch.bfloat16 else _C.F32, sums[0].data_ptr(), sums[1].data_ptr(),
         )  # fmt: skip
-        scale_sum += float(sums[0].sum())
-        bias_sum += float(sums[1].sum())
+        for_scale, for_bias = sums.sum(1).tolist()
+        scale_sum += for_scale
+        bias_sum += for_bias
+        rows = slice(chunk.start, chunk.stop)
         if needs[0]:
-            _accumulate(dx, chunk, slice(chunk.start, chunk.stop), grad, _bank(native.y, chunk))
+            dx.add(chunk, rows, grad, _bank(native.y, chunk))
         if needs[1]:
-            rows = _bank(native.x, chunk)[:, chunk.start : chunk.stop]
-            _accumulate(dy, chunk, slice(None), grad.mT, rows)
+            dy.add(chunk, slice(None), grad.mT, _bank(native.x, chunk)[:, rows])
     return (
-        dx.to(p.x.dtype),
-        dy.to(p.y.dtype),
-        torch.tensor(scale_sum, **_FP32),
-        torch.tensor(bias_sum, **_FP32),
+        dx.total.to(p.x.dtype),
+        dy.total.to(p.y.dtype),
+        torch.full((), scale_sum, **_FP32),
+        torch.full((), bias_sum, **_FP32),
     )
 
 
-def _accumulate(out: Tensor, chunk: _Chunk, rows: slice, left: Tensor, right: Tensor) -> None:
-    """out[banks of the chunk, rows] += left @ right in fp32; a shared ``out`` sums over the banks."""
-    target = _bank(out, chunk)[:, rows]
-    for b in range(chunk.banks):
-        slot, factor = target[b % target.shape[0]], right[b % right.shape[0]]
-        if left.dtype == torch.float32:
-            slot.addmm_(left[b], factor)
-        else:
-            slot += torch.mm(left[b], factor)
+class _Sum:
+    """The gradient of x or y in fp32: a sum of products over chunks and, where one bank serves all, over banks.
+
+    Args:
+        like: x or y.
+        once: every element gets all that it gets from one chunk, which therefore needs nothing to add to.
+    """
+
+    def __init__(self, like: Tensor, wanted: bool, *, once: bool) -> None:
+        self.once = once
+        make = torch.empty if once else torch.zeros
+        self.total = make(like.shape if wanted else (0,), **_FP32)
+
+    def add(self, chunk: _Chunk, rows: slice, left: Tensor, right: Tensor) -> None:
+        """total[banks of the chunk, rows] += left @ right."""
+        out = _bank(self.total, chunk)[:, rows]
+        if out.shape[0] == 1 and chunk.banks > 1 and left.mT.is_contiguous():
+            # The sum over banks of Gᵀ X is one product, of all their rows.
+            left, right = left.mT.reshape(1, -1, left.shape[1]).mT, right.reshape(1, -1, right.shape[2])
+        elif out.shape[0] > 1 and right.shape[0] == 1 and left.is_contiguous() and out.is_contiguous():
+            # Nor do banks matter to what is multiplied from the right by the same.
+            left, out = left.reshape(1, -1, left.shape[2]), out.view(1, -1, out.shape[2])
+        for b in range(left.shape[0]):
+            slot, factor = out[b % out.shape[0]], right[b % right.shape[0]]
+            if left.dtype != torch.float32:
+                (slot.copy_ if self.once else slot.add_)(torch.mm(left[b], factor))
+            elif self.once:
+                torch.mm(left[b], factor, out=slot)
+            else:
+                slot.addmm_(left[b], factor)
 
 
 def _gemm_dtype(p: SimilarityProblem) -> torch.dtype:
