@@ -28,13 +28,15 @@ def pgd_step_(
     upper: float | Tensor = 1.0,
     norm: str = "linf",
     nan_policy: str = "raise",
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """One step of the noise against the gradient, projected to its ball and to valid images, in place::
 
         delta = clamp(delta - step * sign(grad), -eps, eps)                       # linf; sign(0) = 0
         delta = delta - step * grad / norm(grad); delta *= min(1, eps / norm(delta))   # l2, per sample; 0 / 0 = 0
-        delta = clamp(delta + image, lower, upper) - image
+        out = clamp(delta + image, lower, upper)
+        delta = out - image
 
     The loss goes down; a negative gradient (``-grad``) makes it go up. Computed in fp32 (fp64 for fp64 noise).
 
@@ -55,8 +57,10 @@ def pgd_step_(
         upper: largest, not below ``lower``.
         norm: "linf", or "l2" (norms over all of a sample).
         nan_policy: "raise": look at grad first (one more read of it; synchronises a GPU) and raise for NaN, for
-            "l2" also for inf, with nothing written. "zero": no step there, and no look (on a GPU the parameters
-            are still copied there, and checked here if per channel).
+            "l2" also for inf, with nothing written. "zero": no step there, and no look: then nothing on a GPU waits or
+            is copied from the host, per-channel parameters there are taken as they are, and a CUDA graph can hold
+            the step.
+        out: shape and dtype of ``delta``, contiguous: gets the noisy images in the same pass.
         backend: "auto", or "native" or "reference"; a named one raises if it cannot serve.
 
     Returns:
@@ -72,14 +76,17 @@ def pgd_step_(
     check.one_of("nan_policy", nan_policy, NAN_POLICIES)
     numbers, channels = _parameters(delta, norm, (step, eps, lower, upper))
     wide = torch.float64 in (delta.dtype, grad.dtype)
-    op = "pgd_step_" if norm == "linf" else "pgd_step_l2"
-    name = choose(backend, op, delta.device, torch.float64 if wide else delta.dtype)
-    arguments = (grad.detach(), image.detach(), *numbers, channels, norm == "l2", nan_policy == "raise", name)
+    if out is not None:
+        _check_out(out, delta)
+    name = choose(backend, "pgd_step_", delta.device, torch.float64 if wide else delta.dtype)
+    arguments = (grad.detach(), image.detach(), *numbers, channels, norm == "l2", nan_policy == "raise", name, out)
     if torch.compiler.is_compiling():
         torch.ops.ccu_fast.pgd_step_(delta.detach(), *arguments)
     else:
         _step(delta, *arguments)
         torch.autograd.graph.increment_version(delta)
+        if out is not None:
+            torch.autograd.graph.increment_version(out)
     return delta
 
 
@@ -93,6 +100,16 @@ def _check_tensors(delta: Tensor, grad: Tensor, image: Tensor) -> None:
         check.tensor(name, value)
         check.same(name, value, "delta", delta, dtype=name == "image")
         check.shape(name, value, delta.shape)
+
+
+def _check_out(out: Tensor, delta: Tensor) -> None:
+    check.tensor("out", out)
+    check.same("out", out, "delta", delta)
+    check.shape("out", out, delta.shape)
+    if not out.is_contiguous() or out.requires_grad:
+        raise ValueError("out: expected contiguous memory that does not require grad")
+    if out.untyped_storage().data_ptr() == delta.untyped_storage().data_ptr():
+        raise ValueError("out: expected memory of its own, got that of delta")
 
 
 def _parameters(delta: Tensor, norm: str, values: tuple[Any, ...]) -> tuple[list[float], Tensor | None]:
@@ -158,18 +175,18 @@ def _step(
     l2: bool,
     raise_nan: bool,
     backend: str,
+    out: Tensor | None = None,
 ) -> None:
-    if channels is None:
-        dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
-        parameters = torch.tensor([[step], [eps], [lower], [upper]], dtype=dtype, device=delta.device)
-    else:
+    # On a GPU a look at the parameters would wait for it, as a look at the gradient does.
+    if channels is not None and (raise_nan or channels.device.type == "cpu"):
         _check_channels(channels)
-        parameters = channels.contiguous()
     if delta.numel() == 0:
         return
     with torch.no_grad():
         work = delta.detach().contiguous()
-        problem = NoiseStep(work, grad.contiguous(), image.contiguous(), parameters, l2, raise_nan)
+        channel = None if channels is None else channels.expand(4, work.shape[1] if work.ndim > 1 else 1).contiguous()
+        numbers = (step, eps, lower, upper)
+        problem = NoiseStep(work, grad.contiguous(), image.contiguous(), numbers, channel, out, l2, raise_nan)
         try:
             importlib.import_module(f"ccu_fast.backends.{backend}.noise").step(problem)
         except BadGradient:
@@ -185,7 +202,7 @@ def _step(
 _LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
 _LIBRARY.define(
     "pgd_step_(Tensor(a!) delta, Tensor grad, Tensor image, float step, float eps, float lower, float upper, "
-    "Tensor? channels, bool l2, bool raise_nan, str backend) -> ()",
+    "Tensor? channels, bool l2, bool raise_nan, str backend, Tensor(b!)? out=None) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("pgd_step_", _step, "CompositeExplicitAutograd")

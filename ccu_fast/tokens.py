@@ -16,12 +16,13 @@ from ccu_fast import check
 from ccu_fast.backends.registry import choose
 from ccu_fast.backends.token_problem import TokenProblem, TokenResult
 from ccu_fast.candidates import candidate_losses
-from ccu_fast.tokens_op import topk, version_of
+from ccu_fast.tokens_op import STALE, topk, version_of
 
 __all__ = ["Flips", "TokenTable", "candidate_losses", "topk_flips"]
 
 SCOPES = ("row", "global")
 PRECISIONS = ("certified", "fp32", "fast")
+_GRAM_ROWS = 1 << 16
 
 
 class Flips(NamedTuple):
@@ -45,8 +46,8 @@ class Flips(NamedTuple):
 class TokenTable:
     """An embedding matrix prepared for :func:`topk_flips`.
 
-    On a CPU with the compiled kernels this holds an fp32 copy of the allowed rows (4·D bytes each) in the order the
-    kernel reads them; the embedding itself is referenced, not copied.
+    With the compiled kernels this holds a copy of the allowed rows in the order the kernel reads them: on a CPU fp32
+    (4·D bytes each), on a GPU centred and scaled fp16 (2·D bytes); the embedding itself is referenced, not copied.
 
     Args:
         embedding: ``[V, D]`` fp32, fp16 or bf16 (fp64 on the reference backend), finite, any strides.
@@ -83,10 +84,41 @@ class TokenTable:
         self.version = version_of(self.embedding)
         self.max_norm = _largest_norm(self.embedding, self.ids)
         self.packed: Tensor | None = None
+        self.coarse: Tensor | None = None
+        self._gram: Tensor | None = None
         if self.backend != "reference":
-            self.packed = importlib.import_module(f"ccu_fast.backends.{self.backend}.tokens").pack(
-                self.embedding, self.ids
-            )
+            backend = importlib.import_module(f"ccu_fast.backends.{self.backend}.tokens")
+            self.packed, self.coarse = backend.pack(self.embedding, self.ids)
+
+    def check_fresh(self) -> None:
+        """Raise a ValueError if the embedding changed in place since the table was prepared."""
+        if self.version >= 0 and version_of(self.embedding) != self.version:
+            raise ValueError(STALE)
+
+    @property
+    def gram(self) -> Tensor:
+        """``[D, D]`` E.T @ E of the allowed rows, in fp32 (fp64 for fp64); made at the first use and kept."""
+        self.check_fresh()
+        if self._gram is None:
+            dtype = torch.float64 if self.embedding.dtype == torch.float64 else torch.float32
+            self._gram = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.embedding.device)
+            for start in range(0, len(self), _GRAM_ROWS):
+                part = slice(start, start + _GRAM_ROWS)
+                rows = (self.embedding[part] if self.ids is None else self.embedding[self.ids[part]]).to(dtype)
+                self._gram += rows.T @ rows
+            self._gram = self._gram.to(dtype)
+        return self._gram
+
+    def score_norms(self, grad: Tensor) -> Tensor:
+        """``(embedding[allowed] @ grad).norm()`` for every row of ``grad`` ``[..., D]``, without the scores.
+
+        GCG divides by it to weigh the gradients of several prompts alike: √(gᵀ(EᵀE)g) costs D² a row instead of V·D.
+        """
+        check.tensor("grad", grad)
+        if grad.ndim < 1 or grad.shape[-1] != self.dim:
+            raise ValueError(f"grad: expected shape [..., {self.dim}] for this table, got {list(grad.shape)}")
+        wide = grad.to(self.gram.dtype)
+        return (wide @ self.gram * wide).sum(-1).clamp(min=0).sqrt()
 
     def __len__(self) -> int:
         return self.vocabulary if self.ids is None else self.ids.shape[0]
@@ -136,15 +168,16 @@ def topk_flips(
         scope: "row": k for every row. "global": k for each group of rows ``[n, D]``, the best (row, token) flips
             together; ties: the lowest row, then the lowest id.
         precision: "certified": the float64 order. "fp32": fp32 dot products may decide; on every backend of today
-            it is the same as "certified". "fast": low precision decides which k tokens survive (on a CPU: fp32);
-            they are still sorted, and their delta computed, in float64.
+            it is the same as "certified". "fast": low precision (fp32 on a CPU, fp16 on a GPU) decides which k tokens
+            survive; they are still sorted, and their delta computed, in float64.
         backend: "auto", or "native" or "reference"; a named one raises if it cannot serve.
 
     Returns:
         :class:`Flips`. Nothing in it carries a gradient.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what came. On a GPU, where a look would wait,
+            an id in ``current_ids`` out of range fails the kernel, and tokens whose penalty is NaN are not chosen.
 
     Source: HotFlip (arXiv 1712.06751), equation 10 and universal triggers (arXiv 1908.07125), equation 3.
     """
@@ -199,6 +232,7 @@ def _problem(
         embedding=table.embedding,
         token_ids=table.ids,
         packed=table.packed,
+        coarse=table.coarse,
         max_norm=table.max_norm,
         k=min(k, len(table)),
         maximize=bool(maximize),

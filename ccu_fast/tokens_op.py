@@ -19,10 +19,15 @@ from ccu_fast.backends.token_problem import TokenProblem, TokenResult
 
 _LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
 _LIBRARY.define(
-    "topk_flips(Tensor grad, Tensor embedding, Tensor? token_ids, Tensor? packed, float max_norm, int k, "
-    "bool maximize, Tensor? current, bool exclude_current, Tensor? allowed, Tensor? penalty, bool certify, "
+    "topk_flips(Tensor grad, Tensor embedding, Tensor? token_ids, Tensor? packed, Tensor? coarse, float max_norm, "
+    "int k, bool maximize, Tensor? current, bool exclude_current, Tensor? allowed, Tensor? penalty, bool certify, "
     "int version, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+STALE = (
+    "table: expected an embedding unchanged since the table was built, got one changed in place; call table.refresh()"
 )
 
 
@@ -35,16 +40,14 @@ def _topk(*args: Any) -> TokenResult:
     *fields, version, backend = args
     p = TokenProblem(*fields)
     if version >= 0 and version_of(p.embedding) != version:
-        raise ValueError(
-            "table: expected an embedding unchanged since the table was built, got one changed in place; "
-            "call table.refresh()"
-        )
-    if p.current is not None and p.rows:
+        raise ValueError(STALE)
+    # On a GPU a look would wait for it: there the kernel fails for an id out of range, as torch's indexing does.
+    if p.current is not None and p.rows and p.current.device.type == "cpu":
         vocabulary = p.embedding.shape[0]
         low, high = (int(v) for v in p.current.aminmax())
         if low < 0 or high >= vocabulary:
             raise ValueError(f"current_ids: expected ids in [0, {vocabulary - 1}], got {low if low < 0 else high}")
-    if p.penalty is not None:
+    if p.penalty is not None and p.penalty.device.type == "cpu":
         check.finite("penalty", p.penalty)
     result: TokenResult = importlib.import_module(f"ccu_fast.backends.{backend}.tokens").topk(p)
     return result

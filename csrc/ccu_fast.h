@@ -118,28 +118,77 @@ typedef struct {
 
 int ccu_topk_flips(const ccu_topk_flips_args* args);
 
+// On a GPU: coarse scores of a table in fp16, by ccu_cuda_topk_scores for few rows or by a library GEMM, then the
+// selection, which rescores from the embedding.
+enum { CCU_CUDA_MOST_FLIPS = 1024 };
+enum ccu_topk_path { CCU_TOPK_SCAN = 0, CCU_TOPK_EXACT = 1, CCU_TOPK_INVALID = 2 };
+
+typedef struct {
+  const void* table;          // fp16 [tokens, dim], 16-byte aligned
+  const float* grad;          // [rows, dim], 16-byte aligned
+  float* scores;              // [rows, tokens]
+  int64_t rows, tokens, dim;  // dim: a multiple of 8
+  void* stream;
+} ccu_cuda_topk_scores_args;
+
+int ccu_cuda_topk_scores(const ccu_cuda_topk_scores_args* args);
+
+typedef struct {
+  const float* scores;  // [rows, tokens] of rows first, first + 1, ..
+  int64_t first, rows, tokens;
+  // [all rows, 4]: score in units of its own = [0] * coarse score + [1] * penalty, off by at most [2]; [3] is the path
+  const float* about;
+  const float* grad;  // this and what follows as in ccu_topk_flips_args, for all rows
+  int64_t dim;
+  const int64_t* token_ids;
+  const void* embedding;
+  int64_t embedding_stride, embedding_step, vocabulary;
+  int32_t embedding_dtype;
+  int32_t maximize;
+  const int64_t* current;
+  int32_t exclude_current;
+  const uint8_t* allowed;
+  int64_t allowed_stride;
+  const float* penalty;
+  int64_t penalty_stride;
+  int64_t k;  // at most CCU_CUDA_MOST_FLIPS
+  int64_t* ids;
+  float* delta;
+  double* score;
+  int64_t* count;
+  uint8_t* valid;
+  uint8_t* redo;  // [all rows]: set for the rows that float64 scores of all tokens had to settle
+  void* stream;
+} ccu_cuda_topk_args;
+
+int ccu_cuda_topk_select(const ccu_cuda_topk_args* args);
+
 // ---------------------------------------------------------------------------------------------------------------------
-// pgd_step, in place on delta. Parameters are arrays over channels.
+// pgd_step, in place on delta.
 
 enum ccu_pgd_norm { CCU_LINF = 0, CCU_L2 = 1 };
+enum { CCU_PGD_SLICES = 32 };  // of a sample, whose partial sums a GPU keeps for l2
 
 typedef struct {
   void* delta;        // [samples, channels, inner]
   const void* grad;   // the same shape
   const void* image;  // the same shape
-  int32_t dtype;      // of delta and image
+  void* out;          // the same shape: delta + image in the dtype of delta, or NULL
+  int32_t dtype;      // of delta, image and out
   int32_t grad_dtype;
   int64_t samples, channels, inner;
-  const float *step, *eps, *lower, *upper;  // [channels]; CPU addresses, for CUDA device addresses
+  float step, eps, lower, upper;
+  const float* channel;  // [4, channels]: the four per channel in their place (l2: lower and upper), or NULL
   int32_t norm;
   int32_t check;  // 1: look for NaN (l2: inf as well) first and write nothing if there is one; 0: no step there
   int32_t threads;
   int32_t* found;  // set to 1 if the check found something, else 0 (CPU only)
+  double* parts;   // CUDA, l2 only: [2, samples, CCU_PGD_SLICES]
   void* stream;    // CUDA only
 } ccu_pgd_step_args;
 
 int ccu_pgd_step(const ccu_pgd_step_args* args);
-// CUDA, L-infinity only; `check`, `threads` and `found` are not looked at.
+// `check`, `threads` and `found` are not looked at.
 int ccu_cuda_pgd_step(const ccu_pgd_step_args* args);
 
 // ---------------------------------------------------------------------------------------------------------------------

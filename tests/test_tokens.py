@@ -269,6 +269,20 @@ def test_the_table_notices_changes(backend: str) -> None:
     assert "60 of 60 tokens" in repr(table) and len(table) == 60
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_norms_of_all_scores(dtype: torch.dtype) -> None:
+    embedding, grad = torch.randn(300, 20).to(dtype), torch.randn(2, 3, 20).to(dtype)
+    ids = torch.arange(0, 300, 7)
+    table = TokenTable(embedding, ids)
+    exact = (grad.double() @ embedding[ids].double().T).norm(dim=-1)
+    torch.testing.assert_close(table.score_norms(grad).double(), exact, rtol=1e-5, atol=1e-6)
+    embedding.mul_(2)
+    with pytest.raises(ValueError, match=r"table: .*refresh"):
+        table.score_norms(grad)
+    table.refresh()
+    torch.testing.assert_close(table.score_norms(grad).double(), 2 * exact, rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_are_not_followed(backend: str) -> None:
     embedding = torch.randn(30, 4, requires_grad=True)
     flips = topk_flips(torch.randn(2, 4, requires_grad=True), TokenTable(embedding), 3, backend=backend)
@@ -356,7 +370,7 @@ def operator_arguments(backend: str) -> tuple[Any, ...]:
     table = TokenTable(embedding, ids, backend=backend)
     penalty, allowed = torch.randn(1, 20), torch.rand(3, 20) < 0.9
     return (
-        torch.randn(3, 8), embedding, ids, table.packed, table.max_norm, 4, False,
+        torch.randn(3, 8), embedding, ids, table.packed, None, table.max_norm, 4, False,
         torch.tensor([0, 1, 2]), True, allowed, penalty, True, -1, backend,
     )  # fmt: skip
 

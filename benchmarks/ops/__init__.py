@@ -1,6 +1,15 @@
 """The operations that are measured."""
 
-from benchmarks.ops import clip_loss, labelled, other_losses, pgd_step, topk_flips
+from benchmarks.ops import (
+    candidate_losses,
+    clip_loss,
+    labelled,
+    minilm,
+    noise_add,
+    other_losses,
+    pgd_step,
+    topk_flips,
+)
 from benchmarks.registry import Op
 
 OPS: dict[str, Op] = {
@@ -15,6 +24,9 @@ OPS: dict[str, Op] = {
         labelled.CONTRASTIVE_UNLEARNING,
         labelled.SUP_CON_KEYS,
         topk_flips.TOPK_FLIPS,
+        minilm.MINILM_FLIPS,
+        candidate_losses.CANDIDATE_LOSSES,
         pgd_step.PGD_STEP,
+        noise_add.NOISE_ADD,
     )
 }

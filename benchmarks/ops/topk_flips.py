@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.gate import spread_rows
 from benchmarks.ops.common import our_backend
-from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors
+from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors, Unavailable
 
 CHECKED_ROWS = 256
 
@@ -69,6 +69,60 @@ def build_compiled(inputs: Tensors, shape: Shape) -> Call:
     return partial(_call, torch.compile(naive, dynamic=False), inputs["grad"], inputs["table"], shape["k"])
 
 
+def build_mem(inputs: Tensors, shape: Shape) -> Call:
+    """The formulation of universal triggers and of MEM's authors: einsum, times -1, topk of what is largest."""
+    return partial(_call, hotflip, -inputs["grad"], inputs["table"], shape["k"])
+
+
+def hotflip(grad: Tensor, table: Tensor, k: int) -> Tensor:
+    """As in AllenNLP's and Wallace's hotflip_attack, whose gradient is that of a loss to be lowered."""
+    scores = torch.einsum("bij,kj->bik", (grad.unsqueeze(0), table))
+    scores *= -1
+    return scores[0].topk(k).indices
+
+
+def build_gcg(inputs: Tensors, shape: Shape) -> Call:
+    """What nanoGCG's sampling step ranks: the negated gradient by one-hot tokens; without its random choice."""
+    return partial(_call, gcg, -inputs["grad"], inputs["table"], shape["k"])
+
+
+def gcg(grad: Tensor, table: Tensor, k: int) -> Tensor:
+    """The gradient of a loss by one-hot tokens is grad @ table.T."""
+    return (-(grad @ table.T)).topk(k, dim=1).indices
+
+
+def build_faiss(inputs: Tensors, shape: Shape) -> Call:
+    """faiss.knn by inner product, exact."""
+    try:
+        import faiss  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    except ImportError as reason:
+        raise Unavailable(f"{reason}") from None
+    grad, table = inputs["grad"].numpy(), inputs["table"].numpy()
+
+    def once() -> Tensors:
+        return {"ids": torch.from_numpy(faiss.knn(grad, table, shape["k"], metric=faiss.METRIC_INNER_PRODUCT)[1])}
+
+    return once
+
+
+def build_flashinfer(inputs: Tensors, shape: Shape) -> Call:
+    """A GEMM and FlashInfer's top_k."""
+    try:
+        from flashinfer import top_k  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as reason:
+        raise Unavailable(f"{reason}") from None
+    grad, table, k = inputs["grad"], inputs["table"], shape["k"]
+    return lambda: {"ids": top_k((grad @ table.T).float(), k, sorted=True)[1].long()}
+
+
+def _on_cpu(shape: Shape, device: str) -> bool:
+    return device == "cpu"
+
+
+def _on_cuda(shape: Shape, device: str) -> bool:
+    return device == "cuda"
+
+
 def build_ours(inputs: Tensors, shape: Shape) -> Call:
     """ccu_fast.topk_flips; the TokenTable is made once, as its users do."""
     from ccu_fast.tokens import TokenTable, topk_flips
@@ -120,6 +174,18 @@ def work(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
     return flops, float(dtype.itemsize * shape["D"] * (shape["V"] + shape["N"]))
 
 
+PROVIDERS = (
+    Provider("naive", build_naive),
+    Provider("naive_compiled", build_compiled, compiled=True),
+    Provider("mem_reference", build_mem),
+    Provider("nanogcg", build_gcg),
+    Provider("faiss", build_faiss, serves=_on_cpu),
+    Provider("gemm_flashinfer", build_flashinfer, serves=_on_cuda),
+    Provider("ccu_fast", build_ours, role="ours", note=_prepared),
+    Provider("stream_ceiling", build_stream, role="ceiling", serves=_skinny),
+    Provider("gemm_ceiling", build_ceiling, role="ceiling", serves=_wide),
+)
+
 TOPK_FLIPS = Op(
     name="topk_flips",
     kernel="topk_flips",
@@ -127,14 +193,15 @@ TOPK_FLIPS = Op(
     make=make,
     expect=expect,
     errors=errors,
-    providers=(
-        Provider("naive", build_naive),
-        Provider("naive_compiled", build_compiled, compiled=True),
-        Provider("ccu_fast", build_ours, role="ours", note=_prepared),
-        Provider("stream_ceiling", build_stream, role="ceiling", serves=_skinny),
-        Provider("gemm_ceiling", build_ceiling, role="ceiling", serves=_wide),
-    ),
-    shapes={device: [{"N": n, "V": 49408, "D": 512, "k": 16} for n in (5, 64, 2560)] for device in ("cpu", "cuda")},
+    providers=PROVIDERS,
+    shapes={
+        "cpu": [{"N": n, "V": 49408, "D": 512, "k": 16} for n in (5, 64, 2560)],
+        "cuda": [
+            *({"N": n, "V": 49408, "D": 512, "k": 16} for n in (5, 64, 2560, 8192)),
+            {"N": 20, "V": 128256, "D": 4096, "k": 256},
+            {"N": 512, "V": 151936, "D": 2048, "k": 256},
+        ],
+    },
     quick=[{"N": 3, "V": 700, "D": 32, "k": 4}],
     work=work,
     baseline="naive",

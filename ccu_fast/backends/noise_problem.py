@@ -15,7 +15,10 @@ class NoiseStep:
         delta: ``[B, C, ...]``, fp32, fp16, bf16 or fp64; contiguous.
         grad: its shape, floating point; contiguous.
         image: its shape and dtype; contiguous.
-        parameters: ``[4, 1 or C]`` in fp32 (fp64 for fp64 noise): step, eps, lower, upper.
+        numbers: step, eps, lower, upper.
+        channel: the four per channel in their place, ``[4, C]`` in fp32 (fp64 for fp64 noise), or None. Step and eps
+            of l2 are numbers all the same.
+        out: like delta, for the noisy images; contiguous; or None.
         l2: project to the Euclidean ball of a sample instead of the box.
         check: raise, before anything is written, for NaN (l2: or inf) in grad; otherwise make no step there.
     """
@@ -23,7 +26,9 @@ class NoiseStep:
     delta: Tensor
     grad: Tensor
     image: Tensor
-    parameters: Tensor
+    numbers: tuple[float, float, float, float]
+    channel: Tensor | None
+    out: Tensor | None
     l2: bool
     check: bool
 

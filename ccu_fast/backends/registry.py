@@ -16,7 +16,7 @@ log = logging.getLogger("ccu_fast")
 BACKENDS = ("triton", "native", "reference")
 
 # What the compiled module also runs on cuda tensors.
-NATIVE_CUDA = ("candidate_losses", "noise_store", "pgd_step_")
+NATIVE_CUDA = ("candidate_losses", "noise_store", "pgd_step_", "topk_flips")
 TRITON = ("reduce_similarity", "l2_normalize")
 
 

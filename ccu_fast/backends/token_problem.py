@@ -19,6 +19,7 @@ class TokenProblem:
         embedding: ``[V, D]``, any strides, finite.
         token_ids: int64 ``[T]`` ascending, or None when every row of the embedding is a token.
         packed: what the backend made of the table, or None.
+        coarse: what it knows of the rounding in that, or None.
         max_norm: largest ‖embedding[id]‖ over the tokens.
         k: at most T.
         current: int64 ``[N]`` embedding rows, or None.
@@ -32,6 +33,7 @@ class TokenProblem:
     embedding: Tensor
     token_ids: Tensor | None
     packed: Tensor | None
+    coarse: Tensor | None
     max_norm: float
     k: int
     maximize: bool

@@ -2,6 +2,9 @@
 #ifndef CCU_FAST_COMMON_PGD_H_
 #define CCU_FAST_COMMON_PGD_H_
 
+#include <math.h>
+
+#include "../ccu_fast.h"
 #include "half.h"
 
 namespace ccu {
@@ -9,15 +12,37 @@ namespace ccu {
 // A NaN value stays NaN, as with torch.clamp.
 CCU_HD float clamp(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
 
-// The valid range applies to the image that the noise makes.
-CCU_HD float pgd_range(float delta, float image, float lower, float upper) {
-  return clamp(delta + image, lower, upper) - image;
+struct PgdParameters {
+  float step, eps, lower, upper;
+};
+
+CCU_HD PgdParameters pgd_parameters(const ccu_pgd_step_args& a, int64_t channel) {
+  if (a.channel == nullptr) return {a.step, a.eps, a.lower, a.upper};
+  const float* p = a.channel + channel;
+  return {p[0], p[a.channels], p[2 * a.channels], p[3 * a.channels]};
 }
 
-// clamp(clamp(delta - step * sign(grad), -eps, eps) + image, lower, upper) - image; sign of 0 and of NaN is 0.
-CCU_HD float pgd_linf(float delta, float grad, float image, float step, float eps, float lower, float upper) {
-  const float move = grad > 0.0f ? step : (grad < 0.0f ? -step : 0.0f);
-  return pgd_range(clamp(delta - move, -eps, eps), image, lower, upper);
+// The image that the noise makes, in the valid range, to which it applies.
+CCU_HD float pgd_image(float delta, float image, const PgdParameters& p) {
+  return clamp(delta + image, p.lower, p.upper);
+}
+
+// clamp(delta - step * sign(grad), -eps, eps); sign of 0 and of NaN is 0.
+CCU_HD float pgd_linf(float delta, float grad, const PgdParameters& p) {
+  const float move = grad > 0.0f ? p.step : (grad < 0.0f ? -p.step : 0.0f);
+  return clamp(delta - move, -p.eps, p.eps);
+}
+
+CCU_HD float finite_or_zero(float x) { return x >= -3.4028235e38f && x <= 3.4028235e38f ? x : 0.0f; }
+
+// delta - rate * grad; a rate is step / |grad| of the sample, 0 for a gradient of zeros.
+CCU_HD float pgd_l2(float delta, float grad, float rate) { return delta - rate * finite_or_zero(grad); }
+CCU_HD float pgd_rate(double grad_squares, float step) {
+  return grad_squares > 0.0 ? static_cast<float>(step / sqrt(grad_squares)) : 0.0f;
+}
+// What brings a sample's noise back to its ball.
+CCU_HD float pgd_shrink(double squares, float eps) {
+  return squares > static_cast<double>(eps) * eps ? static_cast<float>(eps / sqrt(squares)) : 1.0f;
 }
 
 }  // namespace ccu

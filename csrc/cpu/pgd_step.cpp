@@ -3,6 +3,7 @@
 //   linf:  delta = clamp(clamp(delta - step * sign(grad), -eps, eps) + image, lower, upper) - image
 //   l2:    delta = delta - step * grad / |grad|;  delta *= min(1, eps / |delta|);
 //          delta = clamp(delta + image, lower, upper) - image                        |.| over a sample
+//   and, if asked for, out = delta + image, before the image is taken away again
 //
 // Bytes bound: three reads and one write of the tensor (l2: the reductions read again), plus one read of grad when it
 // is checked. A task is a fixed block of elements and partial sums are added in block order, so the result does not
@@ -32,6 +33,7 @@ class Step {
         delta_(static_cast<T*>(a.delta)),
         grad_(static_cast<const G*>(a.grad)),
         image_(static_cast<const T*>(a.image)),
+        out_(static_cast<T*>(a.out)),
         sample_(a.channels * a.inner),
         blocks_((sample_ + kBlock - 1) / kBlock) {}
 
@@ -44,7 +46,8 @@ class Step {
     }
     each_block([&](int64_t sample, int64_t begin, int64_t end) {
       each_channel(begin, end, [&](int64_t c, int64_t from, int64_t to) {
-        linf(sample * sample_ + from, to - from, a_.step[c], a_.eps[c], a_.lower[c], a_.upper[c]);
+        const PgdParameters p = pgd_parameters(a_, c);
+        apply(sample * sample_ + from, to - from, p, [&](float delta, float grad) { return pgd_linf(delta, grad, p); });
       });
     });
   }
@@ -83,16 +86,25 @@ class Step {
     return found;
   }
 
-  void linf(int64_t at, int64_t n, float step, float eps, float lower, float upper) const {
+  // The last step of n elements, and the image if that is wanted.
+  template <class Move>
+  void apply(int64_t at, int64_t n, const PgdParameters& p, const Move& move) const {
     T* __restrict delta = delta_ + at;
     const G* __restrict grad = grad_ + at;
     const T* __restrict image = image_ + at;
-    for (int64_t i = 0; i < n; ++i)
-      delta[i] =
-          from_float<T>(pgd_linf(to_float(delta[i]), to_float(grad[i]), to_float(image[i]), step, eps, lower, upper));
+    if (out_ == nullptr) {
+      for (int64_t i = 0; i < n; ++i)
+        delta[i] = from_float<T>(pgd_image(move(to_float(delta[i]), to_float(grad[i])), to_float(image[i]), p) -
+                                 to_float(image[i]));
+      return;
+    }
+    T* __restrict out = out_ + at;
+    for (int64_t i = 0; i < n; ++i) {
+      const float sum = pgd_image(move(to_float(delta[i]), to_float(grad[i])), to_float(image[i]), p);
+      delta[i] = from_float<T>(sum - to_float(image[i]));
+      out[i] = from_float<T>(sum);
+    }
   }
-
-  static float finite_or_zero(float x) { return std::fabs(x) <= 3.4028235e38f ? x : 0.0f; }
 
   // Sums of squares per sample, of value(sample, i) with i counted over the whole tensor.
   template <class Value>
@@ -133,21 +145,16 @@ class Step {
         *a_.found = 1;
         return;
       }
-    // A zero gradient makes no step.
     std::vector<float> rate(a_.samples), shrink(a_.samples);
-    for (int64_t s = 0; s < a_.samples; ++s)
-      rate[s] = grads[s] > 0.0 ? static_cast<float>(a_.step[0] / std::sqrt(grads[s])) : 0.0f;
-    const auto moved = [&](int64_t i, float by) {
-      return to_float(delta_[i]) - by * finite_or_zero(to_float(grad_[i]));
-    };
-    const std::vector<double> norms = square_sums([&](int64_t s, int64_t i) { return moved(i, rate[s]); });
-    for (int64_t s = 0; s < a_.samples; ++s)
-      shrink[s] = norms[s] > double{a_.eps[0]} * a_.eps[0] ? static_cast<float>(a_.eps[0] / std::sqrt(norms[s])) : 1.0f;
+    for (int64_t s = 0; s < a_.samples; ++s) rate[s] = pgd_rate(grads[s], a_.step);
+    const std::vector<double> norms =
+        square_sums([&](int64_t s, int64_t i) { return pgd_l2(to_float(delta_[i]), to_float(grad_[i]), rate[s]); });
+    for (int64_t s = 0; s < a_.samples; ++s) shrink[s] = pgd_shrink(norms[s], a_.eps);
     each_block([&](int64_t sample, int64_t begin, int64_t end) {
       each_channel(begin, end, [&](int64_t c, int64_t from, int64_t to) {
-        const float by = rate[sample], factor = shrink[sample], lower = a_.lower[c], upper = a_.upper[c];
-        for (int64_t i = sample * sample_ + from; i < sample * sample_ + to; ++i)
-          delta_[i] = from_float<T>(pgd_range(moved(i, by) * factor, to_float(image_[i]), lower, upper));
+        const float by = rate[sample], factor = shrink[sample];
+        apply(sample * sample_ + from, to - from, pgd_parameters(a_, c),
+              [=](float delta, float grad) { return pgd_l2(delta, grad, by) * factor; });
       });
     });
   }
@@ -156,6 +163,7 @@ class Step {
   T* const delta_;
   const G* const grad_;
   const T* const image_;
+  T* const out_;
   const int64_t sample_, blocks_;
 };
 

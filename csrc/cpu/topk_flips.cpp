@@ -24,42 +24,19 @@
 #include <vector>
 
 #include "../ccu_fast.h"
-#include "../common/half.h"
+#include "../common/select.h"
 #include "parallel.h"
 #include "simd.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "topk_dot.h"
+#include "topk_panel.h"
 
 namespace ccu {
 namespace CCU_ISA {
 namespace {
 
-constexpr int kPanel = CCU_TOKEN_PANEL;
-constexpr int kVectors = kPanel / kLanes;  // of one panel
-static_assert(kPanel % kLanes == 0, "a panel is whole vectors");
-
-// Accumulators that fit beside the operands, and rows of a full tile: 24 and 8 with 32 registers, 12 with 16.
-#if defined(__AVX512F__)
-constexpr int kAccumulators = 24, kRows = 8;
-#elif defined(__aarch64__)
-constexpr int kAccumulators = 24, kRows = 6;
-#elif defined(__AVX2__)
-constexpr int kAccumulators = 12, kRows = 6;
-#else
-constexpr int kAccumulators = 12, kRows = 3;
-#endif
-
-// Panels that a tile of R rows takes at once; each divides kGroup.
-constexpr int panels_of(int rows) {
-  const int fit = kAccumulators / (rows * kVectors);
-  return fit >= 6 ? 6 : (fit >= 1 ? (fit == 5 ? 4 : fit) : 1);
-}
 constexpr int kGroup = 12;
 constexpr int64_t kGroupBytes = 384 << 10;  // of the table, to stay in the second-level cache
 constexpr int64_t kListBytes = 32 << 20;    // of all lists together
-constexpr double kUnit = 1.0 / (1 << 24);   // rounding unit of fp32
 constexpr double kLargest = 1e37;           // beyond it an fp32 score might overflow
 
 struct Item {
@@ -82,69 +59,6 @@ struct List {
   Item* items;
   int32_t size, limit;
   bool overflow;
-};
-
-// Twice the bound, from a k-th score on either side of its true place, and some for the rounding of this sum itself.
-float cutoff_above(float kth, double err) {
-  const double cutoff = kth + 2.02 * err + 4.0 * kUnit * std::fabs(static_cast<double>(kth));
-  return std::nextafter(static_cast<float>(cutoff), kInf);
-}
-
-using HalfVector = float __attribute__((vector_size(kLanes * 2)));
-using DoubleVector = double __attribute__((vector_size(kLanes * 4)));
-constexpr int kDoubles = kLanes / 2;
-
-// Float64 dot product in one fixed order: equal rows of the embedding get equal scores.
-class Dot {
- public:
-  Dot(const ccu_topk_flips_args& a) : a_(a) {}
-
-  double operator()(int64_t id, const float* grad) const {
-    switch (a_.embedding_dtype) {
-      case CCU_F16:
-        return converted<f16>(id, grad);
-      case CCU_BF16:
-        return converted<bf16>(id, grad);
-      default:
-        if (a_.embedding_step != 1) return converted<float>(id, grad);
-        return run(static_cast<const float*>(a_.embedding) + id * a_.embedding_stride, grad, a_.dim);
-    }
-  }
-
- private:
-  static double run(const float* e, const float* g, int64_t n) {
-    DoubleVector acc[4] = {};
-    int64_t d = 0;
-    for (; d + 4 * kDoubles <= n; d += 4 * kDoubles) {
-      for (int v = 0; v < 4; ++v) {
-        HalfVector x, y;
-        std::memcpy(&x, e + d + v * kDoubles, sizeof x);
-        std::memcpy(&y, g + d + v * kDoubles, sizeof y);
-        acc[v] += __builtin_convertvector(x, DoubleVector) * __builtin_convertvector(y, DoubleVector);
-      }
-    }
-    const DoubleVector all = (acc[0] + acc[1]) + (acc[2] + acc[3]);
-    double total = 0.0;
-    for (int l = 0; l < kDoubles; ++l) total += all[l];
-    for (; d < n; ++d) total += static_cast<double>(e[d]) * g[d];
-    return total;
-  }
-
-  template <class T>
-  double converted(int64_t id, const float* grad) const {
-    constexpr int64_t kChunk = 256;
-    const T* e = static_cast<const T*>(a_.embedding) + id * a_.embedding_stride;
-    float chunk[kChunk];
-    double total = 0.0;
-    for (int64_t d0 = 0; d0 < a_.dim; d0 += kChunk) {
-      const int64_t n = std::min(kChunk, a_.dim - d0);
-      for (int64_t d = 0; d < n; ++d) chunk[d] = to_float(e[(d0 + d) * a_.embedding_step]);
-      total += run(chunk, grad + d0, n);
-    }
-    return total;
-  }
-
-  const ccu_topk_flips_args& a_;
 };
 
 class Search {
@@ -321,22 +235,8 @@ class Search {
 
   template <int R, int P>
   void micro(int64_t r0, int64_t panel, int64_t slice) {
-    const int64_t dim = a_.dim;
-    const float* __restrict g = grad_.get() + r0 * dim;
-    const float* __restrict e = a_.packed + panel * dim * kPanel;
-    vf acc[R][P * kVectors] = {};
-    for (int64_t d = 0; d < dim; ++d) {
-      vf token[P * kVectors];
-#pragma GCC unroll 24
-      for (int v = 0; v < P * kVectors; ++v)
-        token[v] = load<vf>(e + (v / kVectors) * dim * kPanel + d * kPanel + (v % kVectors) * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const vf grad = splat(g[d * R + r]);
-#pragma GCC unroll 24
-        for (int v = 0; v < P * kVectors; ++v) acc[r][v] += grad * token[v];
-      }
-    }
+    vf acc[R][P * kVectors];
+    panel_scores<R, P>(grad_.get() + r0 * a_.dim, a_.packed + panel * a_.dim * kPanel, a_.dim, acc);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const int64_t at = (r0 + r) * token_slices_ + slice;

@@ -1,93 +1,153 @@
-// pgd_step on a GPU, L-infinity:
+// pgd_step on a GPU:
 //
-//     delta = clamp(clamp(delta - step * sign(grad), -eps, eps) + image, lower, upper) - image
+//   linf:  delta = clamp(clamp(delta - step * sign(grad), -eps, eps) + image, lower, upper) - image
+//   l2:    delta = delta - step * grad / |grad|;  delta *= min(1, eps / |delta|);
+//          delta = clamp(delta + image, lower, upper) - image                        |.| over a sample
+//   and, if asked for, out = delta + image, before the image is taken away again
 //
-// Bytes bound: three reads and one write of the tensor, 3 FLOP-like operations for every 4 bytes. So the grid is
-// only as large as it takes to keep the memory busy, and each thread moves 16 bytes of delta at a time; grid-stride, so
-// that one launch serves any size. Parameters per channel are read through the cache, or once when there is one
-// channel.
-#include <cuda_runtime.h>
-
-#include "../ccu_fast.h"
-#include "../common/half.h"
+// Bytes bound: three reads and one write of the tensor (two with out), 3 FLOP-like operations for every 4 bytes. So the
+// grid is only as large as it takes to keep the memory busy, and each thread moves 16 bytes of delta at a time;
+// grid-stride, so that one launch serves any size. Numbers travel as kernel arguments: nothing is copied, and a graph
+// can hold the step. l2 reads grad once more for its norm, and both once more for that of the moved noise; partial sums
+// are fp64, of fixed slices of a sample, added in their order.
 #include "../common/pgd.h"
+#include "launch.cuh"
 
 namespace ccu {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerProcessor = 8;
+template <class T, class G, int N>
+struct Tensors {
+  Pack<T, N>* delta;
+  const Pack<G, N>* grad;
+  const Pack<T, N>* image;
+  Pack<T, N>* out;
 
-template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
-  T item[N];
+  explicit Tensors(const ccu_pgd_step_args& a)
+      : delta(static_cast<Pack<T, N>*>(a.delta)),
+        grad(static_cast<const Pack<G, N>*>(a.grad)),
+        image(static_cast<const Pack<T, N>*>(a.image)),
+        out(static_cast<Pack<T, N>*>(a.out)) {}
+
+  // Both results of a pack from what the step made of it.
+  __device__ __forceinline__ void finish(int64_t i, const float (&moved)[N], const PgdParameters& p) const {
+    const Pack<T, N> x = image[i];
+    Pack<T, N> d, y;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float sum = pgd_image(moved[n], to_float(x.item[n]), p);
+      d.item[n] = from_float<T>(sum - to_float(x.item[n]));
+      y.item[n] = from_float<T>(sum);
+    }
+    delta[i] = d;
+    if (out != nullptr) out[i] = y;
+  }
 };
 
-struct Parameters {
-  const float *step, *eps, *lower, *upper;
-};
-
-struct Values {
-  float step, eps, lower, upper;
-};
-
-__device__ __forceinline__ Values read(const Parameters& p, int64_t channel) {
-  return {__ldg(p.step + channel), __ldg(p.eps + channel), __ldg(p.lower + channel), __ldg(p.upper + channel)};
-}
-
-template <class T, class G>
-__device__ __forceinline__ void update(T* delta, const G& grad, const T& image, const Values& v) {
-  *delta = from_float<T>(pgd_linf(to_float(*delta), to_float(grad), to_float(image), v.step, v.eps, v.lower, v.upper));
-}
-
-// N elements a time; `inner` is a multiple of N, so that a pack lies within one channel.
-template <class T, class G, int N, bool kOneChannel>
+// N elements a time; a channel is a multiple of N, so that a pack lies within one.
+template <class T, class G, int N>
 __global__ void __launch_bounds__(kThreads)
-    linf_packs(Pack<T, N>* __restrict__ delta, const Pack<G, N>* __restrict__ grad,
-               const Pack<T, N>* __restrict__ image, int64_t packs, int64_t packs_per_channel, int64_t channels,
-               Parameters p) {
-  Values v = read(p, 0);
+    linf_packs(ccu_pgd_step_args a, Tensors<T, G, N> t, int64_t packs, int64_t packs_per_channel) {
+  PgdParameters p = pgd_parameters(a, 0);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < packs; i += stride) {
-    if (!kOneChannel) v = read(p, i / packs_per_channel % channels);
-    Pack<T, N> d = delta[i];
-    const Pack<G, N> g = grad[i];
-    const Pack<T, N> x = image[i];
+    if (a.channel != nullptr) p = pgd_parameters(a, i / packs_per_channel % a.channels);
+    const Pack<T, N> d = t.delta[i];
+    const Pack<G, N> g = t.grad[i];
+    float moved[N];
 #pragma unroll
-    for (int n = 0; n < N; ++n) update(&d.item[n], g.item[n], x.item[n], v);
-    delta[i] = d;
+    for (int n = 0; n < N; ++n) moved[n] = pgd_linf(to_float(d.item[n]), to_float(g.item[n]), p);
+    t.finish(i, moved, p);
   }
 }
 
-bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+// The sum of a slice's squares to parts[block]; blocks of a sample stand together.
+__device__ void store_sum(double sum, double* parts) {
+  __shared__ double tree[kThreads];
+  tree[threadIdx.x] = sum;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) tree[threadIdx.x] += tree[threadIdx.x + half];
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) parts[blockIdx.x] = tree[0];
+}
 
-template <class T, class G, int N, bool kOneChannel>
-int launch(const ccu_pgd_step_args& a, int64_t elements, int64_t inner) {
-  int device = 0, processors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return CCU_CUDA_ERROR;
-  const int64_t packs = elements / N;
-  const int64_t wanted = (packs + kThreads - 1) / kThreads,
-                most = static_cast<int64_t>(processors) * kBlocksPerProcessor;
-  linf_packs<T, G, N, kOneChannel>
-      <<<static_cast<unsigned>(wanted < most ? wanted : most), kThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(
-          static_cast<Pack<T, N>*>(a.delta), static_cast<const Pack<G, N>*>(a.grad),
-          static_cast<const Pack<T, N>*>(a.image), packs, inner / N, a.channels,
-          Parameters{a.step, a.eps, a.lower, a.upper});
-  return cudaGetLastError() == cudaSuccess ? CCU_OK : CCU_CUDA_ERROR;
+__device__ __forceinline__ double sum_of(const double* parts, int64_t sample) {
+  double sum = 0.0;
+  for (int i = 0; i < CCU_PGD_SLICES; ++i) sum += parts[sample * CCU_PGD_SLICES + i];
+  return sum;
+}
+
+enum class Pass { kGrad, kMoved, kWrite };
+
+template <class T, class G, int N, Pass pass>
+__global__ void __launch_bounds__(kThreads)
+    l2_packs(ccu_pgd_step_args a, Tensors<T, G, N> t, int64_t packs_per_sample, int64_t packs_per_channel) {
+  const int64_t sample = blockIdx.x / CCU_PGD_SLICES, slice = blockIdx.x % CCU_PGD_SLICES;
+  const int64_t begin = packs_per_sample * slice / CCU_PGD_SLICES,
+                end = packs_per_sample * (slice + 1) / CCU_PGD_SLICES;
+  double* grads = a.parts;
+  double* norms = a.parts + a.samples * CCU_PGD_SLICES;
+  PgdParameters p = pgd_parameters(a, 0);
+  const float rate = pass == Pass::kGrad ? 0.0f : pgd_rate(sum_of(grads, sample), p.step);
+  const float shrink = pass == Pass::kWrite ? pgd_shrink(sum_of(norms, sample), p.eps) : 1.0f;
+  double sum = 0.0;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    const int64_t at = sample * packs_per_sample + i;
+    const Pack<G, N> g = t.grad[at];
+    if constexpr (pass == Pass::kGrad) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const double x = finite_or_zero(to_float(g.item[n]));
+        sum += x * x;
+      }
+    } else {
+      const Pack<T, N> d = t.delta[at];
+      float moved[N];
+#pragma unroll
+      for (int n = 0; n < N; ++n) moved[n] = pgd_l2(to_float(d.item[n]), to_float(g.item[n]), rate);
+      if constexpr (pass == Pass::kMoved) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) sum += static_cast<double>(moved[n]) * moved[n];
+      } else {
+#pragma unroll
+        for (int n = 0; n < N; ++n) moved[n] *= shrink;
+        if (a.channel != nullptr) p = pgd_parameters(a, i / packs_per_channel);
+        t.finish(at, moved, p);
+      }
+    }
+  }
+  if (pass != Pass::kWrite) store_sum(sum, pass == Pass::kGrad ? grads : norms);
+}
+
+template <class T, class G, int N>
+int launch(const ccu_pgd_step_args& a) {
+  const Tensors<T, G, N> t(a);
+  const int64_t per_sample = a.channels * a.inner / N, packs = a.samples * per_sample;
+  const int64_t per_channel = a.inner / N > 0 ? a.inner / N : 1;
+  const cudaStream_t stream = static_cast<cudaStream_t>(a.stream);
+  if (a.norm == CCU_LINF) {
+    const unsigned blocks = blocks_for(packs);
+    if (blocks == 0) return CCU_CUDA_ERROR;
+    linf_packs<T, G, N><<<blocks, kThreads, 0, stream>>>(a, t, packs, per_channel);
+    return launched();
+  }
+  if (a.samples > INT32_MAX / CCU_PGD_SLICES || a.parts == nullptr) return CCU_BAD_ARGUMENT;
+  const unsigned blocks = static_cast<unsigned>(a.samples * CCU_PGD_SLICES);
+  l2_packs<T, G, N, Pass::kGrad><<<blocks, kThreads, 0, stream>>>(a, t, per_sample, per_channel);
+  l2_packs<T, G, N, Pass::kMoved><<<blocks, kThreads, 0, stream>>>(a, t, per_sample, per_channel);
+  l2_packs<T, G, N, Pass::kWrite><<<blocks, kThreads, 0, stream>>>(a, t, per_sample, per_channel);
+  return launched();
 }
 
 template <class T, class G>
 int with_types(const ccu_pgd_step_args& a) {
   constexpr int kWide = 16 / sizeof(T);
-  const int64_t elements = a.samples * a.channels * a.inner;
-  const bool one = a.channels == 1;
-  const int64_t inner = one ? elements : a.inner;
-  const bool wide = inner % kWide == 0 && aligned(a.delta, kWide * sizeof(T)) && aligned(a.image, kWide * sizeof(T)) &&
-                    aligned(a.grad, kWide * sizeof(G));
-  if (wide) return one ? launch<T, G, kWide, true>(a, elements, inner) : launch<T, G, kWide, false>(a, elements, inner);
-  return one ? launch<T, G, 1, true>(a, elements, inner) : launch<T, G, 1, false>(a, elements, inner);
+  const int64_t run = a.channel != nullptr ? a.inner : a.channels * a.inner;
+  const bool wide = run % kWide == 0 && aligned(a.delta, 16) && aligned(a.image, 16) && aligned(a.out, 16) &&
+                    aligned(a.grad, sizeof(Pack<G, kWide>) < 16 ? sizeof(Pack<G, kWide>) : 16);
+  return wide ? launch<T, G, kWide>(a) : launch<T, G, 1>(a);
 }
 
 template <class T>
@@ -109,7 +169,6 @@ int with_grad(const ccu_pgd_step_args& a) {
 
 extern "C" int ccu_cuda_pgd_step(const ccu_pgd_step_args* args) {
   if (args == nullptr || args->samples < 0 || args->channels < 1 || args->inner < 0) return CCU_BAD_ARGUMENT;
-  if (args->norm != CCU_LINF) return CCU_UNSUPPORTED;
   if (args->samples == 0 || args->inner == 0) return CCU_OK;
   switch (args->dtype) {
     case CCU_F32:

@@ -1,4 +1,4 @@
-"""topk_flips on a CPU: one C++ call; the table is packed once. See csrc/cpu/topk_flips.cpp."""
+"""topk_flips by the compiled module: one call on a CPU (csrc/cpu/topk_flips.cpp), tokens_cuda.py on a GPU."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
+from ccu_fast.backends.native import tokens_cuda
+from ccu_fast.backends.native.launch import DTYPES, address
+from ccu_fast.backends.native.tokens_cuda import per_row
+from ccu_fast.backends.reference import tokens as reference
 from ccu_fast.backends.token_problem import TokenProblem, TokenResult
 
 _PANEL = _C.TOKEN_PANEL
-_DTYPES = {torch.float32: _C.F32, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
 _PACK_ROWS = 4096 * _PANEL
 
 
-def pack(embedding: Tensor, token_ids: Tensor | None) -> Tensor:
+def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What the scan reads, and on a GPU what is to be known of its rounding."""
+    if embedding.device.type == "cuda":
+        return tokens_cuda.pack(embedding, token_ids)
+    return pack_panels(embedding, token_ids), None
+
+
+def pack_panels(embedding: Tensor, token_ids: Tensor | None) -> Tensor:
     """Panels of 16 tokens, ``[ceil(T / 16), D, 16]`` fp32: a vector register holds one dimension of 16 tokens."""
     tokens = embedding.shape[0] if token_ids is None else token_ids.shape[0]
     dim = embedding.shape[1]
@@ -34,6 +44,9 @@ def topk(p: TokenProblem) -> TokenResult:
     """The k best tokens of every row; memory O(N · (k + D)) beyond the packed table."""
     if p.packed is None:
         raise ValueError("table: expected one built for the native backend, got one built for the reference")
+    if p.grad.device.type == "cuda":
+        # Beyond what a block can hold, as for a whole vocabulary sorted, the reference's sort is as good.
+        return tokens_cuda.topk(p) if p.k <= _C.CUDA_MOST_FLIPS else reference.topk(p)
     size = (p.rows, p.k)
     result = TokenResult(
         ids=torch.empty(size, dtype=torch.int64, device="cpu"),
@@ -48,17 +61,17 @@ def topk(p: TokenProblem) -> TokenResult:
         dim=p.grad.shape[1],
         packed=p.packed.data_ptr(),
         tokens=p.tokens,
-        token_ids=_address(p.token_ids),
+        token_ids=address(p.token_ids),
         max_norm=p.max_norm,
         embedding=p.embedding.data_ptr(),
         embedding_strides=p.embedding.stride(),
-        embedding_dtype=_DTYPES[p.embedding.dtype],
+        embedding_dtype=DTYPES[p.embedding.dtype],
         maximize=p.maximize,
-        current=_address(p.current),
+        current=address(p.current),
         exclude_current=p.exclude_current,
         certify=p.certify,
-        allowed=_per_row(p.allowed),
-        penalty=_per_row(p.penalty),
+        allowed=per_row(p.allowed),
+        penalty=per_row(p.penalty),
         k=p.k,
         threads=torch.get_num_threads(),
         ids=result.ids.data_ptr(),
@@ -68,12 +81,3 @@ def topk(p: TokenProblem) -> TokenResult:
         valid=result.valid.data_ptr(),
     )
     return result
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _per_row(t: Tensor | None) -> tuple[int, int]:
-    """Address of a ``[1 or N, T]`` tensor, and the stride from row to row."""
-    return (0, 0) if t is None else (t.data_ptr(), 0 if t.shape[0] == 1 else t.shape[1])

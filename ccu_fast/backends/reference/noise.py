@@ -12,18 +12,20 @@ def step(p: NoiseStep) -> None:
     usable = torch.isfinite(p.grad) if p.l2 else ~torch.isnan(p.grad)
     if p.check and not bool(usable.all()):
         raise BadGradient
-    compute = p.parameters.dtype
-    channels = p.parameters.shape[1]
-    size, up, low, high = p.parameters.view(4, *([channels] if channels > 1 else [1]), *[1] * max(p.delta.ndim - 2, 0))
+    compute = torch.float64 if p.delta.dtype == torch.float64 else torch.float32
+    size, up, low, high = p.numbers if p.channel is None else p.channel.view(4, -1, *[1] * (p.delta.ndim - 2))
     delta, image = p.delta.to(compute), p.image.to(compute)
     grad = torch.where(usable, p.grad, 0).to(compute)
     if p.l2:
-        rate = size.flatten()[0] / _norms(grad)
+        rate = p.numbers[0] / _norms(grad)
         delta = delta - torch.where(rate.isfinite(), rate, 0).to(compute) * grad
-        delta = delta * (up.flatten()[0] / _norms(delta)).clamp(max=1).nan_to_num(1).to(compute)
+        delta = delta * (p.numbers[1] / _norms(delta)).clamp(max=1).nan_to_num(1).to(compute)
     else:
         delta = (delta - size * grad.sign()).clamp(-up, up)
-    p.delta.copy_((delta + image).clamp(low, high) - image)
+    noisy = (delta + image).clamp(low, high)
+    p.delta.copy_(noisy - image)
+    if p.out is not None:
+        p.out.copy_(noisy)
 
 
 def _norms(t: torch.Tensor) -> torch.Tensor:

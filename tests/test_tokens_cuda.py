@@ -1,0 +1,158 @@
+"""topk_flips on a GPU. What needs none runs here: the bound, and the selection with the kernel's own arithmetic."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from presence import require_backend
+from torch import Tensor
+
+from ccu_fast import TokenTable, topk_flips
+from ccu_fast.backends.token_problem import TokenProblem
+
+
+def compiled() -> Any:
+    require_backend("native")
+    return importlib.import_module("ccu_fast._C")
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_the_selection_keeps_whatever_could_be_best(data: st.DataObject) -> None:
+    n, groups = data.draw(st.integers(1, 600)), data.draw(st.sampled_from([4, 32, 256]))
+    k = data.draw(st.integers(1, min(n, groups)))
+    torch.manual_seed(data.draw(st.integers(0, 2**16)))
+    exact = torch.randn(n) if data.draw(st.booleans()) else torch.randint(-2, 3, (n,)).float()
+    err = data.draw(st.sampled_from([0.0, 1e-6, 0.05]))
+    coarse = exact + err * (2 * torch.rand(n) - 1)
+    coarse[coarse == 0] *= -1  # negative zeros
+    found = torch.tensor(compiled().select_candidates(coarse.tolist(), k, err, groups))
+    best = exact.double().sort(stable=True).indices[:k]
+    assert torch.isin(best, found).all()
+    # Sorted as the answer is, by (score, token), each once.
+    order = found[coarse[found].double().add(0.0).sort(stable=True).indices.argsort()]
+    ranked = sorted(found.tolist(), key=lambda t: (float(coarse[t]) + 0.0, t))
+    assert found.tolist() == ranked and len(set(ranked)) == len(ranked) == len(order)
+    # And not much else: nothing beyond twice the error of the k-th lowest of the groups.
+    lowest = torch.full((groups,), torch.inf)
+    lowest.scatter_reduce_(0, torch.arange(n) % groups, coarse, "amin")
+    kth = float(lowest.sort().values[k - 1])
+    if kth < torch.inf:
+        assert float(coarse[found].max()) <= kth + 2.1 * err + 1e-6 * (1 + abs(kth))
+    else:
+        assert len(found) == n
+
+
+def problem(grad: Tensor, table: TokenTable, packed: Tensor, coarse: Tensor, **changes: Any) -> TokenProblem:
+    arguments = dict(
+        grad=grad, embedding=table.embedding, token_ids=table.ids, packed=packed, coarse=coarse,
+        max_norm=table.max_norm, k=16, maximize=False, current=None, exclude_current=False, allowed=None,
+        penalty=None, certify=True,
+    )  # fmt: skip
+    return TokenProblem(**(arguments | changes))
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_coarse_scores_are_within_their_bound(few: bool, maximize: bool, size: float) -> None:
+    compiled()
+    tokens_cuda = importlib.import_module("ccu_fast.backends.native.tokens_cuda")
+    embedding = 0.02 * torch.randn(3000, 60) * torch.rand(3000, 1) + torch.randn(60)
+    table = TokenTable(embedding, torch.arange(0, 3000, 2), backend="reference")
+    packed, coarse = tokens_cuda.pack(embedding, table.ids)
+    assert packed.shape == (1500, 64) and packed.dtype == torch.float16 and not packed[:, 60:].any()
+    grad, penalty = size * torch.randn(9, 60), size * torch.randn(1, 1500)
+    p = problem(grad, table, packed, coarse, maximize=maximize, penalty=penalty)
+    operand, about = tokens_cuda.describe(p, few)
+    scores = operand.float() @ packed.float().T
+    seen = about[:, :1].double() * scores.double() + about[:, 1:2].double() * penalty.double()
+    sign = -1 if maximize else 1
+    exact = sign * grad.double() @ embedding[::2].double().T + penalty.double()
+    # In the row's own unit, and but for the constant that centring takes away.
+    off = seen - exact * about[:, 1:2].double()
+    off = off - (off.amax(1, keepdim=True) + off.amin(1, keepdim=True)) / 2
+    assert bool((off.abs().amax(1) <= about[:, 2]).all())
+    # The bound is of use: a small part of the spread of the scores.
+    assert float((about[:, 2] / (seen - about[:, 1:2] * penalty).std(1)).max()) < 0.05
+    assert about[:, 3].tolist() == [0.0] * 9
+
+
+def test_rows_that_a_scan_cannot_serve() -> None:
+    module = compiled()
+    tokens_cuda = importlib.import_module("ccu_fast.backends.native.tokens_cuda")
+    table = TokenTable(torch.randn(40, 8), backend="reference")
+    packed, coarse = tokens_cuda.pack(table.embedding, None)
+    grad = torch.randn(5, 8)
+    grad[0] *= 1e-44
+    grad[1, 3], grad[2, 0], grad[3] = torch.nan, torch.inf, 0
+    operand, about = tokens_cuda.describe(problem(grad, table, packed, coarse), False)
+    scan, exact, invalid = module.TOPK_SCAN, module.TOPK_EXACT, module.TOPK_INVALID
+    assert about[:, 3].tolist() == [exact, invalid, invalid, scan, scan]
+    assert bool(operand.isfinite().all()) and bool(about.isfinite().all())
+    _, about = tokens_cuda.describe(problem(grad, table, packed, coarse, penalty=torch.full((5, 40), 3e38)), False)
+    assert about[4, 3] == exact
+
+
+def answer(grad: Tensor, table: TokenTable, k: int, **options: Any) -> list[Tensor]:
+    flips = topk_flips(grad, table, k, **options)
+    return [flips.ids.cpu(), flips.delta.cpu(), flips.count.cpu(), flips.valid.cpu()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "dim", "k"),
+    [(1, 1, 1, 1), (5, 49408, 512, 16), (16, 300, 33, 300), (40, 5000, 64, 1024), (600, 997, 129, 7), (5, 40, 8, 3)],
+)
+def test_the_ids_of_the_cpu(native: str, rows: int, vocabulary: int, dim: int, k: int, integers: bool) -> None:
+    make: Any = (lambda *s: torch.randint(-2, 3, s).float()) if integers else torch.randn
+    grad, embedding = make(rows, dim), make(vocabulary, dim)
+    current, penalty = torch.randint(0, vocabulary, (rows,)), make(rows, vocabulary)
+    allowed = torch.rand(vocabulary) < 0.7
+    grad[-1] *= 1e-44
+    for maximize in (False, True):
+        for options in (
+            {}, {"current_ids": current, "exclude_current": True}, {"penalty": penalty}, {"allowed": allowed}
+        ):  # fmt: skip
+            here = answer(grad, TokenTable(embedding), k, maximize=maximize, **options)
+            moved = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in options.items()}
+            table = TokenTable(embedding.cuda())
+            there = answer(grad.cuda(), table, k, maximize=maximize, backend=native, **moved)
+            again = answer(grad.cuda(), table, k, maximize=maximize, backend=native, **moved)
+            for name, a, b, c in zip(("ids", "delta", "count", "valid"), here, there, again, strict=True):
+                torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-37, equal_nan=True, msg=name)
+                torch.testing.assert_close(b, c, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+def test_near_ties_rows_without_bound_and_a_captured_graph(native: str) -> None:
+    base = torch.randn(64)
+    embedding = base.expand(5000, 64).clone()
+    embedding[:, 0] += torch.randint(-40, 40, (5000,)) * 2.0**-22
+    grad = torch.randn(20, 64)
+    grad[3, 3] = torch.nan
+    here = answer(grad, TokenTable(embedding), 20)
+    table, far = TokenTable(embedding.cuda()), grad.cuda()
+    there = answer(far, table, 20, backend=native)
+    assert torch.equal(here[0], there[0]) and torch.equal(here[3], there[3])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        flips = topk_flips(far, table, 20, backend=native)
+    far.neg_()
+    graph.replay()
+    assert torch.equal(flips.ids.cpu(), answer(-grad, TokenTable(embedding), 20)[0])
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_31_bits(native: str) -> None:
+    embedding, grad = torch.randn(60_000, 8, device="cuda"), torch.randn(40_000, 8, device="cuda")
+    flips = topk_flips(grad, TokenTable(embedding), 2, backend=native)
+    here = topk_flips(grad[-50:].cpu(), TokenTable(embedding.cpu()), 2)
+    assert torch.equal(flips.ids[-50:].cpu(), here.ids)
