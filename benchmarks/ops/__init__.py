@@ -24,7 +24,7 @@ OPS: dict[str, Op] = {
         labelled.CONTRASTIVE_UNLEARNING,
         labelled.SUP_CON_KEYS,
         topk_flips.TOPK_FLIPS,
-        minilm.MINILM_FLIPS,
+        *([minilm.MINILM_FLIPS] if minilm.installed() else []),
         candidate_losses.CANDIDATE_LOSSES,
         pgd_step.PGD_STEP,
         noise_add.NOISE_ADD,
