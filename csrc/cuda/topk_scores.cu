@@ -2,9 +2,10 @@
 //
 //     scores[r, t] = sum_d table[t, d] * grad[r, d]            fp32 products and sums
 //
-// Bound by the one read of the table, 2 * tokens * dim bytes, up to 6 rows a launch. A warp takes 4 tokens; a lane 8 dimensions of each at a time, 16 bytes, so that 2 KB are on their way
-// for every warp. The 4 x 8 sums are then added over the lanes by halving: 31 shuffles leave sum number l in lane l,
-// where reducing each by itself would take 160. More rows than a few of these launches serve go to a library GEMM.
+// Bound by the one read of the table, 2 * tokens * dim bytes, up to 6 rows a launch. A warp takes 4 tokens; a lane 8
+// dimensions of each at a time, 16 bytes, so that 2 KB are on their way for every warp. The 4 x 8 sums are then added
+// over the lanes by halving: 31 shuffles leave sum number l in lane l, where reducing each by itself would take 160.
+// More rows than a few of these launches serve go to a library GEMM.
 #include <cuda_fp16.h>
 
 #include "launch.cuh"
