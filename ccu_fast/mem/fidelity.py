@@ -1,0 +1,103 @@
+"""How far published pictures are from the originals: largest change, PSNR, SSIM, summed up batch by batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ccu_fast import check
+
+_WINDOW, _SIGMA = 11, 1.5
+_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of pictures::
+
+        w     = gaussian window, 11×11, σ = 1.5, normalised
+        μ, σ² = local means and (co)variances under w, where the window lies within the picture
+        SSIM  = mean over positions and channels of (2 μa μb + C1)(2 σab + C2) / ((μa² + μb² + C1)(σa² + σb² + C2))
+
+    with C1 = (0.01 · 255)², C2 = (0.03 · 255)².
+
+    Args:
+        a: uint8 ``[N, C, H, W]``, H and W at least 11.
+        b: the same shape.
+
+    Returns:
+        fp64 ``[N]``, 1 for equal pictures.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Source: Wang, Bovik, Sheikh & Simoncelli 2004, Image quality assessment, equation 13.
+    """
+    check.tensor("a", a, dtypes=(torch.uint8,), ndim=4)
+    check.tensor("b", b, dtypes=(torch.uint8,), ndim=4)
+    check.shape("b", b, a.shape)
+    if min(a.shape[2:]) < _WINDOW:
+        raise ValueError(f"a: expected pictures of at least {_WINDOW} px, got shape {list(a.shape)}")
+    n, c = a.shape[:2]
+    x, y = a.double(), b.double()
+    line = torch.exp(-((torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2) ** 2) / (2 * _SIGMA**2))
+    line /= line.sum()
+    moments = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2)[:, None]
+    moments = F.conv2d(F.conv2d(moments, line[None, None, None, :]), line[None, None, :, None])
+    mx, my, xx, yy, xy = moments.view(5, n, c, *moments.shape[2:])
+    top = (2 * mx * my + _C1) * (2 * (xy - mx * my) + _C2)
+    bottom = (mx**2 + my**2 + _C1) * (xx - mx**2 + yy - my**2 + _C2)
+    return (top / bottom).mean((1, 2, 3))
+
+
+@dataclass
+class Fidelity:
+    """Sums over the pictures seen so far.
+
+    Attributes:
+        pictures: how many.
+        largest: largest change of a pixel value, in 1/255.
+        squares: sum of squared changes (an integer); values: how many pixel values.
+        ssim: sum over the pictures; compared: how many of them were large enough for it.
+    """
+
+    pictures: int = 0
+    largest: int = 0
+    squares: int = 0
+    values: int = 0
+    ssim: float = 0.0
+    compared: int = 0
+
+    def add(self, original: Tensor, published: Tensor) -> None:
+        """Pictures uint8 ``[N, C, H, W]``."""
+        change = published.short() - original.short()
+        self.pictures += len(change)
+        self.largest = max(self.largest, int(change.abs().max()) if change.numel() else 0)
+        self.squares += int(change.long().square().sum())
+        self.values += change.numel()
+        if len(change) and min(change.shape[2:]) >= _WINDOW:
+            self.ssim += float(ssim(original, published).sum())
+            self.compared += len(change)
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Add the sums of another part (``asdict`` of a Fidelity)."""
+        for name, value in other.items():
+            mine = getattr(self, name)
+            setattr(self, name, max(mine, value) if name == "largest" else mine + value)
+
+    def sums(self) -> dict[str, Any]:
+        """The sums, for JSON."""
+        return asdict(self)
+
+    def report(self) -> dict[str, float | int | None]:
+        """``eps_255``, ``psnr_db`` over all pixel values (None without a change), mean ``ssim`` (None below 11 px)."""
+        mean_square = self.squares / self.values if self.values else 0.0
+        return {
+            "eps_255": self.largest,
+            "psnr_db": 10 * math.log10(255.0**2 / mean_square) if mean_square else None,
+            "ssim": self.ssim / self.compared if self.compared else None,
+        }
