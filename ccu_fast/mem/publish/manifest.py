@@ -1,0 +1,69 @@
+"""manifest.json: what was done to a dataset, with what, and the hash of every file."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccu_fast import __version__
+from ccu_fast.files import write_whole
+from ccu_fast.mem.data.listing import MANIFEST, Bad, Listing
+from ccu_fast.mem.fidelity import Fidelity
+
+
+def versions() -> dict[str, str]:
+    """What computed and encoded."""
+    import PIL
+
+    return {
+        "ccu_fast": __version__,
+        "torch": torch.__version__,
+        "pillow": PIL.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_manifest(
+    folder: Path,
+    listing: Listing,
+    *,
+    run: Mapping[str, Any],
+    fidelity: Fidelity,
+    losses: Mapping[str, Any],
+    hashes: Mapping[str, str],
+    dropped: Mapping[str, int],
+    skipped: Sequence[Bad],
+) -> None:
+    """Write ``manifest.json``.
+
+    Args:
+        folder: of the dataset.
+        listing: what was protected.
+        run: method, settings, seed, model, … as the run was described.
+        fidelity: of all pictures.
+        losses: of the generator.
+        hashes: SHA-256 of every file by its path in ``folder``.
+        dropped: shards: members that were not taken over, by extension.
+        skipped: what is not in the output.
+    """
+    manifest = {
+        "format": listing.format,
+        "metadata": None if listing.metadata is None else listing.metadata.name,
+        "columns": listing.columns,
+        **run,
+        "versions": versions(),
+        "images": listing.n_images,
+        "rows": len(listing.captions),
+        "skipped": {"count": len(skipped), "items": [asdict(bad) for bad in skipped]},
+        "members_left_out": dict(dropped),
+        "measured": fidelity.report(),
+        "losses": dict(losses),
+        "sha256": dict(sorted(hashes.items())),
+    }
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

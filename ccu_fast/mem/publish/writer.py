@@ -1,0 +1,223 @@
+"""The files of a protected dataset, written chunk by chunk so that a killed run goes on where it stopped.
+
+A chunk is a tar shard, or some pictures with their sidecar captions. A finished chunk is one line of the journal, with
+the hash of every file: what a later run finds on the disk with that hash is not made again. Files are written elsewhere
+and moved into place, so the output never holds half of one, nor anything that does not belong there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ccu_fast.mem.data.dataset import DiskSource
+from ccu_fast.mem.data.listing import Listing
+from ccu_fast.mem.data.pictures import encode_png
+from ccu_fast.mem.data.tables import rewrite
+from ccu_fast.mem.fidelity import Fidelity
+from ccu_fast.mem.publish.tar import write_shard
+
+CHUNK = 64
+
+
+class Published(Protocol):
+    """What is published; numbers are those of the listing."""
+
+    def published_images(self, index: Tensor) -> Tensor:
+        """int64 ``[n]`` image numbers → uint8 ``[n, C, H, W]``."""
+        ...
+
+    def published_captions(self, rows: Tensor) -> list[str]:
+        """int64 ``[n]`` row numbers → captions with triggers."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images that are written together, and the shard they go to (−1: none)."""
+
+    images: list[int]
+    shard: int
+
+
+class Publisher:
+    """Writes one process's share of a dataset.
+
+    Args:
+        source: the originals.
+        made: what takes their place.
+        folder: where the dataset is built.
+        work: for the journal and unfinished files, on the file system of ``folder``.
+        images: this process's images, ascending; for shards all images of each of its shards.
+        rank: its number.
+    """
+
+    def __init__(
+        self, source: DiskSource, made: Published, folder: Path, work: Path, images: Sequence[int], rank: int = 0
+    ) -> None:
+        self.source, self.made, self.folder = source, made, folder
+        self.listing = source.listing
+        self.images = images
+        self.fidelity = Fidelity()
+        self.hashes: dict[str, str] = {}
+        self.dropped: dict[str, int] = {}
+        self.reused = 0
+        self._journal = work / f"published-{rank}.jsonl"
+        self._unfinished = work / f"unfinished-{rank}"
+        self._rows: dict[int, list[int]] = defaultdict(list)
+        mine = set(images)
+        for row, image in enumerate(self.listing.image_of.tolist()):
+            if image in mine:
+                self._rows[image].append(row)
+
+    def write(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Write what is not there yet.
+
+        Raises:
+            OSError: the disk; what is finished stays and is found by the next run.
+        """
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        self._unfinished.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        known = _read_journal(self._journal)
+        chunks = list(self._chunks())
+        with self._journal.open("a", encoding="utf-8") as journal:
+            journal.write("\n")  # ends a line that a kill left unfinished
+            for number, chunk in enumerate(chunks):
+                progress(number, len(chunks))
+                entry = known.get(number)
+                if entry is not None and all(_hash_of(self.folder / n) == h for n, h in entry["sha256"].items()):
+                    self.reused += 1
+                else:
+                    entry = {"chunk": number, **self._write_chunk(chunk)}
+                    journal.write(json.dumps(entry) + "\n")
+                    journal.flush()
+                self.hashes.update(entry["sha256"])
+                self.fidelity.merge(entry["sums"])
+                for extension, count in entry["dropped"].items():
+                    self.dropped[extension] = self.dropped.get(extension, 0) + count
+        progress(len(chunks), len(chunks))
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+
+    def _chunks(self) -> Iterator[Chunk]:
+        spans = self.listing.spans
+        if spans is None:
+            for start in range(0, len(self.images), CHUNK):
+                yield Chunk(list(self.images[start : start + CHUNK]), -1)
+            return
+        by_shard: dict[int, list[int]] = defaultdict(list)
+        for image, shard in zip(self.images, spans[list(self.images), 0].tolist(), strict=True):
+            by_shard[shard].append(image)
+        for shard in sorted(by_shard):
+            yield Chunk(by_shard[shard], shard)
+
+    def _write_chunk(self, chunk: Chunk) -> dict[str, Any]:
+        sums = Fidelity()
+        hashes: dict[str, str] = {}
+        dropped: dict[str, int] = {}
+        if chunk.shard >= 0:
+            shard = self.listing.shards[chunk.shard]
+            path = self._unfinished / shard.name
+            dropped = write_shard(shard, path, self._samples(chunk, sums))
+            hashes[shard.name] = self._place(path, shard.name)
+        else:
+            for image, png, captions in self._pictures(chunk, sums):
+                files = {self.listing.names[image]: png}
+                if self.listing.format == "folder":
+                    name = self.listing.names[image].removesuffix(".png") + ".txt"
+                    files[name] = "".join(f"{text}\n" for text in captions).encode()
+                for name, data in files.items():
+                    path = self._unfinished / "file"
+                    path.write_bytes(data)
+                    hashes[name] = self._place(path, name, hashlib.sha256(data).hexdigest())
+        return {"sha256": hashes, "sums": sums.sums(), "dropped": dropped}
+
+    def _samples(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[str, bytes, str, tuple[int, int]]]:
+        shape = self.source.image_shape
+        for image, png, (caption,) in self._pictures(chunk, sums):
+            key = self.listing.names[image].removesuffix(".png").partition("/")[2]
+            yield key, png, caption, (shape[2], shape[1])
+
+    def _pictures(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[int, bytes, list[str]]]:
+        """Image, PNG and captions; at most CHUNK pictures are alive."""
+        for start in range(0, len(chunk.images), CHUNK):
+            part = chunk.images[start : start + CHUNK]
+            index = torch.tensor(part)
+            published = self.made.published_images(index)
+            sums.add(self.source.images(index), published)
+            encoded: list[bytes] = [b""] * len(part)
+
+            def encode(place: int, pixels: Tensor = published, target: list[bytes] = encoded) -> None:
+                target[place] = encode_png(pixels[place])
+
+            self.source.each(encode, len(part))
+            for image, png in zip(part, encoded, strict=True):
+                yield image, png, self.made.published_captions(torch.tensor(self._rows[image]))
+
+    def _place(self, path: Path, name: str, digest: str | None = None) -> str:
+        """Move a finished file into the dataset; its hash."""
+        digest = _hash_of(path) if digest is None else digest
+        target = self.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        return str(digest)
+
+
+def write_metadata(listing: Listing, captions: Callable[[int], str], folder: Path) -> dict[str, str]:
+    """The table of a CSV or imagefolder dataset, with published names and captions; its hash by its name.
+
+    Args:
+        listing: of the input.
+        captions: row → published caption.
+        folder: of the dataset.
+    """
+    if listing.metadata is None or listing.columns is None:
+        return {}
+    row_of = {record: row for row, record in enumerate(listing.records)}
+    images = listing.image_of.tolist()
+    image_column, caption_column = listing.columns
+
+    def change(number: int, record: dict[str, Any]) -> dict[str, Any] | None:
+        row = row_of.get(number)
+        if row is None:
+            return None
+        if record[caption_column] != listing.captions[row]:
+            raise ValueError(f"{listing.metadata}: expected the rows that were protected, got another record {number}")
+        return {**record, image_column: listing.names[images[row]], caption_column: captions(row)}
+
+    target = folder / listing.metadata.name
+    rewrite(listing.metadata, target, change)
+    return {target.name: str(_hash_of(target))}
+
+
+def _read_journal(path: Path) -> dict[int, dict[str, Any]]:
+    entries: dict[int, dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_bytes().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the line during which a process was killed, or none
+                continue
+            entries[entry["chunk"]] = entry
+    return entries
+
+
+def _hash_of(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
+    except FileNotFoundError:
+        return None
