@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ccu_fast import __version__, info
+from ccu_fast import __version__, commands_mem, info
 from ccu_fast.backends import machine
 from ccu_fast.cli import INTERRUPTED
 
@@ -101,3 +101,11 @@ def bench(context: typer.Context) -> None:
             )
             raise SystemExit(1)
         raise SystemExit(benchmarks(context.args) or 0)
+
+
+app.command(epilog="Example: ccu-fast protect flickr8k/train.csv --out flickr8k-protected --method mem-3 --eps 8")(
+    commands_mem.protect
+)
+app.command(epilog="Example: ccu-fast evaluate clean=train.csv mem=protected --test test.csv --out figures.json")(
+    commands_mem.evaluate
+)

@@ -17,7 +17,14 @@ from ccu_fast.backends import machine, registry
 
 # Import name → what ``pip`` calls it.
 EXTRAS = {
-    "apps": {"typer": "typer", "rich": "rich", "PIL": "pillow", "matplotlib": "matplotlib", "sklearn": "scikit-learn"},
+    "apps": {
+        "typer": "typer",
+        "rich": "rich",
+        "PIL": "pillow",
+        "matplotlib": "matplotlib",
+        "sklearn": "scikit-learn",
+        "webdataset": "webdataset",
+    },
 }
 OPERATIONS = ("reduce_similarity", "topk_flips", "pgd_step_")
 

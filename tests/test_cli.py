@@ -45,7 +45,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == ccu_fast.__version__
 
 
-@pytest.mark.parametrize("name", ["info", "demo", "bench"])
+@pytest.mark.parametrize("name", ["info", "demo", "protect", "evaluate", "bench"])
 def test_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([name, "--help"]) == 0
     assert f"Example: ccu-fast {name}" in capsys.readouterr().out
@@ -54,7 +54,7 @@ def test_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) ->
 def test_overview_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("info", "demo", "bench"):
+    for name in ("info", "demo", "protect", "evaluate", "bench"):
         assert name in shown
         assert name in cli.USAGE
 

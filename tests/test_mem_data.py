@@ -204,7 +204,8 @@ def _compress(shard: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"), [(_cut_in_data, "truncated"), (_cut_between, "damaged"), (_compress, "not an uncompressed")]
+    ("damage", "message"),
+    [(_cut_in_data, "truncated"), (_cut_between, "damaged"), (_compress, "not a whole, uncompressed")],
 )
 def test_a_damaged_shard_is_left_out_as_a_whole(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
     folder = made.write_shards(tmp_path / "in")

@@ -6,7 +6,9 @@ done to the pixels. A strip of four has one of 10,000 captions.
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +84,32 @@ def load_strips(n_train: int = 2048, n_test: int = 500, *, seed: int = 0) -> tup
         _strips(pixels, labels, order[:cut], n_train, generator),
         _strips(pixels, labels, order[cut:], n_test, generator),
     )
+
+
+def write_strips(folder: str | Path, n_train: int = 2048, n_test: int = 500, *, seed: int = 0) -> Path:
+    """Write digit-strips as two CSV datasets, ``train.csv`` and ``test.csv`` (columns ``images,caption``) with PNGs.
+
+    Args:
+        folder: made; must not exist.
+        n_train, n_test, seed: as for :func:`load_strips`.
+
+    Raises:
+        FileExistsError: ``folder`` is there.
+    """
+    from PIL import Image
+
+    folder = Path(folder)
+    parts = dict(zip(("train", "test"), load_strips(n_train, n_test, seed=seed), strict=True))
+    folder.mkdir(parents=True)
+    for name, part in parts.items():
+        (folder / name).mkdir()
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["images", "caption"])
+            for i, (image, text) in enumerate(zip(part.images, part.captions, strict=True)):
+                Image.fromarray(image[0].numpy()).save(folder / name / f"{i:05d}.png")
+                writer.writerow([f"{name}/{i:05d}.png", text])
+    return folder
 
 
 def _strips(pixels: Tensor, labels: Tensor, pool: Tensor, n: int, generator: torch.Generator) -> StripSet:

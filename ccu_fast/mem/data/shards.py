@@ -112,7 +112,7 @@ def read_index(shard: Path) -> Iterator[Sample]:
                 # The module keeps every header it has read.
                 archive.members = []  # type: ignore[attr-defined]
     except tarfile.TarError as error:
-        raise BadShard(f"not an uncompressed tar file ({error})") from error
+        raise BadShard(f"not a whole, uncompressed tar file ({error})") from error
     if members:
         yield Sample(key, members)
     with shard.open("rb") as file:

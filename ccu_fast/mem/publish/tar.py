@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
@@ -33,7 +32,7 @@ def write_shard(
     index = read_index(source)
     # The same input gives the same bytes: no time, no user.
     with target.open("wb") as file:
-        options: Any = {"mtime": 0, "user": "", "group": "", "mode": 0o644, "format": tarfile.PAX_FORMAT}
+        options: Any = {"mtime": 0, "user": "", "group": "", "mode": 0o644, "format": "PAX_FORMAT"}
         with TarWriter(file, encoder=False, **options) as archive:
             for key, png, caption, size in samples:
                 members = next(sample.members for sample in index if sample.key == key)

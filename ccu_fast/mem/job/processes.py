@@ -1,0 +1,93 @@
+"""The processes that share one run: which images are whose, and the surrogate that all of them train."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ccu_fast.mem.data.listing import Listing
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[tuple[int, int]]:
+    """(rank, number of processes) as ``torchrun`` started them; (0, 1) without it. gloo on CPUs, NCCL on GPUs."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or dist.is_initialized():
+        yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every process, in the order of ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    gather(None)
+
+
+def share(listing: Listing, rank: int, world: int) -> list[int]:
+    """The images of one process: a contiguous share; of shards whole ones, so that each is written by one process.
+
+    Raises:
+        ValueError: fewer than two images, or no shard, for some process.
+    """
+    n = listing.n_images
+    if listing.spans is None:
+        cuts = [n * r // world for r in range(world + 1)]
+    else:
+        ends = torch.bincount(listing.spans[:, 0], minlength=len(listing.shards)).cumsum(0)
+        # A shard goes to the process in whose equal share its middle lies.
+        sizes = torch.diff(ends, prepend=torch.zeros(1, dtype=ends.dtype))
+        owner = ((ends - sizes / 2) * world / max(n, 1)).long().clamp(max=world - 1)
+        cuts = [0, *(int(sizes[owner <= r].sum()) for r in range(world))]
+    if min(b - a for a, b in itertools.pairwise(cuts)) < 2:
+        unit = "images" if listing.spans is None else "images in whole shards"
+        raise ValueError(
+            f"processes: expected at least two {unit} for each of {world}, got shares that end at {cuts[1:]}"
+        )
+    return list(range(cuts[rank], cuts[rank + 1]))
+
+
+class Average:
+    """Averages gradients, and the running statistics of normalisation layers, over the processes; in place.
+
+    All processes then take the same step from the same weights: they hold one surrogate, whose batch is all of theirs
+    except that a caption is compared with the images of its own process alone.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: Callable[[], Iterable[Tensor]] = tuple
+
+    def __call__(self, parameters: Iterable[nn.Parameter]) -> None:
+        statistics = [b for b in self.buffers() if b.is_floating_point()]
+        average_([*(p.grad for p in parameters if p.grad is not None), *statistics])
+
+
+def average_(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over the processes, in one message for each dtype."""
+    world = dist.get_world_size()
+    for dtype in sorted({t.dtype for t in tensors}, key=str):
+        same = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in same])
+        dist.all_reduce(flat)
+        flat /= world
+        for t, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
+            t.copy_(part.view_as(t))

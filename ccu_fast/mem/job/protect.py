@@ -1,0 +1,304 @@
+"""From a dataset on a disk to its protected copy."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ccu_fast import __version__
+from ccu_fast.files import new_file
+from ccu_fast.mem.data import Bad, DiskSource, Listing, Options, list_pairs, scan
+from ccu_fast.mem.data.dataset import bad_pictures
+from ccu_fast.mem.data.listing import MANIFEST
+from ccu_fast.mem.data.pictures import MAX_PIXELS
+from ccu_fast.mem.generate import Protection
+from ccu_fast.mem.job.model import Model
+from ccu_fast.mem.job.processes import Average, barrier, gather, processes, share
+from ccu_fast.mem.job.workplace import Workplace, key_of
+from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
+from ccu_fast.mem.publish.writer import write_metadata
+from ccu_fast.mem.settings import Method, Progress, Settings, silent
+from ccu_fast.mem.source import Part
+
+_SHOWN = 10
+
+
+class BadData(ValueError):
+    """The dataset has parts that cannot be protected.
+
+    Attributes:
+        bad: all of them.
+    """
+
+    def __init__(self, bad: Sequence[Bad]) -> None:
+        self.bad = list(bad)
+        lines = [f"  {item}" for item in self.bad[:_SHOWN]]
+        more = [f"  and {len(self.bad) - _SHOWN} more"] if len(self.bad) > _SHOWN else []
+        count = f"{len(self.bad)} bad " + ("item" if len(self.bad) == 1 else "items")
+        super().__init__(
+            "\n".join([f"input: expected usable pairs, got {count} (skip_bad leaves them out):", *lines, *more])
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Attributes:
+        input: see :func:`ccu_fast.mem.data.list_pairs`.
+        out: a folder that does not exist or is empty. Until the run is complete its files are in ``<out>.partial``.
+        model: all captions of the listing → the surrogate; called once.
+        method, settings, seed: of the generator.
+        options: how to read the input.
+        skip_bad: leave out what cannot be used, and list it in the manifest; otherwise it is an error.
+        fresh: throw an unfinished run away first.
+        noise_on_disk: keep the noise in a mapped file instead of in memory.
+        reference_files: also write ``noise.pt`` and ``token.pt``; see :func:`write_reference_files`.
+        threads: decoders.
+        max_pixels: larger pictures are bad.
+        device: of the surrogate.
+    """
+
+    input: Path
+    out: Path
+    model: Callable[[Sequence[str]], Model]
+    method: Method = field(default_factory=lambda: Method.parse("mem"))
+    settings: Settings = field(default_factory=Settings)
+    seed: int = 0
+    options: Options = field(default_factory=Options)
+    skip_bad: bool = False
+    fresh: bool = False
+    noise_on_disk: bool = False
+    reference_files: bool = False
+    threads: int | None = None
+    max_pixels: int = MAX_PIXELS
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+def protect_dataset(job: Job, progress: Progress = silent) -> dict[str, Any]:
+    """Protect a dataset; called again after an interruption it goes on and ends with the same bits (on a CPU, with the
+    same versions and number of threads).
+
+    Under ``torchrun`` each process protects its share of the images, with batches of its own; the surrogate is one, its
+    gradients are averaged. That is one process's run up to the composition of batches: an image meets only images of
+    its own share, and a surrogate step sees ``processes · batch`` pairs.
+
+    Args:
+        job: what to do.
+        progress: called as ``progress(stage, done, total, note)``.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        BadData: something in the input cannot be used and ``skip_bad`` is not set.
+        FileExistsError: ``out`` has contents that are not this run's.
+        ValueError: naming the argument.
+        OSError: the disk. What was done stays in ``<out>.partial``.
+    """
+    with processes(job.device) as (rank, world):
+        return _Run(job, rank, world, progress).go()
+
+
+class _Run:
+    def __init__(self, job: Job, rank: int, world: int, progress: Progress) -> None:
+        self.job, self.rank, self.world, self.progress = job, rank, world, progress
+        self.partial = job.out.with_name(job.out.name + ".partial")
+        if world > 1 and job.method.noise == "universal":
+            raise ValueError("method: expected one process for uap, whose noise all images share")
+        if world > 1 and job.reference_files:
+            raise ValueError("reference_files: expected one process, which has all rows in their order")
+
+    def go(self) -> dict[str, Any]:
+        job = self.job
+        listing = list_pairs(job.input, job.options)
+        if listing.bad and not job.skip_bad:
+            raise BadData(listing.bad)
+        model = job.model(listing.captions)
+        run = self._describe(listing, model)
+        finished = self._finished(run)
+        if finished is not None:
+            return finished
+        if job.fresh and self.rank == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        barrier()
+        place = Workplace(self.partial, run, self.rank)
+        try:
+            listing, mine, digests = self._look(place, listing, model)
+            source = DiskSource(
+                listing, model.image_shape, digests=digests, threads=job.threads, max_pixels=job.max_pixels
+            )
+            try:
+                self._check_compat(listing)
+                part = Part(source, torch.tensor(mine)) if self.world > 1 else source
+                protection = self._generate(place, part, model)
+                manifest = self._publish(place, source, mine, _Whole(protection, part, source), run)
+            finally:
+                source.close()
+        finally:
+            place.close()
+        barrier()
+        if self.rank == 0:
+            job.out.parent.mkdir(parents=True, exist_ok=True)
+            place.finish(job.out)
+        barrier()
+        return manifest
+
+    def _describe(self, listing: Listing, model: Model) -> dict[str, Any]:
+        job = self.job
+        return {
+            "method": asdict(job.method),
+            "settings": asdict(job.settings),
+            "seed": job.seed,
+            "surrogate": model.about,
+            "input": listing.fingerprint(),
+            "skip_bad": job.skip_bad,
+            "max_pixels": job.max_pixels,
+            "reference_files": job.reference_files,
+            "processes": self.world,
+            "made_with": {"ccu_fast": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
+        }
+
+    def _finished(self, run: dict[str, Any]) -> dict[str, Any] | None:
+        """The manifest, if this very run is complete; else the output must be free."""
+        out = self.job.out
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return None
+        if (out / MANIFEST).is_file():
+            manifest: dict[str, Any] = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+            if manifest.get("run") == key_of(run):
+                if self.rank == 0:  # killed between the last two steps
+                    shutil.rmtree(self.partial, ignore_errors=True)
+                return manifest
+        raise FileExistsError(f"out: expected a new or empty folder, got {out}")
+
+    def _look(self, place: Workplace, listing: Listing, model: Model) -> tuple[Listing, list[int], Tensor]:
+        """Every picture is read once before the work begins; the usable listing, this process's images, digests."""
+        job = self.job
+        mine = share(listing, self.rank, self.world)
+        path = place.folder / f"scan-{self.rank}.pt"
+        if path.exists():
+            found = torch.load(path, weights_only=True)
+        else:
+            source = DiskSource(listing, model.image_shape, threads=job.threads, max_pixels=job.max_pixels)
+            try:
+                seen = scan(source, mine, lambda done, n: self.progress("checking pictures", done, n, ""))
+            finally:
+                source.close()
+            found = {"digests": seen.digests[mine], "bad": seen.bad}
+            with new_file(path) as file:
+                torch.save(found, file)
+        parts = gather((mine, found["bad"], found["digests"]))
+        bad = {number: why for _, items, _ in parts for number, why in items.items()}
+        if bad and not job.skip_bad:
+            barrier()
+            path.unlink()  # the pictures may be mended before the next try
+            raise BadData(bad_pictures(listing, bad))
+        digests = torch.cat([part for _, _, part in parts])
+        keep = [number for number in range(listing.n_images) if number not in bad]
+        place_of = {number: new for new, number in enumerate(keep)}
+        usable = listing.without(list(bad), bad_pictures(listing, bad))
+        kept = [place_of[number] for number in mine if number in place_of]
+        if min(gather(len(kept))) < 2:
+            raise ValueError(f"input: expected at least two usable images for each process, got {gather(len(kept))}")
+        return usable, kept, digests[keep]
+
+    def _check_compat(self, listing: Listing) -> None:
+        if self.job.settings.compat and len(listing.captions) != listing.n_images:
+            raise ValueError(
+                "compat: expected one caption for each image, because the authors' noise belongs to captions and a "
+                f"picture can hold one; got {len(listing.captions)} captions of {listing.n_images} images"
+            )
+
+    def _generate(self, place: Workplace, part: Any, model: Model) -> Protection:
+        job, average = self.job, Average()
+        rows = 1 if job.method.noise == "universal" else part.n_images
+        # Random noise is drawn by the protection itself; it is the same every time.
+        store = None if job.method.noise == "random" else place.store(
+            rows, model.image_shape, job.device, on_disk=job.noise_on_disk
+        )  # fmt: skip
+        protection = Protection(
+            part, model.tokenizer, model.factory, method=job.method, settings=job.settings, seed=job.seed,
+            noise_store=store, device=job.device, shard=self.rank, average=average if self.world > 1 else None,
+        )  # fmt: skip
+        average.buffers = lambda: cast(torch.nn.Module, protection.worker.surrogate).buffers()
+        stage, note = f"generate {job.method.name}", ""
+        for index in range(place.load(protection), protection.rounds):
+            self.progress(stage, index, protection.rounds, note)
+            protection.round(index)
+            place.save(index + 1, protection)
+            note = f"surrogate loss {protection.losses['noise'][-1]:.3f}"
+        if protection.rounds:
+            self.progress(stage, protection.rounds, protection.rounds, note)
+        return protection
+
+    def _publish(
+        self, place: Workplace, source: DiskSource, mine: list[int], made: _Whole, run: dict[str, Any]
+    ) -> dict[str, Any]:
+        job = self.job
+        publisher = Publisher(source, made, place.publish, place.folder, mine, self.rank)
+        publisher.write(lambda done, total: self.progress("writing", done, total, ""))
+        mine_rows = made.rows.tolist()
+        captions = dict(zip(mine_rows, made.published_captions(made.rows), strict=True))
+        parts = gather((publisher.hashes, publisher.fidelity.sums(), publisher.dropped, captions, made.losses))
+        if self.rank:
+            barrier()
+            return dict(json.loads((place.publish / MANIFEST).read_text(encoding="utf-8")))
+        hashes, dropped, texts = dict(publisher.hashes), dict(publisher.dropped), dict(captions)
+        for theirs, sums, left, captions, _ in parts[1:]:
+            hashes |= theirs
+            texts |= captions
+            publisher.fidelity.merge(sums)
+            for extension, count in left.items():
+                dropped[extension] = dropped.get(extension, 0) + count
+        hashes |= write_metadata(source.listing, lambda row: texts[row], place.publish)
+        if job.reference_files:
+            write_reference_files(source, made, made.triggers, place.publish)
+        write_manifest(
+            place.publish, source.listing, run={**run, "run": place.key}, fidelity=publisher.fidelity,
+            losses=parts[0][4], hashes=hashes, dropped=dropped, skipped=source.listing.bad,
+        )  # fmt: skip
+        self._complete(place.publish, set(hashes))
+        barrier()
+        return dict(json.loads((place.publish / MANIFEST).read_text(encoding="utf-8")))
+
+    def _complete(self, folder: Path, expected: set[str]) -> None:
+        """Exactly the files of the manifest are there."""
+        own = {MANIFEST, "noise.pt", "token.pt"} if self.job.reference_files else {MANIFEST}
+        there = {
+            os.path.relpath(os.path.join(where, name), folder) for where, _, files in os.walk(folder) for name in files
+        }
+        if there - own != expected:
+            odd = sorted((there - own) ^ expected)
+            raise RuntimeError(f"{folder}: expected the files that were written, and no others; {odd[:3]} differ")
+
+
+class _Whole:
+    """A process's protection, asked by the numbers of the whole dataset."""
+
+    def __init__(self, protection: Protection, part: Any, source: DiskSource) -> None:
+        self._protection = protection
+        self.losses, self.triggers = protection.losses, protection.triggers
+        if isinstance(part, Part):
+            self.rows = part.rows
+            images = part.whole_images
+        else:
+            self.rows, images = torch.arange(len(source.captions)), torch.arange(source.n_images)
+        self._image = torch.full((source.n_images,), -1, dtype=torch.int64)
+        self._image[images] = torch.arange(len(images))
+        self._row = torch.full((len(source.captions),), -1, dtype=torch.int64)
+        self._row[self.rows] = torch.arange(len(self.rows))
+
+    def published_images(self, index: Tensor) -> Tensor:
+        return self._protection.published_images(self._image[index])
+
+    def published_captions(self, rows: Tensor) -> list[str]:
+        return self._protection.published_captions(self._row[rows])
