@@ -140,7 +140,7 @@ def test_shards_are_read_by_webdataset_and_give_nothing_away(tmp_path: Path) -> 
 def test_reference_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = captured(monkeypatch)
     protect_dataset(job(made.write_csv(tmp_path / "in"), tmp_path / "out", reference_files=True))
-    noise, tokens = (torch.load(tmp_path / "out" / f"{n}.pt", weights_only=True) for n in ("noise", "token"))
+    noise, tokens = (torch.load(tmp_path / "out.reference" / f"{n}.pt", weights_only=True) for n in ("noise", "token"))
     assert torch.equal(tokens, seen[0].triggers) and tokens.shape == (7, 3)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
     want = seen[0].store.data[seen[0].source.image_of].float() / 255 / std

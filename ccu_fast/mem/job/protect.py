@@ -61,7 +61,8 @@ class Job:
         skip_bad: leave out what cannot be used, and list it in the manifest; otherwise it is an error.
         fresh: throw an unfinished run away first.
         noise_on_disk: keep the noise in a mapped file instead of in memory.
-        reference_files: also write ``noise.pt`` and ``token.pt``; see :func:`write_reference_files`.
+        reference_files: also write ``noise.pt`` and ``token.pt`` into ``<out>.reference``; see
+            :func:`write_reference_files`.
         threads: decoders.
         max_pixels: larger pictures are bad.
         device: of the surrogate.
@@ -261,23 +262,26 @@ class _Run:
                 dropped[extension] = dropped.get(extension, 0) + count
         hashes |= write_metadata(source.listing, lambda row: texts[row], place.publish)
         if job.reference_files:
-            write_reference_files(source, made, made.triggers, place.publish)
+            # Beside the dataset, not in it: they undo the protection.
+            folder = job.out.with_name(job.out.name + ".reference")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_reference_files(source, made, made.triggers, folder)
         write_manifest(
             place.publish, source.listing, run={**run, "run": place.key}, fidelity=publisher.fidelity,
             losses=parts[0][4], hashes=hashes, dropped=dropped, skipped=source.listing.bad,
         )  # fmt: skip
-        self._complete(place.publish, set(hashes))
+        self._complete(place.publish, {MANIFEST, *hashes})
         barrier()
         return dict(json.loads((place.publish / MANIFEST).read_text(encoding="utf-8")))
 
-    def _complete(self, folder: Path, expected: set[str]) -> None:
+    @staticmethod
+    def _complete(folder: Path, expected: set[str]) -> None:
         """Exactly the files of the manifest are there."""
-        own = {MANIFEST, "noise.pt", "token.pt"} if self.job.reference_files else {MANIFEST}
         there = {
             os.path.relpath(os.path.join(where, name), folder) for where, _, files in os.walk(folder) for name in files
         }
-        if there - own != expected:
-            odd = sorted((there - own) ^ expected)
+        if there != expected:
+            odd = sorted(there ^ expected)
             raise RuntimeError(f"{folder}: expected the files that were written, and no others; {odd[:3]} differ")
 
 
