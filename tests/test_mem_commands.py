@@ -113,9 +113,9 @@ def test_bad_items_are_listed_and_skipped(tmp_path: Path, capsys: pytest.Capture
 def test_kill_9_and_the_same_command(tmp_path: Path) -> None:
     """A real process, killed from outside as soon as its first checkpoint is there."""
     source = made.write_csv(tmp_path / "in", n=40)
-    command = ["protect", source, "--out", tmp_path / "out", *TINY, "--rounds", "12", "--quiet"]
+    command = ["protect", source, "--out", tmp_path / "out", *TINY, "--rounds", "30", "--quiet"]
     running = start(*command)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600  # imports alone take long on a busy machine
     while not (tmp_path / "out.partial" / "checkpoint.json").exists():
         assert running.poll() is None and time.monotonic() < until, running.communicate()[0]
         time.sleep(0.005)
@@ -123,7 +123,7 @@ def test_kill_9_and_the_same_command(tmp_path: Path) -> None:
     running.communicate()
     assert running.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
     done = json.loads((tmp_path / "out.partial" / "checkpoint.json").read_text())["round"]
-    assert 1 <= done < 12
+    assert 1 <= done < 30
     assert cli.main([str(word) for word in command]) == 0
     command[3] = tmp_path / "whole"
     assert cli.main([str(word) for word in command]) == 0
