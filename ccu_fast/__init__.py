@@ -1,5 +1,8 @@
 """Fused kernels for contrastive losses and gradient token scoring, and the two systems that live on them."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ccu_fast import patch
 from ccu_fast.clip import ClipLoss, SigLipLoss
 from ccu_fast.losses import info_nce, inverse_info_nce, sigmoid_loss, sup_con
@@ -10,6 +13,9 @@ from ccu_fast.normalize import l2_normalize
 from ccu_fast.relations import ALL, OTHER, SAME, SELF, Relation
 from ccu_fast.similarity import reduce_similarity
 from ccu_fast.tokens import Flips, TokenTable, candidate_losses, topk_flips
+
+if TYPE_CHECKING:
+    from ccu_fast.unlearn import unlearn as unlearn
 
 __version__ = "0.1.0"
 
@@ -39,3 +45,10 @@ __all__ = [
     "sup_con",
     "topk_flips",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The systems are imported when they are used: the losses need none of them.
+    if name in ("mem", "unlearn"):
+        return importlib.import_module(f"ccu_fast.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

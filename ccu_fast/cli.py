@@ -12,6 +12,7 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 USAGE = """usage: ccu-fast COMMAND [OPTIONS]
 
   info      what this installation can do on this machine and, for what it cannot, why
+  unlearn   take what a forget set taught out of a trained model, or compare all methods
   demo      unlearn and protect real digits, and write a report
   protect   write a copy of an image-caption dataset that teaches a model less
   evaluate  train models on datasets and say what they have learned
@@ -58,7 +59,7 @@ def _without_typer(words: list[str]) -> int:
     if not words or words[0] == "--help":
         print(USAGE)
         return 0
-    if words[0] in ("demo", "protect", "evaluate", "bench"):
+    if words[0] in ("unlearn", "demo", "protect", "evaluate", "bench"):
         print(f"ccu-fast: {words[0]} needs typer: pip install 'ccu-fast[apps]'", file=sys.stderr)
         return 1
     print(f"ccu-fast: no command {words[0]!r}\n\n{USAGE}", file=sys.stderr)

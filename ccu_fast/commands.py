@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ccu_fast import __version__, commands_mem, info
+from ccu_fast import __version__, commands_mem, commands_unlearn, info
 from ccu_fast.backends import machine
 from ccu_fast.cli import INTERRUPTED
 
@@ -73,6 +73,9 @@ def demo(
     with ctrl_c_is_an_ending():
         run = importlib.import_module("ccu_fast.demo").run
         run(out, seeds=seeds, only=only.value if only else None, quiet=quiet)
+
+
+app.command("unlearn", epilog=commands_unlearn.EXAMPLE)(commands_unlearn.unlearn)
 
 
 def find_benchmarks() -> Callable[[Sequence[str]], Any] | None:

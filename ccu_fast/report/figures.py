@@ -55,6 +55,23 @@ def unlearn_bars(scenario: str, by_seed: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
+def ablation_bars(by_seed: dict[str, Any]) -> bytes | None:
+    """Average gap to gold of CCU and of CCU without each component; None without ablations."""
+    values = list(by_seed.values())
+    methods = [name for name in values[0]["metrics"] if name.startswith("ccu")]
+    if len(methods) < 2:
+        return None
+    gaps = np.array([[v["metrics"][m]["average_gap"] for m in methods] for v in values])
+    figure = Figure(figsize=(7, 0.4 * len(methods) + 1), layout="constrained")
+    axes = figure.subplots()
+    errors = gaps.std(0, ddof=1) if len(values) > 1 else None
+    axes.barh(range(len(methods)), gaps.mean(0), 0.6, xerr=errors, color="#dd8452")
+    axes.set_yticks(range(len(methods)), [values[0]["metrics"][m]["label"] for m in methods])
+    axes.invert_yaxis()
+    axes.set_xlabel("average gap to gold, points (0 is right)")
+    return _png(figure)
+
+
 def unlearn_map(value: dict[str, Any]) -> bytes | None:
     """Visual embeddings before and after CCU in one plane; crosses are what was to be forgotten."""
     embeddings = value["embeddings"]
@@ -77,6 +94,16 @@ def unlearn_map(value: dict[str, Any]) -> bytes | None:
         axes.set_yticks([])
     axes.legend(loc="lower right")
     figure.colorbar(shown, ax=figure.axes, ticks=range(10), label="digit", shrink=0.8)
+    return _png(figure)
+
+
+def loss_curve(losses: list[float]) -> bytes:
+    """The loss of every step."""
+    figure = Figure(figsize=(7, 2.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(losses) + 1), losses, color="#dd8452")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
     return _png(figure)
 
 

@@ -49,12 +49,12 @@ def write_report(results: dict[str, Any], path: Path) -> None:
             first = next(iter(by_seed.values()))
             body += [
                 f"<h3>Forget {'a class' if scenario == 'class' else 'random instances'}</h3>",
-                _image(figures.unlearn_bars(scenario, by_seed), "accuracies by method"),
-                _table(unlearn_table(scenario, by_seed), ours="CCU"),
+                image(figures.unlearn_bars(scenario, by_seed), "accuracies by method"),
+                table(unlearn_table(scenario, by_seed), ours="CCU"),
             ]
             picture = figures.unlearn_map(first)
             if picture is not None:
-                body.append(_image(picture, "map of visual embeddings before and after"))
+                body.append(image(picture, "map of visual embeddings before and after"))
         body.append(
             "<p class='note'>Membership AUC: how well confidence tells forgotten training items from unseen ones; "
             "compare it with gold's, 0.5 is no signal. Seconds are of this run.</p>"
@@ -62,8 +62,8 @@ def write_report(results: dict[str, Any], path: Path) -> None:
     if results["protect"]:
         body += ["<h2>Protection</h2>", f"<p>{PROTECT_TEXT}</p>"]
         body += [
-            _image(figures.victim_curves(results["protect"]), "victim curves"),
-            _table(protect_table(results["protect"]), ours="MEM (noise + trigger)"),
+            image(figures.victim_curves(results["protect"]), "victim curves"),
+            table(protect_table(results["protect"]), ours="MEM (noise + trigger)"),
         ]
         for method, by_seed in results["protect"].items():
             measured = next(iter(by_seed.values()))["methods"][method]
@@ -72,7 +72,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
                     f"<h3>{escape(figures.PROTECT_LABELS[method])}</h3>",
                     f"<p class='note'>Largest change of a pixel {measured['noise']['eps_255']}/255, "
                     f"PSNR {measured['noise']['psnr_db']:.1f} dB. Left: original, middle: published.</p>",
-                    _image(figures.examples(measured), "clean, protected, noise"),
+                    image(figures.examples(measured), "clean, protected, noise"),
                 ]
     page = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>ccu_fast demo</title>"
@@ -83,15 +83,17 @@ def write_report(results: dict[str, Any], path: Path) -> None:
     write_whole(path, page)
 
 
-def _image(png: bytes, description: str) -> str:
+def image(png: bytes, description: str) -> str:
+    """A picture within the page."""
     data = base64.b64encode(png).decode()
     return f"<p><img alt='{escape(description)}' src='data:image/png;base64,{data}'></p>"
 
 
-def _table(table: Table, *, ours: str) -> str:
-    head = "".join(f"<th>{escape(c)}</th>" for c in table.columns)
+def table(content: Table, *, ours: str) -> str:
+    """The rows as HTML, one of them marked."""
+    head = "".join(f"<th>{escape(c)}</th>" for c in content.columns)
     rows = "".join(
         f"<tr{' class=ours' if row[0] == ours else ''}>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>"
-        for row in table.rows
+        for row in content.rows
     )
-    return f"<div class='wide'><table><caption>{escape(table.caption)}</caption><tr>{head}</tr>{rows}</table></div>"
+    return f"<div class='wide'><table><caption>{escape(content.caption)}</caption><tr>{head}</tr>{rows}</table></div>"

@@ -27,6 +27,7 @@ UNLEARN_COLUMNS = {
         ("other R test", ("metrics", "other", "retain_test")),
         ("fused R test", ("metrics", "fused", "retain_test")),
         ("MIA AUC", ("metrics", "mia_auc")),
+        ("gap", ("metrics", "average_gap")),
         ("s", ("cost", "seconds")),
     ),
     "instances": (
@@ -36,9 +37,20 @@ UNLEARN_COLUMNS = {
         ("other R test", ("metrics", "other", "retain_test")),
         ("fused R test", ("metrics", "fused", "retain_test")),
         ("MIA AUC", ("metrics", "mia_auc")),
+        ("gap", ("metrics", "average_gap")),
         ("s", ("cost", "seconds")),
     ),
 }
+
+
+DIGITS = {"seconds": 1, "average_gap": 2, "relearn_steps": 0, "ratio": 3}
+DEEP_COLUMNS = (
+    ("probe U", ("metrics", "probe", "forget")),
+    ("probe U against R", ("metrics", "probe", "forget_vs_rest")),
+    ("probe R", ("metrics", "probe", "retain")),
+    ("relearning, steps", ("metrics", "relearn_steps")),
+    ("time / retraining", ("cost", "ratio")),
+)
 
 
 @dataclass(frozen=True)
@@ -59,16 +71,38 @@ def unlearn_table(scenario: str, by_seed: dict[str, Any]) -> Table:
         cells = []
         for _, (kind, *keys) in columns:
             values = [_dig(value[kind][method], keys) for value in by_seed.values()]
-            cells.append(spread(values, digits=1 if keys[-1] == "seconds" else 3))
+            cells.append(spread(values, digits=DIGITS.get(keys[-1], 3)))
         rows.append([metrics["label"], *cells])
     setting = first["setting"]
+    task = setting["task"]
     what = f"class {setting['forget_class']}" if scenario == "class" else "random instances"
     caption = (
-        f"digits-halves, {what} forgotten (U, {setting['forget_items']} of "
+        f"{task}, {what} forgotten (U, {setting['forget_items']} of "
         f"{setting['forget_items'] + setting['retain_items']} training items; the rest is R): accuracy of each "
-        f"modality's head, membership attack, seconds; seeds {', '.join(by_seed)}"
+        f"modality's head, membership attack, average gap to gold in points, seconds; seeds {', '.join(by_seed)}"
     )
     return Table(caption, ["method", *(title for title, _ in columns)], rows)
+
+
+def depth_table(scenario: str, by_seed: dict[str, Any]) -> Table | None:
+    """What is left below the heads, of the methods that were looked into; None when none was."""
+    first = next(iter(by_seed.values()))
+    rows = [
+        [metrics["label"]]
+        + [
+            spread([_dig(value[kind][method], keys) for value in by_seed.values()], digits=DIGITS.get(keys[-1], 3))
+            for _, (kind, *keys) in DEEP_COLUMNS
+        ]
+        for method, metrics in first["metrics"].items()
+        if "probe" in metrics
+    ]
+    if not rows:
+        return None
+    caption = (
+        "Below the heads: accuracy of a linear classifier on frozen visual features (forgotten items; forgotten class "
+        "against the rest; retained items), steps of training until the forget set is back at .9, time over retraining"
+    )
+    return Table(caption, ["method", *(title for title, _ in DEEP_COLUMNS)], rows)
 
 
 def protect_table(results: dict[str, Any]) -> Table:
@@ -111,18 +145,23 @@ def all_tables(results: dict[str, Any]) -> list[Table]:
 
 def print_summary(results: dict[str, Any], console: Console) -> None:
     """The tables in the terminal."""
+    for table in all_tables(results):
+        show(table, console)
+
+
+def show(table: Table, console: Console) -> None:
+    """One table in the terminal."""
     from rich import box
     from rich.table import Table as RichTable
 
-    for table in all_tables(results):
-        shown = RichTable(
-            title=table.caption, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-        )
-        for i, column in enumerate(table.columns):
-            shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0, min_width=5 if i else None)
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
+    shown = RichTable(
+        title=table.caption, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for i, column in enumerate(table.columns):
+        shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0, min_width=5 if i else None)
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(shown)
 
 
 def _dig(value: Any, keys: list[str]) -> Any:

@@ -1,9 +1,10 @@
 """Cross-modal Contrastive Unlearning: a trained two-modality model loses the visual knowledge of a forget set.
 
-    from ccu_fast.unlearn import PairedData, UnlearnConfig, unlearn
+    import ccu_fast
+    from ccu_fast.unlearn import PairedData, UnlearnConfig
 
     forget, retain = data[to_forget], data[~to_forget]              # data: PairedData
-    clean = unlearn(model, forget, retain, UnlearnConfig(forget="class"))
+    clean = ccu_fast.unlearn(model, forget, retain, UnlearnConfig(forget="class"))
 
 The method follows arXiv 2509.23895 in its three parts; the paper's formulas are not public, and those used here are
 this project's definition (:mod:`ccu_fast.unlearn.objective`).
@@ -11,27 +12,36 @@ this project's definition (:mod:`ccu_fast.unlearn.objective`).
 
 from __future__ import annotations
 
-from typing import cast
+import sys
+from types import ModuleType
+from typing import Any, cast
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.audit import audit, membership_auc
-from ccu_fast.unlearn.ccu import ccu_method
+from ccu_fast.unlearn.bank import KeyBank
+from ccu_fast.unlearn.ccu import run_ccu
+from ccu_fast.unlearn.checkpoint import Checkpoint
 from ccu_fast.unlearn.config import Budget, Progress, UnlearnConfig
-from ccu_fast.unlearn.loop import HeldOut, run
-from ccu_fast.unlearn.objective import forgetting_loss, retention_loss, separation_loss
-from ccu_fast.unlearn.protocol import Model, TwoModalityModel, check_problem
+from ccu_fast.unlearn.loop import HeldOut
+from ccu_fast.unlearn.objective import anchor_loss, forgetting_loss, retention_loss, separation_loss, unclassify_loss
+from ccu_fast.unlearn.protocol import Model, TwoModalityModel, TwoTowerModel, check_problem
 
 __all__ = [
     "Budget",
+    "Checkpoint",
     "HeldOut",
+    "KeyBank",
     "PairedData",
     "TwoModalityModel",
+    "TwoTowerModel",
     "UnlearnConfig",
+    "anchor_loss",
     "audit",
     "forgetting_loss",
     "membership_auc",
     "retention_loss",
     "separation_loss",
+    "unclassify_loss",
     "unlearn",
 ]
 
@@ -43,17 +53,20 @@ def unlearn(
     config: UnlearnConfig | None = None,
     *,
     held_out: HeldOut | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """A copy of ``model`` without the visual knowledge of the forget set.
 
     Args:
-        model: an ``nn.Module`` with the methods of :class:`TwoModalityModel`, on the device of the data; unchanged.
+        model: an ``nn.Module`` with the methods of :class:`TwoTowerModel`, on the device of the data; unchanged. The
+            heads of :class:`TwoModalityModel` are used where it has them.
             Parameters that do not require a gradient stay as they are.
         forget: the items to forget. Their other modality is kept.
         retain: the items to keep, disjoint from ``forget``.
         config: defaults to forgetting a class.
         held_out: when to stop before the budget is spent; needed for and used with ``config.early_stop``.
+        checkpoint: where the state is written now and then; a run that finds one there goes on from it.
         progress: called every few steps as progress("unlearn", done, total, note).
 
     Returns:
@@ -74,8 +87,18 @@ def unlearn(
             f"{'None' if held_out is None else 'one'} with early_stop={config.early_stop}"
         )
     check_problem(model, forget, retain, config.forget)
-    full = cast("TwoModalityModel", model)
-    done = run(
-        full, forget, retain, ccu_method(config), config.budget, seed=config.seed, held_out=held_out, progress=progress
-    )
+    done = run_ccu(
+        cast("TwoModalityModel", model), forget, retain, config,
+        held_out=held_out, checkpoint=checkpoint, progress=progress,
+    )  # fmt: skip
     return cast("Model", done.model)
+
+
+class _Callable(ModuleType):
+    """``ccu_fast.unlearn`` is this folder and, called, the function of the same name in it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return unlearn(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,71 +1,128 @@
-"""CCU as a method of the loop: the three losses plus the task on the retain set.
+"""CCU as a method of the loop: damage, then the three losses plus the task on the retain set.
 
-    loss = forgetting · L_a + retention · (L_b + CE(other head, forget set)) + separation · L_c
-           + task · (CE of the visual, other and fused heads on the retain set)
+    before the first step   w ← dampened w (Selective Synaptic Dampening, from a sample of both sets)
+    loss = forgetting · (L_a + unclassify of the visual and fused heads, for a class)
+           + retention · (L_b + CE(other head, forget set)) + anchor · L_anchor
+           + separation · L_c + task · (CE of the heads on the retain set; InfoNCE without heads)
 
-This project's definition, with weights 3, 1, 1, 1; arXiv 2509.23895 publishes no formula.
+This project's definition; arXiv 2509.23895 publishes no formula. Why the model is damaged first: losses at the output
+teach the last layers to hide what the others still know, and it comes back in a few steps of training. Weights that
+mattered to the forget set more than to the rest and were made small no longer know, and the losses repair the rest.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
+from ccu_fast.unlearn.bank import KeyBank
+from ccu_fast.unlearn.baselines.ssd import ssd
 from ccu_fast.unlearn.config import UnlearnConfig
-from ccu_fast.unlearn.loop import Batch, Prepare, Step, embed
-from ccu_fast.unlearn.objective import forgetting_loss, retention_loss, separation_loss
-from ccu_fast.unlearn.protocol import TwoModalityModel, task_loss
+from ccu_fast.unlearn.loop import Batch, Prepare, Run, Step, embed, run
+from ccu_fast.unlearn.objective import (
+    anchor_loss,
+    forgetting_loss,
+    retention_loss,
+    separation_loss,
+    unclassify_loss,
+)
+from ccu_fast.unlearn.parameters import saliency
+from ccu_fast.unlearn.protocol import TwoModalityModel, heads, logits_of, task_loss
+
+
+def run_ccu(
+    original: TwoModalityModel, forget: PairedData, retain: PairedData, config: UnlearnConfig, **options: Any
+) -> Run:
+    """CCU in the loop with all that its configuration says; the options are those of :func:`.loop.run`."""
+    mask = None if config.saliency == 1 else saliency(config.saliency)
+    return run(
+        original, forget, retain, ccu_method(config), config.budget,
+        seed=config.seed, trainable=config.trainable, mask=mask, **options,
+    )  # fmt: skip
 
 
 def ccu_method(config: UnlearnConfig) -> Prepare:
     """The method for :func:`ccu_fast.unlearn.loop.run`."""
 
     def prepare(frozen: TwoModalityModel, forget: PairedData, retain: PairedData) -> Step:
-        # The frozen model sees every item once, not once in every step.
-        u0_all, a0_all = embed(frozen, forget)
-        r0_all, b0_all = embed(frozen, retain)
-
-        def step(model: TwoModalityModel, batch: Batch) -> Tensor:
-            u0, a0 = u0_all[batch.forget_rows], a0_all[batch.forget_rows]
-            r0, b0 = r0_all[batch.retain_rows], b0_all[batch.retain_rows]
-            n = len(batch.forget)
-            visual = model.embed_visual(torch.cat([batch.forget.visual, batch.retain.visual]))
-            other = model.embed_other(torch.cat([batch.forget.other, batch.retain.other]))
-            return _loss(model, batch, visual[:n], visual[n:], other, (u0, a0, r0, b0), config)
-
-        return step
+        return _CcuStep(config, frozen, forget, retain)
 
     return prepare
 
 
-def _loss(
-    model: TwoModalityModel,
-    batch: Batch,
-    u: Tensor,
-    r: Tensor,
-    other: Tensor,
-    frozen: tuple[Tensor, Tensor, Tensor, Tensor],
-    config: UnlearnConfig,
-) -> Tensor:
-    u0, a0, r0, b0 = frozen
-    forget, retain = batch.forget, batch.retain
-    scale = 1 / config.temperature
-    total = config.task * task_loss(model, r, other[len(u) :], retain.labels)
-    if config.forgetting:
-        what = "labels" if config.forget == "class" else "ids"
-        roles = {f"forget_{what}": getattr(forget, what), f"retain_{what}": getattr(retain, what)}
-        total = total + config.forgetting * forgetting_loss(u, r, u0=u0, a0=a0, b0=b0, scale=scale, **roles)
-    if config.retention:
-        keys = torch.cat([a0, b0])
-        kept = retention_loss(other, keys, keys, scale=scale)
-        kept = kept + F.cross_entropy(model.classify_other(other[: len(u)]), forget.labels)
-        total = total + config.retention * kept
-    if config.separation:
-        apart = separation_loss(
-            r, r0, u, scale=scale, weight=config.forgotten_weight,
-            retain_labels=retain.labels, forget_labels=forget.labels,
-        )  # fmt: skip
-        total = total + config.separation * apart
-    return total
+class _CcuStep:
+    """The loss of a step, from frozen embeddings that are computed once and not in every step."""
+
+    def __init__(self, config: UnlearnConfig, frozen: TwoModalityModel, forget: PairedData, retain: PairedData) -> None:
+        self.config = config
+        self.forget, self.retain = forget, retain
+        self.u0, self.a0 = embed(frozen, forget)
+        self.r0, self.b0 = embed(frozen, retain)
+        self.bank: KeyBank | None = None
+        if config.bank:
+            keys = torch.cat([self.r0, self.b0, self.u0, self.a0])
+            labels = torch.cat([retain.labels, retain.labels, forget.labels, forget.labels])
+            ids = torch.cat([retain.ids, retain.ids, forget.ids, forget.ids]) // config.group
+            self.bank = KeyBank(keys, labels, ids).draw(config.bank, config.seed)
+
+    def start(self, model: TwoModalityModel) -> None:
+        """Dampen the weights that matter to the forget set more than to the rest."""
+        config = self.config
+        if config.dampen:
+            sample = [_sampled(data, self.forget, self.retain, config) for data in (self.forget, self.retain)]
+            with torch.enable_grad():
+                dampened = ssd(model, *sample, alpha=config.dampen).model
+            for parameter, new in zip(model.parameters(), dampened.parameters(), strict=True):
+                parameter.copy_(new)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def __call__(self, model: TwoModalityModel, batch: Batch) -> Tensor:
+        config, forget, retain = self.config, batch.forget, batch.retain
+        u0, a0 = self.u0[batch.forget_rows], self.a0[batch.forget_rows]
+        r0, b0 = self.r0[batch.retain_rows], self.b0[batch.retain_rows]
+        n, scale = len(forget), 1 / config.temperature
+        visual = model.embed_visual(torch.cat([forget.visual, retain.visual]))
+        other = model.embed_other(torch.cat([forget.other, retain.other]))
+        u, r, a, b = visual[:n], visual[n:], other[:n], other[n:]
+        total = config.task * task_loss(model, r, b, retain.labels)
+        if config.forgetting:
+            roles: dict[str, Any] = {"forget_labels": forget.labels, "retain_labels": retain.labels}
+            if config.forget != "class":
+                roles = {"forget_ids": forget.ids // config.group, "retain_ids": retain.ids // config.group}
+            gone = forgetting_loss(u, r, u0=u0, a0=a0, b0=b0, scale=scale, bank=self.bank, **roles)
+            if config.forget == "class":
+                for head in heads(model):
+                    if head != "other":
+                        # The other modality is kept: it must not learn to hide the class from the fused head.
+                        gone = gone + unclassify_loss(logits_of(model, head, u, a.detach()), forget.labels)
+            total = total + config.forgetting * gone
+        if config.retention:
+            keys = torch.cat([a0, b0]) if self.bank is None else torch.cat([a0, b0, self.bank.keys])
+            kept = retention_loss(other, torch.cat([a0, b0]), keys, scale=scale)
+            if "other" in heads(model) and forget.labelled:
+                kept = kept + F.cross_entropy(model.classify_other(a), forget.labels)
+            total = total + config.retention * kept
+        if config.anchor:
+            total = total + config.anchor * (anchor_loss(other, torch.cat([a0, b0])) + anchor_loss(r, r0))
+        if config.separation:
+            labels = {"retain_labels": retain.labels, "forget_labels": forget.labels}
+            sides: dict[str, Any] = {"retain_ids": retain.ids} if config.forget == "pairs" else labels
+            apart = separation_loss(r, r0, u, scale=scale, weight=config.forgotten_weight, **sides)
+            total = total + config.separation * apart
+        return total
+
+
+def _sampled(data: PairedData, forget: PairedData, retain: PairedData, config: UnlearnConfig) -> PairedData:
+    """The set's share of the items that importances are taken from."""
+    count = max(1, round(config.dampen_items * len(data) / (len(forget) + len(retain))))
+    generator = torch.Generator().manual_seed(config.seed)
+    return data.batch(torch.randperm(len(data), generator=generator)[:count].to(data.labels.device))

@@ -41,15 +41,24 @@ class UnlearnConfig:
 
     Attributes:
         forget: "class" when the forget set is everything the model knows of its classes, "instances" when the
-            classes stay and only these items go.
+            classes stay and only these items go, "pairs" for items without labels.
         forgetting, retention, separation, task: weights ≥ 0 of the losses (a), (b) and (c) and of the cross-entropy
             on the retain set; 0 leaves a loss out.
+        anchor: weight ≥ 0 of the part of (b) that holds embeddings to the frozen ones: the other modality's of all
+            items and the visual ones of the retain set.
         temperature: > 0, of the three losses.
         forgotten_weight: > 0, how much forgotten items count among the negatives of (c).
+        group: items with equal ``ids // group`` are views of one thing: in (a), where instances or pairs are forgotten,
+            what they meant is the thing; at least 1.
+        dampen: α of the dampening before the first step (:mod:`ccu_fast.unlearn.baselines.ssd`); 0 for none.
+        dampen_items: of both sets together, that its importances are taken from; at least 2.
+        bank: frozen keys in the losses (a) and (b) besides those of the batch; at least 0.
+        trainable: shell patterns of the names of parameters that may change.
+        saliency: in (0, 1], the share of weights that may change: those the forget set depends on most; 1 for all.
         budget: steps, learning rate and batch.
         early_stop: with a held-out set, stop at the first check where the items to forget are treated as unseen
             and the rest is intact; see :class:`ccu_fast.unlearn.loop.HeldOut`.
-        seed: of the batches, at least 0.
+        seed: of the batches, the bank and the sample for dampening, at least 0.
     """
 
     forget: str = "class"
@@ -57,16 +66,31 @@ class UnlearnConfig:
     retention: float = 1.0
     separation: float = 1.0
     task: float = 1.0
+    anchor: float = 0.0
     temperature: float = 0.2
     forgotten_weight: float = 0.1
+    group: int = 1
+    dampen: float = 0.0
+    dampen_items: int = 600
+    bank: int = 0
+    trainable: tuple[str, ...] = ("*",)
+    saliency: float = 1.0
     budget: Budget = field(default_factory=Budget)
     early_stop: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         check.one_of("forget", self.forget, ROLES)
-        for name in ("forgetting", "retention", "separation", "task"):
+        for name in ("forgetting", "retention", "separation", "task", "anchor"):
             check.number(name, getattr(self, name), low=0)
+        check.number("dampen", self.dampen, low=0)
+        check.integer("group", self.group, low=1)
+        check.integer("dampen_items", self.dampen_items, low=2)
+        check.number("saliency", self.saliency, low=1e-9, high=1)
+        check.integer("bank", self.bank, low=0)
+        if isinstance(self.trainable, str) or not all(isinstance(p, str) for p in self.trainable):
+            raise TypeError(f"trainable: expected a sequence of patterns, got {self.trainable!r}")
+        object.__setattr__(self, "trainable", tuple(self.trainable))
         for name in ("temperature", "forgotten_weight"):
             check.number(name, getattr(self, name), low=1e-6)
         check.integer("seed", self.seed, low=0)

@@ -1,28 +1,35 @@
-"""digits-halves from training to audit: CCU, its ablations and the methods it is compared with."""
+"""A task from training to audit: CCU, its ablations and the methods it is compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ccu_fast import check
-from ccu_fast.data.halves import CLASSES, PIXELS, load_halves
-from ccu_fast.models.fusion import FusionModel
-from ccu_fast.unlearn.audit import MODALITIES, audit, average_gap
+from ccu_fast.data.paired import PairedData
+from ccu_fast.unlearn.audit import MODALITIES, audit, average_gap, linear_probe, relearn_steps
 from ccu_fast.unlearn.baselines.registry import BASELINES
-from ccu_fast.unlearn.baselines.retrain import retrain
-from ccu_fast.unlearn.ccu import ccu_method
+from ccu_fast.unlearn.ccu import run_ccu
 from ccu_fast.unlearn.config import Progress, UnlearnConfig
-from ccu_fast.unlearn.loop import HeldOut, Run, accuracies, embed, run
+from ccu_fast.unlearn.loop import HeldOut, Run, accuracies, embed
 from ccu_fast.unlearn.protocol import TwoModalityModel
 from ccu_fast.unlearn.scenario import Scenario, make_scenario
-from ccu_fast.unlearn.training import TrainConfig, train
+from ccu_fast.unlearn.tasks import TASKS, Task
+from ccu_fast.unlearn.trained import KINDS, trained
+from ccu_fast.unlearn.training import TrainConfig
 
+ABLATIONS: dict[str, Callable[[UnlearnConfig], UnlearnConfig]] = {
+    "ccu": lambda config: config,
+    "ccu_without_a": lambda config: replace(config, forgetting=0.0),
+    "ccu_without_b": lambda config: replace(config, retention=0.0, anchor=0.0),
+    "ccu_without_c": lambda config: replace(config, separation=0.0),
+    "ccu_without_damage": lambda config: replace(config, dampen=0.0),
+}
 METHODS = {
     "original": "before unlearning",
     "gold_mask": "gold: visual masked",
@@ -32,7 +39,9 @@ METHODS = {
     "ccu_without_a": "CCU without (a)",
     "ccu_without_b": "CCU without (b)",
     "ccu_without_c": "CCU without (c)",
+    "ccu_without_damage": "CCU without dampening",
 }
+DEEP_ITEMS = 256
 ALWAYS = ("original", "gold_mask")
 
 
@@ -47,20 +56,43 @@ def run_digits_halves(
     training: TrainConfig | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train on digits-halves, unlearn with every method and audit each.
+    """:func:`run_task` on digits-halves, with the training it should have (default: the task's)."""
+    task = TASKS["digits-halves"]
+    return run_task(
+        replace(task, training=training or task.training), seed, scenario, methods=methods, forget_class=forget_class,
+        forget_share=forget_share, config=config, progress=progress,
+    )  # fmt: skip
+
+
+def run_task(
+    task: Task,
+    seed: int = 0,
+    scenario: str = "class",
+    *,
+    methods: Sequence[str] | None = None,
+    forget_class: int = 3,
+    forget_share: float = 0.1,
+    config: UnlearnConfig | None = None,
+    models: Path | None = None,
+    deep: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train on a task, unlearn with every method and audit each.
 
     The same arguments give the same figures, wall times aside. Runs on one CPU thread (the tensors are small; more
     threads only cost) and leaves the thread count and the global random state as they were.
 
     Args:
+        task: one of :data:`ccu_fast.unlearn.tasks.TASKS`, or one of your own.
         seed: of the split, the initial weights, the batches and the choice of instances; at least 0.
         scenario: "class" or "instances".
         methods: keys of :data:`METHODS`; default all. "original" and "gold_mask" are always run: the rest is
             measured against them.
         forget_class: the class that goes, in [0, 9].
         forget_share: the share of training items that goes, in (0, 1).
-        config: of CCU; its seed and kind of forgetting are set from the arguments.
-        training: of the original and the retrained models; its seed is set from the argument.
+        config: of CCU, and the budget of all; its seed and kind of forgetting are set from the arguments.
+        models: folder of the trained models, see :func:`ccu_fast.unlearn.trained.trained`; None trains anew.
+        deep: methods whose features are probed and whose relearning is timed.
         progress: called as progress(stage, done, total, note), several times a second.
 
     Returns:
@@ -76,12 +108,17 @@ def run_digits_halves(
     """
     check.integer("seed", seed, low=0)
     names = _order(methods)
-    training = replace(training or TrainConfig(), seed=seed)
-    split = make_scenario(load_halves(seed), scenario, forget_class=forget_class, forget_share=forget_share, seed=seed)
-    config = replace(config or default_config(scenario), forget=scenario, seed=seed)
+    split = make_scenario(
+        task.load(seed), scenario, forget_class=forget_class, forget_share=forget_share, seed=seed, group=task.group
+    )
+    config = replace(config or task.ccu[scenario], forget=scenario, seed=seed)
     with _one_thread():
-        runs = _run_all(names, split, config, training, progress)
-        metrics = {name: _audit(done.model, split) for name, done in runs.items()}
+        runs = _run_all(names, task, split, config, models, progress)
+        metrics = {}
+        for number, (name, done) in enumerate(runs.items(), start=1):
+            metrics[name] = _audit(done.model, split, deep=name in deep)
+            if progress is not None:
+                progress("audit", number, len(runs), METHODS[name])
         embeddings = _embeddings(runs, split)
     gold = metrics["gold_mask"]
     for name, values in metrics.items():
@@ -91,7 +128,7 @@ def run_digits_halves(
         values["label"] = METHODS[name]
     return {
         "setting": {
-            "task": "digits-halves",
+            "task": task.name,
             "scenario": scenario,
             "seed": seed,
             "forget_class": forget_class if scenario == "class" else None,
@@ -99,7 +136,7 @@ def run_digits_halves(
             "retain_items": len(split.retain),
             "test_items": len(split.retain_test) + (0 if split.forget_test is None else len(split.forget_test)),
             "ccu": asdict(config),
-            "training": asdict(training),
+            "training": asdict(replace(task.training, seed=seed)),
         },
         "metrics": metrics,
         "cost": {
@@ -115,11 +152,6 @@ def run_digits_halves(
     }
 
 
-def default_config(scenario: str) -> UnlearnConfig:
-    """CCU's settings for digits-halves, chosen on held-out items."""
-    return UnlearnConfig(forget=scenario)
-
-
 def _order(methods: Sequence[str] | None) -> list[str]:
     if methods is None:
         return list(METHODS)
@@ -131,36 +163,30 @@ def _order(methods: Sequence[str] | None) -> list[str]:
 
 
 def _run_all(
-    names: list[str], split: Scenario, config: UnlearnConfig, training: TrainConfig, progress: Progress | None
+    names: list[str],
+    task: Task,
+    split: Scenario,
+    config: UnlearnConfig,
+    models: Path | None,
+    progress: Progress | None,
 ) -> dict[str, Run]:
-    make_model = partial(FusionModel, PIXELS, PIXELS, CLASSES)
-    runs = {"original": train(make_model, split.train, training, progress=progress, stage="original")}
+    runs = {"original": trained(task, split, "original", config.seed, folder=models, progress=progress)}
     original = runs["original"].model
     held_out = _held_out(original, split) if config.early_stop else None
-    loop = partial(run, original, split.forget, split.retain, seed=config.seed, held_out=held_out, progress=progress)
     for name in names:
-        if name in ("gold_mask", "gold_drop"):
-            kind = name.removeprefix("gold_")
-            runs[name] = retrain(
-                make_model, split.train, split.forget.ids, training, kind=kind, progress=progress, stage=name
-            )
+        if name in KINDS:
+            runs[name] = trained(task, split, name, config.seed, folder=models, progress=progress)
         elif name in BASELINES:
             runs[name] = BASELINES[name].run(
                 original, split.forget, split.retain, split.name, config.budget,
                 seed=config.seed, held_out=held_out, progress=progress, stage=name,
             )  # fmt: skip
-        elif name != "original":
-            runs[name] = loop(ccu_method(_ablation(name, config)), config.budget, stage=name)
+        else:
+            runs[name] = run_ccu(
+                original, split.forget, split.retain, ABLATIONS[name](config),
+                held_out=held_out, progress=progress, stage=name,
+            )  # fmt: skip
     return runs
-
-
-def _ablation(name: str, config: UnlearnConfig) -> UnlearnConfig:
-    without = {
-        "ccu_without_a": replace(config, forgetting=0.0),
-        "ccu_without_b": replace(config, retention=0.0),
-        "ccu_without_c": replace(config, separation=0.0),
-    }
-    return without.get(name, config)
 
 
 def _held_out(original: TwoModalityModel, split: Scenario) -> HeldOut:
@@ -169,14 +195,27 @@ def _held_out(original: TwoModalityModel, split: Scenario) -> HeldOut:
     return HeldOut(unseen, level)
 
 
-def _audit(model: TwoModalityModel, split: Scenario) -> dict[str, Any]:
-    return audit(
+def _audit(model: TwoModalityModel, split: Scenario, *, deep: bool) -> dict[str, Any]:
+    result = audit(
         model,
         forget=split.forget,
         retain=split.retain,
         retain_test=split.retain_test,
         forget_test=split.forget_test,
     )
+    if deep:
+        # Of a sample: each step of relearning looks at the whole forget set again.
+        forget, retain = _at_most(split.forget, DEEP_ITEMS), _at_most(split.retain, 9 * DEEP_ITEMS)
+        result["probe"] = linear_probe(
+            model, forget=forget, retain=retain, retain_test=split.retain_test, forget_test=split.forget_test
+        )
+        result["relearn_steps"] = relearn_steps(model, forget, retain)
+    return result
+
+
+def _at_most(data: PairedData, count: int) -> PairedData:
+    """Evenly spread items."""
+    return data.batch(torch.linspace(0, len(data) - 1, min(count, len(data))).long())
 
 
 def _gaps(values: dict[str, float | None], gold: dict[str, float | None]) -> dict[str, float | None]:
@@ -185,7 +224,9 @@ def _gaps(values: dict[str, float | None], gold: dict[str, float | None]) -> dic
 
 
 def _embeddings(runs: dict[str, Run], split: Scenario) -> dict[str, Any]:
-    parts = [split.retain_test, split.forget] + ([] if split.forget_test is None else [split.forget_test])
+    parts = [split.retain_test, _at_most(split.forget, 400)] + (
+        [] if split.forget_test is None else [split.forget_test]
+    )
     forgotten = [part is not split.retain_test for part in parts]
     result = {
         "labels": torch.cat([part.labels for part in parts]).numpy(),

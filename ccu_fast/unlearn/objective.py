@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.losses import inverse_info_nce
-from ccu_fast.relations import ALL, SAME
+from ccu_fast.relations import ALL, SAME, SELF
 from ccu_fast.similarity import reduce_similarity
+from ccu_fast.unlearn.bank import KeyBank
 
 
 def forgetting_loss(
@@ -33,11 +34,12 @@ def forgetting_loss(
     retain_labels: Tensor | None = None,
     forget_ids: Tensor | None = None,
     retain_ids: Tensor | None = None,
+    bank: KeyBank | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """(a) Push the visual embeddings to forget away from what they meant::
 
-        keys = torch.cat([r.detach(), b0, a0, u0])
+        keys = torch.cat([r.detach(), b0, a0, u0])                           # and those of the bank
         S = scale * u @ keys.T
         mean_i( logsumexp(S[i, all]) - logsumexp(S[i, not positive]) )       # >= 0, fades once forgotten
 
@@ -54,6 +56,7 @@ def forgetting_loss(
         forget_labels, retain_labels: int64 ``[N_u]`` and ``[N_r]``: roles by class. A negative label takes its row
             and its keys out.
         forget_ids, retain_ids: int64 ``[N_u]`` and ``[N_r]``: roles by instance.
+        bank: further frozen keys with their labels and ids.
         backend: see :func:`ccu_fast.reduce_similarity`.
 
     Returns:
@@ -72,13 +75,17 @@ def forgetting_loss(
             "forget_labels, forget_ids: expected the labels (forget a class) or the ids (forget instances), got "
             + ("both" if by_label else "neither")
         )
-    keys = torch.cat([r.detach(), b0.detach(), a0.detach(), u0.detach()])
+    keys = [r.detach(), b0.detach(), a0.detach(), u0.detach()]
     row = forget_labels if by_label else forget_ids
     retained = retain_labels if by_label else retain_ids
     assert row is not None and retained is not None
     roles = "labels" if by_label else "ids"
-    relation: dict[str, Any] = {f"row_{roles}": row, f"col_{roles}": torch.cat([retained, retained, row, row])}
-    return inverse_info_nce(u, keys, scale=scale, paired=False, backend=backend, **relation)
+    columns = [retained, retained, row, row]
+    if bank is not None:
+        keys.append(bank.keys)
+        columns.append(bank.labels if by_label else bank.ids)
+    relation: dict[str, Any] = {f"row_{roles}": row, f"col_{roles}": torch.cat(columns)}
+    return inverse_info_nce(u, torch.cat(keys), scale=scale, paired=False, backend=backend, **relation)
 
 
 def retention_loss(
@@ -124,14 +131,64 @@ def retention_loss(
     return (lse - scale * (rows * expected_key).sum(-1)).mean()
 
 
+def anchor_loss(rows: Tensor, frozen_rows: Tensor) -> Tensor:
+    """(b) Keep embeddings where the frozen model has them::
+
+        mean_i( 1 - rows_i . frozen_rows_i )
+
+    Args:
+        rows: ``[N, D]`` live unit vectors.
+        frozen_rows: ``[N, D]`` the same items under the frozen model.
+
+    Returns:
+        Scalar in [0, 2], of the dtype of rows; 0 for no rows.
+
+    Raises:
+        ValueError: frozen_rows is not shaped like rows.
+
+    Source: this project's definition (see the module's first lines).
+    """
+    check.tensor("rows", rows, ndim=2)
+    check.tensor("frozen_rows", frozen_rows)
+    check.shape("frozen_rows", frozen_rows, rows.shape)
+    return (1 - (rows * frozen_rows.detach()).sum(-1)).sum() / max(len(rows), 1)
+
+
+def unclassify_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """(a) at a head, whose classes are its keys: push the true class out::
+
+        mean_i( logsumexp(logits[i]) - logsumexp(logits[i, not labels[i]]) )      # = -log(1 - p_true) >= 0
+
+    Args:
+        logits: ``[N, C]``, at least two classes.
+        labels: int64 ``[N]`` in [0, C − 1].
+
+    Returns:
+        Scalar of the dtype of logits; 0 for no rows.
+
+    Raises:
+        ValueError: fewer than two classes, labels of the wrong length.
+
+    Source: this project's definition (see the module's first lines).
+    """
+    check.tensor("logits", logits, ndim=2)
+    check.tensor("labels", labels, dtypes=check.INTEGERS)
+    check.shape("labels", labels, [len(logits)])
+    if logits.shape[1] < 2:
+        raise ValueError(f"logits: expected at least two classes, got shape {list(logits.shape)}")
+    other = logits.scatter(1, labels[:, None].long(), -torch.inf)
+    return (logits.logsumexp(1) - other.logsumexp(1)).sum() / max(len(logits), 1)
+
+
 def separation_loss(
     r: Tensor,
     r0: Tensor,
     u: Tensor,
     *,
     scale: float | Tensor,
-    retain_labels: Tensor,
-    forget_labels: Tensor,
+    retain_labels: Tensor | None = None,
+    forget_labels: Tensor | None = None,
+    retain_ids: Tensor | None = None,
     weight: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -144,6 +201,7 @@ def separation_loss(
 
     The forgotten items act as negatives for their own class only: repelling all of them would fight (a). When a
     whole class goes none is left and what remains is a supervised contrastive loss towards the frozen embeddings.
+    Without labels ``same`` is the item itself in P and every forgotten item in Q.
 
     Args:
         r: ``[N_r, D]`` live visual embeddings of the retain batch.
@@ -151,6 +209,7 @@ def separation_loss(
         u: ``[N_u, D]`` visual embeddings of the forget batch; detach them to leave them where they are.
         scale: number or one-element tensor; 1 / temperature.
         retain_labels: int64 ``[N_r]``, forget_labels: int64 ``[N_u]``; negative = left out.
+        retain_ids: int64 ``[N_r]``, instead of labels.
         weight: > 0, how much a forgotten item counts among the negatives.
         backend: see :func:`ccu_fast.reduce_similarity`.
 
@@ -158,16 +217,28 @@ def separation_loss(
         fp32 scalar (fp64 for fp64 inputs), the mean over rows that have a positive; 0 when none has.
 
     Raises:
-        ValueError: weight is not positive, labels of the wrong length.
+        ValueError: weight is not positive, labels of the wrong length, not exactly one of labels and ids.
 
     Source: this project's definition (see the module's first lines).
     """
     if check.number("weight", weight, low=0) == 0:
         raise ValueError("weight: expected a positive number, got 0")
-    shared: dict[str, Any] = {"scale": scale, "paired": False, "row_labels": retain_labels, "backend": backend}
-    spec = [("lse", ALL), ("sum", SAME), ("count", SAME)]
-    (own, positive, count), _ = reduce_similarity(r, r0.detach(), col_labels=retain_labels, rows=spec, **shared)
-    (forgotten,), _ = reduce_similarity(r, u, col_labels=forget_labels, rows=[("lse", SAME)], **shared)
+    by_label = _both("retain_labels", retain_labels, "forget_labels", forget_labels)
+    if by_label == (retain_ids is not None):
+        raise ValueError(
+            "retain_labels, retain_ids: expected labels or ids, got " + ("both" if by_label else "neither")
+        )
+    shared: dict[str, Any] = {"scale": scale, "paired": False, "backend": backend}
+    if by_label:
+        own_role: dict[str, Any] = {"row_labels": retain_labels, "col_labels": retain_labels}
+        forgotten_role: dict[str, Any] = {"row_labels": retain_labels, "col_labels": forget_labels}
+    else:
+        own_role, forgotten_role = {"row_ids": retain_ids, "col_ids": retain_ids}, {}
+    positives = SAME if by_label else SELF
+    spec = [("lse", ALL), ("sum", positives), ("count", positives)]
+    (own, positive, count), _ = reduce_similarity(r, r0.detach(), rows=spec, **own_role, **shared)
+    negatives = SAME if by_label else ALL
+    (forgotten,), _ = reduce_similarity(r, u, rows=[("lse", negatives)], **forgotten_role, **shared)
     has_positive = count > 0
     # A row that is left out has −inf on both sides, where logaddexp has no derivative.
     everything = torch.logaddexp(torch.where(has_positive, own, 0), forgotten + math.log(weight))

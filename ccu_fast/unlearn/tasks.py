@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from ccu_fast.data.halves import CLASSES, PIXELS, Halves, load_halves
 from ccu_fast.data.views import SIZE, STRIDE, load_views
 from ccu_fast.models.fusion import ConvFusionModel, FusionModel
+from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.protocol import TwoModalityModel
 from ccu_fast.unlearn.training import TrainConfig
 
@@ -22,6 +23,7 @@ class Task:
         load: from a seed to training, test and held-out items.
         make_model: a fresh model.
         training: of the original and of the retrained models; its seed is replaced.
+        ccu: by scenario CCU's settings, chosen on held-out items of seeds from 100 on; their budget is every method's.
         group: items whose ``ids // group`` are equal are views of one thing and are forgotten together.
         describe: one sentence for reports.
     """
@@ -30,10 +32,12 @@ class Task:
     load: Callable[[int], Halves]
     make_model: Callable[[], TwoModalityModel]
     training: TrainConfig
+    ccu: Mapping[str, UnlearnConfig]
     group: int
     describe: str
 
 
+VIEWS_BUDGET = Budget(steps=40, learning_rate=1.5e-3)
 TASKS = {
     task.name: task
     for task in (
@@ -42,6 +46,10 @@ TASKS = {
             load_halves,
             partial(FusionModel, PIXELS, PIXELS, CLASSES),
             TrainConfig(),
+            {
+                "class": UnlearnConfig(forget="class", anchor=3.0, dampen=5.0, dampen_items=1258),
+                "instances": UnlearnConfig(forget="instances"),
+            },
             1,
             "scikit-learn's 8×8 digits cut in two: the left half is the visual modality, the right half the other; "
             "MLP towers",
@@ -51,6 +59,12 @@ TASKS = {
             load_views,
             partial(ConvFusionModel, SIZE, CLASSES, channels=32),
             TrainConfig(epochs=15),
+            {
+                "class": UnlearnConfig(
+                    forget="class", anchor=3.0, dampen=5.0, dampen_items=300, budget=VIEWS_BUDGET, group=STRIDE
+                ),
+                "instances": UnlearnConfig(forget="instances", forgotten_weight=0.5, budget=VIEWS_BUDGET, group=STRIDE),
+            },
             STRIDE,
             "the same digits seen eight times each, every half moved, turned, scaled and with noise of its own; "
             "convolutional towers; all views of a digit are forgotten together",

@@ -1,0 +1,242 @@
+"""One run on a user's own model and data: what ``ccu-fast unlearn`` does, from the settings to the files.
+
+The settings are TOML::
+
+    [model]
+    make = "my_package.models:make_model"     # a function without arguments
+    weights = "trained.safetensors"           # its state_dict, also .pt
+    [data]
+    path = "pairs.npz"                        # see ccu_fast.data.load
+    [forget]
+    kind = "class"                            # or "instances" or "pairs"
+    classes = [3]                             # for a class
+    ids = "to_forget.txt"                     # for instances and pairs: one id a line
+    [ccu]                                     # fields of UnlearnConfig but forget and budget
+    anchor = 3.0
+    [budget]                                  # fields of Budget
+    steps = 60
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ccu_fast import check
+from ccu_fast.data.load import load_pairs
+from ccu_fast.data.paired import PairedData
+from ccu_fast.unlearn.ccu import run_ccu
+from ccu_fast.unlearn.checkpoint import Checkpoint
+from ccu_fast.unlearn.config import ROLES, Budget, Progress, UnlearnConfig
+from ccu_fast.unlearn.loop import accuracies, embed
+from ccu_fast.unlearn.protocol import TwoModalityModel, check_problem
+from ccu_fast.unlearn.saved import save_model, weights_hash
+
+TABLES: dict[str, tuple[str, ...]] = {
+    "model": ("make", "weights"),
+    "data": ("path",),
+    "forget": ("kind", "classes", "ids"),
+    "ccu": tuple(f.name for f in fields(UnlearnConfig) if f.name not in ("forget", "budget", "early_stop")),
+    "budget": tuple(f.name for f in fields(Budget)),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run needs; paths are absolute.
+
+    Attributes:
+        make: "module:function" of the model.
+        weights: file of its trained state_dict.
+        data: see :func:`ccu_fast.data.load.load_pairs`.
+        classes: to forget, for config.forget "class".
+        ids: file of the ids to forget, for "instances" and "pairs".
+        config: of CCU.
+    """
+
+    make: str
+    weights: Path
+    data: Path
+    classes: tuple[int, ...]
+    ids: Path | None
+    config: UnlearnConfig
+
+
+def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Job:
+    """The settings of a TOML file; ``overrides`` are tables of the same names that win. Its paths are relative to it.
+
+    Raises:
+        ValueError: no such file, not TOML, an unknown table or key, a missing one.
+    """
+    loads = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli").loads
+    if not path.is_file():
+        raise ValueError(f"settings: expected a TOML file, got {path}, which is not there")
+    try:
+        tables: dict[str, Any] = loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"settings: expected TOML in {path}, got {error}") from error
+    for name, table in tables.items():
+        check.one_of("settings", name, tuple(TABLES))
+        if not isinstance(table, dict):
+            raise ValueError(f"settings: expected a table [{name}], got {table!r}")
+        for key in table:
+            check.one_of(f"settings [{name}]", key, TABLES[name])
+    for name, table in (overrides or {}).items():
+        tables[name] = {**tables.get(name, {}), **table}
+    for name, key in (("model", "make"), ("model", "weights"), ("data", "path")):
+        if key not in tables.get(name, {}):
+            raise ValueError(f"settings: expected {key} in [{name}] of {path}, got none")
+    forget = tables.get("forget", {})
+    kind = check.one_of("settings [forget] kind", forget.get("kind", "class"), ROLES)
+    needed, other = ("classes", "ids") if kind == "class" else ("ids", "classes")
+    if needed not in forget or other in forget:
+        raise ValueError(f"settings: expected {needed} and no {other} in [forget] of kind {kind!r}, got {forget}")
+    base = path.resolve().parent
+    return Job(
+        make=str(tables["model"]["make"]),
+        weights=base / tables["model"]["weights"],
+        data=base / tables["data"]["path"],
+        classes=tuple(forget.get("classes", ())),
+        ids=base / forget["ids"] if "ids" in forget else None,
+        config=UnlearnConfig(forget=kind, budget=Budget(**tables.get("budget", {})), **tables.get("ccu", {})),
+    )
+
+
+def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Load, check, unlearn, save.
+
+    Args:
+        job: the settings.
+        out: folder of ``model.safetensors`` and ``checkpoint.pt``; made if needed. A killed run goes on from its
+            checkpoint; a finished one is not run again.
+        progress: called every few steps as progress(stage, done, total, note).
+
+    Returns:
+        "provenance" (as in the saved model), "sizes", "cost", "losses", "rows" (name, before, after), "embeddings".
+
+    Raises:
+        ValueError, TypeError, FloatingPointError, ImportError: see :func:`ccu_fast.unlearn.unlearn`, ``read_job`` and
+            ``load_pairs``.
+    """
+    model = load_user_model(job.make, job.weights)
+    data = load_pairs(job.data)
+    forget, retain = split(data, job)
+    check_problem(model, forget, retain, job.config.forget)
+    out.mkdir(parents=True, exist_ok=True)
+    settings = asdict(job.config)
+    checkpoint = Checkpoint(out / "checkpoint.pt", settings=settings)
+    done = run_ccu(model, forget, retain, job.config, checkpoint=checkpoint, progress=progress)
+    provenance = {
+        "method": "CCU as defined in ccu_fast.unlearn.ccu",
+        "seed": job.config.seed,
+        "config": settings,
+        "model": job.make,
+        "original_sha256": weights_hash(model.state_dict()),
+        "forget_sha256": _data_hash(forget),
+        "retain_sha256": _data_hash(retain),
+    }
+    written = save_model(done.model, out / "model.safetensors", provenance)
+    rows = []
+    for name, part in (("forget", forget), ("retain", retain)):
+        before, after = accuracies(model, part), accuracies(done.model, part)
+        what = "accuracy" if "fused" in before or part.labelled else "nearest is the partner"
+        rows += [(f"{name}: {key}, {what}", before[key], after[key]) for key in before]
+    return {
+        "provenance": written,
+        "sizes": {"forget items": len(forget), "retain items": len(retain)},
+        "cost": {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)},
+        "losses": done.losses,
+        "rows": rows,
+        "embeddings": _embeddings(model, done.model, forget, retain) if data.labelled else None,
+    }
+
+
+def load_user_model(make: str, weights: Path) -> Any:
+    """The model of ``module:function`` with the weights of a safetensors file or of ``torch.save(state_dict)``.
+
+    Raises:
+        ValueError: not of that form, no such module, function or file, weights that do not fit.
+        TypeError: the function returned no module.
+    """
+    module_name, _, function = make.partition(":")
+    if not module_name or not function:
+        raise ValueError(f"model: expected 'module:function', got {make!r}")
+    try:
+        # As python -m does: modules of the folder one stands in.
+        sys.path.insert(0, str(Path.cwd()))
+        made = getattr(importlib.import_module(module_name), function)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model: expected a function {function} in a module {module_name}, got {error}") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module from {make}, got {type(made).__name__}")
+    if not weights.is_file():
+        raise ValueError(f"weights: expected a file, got {weights}, which is not there")
+    if weights.suffix == ".safetensors":
+        state = importlib.import_module("safetensors.torch").load_file(str(weights))
+    else:
+        state = torch.load(weights, weights_only=True, map_location="cpu")
+    try:
+        made.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"weights: expected those of {make} in {weights}, got {str(error).splitlines()[-1]}"
+        ) from error
+    return made.eval()
+
+
+def split(data: PairedData, job: Job) -> tuple[PairedData, PairedData]:
+    """What to forget, and the rest.
+
+    Raises:
+        ValueError: a class or an id that no item has; items without labels where classes are to be forgotten.
+    """
+    if job.config.forget == "class":
+        if not data.labelled:
+            raise ValueError(f"data: expected labels to forget classes, got items without in {job.data}")
+        for label in job.classes:
+            if not bool((data.labels == label).any()):
+                known = data.labels.unique().tolist()
+                raise ValueError(f"classes: expected some of {known}, got {label}")
+        gone = torch.isin(data.labels, torch.tensor(job.classes))
+        return data[gone], data[~gone]
+    assert job.ids is not None
+    if not job.ids.is_file():
+        raise ValueError(f"ids: expected a file, got {job.ids}, which is not there")
+    try:
+        wanted = torch.tensor([int(line) for line in job.ids.read_text().split()], dtype=torch.int64)
+    except ValueError as error:
+        raise ValueError(f"ids: expected one whole number a line in {job.ids}, got {error}") from error
+    unknown = wanted[~torch.isin(wanted, data.ids)]
+    if len(unknown):
+        raise ValueError(f"ids: expected ids of items in {job.data}, got {int(unknown[0])}, which none has")
+    gone = torch.isin(data.ids, wanted)
+    return data[gone], data[~gone]
+
+
+def _data_hash(data: PairedData) -> str:
+    digest = hashlib.sha256()
+    for value in (data.visual, data.other, data.labels, data.ids):
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _embeddings(
+    before: TwoModalityModel, after: TwoModalityModel, forget: PairedData, retain: PairedData, most: int = 400
+) -> dict[str, Tensor]:
+    parts = [data.batch(torch.linspace(0, len(data) - 1, min(most, len(data))).long()) for data in (retain, forget)]
+    return {
+        "labels": torch.cat([part.labels for part in parts]),
+        "forgotten": torch.cat([torch.full((len(p),), i == 1) for i, p in enumerate(parts)]),
+        "before": torch.cat([embed(before, part)[0] for part in parts]),
+        "after": torch.cat([embed(after, part)[0] for part in parts]),
+    }
