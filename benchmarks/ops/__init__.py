@@ -1,6 +1,6 @@
 """The operations that are measured."""
 
-from benchmarks.ops import (
+from benchmarks.ops import ccu_objective, (
     candidate_losses,
     clip_loss,
     labelled,
@@ -26,6 +26,7 @@ OPS: dict[str, Op] = {
         topk_flips.TOPK_FLIPS,
         *([minilm.MINILM_FLIPS] if minilm.installed() else []),
         candidate_losses.CANDIDATE_LOSSES,
+        ccu_objective.CCU_OBJECTIVE,
         pgd_step.PGD_STEP,
         noise_add.NOISE_ADD,
     )

@@ -106,7 +106,7 @@ class _CcuStep:
                         gone = gone + unclassify_loss(logits_of(model, head, u, a.detach()), forget.labels)
             total = total + config.forgetting * gone
         if config.retention:
-            keys = torch.cat([a0, b0]) if self.bank is None else torch.cat([a0, b0, self.bank.keys])
+            keys = torch.cat([a0, b0]) if self.bank is None else self.bank.keys
             kept = retention_loss(other, torch.cat([a0, b0]), keys, scale=scale)
             if "other" in heads(model) and forget.labelled:
                 kept = kept + F.cross_entropy(model.classify_other(a), forget.labels)

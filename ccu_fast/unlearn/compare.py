@@ -21,7 +21,7 @@ from ccu_fast.files import write_whole
 from ccu_fast.unlearn.audit import most_accurate
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.config import Progress
-from ccu_fast.unlearn.experiment import run_task
+from ccu_fast.unlearn.experiment import METHODS, run_task
 from ccu_fast.unlearn.saved import versions
 from ccu_fast.unlearn.scenario import SCENARIOS
 from ccu_fast.unlearn.tasks import TASKS
@@ -44,7 +44,7 @@ def compare(
     Args:
         out: folder of ``parts/``, ``models/`` and ``results.json``; made if needed.
         tasks, scenarios, seeds: what to run, every combination.
-        methods: keys of :data:`ccu_fast.unlearn.experiment.METHODS`; default all.
+        methods: keys of :data:`ccu_fast.unlearn.experiment.METHODS`; default all but what the task leaves out.
         deep: those whose features are probed and whose relearning is timed.
         progress: called as progress(stage, done, total, note).
 
@@ -94,6 +94,7 @@ def _part(
 ) -> dict[str, Any]:
     path = out / "parts" / f"{task}-{scenario}-seed{seed}.json"
     chosen = TASKS[task]
+    methods = methods or [name for name in METHODS if name not in chosen.left_out]
     key = _key(methods, deep, asdict(chosen.ccu[scenario]), asdict(chosen.training), chosen.group)
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))

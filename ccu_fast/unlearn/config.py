@@ -52,7 +52,7 @@ class UnlearnConfig:
             what they meant is the thing; at least 1.
         dampen: α of the dampening before the first step (:mod:`ccu_fast.unlearn.baselines.ssd`); 0 for none.
         dampen_items: of both sets together, that its importances are taken from; at least 2.
-        bank: frozen keys in the losses (a) and (b) besides those of the batch; at least 0.
+        bank: frozen keys drawn once, in (a) besides those of the batch, in (b) in their place; 0 for none.
         trainable: shell patterns of the names of parameters that may change.
         saliency: in (0, 1], the share of weights that may change: those the forget set depends on most; 1 for all.
         budget: steps, learning rate and batch.

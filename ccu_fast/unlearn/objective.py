@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.losses import inverse_info_nce
-from ccu_fast.relations import ALL, SAME, SELF
+from ccu_fast.relations import ALL, OTHER, SAME, SELF
 from ccu_fast.similarity import reduce_similarity
 from ccu_fast.unlearn.bank import KeyBank
 
@@ -75,17 +75,26 @@ def forgetting_loss(
             "forget_labels, forget_ids: expected the labels (forget a class) or the ids (forget instances), got "
             + ("both" if by_label else "neither")
         )
-    keys = [r.detach(), b0.detach(), a0.detach(), u0.detach()]
     row = forget_labels if by_label else forget_ids
     retained = retain_labels if by_label else retain_ids
     assert row is not None and retained is not None
+    keys = torch.cat([r.detach(), b0.detach(), a0.detach(), u0.detach()])
+    columns = torch.cat([retained, retained, row, row])
     roles = "labels" if by_label else "ids"
-    columns = [retained, retained, row, row]
-    if bank is not None:
-        keys.append(bank.keys)
-        columns.append(bank.labels if by_label else bank.ids)
-    relation: dict[str, Any] = {f"row_{roles}": row, f"col_{roles}": torch.cat(columns)}
-    return inverse_info_nce(u, torch.cat(keys), scale=scale, paired=False, backend=backend, **relation)
+    common: dict[str, Any] = {"scale": scale, "paired": False, "backend": backend, f"row_{roles}": row}
+    batch: dict[str, Any] = {**common, f"col_{roles}": columns}
+    if bank is None:
+        return inverse_info_nce(u, keys, **batch)
+    # Two banks are two calls whose log-sum-exps are joined: the large one is not copied.
+    further: dict[str, Any] = {**common, f"col_{roles}": getattr(bank, roles)}
+    spec = [("lse", ALL), ("lse", OTHER), ("count", OTHER), ("count", SELF | SAME)]
+    one, _ = reduce_similarity(u, keys, rows=spec, **batch)
+    two, _ = reduce_similarity(u, bank.keys, rows=spec, **further)
+    counts = (one[2] + two[2] > 0) & (one[3] + two[3] > 0)
+    everything, other = (
+        torch.logaddexp(torch.where(counts, one[i], 0), torch.where(counts, two[i], 0)) for i in range(2)
+    )
+    return torch.where(counts, everything - other, 0).sum() / counts.sum().clamp(min=1)
 
 
 def retention_loss(
