@@ -1,7 +1,8 @@
 """The operations that are measured."""
 
-from benchmarks.ops import ccu_objective, (
+from benchmarks.ops import (
     candidate_losses,
+    ccu_objective,
     clip_loss,
     labelled,
     minilm,
