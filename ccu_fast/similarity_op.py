@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -48,18 +49,40 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    p = SimilarityProblem.unflatten(args[:_N_FIELDS])
-    backend, workspace, keep = args[_N_FIELDS:]
+def run_forward(p: SimilarityProblem, backend: str, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Row results ``[R, B, N]``, column results ``[C, B, M]`` and, if ``keep``, what the backend wants to have back."""
     with without_autocast(p.x.device):
         return _implementation(backend).forward(p, workspace, keep)
+
+
+def run_backward(
+    p: SimilarityProblem,
+    backend: str,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    row_out: Tensor,
+    col_out: Tensor,
+    stash: Tensor,
+    needs: Sequence[bool],
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dy, dscale and dbias, those not in ``needs`` empty or zero.
+
+    With an empty stash S is computed again, and ``row_out`` and ``col_out`` may be results of a larger problem of which
+    this one is a block.
+    """
+    with without_autocast(p.x.device):
+        return _implementation(backend).backward(p, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return run_forward(SimilarityProblem.unflatten(args[:_N_FIELDS]), *args[_N_FIELDS:])
 
 
 def _backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p = SimilarityProblem.unflatten(args[:_N_FIELDS])
     row_out, col_out, stash, needs, backend, workspace = args[_N_FIELDS:]
-    with without_autocast(p.x.device):
-        return _implementation(backend).backward(p, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
+    return run_backward(p, backend, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,98 @@
+"""What the ranks have to know of each other before features travel, and the errors if they do not fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ccu_fast.distributed.ranks import Ranks
+
+MODES = ("auto", "gather", "ring")
+# "auto" goes around the ring where y of all ranks and its gradient, in fp32, would need more bytes than this.
+GATHER_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}
+
+T = TypeVar("T")
+
+
+class Sizes(NamedTuple):
+    """Rows of x and of y on each rank, in rank order."""
+
+    x: tuple[int, ...]
+    y: tuple[int, ...]
+
+    @property
+    def alike(self) -> bool:
+        """Every rank has as many rows of x as of y."""
+        return self.x == self.y
+
+
+def plain(name: str, value: Any) -> None:
+    """``value`` is a tensor of this rank's own, not one that torch.distributed.tensor spread over ranks."""
+    if isinstance(value, Tensor) and hasattr(value, "placements") and hasattr(value, "to_local"):
+        raise TypeError(
+            f"{name}: expected this rank's own rows as a torch.Tensor (DTensor.to_local()) or a full one-element "
+            f"tensor (DTensor.full_tensor()), got {type(value).__name__}"
+        )
+
+
+def agree(
+    ranks: Ranks,
+    prepare: Callable[[], T],
+    describe: Callable[[T], tuple[int, int, Sequence[int]]],
+    x: Any,
+    *,
+    equal: bool,
+) -> tuple[T, Sizes]:
+    """``prepare()`` on every rank, and every rank's numbers of rows.
+
+    Args:
+        ranks: who has to agree.
+        prepare: checks this rank's arguments; raises what is wrong with them.
+        describe: of what was prepared, the rows of x, the rows of y, and further numbers that must be alike everywhere.
+        x: the argument whose device carries the exchange, if it is a tensor.
+        equal: trust that all ranks fit together and have the same sizes; nothing is exchanged.
+
+    Raises:
+        TypeError, ValueError: this rank's own error, or that of the first rank that has one, on every rank.
+    """
+    if equal or ranks.size == 1:
+        prepared = prepare()
+        n, m, _ = describe(prepared)
+        return prepared, Sizes((n,) * ranks.size, (m,) * ranks.size)
+    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+    try:
+        prepared = prepare()
+    except (TypeError, ValueError):
+        ranks.table([0] * (3 + _MUST_MATCH), device)  # the others would wait for it
+        raise
+    n, m, rest = describe(prepared)
+    table = ranks.table([1, n, m, *rest], device)
+    refused = [rank for rank, row in enumerate(table) if not row[0]]
+    if refused:
+        raise ValueError(
+            f"group: expected valid arguments on every rank, got an error on rank {refused[0]} (see there)"
+        )
+    for name, column in zip(AGREED, zip(*(row[3:] for row in table), strict=True), strict=True):
+        if len(set(column)) > 1:
+            raise ValueError(f"{name}: expected the same on every rank of the group, got {list(column)} in rank order")
+    return prepared, Sizes(tuple(row[1] for row in table), tuple(row[2] for row in table))
+
+
+AGREED = (
+    "x and y's last dimension", "dtype (its place in fp32, fp16, bf16, fp64)", "mode", "whether labels are given",
+    "whether ids are given", "whether x needs a gradient", "whether y needs a gradient",
+    "whether scale or bias needs a gradient", "reductions",
+)  # fmt: skip
+_MUST_MATCH = len(AGREED)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def ring(mode: str, sizes: Sequence[int], y: Tensor) -> bool:
+    """Whether to go around the ring; the same answer on every rank, because it depends on nothing else."""
+    if mode != "auto":
+        return mode == "ring"
+    bytes_per_row = y.shape[-1] * (y.element_size() + max(4, y.element_size()))
+    return sum(sizes) * bytes_per_row > GATHER_BYTES.get(y.device.type, GATHER_BYTES["cpu"])

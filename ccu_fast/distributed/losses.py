@@ -1,0 +1,214 @@
+"""The contrastive losses over a process group: the global batch's value on every rank, each rank its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check, formulas
+from ccu_fast.distributed.ranks import Ranks
+from ccu_fast.distributed.similarity import reduce_shards, reduce_similarity
+from ccu_fast.formulas import INVERSE_KINDS, Side
+from ccu_fast.losses import REDUCTIONS
+
+GRADIENTS = ("mean", "sum")
+
+# Only a paired problem says which items belong together without keys.
+PAIRS_OR_IDS = partial(reduce_shards, positives="row_ids and col_ids")
+PAIRS_IDS_OR_LABELS = partial(reduce_shards, positives="row_ids and col_ids or row_labels and col_labels")
+
+
+def info_nce(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor | None = None,
+    symmetric: bool = True,
+    reduction: str = "mean",
+    gradients: str = "mean",
+    **similarity: Any,
+) -> Tensor:
+    """:func:`ccu_fast.info_nce` of the global batch::
+
+        X, Y = (torch.cat([v of rank 0, v of rank 1, ...]) for v in (x, y))
+        loss = ccu_fast.info_nce(X, Y, ...)                                     # the same value on every rank
+
+    Every rank must run backward through it with the same incoming gradient.
+
+    Args:
+        x: ``[n, D]``, this rank's items; n may differ from rank to rank.
+        y: ``[m, D]``, this rank's; the side that travels.
+        scale: number or one-element tensor, the same on every rank; 1 / temperature.
+        bias: number or one-element tensor, added to the logits.
+        symmetric: average the losses over rows and over columns.
+        reduction: "mean" or "sum" over the items of all ranks, or "none": this rank's items.
+        gradients: how the ranks' parameter gradients will be put together. "mean": DistributedDataParallel or FSDP
+            averages them; each rank's gradient is made (number of ranks) times larger, so that the average is the
+            gradient of the loss. "sum": they will be added, and ``x.grad`` is exactly the slice of the one-process
+            gradient. For reduction="none" this says nothing: the gradient is that of all ranks' values, added.
+        **similarity: row_ids, col_ids, row_labels, col_labels, paired, backend, workspace, nan_policy, group, mode,
+            equal: see :func:`ccu_fast.distributed.reduce_similarity`.
+
+    Returns:
+        fp32 scalar, or ``[n]`` for reduction="none".
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see :func:`ccu_fast.distributed.reduce_similarity`.
+
+    Source: van den Oord et al. 2018 (arXiv 1807.03748), eq. 4; Radford et al. 2021 (arXiv 2103.00020), fig. 3.
+    """
+    _check(reduction, gradients)
+    sides = formulas.info_nce(PAIRS_OR_IDS, x, y, scale=scale, bias=bias, symmetric=symmetric, **similarity)
+    return _finish(sides, reduction, gradients, similarity)
+
+
+def inverse_info_nce(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor,
+    kind: str = "bounded",
+    reduction: str = "mean",
+    gradients: str = "mean",
+    **similarity: Any,
+) -> Tensor:
+    """:func:`ccu_fast.inverse_info_nce` of the global batch; arguments as in :func:`info_nce` here.
+
+    Args:
+        x: ``[n, D]``, this rank's items to forget; y: ``[m, D]``, this rank's keys.
+        scale: number or one-element tensor; 1 / temperature.
+        kind: "bounded", "contrastive" or "ascent".
+        reduction: "mean" or "sum" over the rows of all ranks, or "none".
+        gradients: "mean" or "sum"; see :func:`info_nce`.
+        **similarity: see :func:`ccu_fast.distributed.reduce_similarity`.
+
+    Returns:
+        fp32 scalar, or ``[n]`` for reduction="none".
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`ccu_fast.inverse_info_nce` and
+            :func:`ccu_fast.distributed.reduce_similarity`.
+    """
+    check.one_of("kind", kind, INVERSE_KINDS)
+    _check(reduction, gradients)
+    reduces: dict[str, formulas.Reduce] = {
+        "contrastive": reduce_similarity, "bounded": PAIRS_IDS_OR_LABELS, "ascent": PAIRS_OR_IDS,
+    }  # fmt: skip
+    side = formulas.inverse_info_nce(reduces[kind], x, y, scale=scale, kind=kind, **similarity)
+    return _finish([side], reduction, gradients, similarity)
+
+
+def sup_con(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor,
+    row_labels: Tensor,
+    col_labels: Tensor | None = None,
+    reduction: str = "mean",
+    gradients: str = "mean",
+    **similarity: Any,
+) -> Tensor:
+    """:func:`ccu_fast.sup_con` of the global batch; arguments as in :func:`info_nce` here.
+
+    Args:
+        x: ``[n, D]``; y: ``[m, D]``.
+        scale: number or one-element tensor; 1 / temperature.
+        row_labels: int64 ``[n]``; col_labels: int64 ``[m]``, by default the row labels.
+        reduction: "mean" or "sum" over the rows of all ranks, or "none".
+        gradients: "mean" or "sum"; see :func:`info_nce`.
+        **similarity: see :func:`ccu_fast.distributed.reduce_similarity`.
+
+    Returns:
+        fp32 scalar, or ``[n]`` for reduction="none".
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`ccu_fast.sup_con` and
+            :func:`ccu_fast.distributed.reduce_similarity`.
+    """
+    _check(reduction, gradients)
+    check.tensor("row_labels", row_labels, dtypes=check.INTEGERS)
+    side = formulas.sup_con(
+        reduce_similarity, x, y, scale=scale, row_labels=row_labels, col_labels=col_labels, **similarity
+    )
+    return _finish([side], reduction, gradients, similarity)
+
+
+def sigmoid_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor | None = None,
+    reduction: str = "mean",
+    gradients: str = "mean",
+    **similarity: Any,
+) -> Tensor:
+    """:func:`ccu_fast.sigmoid_loss` of the global batch; arguments as in :func:`info_nce` here.
+
+    Args:
+        x: ``[n, D]``; y: ``[m, D]``.
+        scale, bias: numbers or one-element tensors (gradient flows).
+        reduction: "mean" (all pairs' sum divided by the number of rows), "sum", or "none".
+        gradients: "mean" or "sum"; see :func:`info_nce`.
+        **similarity: see :func:`ccu_fast.distributed.reduce_similarity`.
+
+    Returns:
+        fp32 scalar, or ``[n]`` for reduction="none".
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`ccu_fast.sigmoid_loss` and
+            :func:`ccu_fast.distributed.reduce_similarity`.
+    """
+    _check(reduction, gradients)
+    reduce = reduce_similarity if similarity.get("paired") is False else PAIRS_OR_IDS
+    side = formulas.sigmoid_loss(reduce, x, y, scale=scale, bias=bias, **similarity)
+    return _finish([side], reduction, gradients, similarity)
+
+
+def _check(reduction: str, gradients: str) -> None:
+    check.one_of("reduction", reduction, REDUCTIONS)
+    check.one_of("gradients", gradients, GRADIENTS)
+
+
+def _finish(sides: Sequence[Side], reduction: str, gradients: str, similarity: dict[str, Any]) -> Tensor:
+    ranks = Ranks(similarity.get("group"))
+    if reduction == "none":
+        values = [side.values() for side in sides]
+        if len({v.shape for v in values}) > 1:
+            raise ValueError(
+                "reduction: expected 'mean' or 'sum' for a symmetric loss of "
+                f"{' rows and '.join(str(len(v)) for v in values)} columns, got 'none'"
+            )
+        return sum(values[1:], values[0]) / len(values)
+    return global_value(ranks, sides, reduction, factor=ranks.size if gradients == "mean" else 1)
+
+
+def global_value(ranks: Ranks, sides: Sequence[Side], reduction: str, *, factor: int) -> Tensor:
+    """Mean or sum over the items of all ranks, averaged over the sides; the gradient is ``factor`` times it."""
+    own = torch.stack([side.values().sum() for side in sides])
+    counts = [len(side.raw) if side.counts is None else side.counts.sum() for side in sides]
+    items = torch.stack([torch.as_tensor(c, dtype=torch.float64, device=own.device) for c in counts])
+    totals, items = ranks.total(torch.stack([own.detach().double(), items]))
+    divisor = items.clamp(min=1) * len(sides) if reduction == "mean" else torch.full_like(items, len(sides))
+    value = (totals / divisor).sum().to(own.dtype)
+    value_here: Tensor = _Share.apply((own.double() / divisor).sum(), value, factor)
+    return value_here
+
+
+class _Share(torch.autograd.Function):
+    """The value of the whole, with the gradient of this rank's share."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, whole: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return whole.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.double() * ctx.factor, None, None

@@ -1,0 +1,42 @@
+"""Parameter gradients of all ranks, where neither DistributedDataParallel nor FSDP puts them together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ccu_fast.distributed.ranks import Ranks
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replace every gradient by its mean over the ranks, in place::
+
+        for p in parameters:
+            p.grad = sum(p.grad of each rank) / ranks
+
+    What DistributedDataParallel does, for parameters outside of it: the scale of a loss, or a small model that is not
+    wrapped. One all-reduce for each dtype and device.
+
+    Args:
+        parameters: the same ones in the same order on every rank. A parameter that needs no gradient is passed over;
+            one that got none on this rank counts as 0.
+        group: None for the default group.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised; a rank failed or did not answer in time.
+    """
+    ranks = Ranks(group)
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for p in parameters:
+        if p.requires_grad:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            kinds.setdefault((p.grad.dtype, p.grad.device), []).append(p.grad)
+    for grads in kinds.values():
+        mean = ranks.total(torch.cat([g.flatten() for g in grads])) / ranks.size
+        for g, part in zip(grads, mean.split([g.numel() for g in grads]), strict=True):
+            g.copy_(part.view_as(g))

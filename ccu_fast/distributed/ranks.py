@@ -1,0 +1,134 @@
+"""The ranks of a process group and what they send each other: the only file that calls collectives.
+
+Everything is in the order of the group's ranks, and sums are taken in that order, so the same inputs give the same
+bits. A rank that died or does not answer is noticed by the process group: its error, or its timeout, comes out here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """A process group as this package uses it.
+
+    Args:
+        group: None for the default group, or one that this rank is a member of.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        ValueError: this rank is not a member of the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError("group: expected an initialised torch.distributed process group, got none")
+        world = dist.group.WORLD
+        assert world is not None
+        self.group = world if group is None else group
+        self.rank = dist.get_rank(self.group)
+        if self.rank < 0:
+            raise ValueError(f"group: expected a group that rank {dist.get_rank()} is a member of, got another one")
+        self.size = dist.get_world_size(self.group)
+        # NCCL sums on its way; gloo emulates a reduce-scatter with an all-reduce, twice the bytes.
+        self._sums_on_the_way = dist.get_backend(self.group) == "nccl"
+
+    def table(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
+        """Every rank's ``values``, as host numbers: one small all-gather, and on a GPU a synchronisation."""
+        mine = torch.tensor(values, dtype=torch.int64, device=device)
+        return torch.stack(self.gather(mine, [len(values)] * self.size)).tolist()
+
+    def gather(self, mine: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Every rank's tensor, in rank order; rank r's has ``sizes[r]`` rows.
+
+        Bytes sent by each rank: (ranks − 1) · its own, padded to the longest.
+        """
+        longest = max(sizes)
+        padded = mine.contiguous() if len(mine) == longest else _pad(mine, longest)
+        received = [torch.empty_like(padded) for _ in sizes]
+        if padded.numel():
+            dist.all_gather(received, padded, group=self.group)
+        return [t[:size] for t, size in zip(received, sizes, strict=True)]
+
+    def total(self, mine: Tensor) -> Tensor:
+        """The sum over ranks, on every rank; small tensors."""
+        result = mine.contiguous().clone()
+        dist.all_reduce(result, group=self.group)
+        return result
+
+    def swap(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Rank r gets ``outgoing[r]``; what comes from rank r has ``sizes[r]`` rows.
+
+        Bytes sent by each rank: everything but what is for itself.
+        """
+        flat = torch.cat(list(outgoing))
+        received = flat.new_empty((sum(sizes), *flat.shape[1:]))
+        dist.all_to_all_single(received, flat, list(sizes), [len(t) for t in outgoing], group=self.group)
+        return list(received.split(list(sizes)))
+
+    def sum_to_owners(self, parts: Sequence[Tensor]) -> Tensor:
+        """The sum over ranks of ``parts[own rank]``, in the dtype of the parts.
+
+        Bytes sent by each rank: everything but its own part, by a reduce-scatter or its equal.
+        """
+        mine = parts[self.rank]
+        if self.size == 1 or not max(len(part) for part in parts):
+            return mine
+        if self._sums_on_the_way:
+            longest = max(len(part) for part in parts)
+            result = mine.new_empty((longest, *mine.shape[1:]))
+            dist.reduce_scatter(result, [_pad(part, longest) for part in parts], group=self.group)
+            return result[: len(mine)]
+        received = self.swap(parts, [len(mine)] * self.size)
+        total = torch.zeros_like(mine, dtype=torch.promote_types(mine.dtype, torch.float32))
+        for part in received:
+            total += part
+        return total.to(mine.dtype)
+
+    def pass_on(self, outgoing: Tensor, incoming: Tensor, tag: int) -> Pending:
+        """Start to send a tensor to the next rank and to receive one from the rank before.
+
+        Empty tensors are not sent. Neither may be touched before ``wait``. All ranks start their transfers in the same
+        order; ``tag`` keeps two streams of them apart where the backend knows tags.
+        """
+        outgoing = outgoing.contiguous()
+        after = dist.get_global_rank(self.group, (self.rank + 1) % self.size)
+        before = dist.get_global_rank(self.group, (self.rank - 1) % self.size)
+        operations = [
+            dist.P2POp(call, tensor, peer, self.group, tag)
+            for call, tensor, peer in ((dist.isend, outgoing, after), (dist.irecv, incoming, before))
+            if tensor.numel()
+        ]
+        return Pending(dist.batch_isend_irecv(operations) if operations else [], (outgoing, incoming))
+
+
+class Pending:
+    """A transfer under way; holds its tensors until it is done."""
+
+    def __init__(self, works: Sequence[dist.Work | None] = (), tensors: Sequence[Tensor] = ()) -> None:
+        self._works, self._tensors = works, tensors
+
+    def wait(self) -> None:
+        """Return when the tensors may be used, or raise what went wrong."""
+        for work in self._works:
+            if work is not None:
+                work.wait()
+        self._works, self._tensors = (), ()
+
+
+def offsets(sizes: Sequence[int]) -> list[int]:
+    """Where each part starts, and where the last one ends."""
+    return [0, *accumulate(sizes)]
+
+
+def _pad(t: Tensor, rows: int) -> Tensor:
+    if len(t) == rows:
+        return t.contiguous()
+    padded = t.new_zeros((rows, *t.shape[1:]))
+    padded[: len(t)] = t
+    return padded

@@ -1,0 +1,224 @@
+"""reduce_similarity over a process group: each rank holds some rows of x and some of y."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.backends.problem import SimilarityProblem, decode
+from ccu_fast.backends.registry import choose
+from ccu_fast.distributed import agreement
+from ccu_fast.distributed.agreement import MODES, Sizes, agree
+from ccu_fast.distributed.blocks import Blocks, Plan
+from ccu_fast.distributed.ranks import Ranks, offsets
+from ccu_fast.similarity import Reduction, assemble, build_problem, count, workspace_bytes
+
+
+def reduce_similarity(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor | None = None,
+    row_labels: Tensor | None = None,
+    col_labels: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    paired: bool | None = None,
+    rows: Sequence[Reduction] = (),
+    cols: Sequence[Reduction] = (),
+    backend: str = "auto",
+    workspace: int | None = None,
+    nan_policy: str = "propagate",
+    group: dist.ProcessGroup | None = None,
+    mode: str = "auto",
+    equal: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """:func:`ccu_fast.reduce_similarity` of x and y whose rows lie on several ranks::
+
+        X, Y = (torch.cat([v of rank 0, v of rank 1, ...]) for v in (x, y))     # nowhere built (Y is, by "gather")
+        row_results, col_results = ccu_fast.reduce_similarity(X, Y, ...)
+        return this rank's part of row_results, this rank's part of col_results
+
+    Only y travels. A rank reduces S between its own x and all of Y; of every column that is a part, which goes to the
+    rank that owns the column and is merged there. Gradients are those of plain autograd on X and Y: ``x.grad`` is the
+    gradient of the sum of all ranks' losses, wherever it came from. For ``scale`` and ``bias`` a rank has the part that
+    its own rows of x make; the sum over ranks is the gradient.
+
+    Every rank of the group has to call this with the same options, and to run backward through its results.
+
+    Args:
+        x: ``[n, D]``, this rank's rows; n may differ from rank to rank and be 0.
+        y: ``[m, D]``, this rank's columns.
+        scale, bias: numbers or one-element tensors, the same on every rank.
+        row_labels, row_ids: int64 ``[n]``, those of this rank's rows; equal keys mean the same on every rank.
+        col_labels, col_ids: int64 ``[m]``.
+        paired: as there, for X and Y: item i of X is item i of Y.
+        rows, cols, backend, workspace, nan_policy: as there; ``workspace`` is for each rank.
+        group: None for the default group. Ranks outside it must not call.
+        mode: "gather" holds Y and its gradient at once; "ring" only passes blocks of it from rank to rank, the next
+            one while it computes with this one, and computes S again in backward. "auto" gathers while Y and its
+            gradient in fp32 take at most 2 GiB on a CPU and 8 GiB on a GPU (``agreement.GATHER_BYTES``).
+        equal: promise that every rank has the same n, the same m and the same options. Saves one exchange of a few
+            numbers (and on a GPU a synchronisation) and with it the check; a broken promise may end in a timeout.
+
+    Returns:
+        Two lists in the order asked: row results ``[n]`` and column results ``[m]`` of this rank.
+
+    Raises:
+        TypeError, ValueError: as there, on every rank if ``equal`` is False; a DTensor; sizes that do not fit.
+        RuntimeError: torch.distributed is not initialised, or a rank failed or did not answer within the timeout that
+            the process group was made with.
+
+    Runs between two graphs under torch.compile, hence not with ``fullgraph=True``. No second derivatives.
+    """
+    return reduce_shards(
+        x, y, scale=scale, bias=bias, row_labels=row_labels, col_labels=col_labels, row_ids=row_ids, col_ids=col_ids,
+        paired=paired, rows=rows, cols=cols, backend=backend, workspace=workspace, nan_policy=nan_policy,
+        group=group, mode=mode, equal=equal,
+    )  # fmt: skip
+
+
+class _Prepared(NamedTuple):
+    """The arguments of this rank, checked."""
+
+    problem: SimilarityProblem
+    rows: list[Reduction]
+    cols: list[Reduction]
+    engine: str
+    workspace: int
+
+
+@torch.compiler.disable
+def reduce_shards(
+    x: Tensor, y: Tensor, *, scale: Any, bias: Any = None,
+    row_labels: Tensor | None = None, col_labels: Tensor | None = None,
+    row_ids: Tensor | None = None, col_ids: Tensor | None = None, paired: bool | None = None,
+    rows: Sequence[Reduction] = (), cols: Sequence[Reduction] = (),
+    backend: str = "auto", workspace: int | None = None, nan_policy: str = "propagate",
+    group: dist.ProcessGroup | None = None, mode: str = "auto", equal: bool = False, positives: str | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """:func:`reduce_similarity`, for a loss that needs positives: a paired problem, or the named keys."""
+    ranks = Ranks(group)
+    check.one_of("mode", mode, MODES)
+    if paired not in (None, True, False):
+        raise TypeError(f"paired: expected True, False or None, got {paired!r}")
+    keyed = row_ids is not None or ("labels" in (positives or "") and row_labels is not None)
+    if positives and not keyed and paired is False:
+        raise ValueError(f"paired: expected True or {positives}, got False")
+
+    def prepare() -> _Prepared:
+        for name, value in (("x", x), ("y", y), ("scale", scale), ("bias", bias)):
+            agreement.plain(name, value)
+        for name, value in (("x", x), ("y", y)):
+            check.tensor(name, value, ndim=2)
+        here = None if paired else paired  # whether pairs meet on this rank is seen when all sizes are known
+        p, _, row_spec, col_spec = build_problem(
+            x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, here, rows, cols, nan_policy
+        )
+        engine = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
+        return _Prepared(p, row_spec, col_spec, engine, workspace_bytes(workspace, p.x.device))
+
+    def describe(prepared: _Prepared) -> tuple[int, int, tuple[int, ...]]:
+        p = prepared.problem
+        spec = zlib.crc32(repr((prepared.rows, prepared.cols, p.bias is None, paired)).encode())
+        scalars = p.scale.requires_grad or (p.bias is not None and p.bias.requires_grad)
+        return p.n, p.m, (
+            p.x.shape[-1], agreement.DTYPES.index(p.x.dtype), MODES.index(mode), p.row_labels is not None,
+            p.row_ids is not None, p.x.requires_grad, p.y.requires_grad, scalars, spec,
+        )  # fmt: skip
+
+    (p, row_spec, col_spec, engine, room), sizes = agree(ranks, prepare, describe, x, equal=equal)
+    if positives and not keyed and sum(sizes.x) != sum(sizes.y):
+        raise ValueError(
+            f"y: expected {sum(sizes.x)} rows over all ranks (those of x) or {positives}, got {sum(sizes.y)}"
+        )
+    plan = _plan(ranks, p, sizes, paired, agreement.ring(mode, sizes.y, p.y), engine, room)
+    if p.rows or p.cols:
+        row_out, col_parts = Blocks.apply(p.x[0], p.y[0], p.scale, p.bias, plan)
+    else:
+        row_out, col_parts = p.scale.new_empty((0, p.n)), p.scale.new_empty((0, sum(sizes.y)))
+    merged = _merge(plan, p, col_parts)
+    return (
+        assemble(row_spec, iter(row_out.unbind(0)), lambda: count(_counted(plan), along_rows=True), (p.n,)),
+        assemble(col_spec, iter(merged), lambda: _column_counts(plan), (p.m,)),
+    )
+
+
+def _plan(
+    ranks: Ranks, p: SimilarityProblem, sizes: Sizes, paired: bool | None, ring: bool, engine: str, workspace: int
+) -> Plan:
+    total_x, total_y = sum(sizes.x), sum(sizes.y)
+    if paired and total_x != total_y:
+        raise ValueError(f"paired: expected as many rows in x as in y over all ranks, got {total_x} and {total_y}")
+    by_place = p.row_ids is None and (total_x == total_y if paired is None else paired)
+    row_ids, col_ids = p.row_ids, p.col_ids
+    if by_place and not sizes.alike:
+        # The pairs do not lie on the same ranks: they get ids, their places in X and Y.
+        row_ids, col_ids = (
+            torch.arange(offsets(of)[ranks.rank], offsets(of)[ranks.rank + 1], device=p.x.device)[None] for of in sizes
+        )
+        by_place = False
+    local = SimilarityProblem(
+        p.x, p.y, p.scale, p.bias, p.row_labels, p.col_labels, row_ids, col_ids, by_place, p.rows, p.cols
+    )
+    plan = Plan(ranks, sizes.y, ring, engine, workspace, local, None, None)
+    labels, ids = (
+        None if keys is None else plan.in_order(ranks.gather(keys[0], sizes.y)) for keys in (p.col_labels, col_ids)
+    )
+    return Plan(ranks, sizes.y, ring, engine, workspace, local, labels, ids)
+
+
+def _merge(plan: Plan, p: SimilarityProblem, col_parts: Tensor) -> list[Tensor]:
+    """The columns of this rank from the parts that all ranks made of them, merged in rank order."""
+    if not p.cols:
+        return []
+    from_all = _Swap.apply(col_parts.T, plan)  # [ranks, m, C]
+    return [
+        _logsumexp(from_all[..., c]) if decode(code)[0] == "lse" else from_all[..., c].sum(0)
+        for c, code in enumerate(p.cols)
+    ]
+
+
+def _logsumexp(parts: Tensor) -> Tensor:
+    """Over the first dimension; where all parts are −inf so is the result, with zero gradient."""
+    peak = parts.detach().amax(0)
+    empty = peak == -torch.inf
+    peak = torch.where(empty, 0, peak)
+    total = torch.exp(parts - peak).sum(0)
+    return torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1, total)) + peak)
+
+
+class _Swap(torch.autograd.Function):
+    """Parts ``[M, C]`` of all columns from own rows → parts ``[ranks, m, C]`` of own columns from everyone's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        own = plan.sizes[plan.ranks.rank]
+        return torch.stack(plan.ranks.swap(plan.by_owner(parts), [own] * plan.ranks.size))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        plan = ctx.plan
+        return plan.in_order(plan.ranks.swap(list(grad.unbind(0)), plan.sizes)), None
+
+
+def _counted(plan: Plan) -> SimilarityProblem:
+    """Own rows against all columns, for counting."""
+    everything = plan.local.y.new_empty((sum(plan.sizes), 0))
+    return plan.problem(plan.local.x[0, :, :0], everything, plan.local.scale, plan.local.bias, 0)
+
+
+def _column_counts(plan: Plan) -> dict[Any, Tensor]:
+    by_relation = count(_counted(plan), along_rows=False)
+    parts = torch.stack([v[0] for v in by_relation.values()], 1)
+    own = plan.sizes[plan.ranks.rank]
+    totals = torch.stack(plan.ranks.swap(plan.by_owner(parts), [own] * plan.ranks.size)).sum(0)
+    return {relation: totals[None, :, i] for i, relation in enumerate(by_relation)}
