@@ -7,9 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ccu_fast import check
+from ccu_fast import check, formulas
+from ccu_fast.distributed.losses import global_value
+from ccu_fast.distributed.ranks import Ranks
+from ccu_fast.distributed.similarity import reduce_shards
 from ccu_fast.losses import info_nce, sigmoid_loss
 from ccu_fast.similarity import normalize_pair
 
@@ -23,7 +25,13 @@ class ClipLoss(nn.Module):
         target = torch.arange(len(logits))
         (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    On several processes the features of all ranks are gathered; every rank must hold the same number of pairs.
+    On several processes every rank must hold the same number of pairs. Values and feature gradients on every rank are
+    open_clip's. So are those of scale and bias, but for one case: with ``local_loss`` and ``gather_with_grad`` their
+    sum over the ranks is, and hence what DistributedDataParallel makes of them, while a rank's share is another one.
+
+    Only the texts travel, and a rank multiplies its own images with them, once (:mod:`ccu_fast.distributed`): half of
+    open_clip's traffic and GEMMs. With ``local_loss`` and without ``gather_with_grad`` images travel too, because then
+    no gradient may come from another rank.
 
     Args:
         local_loss: a rank computes the loss of its own rows and columns only, not of the global batch.
@@ -94,26 +102,37 @@ class ClipLoss(nn.Module):
         options = _options(self, logit_scale, logit_bias)
         if self.world_size == 1:
             loss = info_nce(image_features, text_features, **options)
+        elif self.local_loss and not self.gather_with_grad:
+            loss = self._own_rows_alone(image_features, text_features, options)
         else:
-            images = self._gather("image_features", image_features)
-            texts = self._gather("text_features", text_features)
-            if self.local_loss:
-                options.update(_global_ids(image_features, self.rank, self.world_size), symmetric=False)
-                loss = (info_nce(image_features, texts, **options) + info_nce(text_features, images, **options)) / 2
-            else:
-                loss = info_nce(images, texts, **options)
+            loss = self._texts_travel(image_features, text_features, options)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _gather(self, name: str, shard: Tensor) -> Tensor:
-        check.tensor(name, shard, ndim=2)
-        if self.gather_with_grad:
-            return _gather(shard, self.world_size)
-        everything = _gather(shard.detach(), self.world_size)
+    def _texts_travel(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
+        """Half of the GEMMs and of the traffic: columns are reduced where their images are and sent to their texts."""
+        ranks = _ranks(self.world_size)
+        if not self.local_loss:
+            # open_clip computes the global loss on every rank, with the whole gradient of scale and bias.
+            factor = self.world_size if self.gather_with_grad else 1
+            for name in ("scale", "bias"):
+                if isinstance(options[name], Tensor):
+                    options[name] = _SumGradient.apply(options[name], ranks, factor)
+        sides = formulas.info_nce(reduce_shards, images, texts, equal=True, **options)
         if self.local_loss:
-            return everything
-        # The own shard stays in the graph, as the loss of the global batch has no other way to it.
-        start = self.rank * len(shard)
-        return torch.cat([everything[:start], shard, everything[start + len(shard) :]])
+            return (sides[0].raw.mean() + sides[1].raw.mean()) / 2
+        return global_value(ranks, sides, "mean", factor=factor)
+
+    def _own_rows_alone(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
+        """No gradient reaches another rank's features, so neither side can be computed elsewhere: both travel."""
+        ranks = _ranks(self.world_size)
+        for name, shard in (("image_features", images), ("text_features", texts)):
+            check.tensor(name, shard, ndim=2)
+        every_image, every_text = (
+            torch.cat(ranks.gather(shard.detach(), [len(shard)] * self.world_size)) for shard in (images, texts)
+        )
+        ids = torch.arange(len(every_text), device=images.device)
+        options |= {"row_ids": ids[self.rank * len(images) :][: len(images)], "col_ids": ids, "symmetric": False}
+        return (info_nce(images, every_text, **options) + info_nce(texts, every_image, **options)) / 2
 
     def extra_repr(self) -> str:
         return _repr(self, "local_loss", "gather_with_grad", "rank", "world_size", "normalize", "backend", "workspace")
@@ -134,7 +153,7 @@ class SigLipLoss(nn.Module):
         rank: index of this process, in [0, world_size).
         world_size: number of processes; more than 1 needs an initialised ``torch.distributed`` default group.
         dist_impl: None, "bidir", "shift", "reduce" or "gather", open_clip's ways to exchange the texts. All give the
-            same numbers; this class gathers the texts once whichever is named.
+            same numbers; this class chooses by size between gathering the texts and a ring, whichever is named.
         normalize: make the features unit vectors first, before they are gathered.
         backend: see :func:`ccu_fast.reduce_similarity`.
         workspace: bytes of memory the loss may use beyond that of its inputs; see there.
@@ -188,59 +207,41 @@ class SigLipLoss(nn.Module):
         if self.normalize:
             image_features, text_features = normalize_pair(image_features, text_features, self.backend)
         options = _options(self, logit_scale, logit_bias)
-        texts = text_features
-        if self.world_size > 1:
-            texts = _gather(check.tensor("text_features", text_features, ndim=2), self.world_size)
-            options.update(_global_ids(image_features, self.rank, self.world_size))
-        loss = sigmoid_loss(image_features, texts, **options)
+        if self.world_size == 1:
+            loss = sigmoid_loss(image_features, text_features, **options)
+        else:
+            _ranks(self.world_size)
+            loss = formulas.sigmoid_loss(reduce_shards, image_features, text_features, equal=True, **options).raw.mean()
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
         return _repr(self, "rank", "world_size", "dist_impl", "normalize", "backend", "workspace")
 
 
-class _GatherShards(torch.autograd.Function):
-    """Every rank's shard in one tensor. The gradient of a shard is the sum of what all ranks' losses give it."""
+class _SumGradient(torch.autograd.Function):
+    """A number that every rank has; its gradient is the sum of the ranks' shares, each ``factor`` times too large."""
 
     @staticmethod
-    def forward(ctx: Any, shard: Tensor, world_size: int) -> Tensor:
-        ctx.shape = shard.shape
-        everything = shard.new_empty(world_size * shard.shape[0], *shard.shape[1:])
-        dist.all_gather_into_tensor(everything, shard.contiguous())
-        return everything
+    def forward(ctx: Any, value: Tensor, ranks: Ranks, factor: int) -> Tensor:
+        ctx.ranks, ctx.factor = ranks, factor
+        return value.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if dist.get_backend() == dist.Backend.NCCL:
-            own = grad.new_empty(ctx.shape)
-            dist.reduce_scatter_tensor(own, grad.contiguous())
-            return own, None
-        # Other backends do not reliably have a reduce-scatter.
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        start = dist.get_rank() * ctx.shape[0]
-        return grad[start : start + ctx.shape[0]], None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.ranks.total(grad) / ctx.factor, None, None
 
 
-def _gather(shard: Tensor, world_size: int) -> Tensor:
+def _ranks(world_size: int) -> Ranks:
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(f"world_size: expected an initialised torch.distributed group for {world_size}, got none")
     if dist.get_world_size() != world_size:
         raise ValueError(f"world_size: expected {dist.get_world_size()} (that of the group), got {world_size}")
-    gathered: Tensor = _GatherShards.apply(shard, world_size)
-    return gathered
+    return Ranks()
 
 
 def _options(module: ClipLoss | SigLipLoss, scale: float | Tensor, bias: float | Tensor | None) -> dict[str, Any]:
     """What both losses hand to the function that computes them."""
     return {"scale": scale, "bias": bias, "backend": module.backend, "workspace": module.workspace}
-
-
-def _global_ids(features: Tensor, rank: int, world_size: int) -> dict[str, Tensor]:
-    """Row i of this rank is item rank·N + i of the gathered columns."""
-    ids = torch.arange(world_size * len(features), device=features.device)
-    return {"row_ids": ids[rank * len(features) :][: len(features)], "col_ids": ids}
 
 
 def _place(rank: int, world_size: int) -> tuple[int, int]:
