@@ -95,7 +95,7 @@ def fail(rank: int, folder: str, send: Any) -> None:
 
 def test_a_rank_that_dies_or_stalls_is_an_error_within_the_timeout(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_distributed"])  # torch is imported once
+    context.set_forkserver_preload(["ccu_fast.distributed", "pytest"])  # torch is imported once
     receive, send = context.Pipe(duplex=False)
     processes = [context.Process(target=fail, args=(rank, str(tmp_path), send)) for rank in range(8)]
     for process in processes:
