@@ -170,6 +170,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "bounded": ("inverse_info_nce", {"kind": "bounded"}, ("labels",)),
     "contrastive": ("inverse_info_nce", {"kind": "contrastive"}, ("labels",)),
     "ascent": ("inverse_info_nce", {"kind": "ascent"}, ()),
+    "unit vectors": ("info_nce", {"normalize": True}, ()),
     "sup_con": ("sup_con", {}, ("labels",)),
     "sigmoid_loss": ("sigmoid_loss", {"bias": -1.0}, ()),
     "sigmoid_loss, ids": ("sigmoid_loss", {"bias": -1.0}, ("ids",)),
@@ -188,7 +189,7 @@ def loss_of(module: Any, name: str, x: Tensor, y: Tensor, keys: dict[str, Tensor
 def _loss_case(gradients: str, factor: int) -> None:
     n = sizes_like(5, 2, 7)
     torch.manual_seed(7)
-    x, y = unit(sum(n), 8), unit(sum(n), 8)
+    x, y = 2 * unit(sum(n), 8), unit(sum(n), 8)
     every = {
         "labels": {k: torch.randint(-1, 4, (sum(n),)) for k in ("row_labels", "col_labels")},
         "ids": {k: torch.randint(0, 12, (sum(n),)) for k in ("row_ids", "col_ids")},

@@ -51,8 +51,8 @@ def info_nce(
             averages them; each rank's gradient is made (number of ranks) times larger, so that the average is the
             gradient of the loss. "sum": they will be added, and ``x.grad`` is exactly the slice of the one-process
             gradient. For reduction="none" this says nothing: the gradient is that of all ranks' values, added.
-        **similarity: row_ids, col_ids, row_labels, col_labels, paired, backend, workspace, nan_policy, group, mode,
-            equal: see :func:`ccu_fast.distributed.reduce_similarity`.
+        **similarity: row_ids, col_ids, row_labels, col_labels, paired, normalize, backend, workspace, nan_policy,
+            group, mode, equal: see :func:`ccu_fast.distributed.reduce_similarity`.
 
     Returns:
         fp32 scalar, or ``[n]`` for reduction="none".

@@ -17,7 +17,7 @@ from ccu_fast.distributed import agreement
 from ccu_fast.distributed.agreement import MODES, Sizes, agree
 from ccu_fast.distributed.blocks import Blocks, Plan
 from ccu_fast.distributed.ranks import Ranks, offsets
-from ccu_fast.similarity import Reduction, assemble, build_problem, count, workspace_bytes
+from ccu_fast.similarity import Reduction, assemble, build_problem, count, normalize_pair, workspace_bytes
 
 
 def reduce_similarity(
@@ -31,6 +31,7 @@ def reduce_similarity(
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     paired: bool | None = None,
+    normalize: bool = False,
     rows: Sequence[Reduction] = (),
     cols: Sequence[Reduction] = (),
     backend: str = "auto",
@@ -60,6 +61,7 @@ def reduce_similarity(
         row_labels, row_ids: int64 ``[n]``, those of this rank's rows; equal keys mean the same on every rank.
         col_labels, col_ids: int64 ``[m]``.
         paired: as there, for X and Y: item i of X is item i of Y.
+        normalize: as there; before anything travels.
         rows, cols, backend, workspace, nan_policy: as there; ``workspace`` is for each rank.
         group: None for the default group. Ranks outside it must not call.
         mode: "gather" holds Y and its gradient at once; "ring" only passes blocks of it from rank to rank, the next
@@ -80,7 +82,8 @@ def reduce_similarity(
     """
     return reduce_shards(
         x, y, scale=scale, bias=bias, row_labels=row_labels, col_labels=col_labels, row_ids=row_ids, col_ids=col_ids,
-        paired=paired, rows=rows, cols=cols, backend=backend, workspace=workspace, nan_policy=nan_policy,
+        paired=paired, normalize=normalize,
+        rows=rows, cols=cols, backend=backend, workspace=workspace, nan_policy=nan_policy,
         group=group, mode=mode, equal=equal,
     )  # fmt: skip
 
@@ -100,7 +103,7 @@ def reduce_shards(
     x: Tensor, y: Tensor, *, scale: Any, bias: Any = None,
     row_labels: Tensor | None = None, col_labels: Tensor | None = None,
     row_ids: Tensor | None = None, col_ids: Tensor | None = None, paired: bool | None = None,
-    rows: Sequence[Reduction] = (), cols: Sequence[Reduction] = (),
+    normalize: bool = False, rows: Sequence[Reduction] = (), cols: Sequence[Reduction] = (),
     backend: str = "auto", workspace: int | None = None, nan_policy: str = "propagate",
     group: dist.ProcessGroup | None = None, mode: str = "auto", equal: bool = False, positives: str | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
@@ -118,16 +121,17 @@ def reduce_shards(
             agreement.plain(name, value)
         for name, value in (("x", x), ("y", y)):
             check.tensor(name, value, ndim=2)
+        pair = normalize_pair(x, y, backend) if check.boolean("normalize", normalize) else (x, y)
         here = None if paired else paired  # whether pairs meet on this rank is seen when all sizes are known
         p, _, row_spec, col_spec = build_problem(
-            x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, here, rows, cols, nan_policy
+            *pair, scale, bias, row_labels, col_labels, row_ids, col_ids, here, rows, cols, nan_policy
         )
         engine = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
         return _Prepared(p, row_spec, col_spec, engine, workspace_bytes(workspace, p.x.device))
 
     def describe(prepared: _Prepared) -> tuple[int, int, tuple[int, ...]]:
         p = prepared.problem
-        spec = zlib.crc32(repr((prepared.rows, prepared.cols, p.bias is None, paired)).encode())
+        spec = zlib.crc32(repr((prepared.rows, prepared.cols, p.bias is None, paired, normalize)).encode())
         scalars = p.scale.requires_grad or (p.bias is not None and p.bias.requires_grad)
         return p.n, p.m, (
             p.x.shape[-1], agreement.DTYPES.index(p.x.dtype), MODES.index(mode), p.row_labels is not None,
