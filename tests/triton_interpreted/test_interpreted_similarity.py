@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 from typing import Any
 
@@ -16,7 +17,7 @@ from ccu_fast import ALL, OTHER, SAME, SELF, info_nce, reduce_similarity
 from ccu_fast.backends.problem import KINDS, SimilarityProblem, encode
 from ccu_fast.backends.reference import similarity as reference
 from ccu_fast.backends.triton import configs, similarity
-from ccu_fast.backends.triton.similarity_kernels import gradient_kernel
+from ccu_fast.backends.triton.gradient_kernels import gradient_kernel
 from ccu_fast.relations import count_relations
 
 FP32, FP16 = torch.float32, torch.float16
@@ -97,7 +98,7 @@ def problem(case: Case, dtype: torch.dtype = FP32) -> SimilarityProblem:
 
 @pytest.mark.parametrize("workspace", [0, 1 << 24])
 def test_any_subset_of_gradients(workspace: int) -> None:
-    """What is not needed is not computed, and what is has the same bits as when all is."""
+    """What is not needed is not computed, and what is has the same bits as when all is (scale, bias: another sum)."""
     p = problem(Case(unit(37, 20), unit(37, 20), 5.0, 0.25, {}, MIX, CLIP))
     row_out, col_out, stash = similarity.forward(p, workspace, True)
     assert stash.shape == similarity.stash_shape(p, workspace, True)
@@ -108,7 +109,9 @@ def test_any_subset_of_gradients(workspace: int) -> None:
         some = similarity.backward(p, *incoming, row_out, col_out, stash, list(needs), workspace)
         for value, whole, need, like in zip(some, full, needs, (p.x, p.y, p.scale, p.scale), strict=True):
             assert value.dtype == like.dtype
-            if need:
+            if need and like.ndim == 0:
+                torch.testing.assert_close(value, whole, rtol=1e-5, atol=1e-5)
+            elif need:
                 assert torch.equal(value, whole)
             else:
                 assert value.shape == (() if like.ndim == 0 else (0,))
@@ -145,19 +148,18 @@ def test_fp16_gradients_keep_their_digits(factor: float) -> None:
 
 
 def test_fp16_matrix_of_gradients_has_a_common_exponent() -> None:
-    """The same incoming gradients at 2^-60 and at 2^10 give the same fp32 sums, bit for bit, but for the exponent."""
-    p = problem(Case(unit(37, 20), unit(37, 20), 5.0, None, {}, CLIP, CLIP), FP16)
-    row_out, col_out, _ = similarity.forward(p, 1 << 20, True)
-    incoming = torch.randn_like(row_out), torch.randn_like(col_out)
-    sums = []
+    """A power of two and its inverse, which bring the largest possible G below 2^14."""
+    p = problem(Case(unit(37, 20), unit(53, 20), 5.0, None, {}, CLIP, CLIP), FP16)
+    incoming = torch.randn(2, 1, 37), torch.randn(2, 1, 53)
     for factor in (2.0**-60, 1.0, 2.0**10):
         scaled = [g * factor for g in incoming]
-        norm, undo = similarity._normalisation(p, *scaled)
-        assert norm is not None
-        largest = float(norm) * float(sum(g.abs().amax((1, 2)).sum() for g in scaled))
-        assert 2.0**13 <= largest < 2.0**14
-        sums.append(float(norm) * float(undo) / p.scale.item())
-    assert sums == [1.0, 1.0, 1.0]
+        norm, undo = similarity._norm(p, *scaled).tolist()
+        assert 2.0**13 <= norm * float(sum(g.abs().amax((1, 2)).sum() for g in scaled)) < 2.0**14
+        assert norm * undo == 1.0
+    for extreme in (0.0, torch.inf, torch.nan, 2.0**-140):
+        norm, undo = similarity._norm(p, *(torch.full_like(g, extreme) for g in incoming)).tolist()
+        assert 0 < norm < torch.inf
+        assert norm * undo == 1.0
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
@@ -178,6 +180,56 @@ def test_unnormalised_logits() -> None:
     assert (x @ y.mT).abs().max() > 300
     spec = (("lse", ALL), ("softplus", ALL))
     check(Case(x, y, 2.0, None, {}, spec, spec), "triton", FP32, ulps=2048)
+
+
+def flagged(case: Case) -> bool:
+    """Whether the online maximum had to work."""
+    return bool(similarity.forward(problem(case), 0, True)[2][1])
+
+
+@pytest.mark.parametrize("where", ["row", "column"])
+def test_a_far_row_or_column_is_reduced_again(where: str) -> None:
+    """All at cosine 0.9 but one at −0.9: at scale 150 its terms would vanish beside the others'."""
+    middle = unit(1, 24)
+    x, y = (
+        torch.nn.functional.normalize(middle + 0.05 * torch.randn(n, 24, dtype=torch.float64), dim=-1) for n in (37, 53)
+    )
+    assert not flagged(Case(x, y, 150.0, rows=CLIP, cols=CLIP))
+    (x if where == "row" else y)[18] *= -1
+    spec = (("lse", ALL), ("lse", OTHER), ("softplus", ALL))
+    case = Case(x, y, 150.0, None, keys("labels", 37, 53), spec, spec)
+    assert flagged(dataclasses.replace(case, keys={}))
+    for workspace in (0, 1 << 24):
+        check(case, "triton", FP32, ulps=256, workspace=workspace)
+
+
+def test_empty_sets_are_not_taken_for_small_ones() -> None:
+    """Ignored rows and empty sets sum to 0, which must not start the online pass."""
+    x, y = unit(37, 24), unit(53, 24)
+    labels = torch.zeros(1, 37, dtype=torch.int64), torch.ones(1, 53, dtype=torch.int64)
+    labels[0][0, :20] = -1
+    p = dataclasses.replace(problem(Case(x, y, 14.0)), row_labels=labels[0], col_labels=labels[1], rows=(2, 7), cols=(2,))
+    row_out, _, stash = similarity.forward(p, 0, True)
+    assert (row_out[0] == -torch.inf).all()
+    assert not stash[1]
+
+
+def test_a_graph_may_be_walked_twice() -> None:
+    """The kept matrix is still what it was after a backward pass."""
+    x, y = (unit(37, 24).float().requires_grad_() for _ in range(2))
+    loss = info_nce(x, y, scale=10.0, backend="triton")
+    first = torch.autograd.grad(loss, [x, y], retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, [x, y]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+def test_tensor_descriptors(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Hopper and Blackwell load through, with rows that are not whole 16 bytes, banks, and ragged edges."""
+    device = dataclasses.replace(configs.device(), tma=True)
+    monkeypatch.setattr(configs, "device", lambda: device)
+    check(Case(unit(2, 37, 20), unit(40, 20), 5.0, 0.5, keys("labels", 37, 40), CLIP, CLIP), "triton", dtype)
+    check(Case(unit(32, 18), unit(32, 18), 5.0, None, {}, CLIP, CLIP), "triton", dtype, workspace=0)
 
 
 def test_same_inputs_same_bits() -> None:
@@ -288,18 +340,20 @@ def test_offsets_beyond_32_bits() -> None:
     out = torch.zeros(n)
     row_grad = torch.ones(n)
     first = n - tile
-    spec, none = ((1, 7, 1),), ()
+    spec, none = ((1, 7, 0),), ()
     totals = torch.zeros(2, 1)
+    header = torch.zeros(16)
     config = configs.device().gradient["half"]
-    gradient_kernel[(1,)](
-        x, y, one, None, None, None, None, None, None, row_grad, row_grad, out, out, g, totals,
-        n, m, d, 1, 0, first, tile, stride, 0, 0, 0, 0, 0, 0,
-        ROWS=spec, ROWS_ALWAYS=spec, ROWS_NEAR=none, ROWS_FAR=none,
-        COLS=none, COLS_ALWAYS=none, COLS_NEAR=none, COLS_FAR=none,
-        HAS_BIAS=False, HAS_LABELS=False, HAS_IDS=False, DIAGONAL=False, HAS_NORM=False, STORE=True, TOTALS=True,
-        MASK_N=False, MASK_M=False, PRECISION="ieee",
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-    )  # fmt: skip
+    for store in (True, False):
+        gradient_kernel[(1,)](
+            x, y, header, one, None, None, None, None, None, None, row_grad, row_grad, out, out, g, totals,
+            n, m, d, 1, 0, 1, first, tile, stride, 1, 0, 0, 0, 0, 0, 0,
+            ROWS=spec, ROWS_ALWAYS=spec, ROWS_NEAR=none, ROWS_FAR=none,
+            COLS=none, COLS_ALWAYS=none, COLS_NEAR=none, COLS_FAR=none,
+            HAS_BIAS=False, HAS_LABELS=False, HAS_IDS=False, DIAGONAL=False, HAS_NORM=False, STORE=store, TOTALS=True,
+            FIX=False, AGAIN=False, TMA=False, MASK_N=False, MASK_M=False, PRECISION="ieee",
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        )  # fmt: skip
     assert (g[:, :m] == 1).all()
     want = (x[-tile:].double() @ y.double().mT).sum()
     assert totals[0].item() == pytest.approx(want.item(), rel=1e-4)

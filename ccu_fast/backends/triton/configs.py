@@ -17,13 +17,29 @@ from ccu_fast.backends.problem import SimilarityProblem
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program holds: rows × columns of S, and the step along D."""
+    """What one program holds: rows × columns of S, and the step along D.
+
+    With labels, with ids or with edges that cut through a tile every pair has a relation in a register, which a full
+    tile would spill: then it is ``keyed_n`` columns wide and has ``keyed_stages``.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    keyed_n: int
+    keyed_stages: int = 3
+
+    def options(self) -> dict[str, int]:
+        """As arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 @dataclass(frozen=True)
@@ -33,51 +49,61 @@ class Device:
     Attributes:
         processors: multiprocessors; the forward grid aims at several rectangles for each.
         max_groups: most groups of row tiles, that is most partial results per column.
-        forward, gradient: tiles by arithmetic: "half" (fp16 and bf16), "tf32", "ieee" (fp32 without tensor cores).
+        bounds: programs that look for the largest norms, a power of two; bound_tile: rows × columns of one step.
+        tma: x and y are read through tensor descriptors.
+        forward, gradient, online: tiles by arithmetic: "half" (fp16 and bf16), "tf32", "ieee" (fp32 without tensor
+            cores).
     """
 
     processors: int
     max_groups: int
+    bounds: int
+    bound_tile: tuple[int, int]
+    tma: bool
     forward: dict[str, Tile]
     gradient: dict[str, Tile]
+    online: dict[str, Tile]
+
+    @property
+    def largest_step(self) -> int:
+        """A multiple of every tile's step along D."""
+        return max(tile.block_k for tiles in (self.forward, self.gradient) for tile in tiles.values())
 
     def tile(self, kernel: str, arithmetic: str, p: SimilarityProblem) -> Tile:
-        """The tile of "forward" or "gradient" for p; half as wide where pairs have to be looked at one by one.
-
-        With labels, with ids or with edges that cut through a tile every pair has a relation in a register, which a
-        full tile would spill.
-        """
+        """The tile of "forward", "gradient" or "online" for p; narrower where pairs have to be looked at one by one."""
         full: Tile = getattr(self, kernel)[arithmetic]
         keyed = p.row_labels is not None or p.row_ids is not None
         if keyed or p.n % full.block_m or p.m % full.block_n:
-            return replace(full, block_n=max(full.block_n // 2, 16))
+            return replace(full, block_n=full.keyed_n, num_stages=min(full.num_stages, full.keyed_stages))
         return full
 
 
-_IEEE = Tile(64, 64, 16, 4, 3)
+_IEEE = Tile(64, 64, 16, 4, 3, 32)
 _TILES: dict[str, tuple[dict[str, Tile], dict[str, Tile]]] = {
     # A100: 163 KB of shared memory, mma.
     "sm_80": (
-        {"half": Tile(128, 128, 64, 8, 3), "tf32": Tile(128, 128, 32, 8, 3), "ieee": _IEEE},
-        {"half": Tile(128, 64, 64, 8, 3), "tf32": Tile(128, 64, 32, 8, 3), "ieee": _IEEE},
+        {"half": Tile(128, 128, 64, 8, 3, 64), "tf32": Tile(128, 128, 32, 8, 3, 64), "ieee": _IEEE},
+        {"half": Tile(128, 64, 64, 8, 3, 64, 2), "tf32": Tile(128, 64, 32, 8, 3, 64, 2), "ieee": _IEEE},
     ),
     # GeForce and workstation parts, 8.6 to 12.x: 99 KB.
     "small": (
-        {"half": Tile(128, 64, 64, 8, 2), "tf32": Tile(128, 64, 32, 8, 2), "ieee": _IEEE},
-        {"half": Tile(128, 64, 64, 8, 2), "tf32": Tile(128, 64, 32, 8, 2), "ieee": _IEEE},
+        {"half": Tile(128, 64, 64, 8, 2, 32), "tf32": Tile(128, 64, 32, 8, 2, 32), "ieee": _IEEE},
+        {"half": Tile(128, 64, 64, 8, 2, 64), "tf32": Tile(128, 64, 32, 8, 2, 64), "ieee": _IEEE},
     ),
-    # H100, H200: 227 KB, wgmma.
+    # H100, H200: 227 KB, wgmma. 128 × 256 asks L2 for a quarter less than 128 × 128 at the same work.
     "sm_90": (
-        {"half": Tile(128, 128, 64, 8, 3), "tf32": Tile(128, 128, 32, 8, 3), "ieee": _IEEE},
-        {"half": Tile(128, 128, 64, 8, 3), "tf32": Tile(128, 128, 32, 8, 3), "ieee": _IEEE},
+        {"half": Tile(128, 256, 64, 8, 3, 64), "tf32": Tile(128, 256, 32, 8, 3, 64), "ieee": _IEEE},
+        {"half": Tile(128, 128, 64, 8, 3, 64), "tf32": Tile(128, 64, 32, 8, 3, 64), "ieee": _IEEE},
     ),
     # B200: 227 KB, tcgen05. Its accumulators leave tensor memory through registers, so the tile is narrower.
     "sm_100": (
-        {"half": Tile(128, 64, 32, 8, 3), "tf32": Tile(128, 64, 16, 8, 3), "ieee": _IEEE},
-        {"half": Tile(128, 64, 64, 8, 3), "tf32": Tile(128, 64, 32, 8, 3), "ieee": _IEEE},
+        {"half": Tile(128, 128, 64, 8, 3, 32), "tf32": Tile(128, 128, 32, 8, 3, 32), "ieee": _IEEE},
+        {"half": Tile(128, 64, 64, 8, 3, 32), "tf32": Tile(128, 64, 32, 8, 3, 32), "ieee": _IEEE},
     ),
 }
-_INTERPRETED = {name: Tile(16, 16, 16, 1, 1) for name in ("half", "tf32", "ieee")}
+# One for all: it rarely runs. Square, because rows and columns change places.
+_ONLINE = {name: Tile(64, 64, 32, 8, 2, 64) for name in ("half", "tf32", "ieee")}
+_INTERPRETED = {name: Tile(16, 16, 16, 1, 1, 16) for name in ("half", "tf32", "ieee")}
 
 
 def architecture(capability: int) -> str:
@@ -93,16 +119,21 @@ def device() -> Device:
     """The current device."""
     if triton.knobs.runtime.interpret:
         # Small limits, so that small tests walk every path.
-        return Device(processors=2, max_groups=2, forward=_INTERPRETED, gradient=_INTERPRETED)
+        return Device(2, 2, 2, (32, 16), False, _INTERPRETED, _INTERPRETED, _INTERPRETED)
     return _device(triton.runtime.driver.active.get_current_device())
 
 
 @functools.cache
 def _device(index: int) -> Device:
     driver = triton.runtime.driver.active
-    forward, gradient = _TILES[architecture(int(driver.get_current_target().arch))]
     processors = driver.utils.get_device_properties(index)["multiprocessor_count"]
-    return Device(processors=processors, max_groups=256, forward=forward, gradient=gradient)
+    return of(architecture(int(driver.get_current_target().arch)), processors)
+
+
+def of(kind: str, processors: int) -> Device:
+    """A device of a class of the table."""
+    forward, gradient = _TILES[kind]
+    return Device(processors, 256, 256, (16, 128), kind in ("sm_90", "sm_100"), forward, gradient, _ONLINE)
 
 
 def arithmetic(dtype: torch.dtype) -> str:

@@ -1,12 +1,16 @@
 """reduce_similarity on a GPU: what is launched, in which order, with how much memory.
 
-The arithmetic is in :mod:`.similarity_kernels`. Nothing here waits for the GPU: scale, bias and the range of the
-gradients stay on the device.
+Forward: a bound of S, one pass over its tiles that keeps what the workspace holds of E, a merge, and a second look at
+sums that underflowed, which is nearly never needed and decides so on the device. Backward, for each chunk of rows: G
+from E or from S, two library GEMMs, and the rounding. The arithmetic is in :mod:`.forward_kernels` and
+:mod:`.gradient_kernels`, all sizes are chosen in :mod:`.plan`. Nothing here waits for the GPU: scale, bias, the bound
+and the range of the gradients stay on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,48 +18,95 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ccu_fast.backends.problem import SimilarityProblem
-from ccu_fast.backends.triton import configs
-from ccu_fast.backends.triton.similarity_kernels import forward_kernel, gradient_kernel, merge_kernel
-from ccu_fast.relations import ALL, OTHER, SAME, SELF
+from ccu_fast.backends.triton import configs, plan
+from ccu_fast.backends.triton.forward_kernels import (
+    bound_kernel,
+    forward_kernel,
+    merge_kernel,
+    online_kernel,
+    own_kernel,
+)
+from ccu_fast.backends.triton.gemm import ColumnGradient, RowGradient
+from ccu_fast.backends.triton.gradient_kernels import finish_kernel, gradient_kernel, norm_kernel, scale_kernel
+from ccu_fast.backends.triton.names import keys
+from ccu_fast.backends.triton.plan import stash_shape
 
-Spec = tuple[tuple[int, int, int], ...]
+__all__ = ["backward", "forward", "stash_shape"]
 
-RECTANGLES_PER_PROCESSOR = 8
-MERGE_BLOCK = 256
+# e is at most 2^TOP / max(N, M): no sum of it overflows, and exp2(shift − lse) is still a normal number.
+TOP = 120
 # fp16 gradients are stored times a power of two that brings the largest possible one below 2^14: a factor 2 under
 # fp16's largest for each of rows and columns, and 2^28 above its smallest normal number.
 HALF_EXPONENT = 14
-
-
-def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
-    """Nothing is kept: the backward pass computes S again, chunk by chunk."""
-    return (0,)
+FINISH_BLOCK = 4096
 
 
 def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Row results fp32 ``[R, B, N]``, column results fp32 ``[C, B, M]`` and an empty stash."""
+    """Row results fp32 ``[R, B, N]``, column results fp32 ``[C, B, M]`` and the stash."""
     with _on(p.x):
         device = configs.device()
-        arithmetic = configs.arithmetic(p.x.dtype)
-        keys = _keys(p)
-        tile = device.tile("forward", arithmetic, p)
-        rows, cols = _spec(p, p.rows), _spec(p, p.cols)
-        x, y = _padded(p.x, tile.block_k), _padded(p.y, tile.block_k)
-        plan = _rectangles(p, tile, device, workspace)
-        row_parts = _parts(p.x, rows, plan.strips, p.banks, p.n)
-        col_parts = _parts(p.x, cols, plan.groups, p.banks, p.m)
-        forward_kernel[(p.banks * plan.groups * plan.strips,)](
-            x, y, p.scale, p.bias, *keys, row_parts, col_parts,
-            p.n, p.m, x.shape[2], p.banks, *_bank_strides(x, y, *keys),
-            plan.groups, plan.group_tiles, plan.strips, plan.strip_tiles,
-            **_constants(p, tile, arithmetic),
-            MASK_N=p.n % tile.block_m != 0,
+        problem = _Problem(p, device)
+        tile = device.tile("forward", problem.arithmetic, p)
+        x, y = problem.operands(tile)
+        rows, own_rows = plan.without_own(p, problem.rows)
+        cols, own_cols = plan.without_own(p, problem.cols)
+        cut = plan.rectangles(p, rows, cols, tile, device, workspace)
+        new = p.x.new_empty
+        stash = new(stash_shape(p, workspace, keep), dtype=torch.float32)
+        squares = new((2, device.bounds), dtype=torch.float32)
+        row_parts = new((len(rows), cut.strips, p.banks, p.n), dtype=torch.float32)
+        col_parts = new((len(cols), cut.groups, p.banks, p.m), dtype=torch.float32)
+        row_out = new((len(p.rows), p.banks, p.n), dtype=torch.float32)
+        col_out = new((len(p.cols), p.banks, p.m), dtype=torch.float32)
+
+        d = problem.x.shape[2]
+        if own_rows or own_cols:
+            own_blocks = p.banks * triton.cdiv(max(p.n, p.m), device.bound_tile[0])
+            own_kernel[(own_blocks,)](
+                problem.x, problem.y, p.scale, p.bias, *problem.keys[:2], row_out, col_out,
+                p.n, p.m, d, p.banks, *problem.strides[:4],
+                ROWS=own_rows, COLS=own_cols, HAS_BIAS=p.bias is not None, HAS_LABELS=p.row_labels is not None,
+                BLOCK_M=device.bound_tile[0], BLOCK_K=device.bound_tile[1],
+            )  # fmt: skip
+        if not rows and not cols:
+            stash.zero_()
+            return row_out, col_out, stash
+        bound_kernel[(device.bounds,)](
+            problem.x, problem.y, squares, p.x.shape[0] * p.n, p.y.shape[0] * p.m, d,
+            BLOCK_M=device.bound_tile[0], BLOCK_K=device.bound_tile[1],
         )  # fmt: skip
-        row_out = _merge(row_parts, rows, plan.strips, p.banks, p.n)
-        col_out = _merge(col_parts, cols, plan.groups, p.banks, p.m)
-        return row_out, col_out, row_out.new_empty((0,))
+        whole = plan.chunks(p, device.tile("gradient", problem.arithmetic, p).block_m, workspace, stash.shape[0])
+        kept_rows = sum(chunk.banks * chunk.rows for chunk in whole if chunk.kept)
+        forward_kernel[(p.banks * cut.groups * cut.strips,)](
+            x, y, squares, p.scale, p.bias, *problem.keys, row_parts, col_parts, stash, _kept(p, stash),
+            float(TOP - math.ceil(math.log2(max(p.n, p.m)))),
+            p.n, p.m, d, p.banks, *problem.strides,
+            cut.groups, cut.group_tiles, cut.strips, cut.strip_tiles, kept_rows, plan.stride(p),
+            **problem.constants(tile), **by_distance(p, rows, cols), **tile.options(),
+            PRECISION=problem.precision, TMA=device.tma,
+            MASK_N=p.n % tile.block_m != 0, PROGRAMS=device.bounds, KEEP=kept_rows > 0,
+        )  # fmt: skip
+        online = device.tile("online", problem.arithmetic, p)
+        block = online.block_m
+        blocks = p.banks * (triton.cdiv(p.n, block) * bool(rows) + triton.cdiv(p.m, block) * bool(cols))
+        flags = new((blocks,), dtype=torch.int32)
+        merge_kernel[(blocks,)](
+            row_parts, col_parts, row_out, col_out, flags, stash, p.bias, p.banks, p.n, p.m, cut.strips, cut.groups,
+            ROWS=rows, COLS=cols, HAS_BIAS=p.bias is not None, BLOCK=block,
+        )  # fmt: skip
+        if any(entry[0] == 0 for entry in (*rows, *cols)):
+            online_kernel[(min(blocks, 2 * device.processors),)](
+                problem.x, problem.y, p.scale, p.bias, *problem.keys, row_out, col_out, flags, stash,
+                p.n, p.m, d, p.banks, *problem.strides,
+                ROWS=rows, COLS=cols, **problem.traits, DIAGONAL=p.diagonal, PRECISION=problem.precision,
+                MASK_N=p.n % block != 0, MASK_M=p.m % block != 0, MASK_K=d % online.block_k != 0, **online.options(),
+            )  # fmt: skip
+        else:
+            stash[1:2].zero_()
+        return row_out, col_out, stash
 
 
 def backward(
@@ -70,46 +121,56 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dy like x and y (empty where not needed), dscale and dbias 0-dim fp32.
 
-    G is made for as many rows as ``workspace`` holds, or for several whole banks when they are small, and used at once
-    by two GEMMs.
+    dscale is Σ x∘dx before scale and rounding, or that of y; only where neither is needed does it cost a pass over S.
     """
     with _on(p.x):
         device = configs.device()
-        arithmetic = configs.arithmetic(p.x.dtype)
-        keys = _keys(p)
-        tile = device.tile("gradient", arithmetic, p)
-        x, y = _padded(p.x, tile.block_k), _padded(p.y, tile.block_k)
-        want_x, want_y = needs[0], needs[1]
-        want_totals = needs[2] or needs[3]
-        norm, undo = _normalisation(p, grad_rows, grad_cols)
-        dx = _Accumulator(p.x, want_x, undo)
-        dy = _Accumulator(p.y, want_y, undo)
+        want_x, want_y, want_scale, want_bias = needs
+        store = want_x or want_y
         totals = torch.zeros(2, dtype=torch.float64, device=p.x.device)
-        pad = 16 // p.x.element_size()  # G's rows start on 16 bytes, or the GEMMs would take their slow path
-        stride = triton.cdiv(p.m, pad) * pad
-        constants = _constants(p, tile, arithmetic)
-        for banks, first, count in _chunks(p, stride, tile, workspace) if any(needs) else ():
-            n_banks = banks.stop - banks.start
-            programs = n_banks * triton.cdiv(count, tile.block_m) * triton.cdiv(p.m, tile.block_n)
-            g = p.x.new_empty((n_banks, count, stride) if want_x or want_y else (0,))
-            parts = totals.new_empty((2, programs) if want_totals else (0,), dtype=torch.float32)
-            gradient_kernel[(programs,)](
-                x, y, p.scale, p.bias, norm, *keys,
-                grad_rows, grad_cols, row_out, col_out, g, parts,
-                p.n, p.m, x.shape[2], p.banks, banks.start, first, count, stride, *_bank_strides(x, y, *keys),
-                **constants,
-                HAS_NORM=norm is not None, STORE=want_x or want_y, TOTALS=want_totals,
-                MASK_N=count % tile.block_m != 0,
-            )  # fmt: skip
-            if want_totals:
-                totals += parts.sum(1, dtype=torch.float64)
-            rows = slice(first, first + count)
-            if want_x:
-                dx.add(_times_y(g, p, banks), banks, rows)
-            if want_y:
-                dy.add(_times_x(g, p, banks, rows), banks, slice(0, p.m))
+        dx = p.x.new_empty(p.x.shape if want_x else (0,))
+        dy = p.y.new_empty((0,))
+        if any(needs):
+            problem = _Problem(p, device)
+            norm = _norm(p, grad_rows, grad_cols) if store and p.x.dtype == torch.float16 else None
+            maker = _Gradient(problem, device, (grad_rows, grad_cols, row_out, col_out), stash, norm, store)
+            row_gradient = RowGradient(p) if want_x else None
+            col_gradient = ColumnGradient(p) if want_y else None
+
+            def finish(out: Tensor, total: Tensor, like: Tensor, dot: bool) -> None:
+                programs = triton.cdiv(total.numel(), FINISH_BLOCK)
+                dots = total.new_empty((programs if dot else 0,))
+                finish_kernel[(programs,)](
+                    total, like, out, norm, p.scale, dots, total.numel(),
+                    HAS_NORM=norm is not None, DOT=dot, BLOCK=FINISH_BLOCK, num_warps=8,
+                )  # fmt: skip
+                if dot:
+                    totals[0] += dots.sum(dtype=torch.float64)
+
+            for chunk in plan.chunks(p, maker.tile.block_m, workspace, stash.shape[0]):
+                g, parts = maker.make(chunk, want_bias or (want_scale and not store))
+                if parts is not None:
+                    totals[1] += parts[1]
+                    if not store:
+                        totals[0] += parts[0]
+                if row_gradient is not None:
+                    part = row_gradient.add(g, chunk)
+                    if part is not None:
+                        rows = slice(chunk.first, chunk.first + chunk.rows)
+                        finish(
+                            dx[chunk.start : chunk.stop, rows], part, p.x[chunk.start : chunk.stop, rows], want_scale
+                        )
+                if col_gradient is not None:
+                    col_gradient.add(g, chunk)
+            maker.release()
+            del g
+            if row_gradient is not None and row_gradient.sum is not None:
+                finish(dx, row_gradient.sum, p.x, want_scale)
+            if col_gradient is not None:
+                dy = p.y.new_empty(p.y.shape)
+                finish(dy, col_gradient.sum, p.y, want_scale and not want_x)
         dscale, dbias = totals.float().unbind(0)
-        return dx.result(), dy.result(), dscale.clone(), dbias.clone()
+        return dx, dy, dscale.clone(), dbias.clone()
 
 
 def _on(t: Tensor) -> AbstractContextManager[Any]:
@@ -117,217 +178,134 @@ def _on(t: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
-def _available(p: SimilarityProblem) -> int:
-    """The relations that can occur at all."""
-    own = SELF if p.diagonal or p.row_ids is not None else 0
-    alike = SAME if p.row_labels is not None else 0
-    return int(OTHER | own | alike)
+def _kept(p: SimilarityProblem, stash: Tensor) -> Tensor:
+    return stash[plan.HEADER :].view(plan.kept_dtype(p))
 
 
-def _spec(p: SimilarityProblem, codes: Sequence[int]) -> Spec:
-    """(kind, relations, slot of the running maximum) for each reduction, relations that cannot occur left out.
-
-    All that can occur is ALL, so that the kernels test nothing where nothing needs a test.
-    """
-    spec = []
-    slot = len(codes)
-    for code in codes:
-        kind, relations = code // 8, code % 8
-        spec.append((kind, _simplest(relations, _available(p)), slot))
-        slot += kind == 0
-    return tuple(spec)
+def _norm(p: SimilarityProblem, grad_rows: Tensor, grad_cols: Tensor) -> Tensor:
+    """The power of two that G is stored with, and what undoes it."""
+    norm = p.x.new_empty((2,), dtype=torch.float32)
+    norm_kernel[(1,)](
+        grad_rows, grad_cols, norm, p.banks * p.n, p.banks * p.m, EXPONENT=HALF_EXPONENT,
+        ROWS=len(p.rows), COLS=len(p.cols), BLOCK=4096, num_warps=8,
+    )  # fmt: skip
+    return norm
 
 
-def _simplest(relations: int, available: int) -> int:
-    relations &= available
-    return int(ALL) if relations == available else relations
+class _Problem:
+    """The problem as the kernels want it."""
+
+    def __init__(self, p: SimilarityProblem, device: configs.Device) -> None:
+        self.p, self.device = p, device
+        self.arithmetic = configs.arithmetic(p.x.dtype)
+        self.precision = "tf32" if self.arithmetic == "tf32" else "ieee"
+        # Descriptors want rows of whole 16 bytes; pointers whole steps along D: aligned loads and no mask.
+        multiple = 16 // p.x.element_size() if device.tma else device.largest_step
+        self.x, self.y = _padded(p.x, multiple), _padded(p.y, multiple)
+        self.keys = keys(p)
+        self.rows, self.cols = plan.spec(p, p.rows), plan.spec(p, p.cols)
+        self.traits = {
+            "HAS_BIAS": p.bias is not None,
+            "HAS_LABELS": p.row_labels is not None,
+            "HAS_IDS": p.row_ids is not None,
+        }
+        items = (0 if p.x.shape[0] == 1 else p.n, 0 if p.y.shape[0] == 1 else p.m)
+        self.key_strides = tuple(0 if k is None or k.shape[0] == 1 else k.shape[1] for k in self.keys)
+        self.strides = (*items, *self.key_strides)
+
+    def operands(self, tile: configs.Tile) -> tuple[Any, Any]:
+        """x and y, or their descriptors."""
+        if not self.device.tma:
+            return self.x, self.y
+        d = self.x.shape[2]
+        return (
+            TensorDescriptor.from_tensor(self.x.view(-1, d), [tile.block_m, tile.block_k]),
+            TensorDescriptor.from_tensor(self.y.view(-1, d), [tile.block_n, tile.block_k]),
+        )
+
+    def constants(self, tile: configs.Tile) -> dict[str, Any]:
+        return {
+            **self.traits,
+            "DIAGONAL": self.p.diagonal,
+            "MASK_M": self.p.m % tile.block_n != 0,
+        }
 
 
-def _by_distance(p: SimilarityProblem, spec: Spec) -> tuple[Spec, Spec, Spec]:
-    """A spec in three: what holds for every tile, what is added near the diagonal, what is added far from it.
-
-    Only relations by position differ: far from the diagonal nothing is SELF.
-    """
-    if not p.diagonal:
-        return spec, (), ()
-    far = _available(p) & ~int(SELF)
-    return (
-        tuple((kind, relations if relations == ALL else 0, slot) for kind, relations, slot in spec),
-        tuple((kind, 0 if relations == ALL else relations, slot) for kind, relations, slot in spec),
-        tuple((kind, 0 if relations == ALL else _simplest(relations, far), slot) for kind, relations, slot in spec),
-    )
-
-
-def _constants(p: SimilarityProblem, tile: configs.Tile, arithmetic: str) -> dict[str, Any]:
-    """The compile-time arguments that both kernels share."""
-    specs: dict[str, Spec] = {}
-    for name, codes in (("ROWS", p.rows), ("COLS", p.cols)):
-        spec = specs[name] = _spec(p, codes)
-        specs[f"{name}_ALWAYS"], specs[f"{name}_NEAR"], specs[f"{name}_FAR"] = _by_distance(p, spec)
-    return {
-        **specs,
-        "HAS_BIAS": p.bias is not None,
-        "HAS_LABELS": p.row_labels is not None,
-        "HAS_IDS": p.row_ids is not None,
-        "DIAGONAL": p.diagonal,
-        "MASK_M": p.m % tile.block_n != 0,
-        "PRECISION": "tf32" if arithmetic == "tf32" else "ieee",
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
+def by_distance(p: SimilarityProblem, rows: plan.Spec, cols: plan.Spec) -> dict[str, plan.Spec]:
+    """The specs as arguments of a kernel that tells tiles near the diagonal from others."""
+    found: dict[str, plan.Spec] = {"ROWS": rows, "COLS": cols}
+    for name, spec in (("ROWS", rows), ("COLS", cols)):
+        parts = plan.by_distance(p, spec)
+        found |= {f"{name}_{where}": part for where, part in zip(("ALWAYS", "NEAR", "FAR"), parts, strict=True)}
+    return found
 
 
 def _padded(t: Tensor, multiple: int) -> Tensor:
-    """Zeros to a whole number of steps along D: aligned 16-byte loads and no mask, whatever D is."""
     missing = -t.shape[2] % multiple
-    return torch.nn.functional.pad(t, (0, missing)) if missing else t
+    if missing:
+        return torch.nn.functional.pad(t, (0, missing))
+    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
-def _keys(p: SimilarityProblem) -> tuple[Tensor | None, ...]:
-    """Row labels, column labels, row ids, column ids as int32 names: half the registers of int64, one comparison."""
-    return (*_names(p.row_labels, p.col_labels, signed=True), *_names(p.row_ids, p.col_ids, signed=False))
+@dataclass
+class _Gradient:
+    """Makes G of one chunk after another in one scratch buffer."""
 
+    problem: _Problem
+    device: configs.Device
+    incoming: tuple[Tensor, Tensor, Tensor, Tensor]
+    stash: Tensor
+    norm: Tensor | None
+    store: bool
 
-def _names(row: Tensor | None, col: Tensor | None, *, signed: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Equal keys get equal names, the place of their first occurrence in sorted order; negative labels get −1."""
-    if row is None or col is None:
-        return None, None
-    banks = max(row.shape[0], col.shape[0])
-    keys = torch.cat([row.expand(banks, -1), col.expand(banks, -1)], 1)
-    names = torch.searchsorted(keys.sort(dim=1).values, keys, out_int32=True)
-    if signed:
-        names = names.masked_fill(keys < 0, -1)
-    return names[:, : row.shape[1]].contiguous(), names[:, row.shape[1] :].contiguous()
+    def __post_init__(self) -> None:
+        p = self.problem.p
+        self.tile = self.device.tile("gradient", self.problem.arithmetic, p)
+        self.operands = self.problem.operands(self.tile)
+        self.scratch: Tensor | None = None
 
+    def release(self) -> None:
+        """Let go of the scratch before the last results are allocated."""
+        self.scratch = None
 
-def _bank_strides(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Elements from one bank to the next; 0 where one serves all."""
-    return tuple(0 if t is None or t.shape[0] == 1 else t[0].numel() for t in tensors)
+    def make(self, chunk: plan.Chunk, totals: bool) -> tuple[Tensor, Tensor | None]:
+        """G ``[banks, rows, stride]`` of the chunk, and fp64 ``[2]``, its sums of G∘(x yᵀ) and G.
 
-
-@dataclass(frozen=True)
-class _Rectangles:
-    groups: int
-    group_tiles: int
-    strips: int
-    strip_tiles: int
-
-
-def _rectangles(p: SimilarityProblem, tile: configs.Tile, device: configs.Device, workspace: int) -> _Rectangles:
-    """Cut the tiles of one bank into groups × strips: enough programs for the device, bounded partial results.
-
-    Partial results may take half the workspace for each side, or as much as x or y itself.
-    """
-    row_tiles, col_tiles = triton.cdiv(p.n, tile.block_m), triton.cdiv(p.m, tile.block_n)
-
-    def most(items: int, spec: Spec) -> int:
-        per_item = 4 * _slots(spec)
-        budget = max(workspace // (2 * p.banks * items), 4 * p.x.shape[2])
-        return max(4, budget // per_item) if per_item else max(row_tiles, col_tiles)
-
-    cols, rows = _spec(p, p.cols), _spec(p, p.rows)
-    groups = min(row_tiles, most(p.m, cols), device.max_groups if cols else row_tiles)
-    group_tiles = triton.cdiv(row_tiles, groups)
-    groups = triton.cdiv(row_tiles, group_tiles)
-    wanted = triton.cdiv(RECTANGLES_PER_PROCESSOR * device.processors, groups * p.banks)
-    strips = min(col_tiles, wanted, most(p.n, rows))
-    strip_tiles = triton.cdiv(col_tiles, strips)
-    return _Rectangles(groups, group_tiles, triton.cdiv(col_tiles, strip_tiles), strip_tiles)
-
-
-def _slots(spec: Spec) -> int:
-    return len(spec) + sum(kind == 0 for kind, _, _ in spec)
-
-
-def _parts(like: Tensor, spec: Spec, count: int, banks: int, items: int) -> Tensor:
-    return like.new_empty((_slots(spec), count, banks, items), dtype=torch.float32)
-
-
-def _merge(parts: Tensor, spec: Spec, count: int, banks: int, items: int) -> Tensor:
-    out = parts.new_empty((len(spec), banks, items))
-    if spec:
-        merge_kernel[(triton.cdiv(banks * items, MERGE_BLOCK),)](
-            parts, out, banks * items, count, SPEC=spec, BLOCK=MERGE_BLOCK
-        )
-    return out
-
-
-def _normalisation(p: SimilarityProblem, grad_rows: Tensor, grad_cols: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The power of two that G is stored with (None: 1), and what undoes it and applies scale; both on the device.
-
-    |G| is at most the sum over the reductions of their largest incoming gradient.
-    """
-    if p.x.dtype != torch.float16:
-        return None, p.scale
-    bound = sum(g.abs().amax((1, 2)).sum() for g in (grad_rows, grad_cols) if g.numel())
-    # Gradients that are not finite, or absurdly small, must not make a factor that is not finite.
-    exponent = torch.frexp(torch.as_tensor(bound))[1].clamp(-100, 100) - HALF_EXPONENT
-    one = torch.ones_like(p.scale)
-    return torch.ldexp(one, -exponent), p.scale * torch.ldexp(one, exponent)
-
-
-def _chunks(p: SimilarityProblem, stride: int, tile: configs.Tile, workspace: int) -> Iterator[tuple[slice, int, int]]:
-    """(banks, first row, rows) of each piece of G: several whole banks, or some rows of one bank."""
-    row_bytes = stride * p.x.element_size()
-    whole = workspace // (row_bytes * p.n)
-    if whole:
-        for bank in range(0, p.banks, whole):
-            yield slice(bank, min(bank + whole, p.banks)), 0, p.n
-        return
-    most = max(workspace // row_bytes // tile.block_m, 1) * tile.block_m
-    even = triton.cdiv(triton.cdiv(p.n, triton.cdiv(p.n, most)), tile.block_m) * tile.block_m
-    for bank in range(p.banks):
-        for first in range(0, p.n, even):
-            yield slice(bank, bank + 1), first, min(even, p.n - first)
-
-
-class _Accumulator:
-    """The gradient of x or y: Σ over chunks (and over banks, where one tensor serves all) in fp32, rounded once."""
-
-    def __init__(self, like: Tensor, wanted: bool, factor: Tensor) -> None:
-        self.like, self.wanted, self.factor = like, wanted, factor
-        self.sum = torch.zeros(like.shape if wanted else (0,), dtype=torch.float32, device=like.device)
-
-    def add(self, value: Tensor, banks: slice, rows: slice) -> None:
-        if self.like.shape[0] == 1:
-            self.sum[0, rows] += value.sum(0) if value.shape[0] > 1 else value[0]
-        else:
-            self.sum[banks, rows] += value
-
-    def result(self) -> Tensor:
-        return self.sum.mul_(self.factor).to(self.like.dtype) if self.wanted else self.like.new_empty((0,))
-
-
-def _times_y(g: Tensor, p: SimilarityProblem, banks: slice) -> Tensor:
-    """G Y for a chunk: fp32 ``[banks, rows, D]``."""
-    if p.y.shape[0] > 1:
-        return _matmul(g[..., : p.m], p.y[banks])
-    flat = g.view(1, -1, g.shape[2])[..., : p.m]
-    return _matmul(flat, p.y).view(*g.shape[:2], -1)
-
-
-def _times_x(g: Tensor, p: SimilarityProblem, banks: slice, rows: slice) -> Tensor:
-    """Gᵀ X for a chunk: fp32 ``[banks, M, D]``, or ``[1, M, D]`` summed over banks where y is shared."""
-    if p.x.shape[0] == 1:
-        return _matmul(g[..., : p.m].mT, p.x[:, rows].expand(g.shape[0], -1, -1))
-    if p.y.shape[0] > 1:
-        return _matmul(g[..., : p.m].mT, p.x[banks, rows])
-    # One y for all: rows of all banks are one long reduction. A chunk is whole banks, or one.
-    flat = g.view(1, -1, g.shape[2])[..., : p.m]
-    return _matmul(flat.mT, p.x[banks, rows].reshape(1, -1, p.x.shape[2]))
-
-
-_KEEPS_FP32 = "dtype" in torch.ops.aten.bmm.overloads()
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Batched a @ b with fp32 accumulation and an fp32 result, by the library."""
-    if a.dtype == torch.float32:
-        return torch.bmm(a, b)
-    if a.is_cuda and _KEEPS_FP32:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    # The interpreter's CPU tensors, and torch releases whose GEMM rounds its result: fp16 would overflow there.
-    return torch.bmm(a.float(), b.float())
+        The first sum is right only where nothing is stored.
+        """
+        problem, p, tile = self.problem, self.problem.p, self.tile
+        stride = plan.stride(p)
+        size = chunk.banks * chunk.rows * stride if self.store else 0
+        if self.scratch is None or self.scratch.numel() < size:
+            self.scratch = p.x.new_empty((size,))
+        g = self.scratch[:size].view(chunk.banks, chunk.rows, stride) if self.store else self.scratch
+        tiles = chunk.banks * triton.cdiv(chunk.rows, tile.block_m) * triton.cdiv(p.m, tile.block_n)
+        programs = min(tiles, 2 * self.device.processors)
+        kept = chunk.kept and self.store and not totals
+        parts = None
+        if totals:
+            parts = g.new_zeros((2, 2, programs), dtype=torch.float32)
+        shared = {
+            **problem.constants(tile), "HAS_NORM": self.norm is not None, "TOTALS": totals,
+            "MASK_N": chunk.rows % tile.block_m != 0,
+        }  # fmt: skip
+        for again in (False, True):
+            gradient_kernel[(programs,)](
+                *self.operands, self.stash, p.scale, p.bias, self.norm, *problem.keys, *self.incoming, g,
+                g if parts is None else parts[int(again)],
+                p.n, p.m, problem.x.shape[2], p.banks, chunk.start, chunk.banks, chunk.first, chunk.rows, stride,
+                0 if parts is None else parts.shape[2], *problem.strides,
+                **shared, **by_distance(p, problem.rows, problem.cols), **tile.options(), PRECISION=problem.precision,
+                TMA=self.device.tma, STORE=self.store, FIX=kept and not again, AGAIN=again,
+            )  # fmt: skip
+        if kept:
+            for foreign in ("HAS_BIAS", "TOTALS"):
+                del shared[foreign]
+            e = _kept(p, self.stash)[chunk.before * stride :]
+            scale_kernel[(tiles,)](
+                e, self.stash, self.norm, *problem.keys, *self.incoming, g,
+                p.n, p.m, p.banks, chunk.start, chunk.first, chunk.rows, stride, *problem.key_strides,
+                **shared, ROWS=plan.far_from_diagonal(p, problem.rows), COLS=plan.far_from_diagonal(p, problem.cols),
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=16,
+            )  # fmt: skip
+        return g, None if parts is None else parts.sum((0, 2), dtype=torch.float64)

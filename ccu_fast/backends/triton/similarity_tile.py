@@ -1,12 +1,17 @@
-"""What both similarity kernels do with one tile of S: its product, its relations, its reductions, its gradient.
+"""What the similarity kernels do with one tile of S: its product, its relations, its reductions, its gradient.
 
-Inside the kernels S is carried as ``t = S · log2(e)``, so that an exponential is one ``exp2`` of one difference and
-no rounding is added to S's own. A SPEC is a tuple of ``(kind, relations, peak)`` known at compile time: the kind of
-:data:`LSE`, :data:`SUM` or :data:`SOFTPLUS`, the relation bits, and the slot that keeps an lse's running maximum.
-The empty set of relations costs nothing.
+Inside the kernels S is carried as ``t = S · log2(e)``, so that an exponential is one ``exp2``. All of them share one
+exponential per pair,
 
-A state is one ``(total, peak)`` pair of vectors for each entry of a SPEC: an lse is ``peak + log2(total)``, the other
-kinds use only the total. ``sum`` totals t itself, ``softplus`` totals natural units.
+    e = exp2(t − bias − shift),    2^-126 <= e <= 2^120 / max(N, M)
+
+with one ``shift`` for the whole problem, so a tile gives plain sums to its rows and to its columns. The lower clamp
+leaves 0 to mean "nothing was summed". A row or column whose sum is so small that clamped terms could show in it
+is computed again with its own maximum (``reduce_online``), and the backward pass then uses ``gradient_online``.
+
+A SPEC is a tuple of ``(kind, relations)`` known at compile time: the kind of :data:`LSE`, :data:`SUM` or
+:data:`SOFTPLUS`, and the relation bits. The empty set of relations costs nothing. A state is one vector of totals for
+each entry of a SPEC: ``lse`` totals e, ``sum`` totals t, ``softplus`` totals natural units.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -41,21 +46,47 @@ def swizzle(pid, n_rows, n_cols, WIDTH: tl.constexpr):
 
 @triton.jit
 def products(
-    x, y, rows, cols, D,
+    x, y, first_row, first_col, x_start, y_start, N, M, D,
+    TMA: tl.constexpr, MASK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x[rows] · y[cols]ᵀ in fp32; rows and cols are in range, D is a multiple of BLOCK_K."""
-    k = tl.arange(0, BLOCK_K)
-    x_ptrs = x + rows.to(tl.int64)[:, None] * D + k[None, :]
-    y_ptrs = y + cols.to(tl.int64)[None, :] * D + k[:, None]
+    """The tile of x yᵀ at (first_row, first_col) of one bank, in fp32.
+
+    ``x_start`` and ``y_start`` are the rows where the bank begins. With TMA x and y are descriptors of
+    ``[banks · items, D]``, else pointers; without MASK_K they need a D that is a multiple of BLOCK_K. What lies beyond the last row or column is
+    that of another item: the caller masks it.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(0, D, BLOCK_K):
-        a = tl.load(x_ptrs)
-        b = tl.load(y_ptrs)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        x_ptrs += BLOCK_K
-        y_ptrs += BLOCK_K
+    if TMA:
+        row = (x_start + first_row).to(tl.int32)
+        col = (y_start + first_col).to(tl.int32)
+        for k in range(0, D, BLOCK_K):
+            a = x.load([row, k])
+            b = y.load([col, k])
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    else:
+        k = tl.arange(0, BLOCK_K)
+        rows = x_start + tl.minimum(first_row + tl.arange(0, BLOCK_M), N - 1)
+        cols = y_start + tl.minimum(first_col + tl.arange(0, BLOCK_N), M - 1)
+        x_ptrs = x + rows[:, None] * D + k[None, :]
+        y_ptrs = y + cols[None, :] * D + k[:, None]
+        for start in range(0, D, BLOCK_K):
+            if MASK_K:
+                a = tl.load(x_ptrs, mask=(start + k < D)[None, :], other=0.0)
+                b = tl.load(y_ptrs, mask=(start + k < D)[:, None], other=0.0)
+            else:
+                a = tl.load(x_ptrs)
+                b = tl.load(y_ptrs)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            x_ptrs += BLOCK_K
+            y_ptrs += BLOCK_K
     return acc
+
+
+@triton.jit
+def exponential(dots, scale, shift):
+    """e of a tile; NaN stays NaN."""
+    return tl.exp2(tl.maximum(dots * scale - shift, -126.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -124,40 +155,43 @@ def softplus(t):
 
 
 @triton.jit
-def join(total, peak, other_total, other_peak):
-    """Two partial log-sum-exps as one; (0, −inf) is the empty one."""
-    top = tl.maximum(peak, other_peak)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    return total * tl.exp2(peak - shift) + other_total * tl.exp2(other_peak - shift), top
-
-
-@triton.jit
 def empty_state(SPEC: tl.constexpr, ITEMS: tl.constexpr):
     """The state before any tile."""
     state = ()
     for _ in tl.static_range(len(SPEC)):
-        state = state + ((tl.zeros((ITEMS,), tl.float32), tl.full((ITEMS,), float("-inf"), tl.float32)),)
+        state = state + (tl.zeros((ITEMS,), tl.float32),)
     return state
 
 
 @triton.jit
-def reduce_tile(t, relation, state, SPEC: tl.constexpr, AXIS: tl.constexpr):
+def reduce_tile(t, e, relation, state, SPEC: tl.constexpr, AXIS: tl.constexpr):
     """The state after one more tile, reduced over AXIS (1: row results, 0: column results)."""
     result = ()
     for r in tl.static_range(len(SPEC)):
-        total, peak = state[r]
+        total = state[r]
         if SPEC[r][1] != 0:
-            chosen = (relation & SPEC[r][1]) != 0
-            if SPEC[r][0] == LSE:
-                masked = tl.where(chosen, t, float("-inf"))
-                top = tl.maximum(peak, tl.max(masked, AXIS))
-                shift = tl.where(top == float("-inf"), 0.0, top)
-                total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(masked - tl.expand_dims(shift, AXIS)), AXIS)
-                peak = top
-            elif SPEC[r][0] == SUM:
-                total += tl.sum(tl.where(chosen, t, 0.0), AXIS)
-            else:
-                total += tl.sum(tl.where(chosen, softplus(t), 0.0), AXIS)
+            value = e
+            if SPEC[r][0] == SUM:
+                value = t
+            elif SPEC[r][0] == SOFTPLUS:
+                value = softplus(t)
+            total += tl.sum(tl.where((relation & SPEC[r][1]) != 0, value, 0.0), AXIS)
+        result = result + (total,)
+    return result
+
+
+@triton.jit
+def reduce_online(t, relation, state, SPEC: tl.constexpr):
+    """The (total, peak) of every lse along rows after one more tile, each relative to its own maximum so far."""
+    result = ()
+    for r in tl.static_range(len(SPEC)):
+        total, peak = state[r]
+        if SPEC[r][0] == LSE:
+            masked = tl.where((relation & SPEC[r][1]) != 0, t, float("-inf"))
+            top = tl.maximum(peak, tl.max(masked, 1))
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(masked - shift[:, None]), 1)
+            peak = top
         result = result + ((total, peak),)
     return result
 
@@ -166,24 +200,45 @@ def reduce_tile(t, relation, state, SPEC: tl.constexpr, AXIS: tl.constexpr):
 def load_gradients(grads, outs, index, in_range, stride, SPEC: tl.constexpr):
     """For each reduction its incoming gradient and, for lse, its result times log2(e).
 
-    An empty set passes no gradient: exp2(t − inf) is 0 and so is its factor.
+    An empty set passes no gradient: exp2(t − inf) is 0 and so is its factor. What no relation uses is not loaded.
     """
     result = ()
     for r in tl.static_range(len(SPEC)):
-        grad = tl.load(grads + r * stride + index, mask=in_range, other=0.0)
-        lse = grad
-        if SPEC[r][0] == LSE:
-            lse = tl.load(outs + r * stride + index, mask=in_range, other=float("-inf")) * LOG2E
-            nothing = lse == float("-inf")
-            grad = tl.where(nothing, 0.0, grad)
-            lse = tl.where(nothing, float("inf"), lse)
-        result = result + ((grad, lse),)
+        if SPEC[r][1] != 0:
+            grad = tl.load(grads + r * stride + index, mask=in_range, other=0.0)
+            lse = grad
+            if SPEC[r][0] == LSE:
+                lse = tl.load(outs + r * stride + index, mask=in_range, other=float("-inf")) * LOG2E
+                nothing = lse == float("-inf")
+                grad = tl.where(nothing, 0.0, grad)
+                lse = tl.where(nothing, float("inf"), lse)
+            result = result + ((grad, lse),)
+        else:
+            result = result + ((0.0, 0.0),)
     return result
 
 
 @triton.jit
-def gradient_tile(t, relation, g, sources, SPEC: tl.constexpr, AXIS: tl.constexpr):
-    """g plus what the reductions over AXIS send back to every entry of S."""
+def gradient_tile(e, over, relation, g, sources, shift, SPEC: tl.constexpr, AXIS: tl.constexpr):
+    """g plus what the reductions over AXIS send back to every entry of S; ``over`` is exp2(−bias − shift).
+
+    Probability first, gradient second: their product with e in any other order could leave the range of fp32.
+    """
+    for r in tl.static_range(len(SPEC)):
+        if SPEC[r][1] != 0:
+            grad, lse = sources[r]
+            part = tl.expand_dims(grad, AXIS)
+            if SPEC[r][0] == LSE:
+                part = e * tl.expand_dims(tl.exp2(shift - lse), AXIS) * part
+            elif SPEC[r][0] == SOFTPLUS:
+                part = part * (e / (e + over))
+            g += tl.where((relation & SPEC[r][1]) != 0, part, 0.0)
+    return g
+
+
+@triton.jit
+def gradient_online(t, relation, g, sources, SPEC: tl.constexpr, AXIS: tl.constexpr):
+    """The same with an exponential for each reduction, where one shift does not suit all."""
     for r in tl.static_range(len(SPEC)):
         if SPEC[r][1] != 0:
             grad, lse = sources[r]

@@ -1,0 +1,67 @@
+"""The two library GEMMs between G and the gradients: operands in the inputs' dtype, sums in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ccu_fast.backends.problem import SimilarityProblem
+from ccu_fast.backends.triton.plan import Chunk
+
+_KEEPS_FP32 = "dtype_out" in torch.ops.aten.baddbmm.overloads()
+
+
+def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """``out = a @ b`` or ``out += a @ b``, batched, with fp32 sums and an fp32 ``out``."""
+    if a.dtype == torch.float32:
+        torch.baddbmm(out, a, b, out=out) if add else torch.bmm(a, b, out=out)
+    elif a.is_cuda and _KEEPS_FP32:
+        if add:
+            torch.ops.aten.baddbmm.dtype_out(out, a, b, torch.float32, out=out)
+        else:
+            torch.ops.aten.bmm.dtype_out(a, b, torch.float32, out=out)
+    else:
+        # The interpreter's CPU tensors, and torch releases whose GEMM rounds its result: fp16 would overflow there.
+        product(out, a.float(), b.float(), add=add)
+
+
+class RowGradient:
+    """dX = G Y in fp32, chunk by chunk: final at once, but for a bank of x that serves several banks of y."""
+
+    def __init__(self, p: SimilarityProblem) -> None:
+        self.p = p
+        self.shared = p.x.shape[0] < p.banks
+        self.sum = torch.zeros(p.x.shape, dtype=torch.float32, device=p.x.device) if self.shared else None
+
+    def add(self, g: Tensor, chunk: Chunk) -> Tensor | None:
+        """The chunk's share; returns it where it is final."""
+        p = self.p
+        part = g.new_empty((chunk.banks, chunk.rows, p.x.shape[2]), dtype=torch.float32)
+        if p.y.shape[0] > 1:
+            product(part, g[..., : p.m], p.y[chunk.start : chunk.stop], add=False)
+        else:
+            product(part.view(1, -1, part.shape[2]), g.view(1, -1, g.shape[2])[..., : p.m], p.y, add=False)
+        if self.sum is None:
+            return part
+        self.sum[0, chunk.first : chunk.first + chunk.rows] += part.sum(0)
+        return None
+
+
+class ColumnGradient:
+    """dY = Gᵀ X, summed over chunks in fp32, in place: no second buffer of its size."""
+
+    def __init__(self, p: SimilarityProblem) -> None:
+        self.p = p
+        self.sum = p.y.new_empty(p.y.shape, dtype=torch.float32)
+
+    def add(self, g: Tensor, chunk: Chunk) -> None:
+        p = self.p
+        rows = slice(chunk.first, chunk.first + chunk.rows)
+        if p.y.shape[0] < p.banks:
+            # One y for all: rows of all banks are one long reduction. A chunk is whole banks, or one.
+            flat = g.view(1, -1, g.shape[2])[..., : p.m]
+            x = p.x[chunk.start : chunk.stop, rows].reshape(1, -1, p.x.shape[2])
+            product(self.sum, flat.mT, x, add=chunk.before > 0)
+        else:
+            x = p.x[:, rows].expand(chunk.banks, -1, -1) if p.x.shape[0] == 1 else p.x[chunk.start : chunk.stop, rows]
+            product(self.sum[chunk.start : chunk.stop], g[..., : p.m].mT, x, add=chunk.first > 0)
