@@ -172,7 +172,7 @@ def test_resources(
     assert {name.split()[0] for name in kernels} == expected
     for name, kernel in kernels.items():
         used = usage(kernel.asm["cubin"], tmp_path)
-        print(f"sm_{capability} {precision} {variant}: {name}: {used['REG']} registers, {kernel.metadata.shared} B shared, {used['STACK']} B stack")
+        print(f"{name}: {used['REG']} registers, {kernel.metadata.shared} B shared, {used['STACK']} B stack")
         assert used["STACK"] == used["LOCAL"] == 0, f"{name} spills: {used}"
         assert used["REG"] <= MAX_REGISTERS, f"{name}: {used}"
         assert kernel.metadata.shared <= SHARED_LIMIT[capability], f"{name}: {kernel.metadata.shared} B shared"

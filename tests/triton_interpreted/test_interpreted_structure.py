@@ -97,7 +97,9 @@ class Watch(TorchDispatchMode):
             self.now -= size
 
 
-def problem(n: int, d: int, *, banks: int = 1, shared: bool = False, dtype: torch.dtype = torch.bfloat16, **traits: Any):
+def problem(
+    n: int, d: int, *, banks: int = 1, shared: bool = False, dtype: torch.dtype = torch.bfloat16, **traits: Any
+):
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 

@@ -2,7 +2,8 @@
 
 In plain torch, for one bank and CLIP's reductions:
 
-    bound_kernel    shift = (abs(scale) * log2(e) * norm(x, dim=1).max() * norm(y, dim=1).max() - top).clamp(min=0).ceil()
+    bound_kernel    bound = abs(scale) * log2(e) * norm(x, dim=1).max() * norm(y, dim=1).max()
+                    shift = (bound - top).clamp(min=0).ceil()
     forward_kernel  E = (scale * log2(e) * x @ y.T - shift).exp2()          # a tile; kept in bf16 where there is room
                     row = E.sum(1);  col = E.sum(0)                         # and sums, softplus, over any relations
     own_kernel      positive = scale * (x * y).sum(1) + bias                # sums over SELF by position need no tiles
@@ -99,7 +100,7 @@ def own_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LABELS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """S[i, i] into the row and column results number ROWS and COLS of a paired problem: sums over SELF need no tiles."""
+    """S[i, i] of a paired problem into its row and column results number ROWS and COLS: no tiles are needed."""
     blocks = tl.cdiv(tl.maximum(N, M), BLOCK_M)
     bank = (tl.program_id(0) // blocks).to(tl.int64)
     index = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -150,8 +151,8 @@ def forward_kernel(
 
     ``row_parts`` is fp32 ``[len(ROWS), strips, banks, N]``, ``col_parts`` ``[len(COLS), groups, banks, M]``. ``kept``
     takes E of the first ``kept_rows`` rows, counted through all banks. ``x_bank`` and ``y_bank`` are rows from one bank
-    to the next, the other ``_bank`` arguments are elements; 0 if shared. Where pairs are SELF by position (``DIAGONAL``)
-    the reductions over everything are ``_ALWAYS`` alike; the others are ``_NEAR`` the diagonal and without SELF
+    to the next, the other ``_bank`` arguments are elements; 0 if shared. Where pairs are SELF by position
+    (``DIAGONAL``) the reductions over everything are ``_ALWAYS`` alike; the others are ``_NEAR`` the diagonal and without SELF
     ``_FAR`` from it.
     """
     pid = tl.program_id(0)

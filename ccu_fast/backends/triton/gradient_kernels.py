@@ -2,7 +2,8 @@
 
 In plain torch, for one bank, CLIP's reductions and a chunk of rows:
 
-    gradient_kernel  G = grad_row[:, None] * (S - row[:, None]).exp() + grad_col * (S - col).exp()   # S = scale * x @ y.T
+    gradient_kernel  S = scale * x @ y.T
+                     G = grad_row[:, None] * (S - row[:, None]).exp() + grad_col * (S - col).exp()
     scale_kernel     G = E * ((shift - row).exp2() * grad_row)[:, None] + E * (shift - col).exp2() * grad_col
     between them     dx = scale * G @ y;  dy += scale * G.T @ x                                      # two library GEMMs
     finish_kernel    dx = (factor * sum).to(dtype);  dscale = (x * sum).sum()
@@ -14,8 +15,8 @@ forward included, is (8 − 2f)·N·M·D FLOPs. G goes to a scratch chunk and no
 E kept in bf16 has a relative error of 2^-9 at any size. Where a pair is SELF its gradient is a difference of nearly
 equal numbers, p − 1, which that error would fill. Tiles that hold a SELF pair (N/128 tiles of a paired problem) are
 therefore left out by scale_kernel and made by gradient_kernel from fp32 products (``FIX``). If online_kernel had to
-work, E may have underflowed: a second launch (``AGAIN``), which else returns at once, makes all of G with an exponential
-for each reduction.
+work, E may have underflowed: a second launch (``AGAIN``), which else returns at once, makes all of G with an
+exponential for each reduction.
 
 The grids. scale_kernel: one program for each tile, nothing is shared. gradient_kernel: a few programs for each
 processor share the tiles in bands of rows, so that a launch that has little or nothing to fix costs next to nothing.
@@ -154,9 +155,9 @@ def gradient_kernel(
 ):  # fmt: skip
     """Tiles of G from x and y, for the rows [first_row, first_row + chunk_rows) of some banks.
 
-    With ``FIX`` only those that scale_kernel leaves out. Launched twice, without and with ``AGAIN``: one of the two finds
-    that the header speaks of the other and has no tiles. ``g_out`` is ``[chunk_banks, chunk_rows, g_stride]`` in the dtype
-    of x, times ``norm``; ``totals_out`` is fp32 ``[2, totals_stride]``: Σ G∘(x yᵀ) and Σ G of each
+    With ``FIX`` only those that scale_kernel leaves out. Launched twice, without and with ``AGAIN``: one of the two
+    finds that the header speaks of the other and has no tiles. ``g_out`` is ``[chunk_banks, chunk_rows, g_stride]`` in
+    the dtype of x, times ``norm``; ``totals_out`` is fp32 ``[2, totals_stride]``: Σ G∘(x yᵀ) and Σ G of each
     program, from fp32 values; the first only without ``STORE``.
     """
     row_tiles = tl.cdiv(chunk_rows, BLOCK_M)

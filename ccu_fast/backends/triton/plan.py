@@ -80,9 +80,7 @@ class Rectangles:
     strip_tiles: int
 
 
-def rectangles(
-    p: SimilarityProblem, rows: Spec, cols: Spec, tile: Tile, device: Device, workspace: int
-) -> Rectangles:
+def rectangles(p: SimilarityProblem, rows: Spec, cols: Spec, tile: Tile, device: Device, workspace: int) -> Rectangles:
     """Cut the tiles of one bank: enough programs for the device, bounded partial sums.
 
     Partial sums may take an eighth of the workspace for each side, or as much as x or y itself in fp32.

@@ -53,8 +53,8 @@ def products(
     """The tile of x yᵀ at (first_row, first_col) of one bank, in fp32.
 
     ``x_start`` and ``y_start`` are the rows where the bank begins. With TMA x and y are descriptors of
-    ``[banks · items, D]``, else pointers; without MASK_K they need a D that is a multiple of BLOCK_K. What lies beyond the last row or column is
-    that of another item: the caller masks it.
+    ``[banks · items, D]``, else pointers; without MASK_K they need a D that is a multiple of BLOCK_K. What lies beyond
+    the last row or column is that of another item: the caller masks it.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:
