@@ -27,7 +27,7 @@ MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 MAX_REGISTERS = 255
 PRODUCTS = ("forward_kernel", "gradient_kernel", "online_kernel")
-OTHERS = ("bound_kernel", "merge_kernel", "norm_kernel", "scale_kernel", "finish_kernel")
+OTHERS = ("bound_kernel", "merge_kernel", "own_kernel", "norm_kernel", "scale_kernel", "finish_kernel")
 
 # Rows, columns, keys, "ragged" if the shape fits no tile, bias.
 Variant = tuple[tuple[tuple[str, int], ...], tuple[tuple[str, int], ...], str]
@@ -160,15 +160,20 @@ def test_resources(
     p = problem(VARIANTS[variant], {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32))
     row_out, col_out, stash = similarity.forward(p, 1 << 20, True)
     incoming = torch.zeros_like(row_out), torch.zeros_like(col_out)
-    similarity.backward(p, *incoming, row_out, col_out, stash, [True] * 4, 1 << 30)
+    similarity.backward(p, *incoming, row_out, col_out, stash, [True, True, True, False], 1 << 30)
 
     # And G from x and y for all of its tiles, as for rows of which nothing was kept.
     similarity.backward(p, *incoming, row_out, col_out, stash[:16], [True] * 4, 1 << 30)
 
     kernels = compiled()
+    own = ("sum", SELF) in (*VARIANTS[variant][0], *VARIANTS[variant][1]) and p.diagonal
     expected = {*PRODUCTS, *OTHERS} - ({"norm_kernel"} if precision != "fp16" else set())
     if all(kind != "lse" for kind, _ in (*VARIANTS[variant][0], *VARIANTS[variant][1])):
         expected.remove("online_kernel")
+    if not own:
+        expected.remove("own_kernel")
+    if p.bias is not None:  # its gradient needs fp32 sums of all of G
+        expected.remove("scale_kernel")
     assert {name.split()[0] for name in kernels} == expected
     for name, kernel in kernels.items():
         used = usage(kernel.asm["cubin"], tmp_path)

@@ -152,8 +152,8 @@ def forward_kernel(
     ``row_parts`` is fp32 ``[len(ROWS), strips, banks, N]``, ``col_parts`` ``[len(COLS), groups, banks, M]``. ``kept``
     takes E of the first ``kept_rows`` rows, counted through all banks. ``x_bank`` and ``y_bank`` are rows from one bank
     to the next, the other ``_bank`` arguments are elements; 0 if shared. Where pairs are SELF by position
-    (``DIAGONAL``) the reductions over everything are ``_ALWAYS`` alike; the others are ``_NEAR`` the diagonal and without SELF
-    ``_FAR`` from it.
+    (``DIAGONAL``) the reductions over everything are ``_ALWAYS`` alike; the others are ``_NEAR`` the diagonal and
+    without SELF ``_FAR`` from it.
     """
     pid = tl.program_id(0)
     bank = (pid // (groups * strips)).to(tl.int64)

@@ -262,6 +262,9 @@ class _Gradient:
         p = self.problem.p
         self.tile = self.device.tile("gradient", self.problem.arithmetic, p)
         self.operands = self.problem.operands(self.tile)
+        # A relation for each pair, or twice the bytes, need the registers of more threads.
+        keyed = any(key is not None for key in self.problem.keys)
+        self.scale_warps = 16 if keyed or p.x.dtype == torch.float32 else 8
         self.scratch: Tensor | None = None
 
     def release(self) -> None:
@@ -306,6 +309,6 @@ class _Gradient:
                 e, self.stash, self.norm, *problem.keys, *self.incoming, g,
                 p.n, p.m, p.banks, chunk.start, chunk.first, chunk.rows, stride, *problem.key_strides,
                 **shared, ROWS=plan.far_from_diagonal(p, problem.rows), COLS=plan.far_from_diagonal(p, problem.cols),
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=16,
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=self.scale_warps,
             )  # fmt: skip
         return g, None if parts is None else parts.sum((0, 2), dtype=torch.float64)
