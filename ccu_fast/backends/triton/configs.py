@@ -83,7 +83,7 @@ _TILES: dict[str, tuple[dict[str, Tile], dict[str, Tile]]] = {
     # A100: 163 KB of shared memory, mma.
     "sm_80": (
         {"half": Tile(128, 128, 64, 8, 3, 64), "tf32": Tile(128, 128, 32, 8, 3, 64), "ieee": _IEEE},
-        {"half": Tile(64, 64, 64, 4, 3, 64), "tf32": Tile(64, 64, 32, 4, 3, 64), "ieee": _IEEE},
+        {"half": Tile(64, 64, 64, 4, 3, 32), "tf32": Tile(64, 64, 32, 4, 3, 32), "ieee": _IEEE},
     ),
     # GeForce and workstation parts, 8.6 to 12.x: 99 KB.
     "small": (
