@@ -33,15 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        device = environment.choose_device(arguments.device)
         for op in arguments.ops:
             if op not in OPS:
                 raise ValueError(f"ops: expected some of {', '.join(OPS)}, got {op!r}")
         if arguments.report or arguments.check:
             out = arguments.out or results.FOLDER
             reported = _report(out) if arguments.report else 0
-            checked = _check(out, device.type, strict=arguments.strict) if arguments.check else 0
+            # What is stored, or owed, on a device can be read without having one.
+            kind = arguments.device or environment.choose_device(None).type
+            checked = _check(out, kind, strict=arguments.strict) if arguments.check else 0
             return reported or checked
+        device = environment.choose_device(arguments.device)
         cases = _cases(arguments, device)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -135,7 +137,8 @@ def _check(out: Path, device: str, *, strict: bool) -> int:
         print("\n".join(lines))
         all_met = all_met and met
     if not folders:
-        print(f"no results for {device} in {out}: nothing measured, {len(owed)} bars owed")
+        print(f"no results for {device} in {out}")
+        print("\n".join(bars.check(owed, [])[0]))
     return 0 if all_met or not strict else 1
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import plots, results, summary, tables
+from benchmarks import bars, plots, results, summary, tables
 from benchmarks.__main__ import main
 from benchmarks.environment import REPOSITORY
 from benchmarks.results import Row
@@ -84,11 +84,22 @@ def test_report_makes_everything_from_the_files(tmp_path: Path, capsys: pytest.C
     measured(tmp_path / "cpu-a", sizes=1)
     readme = (REPOSITORY / "README.md").read_bytes()
     assert main(["--report", "--check", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    assert "9 bars: 0 met, 0 not met, 9 not measured" in capsys.readouterr().out
+    owed = sum(bar.device == "cpu" for bar in bars.load())
+    assert f"{owed} bars: 0 met, 0 not met, {owed} not measured" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "cpu-a").iterdir()} == {"clip_loss.json", "clip_loss.svg", "README.md"}
     assert "![time and memory of clip_loss](clip_loss.svg)" in (tmp_path / "cpu-a" / "README.md").read_text()
     assert "4.00 open_clip" in (tmp_path / "SUMMARY.md").read_text()
     assert (REPOSITORY / "README.md").read_bytes() == readme  # only the project's own results go there
+
+
+def test_what_a_gpu_owes_is_listed_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check", "--device", "cuda", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    owed = [bar for bar in bars.load() if bar.device == "cuda"]
+    assert len(owed) > 30
+    assert printed.count("not measured ") == len(owed)
+    assert f"{len(owed)} bars: 0 met, 0 not met, {len(owed)} not measured" in printed
+    assert main(["--check", "--device", "cuda", "--strict", "--out", str(tmp_path)]) == 1
 
 
 # --- the committed files ---------------------------------------------------------------------------------------------
