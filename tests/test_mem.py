@@ -308,6 +308,8 @@ def test_the_experiment_twice_is_the_same_and_is_json(tmp_path: Any) -> None:
         assert m["last"]["epoch"] == len(m["curve"]) == len(m["train_loss"]) == 2
         assert m["best"]["i2t_r1"] + m["best"]["t2i_r1"] >= m["last"]["i2t_r1"] + m["last"]["t2i_r1"]
         assert (m["prefixed"] is None) == (name != "mem-2")
+        assert m["transfer"] is None
+        assert m["robustness"] == {}
         assert m["noise"]["eps_255"] == {"clean": 0, "random": 8}.get(name, 4)
         example = m["examples"][0]
         total = torch.tensor(example["clean"]) + torch.tensor(example["noise"])
@@ -320,6 +322,18 @@ def test_the_experiment_twice_is_the_same_and_is_json(tmp_path: Any) -> None:
     for stage in stages:
         done = [(d, t) for s, d, t, _ in calls if s == stage]
         assert done == [(i, done[0][1]) for i in range(done[0][1] + 1)]
+
+
+def test_transfer_and_robustness_are_victims_of_their_own() -> None:
+    tiny = {"settings": TINY, "recipe": Recipe(epochs=1, batch=16), "n_train": 33, "n_test": 12, "width": 32}
+    result = run_digit_strips(0, ("mem-1",), transfer=True, treatments=("blur", "no trigger"), **tiny)
+    measured = result["methods"]["mem-1"]
+    assert list(measured["robustness"]) == ["blur", "no trigger"]
+    for other in (measured["transfer"], *measured["robustness"].values()):
+        assert other["last"]["epoch"] == other["best"]["epoch"] == 1
+        assert other["last"]["i2t_medr"] >= 1
+    with pytest.raises(ValueError, match="treatments"):
+        run_digit_strips(0, ("mem-1",), treatments=("sharpen",), **tiny)
 
 
 def test_the_experiment_refuses_bad_methods() -> None:

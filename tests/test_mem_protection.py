@@ -38,8 +38,10 @@ def everything(run: Protection) -> tuple[torch.Tensor, list[str], dict[str, list
     return run.published_images(torch.arange(20)), run.published_captions(torch.arange(30)), run.losses
 
 
-@pytest.mark.parametrize("name", ["mem-2", "em", "trigger-1", "uap", "tap", "random-2"])
-@pytest.mark.parametrize("stop", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [("mem-2", 0), ("mem-2", 1), ("mem-2", 2), ("em", 1), ("trigger-1", 1), ("uap", 1), ("tap", 1), ("random-2", 0)],
+)
 def test_a_run_that_stopped_goes_on_to_the_same_bits(name: str, stop: int) -> None:
     whole, first = make(name), make(name)
     for i in range(whole.rounds):
@@ -97,8 +99,8 @@ def test_adversarial_noise_raises_the_loss_of_a_clean_model_and_error_minimising
         losses[name] = run.losses["noise"][0]
         if name != "em":
             assert len(run.losses["surrogate"]) == 1
-    assert losses["tap"] > losses["em"] + 0.5
-    assert losses["tap-targeted"] > losses["em"] + 0.5
+    assert losses["tap"] > 5 * losses["em"]
+    assert losses["tap-targeted"] > 5 * losses["em"]
 
 
 def test_shards_start_from_the_same_surrogate_and_average_its_gradients() -> None:

@@ -17,8 +17,9 @@ from ccu_fast.data.strips import LENGTH, StripSet, caption, load_strips
 from ccu_fast.mem.evaluate import groups, guessing, reading, retrieval
 from ccu_fast.mem.export import export, noise_size, psnr
 from ccu_fast.mem.generate import Protected, protect
+from ccu_fast.mem.robustness import TREATMENTS, treat
 from ccu_fast.mem.settings import Method, Progress, Settings, silent
-from ccu_fast.mem.surrogate import generator, pixels
+from ccu_fast.mem.surrogate import ModelFactory, generator, pixels
 from ccu_fast.mem.tokenizer import WordTokenizer, insert_triggers
 from ccu_fast.mem.triggers import random_triggers
 from ccu_fast.mem.victim import Recipe, Victim, train_victim
@@ -38,6 +39,8 @@ def run_digit_strips(
     n_train: int = 2048,
     n_test: int = 500,
     width: int = 96,
+    transfer: bool = False,
+    treatments: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Protect digit-strips with each method, train a fresh victim on what is published, evaluate it on clean strips.
 
@@ -53,6 +56,8 @@ def run_digit_strips(
         recipe: the victim's training.
         n_train, n_test: numbers of strips.
         width: of both towers.
+        transfer: also train a victim with another image tower (a vision transformer) and a deeper text tower.
+        treatments: of :data:`ccu_fast.mem.robustness.TREATMENTS`; for each a victim is trained on what it leaves.
 
     Returns:
         A dict that ``json.dumps`` takes. ``guessing``: R@k of a random order. ``methods[name]``:
@@ -62,6 +67,8 @@ def run_digit_strips(
         - ``reading``: zero-shot reading of the test strips after the last epoch
         - ``prefixed``: retrieval after the last epoch when test captions carry random trigger words (None without
           triggers): how much of the damage is owed to captions that look different
+        - ``transfer``: ``last`` and ``best`` of the victim of another architecture (None when not asked for)
+        - ``robustness[treatment]``: ``last`` and ``best`` of the victim that was trained on treated pairs
         - ``train_loss``, ``curve``: of the victim, for each epoch; ``surrogate_loss``: of the generator, for each round
         - ``noise``: ``eps_255`` (largest change, in 1/255) and ``psnr_db``
         - ``examples``: ``caption``, ``published`` (caption with triggers) and ``clean``, ``protected``, ``noise`` as
@@ -80,6 +87,9 @@ def run_digit_strips(
     train, test = load_strips(n_train, n_test, seed=seed)
     tokenizer = WordTokenizer.for_strips()
     factory = partial(SmallDualEncoder, len(tokenizer), tokenizer.eot, width=width, dim=width)
+    stranger = partial(factory, image_tower="patches", text_depth=3)
+    for name in treatments:
+        check.one_of("treatments", name, TREATMENTS)
     exam = _Exam(test, tokenizer, seed)
     result: dict[str, Any] = {
         "task": "digit-strips",
@@ -99,11 +109,26 @@ def run_digit_strips(
         )  # fmt: skip
         if out is not None:
             export(protected, Path(out) / method.name, seed=seed)
-        victim = train_victim(
-            protected.images, tokenizer.encode(protected.captions), factory, exam.retrieval,
-            eot=tokenizer.eot, recipe=recipe, seed=seed, stage=f"victim {method.name}", progress=progress,
-        )  # fmt: skip
-        result["methods"][method.name] = _summary(train, protected, victim, exam)
+
+        def attack(
+            images: Tensor, captions: list[str], model: ModelFactory = factory, note: str = "", name: str = method.name
+        ) -> Victim:
+            return train_victim(
+                images, tokenizer.encode(captions), model, exam.retrieval, eot=tokenizer.eot, recipe=recipe,
+                seed=seed, stage=f"victim {name}{note}", progress=progress,
+            )  # fmt: skip
+
+        victim = attack(protected.images, protected.captions)
+        other = attack(protected.images, protected.captions, stranger, ", other towers") if transfer else None
+        robustness = {}
+        for name in treatments:
+            rng = generator(seed, f"treat {name}")
+            treated = treat(name, protected.images, protected.captions, train.captions, rng)
+            robustness[name] = _last_and_best(attack(*treated, note=f", {name}"))
+        result["methods"][method.name] = _summary(train, protected, victim, exam) | {
+            "transfer": None if other is None else _last_and_best(other),
+            "robustness": robustness,
+        }
     return result
 
 
@@ -138,11 +163,17 @@ class _Exam:
         return torch.cat([encoder(part) for part in inputs.split(256)])
 
 
-def _summary(train: StripSet, protected: Protected, victim: Victim, exam: _Exam) -> dict[str, Any]:
+def _last_and_best(victim: Victim) -> dict[str, Any]:
     best = max(range(len(victim.curve)), key=lambda i: victim.curve[i]["i2t_r1"] + victim.curve[i]["t2i_r1"])
     return {
         "last": {"epoch": len(victim.curve), **victim.curve[-1]},
         "best": {"epoch": best + 1, **victim.curve[best]},
+    }
+
+
+def _summary(train: StripSet, protected: Protected, victim: Victim, exam: _Exam) -> dict[str, Any]:
+    return {
+        **_last_and_best(victim),
         "reading": exam.reading(victim.model),
         "prefixed": exam.prefixed(victim.model, protected.method.triggers),
         "train_loss": victim.train_loss,

@@ -54,6 +54,8 @@ class SmallDualEncoder(nn.Module):
         eot: id of the token whose position gives the text feature.
         image_size: (height, width) in pixels, at least 8 each.
         channels: image channels.
+        image_tower: "convolutional", or "patches": a vision transformer on patches of 8×8 px with learned positions,
+            ``image_depth + 2`` blocks.
         width: channels of the last convolution and width of the transformer; a multiple of 32.
         image_depth: residual blocks after the convolutions, 0 or more.
         text_depth: transformer blocks, at least 1.
@@ -70,6 +72,7 @@ class SmallDualEncoder(nn.Module):
         *,
         image_size: tuple[int, int] = (16, 64),
         channels: int = 1,
+        image_tower: str = "convolutional",
         width: int = 128,
         image_depth: int = 0,
         text_depth: int = 2,
@@ -88,7 +91,9 @@ class SmallDualEncoder(nn.Module):
             raise ValueError(f"image_size: expected (height, width) of at least 8 px, got {image_size}")
         self.eot = eot
         self.image_shape = (channels, *image_size)
-        self.image_tower = _ImageTower(channels, image_size, width, image_depth, dim)
+        check.one_of("image_tower", image_tower, ("convolutional", "patches"))
+        tower = _ImageTower if image_tower == "convolutional" else _PatchTower
+        self.image_tower = tower(channels, image_size, width, image_depth, dim)
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.register_buffer("rotation", _rotation(context, 32), persistent=False)
         self.blocks = nn.ModuleList(_Block(width, heads=width // 32) for _ in range(text_depth))
@@ -148,6 +153,28 @@ class _ImageTower(nn.Module):
             x = F.relu(stage(x))
         for block in self.blocks:
             x = x + F.relu(block(x))
+        return self.projection(self.norm(x).flatten(1))
+
+
+class _PatchTower(nn.Module):
+    def __init__(self, channels: int, size: tuple[int, int], width: int, depth: int, dim: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(channels, width, 8, stride=8)
+        cells = (size[0] // 8) * (size[1] // 8)
+        self.position = nn.Parameter(torch.randn(cells, width) * 0.02)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, width // 32, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(depth + 2)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width * cells, dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images - 0.5).flatten(2).mT + self.position
+        for block in self.blocks:
+            x = block(x)
         return self.projection(self.norm(x).flatten(1))
 
 

@@ -1,0 +1,95 @@
+"""CLIP's byte-pair tokenizer as :class:`ccu_fast.mem.tokenizer.Tokenizer`, from open_clip or transformers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+
+# A token that is a word of its own: lower-case letters up to the end of a word. Such words, with spaces between, are
+# split by CLIP's pattern one by one, so what stands beside them changes nothing.
+_WORD = re.compile(r"[a-z]{2,}</w>")
+
+
+class ClipTokenizer:
+    """Adapter of ``open_clip.SimpleTokenizer`` or ``transformers.CLIPTokenizer``.
+
+    Args:
+        tokenizer: one of theirs.
+        context: longest row; default theirs.
+
+    Raises:
+        TypeError: it is neither.
+
+    ``allowed`` has the tokens that are whole lower-case words and that the tokenizer, asked, gives back: no special
+    token, no EOT, no part of a word, nothing unprintable.
+    """
+
+    def __init__(self, tokenizer: Any, *, context: int | None = None) -> None:
+        self._open_clip = hasattr(tokenizer, "sot_token_id") and hasattr(tokenizer, "decoder")
+        if not self._open_clip and not (hasattr(tokenizer, "bos_token_id") and hasattr(tokenizer, "get_vocab")):
+            raise TypeError(
+                "tokenizer: expected open_clip's SimpleTokenizer or transformers' CLIPTokenizer, "
+                f"got {type(tokenizer).__name__}"
+            )
+        self._tokenizer = tokenizer
+        if self._open_clip:
+            self.sot, self.eot, self.pad = int(tokenizer.sot_token_id), int(tokenizer.eot_token_id), 0
+            limit = int(tokenizer.context_length or 77)
+            self._words: dict[int, str] = dict(tokenizer.decoder)
+        else:
+            self.sot, self.eot = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)
+            self.pad = int(tokenizer.pad_token_id)
+            limit = min(int(tokenizer.model_max_length), 77)
+            self._words = {i: word for word, i in tokenizer.get_vocab().items()}
+        self.context = check.integer("context", limit if context is None else context, low=3)
+        self._allowed: Tensor | None = None
+
+    def __len__(self) -> int:
+        return max(self._words) + 1
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """int64 ``[N, L]``: SOT, the caption cut to fit, EOT, PAD up to the longest.
+
+        Raises:
+            TypeError: ``captions`` is one string.
+            ValueError: a caption without a token.
+        """
+        if isinstance(captions, str):
+            raise TypeError("captions: expected a sequence of strings, got one str")
+        rows = [[self.sot, *self._ids(text)[: self.context - 2], self.eot] for text in captions]
+        tokens = torch.full((len(rows), max(map(len, rows), default=2)), self.pad, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            if len(row) == 2:
+                raise ValueError(f"captions: expected at least one word, got an empty caption at index {i}")
+            tokens[i, : len(row)] = torch.tensor(row)
+        return tokens
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """The text of the ids up to EOT, without special tokens."""
+        texts = []
+        for row in ids.tolist():
+            row = row[: row.index(self.eot)] if self.eot in row else row
+            row = [i for i in row if i != self.sot]
+            texts.append(str(self._tokenizer.decode(row)).strip())
+        return texts
+
+    def allowed(self) -> Tensor:
+        """bool ``[V]``."""
+        if self._allowed is None:
+            mask = torch.zeros(len(self), dtype=torch.bool)
+            for i, word in self._words.items():
+                if _WORD.fullmatch(word):
+                    mask[i] = self._ids(word.removesuffix("</w>")) == [i]
+            self._allowed = mask
+        return self._allowed.clone()
+
+    def _ids(self, text: str) -> list[int]:
+        if self._open_clip:
+            return list(self._tokenizer.encode(text))
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

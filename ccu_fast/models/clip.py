@@ -1,0 +1,182 @@
+"""CLIP models of open_clip and transformers as :class:`ccu_fast.models.dual_encoder.DualEncoder`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ccu_fast import check
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class _ClipEncoder(nn.Module):
+    """What both libraries share: pixels in [0, 1] outside, the model's mean and std inside, unit vectors."""
+
+    mean: Tensor
+    std: Tensor
+    log_scale_limit = 4.6052  # ln 100, CLIP's bound
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model = model
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != 3:
+                raise ValueError(f"{name}: expected three numbers, got {len(values)}")
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        check.tensor("images", images, ndim=4)
+        return (images - self.mean) / self.std
+
+    def _inputs(self, tokens: Tensor, embeddings: Tensor | None) -> Tensor:
+        check.tensor("tokens", tokens, dtypes=(torch.int64,), ndim=2)
+        if embeddings is None:
+            return self._embedding(tokens)
+        check.shape("embeddings", embeddings, (*tokens.shape, self.embedding_matrix.shape[1]))
+        return embeddings
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        raise NotImplementedError
+
+    @property
+    def embedding_matrix(self) -> Tensor:
+        """``[V, W]``."""
+        return self._embedding.weight
+
+    @property
+    def scale(self) -> Tensor:
+        """0-dim."""
+        logarithm: Tensor = self.model.logit_scale  # type: ignore[assignment]
+        return logarithm.reshape(()).clamp(max=self.log_scale_limit).exp()
+
+
+class OpenClipEncoder(_ClipEncoder):
+    """An ``open_clip.CLIP`` (ResNet or ViT image tower, causal text tower).
+
+    Args:
+        model: as ``open_clip.create_model`` or ``open_clip.CLIP(...)`` gives it.
+        mean, std: of the three channels, default OpenAI's.
+
+    Raises:
+        TypeError: a model without the attributes of ``open_clip.CLIP`` (``CustomTextCLIP``, CoCa).
+        ValueError: attention in the text tower that is not causal, or a feature that is not taken at EOT.
+    """
+
+    def __init__(self, model: nn.Module, *, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
+        missing = [a for a in ("visual", "transformer", "token_embedding", "ln_final") if not hasattr(model, a)]
+        if missing:
+            raise TypeError(f"model: expected an open_clip.CLIP, got {type(model).__name__} without {missing[0]}")
+        if model.attn_mask is None or model.text_pool_type not in ("argmax", "eos"):
+            raise ValueError("model: expected causal text with the feature at EOT, got another text tower")
+        super().__init__(model, mean, std)
+        self._batch_first = bool(getattr(model.transformer, "batch_first", True))
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        return self.model.token_embedding  # type: ignore[return-value]
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1], ``[N, 3, H, W]`` → unit vectors ``[N, D]``."""
+        return F.normalize(self.model.visual(self._normalised(images)), dim=-1)  # type: ignore[operator]
+
+    def encode_text(self, tokens: Tensor, embeddings: Tensor | None = None) -> Tensor:
+        """``open_clip.CLIP.encode_text`` for any length up to its context: what stands behind EOT cannot matter."""
+        model: Any = self.model
+        length = tokens.shape[1]
+        x = self._inputs(tokens, embeddings) + model.positional_embedding[:length]
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+        end_id = tokens.amax(1, keepdim=True) if model.text_pool_type == "argmax" else model.text_eos_id
+        end = (tokens == end_id).int().argmax(1)
+        x = x[torch.arange(len(x), device=x.device), end]
+        projection = model.text_projection
+        if projection is not None:
+            x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
+        return F.normalize(x, dim=-1)
+
+
+class TransformersClipEncoder(_ClipEncoder):
+    """A ``transformers.CLIPModel``.
+
+    Args:
+        model: from ``CLIPModel(config)`` or ``CLIPModel.from_pretrained(folder)``.
+        mean, std: of the three channels, default OpenAI's.
+
+    Raises:
+        TypeError: another class of model.
+    """
+
+    def __init__(self, model: nn.Module, *, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
+        if not hasattr(model, "get_text_features") or not hasattr(getattr(model, "text_model", None), "embeddings"):
+            raise TypeError(f"model: expected a transformers.CLIPModel, got {type(model).__name__}")
+        super().__init__(model, mean, std)
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        return self.model.text_model.embeddings.token_embedding  # type: ignore[union-attr, return-value]
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1], ``[N, 3, H, W]`` → unit vectors ``[N, D]``."""
+        return F.normalize(_features(self.model.get_image_features(pixel_values=self._normalised(images))), dim=-1)  # type: ignore[operator]
+
+    def encode_text(self, tokens: Tensor, embeddings: Tensor | None = None) -> Tensor:
+        """Ids ``[N, L]`` → unit vectors; ``embeddings`` stand in for what the embedding layer returns."""
+        given = self._inputs(tokens, embeddings)
+        # The library takes ids alone; a hook hands the embeddings in, whatever its version does around the layer.
+        handle = self._embedding.register_forward_hook(lambda *_: given)
+        try:
+            return F.normalize(_features(self.model.get_text_features(input_ids=tokens)), dim=-1)  # type: ignore[operator]
+        finally:
+            handle.remove()
+
+
+def _features(output: Any) -> Tensor:
+    """Features of transformers 4 (a tensor) and 5 (an output with ``pooler_output``)."""
+    found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return found
+
+
+def from_checkpoint(make: Callable[[], nn.Module], path: Path | str) -> Callable[[], nn.Module]:
+    """A factory of the model with a checkpoint's weights.
+
+    Args:
+        make: makes the model (open_clip's, transformers' or an adapter) with any weights.
+        path: a ``.safetensors`` file, or a torch file with a state dict, alone or under "state_dict" or "model" (as
+            open_clip writes it; "module." in front of every name is taken off). Loaded with ``weights_only``.
+
+    Raises:
+        ValueError: (by the factory) weights of another model: says which.
+    """
+    path = Path(path)
+
+    def made() -> nn.Module:
+        model = make()
+        try:
+            model.load_state_dict(_read(path))
+        except RuntimeError as error:
+            what = type(model).__name__
+            raise ValueError(f"path: expected the weights of {what}, got others in {path}: {error}") from error
+        return model
+
+    return made
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"path: expected a state dict, got something else in {path}")
+    return {name.removeprefix("module."): value for name, value in state.items()}

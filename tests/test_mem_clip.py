@@ -1,0 +1,167 @@
+"""Adapters of open_clip and transformers: the libraries' own numbers, shorter text, and tokens that survive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision_stub
+from presence import absent
+
+from ccu_fast.data.strips import load_strips
+from ccu_fast.mem import Method, Protection, Settings
+from ccu_fast.mem.clip_tokenizer import ClipTokenizer
+from ccu_fast.mem.source import TensorSource
+from ccu_fast.models.clip import MEAN, STD, OpenClipEncoder, TransformersClipEncoder, from_checkpoint
+
+CAPTIONS = ["A dog's ball, 3 cats & the café!", "two people on a beach", "word " * 90]
+
+
+@pytest.fixture(scope="module")
+def open_clip() -> Any:
+    torchvision_stub.install()
+    try:
+        import open_clip
+    except ImportError as error:
+        absent("open_clip_torch", str(error))
+    return open_clip
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        absent("transformers", str(error))
+    return transformers
+
+
+def small(open_clip: Any, tower: str, vocabulary: int = 49408) -> Any:
+    vision = (
+        {"layers": [1, 1, 1, 1], "width": 16} if tower == "resnet" else {"layers": 1, "width": 32, "patch_size": 16}
+    )
+    vision |= {"image_size": 32, "head_width": 16}
+    text = {"context_length": 77, "vocab_size": vocabulary, "width": 32, "heads": 2, "layers": 2}
+    return open_clip.CLIP(24, vision, text)
+
+
+@pytest.mark.parametrize("tower", ["resnet", "vit"])
+def test_open_clip_features_are_its_own_at_any_length(open_clip: Any, tower: str) -> None:
+    model = small(open_clip, tower)
+    model.eval()
+    ours = OpenClipEncoder(model)
+    tokenizer = open_clip.SimpleTokenizer()
+    pixels = torch.rand(3, 3, 32, 32)
+    normalised = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode_image(pixels), model.encode_image(normalised, normalize=True))
+        whole = tokenizer(CAPTIONS)
+        theirs = model.encode_text(whole, normalize=True)
+        torch.testing.assert_close(ours.encode_text(whole), theirs)
+        short = ClipTokenizer(tokenizer).encode(CAPTIONS[:2])
+        assert short.shape[1] < 20
+        torch.testing.assert_close(ours.encode_text(short), theirs[:2])
+        torch.testing.assert_close(ours.encode_text(short, model.token_embedding(short)), theirs[:2])
+    assert ours.scale.item() == pytest.approx(1 / 0.07)
+    embeddings = ours.embedding_matrix[short].detach().requires_grad_()
+    (grad,) = torch.autograd.grad(ours.encode_text(short, embeddings)[:, 0].sum(), embeddings)
+    assert (grad[:, 1].abs().sum(1) > 0).all()
+
+
+def test_transformers_features_are_its_own(transformers: Any) -> None:
+    config = transformers.CLIPConfig(
+        projection_dim=24,
+        text_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+                     "vocab_size": 100, "bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 99},
+        vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
+                       "image_size": 32, "patch_size": 16},
+    )  # fmt: skip
+    model = transformers.CLIPModel(config).eval()
+    ours = TransformersClipEncoder(model)
+    tokens = torch.tensor([[98, 5, 6, 7, 99, 99], [98, 9, 99, 99, 99, 99]])
+    pixels = torch.rand(2, 3, 32, 32)
+    normalised = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    with torch.no_grad():
+        out = model(input_ids=tokens, pixel_values=normalised)
+        torch.testing.assert_close(ours.encode_text(tokens), out.text_embeds)
+        torch.testing.assert_close(ours.encode_image(pixels), out.image_embeds)
+        torch.testing.assert_close(ours.encode_text(tokens[:1, :5]), out.text_embeds[:1])
+        assert ours.scale.item() == pytest.approx(model.logit_scale.exp().item())
+    embeddings = ours.embedding_matrix[tokens].detach().requires_grad_()
+    features = ours.encode_text(tokens, embeddings)
+    (grad,) = torch.autograd.grad(features[:, 0].sum(), embeddings)
+    assert (grad[1, 1].abs().sum() > 0) and not grad[1, 3:].any()
+    assert not ours._embedding._forward_hooks
+
+
+def test_checkpoints(open_clip: Any, tmp_path: Path) -> None:
+    model = small(open_clip, "vit", 60)
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "a.pt")
+    read = from_checkpoint(lambda: small(open_clip, "vit", 60), tmp_path / "a.pt")()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), read.parameters(), strict=True))
+    with pytest.raises(ValueError, match="expected the weights of CLIP"):
+        from_checkpoint(lambda: small(open_clip, "resnet", 60), tmp_path / "a.pt")()
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(TypeError, match="open_clip"):
+        OpenClipEncoder(torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="transformers"):
+        TransformersClipEncoder(torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="tokenizer: expected"):
+        ClipTokenizer(object())
+
+
+class TestTokenizer:
+    def test_open_clip_ids_and_the_end_of_long_captions(self, open_clip: Any) -> None:
+        theirs = open_clip.SimpleTokenizer()
+        ours = ClipTokenizer(theirs)
+        assert torch.equal(ours.encode(CAPTIONS), theirs(CAPTIONS))
+        assert ours.encode(CAPTIONS)[2, -1] == ours.eot
+        assert len(ours) == 49408
+
+    def test_allowed_tokens_are_words_and_survive_before_any_caption(self, open_clip: Any) -> None:
+        ours = ClipTokenizer(open_clip.SimpleTokenizer())
+        allowed = ours.allowed()
+        ids = allowed.nonzero()[:, 0]
+        assert len(ids) > 20000
+        assert not allowed[[ours.sot, ours.eot, 0, 255]].any()
+        rng = torch.Generator().manual_seed(0)
+        triggers = ids[torch.randint(len(ids), (300, 3), generator=rng)]
+        captions = [f"{word} {CAPTIONS[i % 2]}" for i, word in enumerate(ours.decode(triggers))]
+        assert torch.equal(ours.encode(captions)[:, 1:4], triggers)
+
+    def test_transformers_tokenizer_agrees_with_open_clip(self, open_clip: Any, transformers: Any) -> None:
+        simple = open_clip.SimpleTokenizer()
+        names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+        vocabulary = {names.get(word, word): i for word, i in simple.encoder.items()}
+        merges = [tuple(pair) for pair in simple.bpe_ranks]
+        hf = ClipTokenizer(transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77))
+        ours = ClipTokenizer(simple)
+        for caption in CAPTIONS:
+            assert torch.equal(hf.encode([caption]), ours.encode([caption]))
+        assert (hf.sot, hf.eot, hf.context) == (ours.sot, ours.eot, 77)
+        ids = ours.allowed().nonzero()[::997, 0]
+        assert hf.decode(ids[:, None]) == ours.decode(ids[:, None])
+
+
+def test_a_protection_with_clip(open_clip: Any) -> None:
+    strips, _ = load_strips(6, 1)
+    images = strips.images[:, :, :, :32].repeat(1, 3, 2, 1)
+    settings = Settings(rounds=1, trigger_rounds=1, surrogate_steps=1, pgd_steps=1, candidates=4, batch=4,
+                        trigger_words=None)  # fmt: skip
+    tokenizer = ClipTokenizer(open_clip.SimpleTokenizer())
+    captions = [CAPTIONS[i % 3] for i in range(6)]
+    run = Protection(
+        TensorSource(images, captions), tokenizer, lambda: OpenClipEncoder(small(open_clip, "resnet")),
+        method=Method.parse("mem-2"), settings=settings,
+    )  # fmt: skip
+    run.round(0)
+    published = run.published_captions(torch.arange(6))
+    assert all(p.endswith(c) for p, c in zip(published, captions, strict=True))
+    read = tokenizer.encode(published)
+    assert torch.equal(read[:, 1:3], run.triggers)
+    assert (read[:, -1] == tokenizer.eot)[[2, 5]].all()
+    assert run.store.data.flatten(1).any(1).all()
