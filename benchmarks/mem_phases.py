@@ -89,7 +89,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     Raises:
         RuntimeError: compat and the authors' way do not agree; no figure is given then.
     """
-    import mem_transcription as authors
+    import mem_transcription as authors  # type: ignore[import-not-found]  # of tests/
     from transformers import CLIPConfig, CLIPModel
 
     def make() -> Any:
