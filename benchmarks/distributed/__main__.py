@@ -1,10 +1,11 @@
-"""``python -m benchmarks.distributed WHAT``: count, print, store under benchmarks/results/distributed/."""
+"""``python -m benchmarks.distributed WHAT``: count, print, store under benchmarks/distributed/results/."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from benchmarks import environment, results
 from benchmarks.distributed import measured, model
 
-FOLDER = results.FOLDER / "distributed"
+FOLDER = Path(__file__).parent / "results"
 MOST = 0.55
 
 

@@ -80,6 +80,23 @@ def _build_ours(inputs: Tensors, shape: Shape) -> Call:
     return build(inputs, shape, loss=partial(ours, backend=backend))
 
 
+def build_ceiling(inputs: Tensors, shape: Shape) -> Call:
+    """The GEMMs alone: scores of u, z and the frozen z0 against the keys, gradients of u and z."""
+    keys = inputs["keys"]
+    u, z, z0 = (inputs[name].detach() for name in ("u", "z", "z0"))
+    scores = torch.empty(len(z), len(keys), dtype=keys.dtype, device=keys.device)
+    grad = torch.empty_like(z)
+
+    def call() -> Tensors:
+        for rows, differentiated in ((u, True), (z, True), (z0, False)):
+            s = torch.mm(rows, keys.T, out=scores[: len(rows)])
+            if differentiated:
+                torch.mm(s, keys, out=grad[: len(rows)])
+        return {}
+
+    return call
+
+
 def _expect(inputs: Tensors, shape: Shape) -> Expected:
     exact = {
         k: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
@@ -105,6 +122,7 @@ CCU_OBJECTIVE = Op(
         Provider("eager", partial(build, loss=eager)),
         Provider("eager_compiled", partial(build_compiled, loss=eager), compiled=True),
         Provider("ccu_fast", _build_ours, role="ours"),
+        Provider("gemm_ceiling", build_ceiling, role="ceiling"),
     ),
     shapes={
         "cpu": [{"B": 128, "K": 65536, "D": d} for d in (64, 512)],
