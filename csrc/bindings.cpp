@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "ccu_fast.h"
@@ -43,10 +44,10 @@ void call(const char* name, int (*op)(const Args*), const Args& args) {
   }
 }
 
-// On tensors of a CPU or of a GPU.
+// On tensors of a CPU or of a GPU. Args are deduced from cpu_op alone: without CUDA the other one is nullptr.
 template <class Args>
-void call_on(bool cuda, const char* name, int (*cpu_op)(const Args*), [[maybe_unused]] int (*cuda_op)(const Args*),
-             const Args& args) {
+void call_on(bool cuda, const char* name, int (*cpu_op)(const Args*),
+             [[maybe_unused]] std::common_type_t<int (*)(const Args*)> cuda_op, const Args& args) {
 #if !CCU_HAVE_CUDA
   if (cuda) throw std::runtime_error(std::string(name) + ": this build has no CUDA");
 #endif

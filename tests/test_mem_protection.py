@@ -99,8 +99,8 @@ def test_adversarial_noise_raises_the_loss_of_a_clean_model_and_error_minimising
         losses[name] = run.losses["noise"][0]
         if name != "em":
             assert len(run.losses["surrogate"]) == 1
-    assert losses["tap"] > 5 * losses["em"]
-    assert losses["tap-targeted"] > 5 * losses["em"]
+    assert losses["tap"] > 2 * losses["em"]
+    assert losses["tap-targeted"] > 2 * losses["em"]
 
 
 def test_shards_start_from_the_same_surrogate_and_average_its_gradients() -> None:
