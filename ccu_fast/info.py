@@ -23,6 +23,7 @@ EXTRAS = {
         "PIL": "pillow",
         "matplotlib": "matplotlib",
         "sklearn": "scikit-learn",
+        "safetensors": "safetensors",
         "webdataset": "webdataset",
     },
 }

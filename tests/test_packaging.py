@@ -109,7 +109,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, checkout: Path) -
 def test_wheel_says_what_it_needs(wheel: Path) -> None:
     [metadata] = wheel.glob("*.dist-info/METADATA")
     text = metadata.read_text()
-    requires = re.findall(r"^Requires-Dist: (.*)$", text, re.MULTILINE)
+    # What an older Python needs beside the others (tomli) is nothing to report.
+    requires = [r for r in re.findall(r"^Requires-Dist: (.*)$", text, re.MULTILINE) if "python_version" not in r]
     core = [line for line in requires if "extra ==" not in line]
     assert [re.match(r"[\w-]+", line)[0] for line in core] == ["torch", "numpy", "triton"]  # type: ignore[index]
     assert "torch>=2.6" in core
