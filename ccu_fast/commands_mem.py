@@ -18,7 +18,7 @@ from ccu_fast.cli import INTERRUPTED
 Progress = Callable[[str, int, int, str], None]
 
 CONFIG_HELP = "TOML file with options by their names (eps = 8, skip-bad = true); flags win."
-MODEL_HELP = "small, or small:WIDTH (a multiple of 32)."
+MODEL_HELP = "small, small:WIDTH (a multiple of 32), open_clip:NAME or hf:FOLDER."
 FORMAT_HELP = "csv, folder, imagefolder or webdataset; recognised if not given."
 
 
@@ -53,7 +53,9 @@ def protect(
     ] = "mem-3",
     model: Annotated[str, typer.Option(help="The surrogate: " + MODEL_HELP)] = "small",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights the surrogate starts from.", dir_okay=False)] = None,
-    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH: what pictures are resized to and published in.")] = "64x64",
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH: what pictures are resized to and published in [64x64].")
+    ] = None,
     grey: Annotated[bool, typer.Option("--grey", help="One channel instead of three.")] = False,
     eps: Annotated[int, typer.Option(help="Largest change of a pixel, in 1/255.", min=0, max=127)] = 8,
     step: Annotated[int, typer.Option(help="Step of the noise, in 1/255.", min=1, max=127)] = 1,
@@ -120,12 +122,15 @@ def evaluate(
     test: Annotated[Path, typer.Option(help="Clean pairs to retrieve among.")],
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.", dir_okay=False)] = None,
     model: Annotated[str, typer.Option(help="The victim: " + MODEL_HELP)] = "small",
-    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH of what the victim sees.")] = "64x64",
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of what the victim sees [64x64].")] = None,
     grey: Annotated[bool, typer.Option("--grey", help="One channel instead of three.")] = False,
     epochs: Annotated[int, typer.Option(help="Of each victim.", min=1)] = 15,
     batch: Annotated[int, typer.Option(help="Pairs in a batch.", min=2)] = 128,
     lr: Annotated[float, typer.Option(help="Learning rate.", min=0)] = 1e-3,
     seeds: Annotated[int, typer.Option(help="Victims for each dataset.", min=1)] = 1,
+    treatment: Annotated[
+        list[str] | None, typer.Option(help="jpeg, blur or crop: victims of treated pictures too; may be repeated.")
+    ] = None,
     format: Annotated[str | None, typer.Option(help=FORMAT_HELP)] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of paths [images or file_name].")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column of captions [caption or text].")] = None,
@@ -154,7 +159,8 @@ def evaluate(
         with _live(quiet) as progress:
             result = evaluate_datasets(
                 named, test, choose(model, size=size, grey=grey), recipe=Recipe(epochs=epochs, batch=batch, lr=lr),
-                seeds=range(seeds), options=Options(format, image_column, caption_column), threads=threads,
+                seeds=range(seeds), treatments=treatment or (),
+                options=Options(format, image_column, caption_column), threads=threads,
                 progress=progress,
             )  # fmt: skip
         if out is not None:

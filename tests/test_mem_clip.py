@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 import torchvision_stub
 from presence import absent
 
-from ccu_fast.data.strips import load_strips
+from ccu_fast import cli
+from ccu_fast.data.strips import load_strips, write_strips
 from ccu_fast.mem import Method, Protection, Settings
 from ccu_fast.mem.clip_tokenizer import ClipTokenizer
+from ccu_fast.mem.job.model import choose
 from ccu_fast.mem.source import TensorSource
-from ccu_fast.models.clip import MEAN, STD, OpenClipEncoder, TransformersClipEncoder, from_checkpoint
+from ccu_fast.models.clip import MEAN, STD, OpenClipEncoder, TransformersClipEncoder
+from ccu_fast.models.weights import from_checkpoint
 
 CAPTIONS = ["A dog's ball, 3 cats & the café!", "two people on a beach", "word " * 90]
 
@@ -45,6 +49,15 @@ def small(open_clip: Any, tower: str, vocabulary: int = 49408) -> Any:
     vision |= {"image_size": 32, "head_width": 16}
     text = {"context_length": 77, "vocab_size": vocabulary, "width": 32, "heads": 2, "layers": 2}
     return open_clip.CLIP(24, vision, text)
+
+
+def hf_tokenizer(open_clip: Any, transformers: Any) -> Any:
+    """transformers' tokenizer with open_clip's vocabulary, which comes with that package."""
+    simple = open_clip.SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(word, word): i for word, i in simple.encoder.items()}
+    merges = [tuple(pair) for pair in simple.bpe_ranks]
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
 @pytest.mark.parametrize("tower", ["resnet", "vit"])
@@ -101,7 +114,7 @@ def test_checkpoints(open_clip: Any, tmp_path: Path) -> None:
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "a.pt")
     read = from_checkpoint(lambda: small(open_clip, "vit", 60), tmp_path / "a.pt")()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), read.parameters(), strict=True))
-    with pytest.raises(ValueError, match="expected the weights of CLIP"):
+    with pytest.raises(ValueError, match="checkpoint: expected weights of CLIP"):
         from_checkpoint(lambda: small(open_clip, "resnet", 60), tmp_path / "a.pt")()
 
 
@@ -134,12 +147,8 @@ class TestTokenizer:
         assert torch.equal(ours.encode(captions)[:, 1:4], triggers)
 
     def test_transformers_tokenizer_agrees_with_open_clip(self, open_clip: Any, transformers: Any) -> None:
-        simple = open_clip.SimpleTokenizer()
-        names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-        vocabulary = {names.get(word, word): i for word, i in simple.encoder.items()}
-        merges = [tuple(pair) for pair in simple.bpe_ranks]
-        hf = ClipTokenizer(transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77))
-        ours = ClipTokenizer(simple)
+        hf = ClipTokenizer(hf_tokenizer(open_clip, transformers))
+        ours = ClipTokenizer(open_clip.SimpleTokenizer())
         for caption in CAPTIONS:
             assert torch.equal(hf.encode([caption]), ours.encode([caption]))
         assert (hf.sot, hf.eot, hf.context) == (ours.sot, ours.eot, 77)
@@ -165,3 +174,46 @@ def test_a_protection_with_clip(open_clip: Any) -> None:
     assert torch.equal(read[:, 1:3], run.triggers)
     assert (read[:, -1] == tokenizer.eot)[[2, 5]].all()
     assert run.store.data.flatten(1).any(1).all()
+
+
+def test_the_commands_take_a_clip_from_a_folder(open_clip: Any, transformers: Any, tmp_path: Path) -> None:
+    text = {"vocab_size": 49408, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "eos_token_id": 49407, "bos_token_id": 49406}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 16}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    folder = tmp_path / "clip"
+    transformers.CLIPModel(config).save_pretrained(folder)
+    hf_tokenizer(open_clip, transformers).save_pretrained(folder)
+
+    data, out = write_strips(tmp_path / "digits", n_train=12, n_test=4), tmp_path / "protected"
+    words = ["protect", str(data / "train.csv"), "--out", str(out), "--model", f"hf:{folder}", "--method", "mem-2"]
+    words += ["--rounds", "1", "--surrogate-steps", "1", "--pgd-steps", "1", "--candidates", "4", "--batch", "6"]
+    assert cli.main([*words, "--trigger-rounds", "1", "--quiet"]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["surrogate"]["image_shape"] == [3, 32, 32]
+    figures = tmp_path / "figures.json"
+    words = ["evaluate", f"mem={out}", "--test", str(data / "test.csv"), "--model", f"hf:{folder}", "--epochs", "1"]
+    assert cli.main([*words, "--batch", "6", "--treatment", "jpeg", "--out", str(figures)]) == 0
+    assert list(json.loads(figures.read_text())["datasets"]) == ["mem", "mem, jpeg"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("open_clip:ViT-Z-1", {}, "model: expected a name of open_clip.list_models"),
+        ("open_clip:", {}, "model: expected small, small:WIDTH, open_clip:NAME or hf:FOLDER"),
+        ("hf:nowhere", {}, "model: expected a folder with config.json"),
+        ("open_clip:RN50", {"size": "64x64"}, "size, grey: expected neither"),
+    ],
+)
+def test_models_that_cannot_be(open_clip: Any, spec: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose(spec, **options)(["a caption"])
+
+
+def test_open_clip_by_name(open_clip: Any) -> None:
+    model = choose("open_clip:RN50")(["a caption"])
+    assert model.image_shape == (3, 224, 224)
+    assert model.about["model"] == "open_clip:RN50"
+    assert len(model.tokenizer) == 49408

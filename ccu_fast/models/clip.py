@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -141,42 +140,3 @@ def _features(output: Any) -> Tensor:
     """Features of transformers 4 (a tensor) and 5 (an output with ``pooler_output``)."""
     found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return found
-
-
-def from_checkpoint(make: Callable[[], nn.Module], path: Path | str) -> Callable[[], nn.Module]:
-    """A factory of the model with a checkpoint's weights.
-
-    Args:
-        make: makes the model (open_clip's, transformers' or an adapter) with any weights.
-        path: a ``.safetensors`` file, or a torch file with a state dict, alone or under "state_dict" or "model" (as
-            open_clip writes it; "module." in front of every name is taken off). Loaded with ``weights_only``.
-
-    Raises:
-        ValueError: (by the factory) weights of another model: says which.
-    """
-    path = Path(path)
-
-    def made() -> nn.Module:
-        model = make()
-        try:
-            model.load_state_dict(_read(path))
-        except RuntimeError as error:
-            what = type(model).__name__
-            raise ValueError(f"path: expected the weights of {what}, got others in {path}: {error}") from error
-        return model
-
-    return made
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"path: expected a state dict, got something else in {path}")
-    return {name.removeprefix("module."): value for name, value in state.items()}

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ccu_fast import check
 from ccu_fast.mem.data import DiskSource, Options, list_pairs
 from ccu_fast.mem.evaluate import guessing, retrieval
 from ccu_fast.mem.job.model import Model
 from ccu_fast.mem.job.protect import BadData
+from ccu_fast.mem.robustness import treat
 from ccu_fast.mem.settings import Progress, silent
 from ccu_fast.mem.source import PairSource
-from ccu_fast.mem.surrogate import pixels
-from ccu_fast.mem.victim import Recipe, train_victim
+from ccu_fast.mem.surrogate import generator, pixels
+from ccu_fast.mem.victim import Recipe, Victim, train_victim
 
+PICTURE_TREATMENTS = ("jpeg", "blur", "crop")
 _CHUNK = 256
 
 
@@ -30,6 +33,7 @@ def evaluate_datasets(
     *,
     recipe: Recipe | None = None,
     seeds: Sequence[int] = (0,),
+    treatments: Sequence[str] = (),
     options: Options | None = None,
     threads: int | None = None,
     progress: Progress = silent,
@@ -45,6 +49,8 @@ def evaluate_datasets(
         model: all captions → the victim's architecture and tokenizer.
         recipe: of the training.
         seeds: one victim for each dataset and seed.
+        treatments: some of "jpeg" (quality 75), "blur" (1 px) and "crop" (90 % of each side): for each, further victims
+            are trained on what it leaves of every dataset, named "NAME, TREATMENT".
         options: how to read the datasets that this package did not publish.
         threads: decoders.
         progress: called as ``progress(stage, done, total, note)``.
@@ -60,6 +66,8 @@ def evaluate_datasets(
         ValueError: naming the argument.
     """
     recipe = recipe or Recipe()
+    for asked in treatments:
+        check.one_of("treatments", asked, PICTURE_TREATMENTS)
     listings = {name: list_pairs(path, options) for name, path in [*train.items(), ("", test)]}
     for listing in listings.values():
         if listing.bad:
@@ -76,26 +84,37 @@ def evaluate_datasets(
             "datasets": {},
         }
         for name, source in sources.items():
-            images, tokens = _whole(source)[source.image_of], victim.tokenizer.encode(source.captions)
-            runs: dict[str, dict[str, Any]] = {}
-            for seed in seeds:
-                trained = train_victim(
-                    images, tokens, victim.factory, exam.take, eot=victim.tokenizer.eot, recipe=recipe, seed=seed,
-                    stage=f"victim of {name}, seed {seed}", progress=progress,
-                )  # fmt: skip
-                curve = trained.curve
-                best = max(range(len(curve)), key=lambda i: curve[i]["i2t_r1"] + curve[i]["t2i_r1"])
-                runs[str(seed)] = {
-                    "last": {"epoch": len(curve), **curve[-1]},
-                    "best": {"epoch": best + 1, **curve[best]},
-                    "train_loss": trained.train_loss,
-                    "curve": curve,
-                }
-            result["datasets"][name] = {"path": str(train[name]), "rows": len(tokens), "seeds": runs, **_summary(runs)}
+            published, tokens = _whole(source), victim.tokenizer.encode(source.captions)
+            for treatment in (None, *treatments):
+                label = name if treatment is None else f"{name}, {treatment}"
+                runs: dict[str, dict[str, Any]] = {}
+                for seed in seeds:
+                    images = published
+                    if treatment is not None:
+                        images, _ = treat(treatment, published, [], [], generator(seed, f"treat {treatment}"))
+                    trained = train_victim(
+                        images[source.image_of], tokens, victim.factory, exam.take, eot=victim.tokenizer.eot,
+                        recipe=recipe, seed=seed, stage=f"victim of {label}, seed {seed}", progress=progress,
+                    )  # fmt: skip
+                    runs[str(seed)] = _run(trained)
+                result["datasets"][label] = {
+                    "path": str(train[name]), "rows": len(tokens), "seeds": runs, **_summary(runs)
+                }  # fmt: skip
     finally:
         for source in sources.values():
             source.close()
     return result
+
+
+def _run(trained: Victim) -> dict[str, Any]:
+    curve = trained.curve
+    best = max(range(len(curve)), key=lambda i: curve[i]["i2t_r1"] + curve[i]["t2i_r1"])
+    return {
+        "last": {"epoch": len(curve), **curve[-1]},
+        "best": {"epoch": best + 1, **curve[best]},
+        "train_loss": trained.train_loss,
+        "curve": curve,
+    }
 
 
 class _Exam:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
+from ccu_fast.mem.clip_tokenizer import ClipTokenizer
 from ccu_fast.mem.surrogate import ModelFactory
 from ccu_fast.mem.tokenizer import NEUTRAL, Tokenizer, WordTokenizer
+from ccu_fast.models.clip import OpenClipEncoder, TransformersClipEncoder
 from ccu_fast.models.dual_encoder import DualEncoder, SmallDualEncoder
+from ccu_fast.models.weights import from_checkpoint
 
 CONTEXT = 77
 
@@ -62,43 +66,71 @@ def small(
         context=CONTEXT,
     )
     about = {"model": "small", "width": width, "image_shape": list(image_shape), "checkpoint": _digest(checkpoint)}
-    return Model(make if checkpoint is None else loaded(make, checkpoint), tokenizer, image_shape, about)
+    return Model(make if checkpoint is None else from_checkpoint(make, checkpoint), tokenizer, image_shape, about)
 
 
-def loaded(make: Callable[[], Any], checkpoint: Path) -> ModelFactory:
-    """``make`` with the weights of a file of tensors (``torch.save`` of a state_dict, or safetensors).
+def open_clip(name: str, captions: Sequence[str], checkpoint: Path | None = None) -> Model:
+    """A model of open_clip's list (``ViT-B-32``, ``RN50``, …) with random weights or a checkpoint's.
 
     Raises:
-        ValueError: no such file format, or the weights are another model's.
+        ValueError: a name that open_clip does not know.
     """
+    library = _library("open_clip", "open_clip_torch")
+    if name not in library.list_models():
+        raise ValueError(f"model: expected a name of open_clip.list_models(), got {name!r}")
 
-    def factory() -> DualEncoder:
-        model = make()
-        weights = _weights(checkpoint)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"checkpoint: expected weights of {type(model).__name__}, got others: {error}") from error
-        return model
+    def make() -> nn.Module:
+        made: nn.Module = library.create_model(name, pretrained=None)
+        return made
 
-    return factory
+    config = library.get_model_config(name)
+    side = config["vision_cfg"]["image_size"]
+    height, width = (side, side) if isinstance(side, int) else side
+    return _clip(make, OpenClipEncoder, library.get_tokenizer(name), (height, width), f"open_clip:{name}", checkpoint)
 
 
-def _weights(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def transformers(folder: str, captions: Sequence[str], checkpoint: Path | None = None) -> Model:
+    """A CLIP that transformers has saved in a folder, with its tokenizer; random weights where the folder has none.
 
-        return load_file(path)
+    Raises:
+        ValueError: a folder without ``config.json``, or of another kind of model.
+    """
+    library = _library("transformers", "transformers")
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model: expected a folder with config.json and a tokenizer, got {folder!r}")
+    config = library.AutoConfig.from_pretrained(path)
+    if config.model_type != "clip":
+        raise ValueError(f"model: expected a CLIP in {folder!r}, got a {config.model_type!r}")
+    saved = any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
+
+    def make() -> nn.Module:
+        made: nn.Module = library.CLIPModel.from_pretrained(path) if saved else library.CLIPModel(config)
+        return made
+
+    side = config.vision_config.image_size
+    tokenizer = library.AutoTokenizer.from_pretrained(path)
+    return _clip(make, TransformersClipEncoder, tokenizer, (side, side), f"hf:{folder}", checkpoint)
+
+
+def _clip(
+    make: Callable[[], nn.Module],
+    adapter: Callable[[nn.Module], DualEncoder],
+    tokenizer: Any,
+    size: tuple[int, int],
+    spec: str,
+    checkpoint: Path | None,
+) -> Model:
+    weighted = make if checkpoint is None else from_checkpoint(make, checkpoint)
+    about = {"model": spec, "image_shape": [3, *size], "checkpoint": _digest(checkpoint)}
+    return Model(lambda: adapter(weighted()), ClipTokenizer(tokenizer), (3, *size), about)
+
+
+def _library(module: str, distribution: str) -> Any:
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    # Unpickling raises whatever the bytes lead it to.
-    except Exception as error:
-        raise ValueError(f"checkpoint: expected a file of tensors, got {path} ({type(error).__name__})") from error
-    if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
-        weights = weights["state_dict"]
-    if not isinstance(weights, dict):
-        raise ValueError(f"checkpoint: expected a state_dict, got {type(weights).__name__} in {path}")
-    return {name.removeprefix("module."): value for name, value in weights.items()}
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"model: needs {distribution} (pip install {distribution}): {error}") from error
 
 
 def _digest(path: Path | None) -> str | None:
@@ -111,26 +143,33 @@ def _digest(path: Path | None) -> str | None:
     return digest.hexdigest()
 
 
-def choose(spec: str, *, size: str = "64x64", grey: bool = False, checkpoint: Path | None = None) -> Any:
+def choose(spec: str, *, size: str | None = None, grey: bool = False, checkpoint: Path | None = None) -> Any:
     """A function from captions to :class:`Model`.
 
     Args:
-        spec: "small", or "small:WIDTH" with a multiple of 32.
-        size: "HEIGHTxWIDTH" in pixels, what pictures are resized to.
-        grey: one channel instead of three.
+        spec: "small", or "small:WIDTH" with a multiple of 32; "open_clip:NAME"; "hf:FOLDER".
+        size: "HEIGHTxWIDTH" in pixels, what pictures are resized to; for "small", by default 64x64. The others have
+            their own.
+        grey: one channel instead of three; "small" alone.
         checkpoint: weights to start from.
 
     Raises:
         ValueError: an unknown spec or size.
         FileNotFoundError: no checkpoint.
     """
-    kind, _, width = spec.partition(":")
-    if kind != "small" or (width and not width.isdigit()):
-        raise ValueError(f"model: expected small or small:WIDTH, got {spec!r}")
-    numbers = size.lower().split("x")
-    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
-        raise ValueError(f"size: expected HEIGHTxWIDTH in pixels, such as 64x64, got {size!r}")
+    kind, _, rest = spec.partition(":")
+    if kind not in ("small", "open_clip", "hf") or (kind != "small" and not rest):
+        raise ValueError(f"model: expected small, small:WIDTH, open_clip:NAME or hf:FOLDER, got {spec!r}")
     if checkpoint is not None and not checkpoint.is_file():
         raise FileNotFoundError(f"checkpoint: expected a file, got {checkpoint}, which is not there")
+    if kind != "small":
+        if size is not None or grey:
+            raise ValueError(f"size, grey: expected neither for {spec!r}, which has its own input")
+        return partial(open_clip if kind == "open_clip" else transformers, rest, checkpoint=checkpoint)
+    if rest and not rest.isdigit():
+        raise ValueError(f"model: expected small or small:WIDTH, got {spec!r}")
+    numbers = (size or "64x64").lower().split("x")
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        raise ValueError(f"size: expected HEIGHTxWIDTH in pixels, such as 64x64, got {size!r}")
     shape = (1 if grey else 3, int(numbers[0]), int(numbers[1]))
-    return partial(small, image_shape=shape, width=int(width or 96), checkpoint=checkpoint)
+    return partial(small, image_shape=shape, width=int(rest or 96), checkpoint=checkpoint)

@@ -1,0 +1,64 @@
+"""Weights of a checkpoint file for a model that somebody else makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def from_checkpoint(make: Callable[[], M], checkpoint: Path | str) -> Callable[[], M]:
+    """A factory of the model with a checkpoint's weights.
+
+    Args:
+        make: makes the model with any weights.
+        checkpoint: a ``.safetensors`` file, or a torch file with a state dict, alone or under "state_dict" or "model"
+            (as open_clip writes it; "module." in front of every name is taken off). Loaded with ``weights_only``.
+
+    Raises:
+        ValueError: (by the factory) not a file of tensors, or the weights of another model: says which.
+    """
+    path = Path(checkpoint)
+
+    def made() -> M:
+        model = make()
+        try:
+            model.load_state_dict(_read(path))
+        except RuntimeError as error:
+            what = type(model).__name__
+            raise ValueError(
+                f"checkpoint: expected weights of {what}, got others in {path}: {_brief(error)}"
+            ) from error
+        return model
+
+    return made
+
+
+def _brief(error: RuntimeError) -> str:
+    """torch names every tensor; a line of it tells which model it is not."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]} …"
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    state: Any
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # Reading foreign bytes raises whatever they lead it to.
+    except Exception as error:
+        raise ValueError(f"checkpoint: expected a file of tensors, got {path} ({type(error).__name__})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"checkpoint: expected a state_dict, got {type(state).__name__} in {path}")
+    return {name.removeprefix("module."): value for name, value in state.items()}
