@@ -5,11 +5,13 @@
 # Each makes its own environment in .venv on the first run. Variables:
 #   PYTHON=python3.12        the interpreter to start from
 #   TORCH='torch==2.13.0 triton==3.7.1'   what to install as torch and its triton, before everything else
+#   WORKERS=4                how many processes share the tests
 #   SYSTEM_SITE=1            no network: use the packages that PYTHON has, torch and build tools included
 PYTHON ?= python3
 TORCH ?= torch==2.13.0 triton==3.7.1
 SYSTEM_SITE ?=
 VENV ?= .venv
+WORKERS ?= 2
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -21,7 +23,7 @@ CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.test lint
-	$(if $(SYSTEM_SITE),CCU_FAST_TEST_OFFLINE=1) $(PY) -m pytest -q $(ARGS)
+	$(if $(SYSTEM_SITE),CCU_FAST_TEST_OFFLINE=1) $(PY) -m pytest -q $(if $(SYSTEM_SITE),,-n $(WORKERS) --dist loadfile) $(ARGS)
 
 lint: $(VENV)/.test
 	@$(call tool,ruff) check .
