@@ -46,7 +46,18 @@ class _Stub(ModuleType):
 
 
 def install() -> None:
-    """Make ``import torchvision`` work where it is not installed; a real one is left alone."""
+    """Make ``import torchvision`` work where it is not installed; a real one is left alone.
+
+    transformers looks for torchvision once and remembers: asked after this, it would load its image processors on the
+    stand-ins, and whatever the same process imports from it later would fail.
+    """
+    try:
+        from transformers.utils import is_torchvision_available, is_torchvision_v2_available
+    except ImportError:
+        pass
+    else:
+        is_torchvision_available()
+        is_torchvision_v2_available()
     stand_in(*MODULES)
 
 
