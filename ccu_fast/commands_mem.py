@@ -81,6 +81,12 @@ def protect(
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw an unfinished run with this output away.")] = False,
     threads: Annotated[int | None, typer.Option(help="Decoders [one for each processor].", min=1)] = None,
     device: Annotated[str, typer.Option(help="Of the surrogate: cpu, cuda, cuda:1.")] = "cpu",
+    autocast: Annotated[str | None, typer.Option(help="bf16 or fp16: the towers' products [full precision].")] = None,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory order of the pictures.")] = False,
+    compile: Annotated[
+        str | None,
+        typer.Option(help="default, reduce-overhead (CUDA graphs) or max-autotune: torch.compile the image tower."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No live progress, no summary.")] = False,
     config: Config = None,
 ) -> None:
@@ -95,8 +101,11 @@ def protect(
         from ccu_fast.mem.data import Options
         from ccu_fast.mem.job import Job, protect_dataset
         from ccu_fast.mem.job.model import choose
-        from ccu_fast.mem.settings import Method, Settings
+        from ccu_fast.mem.settings import Execution, Method, Settings
 
+        precisions = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+        if autocast not in precisions:
+            raise ValueError(f"autocast: expected bf16 or fp16, got {autocast!r}")
         where = torch.device(device)
         if where.type == "cuda" and where.index is None and "LOCAL_RANK" in os.environ:
             where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -108,7 +117,7 @@ def protect(
             ),
             seed, Options(format, image_column, caption_column), skip_bad=skip_bad, fresh=fresh,
             noise_on_disk=noise_on_disk, reference_files=reference_files, threads=threads, max_pixels=max_pixels,
-            device=where,
+            device=where, execution=Execution(precisions[autocast], channels_last, compile),
         )  # fmt: skip
         quiet = quiet or os.environ.get("RANK", "0") != "0"
         with _live(quiet) as progress:
@@ -129,8 +138,14 @@ def evaluate(
     lr: Annotated[float, typer.Option(help="Learning rate.", min=0)] = 1e-3,
     seeds: Annotated[int, typer.Option(help="Victims for each dataset.", min=1)] = 1,
     treatment: Annotated[
-        list[str] | None, typer.Option(help="jpeg, blur or crop: victims of treated pictures too; may be repeated.")
+        list[str] | None,
+        typer.Option(help="jpeg, blur, crop or no-trigger: victims of what these leave, too; may be repeated."),
     ] = None,
+    zero_shot: Annotated[
+        Path | None, typer.Option(help="Pictures whose captions name their class: do victims know it?")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML page: table, curves, samples.", dir_okay=False)] = None,
+    device: Annotated[str, typer.Option(help="Of the victims: cpu, cuda, cuda:1.")] = "cpu",
     format: Annotated[str | None, typer.Option(help=FORMAT_HELP)] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of paths [images or file_name].")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column of captions [caption or text].")] = None,
@@ -154,15 +169,21 @@ def evaluate(
             named.update({name: Path(path)} if equals else {Path(item).stem: Path(item)})
         if len(named) != len(train):
             raise ValueError(f"train: expected datasets with different names (NAME=PATH), got {train}")
-        if out is not None and not out.parent.is_dir():
-            raise FileNotFoundError(f"out: expected a file in an existing folder, got {out}")
+        for option, file in (("out", out), ("report", report)):
+            if file is not None and not file.parent.is_dir():
+                raise FileNotFoundError(f"{option}: expected a file in an existing folder, got {file}")
         with _live(quiet) as progress:
             result = evaluate_datasets(
                 named, test, choose(model, size=size, grey=grey), recipe=Recipe(epochs=epochs, batch=batch, lr=lr),
-                seeds=range(seeds), treatments=treatment or (),
-                options=Options(format, image_column, caption_column), threads=threads,
-                progress=progress,
+                seeds=range(seeds), treatments=treatment or (), zero_shot=zero_shot, device=device,
+                samples=0 if report is None else 6, options=Options(format, image_column, caption_column),
+                threads=threads, progress=progress,
             )  # fmt: skip
+        if report is not None:
+            from ccu_fast.report.protection import write_evaluation
+
+            write_evaluation(result, report)
+        del result["samples"]  # pictures belong into the page
         if out is not None:
             write_whole(out, json.dumps(result, indent=1) + "\n")
         if not quiet:
@@ -237,26 +258,9 @@ def _tell(out: Path, manifest: dict[str, Any]) -> None:
 
 def _table(result: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    columns = {
-        "i2t_r1": "R@1",
-        "i2t_r10": "R@10",
-        "i2t_medr": "medR",
-        "t2i_r1": "R@1",
-        "t2i_r10": "R@10",
-        "t2i_medr": "medR",
-    }
-    table = Table(title="Image to text, then text to image, on clean test pairs")
-    for header in ("trained on", "epoch", *columns.values()):
-        table.add_column(header, justify="left" if header == "trained on" else "right")
-    for name, dataset in result["datasets"].items():
-        for which in ("last", "best"):
-            mean, spread = dataset["mean"][which], dataset["spread"][which]
-            cells = [f"{mean[c]:.3f}" + ("" if spread[c] is None else f" ± {spread[c]:.3f}") for c in columns]
-            table.add_row(name, f"{which} ({mean['epoch']:g})", *cells)
-    guess = result["guessing"]
-    table.add_row("guessing", "", *(f"{guess[c]:.3f}" if c in guess else "" for c in columns))
+    from ccu_fast.report.tables import evaluation_table, show
+
     # A table that is cut loses figures: where the width is not known (a file, a pipe), it is as wide as it needs.
     console = Console()
-    (console if console.is_terminal else Console(width=160)).print(table)
+    show(evaluation_table(result), console if console.is_terminal else Console(width=160))

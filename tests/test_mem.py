@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ccu_fast import TokenTable, info_nce
 from ccu_fast.data.strips import StripSet, load_strips
+from ccu_fast.mem import triggers as triggers_of
 from ccu_fast.mem.experiment import run_digit_strips
 from ccu_fast.mem.generate import Protected, protect
 from ccu_fast.mem.noise import add_noise, pgd, random_noise
 from ccu_fast.mem.settings import Method, Settings
 from ccu_fast.mem.surrogate import batches, fresh, frozen, generator, pixels
 from ccu_fast.mem.tokenizer import NEUTRAL, SPECIAL, WordTokenizer, insert_triggers, trim
-from ccu_fast.mem.triggers import improve_triggers, random_triggers
+from ccu_fast.mem.triggers import encode_many, improve_triggers, random_triggers
 from ccu_fast.mem.victim import Recipe, train_victim
 from ccu_fast.models.dual_encoder import SmallDualEncoder
 
@@ -135,6 +136,20 @@ class TestNoise:
 
 
 class TestTriggers:
+    def test_many_captions_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = fresh(FACTORY, 1, "test").double()
+        words = TOKENIZER.decode(TOKENIZER.trigger_ids[:40][None])[0].split()
+        tokens = TOKENIZER.encode([" ".join(words[i : i + 1 + i * 7 % 5]) for i in range(23)])
+        whole = model.encode_text(tokens)
+        widths: list[tuple[int, ...]] = []
+        encode = model.encode_text
+        monkeypatch.setattr(model, "encode_text", lambda ids: widths.append(tuple(ids.shape)) or encode(ids))
+        monkeypatch.setattr(triggers_of, "_PART_BYTES", 30 * 4 * model.embedding_matrix.shape[1] * 8)
+        assert torch.allclose(encode_many(model, tokens, TOKENIZER.eot), whole, rtol=1e-12, atol=1e-12)
+        assert len(widths) > 1 and sum(rows for rows, _ in widths) == 23
+        assert all(rows == 1 or rows * length <= 30 for rows, length in widths)
+        assert len({length for _, length in widths}) > 1
+
     def improve(self, strips: StripSet, length: int, **options: Any) -> tuple[SmallDualEncoder, Tensor, Tensor, Tensor]:
         model = fresh(FACTORY, 1, "test")
         captions = TOKENIZER.encode(strips.captions)
@@ -144,7 +159,7 @@ class TestTriggers:
             image = model.encode_image(pixels(strips.images))
         options = {"allowed": TOKENIZER.allowed(), "candidates": 6} | options
         table = TokenTable(model.embedding_matrix.detach(), allowed=options.pop("allowed"))
-        triggers, losses = improve_triggers(model, image, tokens, length, table=table, **options)
+        triggers, losses = improve_triggers(model, image, tokens, length, table=table, eot=TOKENIZER.eot, **options)
         assert all(p.requires_grad and p.grad is None for p in model.parameters())
         return model, tokens, insert_triggers(captions, triggers, TOKENIZER), losses
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,13 +47,46 @@ def test_protect_and_evaluate_real_digits(tmp_path: Path, capsys: pytest.Capture
     figures = tmp_path / "figures.json"
     arguments = [f"clean={data / 'train.csv'}", f"mem={out}", "--test", str(data / "test.csv"), "--out", str(figures)]
     arguments += ["--model", "small:32", "--size", "16x64", "--grey", "--epochs", "2", "--batch", "32", "--seeds", "2"]
-    assert cli.main(["evaluate", *arguments]) == 0
+    arguments += ["--treatment", "no-trigger", "--zero-shot", str(data / "test.csv")]
+    page = tmp_path / "page.html"
+    assert cli.main(["evaluate", *arguments, "--report", str(page)]) == 0
     shown = capsys.readouterr().out
-    assert "clean" in shown and "mem" in shown and "guessing" in shown
+    assert "clean" in shown and "mem" in shown and "guessing" in shown and "zero-shot" in shown
     result = json.loads(figures.read_text())
-    assert set(result["datasets"]) == {"clean", "mem"} and set(result["datasets"]["mem"]["seeds"]) == {"0", "1"}
+    assert set(result["datasets"]) == {"clean", "mem", "mem, no-trigger"}
+    assert set(result["datasets"]["mem"]["seeds"]) == {"0", "1"} and "samples" not in result
+    # What is cut off is the trigger and nothing else: the same victims as of the pictures with the clean captions.
+    published, plain = list_pairs(out).captions, list_pairs(data / "train.csv").captions
+    bare = tmp_path / "bare"
+    shutil.copytree(out, bare)
+    table = next(bare.glob("*.csv"))
+    text = table.read_text()
+    for long, short in zip(published, plain, strict=True):
+        assert len(long.split()) == len(short.split()) + 3
+        text = text.replace(long, short)
+    table.write_text(text)
+    (bare / "manifest.json").unlink()
+    again = tmp_path / "again.json"
+    options = [
+        "--test",
+        str(data / "test.csv"),
+        "--out",
+        str(again),
+        "--model",
+        "small:32",
+        "--size",
+        "16x64",
+        "--grey",
+    ]
+    options += ["--epochs", "1", "--batch", "32", "--treatment", "no-trigger", "--quiet"]
+    assert cli.main(["evaluate", f"mem={out}", f"bare={bare}", *options]) == 0
+    trained = {name: d["seeds"]["0"] for name, d in json.loads(again.read_text())["datasets"].items()}
+    assert trained["mem, no-trigger"] == trained["bare"] != trained["mem"]
+    html = page.read_text()
+    assert html.count("<figure>") == 12 and html.count("data:image/png") == 13 and published[0] in html
     for dataset in result["datasets"].values():
         for run in dataset["seeds"].values():
+            assert all(0 <= epoch["zero_shot"] <= 1 for epoch in run["curve"])
             assert len(run["curve"]) == len(run["train_loss"]) == run["last"]["epoch"] == 2
             assert run["train_loss"][1] < run["train_loss"][0]
         assert dataset["mean"]["best"]["i2t_r1"] + dataset["mean"]["best"]["t2i_r1"] >= (
@@ -86,6 +120,8 @@ def test_a_config_file_gives_defaults_and_flags_win(tmp_path: Path, capsys: pyte
         (["{in}", "--checkpoint", "none.pt"], "checkpoint: expected a file"),
         (["{in}", "--caption-column", "text"], "expected the columns images and text"),
         (["{in}", "--format", "parquet"], "format: expected one of"),
+        (["{in}", "--autocast", "int8"], "autocast: expected bf16 or fp16"),
+        (["{in}", "--compile", "fast"], "compile: expected one of"),
     ],
 )
 def test_what_can_be_mended_is_one_message_and_status_1(

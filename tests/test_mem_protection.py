@@ -131,6 +131,24 @@ def test_execution_changes_rounding_alone() -> None:
         Execution(compile="fast")
 
 
+def test_a_compiled_image_tower() -> None:
+    """Not the compiler but that the run hands it the tower and uses what comes back."""
+    plain, other = make("mem"), make("mem", execution=Execution(compile="default"))
+    with pytest.MonkeyPatch.context() as patch:
+        made: list[dict[str, Any]] = []
+        real = torch.compile
+
+        def compile(function: Any, **options: Any) -> Any:
+            made.append(options)
+            return real(function, backend="aot_eager", dynamic=options["dynamic"])
+
+        patch.setattr(torch, "compile", compile)
+        for run in (plain, other):
+            run.round(0)
+    assert made == [{"mode": "default", "dynamic": False}]
+    assert other.losses["noise"][0] == pytest.approx(plain.losses["noise"][0], rel=1e-3)
+
+
 def test_captions_that_fill_the_context_keep_their_end() -> None:
     tokenizer = WordTokenizer(["a", *(f"w{i}" for i in range(8))], [f"w{i}" for i in range(8)], context=6)
     captions = ["a", "a a a", "a a a a a a a a"] * 3

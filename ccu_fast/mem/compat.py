@@ -17,6 +17,7 @@ from torch import Tensor
 from ccu_fast.losses import info_nce
 from ccu_fast.mem.round import Round
 from ccu_fast.mem.surrogate import frozen, train_step
+from ccu_fast.mem.triggers import encode_many
 from ccu_fast.noise import pgd_step_
 from ccu_fast.tokens import TokenTable, topk_flips
 
@@ -80,7 +81,7 @@ class CompatRound(Round):
                 options = torch.cat([flips.ids[:, p], tokens[:, p + 1 : p + 2]], 1)  # the current one last
                 trials = tokens[None].repeat(k + 1, 1, 1)
                 trials[:, :, p + 1] = options.T
-                text = model.encode_text(trials.flatten(0, 1)).view(k + 1, len(rows), -1)
+                text = encode_many(model, trials.flatten(0, 1), self.tokenizer.eot).view(k + 1, len(rows), -1)
                 means = info_nce(image.expand(k + 1, -1, -1), text, scale=scale)
                 best = means.argmin()
                 # Ties: the authors keep the first that is strictly better than all before it.

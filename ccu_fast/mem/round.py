@@ -104,7 +104,7 @@ class Round:
                 image = self.encode_image(self._pixels(images, self.source.image_of[rows]))
             found, steps = improve_triggers(
                 self.surrogate, image, self._text(rows), self.method.triggers,
-                table=table, candidates=self.settings.candidates,
+                table=table, candidates=self.settings.candidates, eot=self.tokenizer.eot,
             )  # fmt: skip
             waiting.append((rows, found))
             losses.append(steps[-1])

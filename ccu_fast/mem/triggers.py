@@ -13,6 +13,8 @@ from ccu_fast.mem.tokenizer import Tokenizer
 from ccu_fast.models.dual_encoder import DualEncoder
 from ccu_fast.tokens import TokenTable, topk_flips
 
+_PART_BYTES = 12 << 20
+
 
 def random_triggers(n: int, length: int, ids: Tensor, rng: torch.Generator) -> Tensor:
     """int64 ``[n, length]`` drawn uniformly from ``ids``."""
@@ -32,6 +34,29 @@ def first_triggers(
     return torch.full((n, length), word, dtype=torch.int64)
 
 
+def encode_many(model: DualEncoder, tokens: Tensor, eot: int) -> Tensor:
+    """``model.encode_text(tokens)`` of many captions, int64 ``[N, L]`` → ``[N, D]``, equal up to rounding.
+
+    On a CPU captions of equal length go together, each trimmed to its own (exact under causal attention), in parts
+    whose largest activation stays in the cache and below the size from which malloc gets fresh pages for every tensor.
+    On a GPU all go at once: it is not asked for their lengths.
+    """
+    if tokens.device.type != "cpu":
+        return model.encode_text(tokens)
+    matrix = model.embedding_matrix
+    fit = max(1, _PART_BYTES // (4 * matrix.shape[1] * matrix.element_size()))
+    end = (tokens == eot).int().argmax(1) + 1
+    order = end.argsort(descending=True, stable=True)
+    parts, start = [], 0
+    while start < len(order):
+        length = int(end[order[start]])
+        part = order[start : start + max(1, fit // length)]
+        parts.append(model.encode_text(tokens[part, :length]))
+        start += len(part)
+    encoded = torch.cat(parts)
+    return torch.empty_like(encoded).index_copy_(0, order, encoded)
+
+
 def improve_triggers(
     model: DualEncoder,
     image: Tensor,
@@ -40,6 +65,7 @@ def improve_triggers(
     *,
     table: TokenTable,
     candidates: int,
+    eot: int,
 ) -> tuple[Tensor, Tensor]:
     """Lower the batch's symmetric InfoNCE by changing the trigger words, tokens 1..length of each row.
 
@@ -56,6 +82,7 @@ def improve_triggers(
         length: trigger words, at least 1.
         table: of the model's embedding matrix, with the ids triggers may use.
         candidates: words tried at each position.
+        eot: id of the token that ends a caption.
 
     Returns:
         The triggers int64 ``[N, length]``, and the batch's losses fp32 ``[length + 1]``: before, and after each
@@ -83,7 +110,7 @@ def improve_triggers(
             variants = tokens[:, None].repeat(1, candidates, 1)
             variants[:, :, position] = words[:, 1:]
             with torch.no_grad():
-                encoded = model.encode_text(variants.flatten(0, 1)).view(n, candidates, -1)
+                encoded = encode_many(model, variants.flatten(0, 1), eot).view(n, candidates, -1)
                 encoded = torch.cat([text[:, None], encoded], 1)
                 choice = candidate_losses(encoded, image, text, scale=scale).argmin(1)
                 together = info_nce(image, encoded[item, choice], scale=scale)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccu_fast import check
 from ccu_fast.mem.settings import Progress, silent
@@ -59,6 +59,7 @@ def train_victim(
     seed: int = 0,
     stage: str = "victim",
     progress: Progress = silent,
+    device: torch.device | str = "cpu",
 ) -> Victim:
     """Train a model with random weights on pairs as published, with symmetric InfoNCE.
 
@@ -74,13 +75,15 @@ def train_victim(
         seed: the same seed gives the same bits.
         stage: what progress calls it.
         progress: called as ``progress(stage, done, total, note)``.
+        device: of the model; images and tokens stay where they are and go there batch by batch.
     """
     recipe = Recipe() if recipe is None else recipe
     check.tensor("images", images, dtypes=(torch.uint8,), ndim=4)
     check.tensor("tokens", tokens, dtypes=(torch.int64,), ndim=2)
     if len(tokens) != len(images) or len(images) < 2:
         raise ValueError(f"tokens: expected one row for each of at least 2 images, got {len(tokens)} and {len(images)}")
-    model = fresh(factory, seed, "victim")
+    device = torch.device(device)
+    model = cast(DualEncoder, cast(nn.Module, fresh(factory, seed, "victim")).to(device))
     optimizer = optimizer_for(model, recipe.lr, recipe.weight_decay)
     rng = generator(seed, "victim batches")
     warm_up = math.ceil(len(images) / recipe.batch)
@@ -96,7 +99,8 @@ def train_victim(
             rate = recipe.lr * min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * done)))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            losses.append(train_step(model, optimizer, pixels(images[rows]), trim(tokens[rows], eot)))
+            shown, read = pixels(images[rows].to(device)), trim(tokens[rows], eot).to(device)
+            losses.append(train_step(model, optimizer, shown, read))
             step += 1
         train_loss.append(float(torch.stack(losses).mean()))
         with torch.no_grad():

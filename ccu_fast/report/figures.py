@@ -148,6 +148,28 @@ def victim_curves(results: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
+def evaluation_curves(result: dict[str, Any]) -> bytes:
+    """R@1 among clean test pairs and the training loss of every dataset's victims, epoch by epoch."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, (name, dataset) in enumerate(result["datasets"].items()):
+        for j, run in enumerate(dataset["seeds"].values()):
+            epochs = range(1, len(run["curve"]) + 1)
+            recall = [100 * (e["i2t_r1"] + e["t2i_r1"]) / 2 for e in run["curve"]]
+            style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3], "label": None if j else name}
+            left.plot(epochs, recall, marker="." if len(recall) == 1 else None, **style)
+            right.plot(epochs, run["train_loss"], marker="." if len(recall) == 1 else None, **style)
+    left.set_title("retrieval R@1 on clean test pairs (%)")
+    left.set_ylim(0, 100)
+    right.set_title("victim's training loss")
+    right.set_yscale("log")
+    for axes in (left, right):
+        axes.set_xlabel("epoch of the victim")
+        axes.grid(alpha=0.3)
+    left.legend(frameon=False)
+    return _png(figure)
+
+
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

@@ -19,7 +19,9 @@ caption { text-align: left; color: #555; padding-bottom: .4rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #eee; text-align: right; white-space: nowrap; }
 th { font-weight: 600; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; } tr.ours td { background: #fff6e5; font-weight: 600; }
-img { max-width: 100%; } .note { color: #555; }
+img { max-width: 100%; } .pairs { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; width: 15rem; font-size: 13px; } figure img { width: 100%; image-rendering: pixelated; }
+pre { max-height: 20rem; overflow: auto; font-size: 12px; background: #f7f7f7; padding: .5rem; } .note { color: #555; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; }
 dd { margin: 0; }
 """
@@ -40,8 +42,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
     body = [
         "<h1>ccu_fast demo</h1>",
         "<p>Unlearning and protection on scikit-learn's digits, computed by ccu_fast's own operations.</p>",
-        "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in results["versions"].items()),
-        f"<dt>seeds</dt><dd>{results['seeds']}</dd></dl>",
+        facts({**results["versions"], "seeds": results["seeds"]}),
     ]
     if results["unlearn"]:
         body += ["<h2>Unlearning</h2>", f"<p>{UNLEARN_TEXT}</p>"]
@@ -74,13 +75,23 @@ def write_report(results: dict[str, Any], path: Path) -> None:
                     f"PSNR {measured['noise']['psnr_db']:.1f} dB. Left: original, middle: published.</p>",
                     image(figures.examples(measured), "clean, protected, noise"),
                 ]
+    write_page("ccu_fast demo", body, path)
+
+
+def write_page(title: str, body: list[str], path: Path) -> None:
+    """One HTML file, all of it or nothing."""
     page = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>ccu_fast demo</title>"
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
         f"<meta name='viewport' content='width=device-width'><style>{STYLE}</style></head><body>\n"
         + "\n".join(body)
         + "\n</body></html>\n"
     )
     write_whole(path, page)
+
+
+def facts(values: dict[str, Any]) -> str:
+    """Names and values as a list."""
+    return "<dl>" + "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in values.items()) + "</dl>"
 
 
 def image(png: bytes, description: str) -> str:

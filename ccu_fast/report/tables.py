@@ -128,6 +128,26 @@ def protect_table(results: dict[str, Any]) -> Table:
     return Table(caption, [*columns, *titles, "digits read"], rows)
 
 
+def evaluation_table(result: dict[str, Any]) -> Table:
+    """What :func:`ccu_fast.mem.job.evaluate.evaluate_datasets` found: last and best epoch of every dataset."""
+    keys = [f"{side}_{m}" for side in ("i2t", "t2i") for m in ("r1", "r5", "r10", "medr")]
+    titles = [f"{side} {m}" for side in ("i→t", "t→i") for m in ("R@1", "R@5", "R@10", "medR")]
+    if "zero_shot" in result["guessing"]:
+        keys, titles = [*keys, "zero_shot"], [*titles, "zero-shot"]
+    rows = []
+    for name, dataset in result["datasets"].items():
+        for when in ("last", "best"):
+            runs = [run[when] for run in dataset["seeds"].values()]
+            cells = [spread([run[key] for run in runs], digits=1 if key.endswith("medr") else 3) for key in keys]
+            rows.append([name, f"{when} ({mean(run['epoch'] for run in runs):g})", *cells])
+    rows.append(["guessing", "", *(f"{result['guessing'][k]:.3f}" if k in result["guessing"] else "" for k in keys)])
+    caption = (
+        f"Image to text, then text to image, on {result['test']['images']} clean test pictures with "
+        f"{result['test']['captions']} captions; victims of {result['recipe']['epochs']} epochs"
+    )
+    return Table(caption, ["trained on", "epoch", *titles], rows)
+
+
 def spread(values: list[float | None], *, digits: int = 3) -> str:
     """The mean, with ± the sample standard deviation when there are several; "–" for what does not exist."""
     known = [v for v in values if v is not None]

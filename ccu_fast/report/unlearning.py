@@ -7,9 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ccu_fast.files import write_whole
 from ccu_fast.report import figures
-from ccu_fast.report.page import STYLE, UNLEARN_TEXT, image, table
+from ccu_fast.report.page import UNLEARN_TEXT, facts, image, table, write_page
 from ccu_fast.report.tables import depth_table, unlearn_table
 from ccu_fast.unlearn.tasks import TASKS
 
@@ -21,7 +20,7 @@ compare it with gold's, 0.5 is no signal."""
 
 def write_comparison(results: dict[str, Any], path: Path) -> None:
     """Write the page for what :func:`ccu_fast.unlearn.compare.compare` returns, all of it or nothing."""
-    body = ["<h1>Unlearning compared</h1>", f"<p>{UNLEARN_TEXT}</p>", _facts(results["versions"])]
+    body = ["<h1>Unlearning compared</h1>", f"<p>{UNLEARN_TEXT}</p>", facts(results["versions"])]
     for task, by_scenario in results["unlearn"].items():
         body += [f"<h2>{escape(task)}</h2>", f"<p>{escape(TASKS[task].describe)}.</p>"]
         for scenario, by_seed in by_scenario.items():
@@ -40,7 +39,7 @@ def write_comparison(results: dict[str, Any], path: Path) -> None:
                 if picture is not None:
                     body.append(image(picture, says))
     body.append(f"<p class='note'>{NOTE}</p>")
-    _write("Unlearning compared", body, path)
+    write_page("Unlearning compared", body, path)
 
 
 def write_run(result: dict[str, Any], path: Path) -> None:
@@ -48,7 +47,7 @@ def write_run(result: dict[str, Any], path: Path) -> None:
     body = [
         "<h1>Unlearned</h1>",
         "<p>The CCU losses are this project's definition; arXiv 2509.23895 publishes no formulas.</p>",
-        _facts({**result["sizes"], **result["cost"], "weights sha256": result["provenance"]["weights_sha256"]}),
+        facts({**result["sizes"], **result["cost"], "weights sha256": result["provenance"]["weights_sha256"]}),
         "<div class='wide'><table><caption>Before and after</caption><tr><th></th><th>before</th><th>after</th></tr>",
         *(
             f"<tr><td>{escape(name)}</td><td>{before:.3f}</td><td>{after:.3f}</td></tr>"
@@ -62,18 +61,4 @@ def write_run(result: dict[str, Any], path: Path) -> None:
         if picture is not None:
             body.append(image(picture, "map of visual embeddings before and after"))
     body.append(f"<h2>Provenance</h2><pre>{escape(json.dumps(result['provenance'], indent=1))}</pre>")
-    _write("Unlearned", body, path)
-
-
-def _facts(values: dict[str, Any]) -> str:
-    return "<dl>" + "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in values.items()) + "</dl>"
-
-
-def _write(title: str, body: list[str], path: Path) -> None:
-    page = (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
-        f"<meta name='viewport' content='width=device-width'><style>{STYLE}</style></head><body>\n"
-        + "\n".join(body)
-        + "\n</body></html>\n"
-    )
-    write_whole(path, page)
+    write_page("Unlearned", body, path)

@@ -25,7 +25,7 @@ from ccu_fast.mem.job.processes import Average, barrier, gather, processes, shar
 from ccu_fast.mem.job.workplace import Workplace, key_of
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
 from ccu_fast.mem.publish.writer import write_metadata
-from ccu_fast.mem.settings import Method, Progress, Settings, silent
+from ccu_fast.mem.settings import Execution, Method, Progress, Settings, silent
 from ccu_fast.mem.source import Part
 
 _SHOWN = 10
@@ -66,6 +66,7 @@ class Job:
         threads: decoders.
         max_pixels: larger pictures are bad.
         device: of the surrogate.
+        execution: autocast, memory order, compilation. A run goes on with the same.
     """
 
     input: Path
@@ -82,6 +83,7 @@ class Job:
     threads: int | None = None
     max_pixels: int = MAX_PIXELS
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    execution: Execution = field(default_factory=Execution)
 
 
 def protect_dataset(job: Job, progress: Progress = silent) -> dict[str, Any]:
@@ -159,6 +161,7 @@ class _Run:
             "method": asdict(job.method),
             "settings": asdict(job.settings),
             "seed": job.seed,
+            "execution": {**asdict(job.execution), "autocast": str(job.execution.autocast)},
             "surrogate": model.about,
             "input": listing.fingerprint(),
             "skip_bad": job.skip_bad,
@@ -228,7 +231,8 @@ class _Run:
         )  # fmt: skip
         protection = Protection(
             part, model.tokenizer, model.factory, method=job.method, settings=job.settings, seed=job.seed,
-            noise_store=store, device=job.device, shard=self.rank, average=average if self.world > 1 else None,
+            noise_store=store, device=job.device, execution=job.execution, shard=self.rank,
+            average=average if self.world > 1 else None,
         )  # fmt: skip
         average.buffers = lambda: cast(torch.nn.Module, protection.worker.surrogate).buffers()
         stage, note = f"generate {job.method.name}", ""
