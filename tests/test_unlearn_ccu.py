@@ -23,8 +23,10 @@ from ccu_fast.data.paired import PairedData
 from ccu_fast.models.fusion import ConvFusionModel, FusionModel
 from ccu_fast.models.pairs import DualEncoderPair, PairModel
 from ccu_fast.unlearn import Budget, Checkpoint, HeldOut, KeyBank, UnlearnConfig, unlearn
+from ccu_fast.unlearn.baselines.bad_teacher import reinitialised
 from ccu_fast.unlearn.ccu import ccu_method
 from ccu_fast.unlearn.loop import accuracies, run
+from ccu_fast.unlearn.neighbours import nearest_retained, neighbour_loss
 from ccu_fast.unlearn.objective import anchor_loss, forgetting_loss, separation_loss, unclassify_loss
 from ccu_fast.unlearn.parameters import saliency
 from ccu_fast.unlearn.training import TrainConfig, train
@@ -55,6 +57,17 @@ class TestObjective:
         assert anchor_loss(rows[:0], frozen[:0]) == 0
         with pytest.raises(ValueError, match="frozen_rows"):
             anchor_loss(rows, frozen[:3])
+
+    def test_neighbours_equal_plain_torch_and_only_u_learns(self) -> None:
+        u, r = unit(5, 1), unit(5, 2)
+        loss = neighbour_loss(u, r)
+        torch.testing.assert_close(loss, sum(1 - u[i] @ r[i] for i in range(5)) / 5, rtol=1e-14, atol=0)
+        one, two = torch.autograd.grad(loss, [u, r], allow_unused=True)
+        torch.testing.assert_close(one, -r.detach() / 5, rtol=1e-14, atol=0)
+        assert two is None
+        assert neighbour_loss(u[:0], r[:0]) == 0 and neighbour_loss(r, r).abs() < 1e-15
+        with pytest.raises(ValueError, match="neighbours"):
+            neighbour_loss(u, r[:3])
 
     def test_unclassify_is_minus_log_of_the_rest_and_fades(self) -> None:
         logits = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -165,6 +178,72 @@ class TestWhatMayChange:
         assert accuracies(damaged, sets(data)[0])["visual"] < accuracies(model, sets(data)[0])["visual"]
 
 
+    def test_neighbours_are_those_of_an_untrained_copy(self, trained: tuple[FusionModel, PairedData]) -> None:
+        model, (forget, retain) = trained[0], sets(trained[1])
+        # Another class's copy of an input is the nearest, whatever the weights.
+        twins = PairedData(
+            torch.cat([retain.visual, forget.visual]),
+            torch.cat([retain.other, forget.other]),
+            torch.cat([retain.labels, torch.zeros_like(forget.labels)]),
+            torch.arange(len(retain) + len(forget)) + 1000,
+        )
+        before = weights(model)
+        found = nearest_retained(model, forget, twins, seed=5)
+        assert torch.equal(found, torch.arange(len(retain), len(twins)))
+        fresh = reinitialised(model, 5)
+        s = fresh.embed_visual(forget.visual) @ fresh.embed_visual(retain.visual).T
+        assert torch.equal(nearest_retained(model, forget, retain, seed=5), s.argmax(1))
+        assert torch.equal(weights(model), before)
+
+    @pytest.mark.parametrize("kind", ["class", "instances"])
+    def test_the_step_pulls_towards_the_live_neighbours(
+        self, trained: tuple[FusionModel, PairedData], kind: str
+    ) -> None:
+        model, (forget, retain) = trained[0], toy_unlearn.split(kind)
+        batch = toy_unlearn.one_batch(forget, retain)
+        found = nearest_retained(model, forget, retain, seed=2)
+        live = copy.deepcopy(model)
+        with torch.no_grad():
+            live.visual_tower[0].weight.mul_(0.5)  # not where the frozen model has them
+        losses = [
+            ccu_method(UnlearnConfig(forget=kind, neighbours=w, seed=2))(model, forget, retain)(live, batch)
+            for w in (0.0, 2.0)
+        ]
+        u = live.embed_visual(batch.forget.visual)
+        r = live.embed_visual(retain.visual[found[batch.forget_rows]]).detach()
+        torch.testing.assert_close(losses[1] - losses[0], 2 * (1 - (u * r).sum(1)).mean(), rtol=1e-4, atol=1e-6)
+
+    def test_the_heads_unlearn_the_class_where_it_is_and_where_it_was(
+        self, trained: tuple[FusionModel, PairedData]
+    ) -> None:
+        model, (forget, retain) = trained[0], sets(trained[1])
+        batch = toy_unlearn.one_batch(forget, retain)
+        live = copy.deepcopy(model)
+        with torch.no_grad():
+            live.visual_tower[0].weight.mul_(0.5)
+        with_a, without = (
+            ccu_method(UnlearnConfig(forgetting=w))(model, forget, retain)(live, batch) for w in (2.0, 0.0)
+        )
+        u0, a0, b0 = (
+            f(x) for f, x in (
+                (model.embed_visual, batch.forget.visual),
+                (model.embed_other, batch.forget.other),
+                (model.embed_other, batch.retain.other),
+            )
+        )  # fmt: skip
+        u, a, r = live.embed_visual(batch.forget.visual), a0, live.embed_visual(batch.retain.visual)
+        y = batch.forget.labels
+        heads = sum(
+            -torch.log1p(-logits.softmax(1).gather(1, y[:, None])).mean()
+            for place in (u, u0)
+            for logits in (live.classify_visual(place), live.classify_fused(place, a))
+        )
+        towers = forgetting_loss(
+            u, r, u0=u0, a0=a0, b0=b0, scale=5.0, forget_labels=y, retain_labels=batch.retain.labels
+        )  # fmt: skip
+        torch.testing.assert_close(with_a - without, 2 * (towers + heads), rtol=1e-3, atol=1e-4)
+
+
 class TestPairs:
     def test_forgets_pairs_without_labels_or_heads(self) -> None:
         labelled = toy(80)
@@ -229,7 +308,7 @@ class TestCheckpoint:
 
     def test_goes_on_and_ends_as_it_would_have(self, trained: tuple[FusionModel, PairedData], tmp_path: Path) -> None:
         model, (forget, retain) = trained[0], sets(trained[1])
-        config = UnlearnConfig(budget=Budget(steps=20, batch=7), dampen=2.0, bank=20)
+        config = UnlearnConfig(budget=Budget(steps=20, batch=7), dampen=2.0, bank=20, neighbours=3.0)
         whole = unlearn(model, forget, retain, config)
         checkpoint = Checkpoint(tmp_path / "state.pt", every=4)
         with pytest.raises(Interrupted):

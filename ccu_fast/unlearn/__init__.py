@@ -23,6 +23,7 @@ from ccu_fast.unlearn.ccu import run_ccu
 from ccu_fast.unlearn.checkpoint import Checkpoint
 from ccu_fast.unlearn.config import Budget, Progress, UnlearnConfig
 from ccu_fast.unlearn.loop import HeldOut
+from ccu_fast.unlearn.neighbours import neighbour_loss
 from ccu_fast.unlearn.objective import anchor_loss, forgetting_loss, retention_loss, separation_loss, unclassify_loss
 from ccu_fast.unlearn.protocol import Model, TwoModalityModel, TwoTowerModel, check_problem
 
@@ -39,6 +40,7 @@ __all__ = [
     "audit",
     "forgetting_loss",
     "membership_auc",
+    "neighbour_loss",
     "retention_loss",
     "separation_loss",
     "unclassify_loss",

@@ -1,13 +1,16 @@
 """CCU as a method of the loop: damage, then the three losses plus the task on the retain set.
 
     before the first step   w ← dampened w (Selective Synaptic Dampening, from a sample of both sets)
-    loss = forgetting · (L_a + unclassify of the visual and fused heads, for a class)
+    loss = forgetting · (L_a + unclassify of the visual and fused heads at u and at u0, for a class)
+           + neighbours · (pull towards the retained item that looks most alike)
            + retention · (L_b + CE(other head, forget set)) + anchor · L_anchor
            + separation · L_c + task · (CE of the heads on the retain set; InfoNCE without heads)
 
 This project's definition; arXiv 2509.23895 publishes no formula. Why the model is damaged first: losses at the output
 teach the last layers to hide what the others still know, and it comes back in a few steps of training. Weights that
 mattered to the forget set more than to the rest and were made small no longer know, and the losses repair the rest.
+Why the heads are told about u0, where the forgotten items used to be: moving the items away leaves the heads with the
+old direction of their class, and a few steps of training bring the items back to it.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.bank import KeyBank
 from ccu_fast.unlearn.baselines.ssd import ssd
 from ccu_fast.unlearn.config import UnlearnConfig
-from ccu_fast.unlearn.loop import Batch, Prepare, Run, Step, embed, run
+from ccu_fast.unlearn.loop import Batch, Prepare, Run, Step, embed, embed_visual, run
+from ccu_fast.unlearn.neighbours import nearest_retained, neighbour_loss
 from ccu_fast.unlearn.objective import (
     anchor_loss,
     forgetting_loss,
@@ -62,6 +66,8 @@ class _CcuStep:
         self.forget, self.retain = forget, retain
         self.u0, self.a0 = embed(frozen, forget)
         self.r0, self.b0 = embed(frozen, retain)
+        # Found again by a resumed run: the same copy of the same model.
+        self.neighbour = nearest_retained(frozen, forget, retain, config.seed) if config.neighbours else None
         self.bank: KeyBank | None = None
         if config.bank:
             keys = torch.cat([self.r0, self.b0, self.u0, self.a0])
@@ -103,8 +109,12 @@ class _CcuStep:
                 for head in heads(model):
                     if head != "other":
                         # The other modality is kept: it must not learn to hide the class from the fused head.
-                        gone = gone + unclassify_loss(logits_of(model, head, u, a.detach()), forget.labels)
+                        for place in (u, u0):
+                            gone = gone + unclassify_loss(logits_of(model, head, place, a.detach()), forget.labels)
             total = total + config.forgetting * gone
+        if self.neighbour is not None:
+            alike = embed_visual(model, self.retain.visual[self.neighbour[batch.forget_rows]])
+            total = total + config.neighbours * neighbour_loss(u, alike)
         if config.retention:
             keys = torch.cat([a0, b0]) if self.bank is None else self.bank.keys
             kept = retention_loss(other, torch.cat([a0, b0]), keys, scale=scale)

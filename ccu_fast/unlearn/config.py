@@ -46,6 +46,8 @@ class UnlearnConfig:
             on the retain set; 0 leaves a loss out.
         anchor: weight ≥ 0 of the part of (b) that holds embeddings to the frozen ones: the other modality's of all
             items and the visual ones of the retain set.
+        neighbours: weight ≥ 0 of the pull of each forgotten item towards the retained item that looks most like it
+            (:mod:`ccu_fast.unlearn.neighbours`); 0 for none.
         temperature: > 0, of the three losses.
         forgotten_weight: > 0, how much forgotten items count among the negatives of (c).
         group: items with equal ``ids // group`` are views of one thing: in (a), where instances or pairs are forgotten,
@@ -67,6 +69,7 @@ class UnlearnConfig:
     separation: float = 1.0
     task: float = 1.0
     anchor: float = 0.0
+    neighbours: float = 0.0
     temperature: float = 0.2
     forgotten_weight: float = 0.1
     group: int = 1
@@ -81,7 +84,7 @@ class UnlearnConfig:
 
     def __post_init__(self) -> None:
         check.one_of("forget", self.forget, ROLES)
-        for name in ("forgetting", "retention", "separation", "task", "anchor"):
+        for name in ("forgetting", "retention", "separation", "task", "anchor", "neighbours"):
             check.number(name, getattr(self, name), low=0)
         check.number("dampen", self.dampen, low=0)
         check.integer("group", self.group, low=1)

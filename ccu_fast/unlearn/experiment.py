@@ -28,6 +28,7 @@ ABLATIONS: dict[str, Callable[[UnlearnConfig], UnlearnConfig]] = {
     "ccu_without_a": lambda config: replace(config, forgetting=0.0),
     "ccu_without_b": lambda config: replace(config, retention=0.0, anchor=0.0),
     "ccu_without_c": lambda config: replace(config, separation=0.0),
+    "ccu_without_neighbours": lambda config: replace(config, neighbours=0.0),
     "ccu_without_damage": lambda config: replace(config, dampen=0.0),
 }
 METHODS = {
@@ -39,6 +40,7 @@ METHODS = {
     "ccu_without_a": "CCU without (a)",
     "ccu_without_b": "CCU without (b)",
     "ccu_without_c": "CCU without (c)",
+    "ccu_without_neighbours": "CCU without neighbours",
     "ccu_without_damage": "CCU without dampening",
 }
 DEEP_ITEMS = 256

@@ -254,8 +254,8 @@ def accuracies(model: TwoModalityModel, data: PairedData) -> dict[str, float]:
     if not own or not data.labelled:
         everyone = torch.arange(len(data), device=visual.device)
         return {
-            "visual": (_nearest(visual, other) == everyone).double().mean().item(),
-            "other": (_nearest(other, visual) == everyone).double().mean().item(),
+            "visual": (nearest(visual, other) == everyone).double().mean().item(),
+            "other": (nearest(other, visual) == everyone).double().mean().item(),
         }
     was_training = model.training
     model.eval()
@@ -264,7 +264,8 @@ def accuracies(model: TwoModalityModel, data: PairedData) -> dict[str, float]:
     return {head: (value.argmax(-1) == data.labels).double().mean().item() for head, value in logits.items()}
 
 
-def _nearest(x: Tensor, y: Tensor) -> Tensor:
+def nearest(x: Tensor, y: Tensor) -> Tensor:
+    """For each row of x the row of y with the largest inner product."""
     return torch.cat([(part @ y.T).argmax(1) for part in x.split(CHUNK)])
 
 
@@ -273,10 +274,19 @@ def embed(model: TwoModalityModel, data: PairedData) -> tuple[Tensor, Tensor]:
     """Visual and other embeddings ``[N, D]`` of all items, in evaluation mode."""
     was_training = model.training
     model.eval()
-    visual = torch.cat([model.embed_visual(part) for part in data.visual.split(CHUNK)])
     other = torch.cat([model.embed_other(part) for part in data.other.split(CHUNK)])
     model.train(was_training)
-    return visual, other
+    return embed_visual(model, data.visual), other
+
+
+@torch.no_grad()
+def embed_visual(model: TwoModalityModel, visual: Tensor) -> Tensor:
+    """Visual embeddings ``[N, D]`` of all inputs, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    result = torch.cat([model.embed_visual(part) for part in visual.split(CHUNK)])
+    model.train(was_training)
+    return result
 
 
 def epochs_of_rows(items: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
