@@ -32,7 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_times(value: Any) -> Any:
     """Everything but the seconds and what is computed from them."""
     if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "ratio")}
+        return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "cpu_seconds", "ratio")}
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 

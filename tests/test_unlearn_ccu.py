@@ -177,7 +177,6 @@ class TestWhatMayChange:
         assert any(bool((new.abs() < old.abs()).any()) for old, new in pairs)
         assert accuracies(damaged, sets(data)[0])["visual"] < accuracies(model, sets(data)[0])["visual"]
 
-
     def test_neighbours_are_those_of_an_untrained_copy(self, trained: tuple[FusionModel, PairedData]) -> None:
         model, (forget, retain) = trained[0], sets(trained[1])
         # Another class's copy of an input is the nearest, whatever the weights.

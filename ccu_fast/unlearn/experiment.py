@@ -89,7 +89,8 @@ def run_task(
         seed: of the split, the initial weights, the batches and the choice of instances; at least 0.
         scenario: "class" or "instances".
         methods: keys of :data:`METHODS`; default all. "original" and "gold_mask" are always run: the rest is
-            measured against them.
+            measured against them. CCU without something that its configuration does not use would be CCU again and is
+            left out.
         forget_class: the class that goes, in [0, 9].
         forget_share: the share of training items that goes, in (0, 1).
         config: of CCU, and the budget of all; its seed and kind of forgetting are set from the arguments.
@@ -101,9 +102,10 @@ def run_task(
         ``setting`` – task, scenario, seed, sizes, CCU's configuration. ``metrics`` – for each method what
         :func:`ccu_fast.unlearn.audit.audit` measures, the same against the gold_mask model ("gap_to_gold", signed;
         "mia_gap", absolute; "average_gap", see :func:`ccu_fast.unlearn.audit.average_gap`) and "label".
-        ``cost`` – for each method "steps", "items", "seconds" and "ratio" (its seconds over gold_mask's). All of that
-        is JSON. ``embeddings`` – float32 arrays for a picture, visual
-        embeddings of test and forget items: "before" and "after" CCU (when it ran), int64 "labels", bool "forgotten".
+        ``cost`` – for each method "steps", "items", "seconds" (wall time), "cpu_seconds" (processor time of the one
+        thread) and "ratio" (its processor time over gold_mask's). All of that is JSON. ``embeddings`` – float32 arrays
+        for a picture, visual embeddings of test and forget items: "before" and "after" CCU (when it ran), int64
+        "labels", bool "forgotten".
 
     Raises:
         ValueError, TypeError: unknown scenario or method, a class, share or seed out of range.
@@ -114,6 +116,7 @@ def run_task(
         task.load(seed), scenario, forget_class=forget_class, forget_share=forget_share, seed=seed, group=task.group
     )
     config = replace(config or task.ccu[scenario], forget=scenario, seed=seed)
+    names = [name for name in names if name not in ABLATIONS or name == "ccu" or ABLATIONS[name](config) != config]
     with _one_thread():
         runs = _run_all(names, task, split, config, models, progress)
         metrics = {}
@@ -146,7 +149,8 @@ def run_task(
                 "steps": done.steps,
                 "items": done.items,
                 "seconds": done.seconds,
-                "ratio": done.seconds / runs["gold_mask"].seconds,
+                "cpu_seconds": done.cpu_seconds,
+                "ratio": done.cpu_seconds / runs["gold_mask"].cpu_seconds,
             }
             for name, done in runs.items()
         },

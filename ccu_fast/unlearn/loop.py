@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from torch import Tensor
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn import checkpoint as files
 from ccu_fast.unlearn.checkpoint import Checkpoint
+from ccu_fast.unlearn.clock import Clock
 from ccu_fast.unlearn.config import Budget, Progress
 from ccu_fast.unlearn.parameters import Mask, freeze_all_but
 from ccu_fast.unlearn.protocol import TwoModalityModel, heads, logits_of
@@ -83,6 +83,8 @@ class Run:
         steps: optimiser steps taken.
         items: items of the batches, both sets together.
         seconds: wall time of preparation, steps and checks.
+        cpu_seconds: processor time of the same, of all threads together; unlike wall time it does not count what else
+            the machine does.
         losses: the loss of every step.
     """
 
@@ -90,6 +92,7 @@ class Run:
     steps: int
     items: int
     seconds: float
+    cpu_seconds: float
     losses: list[float]
 
 
@@ -128,7 +131,7 @@ def run(
         FloatingPointError: the loss is NaN or infinite; the message says at which step and, with a checkpoint, where
             the last good state is.
     """
-    start = time.perf_counter()
+    clock = Clock()
     frozen = copy.deepcopy(original).eval().requires_grad_(False)
     model = copy.deepcopy(original).train()
     freeze_all_but(model, trainable)  # type: ignore[arg-type]
@@ -138,7 +141,7 @@ def run(
     step_loss = prepare(frozen, forget, retain)
     floor = {} if held_out is None else {k: v - held_out.slack for k, v in accuracies(frozen, held_out.retain).items()}
     losses: list[float] = []
-    items, before = 0, 0.0
+    items = 0
     keeper = None if checkpoint is None else _Keeper(checkpoint, original, forget, retain, budget, seed, stage)
     stored = None if keeper is None else keeper.load()
     if stored is not None:
@@ -146,13 +149,11 @@ def run(
         optimizer.load_state_dict(stored["optimizer"])
         if stored["step"]:
             step_loss.load_state_dict(stored["step"])  # type: ignore[attr-defined]
-        losses, items, before = stored["losses"], stored["items"], stored["seconds"]
+        losses, items = stored["losses"], stored["items"]
+        clock.add(stored["seconds"])
     elif hasattr(step_loss, "start"):
         with torch.no_grad():
             step_loss.start(model)
-
-    def spent() -> float:
-        return before + time.perf_counter() - start
 
     done = stored is not None and stored["done"]
     for step, batch in enumerate(_batches(forget, retain, budget, seed), start=1):
@@ -180,11 +181,11 @@ def run(
         if keeper is not None and (done or step % keeper.checkpoint.every == 0):
             if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
                 raise FloatingPointError(_not_finite("a weight is not finite", stage, step, budget, keeper))
-            keeper.save(model, optimizer, step_loss, losses, items, spent(), done)
+            keeper.save(model, optimizer, step_loss, losses, items, clock, done)
     model.train(original.training)
     for parameter, as_was in zip(model.parameters(), original.parameters(), strict=True):
         parameter.requires_grad_(as_was.requires_grad)
-    return Run(model, len(losses), items, spent(), losses)
+    return Run(model, len(losses), items, *clock.read(), losses)
 
 
 class _Keeper:
@@ -218,7 +219,7 @@ class _Keeper:
         step: Step,
         losses: list[float],
         items: int,
-        seconds: float,
+        clock: Clock,
         done: bool,
     ) -> None:
         state = {
@@ -228,7 +229,7 @@ class _Keeper:
             "step": step.state_dict() if hasattr(step, "state_dict") else {},
             "losses": losses,
             "items": items,
-            "seconds": seconds,
+            "seconds": list(clock.read()),
             "done": done,
         }
         files.save(self.checkpoint, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def trained(
             model: Any = task.make_model()
             model.load_state_dict(state)
             cost = provenance["cost"]
-            return Run(model.eval(), cost["steps"], cost["items"], cost["seconds"], cost["losses"])
+            return Run(model=model.eval(), **cost)
     if kind == "original":
         done = train(task.make_model, split.train, config, progress=progress, stage=kind)
     else:
@@ -63,7 +63,7 @@ def trained(
         )  # fmt: skip
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        cost = {"steps": done.steps, "items": done.items, "seconds": done.seconds, "losses": done.losses}
+        cost = {field.name: getattr(done, field.name) for field in fields(done) if field.name != "model"}
         save_model(done.model, path, {"made_of": made_of, "cost": cost})
     return done
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
+from ccu_fast.unlearn.clock import Clock
 from ccu_fast.unlearn.config import Progress
 from ccu_fast.unlearn.loop import Run, epochs_of_rows
 from ccu_fast.unlearn.protocol import TwoModalityModel, heads, logits_of, task_loss
@@ -66,7 +66,7 @@ def train(
     if visual_known is not None:
         check.tensor("visual_known", visual_known, dtypes=(torch.bool,))
         check.shape("visual_known", visual_known, [len(data)])
-    start = time.perf_counter()
+    clock = Clock()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = make_model().to(data.labels.device).train()
@@ -93,7 +93,7 @@ def train(
             progress(stage, epoch, config.epochs, f"loss {losses[-1]:.3f}")
     taken = steps * config.epochs
     items = taken * min(config.batch, len(data))
-    return Run(model.eval(), taken, items, time.perf_counter() - start, losses)
+    return Run(model.eval(), taken, items, *clock.read(), losses)
 
 
 def _loss(model: TwoModalityModel, batch: PairedData, known: Tensor | None) -> Tensor:

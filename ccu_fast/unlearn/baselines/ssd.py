@@ -14,7 +14,6 @@ Because D holds the forget set, F_f ≤ F_D · |D| / |forget|: with a tenth of t
 from __future__ import annotations
 
 import copy
-import time
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
+from ccu_fast.unlearn.clock import Clock
 from ccu_fast.unlearn.loop import Run
 from ccu_fast.unlearn.protocol import TwoModalityModel, forget_loss
 
@@ -47,7 +47,7 @@ def ssd(
     check.number("alpha", alpha, low=1e-12)
     check.number("strength", strength, low=1e-12)
     check.integer("batch", batch, low=1)
-    start = time.perf_counter()
+    clock = Clock()
     model = copy.deepcopy(original).eval()
     of_forget, n_forget = _sum_of_squares(model, forget, batch)
     of_retain, n_retain = _sum_of_squares(model, retain, batch)
@@ -57,7 +57,7 @@ def ssd(
                 everything = (of_forget[name] + of_retain[name]) / (n_forget + n_retain)
                 parameter.mul_(dampening(everything, of_forget[name] / n_forget, alpha, strength))
     model.train(original.training)
-    return Run(model, 0, len(forget) + len(retain), time.perf_counter() - start, [])
+    return Run(model, 0, len(forget) + len(retain), *clock.read(), [])
 
 
 def dampening(everything: Tensor, forget: Tensor, alpha: float, strength: float) -> Tensor:
