@@ -39,7 +39,8 @@ class Task:
     left_out: tuple[str, ...] = ()
 
 
-VIEWS_BUDGET = Budget(steps=40, learning_rate=1.5e-3)
+# What is to be forgotten is visual: the other modality's tower stays as it is, and costs no backward pass.
+BUT_OTHER_TOWER = ("visual_*", "projector.*", "other_head.*", "fused_head.*")
 TASKS = {
     task.name: task
     for task in (
@@ -49,8 +50,10 @@ TASKS = {
             partial(FusionModel, PIXELS, PIXELS, CLASSES),
             TrainConfig(),
             {
-                "class": UnlearnConfig(forget="class", anchor=3.0, dampen=5.0, dampen_items=1258),
-                "instances": UnlearnConfig(forget="instances"),
+                "class": UnlearnConfig(
+                    forget="class", anchor=3.0, neighbours=5.0, dampen=7.0, trainable=BUT_OTHER_TOWER
+                ),
+                "instances": UnlearnConfig(forget="instances", forgetting=6.0, trainable=BUT_OTHER_TOWER),
             },
             1,
             "scikit-learn's 8×8 digits cut in two: the left half is the visual modality, the right half the other; "
@@ -63,10 +66,22 @@ TASKS = {
             TrainConfig(epochs=15),
             {
                 "class": UnlearnConfig(
-                    forget="class", anchor=3.0, dampen=5.0, dampen_items=300, budget=VIEWS_BUDGET, group=STRIDE
+                    forget="class",
+                    anchor=3.0,
+                    task=5.0,
+                    dampen=5.0,
+                    dampen_items=200,
+                    trainable=BUT_OTHER_TOWER,
+                    budget=Budget(steps=30, learning_rate=2e-3),
+                    group=STRIDE,
                 ),
                 "instances": UnlearnConfig(
-                    forget="instances", forgetting=10.0, forgotten_weight=0.5, budget=VIEWS_BUDGET, group=STRIDE
+                    forget="instances",
+                    forgetting=10.0,
+                    forgotten_weight=0.5,
+                    trainable=BUT_OTHER_TOWER,
+                    budget=Budget(steps=40, learning_rate=1.5e-3),
+                    group=STRIDE,
                 ),
             },
             STRIDE,
