@@ -1,6 +1,7 @@
 """``ccu-fast unlearn``: a run on one's own model and data, or the comparison of all methods on the embedded tasks."""
 
 # No `from __future__ import annotations`: typer reads the annotations.
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ def unlearn(
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
     batch: Annotated[int | None, typer.Option(help="Items of each set in a step.", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Of the batches.", min=0)] = None,
+    neighbours: Annotated[
+        float | None, typer.Option(help="Weight of the pull to the retained item that looks most alike; 0 for none.")
+    ] = None,
     trainable: Annotated[list[str] | None, typer.Option(help="Pattern of parameter names; may be repeated.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Compare all methods on the embedded tasks.")] = False,
     task: Annotated[list[str] | None, typer.Option(help="With --compare: a task; may be repeated.")] = None,
@@ -33,15 +37,21 @@ def unlearn(
     seeds: Annotated[int, typer.Option(help="With --compare: how many.", min=1)] = 3,
     quiet: Annotated[bool, typer.Option("--quiet", help="No live table.")] = False,
 ) -> None:
-    """Take the visual knowledge of a forget set out of a trained model; a killed run goes on where it was."""
+    """Take the visual knowledge of a forget set out of a trained model; a killed run goes on where it was.
+
+    With torchrun, processes share a run.
+    """
     if compare == (settings is not None):
         print("ccu-fast unlearn: expected a settings file or --compare", file=sys.stderr)
+        raise SystemExit(2)
+    if compare and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print("ccu-fast unlearn: expected one process for --compare, got several by torchrun", file=sys.stderr)
         raise SystemExit(2)
     try:
         if settings is None:
             _compare(out, task, scenario, seeds, quiet)
         else:
-            ccu = _given(seed=seed, trainable=trainable)
+            ccu = _given(seed=seed, trainable=trainable, neighbours=neighbours)
             budget = _given(steps=steps, learning_rate=learning_rate, batch=batch)
             _run(settings, out, {"ccu": ccu, "budget": budget}, quiet)
     except (ValueError, TypeError, FloatingPointError) as error:
@@ -68,8 +78,10 @@ def _run(settings: Path, out: Path, overrides: dict[str, dict[str, Any]], quiet:
     from ccu_fast.unlearn.job import read_job, run_job
 
     job = read_job(settings, overrides)
-    with _live(quiet) as progress:
+    with _live(quiet or int(os.environ.get("RANK", "0")) > 0) as progress:
         result = run_job(job, out, progress=progress)
+    if result is None:  # the first process has written it
+        return
     figures = {key: result[key] for key in ("provenance", "sizes", "cost", "rows", "losses")}
     write_whole(out / "results.json", json.dumps(figures, indent=1) + "\n")
     write_run(result, out / "report.html")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +17,7 @@ import toy_unlearn
 from toy_unlearn import toy, weights
 from typer.testing import CliRunner
 
+import ccu_fast
 from ccu_fast.commands import app
 from ccu_fast.data.load import load_pairs
 from ccu_fast.data.views import STRIDE, load_views
@@ -82,17 +86,46 @@ class TestCommand:
     def test_flags_win_and_reach_the_method(self, folder: Path) -> None:
         job = read_job(folder / "settings.toml", {"budget": {"steps": 4}, "ccu": {"trainable": ["visual_tower.*"]}})
         assert job.config.budget == Budget(steps=4, learning_rate=5e-3, batch=20)
-        run_job(job, folder / "out")
+        assert run_job(job, folder / "out") is not None
         state, _ = load_model(folder / "out" / "model.safetensors")
         before = toy_unlearn.trained().state_dict()
         assert {k for k in state if not torch.equal(state[k], before[k])} == {k for k in state if "visual_tower" in k}
+
+    def test_torchrun_shares_a_run(self, folder: Path) -> None:
+        text = TOML.replace("[budget]", "[ccu]\nneighbours = 2.0\n[budget]").replace("steps = 30", "steps = 12")
+        (folder / "settings.toml").write_text(text)
+        command = ["unlearn", str(folder / "settings.toml"), "--quiet", "--out"]
+        paths = [str(Path(__file__).parent), str(Path(ccu_fast.__file__).parent.parent)]
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                "-m", "ccu_fast", *command, str(folder / "two"),
+            ],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+            text=True,
+            capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("model.safetensors") == 1  # one of them writes
+        assert run(*command[1:], str(folder / "one")).startswith("0 ")
+        files = [sorted(p.name for p in (folder / name).iterdir()) for name in ("one", "two")]
+        assert files[0] == files[1] == ["checkpoint.pt", "model.safetensors", "report.html", "results.json"]
+        (one, alone), (two, shared) = (load_model(folder / name / "model.safetensors") for name in ("one", "two"))
+        assert (alone["processes"], shared["processes"]) == (1, 2)
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+    def test_a_comparison_is_not_shared(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        said = run("--compare")
+        assert said.startswith("2 ") and "one process for --compare" in said
 
     def test_instances_by_a_file_of_ids(self, folder: Path) -> None:
         (folder / "gone.txt").write_text("7\n8\n11\n")
         text = TOML.replace("classes = [1]", 'kind = "instances"\nids = "gone.txt"').replace("steps = 30", "steps = 2")
         (folder / "settings.toml").write_text(text)
         result = run_job(read_job(folder / "settings.toml"), folder / "out")
-        assert result["sizes"] == {"forget items": 3, "retain items": 57}
+        assert result is not None and result["sizes"] == {"forget items": 3, "retain items": 57}
         (folder / "gone.txt").write_text("7\n9999\n")
         assert "9999, which none has" in run(str(folder / "settings.toml"), "--out", str(folder / "two"))
 

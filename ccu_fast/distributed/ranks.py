@@ -6,12 +6,15 @@ bits. A rank that died or does not answer is noticed by the process group: its e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 class Ranks:
@@ -60,6 +63,23 @@ class Ranks:
         result = mine.contiguous().clone()
         dist.all_reduce(result, group=self.group)
         return result
+
+    def of_first(self, make: Callable[[], Value]) -> Value:
+        """What ``make`` returns on the group's first rank, which alone calls it, on every rank; so is what it raises.
+
+        Tensors come back on the device they were on. The value is pickled: for what is small or sent once.
+        """
+        sent: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                sent[0] = make()
+            except Exception as error:
+                sent[1] = error
+        dist.broadcast_object_list(sent, src=dist.get_global_rank(self.group, 0), group=self.group)
+        if sent[1] is not None:
+            raise sent[1]
+        value: Value = sent[0]
+        return value
 
     def swap(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         """Rank r gets ``outgoing[r]``; what comes from rank r has ``sizes[r]`` rows.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.audit import audit, membership_auc
@@ -26,6 +26,9 @@ from ccu_fast.unlearn.loop import HeldOut
 from ccu_fast.unlearn.neighbours import neighbour_loss
 from ccu_fast.unlearn.objective import anchor_loss, forgetting_loss, retention_loss, separation_loss, unclassify_loss
 from ccu_fast.unlearn.protocol import Model, TwoModalityModel, TwoTowerModel, check_problem
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "Budget",
@@ -57,6 +60,7 @@ def unlearn(
     held_out: HeldOut | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
+    group: ProcessGroup | None = None,
 ) -> Model:
     """A copy of ``model`` without the visual knowledge of the forget set.
 
@@ -70,6 +74,8 @@ def unlearn(
         held_out: when to stop before the budget is spent; needed for and used with ``config.early_stop``.
         checkpoint: where the state is written now and then; a run that finds one there goes on from it.
         progress: called every few steps as progress("unlearn", done, total, note).
+        group: processes that share the run, each called with the same arguments (:mod:`ccu_fast.unlearn.shared`); the
+            result is that of one process but for rounding, on all of them. None: this one alone.
 
     Returns:
         The new model, in the training mode ``model`` was in.
@@ -91,7 +97,7 @@ def unlearn(
     check_problem(model, forget, retain, config.forget)
     done = run_ccu(
         cast("TwoModalityModel", model), forget, retain, config,
-        held_out=held_out, checkpoint=checkpoint, progress=progress,
+        held_out=held_out, checkpoint=checkpoint, progress=progress, group=group,
     )  # fmt: skip
     return cast("Model", done.model)
 

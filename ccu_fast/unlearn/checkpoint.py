@@ -51,34 +51,45 @@ def fingerprint(state: Mapping[str, Tensor], forget: PairedData, retain: PairedD
     return digest.hexdigest()
 
 
-def save(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
-    """Write the state, all of it or nothing."""
-    with new_file(checkpoint.path) as file:
-        torch.save(state, file)
+class Keeper:
+    """Writes and reads the checkpoint of one run.
 
-
-def load(checkpoint: Checkpoint, key: str, device: torch.device) -> dict[str, Any] | None:
-    """The state, or None where no file is.
-
-    Raises:
-        ValueError: the file is of another run, or not a checkpoint.
+    Attributes:
+        written: steps after which the file's state was taken; 0 without a file.
     """
-    if not checkpoint.path.exists():
-        return None
-    try:
-        state = torch.load(checkpoint.path, map_location=device, weights_only=True)
-        stored = state["key"]
-    except Exception as error:
-        raise ValueError(
-            f"checkpoint: expected a file that an unlearning run wrote, got {checkpoint.path} "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    if stored != key:
-        raise ValueError(
-            f"checkpoint: expected the state of this run in {checkpoint.path}, got that of one with another model, "
-            "other data or other settings; remove the file to start anew"
-        )
-    return dict(state)
+
+    def __init__(self, checkpoint: Checkpoint, key: str, device: torch.device) -> None:
+        self.checkpoint, self.key, self.device = checkpoint, key, device
+        self.written = 0
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the state, all of it or nothing."""
+        with new_file(self.checkpoint.path) as file:
+            torch.save({"key": self.key, **state}, file)
+
+    def load(self) -> dict[str, Any] | None:
+        """The state, or None where no file is.
+
+        Raises:
+            ValueError: the file is of another run, or not a checkpoint.
+        """
+        path = self.checkpoint.path
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            stored = state["key"]
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint: expected a file that an unlearning run wrote, got {path} "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if stored != self.key:
+            raise ValueError(
+                f"checkpoint: expected the state of this run in {path}, got that of one with another model, "
+                "other data or other settings; remove the file to start anew"
+            )
+        return dict(state)
 
 
 def _bytes(value: Tensor) -> bytes:

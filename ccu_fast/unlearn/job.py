@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ccu_fast import check
 from ccu_fast.data.load import load_pairs
 from ccu_fast.data.paired import PairedData
+from ccu_fast.distributed.launch import processes
 from ccu_fast.unlearn.ccu import run_ccu
 from ccu_fast.unlearn.checkpoint import Checkpoint
 from ccu_fast.unlearn.config import ROLES, Budget, Progress, UnlearnConfig
@@ -110,8 +112,11 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
     )
 
 
-def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[str, Any] | None:
     """Load, check, unlearn, save.
+
+    Under ``torchrun`` the processes share the run (:mod:`ccu_fast.unlearn.shared`): each loads the model and the data
+    and embeds its part of every batch; the first hears progress and reads and writes the files.
 
     Args:
         job: the settings.
@@ -120,7 +125,8 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
         progress: called every few steps as progress(stage, done, total, note).
 
     Returns:
-        "provenance" (as in the saved model), "sizes", "cost", "losses", "rows" (name, before, after), "embeddings".
+        "provenance" (as in the saved model), "sizes", "cost", "losses", "rows" (name, before, after), "embeddings";
+        None on the processes that are not the first.
 
     Raises:
         ValueError, TypeError, FloatingPointError, ImportError: see :func:`ccu_fast.unlearn.unlearn`, ``read_job`` and
@@ -133,11 +139,18 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
     out.mkdir(parents=True, exist_ok=True)
     settings = asdict(job.config)
     checkpoint = Checkpoint(out / "checkpoint.pt", settings=settings)
-    done = run_ccu(model, forget, retain, job.config, checkpoint=checkpoint, progress=progress)
+    with processes(forget.labels.device) as (rank, world):
+        done = run_ccu(
+            model, forget, retain, job.config, checkpoint=checkpoint, progress=progress,
+            group=dist.group.WORLD if world > 1 else None,
+        )  # fmt: skip
+    if rank:
+        return None
     provenance = {
         "method": "CCU as defined in ccu_fast.unlearn.ccu",
         "seed": job.config.seed,
         "config": settings,
+        "processes": world,
         "model": job.make,
         "original_sha256": weights_hash(model.state_dict()),
         "forget_sha256": _data_hash(forget),

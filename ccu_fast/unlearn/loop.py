@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn import checkpoint as files
-from ccu_fast.unlearn.checkpoint import Checkpoint
+from ccu_fast.unlearn.checkpoint import Checkpoint, Keeper, fingerprint
 from ccu_fast.unlearn.clock import Clock
 from ccu_fast.unlearn.config import Budget, Progress
 from ccu_fast.unlearn.parameters import Mask, freeze_all_but
 from ccu_fast.unlearn.protocol import TwoModalityModel, heads, logits_of
+from ccu_fast.unlearn.shared import Alone, Shared
 
 CHECK_EVERY = 5
 CHUNK = 1024  # items embedded at once where no gradient is needed
@@ -110,6 +112,7 @@ def run(
     checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
     stage: str = "unlearn",
+    group: dist.ProcessGroup | None = None,
 ) -> Run:
     """Unlearn a copy of ``original`` with Adam.
 
@@ -126,10 +129,14 @@ def run(
         checkpoint: where the state is written; a run that finds one there goes on from it and ends as it would have.
         progress: called every few steps as progress(stage, done, total, note).
         stage: the name progress hears.
+        group: processes that share the run, each called with the same arguments and embedding its part of every batch
+            (:mod:`ccu_fast.unlearn.shared`); the result is that of one process but for rounding, on all of them. The
+            first hears progress, reads and writes the checkpoint and decides when to stop early. None: this one alone.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite; the message says at which step and, with a checkpoint, where
             the last good state is.
+        ValueError: another run on another process of the group, or more processes than a batch has rows.
     """
     clock = Clock()
     frozen = copy.deepcopy(original).eval().requires_grad_(False)
@@ -137,23 +144,30 @@ def run(
     freeze_all_but(model, trainable)  # type: ignore[arg-type]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(parameters.values(), lr=budget.learning_rate)
-    allowed = {} if mask is None else mask(original, forget, retain)
+    settings = {"budget": asdict(budget), "seed": seed, "stage": stage, "more": checkpoint and checkpoint.settings}
+    key = fingerprint(original.state_dict(), forget, retain, settings) if checkpoint or group else ""
+    device = forget.labels.device
+    together = Alone() if group is None else Shared(group, key, budget, min(len(forget), len(retain)), device)
+    allowed = {} if mask is None else together.of_first(lambda: mask(original, forget, retain))
     step_loss = prepare(frozen, forget, retain)
     floor = {} if held_out is None else {k: v - held_out.slack for k, v in accuracies(frozen, held_out.retain).items()}
     losses: list[float] = []
     items = 0
-    keeper = None if checkpoint is None else _Keeper(checkpoint, original, forget, retain, budget, seed, stage)
-    stored = None if keeper is None else keeper.load()
-    if stored is not None:
+    keeper = None if checkpoint is None else Keeper(checkpoint, key, device)
+    stored = None if keeper is None else together.of_first(keeper.load)
+    if keeper is not None and stored is not None:
         model.load_state_dict(stored["model"])
         optimizer.load_state_dict(stored["optimizer"])
         if stored["step"]:
             step_loss.load_state_dict(stored["step"])  # type: ignore[attr-defined]
         losses, items = stored["losses"], stored["items"]
+        keeper.written = len(losses)
         clock.add(stored["seconds"])
     elif hasattr(step_loss, "start"):
         with torch.no_grad():
             step_loss.start(model)
+        together.agree(model)
+    towers = together.towers(model)
 
     done = stored is not None and stored["done"]
     for step, batch in enumerate(_batches(forget, retain, budget, seed), start=1):
@@ -161,82 +175,47 @@ def run(
             break
         if step <= len(losses):  # taken before the checkpoint was written
             continue
-        loss = step_loss(model, batch)
+        loss = step_loss(towers, batch)
         value = loss.item()
         if not abs(value) < float("inf"):
             raise FloatingPointError(_not_finite(f"the loss is {value}", stage, step, budget, keeper))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        together.average_gradients(model)
         for name, open_weights in allowed.items():
             if name in parameters and parameters[name].grad is not None:
-                parameters[name].grad.mul_(open_weights)  # type: ignore[union-attr]
+                parameters[name].grad.mul_(open_weights.to(device))  # type: ignore[union-attr]
         optimizer.step()
         losses.append(value)
         items += len(batch.forget) + len(batch.retain)
         last = step == budget.steps
         if step % CHECK_EVERY == 0 or last:
-            if progress is not None:
+            if progress is not None and together.is_first:
                 progress(stage, step, budget.steps, f"loss {value:.3f}")
-            done = last or (held_out is not None and _reached(model, forget, held_out, floor))
+            done = last or (
+                held_out is not None and together.of_first(partial(_reached, model, forget, held_out, floor))
+            )
         if keeper is not None and (done or step % keeper.checkpoint.every == 0):
             if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
                 raise FloatingPointError(_not_finite("a weight is not finite", stage, step, budget, keeper))
-            keeper.save(model, optimizer, step_loss, losses, items, clock, done)
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step_loss.state_dict() if hasattr(step_loss, "state_dict") else {},
+                "losses": losses,
+                "items": items,
+                "seconds": list(clock.read()),
+                "done": done,
+            }
+            together.of_first(partial(keeper.save, state))
+            keeper.written = len(losses)
     model.train(original.training)
     for parameter, as_was in zip(model.parameters(), original.parameters(), strict=True):
         parameter.requires_grad_(as_was.requires_grad)
     return Run(model, len(losses), items, *clock.read(), losses)
 
 
-class _Keeper:
-    """Writes and reads the checkpoint of one run."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        original: TwoModalityModel,
-        forget: PairedData,
-        retain: PairedData,
-        budget: Budget,
-        seed: int,
-        stage: str,
-    ) -> None:
-        self.checkpoint = checkpoint
-        settings = {"budget": asdict(budget), "seed": seed, "stage": stage, "more": checkpoint.settings}
-        self.key = files.fingerprint(original.state_dict(), forget, retain, settings)
-        self.device = forget.labels.device
-        self.written = 0
-
-    def load(self) -> dict[str, Any] | None:
-        state = files.load(self.checkpoint, self.key, self.device)
-        self.written = 0 if state is None else len(state["losses"])
-        return state
-
-    def save(
-        self,
-        model: TwoModalityModel,
-        optimizer: torch.optim.Optimizer,
-        step: Step,
-        losses: list[float],
-        items: int,
-        clock: Clock,
-        done: bool,
-    ) -> None:
-        state = {
-            "key": self.key,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": step.state_dict() if hasattr(step, "state_dict") else {},
-            "losses": losses,
-            "items": items,
-            "seconds": list(clock.read()),
-            "done": done,
-        }
-        files.save(self.checkpoint, state)
-        self.written = len(losses)
-
-
-def _not_finite(what: str, stage: str, step: int, budget: Budget, keeper: _Keeper | None) -> str:
+def _not_finite(what: str, stage: str, step: int, budget: Budget, keeper: Keeper | None) -> str:
     message = f"{stage}: {what} at step {step} of {budget.steps}"
     if keeper is None or not keeper.written:
         return message

@@ -37,6 +37,9 @@ class TwoTowerModel(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """As of ``nn.Module``."""
 
+    def buffers(self) -> Iterator[Tensor]:
+        """As of ``nn.Module``."""
+
     def state_dict(self) -> dict[str, Tensor]:
         """As of ``nn.Module``."""
 

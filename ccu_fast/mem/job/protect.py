@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import __version__
+from ccu_fast.distributed.launch import processes
 from ccu_fast.files import new_file
 from ccu_fast.mem.data import Bad, DiskSource, Listing, Options, list_pairs, scan
 from ccu_fast.mem.data.dataset import bad_pictures
@@ -21,7 +22,7 @@ from ccu_fast.mem.data.listing import MANIFEST
 from ccu_fast.mem.data.pictures import MAX_PIXELS
 from ccu_fast.mem.generate import Protection
 from ccu_fast.mem.job.model import Model
-from ccu_fast.mem.job.processes import Average, barrier, gather, processes, share
+from ccu_fast.mem.job.processes import Average, barrier, gather, share
 from ccu_fast.mem.job.workplace import Workplace, key_of
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
 from ccu_fast.mem.publish.writer import write_metadata
