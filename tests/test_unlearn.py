@@ -505,7 +505,9 @@ class TestDigitsHalves:
 
     def test_retention_is_what_keeps_the_other_modality(self, class_report: dict) -> None:
         metrics = class_report["metrics"]
-        assert metrics["ccu_without_b"]["other"]["forget_test"] < metrics["ccu"]["other"]["forget_test"] - 0.2
+        # The other tower is left alone here; what is lost is lost in the projector and the head.
+        for items in ("forget_train", "forget_test"):
+            assert metrics["ccu_without_b"]["other"][items] < metrics["ccu"]["other"][items] - 0.1
 
     def test_what_comes_back(self, class_report: dict) -> None:
         json.dumps({key: class_report[key] for key in ("setting", "metrics", "cost")})
