@@ -105,7 +105,9 @@ def page(results: dict[str, Any], told_figures: dict[str, Any] | None) -> str:
         "Made by `python -m benchmarks.unlearning` from [results.json](results.json). Mean ± sample deviation over the "
         "seeds. Gold is a model trained again with the visual half of the forget set masked; the average gap is to it, "
         "in points, over the accuracies of each modality and the membership attack. Seconds are processor "
-        "time of one thread, which does not count what else the machine does.",
+        "time of one thread, which does not count what else the machine does. (c) repels forgotten items from retained "
+        "ones of their own class: for a whole class there is no such pair, and it then only holds retained items to "
+        "their class.",
     ]
     for by_scenario in results["unlearn"].values():
         for scenario, by_seed in by_scenario.items():

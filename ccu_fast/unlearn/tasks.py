@@ -68,6 +68,7 @@ TASKS = {
                 "class": UnlearnConfig(
                     forget="class",
                     anchor=3.0,
+                    neighbours=10.0,
                     task=5.0,
                     dampen=5.0,
                     dampen_items=200,
