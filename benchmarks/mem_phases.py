@@ -11,7 +11,7 @@ Nothing is printed unless compat chose the authors' triggers and took the author
 once, the steps several times (median; a first surrogate step also makes the optimiser's state). Times are seconds of
 CPU time of this process, which other processes on the machine distort less than the clock's; wall time is stored too. A
 round is one trigger pass, ``--pgd-steps`` PGD steps and one surrogate step for each batch (the authors make 200 of them
-for 234 batches of Flickr8K). Result: results/<device>/mem_phases.json.
+for 234 batches of Flickr8K). Result: protection/phases.json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import environment
-from benchmarks.results import FOLDER, replace
+from benchmarks.results import replace
 from ccu_fast.mem import Method, Protection, Settings
 from ccu_fast.mem.source import TensorSource
 from ccu_fast.models.clip import TransformersClipEncoder
@@ -74,12 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pgd-steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3, help="of a PGD and of a surrogate step; the median counts")
     parser.add_argument("--layers", type=int, default=12, help="of both towers; fewer for a quick look")
-    parser.add_argument("--out", type=Path, help="default: beside the other results of this device")
+    parser.add_argument("--out", type=Path, help="default: protection/phases.json")
     a = parser.parse_args(argv)
     sys.path.insert(0, str(environment.REPOSITORY / "tests"))
     result = measure(a)
     facts = environment.describe(torch.device("cpu"))
-    path = a.out or FOLDER / environment.slug(torch.device("cpu")) / "mem_phases.json"
+    path = a.out or Path(__file__).parent / "protection" / "phases.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, json.dumps(result | {"environment": facts}, indent=1) + "\n")
     print(json.dumps({k: result[k] for k in ("shape", "cpu_seconds", "speedup", "gate")}, indent=1))
