@@ -24,7 +24,7 @@ from benchmarks.results import replace
 from ccu_fast.mem import Recipe, Settings, run_digit_strips
 from ccu_fast.mem.robustness import TREATMENTS
 
-METHODS = ("clean", "random-3", "mem-3", "em", "trigger-3", "mem-5")
+METHODS = ("clean", "random-3", "mem-3", "em", "trigger-3", "mem-5", "mem-12")
 SETTINGS = Settings(
     eps=16, step=2, rounds=10, surrogate_steps=64, restart=0, trigger_rounds=2, pgd_steps=6, shuffle=0.5
 )  # fmt: skip
