@@ -187,7 +187,7 @@ def _norm(p: SimilarityProblem, grad_rows: Tensor, grad_cols: Tensor) -> Tensor:
     norm = p.x.new_empty((2,), dtype=torch.float32)
     norm_kernel[(1,)](
         grad_rows, grad_cols, norm, p.banks * p.n, p.banks * p.m, EXPONENT=HALF_EXPONENT,
-        ROWS=len(p.rows), COLS=len(p.cols), BLOCK=4096, num_warps=8,
+        ROWS=len(p.rows), COLS=len(p.cols), BLOCK=2048, num_warps=8,
     )  # fmt: skip
     return norm
 
