@@ -10,6 +10,7 @@
 
 #include "ccu_fast.h"
 #include "common/select.h"
+#include "cpu/parallel.h"
 
 namespace py = pybind11;
 
@@ -106,6 +107,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("BF16") = static_cast<int>(CCU_BF16);
   m.attr("U8") = static_cast<int>(CCU_U8);
   m.attr("I8") = static_cast<int>(CCU_I8);
+  m.def("largest_team", [] { return ccu::largest_team().exchange(1); });
   m.attr("TOKEN_PANEL") = static_cast<int>(CCU_TOKEN_PANEL);
 #if CCU_HAVE_CUDA
   m.attr("CUDA") = true;
@@ -180,16 +182,17 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "topk_flips",
-      [](Address grad, int64_t rows, int64_t dim, Address packed, int64_t tokens, Address token_ids, double max_norm,
-         Address embedding, std::pair<int64_t, int64_t> embedding_strides, int embedding_dtype, bool maximize,
-         Address current, bool exclude_current, bool certify, std::pair<Address, int64_t> allowed,
+      [](Address grad, int64_t rows, int64_t dim, Address packed, Address steps, int64_t tokens, Address token_ids,
+         double max_norm, Address embedding, std::pair<int64_t, int64_t> embedding_strides, int embedding_dtype,
+         bool maximize, Address current, bool exclude_current, bool certify, std::pair<Address, int64_t> allowed,
          std::pair<Address, int64_t> penalty, int64_t k, int threads, Address ids, Address delta, Address score,
          Address count, Address valid) {
         ccu_topk_flips_args a{};
         a.grad = pointer<float>(grad);
         a.rows = rows;
         a.dim = dim;
-        a.packed = pointer<float>(packed);
+        a.packed = pointer<int16_t>(packed);
+        a.steps = pointer<float>(steps);
         a.tokens = tokens;
         a.token_ids = pointer<int64_t>(token_ids);
         a.max_norm = max_norm;
@@ -214,8 +217,8 @@ PYBIND11_MODULE(_C, m) {
         a.valid = pointer<uint8_t>(valid);
         call("topk_flips", ccu_topk_flips, a);
       },
-      py::kw_only(), py::arg("grad"), py::arg("rows"), py::arg("dim"), py::arg("packed"), py::arg("tokens"),
-      py::arg("token_ids"), py::arg("max_norm"), py::arg("embedding"), py::arg("embedding_strides"),
+      py::kw_only(), py::arg("grad"), py::arg("rows"), py::arg("dim"), py::arg("packed"), py::arg("steps"),
+      py::arg("tokens"), py::arg("token_ids"), py::arg("max_norm"), py::arg("embedding"), py::arg("embedding_strides"),
       py::arg("embedding_dtype"), py::arg("maximize"), py::arg("current"), py::arg("exclude_current"),
       py::arg("certify"), py::arg("allowed"), py::arg("penalty"), py::arg("k"), py::arg("threads"), py::arg("ids"),
       py::arg("delta"), py::arg("score"), py::arg("count"), py::arg("valid"));

@@ -92,7 +92,8 @@ enum { CCU_TOKEN_PANEL = 16 };
 typedef struct {
   const float* grad;  // [rows, dim]
   int64_t rows, dim;
-  const float* packed;  // [ceil(tokens / 16), dim, 16], zeros behind the last token
+  const int16_t* packed;  // [ceil(tokens / 16), dim, 16] whole steps of each token, zeros behind the last
+  const float* steps;     // [ceil(tokens / 16), 16] powers of two; an element is off by at most half of its token's
   int64_t tokens;
   const int64_t* token_ids;  // [tokens], ascending: the embedding's row of a packed token; NULL: the same number
   double max_norm;           // of the packed tokens
@@ -102,7 +103,7 @@ typedef struct {
   int32_t maximize;
   const int64_t* current;  // [rows] ids, or NULL
   int32_t exclude_current;
-  int32_t certify;         // 0: let fp32 decide which k tokens are reported
+  int32_t certify;         // 0: let the packed table decide which k tokens are reported
   const uint8_t* allowed;  // row i at i * allowed_stride, by packed token; or NULL
   int64_t allowed_stride;
   const float* penalty;  // row i at i * penalty_stride, by packed token; finite; or NULL

@@ -370,7 +370,7 @@ def operator_arguments(backend: str) -> tuple[Any, ...]:
     table = TokenTable(embedding, ids, backend=backend)
     penalty, allowed = torch.randn(1, 20), torch.rand(3, 20) < 0.9
     return (
-        torch.randn(3, 8), embedding, ids, table.packed, None, table.max_norm, 4, False,
+        torch.randn(3, 8), embedding, ids, table.packed, table.coarse, table.max_norm, 4, False,
         torch.tensor([0, 1, 2]), True, allowed, penalty, True, -1, backend,
     )  # fmt: skip
 

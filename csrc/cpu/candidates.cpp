@@ -78,7 +78,8 @@ int candidate_rest(const ccu_candidate_rest_args& a) {
   const int64_t n = a.batch;
   try {
     std::vector<double> columns(n);
-    parallel_for(n, a.threads, [&](int64_t i) {
+    const int threads = threads_for(a.threads, 0.0, 64.0 * n * n);  // a float64 exponential takes as long as 64 of them
+    parallel_for(n, threads, [&](int64_t i) {
       const float* s = a.s + i * n;
       float peak = peak_of(s, n);
       double total = 0.0;
@@ -89,7 +90,7 @@ int candidate_rest(const ccu_candidate_rest_args& a) {
         a.rest[b * n + i] = static_cast<float>(rest);
       }
     });
-    parallel_for(n, a.threads, [&](int64_t j) {
+    parallel_for(n, threads, [&](int64_t j) {
       double total = 0.0;
       float peak = -kInf;
       for (int64_t i = 0; i < n; ++i) peak = std::max(peak, a.s[i * n + j]);
@@ -108,7 +109,8 @@ int candidate_rest(const ccu_candidate_rest_args& a) {
 int candidate_losses(const ccu_candidate_losses_args& a) {
   if (a.batch < 1 || a.rows < 0 || a.candidates < 0) return CCU_BAD_ARGUMENT;
   const int64_t n = a.batch;
-  parallel_for(a.rows * a.candidates, a.threads, [&](int64_t task) {
+  const int threads = threads_for(a.threads, 0.0, 32.0 * a.rows * a.candidates * n);  // two fp32 exponentials
+  parallel_for(a.rows * a.candidates, threads, [&](int64_t task) {
     const int64_t b = a.first + task / a.candidates;
     const float* x = a.similarity + task * n;
     const float* rest = a.rest + b * n;

@@ -56,7 +56,7 @@ void backward_row(const X* __restrict x, const G* __restrict grad, X* __restrict
 template <class Row>
 int each_row(const ccu_l2_normalize_args& a, const Row& row) {
   const int64_t block = std::max<int64_t>(1, kBlock / std::max<int64_t>(a.dim, 1));
-  parallel_for((a.rows + block - 1) / block, a.threads, [&](int64_t task) {
+  parallel_for((a.rows + block - 1) / block, threads_for(a.threads, 12.0 * a.rows * a.dim), [&](int64_t task) {
     const int64_t last = std::min(a.rows, (task + 1) * block);
     for (int64_t i = task * block; i < last; ++i) row(i, i * a.dim);
   });

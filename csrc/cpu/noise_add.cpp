@@ -17,22 +17,23 @@ constexpr int64_t kBlock = 1 << 15;
 template <class T, class N>
 int add(const ccu_noise_add_args& a) {
   const int64_t size = a.channels * a.inner, blocks = (size + kBlock - 1) / kBlock;
-  parallel_for(a.items * blocks, a.threads, [&](int64_t task) {
-    const int64_t item = task / blocks, begin = task % blocks * kBlock, end = std::min(begin + kBlock, size);
-    const T* image = static_cast<const T*>(a.images) + item * size;
-    const N* noise = static_cast<const N*>(a.noise) + (a.index != nullptr ? a.index[item] : item) * size;
-    T* out = static_cast<T*>(a.out) + item * size;
-    for (int64_t from = begin; from < end;) {
-      const int64_t channel = from / a.inner;
-      const int64_t to = a.limits != nullptr ? std::min(end, (channel + 1) * a.inner) : end;
-      const float low = a.limits != nullptr ? a.limits[channel] : a.lower;
-      const float high = a.limits != nullptr ? a.limits[a.channels + channel] : a.upper;
+  parallel_for(
+      a.items * blocks, threads_for(a.threads, 1.0 * a.items * size * (2 * sizeof(T) + sizeof(N))), [&](int64_t task) {
+        const int64_t item = task / blocks, begin = task % blocks * kBlock, end = std::min(begin + kBlock, size);
+        const T* image = static_cast<const T*>(a.images) + item * size;
+        const N* noise = static_cast<const N*>(a.noise) + (a.index != nullptr ? a.index[item] : item) * size;
+        T* out = static_cast<T*>(a.out) + item * size;
+        for (int64_t from = begin; from < end;) {
+          const int64_t channel = from / a.inner;
+          const int64_t to = a.limits != nullptr ? std::min(end, (channel + 1) * a.inner) : end;
+          const float low = a.limits != nullptr ? a.limits[channel] : a.lower;
+          const float high = a.limits != nullptr ? a.limits[a.channels + channel] : a.upper;
       // out may be the images, element for element, but no other part of them.
 #pragma GCC ivdep
-      for (int64_t i = from; i < to; ++i) out[i] = noisy(image[i], noise[i], low, high);
-      from = to;
-    }
-  });
+          for (int64_t i = from; i < to; ++i) out[i] = noisy(image[i], noise[i], low, high);
+          from = to;
+        }
+      });
   return CCU_OK;
 }
 

@@ -24,7 +24,8 @@ int update(const ccu_noise_update_args& a) {
     if (p == 0 || a.rows[p] != a.rows[p - 1]) runs.push_back(p);
   runs.push_back(a.count);
   const int64_t blocks = (a.size + kBlock - 1) / kBlock;
-  parallel_for(static_cast<int64_t>(runs.size() - 1) * blocks, a.threads, [&](int64_t task) {
+  const int threads = threads_for(a.threads, 1.0 * a.count * a.size * (2 * sizeof(N) + sizeof(D)));
+  parallel_for(static_cast<int64_t>(runs.size() - 1) * blocks, threads, [&](int64_t task) {
     const int64_t run = task / blocks, first = runs[run], last = runs[run + 1];
     const int64_t begin = task % blocks * kBlock, end = std::min(begin + kBlock, a.size);
     N* noise = static_cast<N*>(a.noise) + a.rows[first] * a.size;

@@ -56,7 +56,7 @@ class Step {
   // body(sample, begin, end): blocks of one sample's elements.
   template <class Body>
   void each_block(const Body& body) const {
-    parallel_for(a_.samples * blocks_, a_.threads, [&](int64_t task) {
+    parallel_for(a_.samples * blocks_, threads_for(a_.threads, 12.0 * a_.samples * sample_), [&](int64_t task) {
       const int64_t begin = task % blocks_ * kBlock;
       body(task / blocks_, begin, std::min(begin + kBlock, sample_));
     });

@@ -29,17 +29,25 @@ constexpr int panels_of(int rows) {
   return fit >= 6 ? 6 : (fit >= 1 ? (fit == 5 ? 4 : fit) : 1);
 }
 
-// acc[r] = scores of the P * 16 tokens of the panels at `e` with row r of the gradients g [dim][R].
-template <int R, int P>
-inline void panel_scores(const float* __restrict g, const float* __restrict e, int64_t dim,
-                         vf (&acc)[R][P * kVectors]) {
+inline vf steps(const float* e) { return load<vf>(e); }
+
+inline vf steps(const int16_t* e) {
+  typedef int16_t half __attribute__((vector_size(kLanes * 2)));
+  half narrow;
+  std::memcpy(&narrow, e, sizeof narrow);
+  return __builtin_convertvector(__builtin_convertvector(narrow, vi), vf);
+}
+
+// acc[r] = the P * 16 tokens of the panels at `e`, in their steps, times row r of the gradients g [dim][R].
+template <int R, int P, class T>
+inline void panel_scores(const float* __restrict g, const T* __restrict e, int64_t dim, vf (&acc)[R][P * kVectors]) {
   for (auto& row : acc)
     for (vf& sum : row) sum = vf{};
   for (int64_t d = 0; d < dim; ++d) {
     vf token[P * kVectors];
 #pragma GCC unroll 24
     for (int v = 0; v < P * kVectors; ++v)
-      token[v] = load<vf>(e + (v / kVectors) * dim * kPanel + d * kPanel + (v % kVectors) * kLanes);
+      token[v] = steps(e + (v / kVectors) * dim * kPanel + d * kPanel + (v % kVectors) * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const vf grad = splat(g[d * R + r]);

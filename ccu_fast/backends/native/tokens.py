@@ -13,36 +13,45 @@ from ccu_fast.backends.reference import tokens as reference
 from ccu_fast.backends.token_problem import TokenProblem, TokenResult
 
 _PANEL = _C.TOKEN_PANEL
-_PACK_ROWS = 4096 * _PANEL
+_PACK_ROWS = 512 * _PANEL
+_BITS = 15  # bits of an int16 beside its sign
 
 
-def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What the scan reads, and on a GPU what is to be known of its rounding."""
+def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the scan reads, and what it must know of its rounding."""
     if embedding.device.type == "cuda":
         return tokens_cuda.pack(embedding, token_ids)
-    return pack_panels(embedding, token_ids), None
+    return pack_panels(embedding, token_ids)
 
 
-def pack_panels(embedding: Tensor, token_ids: Tensor | None) -> Tensor:
-    """Panels of 16 tokens, ``[ceil(T / 16), D, 16]`` fp32: a vector register holds one dimension of 16 tokens."""
+def pack_panels(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Panels of 16 tokens, int16 ``[ceil(T / 16), D, 16]``, and the fp32 step of each token ``[ceil(T / 16), 16]``.
+
+    A vector register then holds one dimension of 16 tokens. A token's step is the power of two that lets its largest
+    element fill an int16 (or fp32's smallest normal number): an element is off by at most half of it, and the
+    product of a step and a sum is exact.
+    """
     tokens = embedding.shape[0] if token_ids is None else token_ids.shape[0]
-    dim = embedding.shape[1]
-    packed = torch.empty((tokens + _PANEL - 1) // _PANEL, dim, _PANEL, dtype=torch.float32, device="cpu")
+    panels, dim = (tokens + _PANEL - 1) // _PANEL, embedding.shape[1]
+    packed = torch.zeros(panels, dim, _PANEL, dtype=torch.int16, device="cpu")
+    steps = torch.zeros(panels, _PANEL, dtype=torch.float32, device="cpu")
     for start in range(0, tokens, _PACK_ROWS):
         part = slice(start, min(start + _PACK_ROWS, tokens))
-        rows = embedding[part] if token_ids is None else embedding[token_ids[part]]
-        whole = rows.shape[0] // _PANEL
-        panels = packed[start // _PANEL :]
-        panels[:whole].copy_(rows[: whole * _PANEL].unflatten(0, (whole, _PANEL)).mT)
-        if rest := rows.shape[0] - whole * _PANEL:
-            panels[whole].zero_()
-            panels[whole, :, :rest].copy_(rows[whole * _PANEL :].T)
-    return packed
+        rows = (embedding[part] if token_ids is None else embedding[token_ids[part]]).float()
+        # A little more than the largest, so that it does not round up to 2^15.
+        largest = rows.abs().amax(1).double() * (1 + 2.0**-15)
+        exponent = torch.where(largest > 0, torch.frexp(largest).exponent - _BITS, -126).clamp(min=-126)
+        step = ((exponent + 127).int() << 23).view(torch.float32)
+        whole = torch.zeros(-(-len(rows) // _PANEL) * _PANEL, dim, dtype=torch.int16, device="cpu")
+        whole[: len(rows)] = (rows * step.reciprocal()[:, None]).round_()
+        packed[start // _PANEL :][: len(whole) // _PANEL].copy_(whole.unflatten(0, (-1, _PANEL)).mT)
+        steps.view(-1)[part] = step
+    return packed, steps
 
 
 def topk(p: TokenProblem) -> TokenResult:
     """The k best tokens of every row; memory O(N · (k + D)) beyond the packed table."""
-    if p.packed is None:
+    if p.packed is None or p.coarse is None:
         raise ValueError("table: expected one built for the native backend, got one built for the reference")
     if p.grad.device.type == "cuda":
         # Beyond what a block can hold, as for a whole vocabulary sorted, the reference's sort is as good.
@@ -60,6 +69,7 @@ def topk(p: TokenProblem) -> TokenResult:
         rows=p.rows,
         dim=p.grad.shape[1],
         packed=p.packed.data_ptr(),
+        steps=p.coarse.data_ptr(),
         tokens=p.tokens,
         token_ids=address(p.token_ids),
         max_norm=p.max_norm,
