@@ -19,7 +19,7 @@ from ccu_fast.backends.reference import similarity as reference
 from ccu_fast.backends.registry import choose
 from ccu_fast.normalize import l2_normalize
 from ccu_fast.relations import ALL, OTHER, SAME, SELF, Relation, count_relations
-from ccu_fast.similarity_op import SimilarityReduction, without_autocast
+from ccu_fast.similarity_op import SimilarityReduction, specialised, without_autocast
 
 # On a CPU: all of a batch of 8192 in fp32, and a chunk of scratch.
 DEFAULT_WORKSPACE = {"cpu": 288 << 20, "cuda": 1 << 30}
@@ -103,7 +103,8 @@ def reduce_similarity(
         with without_autocast(p.x.device):
             tiles = reference.reduce(p)
     else:
-        row_out, col_out = SimilarityReduction.apply(*p.flatten(), name, workspace, _needs_backward(p))
+        keep = _needs_backward(p)
+        row_out, col_out = SimilarityReduction.apply(*p.flatten(), specialised(p, name, keep), workspace, keep)
         tiles = list(row_out.unbind(0)), list(col_out.unbind(0))
 
     row_results = assemble(row_spec, iter(tiles[0]), lambda: count(p, along_rows=True), (*lead, p.n))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccu_fast.backends.problem import SimilarityProblem
+from ccu_fast.backends.problem import SimilarityProblem, decode
 
 _FIELDS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_labels, Tensor? col_labels, "
@@ -35,11 +35,25 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _N_FIELDS = 11
+# With fewer frozen keys what has to be kept is small, and many rows or banks at a time make better GEMMs.
+MANY_KEYS = 4096
 
 
 @functools.cache
 def _implementation(backend: str) -> Any:
-    return importlib.import_module(f"ccu_fast.backends.{backend}.similarity")
+    return importlib.import_module(f"ccu_fast.backends.{backend}" + ("" if "." in backend else ".similarity"))
+
+
+def specialised(p: SimilarityProblem, backend: str, keep: bool) -> str:
+    """The backend, or the module of it that is made for problems like this one: a large bank of frozen keys."""
+    # Not asked of the module, whose import torch.compile would have to follow.
+    frozen = backend == "native" and keep and not p.y.requires_grad
+    only_lse = not p.cols and all(decode(code)[0] == "lse" for code in p.rows)
+    # There the gradient of scale is a sum over mean keys, whose weights are rounded to bf16 when the GEMMs are.
+    exact = p.x.dtype != torch.bfloat16 or not p.scale.requires_grad
+    if frozen and only_lse and exact and p.banks == 1 and p.m >= MANY_KEYS:
+        return "native.frozen_keys"
+    return backend
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

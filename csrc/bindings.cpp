@@ -180,6 +180,20 @@ PYBIND11_MODULE(_C, m) {
           call("similarity_backward", ccu_similarity_backward, a);
         });
 
+  m.def("similarity_softmax", [](const ccu_tile& tile, Address e, Address keys, int64_t dim, Address shift, Address sum,
+                                 Address mean, int64_t group_stride) {
+    ccu_similarity_softmax_args a{};
+    a.tile = tile;
+    a.e = pointer<float>(e);
+    a.keys = pointer<float>(keys);
+    a.dim = dim;
+    a.shift = pointer<float>(shift);
+    a.sum = pointer<double>(sum);
+    a.mean = pointer<float>(mean);
+    a.group_stride = group_stride;
+    call("similarity_softmax", ccu_similarity_softmax, a);
+  });
+
   m.def(
       "topk_flips",
       [](Address grad, int64_t rows, int64_t dim, Address packed, Address steps, int64_t tokens, Address token_ids,

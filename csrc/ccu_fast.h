@@ -83,6 +83,20 @@ typedef struct {
 
 int ccu_similarity_backward(const ccu_similarity_backward_args* args);
 
+// A running softmax over blocks of keys, see csrc/cpu/similarity_softmax.cpp.
+typedef struct {
+  ccu_tile tile;      // the columns of one block; row_codes are lse of disjoint sets, the groups, 0 for an empty one
+  float* e;           // [rows, cols]: exponentials of group 0; may be `dot` itself if that is fp32
+  const float* keys;  // [cols, dim], for the groups behind the first
+  int64_t dim;
+  float* shift;  // group g, row i at g * group_stride + i; -inf before the first block
+  double* sum;   // the same; 0 before the first block
+  float* mean;   // the same, times dim; 0 before the first block
+  int64_t group_stride;
+} ccu_similarity_softmax_args;
+
+int ccu_similarity_softmax(const ccu_similarity_softmax_args* args);
+
 // ---------------------------------------------------------------------------------------------------------------------
 // topk_flips: per row the k tokens of lowest score, score = sign * dot(embedding[id], grad) + penalty in float64 order,
 // ties to the lowest token; sign = -1 for maximize. Tokens count from 0 to `tokens` in the packed table.

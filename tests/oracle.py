@@ -26,6 +26,7 @@ class Case:
     keys: dict[str, Any] = field(default_factory=dict)  # labels, ids, paired
     rows: tuple[tuple[str, int], ...] = ()
     cols: tuple[tuple[str, int], ...] = ()
+    frozen: tuple[str, ...] = ()  # inputs that get no gradient
 
     @property
     def square(self) -> bool:
@@ -73,7 +74,11 @@ def _leaves(case: Case, dtype: torch.dtype, scalar: torch.dtype) -> dict[str, Te
     leaves = {"x": case.x.to(dtype), "y": case.y.to(dtype), "scale": torch.tensor(case.scale, dtype=scalar)}
     if case.bias is not None:
         leaves["bias"] = torch.tensor(case.bias, dtype=scalar)
-    return {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+    return {name: leaf.clone().requires_grad_(name not in case.frozen) for name, leaf in leaves.items()}
+
+
+def _live(leaves: dict[str, Tensor]) -> list[Tensor]:
+    return [leaf for leaf in leaves.values() if leaf.requires_grad]
 
 
 def _cotangents(outputs: list[Tensor]) -> list[Tensor]:
@@ -85,7 +90,8 @@ def _named(
     case: Case, leaves: dict[str, Tensor], outputs: list[Tensor], grads: tuple[Tensor, ...]
 ) -> dict[str, Tensor]:
     spec = [f"rows {k} {SET_NAMES[r]}" for k, r in case.rows] + [f"cols {k} {SET_NAMES[r]}" for k, r in case.cols]
-    return dict(zip(spec, outputs, strict=True)) | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+    names = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    return dict(zip(spec, outputs, strict=True)) | {f"d{name}": g for name, g in zip(names, grads, strict=True)}
 
 
 def by_torch(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -105,7 +111,7 @@ def by_torch(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[st
         for dim, spec in ((-1, case.rows), (-2, case.cols))
         for kind, r in spec
     ]
-    *grads, grad_s = torch.autograd.grad(outputs, [*leaves.values(), s], _cotangents(outputs))
+    *grads, grad_s = torch.autograd.grad(outputs, [*_live(leaves), s], _cotangents(outputs))
     terms = {"dscale": float((grad_s * dot.detach()).abs().sum()), "dbias": float(grad_s.abs().sum())}
     terms["largest"] = float(s.detach().abs().max()) if s.numel() else 0.0
     return _named(case, leaves, outputs, tuple(grads)), terms
@@ -115,7 +121,7 @@ def by_us(case: Case, dtype: torch.dtype, backend: str, **options: Any) -> dict[
     leaves = _leaves(case, dtype, torch.float64 if dtype == torch.float64 else torch.float32)
     rows, cols = reduce_similarity(**leaves, **case.keys, rows=case.rows, cols=case.cols, backend=backend, **options)
     outputs = [*rows, *cols]
-    return _named(case, leaves, outputs, torch.autograd.grad(outputs, list(leaves.values()), _cotangents(outputs)))
+    return _named(case, leaves, outputs, torch.autograd.grad(outputs, _live(leaves), _cotangents(outputs)))
 
 
 def check(case: Case, backend: str, dtype: torch.dtype, *, ulps: float = 8, **options: Any) -> dict[str, Tensor]:

@@ -15,25 +15,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ccu_fast import _C
 from ccu_fast.backends.native.buffers import borrow
-from ccu_fast.backends.precision import fp32_precision
+from ccu_fast.backends.native.operands import FP32, Operands, gemm_dtype, has_bf16, of_banks
 from ccu_fast.backends.problem import SimilarityProblem, decode
 
 # Larger chunks do not make the GEMMs faster, and the C library would map them anew at every call (see buffers).
 _LARGEST_CHUNK = 30 << 20
 _FEWEST_ROWS = 64
+_SKINNY_ROWS, _SKINNY_COLUMNS = 512, 1024
 # The stash opens with a word that says whether it holds bf16; 64 bytes keep what follows aligned.
 _HEADER = 16
-# Below this many pairs another thread costs more than it does.
-_SERIAL_PAIRS = 1 << 14
-# Said of every buffer whose address C++ gets: the process may have other defaults.
-_FP32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,14 @@ class _Chunk:
     @property
     def rows(self) -> int:
         return self.stop - self.start
+
+    @property
+    def of_banks(self) -> slice:
+        return slice(self.first, self.last)
+
+    @property
+    def of_rows(self) -> slice:
+        return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
     """
     if not keep:
         return (0,)
-    dtype = torch.bfloat16 if p.x.dtype == torch.bfloat16 and _has_bf16() else torch.float32
+    dtype = torch.bfloat16 if p.x.dtype == torch.bfloat16 and has_bf16() else torch.float32
     all_pairs, fewest = p.banks * p.n * p.m, _FEWEST_ROWS * p.m
     # Of symbols only torch's own minimum is no branch; of numbers it costs as much as a small problem's arithmetic.
     least, most = (min, max) if isinstance(all_pairs, int) else (torch.sym_min, torch.sym_max)
@@ -115,69 +119,21 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
     return (_HEADER + (pairs * dtype.itemsize + 3) // 4,)
 
 
-class _Problem:
-    """The problem as the GEMMs and the C++ side want it: operands, int32 keys, host numbers."""
-
-    def __init__(self, p: SimilarityProblem, dtype: torch.dtype) -> None:
-        self.p = p
-        self.x, self.y = p.x.to(dtype), p.y.to(dtype)
-        self.self_dot: Tensor | None = None
-        if dtype == torch.bfloat16 and p.diagonal:
-            pairs = min(p.n, p.m)
-            own = (p.x[:, :pairs].float() * p.y[:, :pairs].float()).sum(-1)
-            self.self_dot = torch.nn.functional.pad(own, (0, p.n - pairs)).expand(p.banks, -1)
-        self.scale = float(p.scale)
-        self.bias = 0.0 if p.bias is None else float(p.bias)
-        self.row_labels, self.col_labels = _narrow(p.row_labels, p.col_labels)
-        self.row_ids, self.col_ids = _narrow(p.row_ids, p.col_ids)
-        self.threads = torch.get_num_threads() if p.banks * p.n * p.m > _SERIAL_PAIRS else 1
-
-    def dot(self, chunk: _Chunk, out: Tensor) -> Tensor:
-        """x yᵀ of one chunk, ``[banks, rows, M]``, written to the flat buffer ``out``."""
-        dot = out[: chunk.banks * chunk.rows * self.p.m].view(chunk.banks, chunk.rows, self.p.m)
-        x = _bank(self.x, chunk)[:, chunk.start : chunk.stop]
-        if self.y.shape[0] == 1 and (x.shape[0] == chunk.banks):
-            torch.mm(x.reshape(-1, x.shape[-1]), self.y[0].T, out=dot.view(-1, self.p.m))
-        else:
-            torch.bmm(x.expand(chunk.banks, -1, -1), _bank(self.y, chunk).mT, out=dot)
-        return dot
-
-    def tile(self, chunk: _Chunk, dot: Tensor) -> Any:
-        rows = slice(chunk.start, chunk.stop)
-        # Held by self until the next tile: C++ reads it through an address.
-        self.own = None if self.self_dot is None else self.self_dot[chunk.first : chunk.last, rows].contiguous()
-        return _C.Tile(
-            dot.data_ptr(), _C.BF16 if dot.dtype == torch.bfloat16 else _C.F32,
-            0 if self.own is None else self.own.data_ptr(),
-            chunk.banks, chunk.rows, self.p.m, chunk.start, self.scale, self.bias,
-            _address(self.row_labels, chunk, rows), _address(self.col_labels, chunk),
-            _address(self.row_ids, chunk, rows), _address(self.col_ids, chunk),
-            self.p.diagonal, list(self.p.rows), list(self.p.cols), self.threads,
-        )  # fmt: skip
-
-
-def _bank(t: Tensor, chunk: _Chunk) -> Tensor:
-    return t if t.shape[0] == 1 else t[chunk.first : chunk.last]
-
-
-def _address(keys: Tensor | None, chunk: _Chunk, rows: slice | None = None) -> tuple[int, int]:
-    """Where a chunk's labels or ids start, and the stride from bank to bank."""
-    if keys is None:
-        return 0, 0
-    part = _bank(keys, chunk)
-    return part[:, rows or slice(None)].data_ptr(), 0 if keys.shape[0] == 1 else keys.stride(0)
-
-
-def _narrow(row: Tensor | None, col: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The same equalities and signs in int32."""
-    if row is None or col is None:
-        return None, None
-    both = torch.cat([row.flatten(), col.flatten()])
-    if both.numel() and (both.max() > 2**31 - 1 or both.min() < -(2**31)):
-        names = both.unique(return_inverse=True)[1]
-        both = torch.where(both < 0, -1 - names, names)
-    both = both.to(torch.int32)
-    return both[: row.numel()].view(row.shape), both[row.numel() :].view(col.shape)
+def _dot(native: Operands, chunk: _Chunk, out: Tensor) -> Tensor:
+    """x yᵀ of one chunk, ``[banks, rows, M]``, written to the flat buffer ``out``."""
+    m = native.p.m
+    dot = out[: chunk.banks * chunk.rows * m].view(chunk.banks, chunk.rows, m)
+    x = of_banks(native.x, chunk.of_banks)[:, chunk.of_rows]
+    if native.y.shape[0] == 1 and x.shape[0] == chunk.banks:
+        # A few rows against many columns: by blocks of columns that stay in the L2 cache the GEMM is up to 1.4 times as
+        # fast as at once.
+        rows, flat = x.reshape(-1, x.shape[-1]), dot.view(-1, m)
+        width = m if rows.shape[0] > _SKINNY_ROWS else _SKINNY_COLUMNS
+        for j in range(0, m, width):
+            torch.mm(rows, native.y[0, j : j + width].T, out=flat[:, j : j + width])
+    else:
+        torch.bmm(x.expand(chunk.banks, -1, -1), of_banks(native.y, chunk.of_banks).mT, out=dot)
+    return dot
 
 
 def _kept(layout: _Layout, stash: Tensor) -> Iterator[Tensor]:
@@ -189,9 +145,9 @@ def _kept(layout: _Layout, stash: Tensor) -> Iterator[Tensor]:
 
 def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row results ``[R, B, N]``, column results ``[C, B, M]`` and the kept chunks, flat."""
-    dtype = _gemm_dtype(p)
+    dtype = gemm_dtype(p)
     layout = _layout(p, workspace, keep, dtype)
-    native = _Problem(p, dtype)
+    native = Operands(p, dtype)
     stash = borrow(stash_shape(p, workspace, keep)[0])
     stash[:_HEADER].fill_(dtype == torch.bfloat16)
     # What no chunk fills has to be the same every time, too (but for the half that bf16 GEMMs of fp32 inputs leave).
@@ -199,14 +155,14 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     if _HEADER * 4 + filled * dtype.itemsize < stash.numel() * 4:
         stash[_HEADER:].view(dtype)[filled : filled + layout.largest] = 0
     scratch = torch.empty(layout.largest if layout.kept < len(layout.chunks) else 0, dtype=dtype, device="cpu")
-    row_out = torch.empty(len(p.rows), p.banks, p.n, **_FP32)
-    col_max = torch.full((len(p.cols), p.banks, p.m), -torch.inf, **_FP32)
+    row_out = torch.empty(len(p.rows), p.banks, p.n, **FP32)
+    col_max = torch.full((len(p.cols), p.banks, p.m), -torch.inf, **FP32)
     col_sum = torch.zeros(len(p.cols), p.banks, p.m, dtype=torch.float64, device="cpu")
     buffers = _kept(layout, stash)
     for chunk in layout.chunks:
-        dot = native.dot(chunk, next(buffers, scratch))
+        dot = _dot(native, chunk, next(buffers, scratch))
         _C.similarity_forward(
-            native.tile(chunk, dot),
+            native.tile(dot, chunk.of_banks, chunk.of_rows),
             row_out[:, chunk.first :, chunk.start :].data_ptr(), row_out.stride(0), row_out.stride(1),
             col_max[:, chunk.first :].data_ptr(), col_sum[:, chunk.first :].data_ptr(), col_max.stride(0),
         )  # fmt: skip
@@ -234,9 +190,9 @@ def backward(
     """
     kept = stash.numel() > 0
     # Forward's choice, whatever the precision setting is by now.
-    dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if kept else _gemm_dtype(p)
+    dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if kept else gemm_dtype(p)
     layout = _layout(p, workspace, kept, dtype)
-    native = _Problem(p, dtype)
+    native = Operands(p, dtype)
     dx = _Sum(p.x, needs[0], once=p.x.shape[0] == p.banks)
     dy = _Sum(p.y, needs[1], once=len(layout.chunks) == 1 or (layout.chunks[0].rows == p.n and p.y.shape[0] == p.banks))
     scratch = torch.empty(layout.largest, dtype=dtype, device="cpu")
@@ -244,11 +200,13 @@ def backward(
     buffers = _kept(layout, stash)
     for chunk in layout.chunks:
         buffer = next(buffers, None)
-        dot = native.dot(chunk, scratch) if buffer is None else buffer[: layout.size(chunk)].view(chunk.banks, -1, p.m)
+        dot = (
+            _dot(native, chunk, scratch) if buffer is None else buffer[: layout.size(chunk)].view(chunk.banks, -1, p.m)
+        )
         grad = scratch[: dot.numel()].view(dot.shape)
         sums = torch.empty(2, chunk.banks * chunk.rows, dtype=torch.float64, device="cpu")
         _C.similarity_backward(
-            native.tile(chunk, dot),
+            native.tile(dot, chunk.of_banks, chunk.of_rows),
             grad_rows[:, chunk.first :, chunk.start :].data_ptr(), row_out[:, chunk.first :, chunk.start :].data_ptr(),
             row_out.stride(0), row_out.stride(1),
             grad_cols[:, chunk.first :].data_ptr(), col_out[:, chunk.first :].data_ptr(), col_out.stride(0),
@@ -257,16 +215,15 @@ def backward(
         for_scale, for_bias = sums.sum(1).tolist()
         scale_sum += for_scale
         bias_sum += for_bias
-        rows = slice(chunk.start, chunk.stop)
         if needs[0]:
-            dx.add(chunk, rows, grad, _bank(native.y, chunk))
+            dx.add(chunk, chunk.of_rows, grad, of_banks(native.y, chunk.of_banks))
         if needs[1]:
-            dy.add(chunk, slice(None), grad.mT, _bank(native.x, chunk)[:, rows])
+            dy.add(chunk, slice(None), grad.mT, of_banks(native.x, chunk.of_banks)[:, chunk.of_rows])
     return (
         dx.total.to(p.x.dtype),
         dy.total.to(p.y.dtype),
-        torch.full((), scale_sum, **_FP32),
-        torch.full((), bias_sum, **_FP32),
+        torch.full((), scale_sum, **FP32),
+        torch.full((), bias_sum, **FP32),
     )
 
 
@@ -281,11 +238,11 @@ class _Sum:
     def __init__(self, like: Tensor, wanted: bool, *, once: bool) -> None:
         self.once = once
         make = torch.empty if once else torch.zeros
-        self.total = make(like.shape if wanted else (0,), **_FP32)
+        self.total = make(like.shape if wanted else (0,), **FP32)
 
     def add(self, chunk: _Chunk, rows: slice, left: Tensor, right: Tensor) -> None:
         """total[banks of the chunk, rows] += left @ right."""
-        out = _bank(self.total, chunk)[:, rows]
+        out = of_banks(self.total, chunk.of_banks)[:, rows]
         if out.shape[0] == 1 and chunk.banks > 1 and left.mT.is_contiguous():
             # The sum over banks of Gᵀ X is one product, of all their rows.
             left, right = left.mT.reshape(1, -1, left.shape[1]).mT, right.reshape(1, -1, right.shape[2])
@@ -300,13 +257,3 @@ class _Sum:
                 torch.mm(left[b], factor, out=slot)
             else:
                 slot.addmm_(left[b], factor)
-
-
-def _gemm_dtype(p: SimilarityProblem) -> torch.dtype:
-    """What the GEMMs multiply: bf16 when the inputs' dtype or the matmul precision says so and the CPU has it."""
-    wanted = p.x.dtype == torch.bfloat16 or (p.x.dtype == torch.float32 and fp32_precision("cpu") == "medium")
-    return torch.bfloat16 if wanted and _has_bf16() else torch.float32
-
-
-def _has_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
