@@ -72,7 +72,8 @@ class Plan:
 
         cxx_flags = [*CXX_FLAGS, *self.extra_cxx]
         python = [f"-isystem{self.pybind_include}", f"-isystem{sysconfig.get_path('include')}"]
-        compile_("cxx", self.csrc / "bindings.cpp", "bindings", [*cxx_flags, *self.defines, *python])
+        for source in sorted((self.csrc / "bindings").glob("*.cpp")):
+            compile_("cxx", source, f"bindings/{source.stem}", [*cxx_flags, *self.defines, *python])
         for name in ONCE:
             source = self.csrc / "cpu" / name
             compile_("cxx", source, f"cpu/{source.stem}", [*cxx_flags, *self.defines])
