@@ -168,8 +168,8 @@ def topk_flips(
         scope: "row": k for every row. "global": k for each group of rows ``[n, D]``, the best (row, token) flips
             together; ties: the lowest row, then the lowest id.
         precision: "certified": the float64 order. "fp32": fp32 dot products may decide; on every backend of today
-            it is the same as "certified". "fast": low precision (fp32 on a CPU, fp16 on a GPU) decides which k tokens
-            survive; they are still sorted, and their delta computed, in float64.
+            it is the same as "certified". "fast": on a GPU fp16 decides which k tokens survive; they are still
+            sorted, and their delta computed, in float64. On a CPU it too is the same as "certified".
         backend: "auto", or "native" or "reference"; a named one raises if it cannot serve.
 
     Returns:

@@ -101,12 +101,13 @@ int ccu_similarity_softmax(const ccu_similarity_softmax_args* args);
 // topk_flips: per row the k tokens of lowest score, score = sign * dot(embedding[id], grad) + penalty in float64 order,
 // ties to the lowest token; sign = -1 for maximize. Tokens count from 0 to `tokens` in the packed table.
 
-enum { CCU_TOKEN_PANEL = 16 };
+// A packed token is whole numbers within +-2^CCU_TOKEN_BITS.
+enum { CCU_TOKEN_PANEL = 16, CCU_TOKEN_BITS = 13 };
 
 typedef struct {
   const float* grad;  // [rows, dim]
   int64_t rows, dim;
-  const int16_t* packed;  // [ceil(tokens / 16), dim, 16] whole steps of each token, zeros behind the last
+  const int16_t* packed;  // [ceil(tokens / 16), ceil(dim / 2), 16, 2] steps of each token, zeros behind the last
   const float* steps;     // [ceil(tokens / 16), 16] powers of two; an element is off by at most half of its token's
   int64_t tokens;
   const int64_t* token_ids;  // [tokens], ascending: the embedding's row of a packed token; NULL: the same number
@@ -117,7 +118,6 @@ typedef struct {
   int32_t maximize;
   const int64_t* current;  // [rows] ids, or NULL
   int32_t exclude_current;
-  int32_t certify;         // 0: let the packed table decide which k tokens are reported
   const uint8_t* allowed;  // row i at i * allowed_stride, by packed token; or NULL
   int64_t allowed_stride;
   const float* penalty;  // row i at i * penalty_stride, by packed token; finite; or NULL

@@ -122,6 +122,21 @@ def test_extreme_magnitudes(backend: str) -> None:
             assert torch.equal(flips.ids, brute(grad, e, 5)), factor
 
 
+@pytest.mark.parametrize("dim", [255, 256, 257, 700])
+def test_sums_at_the_edge_of_the_scan(backend: str, dim: int) -> None:
+    # Whole vectors of one sign and one size give the longest sums that the whole numbers of a scan can have, in the
+    # first chunk alone or in all; a spike leaves little precision to the rest.
+    size, sign = 1 + torch.rand(300, 1), torch.where(torch.rand(300, 1) < 0.5, -1, 1)
+    embedding = torch.cat([(size * sign).expand(300, dim), size * torch.randn(300, dim), torch.eye(dim)])
+    grad = torch.ones(6, dim) + 1e-3 * torch.randn(6, dim)
+    grad[1:3, 256:] *= 1e-4
+    grad[2:5, ::7] *= -1
+    grad[3, dim - 1] = 3e5
+    for maximize in (False, True):
+        flips = topk_flips(grad, TokenTable(embedding, backend=backend), 9, maximize=maximize, backend=backend)
+        assert torch.equal(flips.ids, brute(grad, embedding, 9, maximize=maximize))
+
+
 def test_current_ids(backend: str) -> None:
     embedding, grad = integers(300, 12), integers(2, 5, 12)
     current = torch.randint(0, 300, (2, 5), dtype=torch.int32)

@@ -26,7 +26,7 @@ class TokenProblem:
         exclude_current: the current id is not a candidate.
         allowed: bool ``[1 or N, T]``, or None.
         penalty: fp32 ``[1 or N, T]``, finite, or None.
-        certify: float64 decides which tokens and in which order; otherwise fp32 decides which.
+        certify: float64 decides which tokens and in which order; otherwise a coarse score may decide which.
     """
 
     grad: Tensor

@@ -38,11 +38,12 @@ std::vector<int64_t> select(const float* scores, int64_t n, int64_t k, double er
 
 void bind_tokens(py::module_& m) {
   m.attr("TOKEN_PANEL") = static_cast<int>(CCU_TOKEN_PANEL);
+  m.attr("TOKEN_BITS") = static_cast<int>(CCU_TOKEN_BITS);
   m.def(
       "topk_flips",
       [](Address grad, int64_t rows, int64_t dim, Address packed, Address steps, int64_t tokens, Address token_ids,
          double max_norm, Address embedding, std::pair<int64_t, int64_t> embedding_strides, int embedding_dtype,
-         bool maximize, Address current, bool exclude_current, bool certify, std::pair<Address, int64_t> allowed,
+         bool maximize, Address current, bool exclude_current, std::pair<Address, int64_t> allowed,
          std::pair<Address, int64_t> penalty, int64_t k, int threads, Address ids, Address delta, Address score,
          Address count, Address valid) {
         ccu_topk_flips_args a{};
@@ -61,7 +62,6 @@ void bind_tokens(py::module_& m) {
         a.maximize = maximize;
         a.current = pointer<int64_t>(current);
         a.exclude_current = exclude_current;
-        a.certify = certify;
         a.allowed = pointer<uint8_t>(allowed.first);
         a.allowed_stride = allowed.second;
         a.penalty = pointer<float>(penalty.first);
@@ -78,8 +78,8 @@ void bind_tokens(py::module_& m) {
       py::kw_only(), py::arg("grad"), py::arg("rows"), py::arg("dim"), py::arg("packed"), py::arg("steps"),
       py::arg("tokens"), py::arg("token_ids"), py::arg("max_norm"), py::arg("embedding"), py::arg("embedding_strides"),
       py::arg("embedding_dtype"), py::arg("maximize"), py::arg("current"), py::arg("exclude_current"),
-      py::arg("certify"), py::arg("allowed"), py::arg("penalty"), py::arg("k"), py::arg("threads"), py::arg("ids"),
-      py::arg("delta"), py::arg("score"), py::arg("count"), py::arg("valid"));
+      py::arg("allowed"), py::arg("penalty"), py::arg("k"), py::arg("threads"), py::arg("ids"), py::arg("delta"),
+      py::arg("score"), py::arg("count"), py::arg("valid"));
 
   // ---- topk_flips on a GPU
 

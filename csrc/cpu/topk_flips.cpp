@@ -3,20 +3,20 @@
 //   score[i, v] = sign * (embedding[id(v)] . grad[i]) + penalty[i, v],   sign = -1 for maximize
 //   order: (score in float64, v)
 //
-// Work: 2 * rows * tokens * dim FLOP; the table is read once (tokens * dim * 2 bytes) while rows * dim * 4 bytes of
-// gradients fit in the cache. Few rows are bound by that read, many by the FMA units.
+// Work: 2 * rows * tokens * dim FLOP; the table is read once (tokens * dim * 2 bytes) while rows * dim * 2 bytes of
+// gradients fit in the cache. Few rows are bound by that read, many by the units that multiply.
 //
-// The table is int16 steps of a power of two of each token, which halves the read and costs, for a rounding of 2^-16 of
-// the token's largest element, a few more tokens to rescore. It is packed in panels of 16 tokens, [panel][dim][16], so
-// that a lane is a token: the micro-kernel keeps row x token accumulators in registers, needs no horizontal sums, and
-// each finished tile is compared with its rows' cutoffs while it is still in registers. What passes goes to a short
-// list per row. Many rows use a panel many times: it is then brought to fp32 once, in the second-level cache.
+// The scan is in whole numbers: tokens of 13 bits and gradients of about 11, in int16, each in steps of a power of two.
+// That halves the read and doubles the products of an instruction, and costs a few more tokens to rescore. Tokens are
+// packed in panels of 16, [panel][dim / 2][16][2], so that a lane is a token: the micro-kernel keeps row x token
+// accumulators in registers, needs no horizontal sums, and each finished tile is compared with its rows' cutoffs while
+// it is still in registers. What passes goes to a short list per row.
 //
-// Why the answer is exact: with gradients scaled to largest element 1, |coarse score - score| <= err for any order of
-// summation. If T is the k-th smallest coarse score so far, no token above T + 2 err (plus the rounding of T) can be
-// among the final k, since T only falls. So a list holds every token that could matter; at the end they are rescored
-// in float64 from the embedding itself. Masses of near-ties overflow a list: that row is redone in float64. Thus
-// neither the split over threads nor the instruction set can change an id.
+// Why the answer is exact: what rounding took from a gradient and from the tokens is measured, and so
+// |coarse score - score| <= err for any order of summation. If T is the k-th smallest coarse score so far, no token
+// above T + 2 err (plus the rounding of T) can be among the final k, since T only falls. So a list holds every token
+// that could matter; at the end they are rescored in float64 from the embedding itself. Masses of near-ties overflow a
+// list: that row is redone in float64. Thus neither the split over threads nor the instruction set can change an id.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -36,8 +36,8 @@ namespace CCU_ISA {
 namespace {
 
 constexpr int kGroup = 12;
-constexpr int64_t kGroupBytes = 384 << 10;  // of the table in fp32, to stay in the second-level cache
-constexpr int64_t kTilesToShare = 16;       // a thread with fewer of its own had better bring less of the table to fp32
+constexpr int64_t kGroupBytes = 384 << 10;  // of the table, to stay in the second-level cache
+constexpr int64_t kTilesToShare = 16;       // a thread with fewer of its own had better read less of the table
 constexpr int64_t kListBytes = 32 << 20;    // of all lists together
 
 class Search {
@@ -47,15 +47,16 @@ class Search {
         rescore_(a),
         rule_(a),
         rounding_(largest_rounding(a)),
+        pairs_((a.dim + 1) / 2),
         panels_((a.tokens + kPanel - 1) / kPanel),
-        threads_(threads_for(a.threads, 2.0 * a.tokens * a.dim, 1.0 * a.rows * a.tokens * a.dim)) {
+        threads_(threads_for(a.threads, 2.0 * a.tokens * a.dim, 0.5 * a.rows * a.tokens * a.dim)) {
     const int64_t tiles = (a.rows + kRows - 1) / kRows;
     // Threads share the rows when there are enough of them; few rows are scanned by all, each over its own tokens.
     const int64_t row_slices = std::max<int64_t>(1, std::min<int64_t>(threads_, tiles / kTilesToShare));
     token_slices_ = std::max<int64_t>(1, std::min<int64_t>((threads_ + row_slices - 1) / row_slices, panels_));
-    const int64_t fit = kGroupBytes / (a.dim * kPanel * 4) / kGroup * kGroup;
+    const int64_t fit = kGroupBytes / (pairs_ * kPanel * 4) / kGroup * kGroup;
     group_ = fit > 0 ? fit : panels_of(kRows);
-    const int64_t bytes_a_row = token_slices_ * (rule_.capacity() * sizeof(Item) + sizeof(List)) + a.dim * 4;
+    const int64_t bytes_a_row = token_slices_ * (rule_.capacity() * sizeof(Item) + sizeof(List)) + pairs_ * 4;
     const int64_t rows_that_fit = kListBytes / bytes_a_row / kRows * kRows;
     block_ = std::min<int64_t>(std::max<int64_t>(rows_that_fit, int64_t{kRows} * threads_ * 4), tiles * kRows);
   }
@@ -66,10 +67,8 @@ class Search {
     cutoffs_.resize(block_ * token_slices_);
     lists_.resize(block_ * token_slices_);
     items_.reset(new Item[block_ * token_slices_ * rule_.capacity()]);
-    grad_.reset(new float[block_ * a_.dim]);
+    grad_.reset(new int32_t[block_ * pairs_]);
     if (token_slices_ > 1) merged_.resize(block_);
-    const int64_t tiles = block_ / kRows;
-    if (tiles > 1) wide_.reset(new float[row_slices(tiles) * token_slices_ * group_ * a_.dim * kPanel]);
   }
 
   bool run() {
@@ -91,24 +90,21 @@ class Search {
   }
 
  private:
-  // ---- before: scale the gradients, bound the error, pack them as [tile][dim][rows of the tile]
+  // ---- before: the gradients in whole numbers, as [tile][pairs][rows of the tile]
 
   void prepare(int64_t tile) {
     const int64_t r0 = tile * kRows;
     const int n = static_cast<int>(std::min<int64_t>(kRows, count_ - r0));
-    float* packed = grad_.get() + r0 * a_.dim;
+    int32_t* packed = grad_.get() + r0 * pairs_;
+    std::fill(packed, packed + n * pairs_, 0);
     for (int r = 0; r < n; ++r) {
-      const float* g = a_.grad + (first_ + r0 + r) * a_.dim;
       Row& row = rows_[r0 + r];
-      row = describe(a_, rounding_, first_ + r0 + r, g);
-      const bool scan = row.path == Path::kScan;
+      row = describe(a_, rounding_, first_ + r0 + r, reinterpret_cast<int16_t*>(packed + r), n);
       for (int64_t s = 0; s < token_slices_; ++s) {
         const int64_t at = (r0 + r) * token_slices_ + s;
-        cutoffs_[at] = scan ? kInf : -kInf;
+        cutoffs_[at] = row.path == Path::kScan ? kInf : -kInf;
         lists_[at] = rule_.empty(items_.get() + at * rule_.capacity());
       }
-      const float factor = scan ? (a_.maximize ? -row.penalty_scale : row.penalty_scale) : 0.0f;
-      for (int64_t d = 0; d < a_.dim; ++d) packed[d * n + r] = scan ? g[d] * factor : 0.0f;
     }
   }
 
@@ -117,73 +113,68 @@ class Search {
   // Whole gradients of a slice stay in the second-level cache beside the group of panels.
   int64_t row_slices(int64_t tiles) const {
     if (token_slices_ > 1) return 1;
-    const int64_t longest = std::max<int64_t>(1, (1 << 20) / (a_.dim * 4 * kRows));
+    const int64_t longest = std::max<int64_t>(1, (1 << 20) / (pairs_ * 4 * kRows));
     return std::min(tiles, threads_ * ((tiles + threads_ * longest - 1) / (threads_ * longest)));
   }
 
   void scan() {
     const int64_t tiles = (count_ + kRows - 1) / kRows, slices = row_slices(tiles);
-    parallel_for(tiles, threads_for(threads_, 8.0 * count_ * a_.dim), [&](int64_t tile) { prepare(tile); });
+    parallel_for(tiles, threads_for(threads_, 6.0 * count_ * a_.dim), [&](int64_t tile) { prepare(tile); });
     parallel_for(slices * token_slices_, threads_, [&](int64_t task) {
       const int64_t rows = task / token_slices_, tokens = task % token_slices_;
-      scan_slice(tiles * rows / slices, tiles * (rows + 1) / slices, panels_ * tokens / token_slices_,
-                 panels_ * (tokens + 1) / token_slices_, tokens, task);
+      const int64_t tile0 = tiles * rows / slices, tile1 = tiles * (rows + 1) / slices;
+      const int64_t panel0 = panels_ * tokens / token_slices_, panel1 = panels_ * (tokens + 1) / token_slices_;
+      for (int64_t p = panel0; p < panel1; p += group_)
+        for (int64_t tile = tile0; tile < tile1; ++tile) {
+          if (has_vnni()) {
+            scan_tile<Pairs::kVnni>(tile, p, std::min(p + group_, panel1), tokens);
+          } else {
+            scan_tile<Pairs::kPlain>(tile, p, std::min(p + group_, panel1), tokens);
+          }
+        }
     });
   }
 
-  void scan_slice(int64_t tile0, int64_t tile1, int64_t panel0, int64_t panel1, int64_t slice, int64_t task) {
-    const int64_t panel_size = a_.dim * kPanel;
-    if (tile1 - tile0 == 1) return scan_tile(tile0, a_.packed + panel0 * panel_size, panel0, panel1, slice);
-    float* wide = wide_.get() + task * group_ * panel_size;
-    for (int64_t p = panel0; p < panel1; p += group_) {
-      const int64_t end = std::min(p + group_, panel1);
-      const int16_t* packed = a_.packed + p * panel_size;
-      for (int64_t i = 0; i < (end - p) * panel_size; i += kLanes) store(wide + i, steps(packed + i));
-      for (int64_t tile = tile0; tile < tile1; ++tile) scan_tile(tile, static_cast<const float*>(wide), p, end, slice);
-    }
-  }
-
-  // A tile of rows against panels [panel0, panel1), which lie at e.
-  template <class T>
-  void scan_tile(int64_t tile, const T* e, int64_t panel0, int64_t panel1, int64_t slice) {
+  // A tile of rows against panels [panel0, panel1).
+  template <Pairs kPairs>
+  void scan_tile(int64_t tile, int64_t panel0, int64_t panel1, int64_t slice) {
     const int64_t r0 = tile * kRows;
     switch (std::min<int64_t>(kRows, count_ - r0)) {
       case 1:
-        return sweep<1>(r0, e, panel0, panel1, slice);
+        return sweep<kPairs, 1>(r0, panel0, panel1, slice);
       case 2:
-        return sweep<2>(r0, e, panel0, panel1, slice);
+        return sweep<kPairs, 2>(r0, panel0, panel1, slice);
       case 3:
-        return sweep<3>(r0, e, panel0, panel1, slice);
+        return sweep<kPairs, 3>(r0, panel0, panel1, slice);
 #if defined(__AVX2__) || defined(__aarch64__)
       case 4:
-        return sweep<4>(r0, e, panel0, panel1, slice);
+        return sweep<kPairs, 4>(r0, panel0, panel1, slice);
       case 5:
-        return sweep<5>(r0, e, panel0, panel1, slice);
+        return sweep<kPairs, 5>(r0, panel0, panel1, slice);
       case 6:
-        return sweep<6>(r0, e, panel0, panel1, slice);
+        return sweep<kPairs, 6>(r0, panel0, panel1, slice);
 #endif
 #if defined(__AVX512F__)
       case 7:
-        return sweep<7>(r0, e, panel0, panel1, slice);
+        return sweep<kPairs, 7>(r0, panel0, panel1, slice);
       case 8:
-        return sweep<8>(r0, e, panel0, panel1, slice);
+        return sweep<kPairs, 8>(r0, panel0, panel1, slice);
 #endif
     }
   }
 
-  template <int R, class T>
-  void sweep(int64_t r0, const T* e, int64_t panel0, int64_t panel1, int64_t slice) {
+  template <Pairs kPairs, int R>
+  void sweep(int64_t r0, int64_t panel0, int64_t panel1, int64_t slice) {
     constexpr int P = panels_of(R);
-    const int64_t size = a_.dim * kPanel;
     int64_t p = panel0;
-    for (; p + P <= panel1; p += P) micro<R, P>(r0, e + (p - panel0) * size, p, slice);
-    for (; p < panel1; ++p) micro<R, 1>(r0, e + (p - panel0) * size, p, slice);
+    for (; p + P <= panel1; p += P) micro<kPairs, R, P>(r0, p, slice);
+    for (; p < panel1; ++p) micro<kPairs, R, 1>(r0, p, slice);
   }
 
-  template <int R, int P, class T>
-  void micro(int64_t r0, const T* e, int64_t panel, int64_t slice) {
+  template <Pairs kPairs, int R, int P>
+  void micro(int64_t r0, int64_t panel, int64_t slice) {
     vf acc[R][P * kVectors];
-    panel_scores<R, P>(grad_.get() + r0 * a_.dim, e, a_.dim, acc);
+    panel_scores<kPairs, R, P>(grad_.get() + r0 * pairs_, a_.packed + panel * pairs_ * kPanel * 2, pairs_, acc);
     vf step[P * kVectors];
 #pragma GCC unroll 24
     for (int v = 0; v < P * kVectors; ++v) step[v] = load<vf>(a_.steps + panel * kPanel + v * kLanes);
@@ -194,7 +185,7 @@ class Search {
       for (int v = 0; v < P * kVectors; ++v) acc[r][v] *= step[v];
       if (a_.penalty != nullptr) {
         const float* penalty = a_.penalty + (first_ + r0 + r) * a_.penalty_stride;
-        const float scale = rows_[r0 + r].penalty_scale;
+        const float scale = rows_[r0 + r].scale;
         for (int v = 0; v < P * kVectors; ++v) {
           const int64_t token = panel * kPanel + v * kLanes;
           const int64_t left = a_.tokens - token;
@@ -256,7 +247,7 @@ class Search {
   const Rescorer rescore_;
   const ListRule rule_;
   const double rounding_;
-  const int64_t panels_;
+  const int64_t pairs_, panels_;
   const int threads_;
   int64_t token_slices_, group_, block_;
   int64_t first_ = 0, count_ = 0;
@@ -265,7 +256,7 @@ class Search {
   std::vector<float> cutoffs_;
   std::vector<List> lists_;
   std::unique_ptr<Item[]> items_;
-  std::unique_ptr<float[]> grad_, wide_;
+  std::unique_ptr<int32_t[]> grad_;
   std::vector<std::vector<Item>> merged_;
 };
 

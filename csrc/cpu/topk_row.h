@@ -1,4 +1,4 @@
-// What the scan of topk_flips knows about a row before it starts: how its gradient is scaled, and how far a coarse
+// What the scan of topk_flips knows about a row before it starts: its gradient in whole numbers, and how far a coarse
 // score may be off.
 #ifndef CCU_FAST_CPU_TOPK_ROW_H_
 #define CCU_FAST_CPU_TOPK_ROW_H_
@@ -10,6 +10,7 @@
 #include "../ccu_fast.h"
 #include "../common/select.h"
 #include "simd.h"
+#include "topk_panel.h"
 
 namespace ccu {
 namespace CCU_ISA {
@@ -19,9 +20,9 @@ constexpr double kLargest = 1e37;  // beyond it a coarse score might overflow
 enum class Path : uint8_t { kScan, kExact, kInvalid };
 
 struct Row {
-  float penalty_scale;  // the power of two that brought the gradient's largest element into [1, 2)
-  double err;           // bound of |coarse score - score|, both scaled
-  bool strict;          // keep exactly k by (coarse score, token)
+  float scale;  // the power of two by which gradient and penalty are multiplied
+  double err;   // bound of |coarse score - score|, both scaled
+  bool strict;  // keep exactly k by (coarse score, token)
   Path path;
 };
 
@@ -32,45 +33,63 @@ inline double largest_rounding(const ccu_topk_flips_args& a) {
   return 0.5 * step * std::sqrt(static_cast<double>(a.dim));
 }
 
-// Row i, of gradient g.
-inline Row describe(const ccu_topk_flips_args& a, double rounding, int64_t i, const float* g) {
-  Row row{1.0f, 0.0, a.certify == 0, Path::kScan};
+// x rounded to a whole number, ties to even; |x| < 2^22.
+inline float whole(float x) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+  return (x + kMagic) - kMagic;
+}
+
+// Row i, of gradient g: scaled, rounded and written to `out`, one of `rows` in [pairs][rows][2], where it takes the
+// scan's path.
+inline Row describe(const ccu_topk_flips_args& a, double rounding, int64_t i, int16_t* out, int rows) {
+  const float* g = a.grad + i * a.dim;
+  Row row{1.0f, 0.0, false, Path::kScan};
   float largest = 0.0f;
-  bool finite = true;
-  for (int64_t d = 0; d < a.dim; ++d) {
-    const float m = std::fabs(g[d]);
-    finite &= m < kInf;
-    largest = m > largest ? m : largest;
+  double most = 0.0;  // of the sums of a chunk
+  for (int64_t begin = 0; begin < a.dim; begin += 2 * kChunkPairs) {
+    const int64_t end = std::min(begin + 2 * kChunkPairs, a.dim);
+    double sum = 0.0;
+    for (int64_t d = begin; d < end; ++d) {
+      sum += std::fabs(g[d]);
+      largest = std::max(largest, std::fabs(g[d]));
+    }
+    if (!(sum < kInf)) {
+      row.path = Path::kInvalid;
+      return row;
+    }
+    most = std::max(most, sum);
   }
-  if (!finite) {
-    row.path = Path::kInvalid;
-    return row;
-  }
-  double scale = 1.0;
   if (largest > 0.0f) {
+    // Rounding may add half a step an element.
+    const int exponent = std::min(std::ilogb((kChunkSum - kChunkPairs) / most), 14 - std::ilogb(largest));
     // The scale must be a normal fp32 number; gradients beyond go the float64 way.
-    const int exponent = std::ilogb(largest);
-    if (exponent < -120 || exponent > 120) {
+    if (exponent < -126 || exponent > 126) {
       row.path = Path::kExact;
       return row;
     }
-    scale = std::ldexp(1.0, -exponent);
-    double squares = 0.0;
-    for (int64_t d = 0; d < a.dim; ++d) squares += static_cast<double>(g[d]) * g[d];
-    const double length = std::sqrt(squares) * scale, reach = length * (a.max_norm + rounding);
-    // The fp32 sum, the rounding of the table, and underflow.
-    row.err = 1.01 * ((a.dim + 2) * kUnit * reach + length * rounding) + a.dim * 0x1p-124;
+    row.scale = std::ldexp(1.0f, exponent);
+    double size = 0.0, off = 0.0;  // squares of the whole numbers, and of what they leave
+    for (int64_t d = 0; d < a.dim; ++d) {
+      const float x = g[d] * row.scale, n = std::min(whole(x), 32767.0f);
+      size += static_cast<double>(n) * n;
+      off += static_cast<double>(x - n) * (x - n);
+      out[(d / 2) * rows * 2 + d % 2] = static_cast<int16_t>(a.maximize ? -n : n);
+    }
+    size = std::sqrt(size);
+    const double reach = size * (a.max_norm + rounding);
+    // The rounding of the gradient and of the table, the fp32 sum of the chunks, and underflow.
+    row.err =
+        1.01 * (std::sqrt(off) * a.max_norm + size * rounding + (a.dim / kChunkPairs + 2) * kUnit * reach) + 0x1p-124;
     if (!(reach < kLargest)) row.path = Path::kExact;
   } else {
     row.strict = true;  // every product is an exact zero: nothing to certify
   }
-  row.penalty_scale = static_cast<float>(scale);
   if (a.penalty != nullptr) {
     const float* p = a.penalty + i * a.penalty_stride;
     float most = 0.0f;
     for (int64_t v = 0; v < a.tokens; ++v) most = std::max(most, std::fabs(p[v]));
-    if (!(most * scale < kLargest)) row.path = Path::kExact;
-    row.err += scale * 0x1p-125;
+    if (!(most * row.scale < kLargest)) row.path = Path::kExact;
+    row.err += row.scale * 0x1p-125;
   }
   return row;
 }

@@ -13,8 +13,8 @@ from ccu_fast.backends.reference import tokens as reference
 from ccu_fast.backends.token_problem import TokenProblem, TokenResult
 
 _PANEL = _C.TOKEN_PANEL
+_BITS = _C.TOKEN_BITS
 _PACK_ROWS = 512 * _PANEL
-_BITS = 15  # bits of an int16 beside its sign
 
 
 def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -25,26 +25,27 @@ def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def pack_panels(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Panels of 16 tokens, int16 ``[ceil(T / 16), D, 16]``, and the fp32 step of each token ``[ceil(T / 16), 16]``.
+    """Panels of 16 tokens, int16 ``[ceil(T / 16), ceil(D / 2), 16, 2]``, and each token's fp32 step ``[.., 16]``.
 
-    A vector register then holds one dimension of 16 tokens. A token's step is the power of two that lets its largest
-    element fill an int16 (or fp32's smallest normal number): an element is off by at most half of it, and the
+    A vector register then holds two dimensions of 16 tokens. A token's step is the power of two that brings its
+    largest element to 13 bits (or fp32's smallest normal number): an element is off by at most half of it, and the
     product of a step and a sum is exact.
     """
     tokens = embedding.shape[0] if token_ids is None else token_ids.shape[0]
     panels, dim = (tokens + _PANEL - 1) // _PANEL, embedding.shape[1]
-    packed = torch.zeros(panels, dim, _PANEL, dtype=torch.int16, device="cpu")
+    packed = torch.zeros(panels, (dim + 1) // 2, _PANEL, 2, dtype=torch.int16, device="cpu")
     steps = torch.zeros(panels, _PANEL, dtype=torch.float32, device="cpu")
     for start in range(0, tokens, _PACK_ROWS):
         part = slice(start, min(start + _PACK_ROWS, tokens))
         rows = (embedding[part] if token_ids is None else embedding[token_ids[part]]).float()
-        # A little more than the largest, so that it does not round up to 2^15.
-        largest = rows.abs().amax(1).double() * (1 + 2.0**-15)
+        # A little more than the largest, so that it does not round up to 2^13.
+        largest = rows.abs().amax(1).double() * (1 + 2.0**-_BITS)
         exponent = torch.where(largest > 0, torch.frexp(largest).exponent - _BITS, -126).clamp(min=-126)
         step = ((exponent + 127).int() << 23).view(torch.float32)
-        whole = torch.zeros(-(-len(rows) // _PANEL) * _PANEL, dim, dtype=torch.int16, device="cpu")
-        whole[: len(rows)] = (rows * step.reciprocal()[:, None]).round_()
-        packed[start // _PANEL :][: len(whole) // _PANEL].copy_(whole.unflatten(0, (-1, _PANEL)).mT)
+        whole = torch.zeros(-(-len(rows) // _PANEL) * _PANEL, packed.shape[1] * 2, dtype=torch.int16, device="cpu")
+        whole[: len(rows), :dim] = (rows * step.reciprocal()[:, None]).round_()
+        whole = whole.unflatten(1, (-1, 2)).unflatten(0, (-1, _PANEL))
+        packed[start // _PANEL :][: len(whole)].copy_(whole.transpose(1, 2))
         steps.view(-1)[part] = step
     return packed, steps
 
@@ -79,7 +80,6 @@ def topk(p: TokenProblem) -> TokenResult:
         maximize=p.maximize,
         current=address(p.current),
         exclude_current=p.exclude_current,
-        certify=p.certify,
         allowed=per_row(p.allowed),
         penalty=per_row(p.penalty),
         k=p.k,
