@@ -241,7 +241,8 @@ def _ranks(world_size: int) -> Ranks:
 
 def _options(module: ClipLoss | SigLipLoss, scale: float | Tensor, bias: float | Tensor | None) -> dict[str, Any]:
     """What both losses hand to the function that computes them."""
-    return {"scale": scale, "bias": bias, "backend": module.backend, "workspace": module.workspace}
+    options = {"scale": scale, "bias": bias, "backend": module.backend}
+    return options if module.workspace is None else {**options, "workspace": module.workspace}
 
 
 def _place(rank: int, world_size: int) -> tuple[int, int]:

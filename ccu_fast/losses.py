@@ -9,6 +9,7 @@ from torch import Tensor
 from ccu_fast import check, formulas
 from ccu_fast.formulas import INVERSE_KINDS
 from ccu_fast.similarity import reduce_similarity
+from ccu_fast.small_info_nce import served_by, small_info_nce
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -53,6 +54,9 @@ def info_nce(
     Source: van den Oord et al. 2018 (arXiv 1807.03748), eq. 4; Radford et al. 2021 (arXiv 2103.00020), fig. 3.
     """
     check.one_of("reduction", reduction, REDUCTIONS)
+    small = None if bias is not None or reduction == "none" else served_by(x, y, similarity)
+    if small is not None:
+        return small_info_nce(x, y, scale, symmetric=symmetric, mean=reduction == "mean", backend=small)
     _require_positives(x, y, similarity)
     sides = formulas.info_nce(reduce_similarity, x, y, scale=scale, bias=bias, symmetric=symmetric, **similarity)
     values = [_reduce(side, reduction) for side in sides]

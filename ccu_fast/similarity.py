@@ -105,6 +105,8 @@ def reduce_similarity(
     else:
         keep = _needs_backward(p)
         row_out, col_out = SimilarityReduction.apply(*p.flatten(), specialised(p, name, keep), workspace, keep)
+        # The leading dimensions first: one node of the graph for all results.
+        row_out, col_out = row_out.view(-1, *lead, p.n), col_out.view(-1, *lead, p.m)
         tiles = list(row_out.unbind(0)), list(col_out.unbind(0))
 
     row_results = assemble(row_spec, iter(tiles[0]), lambda: count(p, along_rows=True), (*lead, p.n))
@@ -183,8 +185,8 @@ def build_problem(
     p = SimilarityProblem(
         x=_banks(x, lead),
         y=_banks(y, lead),
-        scale=_scalar("scale", scale, x),
-        bias=None if bias is None else _scalar("bias", bias, x),
+        scale=as_scalar("scale", scale, x),
+        bias=None if bias is None else as_scalar("bias", bias, x),
         row_labels=row_labels,
         col_labels=col_labels,
         row_ids=row_ids,
@@ -255,7 +257,8 @@ def _autocast(t: Tensor) -> Tensor:
     return t
 
 
-def _scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
+def as_scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
+    """``value`` as a 0-dim tensor on the device of x, in the dtype of the sums."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     if isinstance(value, Tensor):
         return check.one_element(name, value, "x", x).to(compute)
@@ -292,5 +295,6 @@ def assemble(
             total = torch.stack([by_relation[r] for r in (SELF, SAME, OTHER) if r & relations]).sum(0)
             results.append(total.expand(math.prod(shape[:-1]), -1).reshape(shape))
         else:
-            results.append(next(tiles).reshape(shape))
+            result = next(tiles)
+            results.append(result if result.shape == shape else result.reshape(shape))
     return results

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -37,6 +37,8 @@ _LIBRARY.define(
 _N_FIELDS = 11
 # With fewer frozen keys what has to be kept is small, and many rows or banks at a time make better GEMMs.
 MANY_KEYS = 4096
+# What one small kernel each way does sooner than the launches of the large ones: pairs in all, and of one item.
+SMALL_PAIRS, SMALL_SIDE, SMALL_DIM = 1 << 20, 2048, 1024
 
 
 @functools.cache
@@ -45,8 +47,14 @@ def _implementation(backend: str) -> Any:
 
 
 def specialised(p: SimilarityProblem, backend: str, keep: bool) -> str:
-    """The backend, or the module of it that is made for problems like this one: a large bank of frozen keys."""
+    """The backend, or the module of it that is made for problems like this one.
+
+    That is on a CPU a large bank of frozen keys, on a GPU a small batch in half precision.
+    """
     # Not asked of the module, whose import torch.compile would have to follow.
+    if backend == "triton":
+        few = p.banks * p.n * p.m <= SMALL_PAIRS and max(p.n, p.m) <= SMALL_SIDE and p.x.shape[2] <= SMALL_DIM
+        return "triton.small_batch" if few and p.x.dtype != torch.float32 else backend
     frozen = backend == "native" and keep and not p.y.requires_grad
     only_lse = not p.cols and all(decode(code)[0] == "lse" for code in p.rows)
     # There the gradient of scale is a sum over mean keys, whose weights are rounded to bf16 when the GEMMs are.
@@ -125,16 +133,16 @@ torch.library.register_fake("ccu_fast::reduce_similarity", _fake_forward, lib=_L
 torch.library.register_fake("ccu_fast::reduce_similarity_backward", _fake_backward, lib=_LIBRARY)
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """The gradients under create_graph=True: whoever differentiates them gets an error.
+class OnceDifferentiable(torch.autograd.Function):
+    """Gradients under create_graph=True, ``function(*args)``: whoever differentiates them gets an error.
 
     torch's decorator of this name does so only when the incoming gradient requires grad. That of a loss does not, and
     the second derivative would be silently zero.
     """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        return _backward(*args)
+    def forward(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -162,7 +170,7 @@ class SimilarityReduction(torch.autograd.Function):
         if torch.compiler.is_compiling():
             call = torch.ops.ccu_fast.reduce_similarity_backward
         elif torch.is_grad_enabled():
-            call = _OnceDifferentiable.apply
+            call = functools.partial(OnceDifferentiable.apply, _backward)
         grads = call(
             grad_rows.contiguous(), grad_cols.contiguous(), *tensors, diagonal, rows, cols,
             row_out, col_out, stash, needs, backend, workspace,

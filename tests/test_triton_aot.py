@@ -27,6 +27,7 @@ MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 MAX_REGISTERS = 255
 PRODUCTS = ("forward_kernel", "gradient_kernel", "online_kernel")
+SMALL = ("small_forward_kernel", "small_gradient_kernel")
 OTHERS = ("bound_kernel", "merge_kernel", "own_kernel", "norm_kernel", "scale_kernel", "finish_kernel")
 
 # Rows, columns, keys, "ragged" if the shape fits no tile, bias.
@@ -90,9 +91,10 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ca
         absent("ahead-of-time compilation", "TRITON_INTERPRET=1 is set")
     import triton
 
-    from ccu_fast.backends.triton import similarity
+    from ccu_fast.backends.triton import similarity, small_batch
 
     kernels = [getattr(similarity, name) for name in (*PRODUCTS, *OTHERS)]
+    kernels += [getattr(small_batch, name) for name in SMALL]
 
     def forget() -> None:
         for kernel in kernels:
@@ -129,9 +131,10 @@ def usage(cubin: bytes, folder: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", dump.stdout.splitlines()[-1])}
 
 
-def problem(variant: Variant, dtype: torch.dtype) -> SimilarityProblem:
+def problem(variant: Variant, dtype: torch.dtype, d: int | None = None) -> SimilarityProblem:
     rows, cols, traits = variant
-    n, m, d = (250, 261, 130) if "ragged" in traits else (256, 256, 512)
+    n, m = (250, 261) if "ragged" in traits else (256, 256)
+    d = d or (130 if "ragged" in traits else 512)
 
     def keys(what: str, items: int) -> Tensor | None:
         return torch.zeros(1, items, dtype=torch.int64) if what in traits else None
@@ -187,3 +190,37 @@ def test_resources(
             assert (MATRIX_INSTRUCTION[capability] in kernel.asm["ptx"]) == multiplies, name
         if capability >= 90 and name.split()[0] in PRODUCTS[:2]:
             assert "cp.async.bulk.tensor" in kernel.asm["ptx"], name
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+@pytest.mark.parametrize(
+    ("precision", "variant", "d"),
+    [
+        ("bf16", "clip", 512), ("bf16", "clip", 768), ("bf16", "clip", 1024), ("bf16", "clip labels ids ragged", 512),
+        ("fp16", "siglip ragged", 640), ("fp16", "supcon labels", 1024), ("fp16", "clip ragged", 64),
+    ],
+)  # fmt: skip
+def test_resources_of_small_batches(
+    capability: int,
+    precision: str,
+    variant: str,
+    d: int,
+    compiled_for: Callable[[int], Callable[[], dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    from ccu_fast.backends.triton import small_batch
+
+    compiled = compiled_for(capability)
+    p = problem(VARIANTS[variant], {"bf16": torch.bfloat16, "fp16": torch.float16}[precision], d)
+    row_out, col_out, stash = small_batch.forward(p, 0, True)
+    needs = [True, True, True, p.bias is not None]
+    small_batch.backward(p, torch.zeros_like(row_out), torch.zeros_like(col_out), row_out, col_out, stash, needs, 0)
+    kernels = compiled()
+    assert {name.split()[0] for name in kernels} == set(SMALL)
+    for name, kernel in kernels.items():
+        used = usage(kernel.asm["cubin"], tmp_path)
+        print(f"{name}: {used['REG']} registers, {kernel.metadata.shared} B shared, {used['STACK']} B stack")
+        assert used["STACK"] == used["LOCAL"] == 0, f"{name} spills: {used}"
+        # A tile of 16 rows is too small for wgmma and tcgen05.
+        assert "mma.sync" in kernel.asm["ptx"], name
+        assert kernel.metadata.shared <= SHARED_LIMIT[capability], f"{name}: {kernel.metadata.shared} B shared"

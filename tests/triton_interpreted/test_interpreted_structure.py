@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccu_fast import ALL, SELF
 from ccu_fast.backends.problem import SimilarityProblem, encode
-from ccu_fast.backends.triton import configs, gemm, similarity
+from ccu_fast.backends.triton import configs, gemm, similarity, small_batch, small_info_nce
 
 CLIP = (encode("lse", int(ALL)), encode("sum", int(SELF)))
 KERNELS = [name for name in vars(similarity) if name.endswith("_kernel")]
@@ -43,6 +43,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
     for name in KERNELS:
         monkeypatch.setattr(similarity, name, Recorder(name))
+    for name in ("small_forward_kernel", "small_gradient_kernel"):
+        monkeypatch.setattr(small_batch, name, Recorder(name))
 
     def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
         assert out.shape == (a.shape[0], a.shape[1], b.shape[2])
@@ -178,3 +180,30 @@ def test_nothing_waits_for_the_gpu(launches: Counter[str], traits: dict[str, Any
     for workspace in (0, GIB):
         run(problem(256, 64, **traits), workspace, (True, True, True, True))
     assert launches["forward_kernel"] == 2
+
+
+def test_a_small_batch_takes_five_launches(launches: Counter[str]) -> None:
+    """Two forward, three backward; whatever else is called makes a tensor or a view of one."""
+    x, y = (torch.empty(128, 512, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    scale = torch.empty((), device="meta")
+    small_info_nce._incoming(128, True, 0.5, x.device)  # kept from call to call
+    with Watch(x, y) as watch:
+        _, *saved = small_info_nce.forward(x, y, scale, True, 0.5, True)
+        small_info_nce.backward(x, y, scale, saved, torch.empty((), device="meta"), (True, True, True), True, 0.5)
+    work = {name: count for name, count in watch.operators.items() if "empty" not in name}
+    for name in ("view", "unsqueeze", "slice", "select", "alias", "detach"):
+        work.pop(name, None)
+    assert launches == {"small_forward_kernel": 1, "small_gradient_kernel": 1}
+    assert work == {"dot": 1, "mul": 1, "sum": 1}
+
+
+@pytest.mark.parametrize("traits", [{"labels": True}, {"dtype": torch.float16}, {"banks": 17, "shared": True}], ids=str)
+def test_small_problems_of_any_kind_take_one_launch_each_way(launches: Counter[str], traits: dict[str, Any]) -> None:
+    p = problem(128, 512, **traits)
+    with Watch(p.x, p.y) as watch:
+        row_out, col_out, stash = small_batch.forward(p, 0, True)
+        incoming = torch.empty_like(row_out), torch.empty_like(col_out)
+        small_batch.backward(p, *incoming, row_out, col_out, stash, [True, True, True, False], 0)
+    assert launches == {"small_forward_kernel": 1, "small_gradient_kernel": 1}
+    # No matrix of pairs anywhere: results, their gradients, dx, dy and a sum for each program.
+    assert watch.peak <= 2 * p.x.numel() * p.x.element_size() * 2 + 8 * row_out.nbytes + (64 << 10)

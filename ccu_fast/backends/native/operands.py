@@ -29,6 +29,11 @@ def has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def threads_for(pairs: int) -> int:
+    """How many threads may share that many pairs."""
+    return torch.get_num_threads() if pairs > _SERIAL_PAIRS else 1
+
+
 class Operands:
     """x and y in the dtype of the GEMMs, int32 keys, host numbers."""
 
@@ -76,7 +81,7 @@ class Operands:
             _address(self.row_ids, banks, rows), _address(self.col_ids, banks, cols),
             self.p.diagonal,
             list(self.p.rows if codes is None else codes), list(self.p.cols if codes is None else ()),
-            torch.get_num_threads() if self.p.banks * self.p.n * self.p.m > _SERIAL_PAIRS else 1,
+            threads_for(self.p.banks * self.p.n * self.p.m),
         )  # fmt: skip
 
 

@@ -6,10 +6,13 @@ No autotuning: the same inputs take the same tiles, hence the same bits, in ever
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from ccu_fast.backends.precision import fp32_precision
 from ccu_fast.backends.problem import SimilarityProblem
@@ -142,3 +145,8 @@ def arithmetic(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "half"
     return "ieee" if fp32_precision("cuda") == "highest" else "tf32"
+
+
+def on_device(t: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device; make it that of the data."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()

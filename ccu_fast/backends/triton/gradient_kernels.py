@@ -37,8 +37,10 @@ from ccu_fast.backends.triton.similarity_tile import (
     exponential,
     gradient_online,
     gradient_tile,
+    largest,
     load_gradients,
     load_keys,
+    power_of_two,
     products,
     relate,
     swizzle,
@@ -255,27 +257,11 @@ def norm_kernel(
 
     |G| is at most the sum over the reductions of their largest incoming gradient. One program: (N + M)·4 bytes.
     """
-    bound = 0.0
-    for r in tl.static_range(ROWS):
-        largest = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, row_count, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            value = tl.load(grad_rows + r * tl.cast(row_count, tl.int64) + index, mask=index < row_count, other=0.0)
-            largest = tl.maximum(largest, tl.abs(value))
-        bound += tl.max(largest, 0)
-    for c in tl.static_range(COLS):
-        largest = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, col_count, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            value = tl.load(grad_cols + c * tl.cast(col_count, tl.int64) + index, mask=index < col_count, other=0.0)
-            largest = tl.maximum(largest, tl.abs(value))
-        bound += tl.max(largest, 0)
-    # The exponent of bound in [0.5, 1)·2^exponent, read from its bits: exact at any size. Gradients that are not
-    # finite, or absurdly small, must not make a factor that is not finite.
-    exponent = (bound.to(tl.int32, bitcast=True) >> 23) - 126
-    exponent = tl.minimum(tl.maximum(exponent, -100), 100) - EXPONENT
-    tl.store(norm, ((127 - exponent) << 23).to(tl.float32, bitcast=True))
-    tl.store(norm + 1, ((127 + exponent) << 23).to(tl.float32, bitcast=True))
+    up, down = power_of_two(
+        largest(grad_rows, row_count, ROWS, BLOCK) + largest(grad_cols, col_count, COLS, BLOCK), EXPONENT
+    )
+    tl.store(norm, up)
+    tl.store(norm + 1, down)
 
 
 @triton.jit

@@ -12,13 +12,12 @@ in the L1 cache. A program owns ROWS whole rows, so that there is nothing to mer
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ccu_fast.backends.triton.configs import on_device
 
 ROWS = 4
 WIDEST = 1024  # columns a program holds at a time: 32 values for each of its 128 threads
@@ -77,7 +76,7 @@ def forward(x: Tensor, dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor]:
     inverse = x.new_empty(x.shape[0], dtype=torch.float32)
     if not x.numel():
         return out, inverse.fill_(1 / eps)
-    with _on(x):
+    with on_device(x):
         normalize_kernel[_grid(x)](x, out, inverse, *x.shape, eps, **_constants(x))
     return out, inverse
 
@@ -86,13 +85,9 @@ def backward(grad: Tensor, x: Tensor, inverse: Tensor, eps: float) -> Tensor:
     """The gradient of ``x``, in its dtype."""
     dx = torch.empty_like(x)
     if x.numel():
-        with _on(x):
+        with on_device(x):
             normalize_backward_kernel[_grid(x)](grad, x, inverse, dx, *x.shape, 1 / eps, **_constants(x))
     return dx
-
-
-def _on(t: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
 def _grid(x: Tensor) -> tuple[int]:

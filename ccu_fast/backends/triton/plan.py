@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,29 +22,42 @@ HEADER = 16
 SMALLEST_KEPT_PART = 16
 
 
+_SELF, _SAME, _OTHER, _ALL = int(SELF), int(SAME), int(OTHER), int(ALL)
+
+
 def _available(p: SimilarityProblem) -> int:
     """The relations that can occur at all."""
-    own = SELF if p.diagonal or p.row_ids is not None else 0
-    alike = SAME if p.row_labels is not None else 0
-    return int(OTHER | own | alike)
+    own = _SELF if p.diagonal or p.row_ids is not None else 0
+    return _OTHER | own | (_SAME if p.row_labels is not None else 0)
 
 
 def _simplest(relations: int, available: int) -> int:
     relations &= available
-    return int(ALL) if relations == available else relations
+    return _ALL if relations == available else relations
 
 
-def spec(p: SimilarityProblem, codes: Sequence[int]) -> Spec:
+def spec(p: SimilarityProblem, codes: tuple[int, ...]) -> Spec:
     """(kind, relations, place among the results) for each reduction, relations that cannot occur left out.
 
     All that can occur is ALL, so that the kernels test nothing where nothing needs a test.
     """
-    return tuple((code // 8, _simplest(code % 8, _available(p)), place) for place, code in enumerate(codes))
+    return _spec(codes, _available(p))
+
+
+# Decided at every launch, from a handful of different values: on small problems the host is what takes the time.
+@functools.lru_cache(maxsize=1024)
+def _spec(codes: tuple[int, ...], available: int) -> Spec:
+    return tuple((code // 8, _simplest(code % 8, available), place) for place, code in enumerate(codes))
 
 
 def without_own(p: SimilarityProblem, spec: Spec) -> tuple[Spec, tuple[int, ...]]:
     """The spec of what needs tiles, and the places of the sums over pairs (i, i)."""
-    own = tuple(place for kind, relations, place in spec if p.diagonal and kind == 1 and relations == SELF)
+    return _without_own(spec) if p.diagonal else (spec, ())
+
+
+@functools.lru_cache(maxsize=1024)
+def _without_own(spec: Spec) -> tuple[Spec, tuple[int, ...]]:
+    own = tuple(place for kind, relations, place in spec if kind == 1 and relations == _SELF)
     return tuple(entry for entry in spec if entry[2] not in own), own
 
 
@@ -52,21 +66,25 @@ def by_distance(p: SimilarityProblem, spec: Spec) -> tuple[Spec, Spec, Spec]:
 
     Only relations by position differ: far from the diagonal nothing is SELF.
     """
-    if not p.diagonal:
-        return spec, (), ()
-    far = _available(p) & ~int(SELF)
+    return _by_distance(spec, _available(p) & ~_SELF) if p.diagonal else (spec, (), ())
+
+
+@functools.lru_cache(maxsize=1024)
+def _by_distance(spec: Spec, far: int) -> tuple[Spec, Spec, Spec]:
     return (
-        tuple((kind, relations if relations == ALL else 0, at) for kind, relations, at in spec),
-        tuple((kind, 0 if relations == ALL else relations, at) for kind, relations, at in spec),
-        tuple((kind, 0 if relations == ALL else _simplest(relations, far), at) for kind, relations, at in spec),
+        tuple((kind, relations if relations == _ALL else 0, at) for kind, relations, at in spec),
+        tuple((kind, 0 if relations == _ALL else relations, at) for kind, relations, at in spec),
+        tuple((kind, 0 if relations == _ALL else _simplest(relations, far), at) for kind, relations, at in spec),
     )
 
 
 def far_from_diagonal(p: SimilarityProblem, spec: Spec) -> Spec:
     """What holds for a tile without SELF by position, in one spec."""
-    if not p.diagonal:
-        return spec
-    far = _available(p) & ~int(SELF)
+    return _far_from_diagonal(spec, _available(p) & ~_SELF) if p.diagonal else spec
+
+
+@functools.lru_cache(maxsize=1024)
+def _far_from_diagonal(spec: Spec, far: int) -> Spec:
     return tuple((kind, _simplest(relations, far), at) for kind, relations, at in spec)
 
 

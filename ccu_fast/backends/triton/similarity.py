@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +45,7 @@ FINISH_BLOCK = 4096
 
 def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row results fp32 ``[R, B, N]``, column results fp32 ``[C, B, M]`` and the stash."""
-    with _on(p.x):
+    with configs.on_device(p.x):
         device = configs.device()
         problem = _Problem(p, device)
         tile = device.tile("forward", problem.arithmetic, p)
@@ -123,7 +122,7 @@ def backward(
 
     dscale is Σ x∘dx before scale and rounding, or that of y; only where neither is needed does it cost a pass over S.
     """
-    with _on(p.x):
+    with configs.on_device(p.x):
         device = configs.device()
         want_x, want_y, want_scale, want_bias = needs
         store = want_x or want_y
@@ -171,11 +170,6 @@ def backward(
                 finish(dy, col_gradient.sum, p.y, want_scale and not want_x)
         dscale, dbias = totals.float().unbind(0)
         return dx, dy, dscale.clone(), dbias.clone()
-
-
-def _on(t: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device; make it that of the data."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
 def _kept(p: SimilarityProblem, stash: Tensor) -> Tensor:

@@ -249,3 +249,28 @@ def gradient_online(t, relation, g, sources, SPEC: tl.constexpr, AXIS: tl.conste
                 part = part / (1.0 + tl.exp2(-t))
             g += tl.where((relation & SPEC[r][1]) != 0, part, 0.0)
     return g
+
+
+@triton.jit
+def largest(grads, count, REDUCTIONS: tl.constexpr, BLOCK: tl.constexpr = 2048):
+    """At least the largest |gradient| that one pair can get from these reductions, ``[REDUCTIONS, count]``."""
+    bound = 0.0
+    for r in tl.static_range(REDUCTIONS):
+        most = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, count, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            value = tl.load(grads + r * tl.cast(count, tl.int64) + index, mask=index < count, other=0.0)
+            most = tl.maximum(most, tl.abs(value))
+        bound += tl.max(most, 0)
+    return bound
+
+
+@triton.jit
+def power_of_two(bound, EXPONENT: tl.constexpr):
+    """The power of two that brings ``bound`` below 2^EXPONENT, and its inverse."""
+    # The exponent of bound in [0.5, 1)·2^exponent, read from its bits: exact at any size. Gradients that are not
+    # finite, or absurdly small, must not make a factor that is not finite.
+    exponent = (bound.to(tl.int32, bitcast=True) >> 23) - 126
+    exponent = tl.minimum(tl.maximum(exponent, -100), 100) - EXPONENT
+    up = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    return up, ((127 + exponent) << 23).to(tl.float32, bitcast=True)

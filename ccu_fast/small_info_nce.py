@@ -1,0 +1,88 @@
+"""InfoNCE of a small paired batch as one operator, because there the calls take the time and not the arithmetic.
+
+The general way makes reductions, their differences, means and sums one after another, each with its node in the graph.
+Here one node holds all of it, and the loss and its gradient with respect to the logits come from constants:
+∂loss/∂S = w · (softmax of rows + softmax of columns − 2 · identity).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast.backends.precision import fp32_precision
+from ccu_fast.backends.registry import choose
+from ccu_fast.similarity import as_scalar
+from ccu_fast.similarity_op import SMALL_DIM, SMALL_PAIRS, OnceDifferentiable, without_autocast
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def _implementation(backend: str) -> Any:
+    return importlib.import_module(f"ccu_fast.backends.{backend}.small_info_nce")
+
+
+def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
+    """The backend that has this for a call of :func:`ccu_fast.info_nce`; None: the general way, which also checks.
+
+    Two matrices of one shape and dtype without keys, fp32 on a CPU, half precision on a GPU.
+    """
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == 2 and x.shape == y.shape):
+        return None
+    if x.dtype != y.dtype or x.device != y.device or any(name != "backend" for name in options):
+        return None
+    items, dim = x.shape
+    if torch.compiler.is_compiling() or not 0 < items * items <= SMALL_PAIRS or dim == 0:
+        return None
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
+        return None
+    if x.dtype in _HALF:
+        return "triton" if dim <= SMALL_DIM and _choice(x, options) == "triton" else None
+    if x.dtype == torch.float32 and fp32_precision(kind) != "medium" and _choice(x, options) == "native":
+        return "native"
+    return None
+
+
+def _choice(x: Tensor, options: dict[str, Any]) -> str:
+    return choose(options.get("backend", "auto"), "reduce_similarity", x.device, x.dtype)
+
+
+def small_info_nce(x: Tensor, y: Tensor, scale: float | Tensor, *, symmetric: bool, mean: bool, backend: str) -> Tensor:
+    """The loss, fp32 0-dim, of arguments for which ``backend`` is what :func:`served_by` said."""
+    scale = as_scalar("scale", scale, x)
+    keep = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)
+    weight = (1 / x.shape[0] if mean else 1.0) / (2 if symmetric else 1)
+    return _SmallInfoNCE.apply(x, y, scale, symmetric, weight, keep, backend)
+
+
+class _SmallInfoNCE(torch.autograd.Function):
+    """The loss of (x, y, scale); what its backward pass needs is the backend's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float, keep: bool, backend: str
+    ) -> Tensor:
+        ctx.rest = symmetric, weight, backend
+        with without_autocast(x.device):
+            loss, *saved = _implementation(backend).forward(x, y, scale, symmetric, weight, keep)
+        ctx.save_for_backward(x, y, scale, *saved)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:3]
+        arguments = (*ctx.saved_tensors, grad, needs, *ctx.rest)
+        grads = OnceDifferentiable.apply(_backward, *arguments) if torch.is_grad_enabled() else _backward(*arguments)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
+
+
+def _backward(x: Tensor, y: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *saved, grad, needs, symmetric, weight, backend = rest
+    with without_autocast(x.device):
+        return _implementation(backend).backward(x, y, scale, saved, grad, needs, symmetric, weight)
