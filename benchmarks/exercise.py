@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from unittest.mock import patch
 
 import torch
 
@@ -18,8 +19,11 @@ from benchmarks.environment import choose_device
 from benchmarks.gate import Gate
 from benchmarks.ops import OPS
 from benchmarks.registry import Case, Provider, Tensors, Unavailable, label
+from ccu_fast import similarity_op
 
 CALLS = 3
+# Ops without a matrix of pairs, and thus without kernels of their own for small ones.
+NO_PAIRS = ("topk_flips", "topk_flips_minilm", "candidate_losses", "pgd_step", "noise_add")
 
 
 def exercise(case: Case, provider: Provider, gate: Gate, calls: int) -> str | None:
@@ -75,14 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for provider in case.providers():
                     if provider.role != "ours":
                         continue
-                    try:
-                        problem = exercise(case, provider, gate, 1 if arguments.once else CALLS)
-                    except Unavailable as reason:
-                        print(f"unavailable  {name} {label(shape)} {dtype} {provider.name}: {reason}")
-                        continue
-                    ran, wrong = ran + 1, wrong + (problem is not None)
-                    print(f"{'WRONG' if problem else 'right':12} {name} {label(shape)} {dtype} {provider.name}"
-                          + (f": {problem}" if problem else ""))  # fmt: skip
+                    # With the kernels of small batches, and with those that a batch of this size never meets.
+                    for pairs in (similarity_op.SMALL_PAIRS, 0)[: 1 if name in NO_PAIRS else 2]:
+                        what = f"{name} {label(shape)} {dtype} {provider.name}" + ("" if pairs else ", large kernels")
+                        try:
+                            with patch.object(similarity_op, "SMALL_PAIRS", pairs):
+                                problem = exercise(case, provider, gate, 1 if arguments.once else CALLS)
+                        except Unavailable as reason:
+                            print(f"unavailable  {what}: {reason}")
+                            continue
+                        ran, wrong = ran + 1, wrong + (problem is not None)
+                        print(f"{'WRONG' if problem else 'right':12} {what}" + (f": {problem}" if problem else ""))
     print(f"{ran} exercised on {device}, {wrong} wrong")
     return 1 if wrong or not ran else 0
 

@@ -39,6 +39,7 @@ _N_FIELDS = 11
 MANY_KEYS = 4096
 # What one small kernel each way does sooner than the launches of the large ones: pairs in all, and of one item.
 SMALL_PAIRS, SMALL_SIDE, SMALL_DIM = 1 << 20, 2048, 1024
+HALF = (torch.float16, torch.bfloat16)
 
 
 @functools.cache
@@ -54,7 +55,7 @@ def specialised(p: SimilarityProblem, backend: str, keep: bool) -> str:
     # Not asked of the module, whose import torch.compile would have to follow.
     if backend == "triton":
         few = p.banks * p.n * p.m <= SMALL_PAIRS and max(p.n, p.m) <= SMALL_SIDE and p.x.shape[2] <= SMALL_DIM
-        return "triton.small_batch" if few and p.x.dtype != torch.float32 else backend
+        return "triton.small_batch" if few and p.x.dtype in HALF else backend
     frozen = backend == "native" and keep and not p.y.requires_grad
     only_lse = not p.cols and all(decode(code)[0] == "lse" for code in p.rows)
     # There the gradient of scale is a sum over mean keys, whose weights are rounded to bf16 when the GEMMs are.

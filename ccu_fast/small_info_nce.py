@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ccu_fast import similarity_op
 from ccu_fast.backends.precision import fp32_precision
 from ccu_fast.backends.registry import choose
 from ccu_fast.similarity import as_scalar
-from ccu_fast.similarity_op import SMALL_DIM, SMALL_PAIRS, OnceDifferentiable, without_autocast
-
-_HALF = (torch.float16, torch.bfloat16)
+from ccu_fast.similarity_op import HALF, SMALL_DIM, OnceDifferentiable, without_autocast
 
 
 @functools.cache
@@ -34,19 +33,24 @@ def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
     """
     if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == 2 and x.shape == y.shape):
         return None
-    if x.dtype != y.dtype or x.device != y.device or any(name != "backend" for name in options):
+    if x.dtype != y.dtype or x.device != y.device or any(map(_asks_for_more, options.items())):
         return None
     items, dim = x.shape
-    if torch.compiler.is_compiling() or not 0 < items * items <= SMALL_PAIRS or dim == 0:
+    if torch.compiler.is_compiling() or not 0 < items * items <= similarity_op.SMALL_PAIRS or dim == 0:
         return None
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
         return None
-    if x.dtype in _HALF:
+    if x.dtype in HALF:
         return "triton" if dim <= SMALL_DIM and _choice(x, options) == "triton" else None
     if x.dtype == torch.float32 and fp32_precision(kind) != "medium" and _choice(x, options) == "native":
         return "native"
     return None
+
+
+def _asks_for_more(option: tuple[str, Any]) -> bool:
+    name, value = option
+    return not (value is None or name == "backend" or (name == "normalize" and value is False))
 
 
 def _choice(x: Tensor, options: dict[str, Any]) -> str:

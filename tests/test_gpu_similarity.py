@@ -48,8 +48,7 @@ def inputs(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test with the kernels of small batches wherever they serve, and without them."""
     if request.param == "large":
-        for module in ("similarity_op", "small_info_nce"):
-            monkeypatch.setattr(f"ccu_fast.{module}.SMALL_PAIRS", 0)
+        monkeypatch.setattr("ccu_fast.similarity_op.SMALL_PAIRS", 0)
 
 
 @pytest.mark.parametrize("workspace", [0, None], ids=["recomputed", "kept"])

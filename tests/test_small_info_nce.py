@@ -138,7 +138,9 @@ def test_who_goes_this_way(native: str) -> None:
     assert served_by(x, x[:10], {}) is None
     assert served_by(x[None], x[None], {}) is None
     assert served_by(x[:0], x[:0], {}) is None
-    assert served_by(x, x, {"workspace": 0}) is None
+    assert served_by(x, x, {"workspace": None, "normalize": False, "paired": None}) == "native"
+    for option in ({"workspace": 0}, {"normalize": True}, {"paired": False}, {"paired": 1}, {"nan_policy": "raise"}):
+        assert served_by(x, x, option) is None
     assert served_by(x, x, {"row_ids": torch.arange(20), "col_ids": torch.arange(20)}) is None
     assert served_by(torch.empty(1024, 1), torch.empty(1024, 1), {}) == "native"
     assert served_by(torch.empty(1025, 1), torch.empty(1025, 1), {}) is None
