@@ -75,29 +75,21 @@ class counted:
         self.target, self.kernels = target, 0
 
     def __enter__(self) -> counted:
-        from ccu_fast import similarity, tokens
+        from ccu_fast import losses, similarity, tokens
 
-        self._saved = [(similarity, "SimilarityReduction"), (tokens, "topk")]
-        self._saved = [(module, name, getattr(module, name)) for module, name in self._saved]
-        counter = self
-
-        class Counting(similarity.SimilarityReduction):  # type: ignore[misc]
-            @classmethod
-            def apply(cls, *args: Any) -> Any:
-                counter.kernels += 1
-                return similarity_reduction.apply(*args)
-
-        similarity_reduction = similarity.SimilarityReduction
-        topk = tokens.topk
-
-        def counting_topk(*args: Any) -> Any:
-            self.kernels += 1
-            return topk(*args)
-
-        similarity.SimilarityReduction = Counting  # type: ignore[misc]
-        tokens.topk = counting_topk  # type: ignore[assignment]
+        places = ((similarity.SimilarityReduction, "apply"), (losses, "small_info_nce"), (tokens, "topk"))
+        self._saved = [(place, name, getattr(place, name)) for place, name in places]
+        for place, name, call in self._saved:
+            setattr(place, name, self._counting(call))
         assert ccu_fast.patch.apply(self.target), f"{self.target}: nothing was replaced"
         return self
+
+    def _counting(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any, **options: Any) -> Any:
+            self.kernels += 1
+            return call(*args, **options)
+
+        return counting
 
     def __exit__(self, *error: object) -> None:
         ccu_fast.patch.revert(self.target)
