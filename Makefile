@@ -22,6 +22,8 @@ CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 .PHONY: test lint demo bench compat clean
 .DELETE_ON_ERROR:
 
+# The workers share the cores: a thread of one that waits must not spin while the other has work.
+test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/.test lint
 	$(if $(SYSTEM_SITE),CCU_FAST_TEST_OFFLINE=1) $(PY) -m pytest -q $(if $(SYSTEM_SITE),,-n $(WORKERS) --dist loadfile) $(ARGS)
 
