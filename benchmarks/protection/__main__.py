@@ -24,7 +24,7 @@ from benchmarks.results import replace
 from ccu_fast.mem import Recipe, Settings, run_digit_strips
 from ccu_fast.mem.robustness import TREATMENTS
 
-METHODS = ("clean", "random-3", "mem-3", "em", "trigger-3", "mem-5", "mem-12")
+METHODS = ("clean", "random-3", "random-12", "mem-3", "em", "trigger-3", "mem-5", "mem-12")
 SETTINGS = Settings(
     eps=16, step=2, rounds=10, surrogate_steps=64, restart=0, trigger_rounds=2, pgd_steps=6, shuffle=0.5
 )  # fmt: skip
@@ -52,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"{method}/{seed}{kind}"
         if name not in stored["parts"]:
             stored["parts"][name] = _part(method, seed, extra=bool(kind))
-            stored["environment"] = environment.describe(torch.device("cpu"))
+            machine = environment.describe(torch.device("cpu"))
+            # That of the first part, and of those that another machine or commit has added.
+            stored["environment"] = stored["environment"] or machine
+            if machine != stored["environment"]:
+                stored["parts"][name]["environment"] = machine
             replace(arguments.out, json.dumps(stored, indent=1) + "\n")
             print(name, f"{stored['parts'][name]['seconds']:.0f} s", flush=True)
     print(table(stored["parts"]))
