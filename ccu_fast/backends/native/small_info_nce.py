@@ -6,7 +6,6 @@ multiplies.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,20 +13,9 @@ from torch import Tensor
 
 from ccu_fast import _C
 from ccu_fast.backends.native.operands import FP32, threads_for
-from ccu_fast.backends.problem import encode
-from ccu_fast.relations import ALL, SELF
+from ccu_fast.backends.paired import COLS, ROWS, weights
 
-_ROWS = [encode("lse", int(ALL)), encode("sum", int(SELF))]
-_COLS = _ROWS[:1]
 _NO_KEYS = ((0, 0),) * 4
-
-
-@functools.lru_cache(maxsize=16)
-def _incoming(items: int, symmetric: bool, weight: float) -> tuple[Tensor, Tensor]:
-    """What the loss sends to the reductions of rows ``[2, N]`` and of columns ``[N]``."""
-    rows = torch.full((2, items), weight, **FP32)
-    rows[1] = -2 * weight if symmetric else -weight
-    return rows, rows[0]
 
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float, keep: bool) -> tuple[Tensor, ...]:
@@ -36,7 +24,7 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float,
     dot = torch.mm(x, y.T)
     tile = _C.Tile(
         dot.data_ptr(), _C.F32, 0, 1, items, items, 0, float(scale), 0.0, *_NO_KEYS, True,
-        _ROWS, _COLS if symmetric else [], threads_for(items * items),
+        ROWS, COLS if symmetric else (), threads_for(items * items),
     )  # fmt: skip
     rows = torch.empty(2, items, **FP32)
     peaks = torch.full((items,), -torch.inf, **FP32)
@@ -51,10 +39,10 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float,
     loss = values.sum() * weight
     if not keep:
         return (loss,)
-    row_grads, col_grads = _incoming(items, symmetric, weight)
+    incoming = weights(items, symmetric, weight, x.device)  # without columns the last row is not read as theirs
     totals = torch.empty(2, items, dtype=torch.float64, device="cpu")
     _C.similarity_backward(
-        tile, row_grads.data_ptr(), rows.data_ptr(), items, items, col_grads.data_ptr(), cols.data_ptr(), items,
+        tile, incoming.data_ptr(), rows.data_ptr(), items, items, incoming[-1].data_ptr(), cols.data_ptr(), items,
         dot.data_ptr(), _C.F32, totals.data_ptr(), totals[1].data_ptr(),
     )  # fmt: skip
     return loss, totals[0].sum().float(), dot
