@@ -505,7 +505,7 @@ class TestDigitsHalves:
     def test_retention_is_what_keeps_the_other_modality(self, class_reports: list[dict]) -> None:
         # The other tower is left alone here; what is lost is lost in the projector and the head. How much differs from
         # seed to seed, and with the CPU's rounding.
-        for items, least in (("forget_train", 0.04), ("forget_test", 0.08)):
+        for items, least in (("forget_train", 0.06), ("forget_test", 0.1)):
             ours, without = (
                 np.mean([report["metrics"][name]["other"][items] for report in class_reports])
                 for name in ("ccu", "ccu_without_b")
