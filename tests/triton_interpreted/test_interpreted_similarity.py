@@ -178,6 +178,34 @@ def test_sharp_logits(kind: str, dtype: torch.dtype) -> None:
     # dscale is a difference of such logits: its terms are what the tolerance knows, their fp16 inputs are exact.
     check(case, "triton", dtype, ulps=64)
 
+# Scale, length of the features, and how far apart pairs are: from logits that vanish to logits of 10^6.
+EXTREMES = [
+    (1.0, 0.1, "unrelated"), (200.0, 1.0, "equal"), (1000.0, 1.0, "opposite"), (10.0, 5.0, "unrelated"),
+    (1.0, 30.0, "opposite"), (1000.0, 30.0, "equal"),
+]  # fmt: skip
+
+
+def pairs(n: int, d: int, length: float, kind: str) -> tuple[Tensor, Tensor]:
+    """Features of one length, with those they are paired with."""
+    x = length * unit(n, d)
+    return x, {"equal": x, "opposite": -x, "unrelated": length * unit(n, d)}[kind]
+
+
+# E is kept where no softplus is asked for, and no row is looked at again where no lse is.
+TOGETHER = (("softplus", "sum"), ("lse", "sum"), KINDS)
+
+
+@pytest.mark.parametrize("extreme", EXTREMES, ids=lambda e: "-".join(map(str, e)))
+@pytest.mark.parametrize("kinds", TOGETHER, ids="-".join)
+def test_every_reduction_at_extreme_logits(kinds: tuple[str, ...], extreme: tuple[float, float, str]) -> None:
+    """Rows and columns, E kept and made again, with a bias and labels; eps in S is |S| eps in exp(S)."""
+    scale, length, apart = extreme
+    x, y = pairs(20, 8, length, apart)
+    spec = tuple((kind, relations) for kind in kinds for relations in (ALL, OTHER))
+    ulps = max(64.0, 8 * scale * length**2 if "lse" in kinds else 0.0)
+    for bias, keyed, workspace in ((None, {}, 1 << 24), (None, {}, 0), (-10.0, keys("labels", 20, 20), 0)):
+        check(Case(x, y, scale, bias, keyed, spec, spec[::-1]), "triton", FP32, ulps=ulps, workspace=workspace)
+
 
 def test_unnormalised_logits() -> None:
     """|S| of 500 and more: no overflow, no NaN; an error of eps·|S| in S is one of eps·|S| in exp(S)."""

@@ -13,6 +13,7 @@ from test_interpreted_similarity import (  # noqa: F401 - collected again, for t
     test_banks,
     test_banks_in_two_dimensions,
     test_every_loss,
+    test_every_reduction_at_extreme_logits,
     test_every_reduction_over_every_relation,
     test_fp16,
     test_fp16_gradients_keep_their_digits,

@@ -219,7 +219,7 @@ def forward_kernel(
                 else:
                     state, col_state = _reduce_both(t, e, relation, state, col_state, ROWS_FAR, COLS_FAR)
 
-            seen = col_ok & (row_tile > first_row_tile)
+            seen = cols < tl.where(row_tile > first_row_tile, M, 0)
             for c in tl.static_range(len(COLS)):
                 totals = col_parts + c * col_slot + cols
                 tl.store(totals, col_state[c] + tl.load(totals, mask=seen, other=0.0), mask=col_ok)

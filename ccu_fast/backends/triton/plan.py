@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from ccu_fast.backends.problem import SimilarityProblem
+from ccu_fast.backends.problem import SimilarityProblem, decode
 from ccu_fast.backends.triton.configs import Device, Tile
 from ccu_fast.relations import ALL, OTHER, SAME, SELF
 
@@ -136,11 +136,12 @@ def stride(p: SimilarityProblem) -> int:
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
     """fp32 words of what forward keeps: the header, and E of as many rows as three quarters of the workspace hold.
 
-    Nothing of E if that is less than a sixteenth of it, or if there is a bias: its gradient is the sum of G, in which
-    terms cancel that bf16 does not hold. The sizes may be symbols of a compiled graph, so there is no
-    branch on them.
+    Nothing of E if that is less than a sixteenth of it; if there is a bias, whose gradient is the sum of G, in which
+    terms cancel that bf16 does not hold; or if there is a softplus, whose derivative e / (e + 1) needs e where E has
+    long been clamped. The sizes may be symbols of a compiled graph, so there is no branch on them.
     """
-    if not keep or p.bias is not None:
+    softplus = any(decode(code)[0] == "softplus" for code in (*p.rows, *p.cols))
+    if not keep or p.bias is not None or softplus:
         return (HEADER,)
     words = (p.banks * p.n * stride(p) * kept_dtype(p).itemsize + 3) // 4
     room = (workspace - workspace // 4) // 4

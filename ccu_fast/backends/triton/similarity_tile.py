@@ -219,10 +219,11 @@ def load_gradients(grads, outs, index, in_range, stride, SPEC: tl.constexpr):
 
 
 @triton.jit
-def gradient_tile(e, over, relation, g, sources, shift, SPEC: tl.constexpr, AXIS: tl.constexpr):
-    """g plus what the reductions over AXIS send back to every entry of S; ``over`` is exp2(−bias − shift).
+def gradient_tile(t, e, relation, g, sources, shift, SPEC: tl.constexpr, AXIS: tl.constexpr):
+    """g plus what the reductions over AXIS send back to every entry of S; ``shift`` includes the bias.
 
     Probability first, gradient second: their product with e in any other order could leave the range of fp32.
+    The derivative of softplus comes from t: e is clamped, and where all of S is far below its bound nothing of it is left.
     """
     for r in tl.static_range(len(SPEC)):
         if SPEC[r][1] != 0:
@@ -231,7 +232,7 @@ def gradient_tile(e, over, relation, g, sources, shift, SPEC: tl.constexpr, AXIS
             if SPEC[r][0] == LSE:
                 part = e * tl.expand_dims(tl.exp2(shift - lse), AXIS) * part
             elif SPEC[r][0] == SOFTPLUS:
-                part = part * (e / (e + over))
+                part = part / (1.0 + tl.exp2(-t))
             g += tl.where((relation & SPEC[r][1]) != 0, part, 0.0)
     return g
 
