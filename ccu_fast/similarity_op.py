@@ -74,6 +74,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def run_forward(p: SimilarityProblem, backend: str, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row results ``[R, B, N]``, column results ``[C, B, M]`` and, if ``keep``, what the backend wants to have back."""
+    if keep and p.x.device.type == "cpu":
+        p = p.without_ignored()  # what is kept there, S itself or mean keys, is multiplied in the backward pass
     with without_autocast(p.x.device):
         return _implementation(backend).forward(p, workspace, keep)
 
@@ -94,6 +96,7 @@ def run_backward(
     With an empty stash S is computed again, and ``row_out`` and ``col_out`` may be results of a larger problem of which
     this one is a block.
     """
+    p = p.without_ignored()
     with without_autocast(p.x.device):
         return _implementation(backend).backward(p, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
 

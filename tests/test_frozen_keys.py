@@ -64,6 +64,20 @@ def test_shapes_across_blocks(shape: tuple[int, int, int], keys: str, dtype: tor
     assert calls or n * m == 0
 
 
+def test_what_an_ignored_key_holds_does_not_matter(calls: list[Any]) -> None:
+    x, y = unit(20, 16).float().requires_grad_(), unit(300, 16).float()
+    labels = {"row_labels": ints(5, 20), "col_labels": ints(5, 300)}
+    labels["col_labels"][[7, 299]] = -1
+    grads = []
+    for hidden in (0.0, torch.nan):
+        y[[7, 299], 2] = hidden
+        rows, _ = reduce_similarity(x, y, scale=5.0, **labels, rows=lse(ALL, OTHER), backend="native")
+        grads.append(torch.autograd.grad(rows[0].sum() - 2 * rows[1].sum(), x)[0])
+    assert torch.equal(*grads)
+    assert grads[1].isfinite().all()
+    assert calls
+
+
 def test_the_difference_of_two_keeps_its_digits(calls: list[Any]) -> None:
     """-log(1 - p) of a bounded inverse loss at p near 0: both terms are large and nearly equal."""
     x, y = unit(40, 16), unit(3000, 16)

@@ -78,6 +78,9 @@ class TargetOnly:
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         return 0, 0, 0, 0, 1024
 
+    def unload_module(self, module: int) -> None:
+        """What Triton 3.8 and later call when a kernel is forgotten."""
+
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         return lambda *args: None
 

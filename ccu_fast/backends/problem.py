@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 KINDS = ("lse", "sum", "softplus")
@@ -64,6 +65,15 @@ class SimilarityProblem:
         *head, rows, cols = fields
         return SimilarityProblem(*(*head, tuple(rows), tuple(cols)))
 
+    def without_ignored(self) -> SimilarityProblem:
+        """The same problem with the items that no pair counts set to zero.
+
+        Their share of a gradient is 0 · x, and that must be 0 although x is NaN or inf.
+        """
+        if self.row_labels is None or self.col_labels is None:
+            return self
+        return replace(self, x=_cleared(self.x, self.row_labels), y=_cleared(self.y, self.col_labels))
+
     @property
     def banks(self) -> int:
         # Not the larger of the two: no bank at all on one side is no bank.
@@ -76,3 +86,16 @@ class SimilarityProblem:
     @property
     def m(self) -> int:
         return self.y.shape[1]
+
+
+def _cleared(items: Tensor, labels: Tensor) -> Tensor:
+    """``items`` with zeros where the label is negative; where banks share an item, where it is in all of them."""
+    ignored = labels < 0
+    if items.shape[0] == 1:
+        ignored = ignored.all(0, keepdim=True)
+    ignored = ignored.expand(items.shape[:2])
+    # To look costs less than a copy; but a GPU would keep the host waiting, and a compiled graph cannot branch on it.
+    look = items.device.type == "cpu" and not torch.compiler.is_compiling()
+    if look and torch.isfinite(items.detach()[ignored]).all():
+        return items
+    return items.masked_fill(ignored[..., None], 0)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import SETS, Case, by_us, check, unit
+from test_similarity import test_what_an_ignored_item_holds_does_not_matter  # noqa: F401 - collected again
 from tolerance import assert_three_way
 from torch import Tensor
 
@@ -37,6 +38,11 @@ def keys(kind: str, n: int, m: int, *banks: int) -> dict[str, Any]:
         "unrelated": {"paired": False}, "paired": {}, "labels": labels, "ids": ids, "labels and ids": labels | ids,
         "huge keys": huge, "all ignored": {**labels, "row_labels": torch.full((*banks, n), -1)},
     }[kind]  # fmt: skip
+
+
+@pytest.fixture
+def backend() -> str:
+    return "triton"
 
 
 KEYS = ("unrelated", "labels", "ids", "huge keys", "all ignored")
@@ -177,6 +183,7 @@ def test_sharp_logits(kind: str, dtype: torch.dtype) -> None:
     case = Case(x, y, 100.0, None, keys(kind, 37, 37), spec, spec)
     # dscale is a difference of such logits: its terms are what the tolerance knows, their fp16 inputs are exact.
     check(case, "triton", dtype, ulps=64)
+
 
 # Scale, length of the features, and how far apart pairs are: from logits that vanish to logits of 10^6.
 EXTREMES = [

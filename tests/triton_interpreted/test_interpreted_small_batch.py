@@ -26,6 +26,7 @@ from test_interpreted_similarity import (  # noqa: F401 - collected again, for t
     test_sharp_logits,
     test_unnormalised_logits,
 )
+from test_similarity import test_what_an_ignored_item_holds_does_not_matter  # noqa: F401 - the same
 from test_small_info_nce import (  # noqa: F401 - the same
     Way,
     only,
@@ -43,6 +44,11 @@ from ccu_fast.similarity_op import specialised
 @pytest.fixture(autouse=True)
 def always_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ccu_fast.similarity.specialised", lambda p, backend, keep: "triton.small_batch")
+
+
+@pytest.fixture
+def backend() -> str:
+    return "triton"
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccu_fast import ALL, SELF
 from ccu_fast.backends.problem import SimilarityProblem, encode
-from ccu_fast.backends.triton import configs, gemm, similarity, small_batch, small_info_nce
+from ccu_fast.backends.triton import configs, gemm, normalize, similarity, small_batch, small_info_nce
 
 CLIP = (encode("lse", int(ALL)), encode("sum", int(SELF)))
 KERNELS = [name for name in vars(similarity) if name.endswith("_kernel")]
@@ -37,6 +37,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
             assert 0 < grid[0] < 2**31
 
             def launch(*args: Any, **constants: Any) -> None:
+                assert constants["enable_fp_fusion"] is True
                 counts[self.name] += 1
 
             return launch
@@ -45,6 +46,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         monkeypatch.setattr(similarity, name, Recorder(name))
     for name in ("small_forward_kernel", "small_gradient_kernel"):
         monkeypatch.setattr(small_batch, name, Recorder(name))
+    for name in ("normalize_kernel", "normalize_backward_kernel"):
+        monkeypatch.setattr(normalize, name, Recorder(name))
 
     def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
         assert out.shape == (a.shape[0], a.shape[1], b.shape[2])

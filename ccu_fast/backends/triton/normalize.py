@@ -12,12 +12,14 @@ in the L1 cache. A program owns ROWS whole rows, so that there is nothing to mer
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccu_fast.backends.triton.configs import on_device
+from ccu_fast.backends.triton.configs import OPTIONS, on_device
 
 ROWS = 4
 WIDEST = 1024  # columns a program holds at a time: 32 values for each of its 128 threads
@@ -94,5 +96,5 @@ def _grid(x: Tensor) -> tuple[int]:
     return (triton.cdiv(x.shape[0], ROWS),)
 
 
-def _constants(x: Tensor) -> dict[str, int]:
-    return {"ROWS": ROWS, "BLOCK": min(triton.next_power_of_2(x.shape[1]), WIDEST), "num_warps": WARPS}
+def _constants(x: Tensor) -> dict[str, Any]:
+    return {"ROWS": ROWS, "BLOCK": min(triton.next_power_of_2(x.shape[1]), WIDEST), "num_warps": WARPS, **OPTIONS}

@@ -68,14 +68,14 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
                 problem.x, problem.y, p.scale, p.bias, *problem.keys[:2], row_out, col_out,
                 p.n, p.m, d, p.banks, *problem.strides[:4],
                 ROWS=own_rows, COLS=own_cols, HAS_BIAS=p.bias is not None, HAS_LABELS=p.row_labels is not None,
-                BLOCK_M=device.bound_tile[0], BLOCK_K=device.bound_tile[1],
+                BLOCK_M=device.bound_tile[0], BLOCK_K=device.bound_tile[1], **configs.OPTIONS,
             )  # fmt: skip
         if not rows and not cols:
             stash.zero_()
             return row_out, col_out, stash
         bound_kernel[(device.bounds,)](
             problem.x, problem.y, squares, p.x.shape[0] * p.n, p.y.shape[0] * p.m, d,
-            BLOCK_M=device.bound_tile[0], BLOCK_K=device.bound_tile[1],
+            BLOCK_M=device.bound_tile[0], BLOCK_K=device.bound_tile[1], **configs.OPTIONS,
         )  # fmt: skip
         whole = plan.chunks(p, device.tile("gradient", problem.arithmetic, p).block_m, workspace, stash.shape[0])
         kept_rows = sum(chunk.banks * chunk.rows for chunk in whole if chunk.kept)
@@ -94,7 +94,7 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
         flags = new((blocks,), dtype=torch.int32)
         merge_kernel[(blocks,)](
             row_parts, col_parts, row_out, col_out, flags, stash, p.bias, p.banks, p.n, p.m, cut.strips, cut.groups,
-            ROWS=rows, COLS=cols, HAS_BIAS=p.bias is not None, BLOCK=block,
+            ROWS=rows, COLS=cols, HAS_BIAS=p.bias is not None, BLOCK=block, **configs.OPTIONS,
         )  # fmt: skip
         if any(entry[0] == 0 for entry in (*rows, *cols)):
             online_kernel[(min(blocks, 2 * device.processors),)](
@@ -141,7 +141,7 @@ def backward(
                 dots = total.new_empty((programs if dot else 0,))
                 finish_kernel[(programs,)](
                     total, like, out, norm, p.scale, dots, total.numel(),
-                    HAS_NORM=norm is not None, DOT=dot, BLOCK=FINISH_BLOCK, num_warps=8,
+                    HAS_NORM=norm is not None, DOT=dot, BLOCK=FINISH_BLOCK, num_warps=8, **configs.OPTIONS,
                 )  # fmt: skip
                 if dot:
                     totals[0] += dots.sum(dtype=torch.float64)
@@ -181,7 +181,7 @@ def _norm(p: SimilarityProblem, grad_rows: Tensor, grad_cols: Tensor) -> Tensor:
     norm = p.x.new_empty((2,), dtype=torch.float32)
     norm_kernel[(1,)](
         grad_rows, grad_cols, norm, p.banks * p.n, p.banks * p.m, EXPONENT=HALF_EXPONENT,
-        ROWS=len(p.rows), COLS=len(p.cols), BLOCK=2048, num_warps=8,
+        ROWS=len(p.rows), COLS=len(p.cols), BLOCK=2048, num_warps=8, **configs.OPTIONS,
     )  # fmt: skip
     return norm
 
@@ -303,6 +303,6 @@ class _Gradient:
                 e, self.stash, self.norm, *problem.keys, *self.incoming, g,
                 p.n, p.m, p.banks, chunk.start, chunk.first, chunk.rows, stride, *problem.key_strides,
                 **shared, ROWS=plan.far_from_diagonal(p, problem.rows), COLS=plan.far_from_diagonal(p, problem.cols),
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=self.scale_warps,
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=self.scale_warps, **configs.OPTIONS,
             )  # fmt: skip
         return g, None if parts is None else parts.sum((0, 2), dtype=torch.float64)

@@ -223,7 +223,7 @@ def gradient_tile(t, e, relation, g, sources, shift, SPEC: tl.constexpr, AXIS: t
     """g plus what the reductions over AXIS send back to every entry of S; ``shift`` includes the bias.
 
     Probability first, gradient second: their product with e in any other order could leave the range of fp32.
-    The derivative of softplus comes from t: e is clamped, and where all of S is far below its bound nothing of it is left.
+    The derivative of softplus comes from t: of e nothing is left where S is far below its bound.
     """
     for r in tl.static_range(len(SPEC)):
         if SPEC[r][1] != 0:

@@ -107,4 +107,5 @@ def constants(
         "ROWS": rows, "COLS": cols, "HAS_BIAS": bias, "HAS_LABELS": labels, "HAS_IDS": ids, "DIAGONAL": diagonal,
         "MASK_N": n % block_n != 0, "MASK_M": m % block_n != 0, "MASK_D": d != block_d,
         "BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2,
+        **configs.OPTIONS,
     }  # fmt: skip
