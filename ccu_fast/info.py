@@ -27,7 +27,6 @@ EXTRAS = {
         "webdataset": "webdataset",
     },
 }
-OPERATIONS = ("reduce_similarity", "topk_flips", "pgd_step_")
 
 
 def extra_of(module: str) -> str | None:
@@ -53,7 +52,7 @@ def collect() -> dict[str, Any]:
             "why_no_devices": machine.why_no_devices(),
             "why_no_kernels": machine.why_no_cuda_kernels(),
         },
-        "operations": {op: {device: _choice(op, device) for device in ("cpu", "cuda")} for op in OPERATIONS},
+        "operations": {op: {device: _choice(op, device) for device in _where()} for op in registry.OPERATIONS},
         "extras": {
             extra: {distribution: _version(distribution) for distribution in modules.values()}
             for extra, modules in EXTRAS.items()
@@ -108,6 +107,11 @@ def _cpu_isa() -> str | None:
     return str(importlib.import_module("ccu_fast._C").cpu_isa())
 
 
+def _where() -> list[str]:
+    """The devices that have a line for each operation; "cuda" stands for GPUs that are not there."""
+    return ["cpu", *(f"cuda:{index}" for index in range(len(_devices())))] if _devices() else ["cpu", "cuda"]
+
+
 def _devices() -> list[dict[str, Any]]:
     devices = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -122,18 +126,12 @@ def _devices() -> list[dict[str, Any]]:
     return devices
 
 
-def _choice(op: str, device_type: str) -> dict[str, Any]:
-    """The backend that ``auto`` picks for fp32 tensors, and what speaks against those it would rather have."""
-    if device_type == "cuda" and not torch.cuda.is_available():
+def _choice(op: str, name: str) -> dict[str, Any]:
+    """The backend that ``auto`` picks for fp32 tensors, and why it does not pick a faster one."""
+    if name == "cuda":
         return {"backend": None, "why_not": {}}
-    device = torch.device(device_type)
-    chosen = registry.choose("auto", op, device, torch.float32)
-    order = registry.candidates(device_type)
-    better = order[: order.index(chosen)]
-    return {
-        "backend": chosen,
-        "why_not": {name: registry.cannot_serve(name, op, device, torch.float32) for name in better},
-    }
+    backend, why_not = registry.pick(op, torch.device(name), torch.float32)
+    return {"backend": backend, "why_not": why_not}
 
 
 def _version(distribution: str) -> str | None:

@@ -154,7 +154,7 @@ def test_gpus_that_the_build_serves(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: device)
-    reason = machine.why_no_cuda_kernels()
+    reason = machine.why_no_cuda_kernels(0)
     assert (reason is None) == served
     assert served or "GPU 0 is sm_" in str(reason)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,10 @@ def why_no_devices() -> str | None:
     return "the driver shows no device (CUDA_VISIBLE_DEVICES?)"
 
 
-def why_no_cuda_kernels() -> str | None:
-    """Why the CUDA C++ kernels cannot run here; None when they can. Triton's kernels do not depend on this."""
+def why_no_cuda_kernels(gpu: int | None = None) -> str | None:
+    """Why the CUDA C++ kernels cannot run on a GPU, or here at all; None when they can. Triton does not depend on it."""
+    if torch.version.hip is not None:
+        return f"the kernels are for NVIDIA GPUs, torch is built for ROCm {torch.version.hip}"
     native = why_not_native()
     if native is not None:
         return native
@@ -81,15 +85,59 @@ def why_no_cuda_kernels() -> str | None:
     driver = driver_cuda()
     if driver is not None and driver[0] < int(built.split(".")[0]):
         return f"the driver serves CUDA {driver[0]}.{driver[1]}, the kernels are built with {built}"
-    return why_no_devices() or _why_no_machine_code(info["cuda"]["archs"])
+    return why_no_devices() or (None if gpu is None else _why_no_machine_code(info["cuda"]["archs"], gpu))
 
 
-def _why_no_machine_code(archs: list[str]) -> str | None:
-    """Machine code runs on later minors of its major; the PTX of the highest on everything later."""
-    built = sorted(int(arch.rstrip("af")) for arch in archs)
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        device = 10 * major + minor
-        if device < built[-1] and not any(arch // 10 == major and arch <= device for arch in built):
-            return f"the kernels are built for sm_{', sm_'.join(archs)}, GPU {index} is sm_{device}"
+def _why_no_machine_code(archs: list[str], gpu: int) -> str | None:
+    """Machine code runs on later minors of its major, that of an "a" on its own only; PTX of the highest on all later."""
+    device = capability(gpu)
+    highest = max(int(arch.rstrip("af")) for arch in archs)
+    if device >= highest or any(_runs_on(arch, device) for arch in archs):
+        return None
+    return f"the kernels are built for sm_{', sm_'.join(archs)}, GPU {gpu} is sm_{device}"
+
+
+def _runs_on(arch: str, device: int) -> bool:
+    number = int(arch.rstrip("af"))
+    return number == device or (not arch.endswith("a") and number // 10 == device // 10 and number < device)
+
+
+def capability(gpu: int) -> int:
+    """The compute capability of a GPU, written as 80, 90, 103, …"""
+    major, minor = torch.cuda.get_device_capability(gpu)
+    return 10 * major + minor
+
+
+# tl.make_tensor_descriptor, triton.tools.tensor_descriptor and triton.knobs came with it.
+TRITON_AT_LEAST = (3, 4)
+# wgmma or mma with bf16 and TF32, asynchronous copies.
+CAPABILITY_AT_LEAST = 80
+
+
+def why_no_triton(gpu: int | None = None) -> str | None:
+    """Why the Triton kernels cannot run on a GPU, or here at all; None when they can."""
+    if torch.version.hip is not None:
+        return f"its kernels are for NVIDIA GPUs, torch is built for ROCm {torch.version.hip}"
+    missing = _why_no_triton_package()
+    if missing is not None or gpu is None or capability(gpu) >= CAPABILITY_AT_LEAST:
+        return missing
+    return (
+        f"its kernels need compute capability {CAPABILITY_AT_LEAST / 10} or later, GPU {gpu} has {capability(gpu) / 10}"
+    )
+
+
+@functools.cache
+def _why_no_triton_package() -> str | None:
+    try:
+        triton = importlib.import_module("triton")
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return "the package triton is not installed"
+        return f"the package triton cannot be imported: {error}"
+    except Exception as error:
+        # A broken installation raises whatever it likes, and none of it is the user's concern.
+        return f"the package triton cannot be imported: {type(error).__name__}: {error}"
+    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    if found is None or (int(found[1]), int(found[2])) < TRITON_AT_LEAST:
+        return f"it needs Triton {'.'.join(map(str, TRITON_AT_LEAST))} or later, {triton.__version__} is installed"
     return None

@@ -116,9 +116,7 @@ _INTERPRETED = {name: Tile(16, 16, 16, 1, 1, 16) for name in ("half", "tf32", "i
 
 
 def architecture(capability: int) -> str:
-    """The class of a compute capability written as 80, 89, 90, 100, …"""
-    if capability < 80:
-        raise RuntimeError(f"the Triton kernels need compute capability 8.0 or later, the device has {capability / 10}")
+    """The class of a compute capability from 80 on, written as 80, 89, 90, 100, …"""
     if capability in (80, 90):
         return f"sm_{capability}"
     return "sm_100" if 100 <= capability < 120 else "small"

@@ -219,7 +219,8 @@ def forward_kernel(
                 else:
                     state, col_state = _reduce_both(t, e, relation, state, col_state, ROWS_FAR, COLS_FAR)
 
-            seen = cols < tl.where(row_tile > first_row_tile, M, 0)
+            # Compared in a vector: an interpreter makes no mask of a scalar that is a vector elsewhere.
+            seen = col_ok & (tl.full((BLOCK_N,), row_tile, tl.int32) > first_row_tile)
             for c in tl.static_range(len(COLS)):
                 totals = col_parts + c * col_slot + cols
                 tl.store(totals, col_state[c] + tl.load(totals, mask=seen, other=0.0), mask=col_ok)
