@@ -48,7 +48,7 @@ def ninja_binary() -> str:
     except ImportError:
         found = shutil.which("ninja")
         if found is None:
-            raise PlatformError("ninja is needed to build ccu_fast: pip install ninja") from None
+            raise Unavailable("ninja is not installed: pip install ninja") from None
         return found
 
 
@@ -89,8 +89,12 @@ class BuildNative(build_ext):
 
     def plan(self, info: dict[str, Any]) -> Plan:
         """Find the tools and note them in ``info``."""
-        import pybind11
-
+        try:
+            import pybind11
+        except ImportError as error:
+            # Only without build isolation, which brings what pyproject.toml asks for.
+            raise Unavailable(f"pybind11 cannot be imported ({error}): pip install pybind11 ninja") from error
+        ninja_binary()
         cxx = find_cxx()
         isas, skipped = find_isas(cxx, platform.machine().lower())
         info["skipped"].update(skipped)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
+from ccu_fast.backends.machine import moved
 from ccu_fast.backends.registry import choose
 from ccu_fast.backends.store_problem import STEPS, NoiseAddition, steps_of
 from ccu_fast.noise import per_channel
@@ -258,9 +259,9 @@ class NoiseStore:
         noise = self._matrix(self.data)
         where: Tensor | None = index
         if images.device != self.device:
-            noise, where = self._matrix(self._rows(index)).to(images.device, non_blocking=True), None
+            noise, where = moved(self._matrix(self._rows(index)), images.device), None
         elif index.device != self.device:
-            where = index.to(self.device, non_blocking=True)
+            where = moved(index, self.device)
             check_range("index", index, self.rows)
         backend = choose(
             self._backend if images.device == self.device else "auto", "noise_store", images.device, torch.float32
@@ -325,7 +326,7 @@ class NoiseStore:
 
     def _local(self, index: Tensor) -> Tensor:
         check_range("index", index, self.rows)
-        return index.to(self.device, non_blocking=True)
+        return moved(index, self.device)
 
     def _rows(self, index: Tensor) -> Tensor:
         self._check_index(index)

@@ -97,6 +97,23 @@ def test_l2(backend: str, shape: tuple[int, ...]) -> None:
         assert float(ours.double().flatten(1).norm(dim=1).max()) <= eps * (1 + 1e-6) + 2**-24 * shape[1] ** 0.5 * 41
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("shape", [(5,), (0,), (0, 3), (3, 0), (2, 3, 0)], ids=str)
+def test_samples_of_one_number_and_of_none(shape: tuple[int, ...], norm: str, backend: str) -> None:
+    """What is flattened to a row for each sample may have no other dimension, or no element."""
+    delta, grad, image = (
+        torch.full(shape, 0.1),
+        torch.linspace(-2, 2, 5)[: shape[0]].expand(shape[::-1]),
+        torch.rand(shape),
+    )
+    grad = grad.mT.clone() if len(shape) > 1 else grad.clone()
+    out = pgd_step_(delta.clone(), grad.view(shape), image, step=0.05, eps=0.12, lower=-9.0, norm=norm, backend=backend)
+    assert out.shape == shape
+    if out.numel():
+        # A sample of one number: its gradient over its norm is its sign.
+        torch.testing.assert_close(out, (delta - 0.05 * grad.sign()).clamp(-0.12, 0.12), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("channel_shape", [(3, 1, 1), (1, 3, 1, 1)])
 def test_parameters_per_channel(backend: str, channel_shape: tuple[int, ...]) -> None:
     std, mean = (

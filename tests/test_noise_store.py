@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ccu_fast import NoiseStore, pgd_step_
+from ccu_fast.backends.machine import PACKAGE, moved
 
 ITEM = (3, 5, 7)
 DTYPES = (torch.int8, torch.float16, torch.float32)
@@ -28,6 +30,34 @@ def filled(dtype: torch.dtype, backend: str, rows: int = 11, item: tuple[int, ..
 def pictures(dtype: torch.dtype, *shape: int) -> Tensor:
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
     return pixels if dtype == torch.uint8 else (pixels / 255).to(dtype)
+
+
+def test_only_copies_towards_a_gpu_are_not_waited_for() -> None:
+    """A copy from a GPU that nobody waits for is read, on the next line, before it is there."""
+    seen: list[tuple[str, bool]] = []
+
+    class Copies(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is Tensor.to:
+                seen.append((args[1].type, kwargs["non_blocking"]))
+                return args[0]
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        for device in ("cpu", "cuda", "mps"):
+            moved(torch.zeros(2), torch.device(device))
+    assert seen == [("cpu", False), ("cuda", True), ("mps", False)]
+    assert [path.name for path in PACKAGE.rglob("*.py") if "non_blocking" in path.read_text()] == ["machine.py"]
+
+
+@pytest.mark.gpu
+def test_noise_of_a_gpu_on_images_of_the_host() -> None:
+    store = NoiseStore(64, (3, 64, 64), dtype=torch.int8, device="cuda")
+    index = torch.arange(64, device="cuda")
+    store.scatter_(index, torch.randint(-8, 9, (64, 3, 64, 64), dtype=torch.int8, device="cuda"))
+    images = torch.full((64, 3, 64, 64), 0.5)
+    for _ in range(20):
+        torch.testing.assert_close(store.add_to(images, index), images + store.data.cpu().float() / 255)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

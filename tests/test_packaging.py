@@ -193,6 +193,20 @@ def test_no_compiler_leaves_python_and_the_reason(checkout: Path) -> None:
     assert not list((checkout / "ccu_fast").glob("_C.*.so"))
 
 
+@pytest.mark.parametrize("package", ["pybind11", "ninja"])
+def test_without_the_build_tools_python_and_the_reason_are_left(checkout: Path, package: str, tmp_path: Path) -> None:
+    """As without build isolation in an environment that lacks them."""
+    (tmp_path / f"{package}.py").write_text(f"raise ImportError('no {package} here')\n")
+    hidden = {"PYTHONPATH": str(tmp_path)} | ({"PATH": str(tmp_path)} if package == "ninja" else {})
+    done, record = build(checkout, **hidden)
+    assert done.returncode == 0, done.stdout
+    assert record["native"] is None
+    assert f"pip install {package}" in record["skipped"]["native"]
+    done, _ = build(checkout, CCU_FAST_NATIVE="1", **hidden)
+    assert done.returncode != 0
+    assert "CCU_FAST_NATIVE=1, but " in done.stdout
+
+
 def test_no_compiler_fails_when_asked_to_be_strict(checkout: Path) -> None:
     done, _ = build(checkout, CXX="/nonexistent/c++", CCU_FAST_NATIVE="1")
     assert done.returncode != 0

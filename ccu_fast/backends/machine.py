@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -70,7 +71,7 @@ def why_no_devices() -> str | None:
 
 
 def why_no_cuda_kernels(gpu: int | None = None) -> str | None:
-    """Why the CUDA C++ kernels cannot run on a GPU, or here at all; None when they can. Triton does not depend on it."""
+    """Why the CUDA C++ kernels cannot run on a GPU, or here at all; None when they can. Triton's do not need them."""
     if torch.version.hip is not None:
         return f"the kernels are for NVIDIA GPUs, torch is built for ROCm {torch.version.hip}"
     native = why_not_native()
@@ -89,7 +90,7 @@ def why_no_cuda_kernels(gpu: int | None = None) -> str | None:
 
 
 def _why_no_machine_code(archs: list[str], gpu: int) -> str | None:
-    """Machine code runs on later minors of its major, that of an "a" on its own only; PTX of the highest on all later."""
+    """Machine code runs on later minors of its major, with an "a" on its own alone; the highest has PTX, for all later."""
     device = capability(gpu)
     highest = max(int(arch.rstrip("af")) for arch in archs)
     if device >= highest or any(_runs_on(arch, device) for arch in archs):
@@ -119,11 +120,10 @@ def why_no_triton(gpu: int | None = None) -> str | None:
     if torch.version.hip is not None:
         return f"its kernels are for NVIDIA GPUs, torch is built for ROCm {torch.version.hip}"
     missing = _why_no_triton_package()
-    if missing is not None or gpu is None or capability(gpu) >= CAPABILITY_AT_LEAST:
+    if missing is not None or gpu is None:
         return missing
-    return (
-        f"its kernels need compute capability {CAPABILITY_AT_LEAST / 10} or later, GPU {gpu} has {capability(gpu) / 10}"
-    )
+    has, needed = capability(gpu) / 10, CAPABILITY_AT_LEAST / 10
+    return None if has >= needed else f"its kernels need compute capability {needed} or later, GPU {gpu} has {has}"
 
 
 @functools.cache
@@ -141,3 +141,11 @@ def _why_no_triton_package() -> str | None:
     if found is None or (int(found[1]), int(found[2])) < TRITON_AT_LEAST:
         return f"it needs Triton {'.'.join(map(str, TRITON_AT_LEAST))} or later, {triton.__version__} is installed"
     return None
+
+
+def moved(t: Tensor, device: torch.device) -> Tensor:
+    """``t`` on a device; the host goes on at once only where the copy's readers wait for it, that is on a GPU.
+
+    A copy towards the host that is not waited for would be read before it has arrived.
+    """
+    return t.to(device, non_blocking=device.type == "cuda")

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ccu_fast.backends.machine import moved
 from ccu_fast.losses import info_nce
 from ccu_fast.mem.noise import pgd
 from ccu_fast.mem.settings import Execution, Method, Settings
@@ -124,7 +125,7 @@ class Round:
             with torch.no_grad(), frozen(self.surrogate):
                 text = self.surrogate.encode_text(self._text(row_of[index]))
             target = text.roll(1, 0) if self.method.noise == "mislead" else text
-            images = images.to(self.device, non_blocking=True)
+            images = moved(images, self.device)
             noise = pgd(
                 self.surrogate, images, self.store.gather(where, dtype=torch.int8), target, eps=s.eps, step=s.step,
                 steps=steps, maximise=self.method.noise == "maximise", encode=self.encode_image,
@@ -162,7 +163,7 @@ class Round:
         """Images of the given numbers with their noise, as the model takes them."""
         if self.method.noise == "universal":
             index = torch.zeros_like(index)
-        shown = self.store.add_to(images.to(self.device, non_blocking=True), index)
+        shown = self.store.add_to(moved(images, self.device), index)
         if self.method.attacks_clean_model and not self.losses["surrogate"]:
             shown = images.to(self.device)
         out = pixels(shown, self.surrogate.embedding_matrix.dtype)
@@ -177,7 +178,7 @@ class Round:
 
     def _ids(self, captions: Tensor, rows: Tensor) -> Tensor:
         tokens = insert_triggers(captions, self.triggers[rows], self.tokenizer)
-        return trim(tokens, self.tokenizer.eot).to(self.device, non_blocking=True)
+        return moved(trim(tokens, self.tokenizer.eot), self.device)
 
     def _keep(self, rows: Tensor, found: Tensor) -> None:
         """Take new triggers where they come back from publication as the same ids."""

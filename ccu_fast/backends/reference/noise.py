@@ -30,4 +30,5 @@ def step(p: NoiseStep) -> None:
 
 def _norms(t: torch.Tensor) -> torch.Tensor:
     """The Euclidean norm of every sample, in fp64, shaped to broadcast."""
-    return torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64).view(-1, *[1] * (t.ndim - 1))
+    samples = t.flatten(1) if t.ndim > 1 else t.unsqueeze(1)
+    return torch.linalg.vector_norm(samples, dim=1, dtype=torch.float64).view(-1, *[1] * (t.ndim - 1))
