@@ -177,7 +177,7 @@ def topk_flips(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. On a GPU, where a look would wait,
-            an id in ``current_ids`` out of range fails the kernel, and tokens whose penalty is NaN are not chosen.
+            an id in ``current_ids`` out of range fails the kernel, and a penalty that is not finite forbids its token.
 
     Source: HotFlip (arXiv 1712.06751), equation 10 and universal triggers (arXiv 1908.07125), equation 3.
     """

@@ -18,8 +18,11 @@ enum ccu_status {
   CCU_BAD_ARGUMENT = 1,
   CCU_UNSUPPORTED = 2,
   CCU_OUT_OF_MEMORY = 3,
-  CCU_CUDA_ERROR = 4,
+  CCU_CUDA_ERROR = 1000,  // and the number of the CUDA error added to it, if that is known
 };
+
+// What a status from CCU_CUDA_ERROR on means; CUDA builds only.
+const char* ccu_cuda_error_text(int status);
 
 enum ccu_dtype { CCU_F32 = 0, CCU_F16 = 1, CCU_BF16 = 2, CCU_U8 = 3, CCU_I8 = 4 };
 
@@ -136,7 +139,9 @@ int ccu_topk_flips(const ccu_topk_flips_args* args);
 // On a GPU: coarse scores of a table in fp16, by ccu_cuda_topk_scores for few rows or by a library GEMM, then the
 // selection, which rescores from the embedding.
 enum { CCU_CUDA_MOST_FLIPS = 1024 };
-enum ccu_topk_path { CCU_TOPK_SCAN = 0, CCU_TOPK_EXACT = 1, CCU_TOPK_INVALID = 2 };
+// How a row is settled: by its coarse scores and their bound; by float64 scores of all tokens, because there is no
+// bound; not at all; by the penalty alone, because the gradient is zero.
+enum ccu_topk_path { CCU_TOPK_SCAN = 0, CCU_TOPK_EXACT = 1, CCU_TOPK_INVALID = 2, CCU_TOPK_ZERO = 3 };
 
 typedef struct {
   const void* table;          // fp16 [tokens, dim], 16-byte aligned
@@ -172,7 +177,7 @@ typedef struct {
   double* score;
   int64_t* count;
   uint8_t* valid;
-  uint8_t* redo;  // [all rows]: set for the rows that float64 scores of all tokens had to settle
+  uint8_t* redo;  // [all rows]: set for the rows whose candidates were too many to be settled at once
   void* stream;
 } ccu_cuda_topk_args;
 

@@ -279,7 +279,7 @@ def test_the_number_of_threads_changes_no_bit(native: str, dtype: torch.dtype) -
 def test_the_cuda_kernels_have_the_bits_of_the_cpu(
     native: str, dtype: torch.dtype, image_dtype: torch.dtype, item: tuple[int, ...]
 ) -> None:
-    here = filled(dtype, native, 11, item)
+    here = filled(dtype, "reference", 11, item)
     there = NoiseStore(11, item, dtype=dtype, device="cuda", backend=native)
     there.data.copy_(here.data)
     index, images, delta = torch.tensor([4, 4, 0, 10]), pictures(image_dtype, 4, *item), steps(4, *item)

@@ -92,11 +92,16 @@ def test_rows_that_a_scan_cannot_serve() -> None:
     grad[0] *= 1e-44
     grad[1, 3], grad[2, 0], grad[3] = torch.nan, torch.inf, 0
     operand, about = tokens_cuda.describe(problem(grad, table, packed, coarse), False)
-    scan, exact, invalid = module.TOPK_SCAN, module.TOPK_EXACT, module.TOPK_INVALID
-    assert about[:, 3].tolist() == [exact, invalid, invalid, scan, scan]
+    scan, exact, invalid, zero = module.TOPK_SCAN, module.TOPK_EXACT, module.TOPK_INVALID, module.TOPK_ZERO
+    assert about[:, 3].tolist() == [exact, invalid, invalid, zero, scan]
     assert bool(operand.isfinite().all()) and bool(about.isfinite().all())
     _, about = tokens_cuda.describe(problem(grad, table, packed, coarse, penalty=torch.full((5, 40), 3e38)), False)
-    assert about[4, 3] == exact
+    assert about[:, 3].tolist() == [exact, invalid, invalid, zero, exact]
+    barred = (
+        torch.zeros(1, 40).index_fill(1, torch.tensor([3, 9]), torch.inf).index_fill(1, torch.tensor([5]), torch.nan)
+    )
+    _, about = tokens_cuda.describe(problem(grad, table, packed, coarse, penalty=barred), False)
+    assert about[:, 3].tolist() == [exact, invalid, invalid, zero, scan]
 
 
 def answer(grad: Tensor, table: TokenTable, k: int, **options: Any) -> list[Tensor]:
@@ -108,7 +113,16 @@ def answer(grad: Tensor, table: TokenTable, k: int, **options: Any) -> list[Tens
 @pytest.mark.parametrize("integers", [False, True])
 @pytest.mark.parametrize(
     ("rows", "vocabulary", "dim", "k"),
-    [(1, 1, 1, 1), (5, 49408, 512, 16), (16, 300, 33, 300), (40, 5000, 64, 1024), (600, 997, 129, 7), (5, 40, 8, 3)],
+    [
+        (1, 1, 1, 1),
+        (5, 49408, 512, 16),
+        (16, 300, 33, 300),
+        (40, 5000, 64, 1024),
+        (600, 997, 129, 7),
+        (5, 40, 8, 3),
+        (3, 700, 20, 16),
+        (2, 1500, 9, 300),
+    ],
 )
 def test_the_ids_of_the_cpu(native: str, rows: int, vocabulary: int, dim: int, k: int, integers: bool) -> None:
     make: Any = (lambda *s: torch.randint(-2, 3, s).float()) if integers else torch.randn
@@ -120,7 +134,7 @@ def test_the_ids_of_the_cpu(native: str, rows: int, vocabulary: int, dim: int, k
         for options in (
             {}, {"current_ids": current, "exclude_current": True}, {"penalty": penalty}, {"allowed": allowed}
         ):  # fmt: skip
-            here = answer(grad, TokenTable(embedding), k, maximize=maximize, **options)
+            here = answer(grad, TokenTable(embedding), k, maximize=maximize, backend="reference", **options)
             moved = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in options.items()}
             table = TokenTable(embedding.cuda())
             there = answer(grad.cuda(), table, k, maximize=maximize, backend=native, **moved)
@@ -131,16 +145,52 @@ def test_the_ids_of_the_cpu(native: str, rows: int, vocabulary: int, dim: int, k
 
 
 @pytest.mark.gpu
-def test_near_ties_rows_without_bound_and_a_captured_graph(native: str) -> None:
+@pytest.mark.parametrize("penalised", [False, True])
+@pytest.mark.parametrize("k", [1, 16, 1024])
+def test_any_number_of_ties_goes_to_the_lowest_ids(native: str, k: int, penalised: bool) -> None:
+    """A zero gradient, and a table of a few vectors many times: more equals than a block holds."""
+    embedding = torch.randn(3, 16)[torch.randint(0, 3, (5000,))]
+    grad = torch.randn(3, 16)
+    grad[1] = 0
+    penalty = torch.randint(0, 2, (5000,)).float() if penalised else None
+    allowed = torch.rand(5000) < 0.9
+    here = answer(grad, TokenTable(embedding), k, penalty=penalty, allowed=allowed, backend="reference")
+    there = answer(
+        grad.cuda(), TokenTable(embedding.cuda()), k, allowed=allowed.cuda(), backend=native,
+        penalty=None if penalty is None else penalty.cuda(),
+    )  # fmt: skip
+    for a, b in zip(here, there, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-37)
+
+
+@pytest.mark.gpu
+def test_a_penalty_that_is_not_finite_forbids_its_token(native: str) -> None:
+    embedding, grad, penalty = torch.randn(3000, 24), torch.randn(7, 24), torch.randn(3000)
+    barred = torch.rand(3000) < 0.1
+    here = answer(grad, TokenTable(embedding), 16, penalty=penalty, allowed=~barred, backend="reference")
+    penalty[barred] = torch.tensor([torch.inf, -torch.inf, torch.nan])[torch.arange(int(barred.sum())) % 3]
+    for backend in (native, "reference"):
+        there = answer(grad.cuda(), TokenTable(embedding.cuda()), 16, penalty=penalty.cuda(), backend=backend)
+        assert torch.equal(there[0], here[0]) and torch.equal(there[2], here[2])
+
+
+@pytest.mark.gpu
+def test_near_ties_and_rows_without_bound(native: str) -> None:
     base = torch.randn(64)
     embedding = base.expand(5000, 64).clone()
     embedding[:, 0] += torch.randint(-40, 40, (5000,)) * 2.0**-22
     grad = torch.randn(20, 64)
     grad[3, 3] = torch.nan
-    here = answer(grad, TokenTable(embedding), 20)
-    table, far = TokenTable(embedding.cuda()), grad.cuda()
-    there = answer(far, table, 20, backend=native)
+    here = answer(grad, TokenTable(embedding), 20, backend="reference")
+    there = answer(grad.cuda(), TokenTable(embedding.cuda()), 20, backend=native)
     assert torch.equal(here[0], there[0]) and torch.equal(here[3], there[3])
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_holds_the_search(native: str) -> None:
+    embedding, grad = torch.randn(5000, 64), torch.randn(20, 64)
+    table, far = TokenTable(embedding.cuda()), grad.cuda()
+    answer(far, table, 20, backend=native)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

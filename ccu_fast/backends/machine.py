@@ -90,7 +90,7 @@ def why_no_cuda_kernels(gpu: int | None = None) -> str | None:
 
 
 def _why_no_machine_code(archs: list[str], gpu: int) -> str | None:
-    """Machine code runs on later minors of its major, with an "a" on its own alone; the highest has PTX, for all later."""
+    """Code runs on later minors of its major, with an "a" on its own alone; PTX of the highest on all later."""
     device = capability(gpu)
     highest = max(int(arch.rstrip("af")) for arch in archs)
     if device >= highest or any(_runs_on(arch, device) for arch in archs):

@@ -41,9 +41,13 @@ void call(const char* name, int (*op)(const Args*), const Args& args) {
       throw std::invalid_argument(std::string(name) + ": bad argument");
     case CCU_UNSUPPORTED:
       throw std::runtime_error(std::string(name) + ": not supported by this build");
-    default:
-      throw std::runtime_error(std::string(name) + ": failed with status " + std::to_string(status));
   }
+#if CCU_HAVE_CUDA
+  if (status >= CCU_CUDA_ERROR)
+    throw std::runtime_error(std::string(name) + ": CUDA error " + std::to_string(status - CCU_CUDA_ERROR) + ", " +
+                             ccu_cuda_error_text(status));
+#endif
+  throw std::runtime_error(std::string(name) + ": failed with status " + std::to_string(status));
 }
 
 // On tensors of a CPU or of a GPU. Args are deduced from cpu_op alone: without CUDA the other one is nullptr.

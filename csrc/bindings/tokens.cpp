@@ -86,6 +86,7 @@ void bind_tokens(py::module_& m) {
   m.attr("TOPK_SCAN") = static_cast<int>(CCU_TOPK_SCAN);
   m.attr("TOPK_EXACT") = static_cast<int>(CCU_TOPK_EXACT);
   m.attr("TOPK_INVALID") = static_cast<int>(CCU_TOPK_INVALID);
+  m.attr("TOPK_ZERO") = static_cast<int>(CCU_TOPK_ZERO);
   m.attr("CUDA_MOST_FLIPS") = static_cast<int>(CCU_CUDA_MOST_FLIPS);
 #if CCU_HAVE_CUDA
   m.def(

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #include "../ccu_fast.h"
 
@@ -12,12 +13,17 @@ namespace ccu {
 constexpr int kThreads = 256;
 constexpr int kBlocksPerProcessor = 8;
 
+// N elements that move as one access, or as several of 16 bytes: nvcc makes one of 32 where the type promises that
+// much, on the GPUs that have it, and tensors promise no more than 16.
 template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T item[N];
 };
 
-inline bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+template <class P>
+bool aligned_for(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % alignof(P) == 0;
+}
 
 // Blocks for `tasks` grid-stride tasks of one thread each; 0 if the device does not answer.
 inline unsigned blocks_for(int64_t tasks) {
@@ -29,7 +35,24 @@ inline unsigned blocks_for(int64_t tasks) {
   return static_cast<unsigned>(wanted < most ? (wanted > 0 ? wanted : 1) : most);
 }
 
-inline int launched() { return cudaGetLastError() == cudaSuccess ? CCU_OK : CCU_CUDA_ERROR; }
+// The status of what was launched last, and of a question to the device that got no answer.
+inline int launched() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? CCU_OK : CCU_CUDA_ERROR + static_cast<int>(error);
+}
+inline int no_device() {
+  const int status = launched();
+  return status == CCU_OK ? CCU_CUDA_ERROR : status;
+}
+
+// An index that the host did not look at: the kernel ends, and with it the process's use of the GPU, as in torch.
+[[noreturn, maybe_unused]] static __device__ __noinline__ void out_of_range(const char* name, int64_t value,
+                                                                            int64_t end) {
+  printf("ccu_fast: %s: expected 0 <= index < %lld, got %lld\n", name, static_cast<long long>(end),
+         static_cast<long long>(value));
+  __trap();
+  __builtin_unreachable();
+}
 
 }  // namespace ccu
 

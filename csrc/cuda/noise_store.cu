@@ -13,7 +13,7 @@ namespace ccu {
 namespace {
 
 __device__ __forceinline__ int64_t in_range(int64_t row, int64_t rows) {
-  if (row < 0 || row >= rows) __trap();
+  if (row < 0 || row >= rows) out_of_range("index", row, rows);
   return row;
 }
 
@@ -68,7 +68,7 @@ template <class T, class N, int W>
 int launch_add(const ccu_noise_add_args& a) {
   const int64_t packs = a.channels * a.inner / W;
   const unsigned blocks = blocks_for(a.items * packs);
-  if (blocks == 0) return CCU_CUDA_ERROR;
+  if (blocks == 0) return no_device();
   const cudaStream_t stream = static_cast<cudaStream_t>(a.stream);
   if (a.limits != nullptr)
     add_packs<T, N, W, true><<<blocks, kThreads, 0, stream>>>(a, packs);
@@ -81,8 +81,9 @@ template <class T, class N>
 int add(const ccu_noise_add_args& a) {
   constexpr int kWide = 16 / sizeof(T);
   const int64_t run = a.limits != nullptr ? a.inner : a.channels * a.inner;
-  const bool wide = run % kWide == 0 && aligned(a.images, 16) && aligned(a.out, 16) &&
-                    aligned(a.noise, sizeof(Pack<N, kWide>) < 16 ? sizeof(Pack<N, kWide>) : 16);
+  using Wide = Pack<T, kWide>;
+  const bool wide = run % kWide == 0 && aligned_for<Wide>(a.images) && aligned_for<Wide>(a.out) &&
+                    aligned_for<Pack<N, kWide>>(a.noise);
   return wide ? launch_add<T, N, kWide>(a) : launch_add<T, N, 1>(a);
 }
 
@@ -104,7 +105,7 @@ template <class N, class D, int W>
 int launch_update(const ccu_noise_update_args& a) {
   const int64_t packs = a.size / W;
   const unsigned blocks = blocks_for(a.count * packs);
-  if (blocks == 0) return CCU_CUDA_ERROR;
+  if (blocks == 0) return no_device();
   update_packs<N, D, W><<<blocks, kThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(a, packs);
   return launched();
 }
@@ -112,8 +113,7 @@ int launch_update(const ccu_noise_update_args& a) {
 template <class N, class D>
 int update(const ccu_noise_update_args& a) {
   constexpr int kWide = 4;
-  const bool wide =
-      a.size % kWide == 0 && aligned(a.noise, sizeof(Pack<N, kWide>)) && aligned(a.delta, sizeof(Pack<D, kWide>));
+  const bool wide = a.size % kWide == 0 && aligned_for<Pack<N, kWide>>(a.noise) && aligned_for<Pack<D, kWide>>(a.delta);
   return wide ? launch_update<N, D, kWide>(a) : launch_update<N, D, 1>(a);
 }
 

@@ -129,7 +129,7 @@ int launch(const ccu_pgd_step_args& a) {
   const cudaStream_t stream = static_cast<cudaStream_t>(a.stream);
   if (a.norm == CCU_LINF) {
     const unsigned blocks = blocks_for(packs);
-    if (blocks == 0) return CCU_CUDA_ERROR;
+    if (blocks == 0) return no_device();
     linf_packs<T, G, N><<<blocks, kThreads, 0, stream>>>(a, t, packs, per_channel);
     return launched();
   }
@@ -145,8 +145,9 @@ template <class T, class G>
 int with_types(const ccu_pgd_step_args& a) {
   constexpr int kWide = 16 / sizeof(T);
   const int64_t run = a.channel != nullptr ? a.inner : a.channels * a.inner;
-  const bool wide = run % kWide == 0 && aligned(a.delta, 16) && aligned(a.image, 16) && aligned(a.out, 16) &&
-                    aligned(a.grad, sizeof(Pack<G, kWide>) < 16 ? sizeof(Pack<G, kWide>) : 16);
+  using Wide = Pack<T, kWide>;
+  const bool wide = run % kWide == 0 && aligned_for<Wide>(a.delta) && aligned_for<Wide>(a.image) &&
+                    aligned_for<Wide>(a.out) && aligned_for<Pack<G, kWide>>(a.grad);
   return wide ? launch<T, G, kWide>(a) : launch<T, G, 1>(a);
 }
 

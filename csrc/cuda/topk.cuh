@@ -1,4 +1,4 @@
-// What the two selections of topk_flips on a GPU share: a block that holds candidates, scores and sorts them.
+// A block of topk_flips on a GPU: it holds candidates, scores and sorts them.
 #ifndef CCU_FAST_CUDA_TOPK_CUH_
 #define CCU_FAST_CUDA_TOPK_CUH_
 
@@ -21,8 +21,14 @@ __device__ __forceinline__ int64_t id_of(const ccu_cuda_topk_args& a, int64_t to
   return a.token_ids != nullptr ? __ldg(a.token_ids + token) : token;
 }
 
+__device__ __forceinline__ float penalty_of(const ccu_cuda_topk_args& a, int64_t row, int64_t token) {
+  return a.penalty != nullptr ? a.penalty[row * a.penalty_stride + token] : 0.0f;
+}
+
+// A penalty that is not finite forbids its token.
 __device__ __forceinline__ bool may_use(const ccu_cuda_topk_args& a, int64_t row, int64_t token) {
   if (a.allowed != nullptr && !a.allowed[row * a.allowed_stride + token]) return false;
+  if (a.penalty != nullptr && !isfinite(penalty_of(a, row, token))) return false;
   return !a.exclude_current || id_of(a, token) != a.current[row];
 }
 
@@ -50,8 +56,7 @@ __device__ __forceinline__ double dot(const ccu_cuda_topk_args& a, int64_t id, i
 
 __device__ __forceinline__ double score(const ccu_cuda_topk_args& a, int64_t row, int64_t token) {
   const double value = dot(a, id_of(a, token), row);
-  const double penalty = a.penalty != nullptr ? a.penalty[row * a.penalty_stride + token] : 0.0;
-  return (a.maximize ? -value : value) + penalty;
+  return (a.maximize ? -value : value) + penalty_of(a, row, token);
 }
 
 // By (score, token); what is behind the last sorts to the end.
@@ -81,6 +86,14 @@ __device__ void sort(Candidates& c) {
     }
 }
 
+// Float64 scores of the candidates from number `first` on. Sorting them begins with a barrier.
+__device__ void score_from(const ccu_cuda_topk_args& a, int64_t row, int first, Candidates& c) {
+  for (int at = first + threadIdx.x / 32; at < c.count; at += kWarps) {
+    const double exact = score(a, row, c.token[at]);
+    if (threadIdx.x % 32 == 0) c.score[at] = exact;
+  }
+}
+
 // The first k of sorted candidates.
 __device__ void write(const ccu_cuda_topk_args& a, int64_t row, const Candidates& c, bool valid) {
   const int n = c.count < a.k ? c.count : static_cast<int>(a.k);
@@ -88,7 +101,7 @@ __device__ void write(const ccu_cuda_topk_args& a, int64_t row, const Candidates
   double current = 0.0;
   if (a.current != nullptr && n > 0) {
     const int64_t id = a.current[row];
-    if (id < 0 || id >= a.vocabulary) __trap();
+    if (id < 0 || id >= a.vocabulary) out_of_range("current_ids", id, a.vocabulary);
     current = dot(a, id, row);
   }
   for (int at = warp; at < a.k; at += kWarps) {

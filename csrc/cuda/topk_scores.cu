@@ -87,7 +87,7 @@ extern "C" int ccu_cuda_topk_scores(const ccu_cuda_topk_scores_args* args) {
   if (args == nullptr || args->rows < 0 || args->tokens < 1 || args->dim < 1 || args->dim % ccu::kDims != 0)
     return CCU_BAD_ARGUMENT;
   const unsigned blocks = ccu::blocks_for((args->tokens + ccu::kTokens - 1) / ccu::kTokens * 32);
-  if (blocks == 0) return CCU_CUDA_ERROR;
+  if (blocks == 0) return ccu::no_device();
   using Launch = void (*)(const ccu_cuda_topk_scores_args&, int64_t, unsigned);
   constexpr Launch kLaunch[ccu::kMostRows] = {ccu::launch<1>, ccu::launch<2>, ccu::launch<3>,
                                               ccu::launch<4>, ccu::launch<5>, ccu::launch<6>};

@@ -14,9 +14,14 @@ DTYPES = {
 }  # fmt: skip
 
 
+def on_gpu(device: torch.device) -> bool:
+    """Whether it is the CUDA kernels that compute there."""
+    return device.type == "cuda"
+
+
 def on(device: torch.device) -> tuple[AbstractContextManager[Any], dict[str, Any]]:
     """A guard to call under, and the arguments that say where: torch's current stream of a GPU, or its threads."""
-    if device.type != "cuda":
+    if not on_gpu(device):
         return nullcontext(), {"threads": torch.get_num_threads(), "cuda": False, "stream": 0}
     stream = torch.cuda.current_stream(device).cuda_stream
     return torch.cuda.device(device), {"threads": 1, "cuda": True, "stream": stream}

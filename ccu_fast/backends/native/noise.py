@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from ccu_fast import _C
-from ccu_fast.backends.native.launch import DTYPES, address, on
+from ccu_fast.backends.native.launch import DTYPES, address, on, on_gpu
 from ccu_fast.backends.noise_problem import BadGradient, NoiseStep
 
 
 def step(p: NoiseStep) -> None:
     """Write the step to ``p.delta``."""
     device = p.delta.device
-    if device.type == "cuda" and p.check and bool((~torch.isfinite(p.grad) if p.l2 else torch.isnan(p.grad)).any()):
+    if on_gpu(device) and p.check and bool((~torch.isfinite(p.grad) if p.l2 else torch.isnan(p.grad)).any()):
         raise BadGradient
     # Without channels the samples are told apart by the l2 norm alone.
     samples, channels = p.delta.shape[0], 1 if p.channel is None else p.channel.shape[1]
@@ -20,7 +20,7 @@ def step(p: NoiseStep) -> None:
     if p.channel is None and not p.l2:
         samples, inner = 1, p.delta.numel()
     parts = None
-    if device.type == "cuda" and p.l2:
+    if on_gpu(device) and p.l2:
         parts = torch.empty(2, samples, _C.PGD_SLICES, dtype=torch.float64, device=device)
     size, eps, lower, upper = p.numbers
     guard, where = on(device)

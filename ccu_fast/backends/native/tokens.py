@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ccu_fast import _C
 from ccu_fast.backends.native import tokens_cuda
-from ccu_fast.backends.native.launch import DTYPES, address
+from ccu_fast.backends.native.launch import DTYPES, address, on_gpu
 from ccu_fast.backends.native.tokens_cuda import per_row
 from ccu_fast.backends.reference import tokens as reference
 from ccu_fast.backends.token_problem import TokenProblem, TokenResult
@@ -19,7 +19,7 @@ _PACK_ROWS = 512 * _PANEL
 
 def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the scan reads, and what it must know of its rounding."""
-    if embedding.device.type == "cuda":
+    if on_gpu(embedding.device):
         return tokens_cuda.pack(embedding, token_ids)
     return pack_panels(embedding, token_ids)
 
@@ -54,7 +54,7 @@ def topk(p: TokenProblem) -> TokenResult:
     """The k best tokens of every row; memory O(N · (k + D)) beyond the packed table."""
     if p.packed is None or p.coarse is None:
         raise ValueError("table: expected one built for the native backend, got one built for the reference")
-    if p.grad.device.type == "cuda":
+    if on_gpu(p.grad.device):
         # Beyond what a block can hold, as for a whole vocabulary sorted, the reference's sort is as good.
         return tokens_cuda.topk(p) if p.k <= _C.CUDA_MOST_FLIPS else reference.topk(p)
     size = (p.rows, p.k)

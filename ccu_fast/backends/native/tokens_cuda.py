@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ccu_fast import _C
 from ccu_fast.backends.native.launch import DTYPES, address, on
+from ccu_fast.backends.precision import fp32_sums
 from ccu_fast.backends.token_problem import TokenProblem, TokenResult
 
 FEW_ROWS = 16
 _CHUNK_BYTES = 256 << 20
 _PACK_ROWS = 8192
 _FINER = 1024.0  # gradients in (-1, 1) times this are in the middle of fp16's range
-_GEMM = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm(..., out_dtype=torch.float32)
 
 
 def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -71,13 +71,22 @@ def describe(p: TokenProblem, few: bool) -> tuple[Tensor, Tensor]:
     error = norm * table_error + (off + 4 * (dim + 2) * 2.0**-23 * (norm + off)) * table_norm + dim * 2.0**-120
     if not p.certify:
         error = torch.zeros_like(error)
+    zero = ~grad.any(1)
     if p.penalty is not None:
-        most = p.penalty.abs().amax(1).double() * unit
+        # Those that are not finite forbid their tokens, and say nothing of the others.
+        most = torch.where(torch.isfinite(p.penalty), p.penalty.abs(), 0).amax(1).double() * unit
         far = far | ~(most < 1e37)
-    path = torch.where(finite, torch.where(far, _C.TOPK_EXACT, _C.TOPK_SCAN), _C.TOPK_INVALID)
+    path = torch.where(far, _C.TOPK_EXACT, _C.TOPK_SCAN).masked_fill(zero, _C.TOPK_ZERO)
+    path = torch.where(finite, path, _C.TOPK_INVALID)
     factor = inverse * ((-1.0 if p.maximize else 1.0) / (1.0 if few else _FINER))
     about = torch.stack([factor.expand_as(norm), unit.double(), error * 1.01, path.double()], 1)
     return operand, about.float()
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a @ b`` of fp16 operands, with products, sums and results in fp32."""
+    with fp32_sums():
+        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
 
 
 def topk(p: TokenProblem) -> TokenResult:
@@ -87,7 +96,7 @@ def topk(p: TokenProblem) -> TokenResult:
 
 
 def topk_and_redone(p: TokenProblem) -> tuple[TokenResult, Tensor]:
-    """The result, and bool ``[N]``: the rows for which coarse scores did not settle it."""
+    """The result, and bool ``[N]``: the rows whose candidates were too many to be settled at once."""
     assert p.packed is not None
     device, size = p.grad.device, (p.rows, p.k)
     result = TokenResult(
@@ -100,7 +109,7 @@ def topk_and_redone(p: TokenProblem) -> tuple[TokenResult, Tensor]:
     redone = torch.empty(p.rows, dtype=torch.bool, device=device)
     if p.rows == 0:
         return result, redone
-    few = p.rows <= FEW_ROWS or not _GEMM
+    few = p.rows <= FEW_ROWS
     operand, about = describe(p, few)
     chunk = min(p.rows, max(1, _CHUNK_BYTES // (4 * p.tokens)))
     buffer = torch.empty(chunk, p.tokens, dtype=torch.float32, device=device)
@@ -116,7 +125,7 @@ def topk_and_redone(p: TokenProblem) -> tuple[TokenResult, Tensor]:
                     rows=rows, tokens=p.tokens, dim=p.packed.shape[1], stream=stream,
                 )  # fmt: skip
             else:
-                scores = torch.mm(operand[first : first + rows], p.packed.T, out_dtype=torch.float32)
+                multiply(operand[first : first + rows], p.packed.T, scores)
             _C.cuda_topk_select(
                 scores=scores.data_ptr(),
                 first=first,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ccu_fast.backends.precision import fp32_sums
 from ccu_fast.backends.problem import SimilarityProblem
 from ccu_fast.backends.triton.plan import Chunk
 
@@ -16,10 +17,11 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
     if a.dtype == torch.float32:
         torch.baddbmm(out, a, b, out=out) if add else torch.bmm(a, b, out=out)
     elif a.is_cuda and _KEEPS_FP32:
-        if add:
-            torch.ops.aten.baddbmm.dtype_out(out, a, b, torch.float32, out=out)
-        else:
-            torch.ops.aten.bmm.dtype_out(a, b, torch.float32, out=out)
+        with fp32_sums():
+            if add:
+                torch.ops.aten.baddbmm.dtype_out(out, a, b, torch.float32, out=out)
+            else:
+                torch.ops.aten.bmm.dtype_out(a, b, torch.float32, out=out)
     else:
         # The interpreter's CPU tensors, and torch releases whose GEMM rounds its result: fp16 would overflow there.
         product(out, a.float(), b.float(), add=add)

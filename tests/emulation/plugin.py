@@ -1,0 +1,94 @@
+"""A pytest plugin: the project's own tests run on the emulated kernels, those marked gpu included.
+
+    CCU_FAST_EMULATED_GPU=/path/of/_C.so python -m pytest -p emulation.plugin test_noise.py …
+
+The module named takes the place of ccu_fast._C, and where the package would ask whether tensors are on a GPU the answer
+is yes, so that every operation of the backend "native" takes its CUDA kernel. What a test says of the device "cuda" is
+done on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# What no emulation of kernels has.
+BEYOND = {
+    "test_a_cuda_graph_holds_the_step": "CUDA graphs",
+    "test_a_cuda_graph_holds_the_search": "CUDA graphs",
+    "test_offsets_beyond_31_bits": "2.4 billion scores",
+    "test_the_registry_says_what_runs_where": "it asks for a real device",
+    "test_noise_of_a_gpu_on_images_of_the_host": "the order of a copy and a read",
+}
+# Shapes that take minutes here; smaller ones of the same tests stay.
+LARGE = ("5-49408-512", "600-997-129", "40-5000-64", "16-300-33")
+# What belongs to the CPU kernels, which are not used here.
+OF_THE_CPU = ("thread", "isa", "panel", "memory")
+
+
+def load() -> Any:
+    """The emulated module as ccu_fast._C, and the package told that it computes on a GPU."""
+    spec = importlib.util.spec_from_file_location("ccu_fast._C", os.environ["CCU_FAST_EMULATED_GPU"])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["ccu_fast._C"] = module
+
+    from ccu_fast.backends import machine
+    from ccu_fast.backends.native import launch
+
+    assert "ccu_fast.backends.native.tokens" not in sys.modules, "imported before it could be told"
+    machine.why_not_native = lambda: None
+    launch.on_gpu = lambda device: True
+    launch.on = lambda device: (nullcontext(), {"threads": 1, "cuda": True, "stream": 0})
+
+    from ccu_fast.backends.native import tokens_cuda
+
+    def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+        torch.mm(a.float(), b.float(), out=out)
+
+    tokens_cuda.multiply = multiply  # torch's product of fp16 to fp32 has no CPU kernel
+    return module
+
+
+load()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what cannot be shown here; the count of the rest is checked by who started this."""
+    left = [
+        item
+        for item in items
+        if item.name.split("[")[0] not in BEYOND and not any(word in item.name for word in (*OF_THE_CPU, *LARGE))
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in left])
+    items[:] = left
+
+
+class CudaIsHere(TorchFunctionMode):
+    """Whatever is asked for on "cuda" is made on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.cuda:
+            return args[0].clone()
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _cuda_is_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr("ccu_fast.check.finite", lambda name, value: None)  # on a GPU the host does not look
+    with CudaIsHere() if request.node.get_closest_marker("gpu") else nullcontext():
+        yield
