@@ -42,7 +42,7 @@ def run(case: Case, environment: dict[str, Any], *, seconds: float, say: Say) ->
     say(f"{name}: peak memory")
     for provider in timed:
         if provider.role != "ceiling":
-            _remember(case, provider, rows[provider.name])
+            _remember(case, provider, calls[provider.name], rows[provider.name])
 
     say(f"{name}: timing {len(timed)} providers in turn")
     samples = interleave({p.name: calls[p.name] for p in timed}, case.device, seconds=seconds)
@@ -93,9 +93,9 @@ def _admit(provider: Provider, gate: Gate, row: Row) -> Call | None:
     return call
 
 
-def _remember(case: Case, provider: Provider, row: Row) -> None:
+def _remember(case: Case, provider: Provider, call: Call, row: Row) -> None:
     try:
-        row.peak_extra_bytes = memory.peak_extra_bytes(case, provider)
+        row.peak_extra_bytes = memory.peak_extra_bytes(case, provider, call)
     except Unavailable as reason:
         row.note = "; ".join(filter(None, (row.note, f"memory not measured: {reason}")))
 
