@@ -1,10 +1,11 @@
 """Peak memory of one call beyond what was there before it: results included, inputs not.
 
-On a GPU the allocator knows, and the call that will be timed is the one that is measured. On a CPU it is measured: a fresh process for each provider runs the call once while the
-kernel records the highest resident size (``VmHWM``, reset through ``/proc/self/clear_refs``). Nothing is sampled, so no
-peak is missed; the heap is told to give freed blocks of a megabyte and more back at once, so what is resident is what
-is in use. The call is warmed up before (on a small problem, or on
-the same one if it compiles), because thread stacks and library buffers that are allocated once are not the call's.
+On a GPU the allocator knows, and the call that will be timed is the one that is measured. On a CPU a fresh process for
+each provider runs the call once while the kernel records the highest resident size (``VmHWM``, reset through
+``/proc/self/clear_refs``). Nothing is sampled, so no peak is missed; the heap is told to give freed blocks of a
+megabyte and more back at once, so what is resident is what is in use. The call is warmed up before (on a small problem,
+or on the same one if it compiles), because thread stacks and library buffers that are allocated once are not the
+call's.
 """
 
 from __future__ import annotations

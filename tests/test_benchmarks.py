@@ -230,7 +230,7 @@ def test_ratios_are_taken_within_each_round() -> None:
     assert timer.Samples(ms=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).quantile(0.2) == 2.0
 
 
-# --- where it was measured ---------------------------------------------------------------------------------------------
+# --- where it was measured --------------------------------------------------------------------------------------------
 
 
 def test_a_copy_without_git_is_told_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
