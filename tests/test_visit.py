@@ -14,15 +14,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
-from presence import absent
 
-from benchmarks import exercise, results
-from benchmarks.gate import Gate
-from benchmarks.ops import OPS, pgd_step
-from benchmarks.registry import Call, Case, Provider, Shape, Tensors, label, select
+from benchmarks import results
+from benchmarks.ops import OPS
+from benchmarks.registry import label, select
 from benchmarks.visit import __main__ as command
-from benchmarks.visit import archive, program, questions, steps, tune
+from benchmarks.visit import archive, program, steps
 from benchmarks.visit.steps import ROOT, Done, Step, Visit
 
 MIB = 1 << 20
@@ -239,8 +236,9 @@ def test_steps_side_by_side_wait_for_each_other(tmp_path: Path) -> None:
         "while not other.exists(): time.sleep(0.01)\nprint(sys.argv[3])"
     )
     a, b, c = (str(tmp_path / name) for name in "abc")
-    together = Step("many", [[*PYTHON, meet, a, c, "5 right, 0 wrong, 0 not run"],
-                             [*PYTHON, meet, b, a, "2 right, 1 wrong, 0 not run: lse"]], judge=steps.add_counts)  # fmt: skip
+    right, wrong = "5 right, 0 wrong, 0 not run", "2 right, 1 wrong, 0 not run: lse"
+    commands = [[*PYTHON, meet, a, c, right], [*PYTHON, meet, b, a, wrong]]
+    together = Step("many", commands, judge=steps.add_counts)
     assert not now.run(together, Step("one", [[*PYTHON, meet, c, b, "met"]]))
     lines = {d.step: (d.status, d.said) for d in now.done}
     assert lines == {"many": ("failed", "7 right, 1 wrong, 0 not run: lse"), "one": ("ok", "met")}
@@ -317,106 +315,3 @@ def test_every_case_of_a_gpu_is_measured_and_warmed_once() -> None:
     assert planned[0] == ("clip_loss", "B=32768,D=512")
     assert [(case.op.name, label(case.shape)) for case in program.cases("cuda", (), quick=False)] == planned
     assert program.chosen(groups, ["pgd_step"]) == [(("pgd_step",), ())]
-
-
-# --- tuning ----------------------------------------------------------------------------------------------------------
-
-
-def test_tuning_in_the_interpreter(tmp_path: Path) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("triton") is None:
-        absent("the Triton interpreter", "the package triton is not installed")
-    asked = "import sys; from benchmarks.visit import questions, tune; ask = questions.questions\n"
-    asked += "tune.questions = lambda *a, **k: [q for q in ask(*a, **k) if q.about in sys.argv[1].split(',')]\n"
-    asked += "sys.exit(tune.main(sys.argv[2:]))"
-    done = subprocess.run(
-        [*PYTHON, asked, "tiles of ragged shapes,parts of dX's sum", "--out", tmp_path, "--device", "cpu", "--tiny"],
-        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    answers = json.loads((tmp_path / "tune.json").read_text())
-    assert [a["question"] for a in answers] == ["tiles of ragged shapes", "parts of dX's sum", "parts of dX's sum"]
-    tiles = {r["provider"]: r["status"] for r in answers[0]["rows"]}
-    assert tiles == {"open_clip": "ok", "as it is": "ok", "gradient keyed 32": "ok"}
-    assert answers[0]["kernels"] and answers[0]["parts"].keys() == {"as it is", "gradient keyed 32"}
-    page = (tmp_path / "tune.md").read_text()
-    assert page.count("| parts of dX's sum |") == 2 and "| gradient keyed 32 |" in page
-
-
-def answered(**ms: float) -> tune.Answer:
-    rows = [row(provider=name.replace("_", " "), p50_ms=value) for name, value in ms.items()]
-    return tune.Answer("a constant", rows, {}, [])
-
-
-def test_an_answer_is_worth_more_than_noise() -> None:
-    assert answered(as_it_is=1.0, other=0.98).text() == "keep"
-    assert answered(as_it_is=1.0, other=0.9, third=0.8).text() == "change to third, −20%"
-    wrong = answered(as_it_is=1.0, other=0.5)
-    wrong.rows[1].status, wrong.rows[1].p50_ms, wrong.rows[1].reason = "wrong", None, "dx is off"
-    assert wrong.text() == "no answer: other wrong: dx is off"
-    short = answered(as_it_is=1.0, other=0.9)
-    short.rows[0].graph_ms, short.rows[1].graph_ms = 0.1, 0.2  # the GPU's time decides, not the host's
-    assert short.text() == "keep"
-
-
-def test_a_changed_tile_is_taken_and_one_that_nobody_asks_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = pytest.importorskip("ccu_fast.backends.triton.configs")
-    device = configs.of("sm_90", 132)
-    monkeypatch.setattr(configs, "device", lambda: device)
-    change = questions.Change(gradient={"num_warps": 2})
-    taken = []
-
-    def build(inputs: Tensors, shape: Shape) -> Call:
-        return lambda: taken.append(configs.device().gradient["half"].num_warps) or {}
-
-    questions.build_changed({}, {}, build=build, change=change)()
-    assert taken == [2, 2] and configs.device() is device
-    with pytest.raises(RuntimeError, match="did not ask for the gradient tile"):
-        questions.build_changed({}, {}, build=lambda *_: dict, change=change)
-
-
-def test_what_is_left_for_lack_of_time_is_in_the_table(tmp_path: Path) -> None:
-    assert tune.main(["--out", str(tmp_path), "--device", "cpu", "--tiny", "--minutes", "-1"]) == 1
-    left = questions.questions("cuda")
-    where = {"device": "a GPU", "torch": "2", "triton": "3", "measured": "today"}
-    page = tune.page([answered(as_it_is=1.0, other=0.5)], left, where)
-    assert page.count("not run: out of time") == len(left) > 10
-    assert {q.about for q in left} >= {"the default workspace", "tiles with labels", "the border of small batches"}
-    assert {provider.name for q in left for provider in q.case.providers()} >= {"4 GiB", "8 parts", "small kernels"}
-
-
-# --- exercise --------------------------------------------------------------------------------------------------------
-
-
-def unsteady(inputs: Tensors, shape: Shape) -> Call:
-    """Right, but another last bit at every call."""
-    image = pgd_step.build_eager(inputs, shape)()["image"]
-    first = image.flatten()[0]
-    first.copy_(torch.nextafter(first, torch.rand(())))
-    return lambda: {"image": image}
-
-
-def off(inputs: Tensors, shape: Shape) -> Call:
-    image = pgd_step.build_eager(inputs, shape)()["image"]
-    return lambda: {"image": image + 0.01}
-
-
-@pytest.mark.parametrize(
-    ("build", "problem"), [(unsteady, "image differs from call to call"), (off, "image is off by")]
-)
-def test_exercise_sees_what_is_wrong(build: object, problem: str) -> None:
-    case = Case(pgd_step.PGD_STEP, {"B": 2, "H": 5}, torch.float32, torch.device("cpu"))
-    gate = Gate(case, case.inputs())
-    right = Provider("ours", pgd_step.build_eager, role="ours")
-    assert exercise.exercise(case, right, gate, 3) is None
-    said = exercise.exercise(case, Provider("ours", build, role="ours"), gate, 3)  # type: ignore[arg-type]
-    assert said is not None and problem in said
-
-
-def test_exercise_fails_if_nothing_ran(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exercise.main(["--ops", "pgd_step", "--device", "cpu", "--once"]) == 0
-    assert "1 exercised on cpu, 0 wrong" in capsys.readouterr().out
-    if not torch.cuda.is_available():
-        assert exercise.main(["--device", "cuda"]) == 2

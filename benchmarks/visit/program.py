@@ -17,6 +17,7 @@ from benchmarks.visit.steps import Done, Step, Visit, add_counts, count_tests
 
 PARTS = ("smoke", "bench", "tests", "tune")
 Group = tuple[tuple[str, ...], tuple[str, ...]]
+Command = list[str | Path]
 # The cases in the order of what they decide; what an op has besides comes last.
 MAIN: tuple[Group, ...] = (
     (("clip_loss",), ("B=32768,D=512",)),
@@ -93,16 +94,16 @@ def execute(now: Visit, plan: Plan) -> None:
     if plan.wants("bench"):
         _measure(now, plan, [*REST, *others()], len(MAIN) + len(LABELS) + 1)
     if plan.wants("tune"):
-        tune = [python, "-m", "benchmarks.visit.tune", "--out", now.work / "tune", *_size(plan)]
+        tune: Command = [python, "-m", "benchmarks.visit.tune", "--out", now.work / "tune", *_size(plan)]
         # Where everything is asked for, it takes what is left, and says what did not fit.
         tune += ["--minutes", f"{max(0.05, (now.left - LATE) / 60):.2f}"]
         now.run(Step("tune", [tune], least=5 if plan.tiny else 60, environment=_interpreted(plan)))
     if plan.wants("bench"):
-        finish = ["--out", now.work / "results", "--device", plan.device, "--report", "--check"]
+        finish: Command = ["--out", now.work / "results", "--device", plan.device, "--report", "--check"]
         now.run(Step("report", [[python, "-m", "benchmarks", *finish]], least=1), reserve=0)
 
 
-def _size(plan: Plan) -> list[str | Path]:
+def _size(plan: Plan) -> Command:
     return ["--device", plan.device, *(["--tiny"] if plan.tiny else [])]
 
 
@@ -139,7 +140,7 @@ def _warm(plan: Plan, part: str) -> Step:
     return Step(f"warm {part}", _in_parts(plan, command), most=120, environment=environment)
 
 
-def _in_parts(plan: Plan, command: list[str | Path]) -> list[list[str | Path]]:
+def _in_parts(plan: Plan, command: Command) -> list[Command]:
     return [[*command, "--part", f"{i}/{plan.processes}"] for i in range(1, plan.processes + 1)]
 
 
@@ -147,12 +148,12 @@ def _test(now: Visit, plan: Plan) -> None:
     spread = ["-n", str(plan.processes), "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
     tests = ["-v", "-p", "no:cacheprovider", "-m", "gpu", *spread, *(TINY_TESTS if plan.tiny else ("tests",))]
     now.run(Step("tests", [[plan.python, "-m", "pytest", *tests]], most=150, least=30, judge=count_tests))
-    exercise = [plan.python, "-m", "benchmarks.exercise", "--device", plan.device]
+    exercise: Command = [plan.python, "-m", "benchmarks.exercise", "--device", plan.device]
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         now.note(Done("sanitizer", "not run", said="compute-sanitizer is not installed"))
     else:
-        watched = [tool, "--error-exitcode", "1", "--target-processes", "all", *exercise, "--once"]
+        watched: Command = [tool, "--error-exitcode", "1", "--target-processes", "all", *exercise, "--once"]
         watched += ["--dtypes", "bfloat16", "--ops", *(plan.ops or SANITIZED)]
         now.run(Step("sanitizer", [watched], most=90, least=30))
     ops = plan.ops or (TINY_OPS if plan.tiny else ())
@@ -161,7 +162,7 @@ def _test(now: Visit, plan: Plan) -> None:
 
 def _measure(now: Visit, plan: Plan, groups: Sequence[Group], first: int) -> None:
     """A process for each group: after an illegal access nothing more can be measured in its own."""
-    bench = [plan.python, "-m", "benchmarks", "--out", now.work / "results", "--device", plan.device]
+    bench: Command = [plan.python, "-m", "benchmarks", "--out", now.work / "results", "--device", plan.device]
     if plan.tiny:
         small = ["--quick", "--no-compiled", "--seconds", "0.02", "--ops", *(plan.ops or TINY_OPS)]
         if first == 1:

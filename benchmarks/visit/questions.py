@@ -57,7 +57,8 @@ def made(change: Change) -> Iterator[set[str]]:
         if change.forward or change.gradient:
             from ccu_fast.backends.triton import configs
 
-            device, tiles = configs.device(), {}
+            device = configs.device()
+            tiles: dict[str, Any] = {}
             for kind, fields in (("forward", change.forward), ("gradient", change.gradient)):
                 if fields:
                     of_kind = getattr(device, kind)
@@ -194,7 +195,7 @@ def _case(device: str, op: Op, shape: Shape, variants: Sequence[Provider]) -> Ca
 
 def _ours(op: Op) -> Build:
     """The op's own call of ours, by the kernels of a GPU: on a CPU by those in the interpreter."""
-    build = next(p for p in op.providers if p.name == "ccu_fast").build
+    build: Build = next(p for p in op.providers if p.name == "ccu_fast").build
     return partial(build, backend="triton")
 
 
