@@ -228,6 +228,24 @@ def test_a_step_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> None:
     assert pulse.stat().st_size == beats
 
 
+def test_a_visit_that_is_told_to_end_leaves_nothing_running(tmp_path: Path) -> None:
+    recorder = tmp_path / "python"
+    recorder.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 100\n")
+    recorder.chmod(0o755)
+    words = ["--out", tmp_path / "out", "--python", recorder]
+    visit = subprocess.Popen([sys.executable, "-m", "benchmarks.visit", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert visit.poll() is None
+            time.sleep(0.05)
+    finally:
+        visit.terminate()
+    assert visit.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert (tmp_path / "out" / archive.NAME).exists()
+
+
 def test_steps_side_by_side_wait_for_each_other(tmp_path: Path) -> None:
     """Each waits for a file that the other one makes; what one of them says wrong is in its line."""
     now = Visit(tmp_path / "out", seconds=60)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", metavar="SHA", help="of this copy, where it has no .git; or in a file COMMIT")
     arguments = vars(parser.parse_args(argv))
     file = arguments.pop("unpack")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends too
     try:
         if file is not None:
             return unpack(file)

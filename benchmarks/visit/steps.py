@@ -99,11 +99,15 @@ class Visit:
                 continue
             print(f"{step.name} …", flush=True)
             started.append(_Started(self, step, time.monotonic() + limit))
-        while any(running.done is None for running in started):
-            time.sleep(0.05)
+        try:
+            while any(running.done is None for running in started):
+                time.sleep(0.05)
+                for running in started:
+                    if running.done is None and running.ended():
+                        self.note(running.finish())
+        finally:  # also where the visit itself is told to end
             for running in started:
-                if running.done is None and running.ended():
-                    self.note(running.finish())
+                running.stop()
         return len(started) == len(together) and all(r.done and r.done.status == "ok" for r in started)
 
     def note(self, done: Done) -> None:
@@ -142,11 +146,9 @@ class _Started:
         return time.monotonic() > self.end or all(p is None or p.poll() is not None for p in self.processes)
 
     def finish(self) -> Done:
-        """Stop what is still running, together with all that it started, and judge."""
+        """Stop what is still running and judge."""
         codes = [127 if process is None else process.poll() for process in self.processes]
-        for process in self.processes:
-            if process is not None:
-                _stop(process)
+        self.stop()
         seconds = round(time.monotonic() - self.start, 1)
         status = "out of time" if None in codes else "failed" if any(codes) else "ok"
         worst = next((log for code, log in zip(codes, self.logs, strict=True) if code), self.logs[0])
@@ -157,6 +159,13 @@ class _Started:
         self.done = Done(self.step.name, status, seconds, said)
         return self.done
 
+    def stop(self) -> None:
+        """End what is still running, together with all that it started."""
+        for process in self.processes:
+            if process is not None and process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
 
 def _start(command: Sequence[str | Path], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes] | None:
     words = [str(word) for word in command]
@@ -164,18 +173,13 @@ def _start(command: Sequence[str | Path], log: Path, environment: dict[str, str]
         file.write(" ".join(words) + "\n")
         file.flush()
         try:
+            # A group to be killed as one, in the session of the visit, so that nothing of it outlives that.
             return subprocess.Popen(
-                words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
             )
         except OSError as error:
             file.write(f"{error}\n")
             return None
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def last_line(log: Path) -> str:
