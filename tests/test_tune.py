@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from presence import absent
@@ -73,6 +74,18 @@ def test_a_changed_tile_is_taken_and_one_that_nobody_asks_for_is_not_measured(mo
     assert taken == [2, 2] and configs.device() is device
     with pytest.raises(RuntimeError, match="did not ask for the gradient tile"):
         questions.build_changed({}, {}, build=lambda *_: dict, change=change)
+
+
+def test_every_change_is_one_of_what_there_is() -> None:
+    """A field of a tile or a limit that was renamed would be a question without an answer."""
+    configs = pytest.importorskip("ccu_fast.backends.triton.configs")
+    device = configs.of("sm_90", 132)
+    with patch.object(configs, "device", lambda: device):
+        for question in questions.questions("cuda"):
+            for provider in question.case.providers():
+                change = getattr(provider.build, "keywords", {}).get("change", questions.Change())
+                with questions.made(change):
+                    assert (configs.device() is device) == (not change.forward and not change.gradient)
 
 
 def test_what_is_left_for_lack_of_time_is_in_the_table(tmp_path: Path) -> None:

@@ -122,6 +122,14 @@ def test_only_one_part(only: str, ran: set[str], not_run: set[str], tmp_path: Pa
     assert names >= ran | {"info", "build"} and not names & not_run
 
 
+def test_only_files_with_tests_for_a_gpu_are_collected() -> None:
+    """On a machine that lacks what other tests import pytest would stop before the first test."""
+    files = program.gpu_tests()
+    assert {"tests/test_gpu_similarity.py", "tests/test_smoke.py", "tests/test_tokens_cuda.py"} <= set(files)
+    assert "tests/test_visit.py" not in files
+    assert len(files) < 30
+
+
 def test_what_does_not_fit_says_so(tmp_path: Path, recorder: Path) -> None:
     done, calls = run_recorded(tmp_path, recorder, minutes=0.5)
     late = {d.step: d.said for d in done if d.status == "not run"}

@@ -158,21 +158,21 @@ def questions(device: str, *, tiny: bool = False) -> list[Question]:
         few = {"block_m": 32}
         tiles, keyed = {"forward 32x16": Change(forward=few)}, {"gradient keyed 32": Change(gradient={"keyed_n": 32})}
     sizes = _SIZES[tiny]
+    # There sizes are small, but the question is about the kernels of large batches.
+    alike = Change(small=False) if tiny else Change()
     spaces = {"64 KiB": 64 << 10} if tiny else WORKSPACES
     found = [
-        Question("the default workspace", _case(device, clip, sizes["large"], _workspaces(spaces))),
-        Question("tiles without labels", _case(device, clip, sizes["large"], _changes(clip, tiles))),
-        Question("tiles with labels", _case(device, bounded, sizes["labels"], _changes(bounded, keyed))),
-        Question("tiles of ragged shapes", _case(device, clip, sizes["ragged"], _changes(clip, keyed))),
+        Question("the default workspace", _case(device, clip, sizes["large"], _workspaces(spaces, alike))),
+        Question("tiles without labels", _case(device, clip, sizes["large"], _changes(clip, tiles, alike))),
+        Question("tiles with labels", _case(device, bounded, sizes["labels"], _changes(bounded, keyed, alike))),
+        Question("tiles of ragged shapes", _case(device, clip, sizes["ragged"], _changes(clip, keyed, alike))),
         Question("parts of dX's sum", _case(device, split_gemm.SPLIT_GEMM, sizes["chunk"], ())),
         Question("parts of dX's sum", _case(device, split_gemm.SPLIT_GEMM, sizes["few rows"], ())),
-        Question("the default workspace", _case(device, clip, sizes["wide"], _workspaces(spaces))),
+        Question("the default workspace", _case(device, clip, sizes["wide"], _workspaces(spaces, alike))),
     ]
     sides = (16,) if tiny else SMALL_SIDES
     profiled = [] if tiny else [Question("where the time goes", case) for case in _as_they_are(device)]
-    border = [
-        _case(device, clip, {"B": b, "D": sizes["large"]["D"]}, _changes(clip, kernels, alike=Change())) for b in sides
-    ]
+    border = [_case(device, clip, {"B": b, "D": sizes["large"]["D"]}, _changes(clip, kernels, Change())) for b in sides]
     return [*found, *profiled, *(Question("the border of small batches", case) for case in border)]
 
 
@@ -199,11 +199,7 @@ def _ours(op: Op) -> Build:
     return partial(build, backend="triton")
 
 
-# On a CPU sizes are small, but the question is about the kernels of large batches.
-LARGE = Change(small=False)
-
-
-def _changes(op: Op, changes: dict[str, Change], alike: Change = LARGE) -> list[Provider]:
+def _changes(op: Op, changes: dict[str, Change], alike: Change) -> list[Provider]:
     """The op's own way, and the same with each change; ``alike``: what all have in common."""
     build = _ours(op)
     return [
@@ -216,13 +212,13 @@ def _both(alike: Change, change: Change) -> Change:
     return replace(change, small=alike.small if change.small is None else change.small)
 
 
-def _workspaces(sizes: dict[str, int]) -> list[Provider]:
+def _workspaces(sizes: dict[str, int], alike: Change) -> list[Provider]:
     ways = {
         name: partial(clip_loss.build_ours, backend="triton", workspace=size)
         for name, size in {AS_IT_IS: None, **sizes}.items()
     }
     return [
-        Provider(name, partial(build_changed, build=way, change=LARGE), role="ours", backend="triton")
+        Provider(name, partial(build_changed, build=way, change=alike), role="ours", backend="triton")
         for name, way in ways.items()
     ]
 
