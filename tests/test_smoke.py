@@ -12,7 +12,7 @@ import pytest
 import smoke
 import torch
 from presence import absent, require_backend
-from smoke import Cast, Check, Tensors
+from smoke_cases import LOSSES, Cast, Check, Tensors, checks
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent
@@ -22,12 +22,12 @@ SHAPES_OF_TMA = {f"{banks}x{n}x{d}" for banks in (1, 3) for d in (1, 8, 40, 130,
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "native"])
 def test_on_a_gpu(backend: str) -> None:
-    for check in smoke.checks("cuda", require_backend(backend)):
+    for check in checks("cuda", require_backend(backend)):
         check.run(torch.device("cuda"), backend)
 
 
 def test_on_a_cpu(native: str, one_thread: None) -> None:
-    for check in smoke.checks("cpu", native, tiny=True):
+    for check in checks("cpu", native, tiny=True):
         check.run(CPU, native)
 
 
@@ -41,19 +41,19 @@ def test_in_the_interpreter() -> None:
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    expected = len(smoke.checks("cpu", "triton", tiny=True))
+    expected = len(checks("cpu", "triton", tiny=True))
     assert done.stdout.splitlines()[-1] == f"{expected} right, 0 wrong, 0 not run"
     assert expected >= 20
 
 
 def test_everything_is_checked_on_a_gpu() -> None:
-    by_backend = {backend: smoke.checks("cuda", backend) for backend in ("triton", "native")}
+    by_backend = {backend: checks("cuda", backend) for backend in ("triton", "native")}
     names = [check.name for found in by_backend.values() for check in found]
     assert len(names) == len(set(names))
     assert {check.kernel for check in by_backend["triton"]} == {"reduce_similarity", "l2_normalize"}
     others = {check.kernel for check in by_backend["native"]}
     assert others == {"topk_flips", "candidate_losses", "pgd_step_", "noise_store"}
-    for loss in smoke.LOSSES:
+    for loss in LOSSES:
         found = [check for check in by_backend["triton"] if check.name.startswith(f"{loss} ")]
         assert {check.arithmetic for check in found} == {"fp32", "tf32", "fp16", "bf16"}, loss
         assert {check.large for check in found} == {True, False}, loss

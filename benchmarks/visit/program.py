@@ -83,12 +83,12 @@ def execute(now: Visit, plan: Plan) -> None:
     python = plan.python
     now.run(Step("info", [[python, "-m", "ccu_fast", "info"]], most=60))
     _prepare(now, plan)
-    if plan.build:
-        now.run(Step("info built", [[python, "-m", "ccu_fast", "info"]], most=60))
     if plan.wants("smoke"):
         now.run(_smoke(plan, "native"))
     if plan.wants("bench"):
         _measure(now, plan, [*MAIN, *LABELS], 1)
+    if plan.build:  # what was built, and whether it serves here
+        now.run(Step("info built", [[python, "-m", "ccu_fast", "info"]], most=60))
     if plan.wants("tests"):
         _test(now, plan)
     if plan.wants("bench"):
@@ -115,7 +115,7 @@ def _prepare(now: Visit, plan: Plan) -> None:
     """The C++ module, what Triton and torch.compile will need, and the first smoke test: they compile side by side."""
     together = []
     if plan.build:
-        together.append(Step("build", [[plan.python, "setup.py", "build_ext", "--inplace"]], most=240))
+        together.append(Step("build", [[plan.python, "setup.py", "build_ext", "--inplace"]], most=0.45 * now.left))
     else:
         now.note(Done("build", "not run", said=f"{plan.python} has the package built"))
     if plan.wants("smoke"):
