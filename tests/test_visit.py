@@ -55,7 +55,7 @@ def test_a_tiny_visit_comes_back_as_two_files_and_goes_into_the_repository(tmp_p
         "c0ffee",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.visit", *words], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "benchmarks.visit", *words], cwd=ROOT, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(path.name for path in out.iterdir()) == ["summary.md", "visit.tgz"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 import zipfile
@@ -68,6 +69,10 @@ class Plan:
         """Whether a part is asked for."""
         return self.only in (None, part)
 
+    def limit(self, seconds: float) -> float:
+        """Of a step; a tiny visit shows that steps work, not how fast a busy machine is."""
+        return math.inf if self.tiny else seconds
+
     @property
     def device(self) -> str:
         return "cpu" if self.tiny else "cuda"
@@ -81,14 +86,14 @@ class Plan:
 def execute(now: Visit, plan: Plan) -> None:
     """All steps, in order."""
     python = plan.python
-    now.run(Step("info", [[python, "-m", "ccu_fast", "info"]], most=60))
+    now.run(Step("info", [[python, "-m", "ccu_fast", "info"]], most=plan.limit(60)))
     _prepare(now, plan)
     if plan.wants("smoke"):
         now.run(_smoke(plan, "native"))
     if plan.wants("bench"):
         _measure(now, plan, [*MAIN, *LABELS], 1)
     if plan.build:  # what was built, and whether it serves here
-        now.run(Step("info built", [[python, "-m", "ccu_fast", "info"]], most=60))
+        now.run(Step("info built", [[python, "-m", "ccu_fast", "info"]], most=plan.limit(60)))
     if plan.wants("tests"):
         _test(now, plan)
     if plan.wants("bench"):
@@ -115,7 +120,9 @@ def _prepare(now: Visit, plan: Plan) -> None:
     """The C++ module, what Triton and torch.compile will need, and the first smoke test: they compile side by side."""
     together = []
     if plan.build:
-        together.append(Step("build", [[plan.python, "setup.py", "build_ext", "--inplace"]], most=0.45 * now.left))
+        together.append(
+            Step("build", [[plan.python, "setup.py", "build_ext", "--inplace"]], most=plan.limit(0.45 * now.left))
+        )
     else:
         now.note(Done("build", "not run", said=f"{plan.python} has the package built"))
     if plan.wants("smoke"):
@@ -130,14 +137,16 @@ def _prepare(now: Visit, plan: Plan) -> None:
 def _smoke(plan: Plan, backend: str) -> Step:
     command = [plan.python, "tests/smoke.py", "--backend", backend, *_size(plan)]
     environment = {"OMP_NUM_THREADS": "1", **(_interpreted(plan) if backend == "triton" else {})}
-    return Step(f"smoke {backend}", _in_parts(plan, command), most=150, judge=add_counts, environment=environment)
+    return Step(
+        f"smoke {backend}", _in_parts(plan, command), most=plan.limit(150), judge=add_counts, environment=environment
+    )
 
 
 def _warm(plan: Plan, part: str) -> Step:
     command = [plan.python, "-m", "benchmarks.visit.warm", part, *_size(plan)]
     command += ["--ops", *plan.ops] if plan.ops else []
     environment = {"OMP_NUM_THREADS": "1", **(_interpreted(plan) if part == "tune" else {})}
-    return Step(f"warm {part}", _in_parts(plan, command), most=120, environment=environment)
+    return Step(f"warm {part}", _in_parts(plan, command), most=plan.limit(120), environment=environment)
 
 
 def _in_parts(plan: Plan, command: Command) -> list[Command]:
@@ -148,7 +157,7 @@ def _test(now: Visit, plan: Plan) -> None:
     spread = ["-n", str(plan.processes), "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
     tests = ["-v", "-p", "no:cacheprovider", "-m", "gpu", "--continue-on-collection-errors", *spread]
     tests += TINY_TESTS if plan.tiny else gpu_tests()
-    now.run(Step("tests", [[plan.python, "-m", "pytest", *tests]], most=150, least=30, judge=count_tests))
+    now.run(Step("tests", [[plan.python, "-m", "pytest", *tests]], most=plan.limit(150), least=30, judge=count_tests))
     exercise: Command = [plan.python, "-m", "benchmarks.exercise", "--device", plan.device]
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
@@ -156,9 +165,9 @@ def _test(now: Visit, plan: Plan) -> None:
     else:
         watched: Command = [tool, "--error-exitcode", "1", "--target-processes", "all", *exercise, "--once"]
         watched += ["--dtypes", "bfloat16", "--ops", *(plan.ops or SANITIZED)]
-        now.run(Step("sanitizer", [watched], most=90, least=30))
+        now.run(Step("sanitizer", [watched], most=plan.limit(90), least=30))
     ops = plan.ops or (TINY_OPS if plan.tiny else ())
-    now.run(Step("exercise", [[*exercise, *(["--ops", *ops] if ops else [])]], most=90))
+    now.run(Step("exercise", [[*exercise, *(["--ops", *ops] if ops else [])]], most=plan.limit(90)))
 
 
 def gpu_tests() -> list[str]:
