@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 GRAPH_BELOW = 1.0  # ms; launches are what is left to save only in shorter calls
 
 
-def run(case: Case, environment: dict[str, Any], *, seconds: float, say: Say) -> list[Row]:
+def run(case: Case, environment: dict[str, Any], *, seconds: float, say: Say, with_memory: bool = True) -> list[Row]:
     """Measure all providers of a case. No time is taken of a provider whose answer is wrong."""
     providers = case.providers()
     rows = {p.name: _row(case, p, environment) for p in providers}
@@ -40,7 +40,7 @@ def run(case: Case, environment: dict[str, Any], *, seconds: float, say: Say) ->
 
     timed = [p for p in providers if p.name in calls]
     say(f"{name}: peak memory")
-    for provider in timed:
+    for provider in timed if with_memory else []:
         if provider.role != "ceiling":
             _remember(case, provider, calls[provider.name], rows[provider.name])
 

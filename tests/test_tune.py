@@ -26,19 +26,19 @@ def test_tuning_in_the_interpreter(tmp_path: Path) -> None:
     asked += "tune.questions = lambda *a, **k: [q for q in ask(*a, **k) if q.about in sys.argv[1].split(',')]\n"
     asked += "sys.exit(tune.main(sys.argv[2:]))"
     done = subprocess.run(
-        [sys.executable, "-c", asked, "tiles of ragged shapes,parts of dX's sum",
+        [sys.executable, "-c", asked, "tiles without labels,parts of dX's sum",
          "--out", tmp_path, "--device", "cpu", "--tiny"],
         cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     answers = json.loads((tmp_path / "tune.json").read_text())
-    assert [a["question"] for a in answers] == ["tiles of ragged shapes", "parts of dX's sum", "parts of dX's sum"]
+    assert [a["question"] for a in answers] == ["tiles without labels", "parts of dX's sum", "parts of dX's sum"]
     tiles = {r["provider"]: r["status"] for r in answers[0]["rows"]}
-    assert tiles == {"open_clip": "ok", "as it is": "ok", "gradient keyed 32": "ok"}
-    assert answers[0]["kernels"] and answers[0]["parts"].keys() == {"as it is", "gradient keyed 32"}
+    assert tiles == {"open_clip": "ok", "as it is": "ok", "forward 32x16": "ok"}
+    assert answers[0]["kernels"] and answers[0]["parts"].keys() == {"as it is", "forward 32x16"}
     page = (tmp_path / "tune.md").read_text()
-    assert page.count("| parts of dX's sum |") == 2 and "| gradient keyed 32 |" in page
+    assert page.count("| parts of dX's sum |") == 2 and "| forward 32x16 |" in page
 
 
 def answered(**ms: float) -> tune.Answer:

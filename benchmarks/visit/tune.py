@@ -72,13 +72,18 @@ def answer(question: Question, facts: dict[str, Any], seconds: float) -> Answer:
     inputs = case.inputs()
     if case.device.type == "cuda":
         case = replace(case, op=replace(case.op, make=partial(_made, inputs)))
-    rows = run(case, facts, seconds=seconds, say=lambda text: print(text, file=sys.stderr, flush=True))
+    # On a CPU, where kernels are interpreted, a process for the memory of each would take longest and say nothing.
+    rows = run(case, facts, seconds=seconds, say=_say, with_memory=case.device.type == "cuda")
     found = {}
     for provider in case.providers():
         if next(r for r in rows if r.provider == provider.name).status == "ok" and provider.role == "ours":
             found[provider.name] = kernels.profile(provider.build(inputs, case.shape), case.device)
     parts = {name: kernels.of_parts(profile) for name, profile in found.items()}
     return Answer(question.about, rows, parts, found.get(AS_IT_IS, [])[:SHOWN])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _made(inputs: Tensors, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
