@@ -67,7 +67,7 @@ def unpack(file: Path) -> int:
     written = archive.unpack(file, folder)
     print("\n".join(f"wrote {path}" for path in written))
     rows = [row for path in written if path.parent.parent == results.FOLDER for row in results.read(path.parent)]
-    commits = sorted({str(row.environment.get("git_sha")) for row in rows if row.device == "cuda"})
+    commits = sorted({str(row.environment.get("git_sha")) for row in rows})
     code = bench(["--report"])
     print(f"measured at {', '.join(commits)}\ngit add {folder.name}/results {folder.name}/visits README.md")
     return code
