@@ -117,7 +117,10 @@ def _report(out: Path) -> int:
         return 1
     written: list[Path] = []
     for folder in folders:
-        written += plots.write(folder)
+        drawn = plots.write(folder)
+        if not drawn:
+            print(f"{folder.name}: no plots, matplotlib is not installed")
+        written += drawn
         tables.write_readme(folder)  # it shows the plots that are there
         written.append(folder / "README.md")
     written.append(summary.write(out))

@@ -16,14 +16,13 @@ import torch
 import ccu_fast
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_PACKAGES = ("triton", "open_clip_torch", "inf_cl", "siglip-kernel", "numpy")
+COMMIT = "CCU_FAST_COMMIT"  # variable: the commit of a copy without .git, with +changes if files differ from it
+_PACKAGES = ("triton", "open_clip_torch", "inf_cl", "siglip-kernel", "memeff", "numpy")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, versions and the state of the source, as every stored row carries them."""
-    sha = _git("rev-parse", "HEAD")
-    # Stored results are outputs: writing them does not make the measured source another one.
-    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results") if sha else None
+    sha, dirty = source()
     facts: dict[str, Any] = {
         "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -36,11 +35,27 @@ def describe(device: torch.device) -> dict[str, Any]:
         "ccu_fast": ccu_fast.__version__,
         **{name: _version(name) for name in _PACKAGES},
         "git_sha": sha,
-        "dirty": None if changed is None else bool(changed),
+        "dirty": dirty,
     }
     if device.type == "cuda":
         facts |= {"cuda": torch.version.cuda, "driver": _driver(), "capability": _capability(device)}
     return facts
+
+
+def source() -> tuple[str | None, bool | None]:
+    """The commit that is measured, and whether files differ from it; None where nothing says so.
+
+    A copy without .git is told by the variable CCU_FAST_COMMIT, or by a file COMMIT at its root.
+    """
+    file = REPOSITORY / "COMMIT"
+    told = os.environ.get(COMMIT) or (file.read_text() if file.is_file() else "")
+    if told.strip():
+        sha, _, changes = told.strip().partition("+")
+        return sha, bool(changes)
+    head = _git("rev-parse", "HEAD")
+    # Stored results are outputs: writing them does not make the measured source another one.
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results") if head else None
+    return head, None if changed is None else bool(changed)
 
 
 def choose_device(name: str | None) -> torch.device:

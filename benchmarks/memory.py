@@ -1,10 +1,11 @@
 """Peak memory of one call beyond what was there before it: results included, inputs not.
 
-On a GPU the allocator knows. On a CPU it is measured: a fresh process for each provider runs the call once while the
-kernel records the highest resident size (``VmHWM``, reset through ``/proc/self/clear_refs``). Nothing is sampled, so no
-peak is missed; the heap is told to give freed blocks of a megabyte and more back at once, so what is resident is what
-is in use. The call is warmed up before (on a small problem, or on
-the same one if it compiles), because thread stacks and library buffers that are allocated once are not the call's.
+On a GPU the allocator knows, and the call that will be timed is the one that is measured. On a CPU a fresh process for
+each provider runs the call once while the kernel records the highest resident size (``VmHWM``, reset through
+``/proc/self/clear_refs``). Nothing is sampled, so no peak is missed; the heap is told to give freed blocks of a
+megabyte and more back at once, so what is resident is what is in use. The call is warmed up before (on a small problem,
+or on the same one if it compiles), because thread stacks and library buffers that are allocated once are not the
+call's.
 """
 
 from __future__ import annotations
@@ -19,21 +20,26 @@ from typing import Any
 
 import torch
 
-from benchmarks.registry import Case, Provider, Unavailable
+from benchmarks.registry import Call, Case, Provider, Unavailable
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def peak_extra_bytes(case: Case, provider: Provider) -> int:
+def peak_extra_bytes(case: Case, provider: Provider, call: Call) -> int:
     """Bytes one call needs at its peak beyond its inputs.
+
+    Args:
+        case: what is measured.
+        provider: by whom; on a CPU it is built once more, in a process of its own.
+        call: what the provider has built; on a GPU it is called twice.
 
     Raises:
         Unavailable: the operating system does not record peaks, or the measuring process died.
     """
     if case.device.type == "cuda":
-        return _on_gpu(case, provider)
+        return _on_gpu(call, case.device)
     if not _CLEAR_REFS.exists():
         raise Unavailable("peak memory on a CPU is read from Linux's /proc")
     return int(in_fresh_process(_on_cpu, case, provider, torch.get_num_threads()))
@@ -105,16 +111,15 @@ def _on_cpu(case: Case, provider: Provider, threads: int) -> int:
     return peak_of(call)
 
 
-def _on_gpu(case: Case, provider: Provider) -> int:
-    call = provider.build(case.inputs(), case.shape)
+def _on_gpu(call: Call, device: torch.device) -> int:
     call()
-    torch.cuda.synchronize(case.device)
+    torch.cuda.synchronize(device)
     gc.collect()
-    torch.cuda.reset_peak_memory_stats(case.device)
-    before = torch.cuda.memory_allocated(case.device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     out = call()
-    torch.cuda.synchronize(case.device)
-    peak = torch.cuda.max_memory_allocated(case.device)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
     del out
     return peak - before
 

@@ -20,8 +20,11 @@ Value = Callable[[Row], float | None]
 
 
 def write(folder: Path) -> list[Path]:
-    """Draw the rows of a device's folder; the same rows give the same file."""
-    import matplotlib
+    """Draw the rows of a device's folder; the same rows give the same file. Nothing where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
 
     # The text stays text, the ids do not depend on the process.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ccu_fast", "font.size": 9}):

@@ -27,6 +27,11 @@ def everywhere(shape: Shape, device: str) -> bool:
     return True
 
 
+def on_cuda(shape: Shape, device: str) -> bool:
+    """Those for GPUs alone."""
+    return device == "cuda"
+
+
 @dataclass(frozen=True)
 class Provider:
     """One way to compute an operation.

@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 GRAPH_BELOW = 1.0  # ms; launches are what is left to save only in shorter calls
 
 
-def run(case: Case, environment: dict[str, Any], *, seconds: float, say: Say) -> list[Row]:
+def run(case: Case, environment: dict[str, Any], *, seconds: float, say: Say, with_memory: bool = True) -> list[Row]:
     """Measure all providers of a case. No time is taken of a provider whose answer is wrong."""
     providers = case.providers()
     rows = {p.name: _row(case, p, environment) for p in providers}
@@ -40,9 +40,9 @@ def run(case: Case, environment: dict[str, Any], *, seconds: float, say: Say) ->
 
     timed = [p for p in providers if p.name in calls]
     say(f"{name}: peak memory")
-    for provider in timed:
+    for provider in timed if with_memory else []:
         if provider.role != "ceiling":
-            _remember(case, provider, rows[provider.name])
+            _remember(case, provider, calls[provider.name], rows[provider.name])
 
     say(f"{name}: timing {len(timed)} providers in turn")
     samples = interleave({p.name: calls[p.name] for p in timed}, case.device, seconds=seconds)
@@ -93,9 +93,9 @@ def _admit(provider: Provider, gate: Gate, row: Row) -> Call | None:
     return call
 
 
-def _remember(case: Case, provider: Provider, row: Row) -> None:
+def _remember(case: Case, provider: Provider, call: Call, row: Row) -> None:
     try:
-        row.peak_extra_bytes = memory.peak_extra_bytes(case, provider)
+        row.peak_extra_bytes = memory.peak_extra_bytes(case, provider, call)
     except Unavailable as reason:
         row.note = "; ".join(filter(None, (row.note, f"memory not measured: {reason}")))
 

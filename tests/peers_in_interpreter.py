@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +30,20 @@ def inf_cl() -> dict[str, float]:
 
 def siglip() -> dict[str, float]:
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # it asks at import
-    import siglip_kernel
-
-    # What it picks itself for bf16, the dtype that is timed.
-    siglip_kernel.fused_siglip_loss = siglip_kernel.fused_chunked_bf16_siglip_loss
     inputs = other_losses.make_sigmoid({"B": 96, "D": 32}, torch.float32, CPU)
-    return errors(inputs, other_losses.eager_sigmoid, peers.siglip_kernel_loss)
+    # What it picks itself for bf16, the dtype that is timed.
+    return errors(inputs, other_losses.eager_sigmoid, partial(peers.siglip_kernel_loss, variant="chunked_bf16"))
+
+
+def memeff() -> dict[str, float]:
+    from memeff import clip_loss as module
+
+    module._validate_features = lambda *_: None  # that they are CUDA tensors
+    module._FORCE_FA = True  # or it asks the GPU which of its kernels to take
+    inputs = clip_loss.make({"B": 128, "D": 64}, torch.float32, CPU)
+    right = clip_loss.expect_without_scale(inputs, {"B": 128})
+    banks = {name: inputs[name] for name in ("x", "y")}
+    return relative_errors(step(partial(peers.memeff_loss, scale=clip_loss.SCALE), banks), right, inputs)
 
 
 def errors(inputs: Tensors, eager: Loss, peer: Loss) -> dict[str, float]:
@@ -42,5 +51,5 @@ def errors(inputs: Tensors, eager: Loss, peer: Loss) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    checks = {peers.INF_CL: inf_cl, peers.SIGLIP_KERNEL: siglip}
+    checks = {peers.INF_CL: inf_cl, peers.SIGLIP_KERNEL: siglip, peers.MEMEFF: memeff}
     print(json.dumps({name: check() for name, check in checks.items() if peers.version(name)}))

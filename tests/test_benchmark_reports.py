@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,17 @@ def test_report_makes_everything_from_the_files(tmp_path: Path, capsys: pytest.C
     assert "![time and memory of clip_loss](clip_loss.svg)" in (tmp_path / "cpu-a" / "README.md").read_text()
     assert "4.00 open_clip" in (tmp_path / "SUMMARY.md").read_text()
     assert (REPOSITORY / "README.md").read_bytes() == readme  # only the project's own results go there
+
+
+def test_a_report_without_matplotlib_lacks_the_plots_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(tmp_path / "cpu-a", sizes=1)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    assert main(["--report", "--out", str(tmp_path)]) == 0
+    assert "cpu-a: no plots, matplotlib is not installed" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "cpu-a").iterdir()} == {"clip_loss.json", "README.md"}
+    assert "4.00 open_clip" in (tmp_path / "SUMMARY.md").read_text()
 
 
 def test_what_a_gpu_owes_is_listed_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

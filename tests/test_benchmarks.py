@@ -230,6 +230,21 @@ def test_ratios_are_taken_within_each_round() -> None:
     assert timer.Samples(ms=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).quantile(0.2) == 2.0
 
 
+# --- where it was measured --------------------------------------------------------------------------------------------
+
+
+def test_a_copy_without_git_is_told_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "REPOSITORY", tmp_path)
+    monkeypatch.delenv(environment.COMMIT, raising=False)
+    assert environment.source() == (None, None)
+    (tmp_path / "COMMIT").write_text("abc\n")
+    assert environment.source() == ("abc", False)
+    monkeypatch.setenv(environment.COMMIT, "def+changes")
+    assert environment.source() == ("def", True)
+    facts = environment.describe(CPU)
+    assert (facts["git_sha"], facts["dirty"]) == ("def", True)
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
@@ -239,7 +254,26 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="p
 @pytest.mark.parametrize("mib", [24, 96])
 def test_a_known_allocation_is_measured(mib: int) -> None:
     provider = Provider("allocates", partial(allocate, mib=mib))
-    assert memory.peak_extra_bytes(case(pgd_step.PGD_STEP), provider) == pytest.approx(mib * MIB, abs=MIB)
+    benchmark = case(pgd_step.PGD_STEP)
+    call = provider.build(benchmark.inputs(), benchmark.shape)
+    assert memory.peak_extra_bytes(benchmark, provider, call) == pytest.approx(mib * MIB, abs=MIB)
+
+
+def test_on_a_gpu_the_call_that_is_timed_is_measured_and_nothing_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("synchronize", 0), ("reset_peak_memory_stats", 0), ("memory_allocated", 5 * MIB),
+                        ("max_memory_allocated", 12 * MIB)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    calls = []
+
+    def call() -> Tensors:
+        calls.append("called")
+        return {}
+
+    never = replace(pgd_step.PGD_STEP, make=fail)
+    gpu = Case(never, never.quick[0], torch.float32, torch.device("cuda"))
+    provider = Provider("built before", partial(broken, error=AssertionError("built again")))
+    assert memory.peak_extra_bytes(gpu, provider, call) == 7 * MIB
+    assert calls == ["called"] * 2
 
 
 @linux
@@ -261,7 +295,9 @@ def test_a_measuring_process_that_fails_says_so(function: Callable[[], None], sa
 @linux
 def test_the_memory_of_eager_is_that_of_its_logits() -> None:
     shape = {"B": 1024, "D": 16}
-    peak = memory.peak_extra_bytes(case(clip_loss.CLIP_LOSS, shape=shape), Provider("eager", eager_clip))
+    benchmark = case(clip_loss.CLIP_LOSS, shape=shape)
+    call = eager_clip(benchmark.inputs(), shape)
+    peak = memory.peak_extra_bytes(benchmark, Provider("eager", eager_clip), call)
     matrix = 4 * shape["B"] ** 2
     assert 4 * matrix < peak < 12 * matrix
 

@@ -33,19 +33,21 @@ def interpreted() -> dict[str, dict[str, float]]:
     return errors
 
 
-@pytest.mark.parametrize("package", [peers.INF_CL, peers.SIGLIP_KERNEL])
+@pytest.mark.parametrize("package", [peers.INF_CL, peers.SIGLIP_KERNEL, peers.MEMEFF])
 def test_a_peer_computes_our_loss_and_its_gradients(package: str) -> None:
     for needed in ("triton", package):
         if peers.version(needed) is None:
             absent(needed, f"not installed (pip install --no-deps {needed})")
     errors = interpreted()[package]
-    assert errors.keys() == {"loss", "dx", "dy", "dscale"} | ({"dbias"} if package == peers.SIGLIP_KERNEL else set())
+    scalars = {peers.INF_CL: {"dscale"}, peers.SIGLIP_KERNEL: {"dscale", "dbias"}, peers.MEMEFF: set()}
+    assert errors.keys() == {"loss", "dx", "dy"} | scalars[package]
     assert max(errors.values()) < 1e-5, errors
 
 
 def test_a_peer_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = other_losses.make_sigmoid({"B": 8, "D": 16}, torch.float32, torch.device("cpu"))
-    for build, name in ((peers.build_inf_cl, "inf_cl"), (peers.build_siglip_kernel, "siglip-kernel")):
+    builds = {"inf_cl": peers.build_inf_cl, "siglip-kernel": peers.build_siglip_kernel, "memeff": peers.build_memeff}
+    for name, build in builds.items():
         monkeypatch.setattr(peers, "version", lambda package: "1.0")
         with pytest.raises(Unavailable, match=f"{name} has kernels for CUDA tensors only"):
             build(inputs, {"B": 8, "D": 16})

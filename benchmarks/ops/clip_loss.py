@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,8 +23,8 @@ from benchmarks.ops.common import (
     scale_terms,
     unit,
 )
-from benchmarks.ops.peers import build_inf_cl, inf_cl_note, inf_cl_serves
-from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors
+from benchmarks.ops.peers import build_inf_cl, build_memeff, inf_cl_note, inf_cl_serves, memeff_note
+from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors, on_cuda
 
 SCALE = 100.0  # where CLIP's learned temperature is clamped
 COSINE = 0.15  # of a pair: positives are neither lost among the negatives nor already learned
@@ -75,6 +76,12 @@ def expect(inputs: Tensors, shape: Shape) -> Expected:
     terms = {"dscale": scale_terms(x[pick], dx, inputs["scale"]) * n / len(dx)}
     said = "fp64" if rows is None else f"fp64; gradients on {CHECKED_ROWS} of {n} rows"
     return Expected({"loss": loss, "dx": dx, "dy": dy, "dscale": dscale}, terms, rows, said)
+
+
+def expect_without_scale(inputs: Tensors, shape: Shape) -> Expected:
+    """The same for a provider to which scale is a number."""
+    right = expect(inputs, shape)
+    return replace(right, values={k: v for k, v in right.values.items() if k != "dscale"})
 
 
 def two_gemms(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -140,6 +147,11 @@ def _reference(shape: Shape, device: str) -> bool:
     return shape["B"] <= (8192 if device == "cuda" else 2048)
 
 
+def _large_cuda(shape: Shape, device: str) -> bool:
+    # Where the default workspace does not hold all of E.
+    return device == "cuda" and shape["B"] >= 32768
+
+
 def _stored_cpu(shape: Shape, device: str) -> bool:
     return device == "cpu" and shape["B"] <= 8192
 
@@ -156,7 +168,9 @@ PROVIDERS = (
     Provider("open_clip_compiled", partial(OPEN_CLIP, how=build_compiled), compiled=True, serves=_cuda,
              note=open_clip_note),
     Provider("inf_cl", build_inf_cl, serves=inf_cl_serves, note=inf_cl_note),
+    Provider("memeff", build_memeff, serves=on_cuda, note=memeff_note, expect=expect_without_scale),
     Provider("ccu_fast", build_ours, role="ours", serves=_ours),
+    Provider("ccu_fast_4gib", partial(build_ours, workspace=4 << 30), role="ours", serves=_large_cuda),
     Provider("ccu_fast_reference", partial(build_ours, backend="reference"), role="ours", serves=_reference,
              backend="reference"),
     Provider("ccu_fast_64mib", partial(build_ours, workspace=64 << 20), role="ours"),

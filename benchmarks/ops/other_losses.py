@@ -22,7 +22,7 @@ from benchmarks.ops.common import (
     unit,
 )
 from benchmarks.ops.peers import build_siglip_kernel, siglip_kernel_note
-from benchmarks.registry import Call, Op, Provider, Shape, Tensors
+from benchmarks.registry import Call, Op, Provider, Shape, Tensors, on_cuda
 
 # --- K text banks against one image bank -----------------------------------------------------------------------------
 
@@ -171,6 +171,8 @@ SIGMOID_LOSS = Op(
                  note=open_clip_note),
         Provider("eager_compiled", partial(build_compiled, loss=eager_sigmoid), compiled=True),
         Provider("siglip_kernel", build_siglip_kernel, note=siglip_kernel_note),
+        Provider("siglip_kernel_fp8", partial(build_siglip_kernel, variant="chunked_bf16_fp8"), serves=on_cuda,
+                 note=siglip_kernel_note),
         Provider("ccu_fast", partial(build_ours, loss=ours_sigmoid), role="ours"),
         Provider("gemm_ceiling", clip_loss.build_ceiling, role="ceiling"),
     ),

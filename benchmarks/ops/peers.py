@@ -1,6 +1,6 @@
 """Fused losses of other projects, called as their own documentation does on one GPU.
 
-Both are Triton kernels for CUDA tensors. Where they cannot run, the reason is what the table shows;
+All are Triton kernels for CUDA tensors. Where they cannot run, the reason is what the table shows;
 tests/test_peers.py runs them in Triton's interpreter, so that what is called here is known to be the same loss.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.ops.common import build
 from benchmarks.registry import Call, Shape, Tensors, Unavailable
 
-INF_CL, SIGLIP_KERNEL = "inf_cl", "siglip-kernel"
+INF_CL, SIGLIP_KERNEL, MEMEFF = "inf_cl", "siglip-kernel", "memeff"
 _FEWEST, _MOST = 16, 256  # inf_cl's head_dim, a power of two that divides D
 
 
@@ -39,9 +39,15 @@ def inf_cl_serves(shape: Shape, device: str) -> bool:
     return _head(shape["D"]) >= _FEWEST
 
 
-def siglip_kernel_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """siglip-kernel with the variant that it picks itself; its temperature is a logarithm."""
-    return importlib.import_module("siglip_kernel").fused_siglip_loss(x, y, scale.log(), bias)
+def siglip_kernel_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *, variant: str = "auto") -> Tensor:
+    """siglip-kernel, by default with the variant that it picks itself; its temperature is a logarithm."""
+    return importlib.import_module("siglip_kernel").fused_siglip_loss(x, y, scale.log(), bias, backend=variant)
+
+
+def memeff_loss(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """memeff's CLIP loss with the gradient as it is defined; its temperature is a number and gets none."""
+    module = importlib.import_module("memeff").MemoryEfficientCLIPLoss
+    return module(temperature=1 / scale, normalized_inputs=True, stable=False)(x, y)
 
 
 def build_inf_cl(inputs: Tensors, shape: Shape) -> Call:
@@ -50,10 +56,17 @@ def build_inf_cl(inputs: Tensors, shape: Shape) -> Call:
     return build(inputs, shape, loss=inf_cl_loss)
 
 
-def build_siglip_kernel(inputs: Tensors, shape: Shape) -> Call:
+def build_siglip_kernel(inputs: Tensors, shape: Shape, *, variant: str = "auto") -> Call:
     """siglip-kernel's loss and gradients."""
     _require(SIGLIP_KERNEL, inputs["x"].device)
-    return build(inputs, shape, loss=siglip_kernel_loss)
+    return build(inputs, shape, loss=partial(siglip_kernel_loss, variant=variant))
+
+
+def build_memeff(inputs: Tensors, shape: Shape) -> Call:
+    """memeff's loss and the gradients of x and y."""
+    _require(MEMEFF, inputs["x"].device)
+    banks = {k: inputs[k] for k in ("x", "y")}
+    return build(banks, shape, loss=partial(memeff_loss, scale=float(inputs["scale"].detach())))
 
 
 def _require(package: str, device: torch.device) -> None:
@@ -76,4 +89,5 @@ def _note(package: str) -> str:
 
 
 inf_cl_note = partial(_note, INF_CL)
+memeff_note = partial(_note, MEMEFF)
 siglip_kernel_note = partial(_note, SIGLIP_KERNEL)

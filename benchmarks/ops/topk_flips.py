@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.gate import spread_rows
 from benchmarks.ops.common import our_backend
-from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors, Unavailable
+from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors, Unavailable, on_cuda
 
 CHECKED_ROWS = 256
 
@@ -119,10 +119,6 @@ def _on_cpu(shape: Shape, device: str) -> bool:
     return device == "cpu"
 
 
-def _on_cuda(shape: Shape, device: str) -> bool:
-    return device == "cuda"
-
-
 def build_ours(inputs: Tensors, shape: Shape) -> Call:
     """ccu_fast.topk_flips; the TokenTable is made once, as its users do."""
     from ccu_fast.tokens import TokenTable, topk_flips
@@ -180,7 +176,7 @@ PROVIDERS = (
     Provider("mem_reference", build_mem),
     Provider("nanogcg", build_gcg),
     Provider("faiss", build_faiss, serves=_on_cpu),
-    Provider("gemm_flashinfer", build_flashinfer, serves=_on_cuda),
+    Provider("gemm_flashinfer", build_flashinfer, serves=on_cuda),
     Provider("ccu_fast", build_ours, role="ours", note=_prepared),
     Provider("stream_ceiling", build_stream, role="ceiling", serves=_skinny),
     Provider("gemm_ceiling", build_ceiling, role="ceiling", serves=_wide),

@@ -1,0 +1,228 @@
+"""What tuning asks: cases whose providers are variants of ours, the first as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.ops import OPS, clip_loss, split_gemm
+from benchmarks.registry import Call, Case, Op, Provider, Shape, Tensors, label
+from ccu_fast import similarity_op
+
+AS_IT_IS = "as it is"
+Build = Callable[..., Call]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to decide.
+
+    Attributes:
+        about: the constant that the answer sets.
+        case: its providers are the op's baseline and the variants.
+    """
+
+    about: str
+    case: Case
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a variant does otherwise.
+
+    Attributes:
+        forward, gradient: fields of the tile that half-precision problems take, by name.
+        small: whether small batches' kernels are taken: always, never, or None for as it is.
+    """
+
+    forward: dict[str, int] = field(default_factory=dict)
+    gradient: dict[str, int] = field(default_factory=dict)
+    small: bool | None = None
+
+
+@contextmanager
+def made(change: Change) -> Iterator[set[str]]:
+    """Within, launches are as changed; yields the kinds of tile that were asked for."""
+    asked: set[str] = set()
+    with ExitStack() as stack:
+        if change.small is not None:
+            stack.enter_context(patch.object(similarity_op, "SMALL_PAIRS", 1 << 40 if change.small else 0))
+            stack.enter_context(patch.object(similarity_op, "SMALL_SIDE", 1 << 20))
+        if change.forward or change.gradient:
+            from ccu_fast.backends.triton import configs
+
+            device = configs.device()
+            tiles: dict[str, Any] = {}
+            for kind, fields in (("forward", change.forward), ("gradient", change.gradient)):
+                if fields:
+                    of_kind = getattr(device, kind)
+                    tiles[kind] = _Told({k: replace(t, **fields) for k, t in of_kind.items()}, kind, asked)
+            changed = replace(device, **tiles)
+            stack.enter_context(patch.object(configs, "device", lambda *_: changed))
+        yield asked
+
+
+class _Told(dict[str, Any]):
+    """Tiles by arithmetic that tell when one is asked for."""
+
+    def __init__(self, tiles: dict[str, Any], kind: str, asked: set[str]) -> None:
+        super().__init__(tiles)
+        self.kind, self.asked = kind, asked
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(self.kind)
+        return super().__getitem__(key)
+
+
+def build_changed(inputs: Tensors, shape: Shape, *, build: Build, change: Change) -> Call:
+    """A call of ours with a change.
+
+    Raises:
+        RuntimeError: the launchers never asked for the changed tile, so that it would be the old one's time.
+    """
+    with made(change):
+        call = build(inputs, shape)
+
+    def changed() -> Tensors:
+        with made(change):
+            return call()
+
+    with made(change) as asked:
+        call()
+    missing = {kind for kind in ("forward", "gradient") if getattr(change, kind)} - asked
+    if missing:
+        raise RuntimeError(f"the launchers did not ask for the {' and '.join(sorted(missing))} tile")
+    return changed
+
+
+# --- the questions ---------------------------------------------------------------------------------------------------
+
+# Full tiles. Registers and shared memory allow them on a Hopper; what spills there shows in its time.
+FORWARD = {
+    "128x256 s4": {"num_stages": 4},
+    "128x128 w8": {"block_n": 128},
+    "128x128 w4": {"block_n": 128, "num_warps": 4},
+    "128x128 w4 s4": {"block_n": 128, "num_warps": 4, "num_stages": 4},
+    "256x128": {"block_m": 256, "block_n": 128},
+    "64x256 w4": {"block_m": 64, "num_warps": 4},
+}
+GRADIENT = {
+    "128x128 w8 s4": {"num_stages": 4},
+    "128x128 w4": {"num_warps": 4},
+    "128x256": {"block_n": 256},
+    "64x128 w4": {"block_m": 64, "num_warps": 4},
+    "128x64 w4": {"block_n": 64, "num_warps": 4},
+}
+# Tiles of problems with labels, ids or edges.
+KEYED_FORWARD = {f"forward keyed {n}": {"keyed_n": n} for n in (32, 64, 128, 256)}
+KEYED_GRADIENT = {f"gradient keyed {n}": {"keyed_n": n} for n in (32, 64, 128)}
+SMALL_SIDES = (128, 256, 512, 768, 1024, 1536, 2048)
+WORKSPACES = {"256 MiB": 256 << 20, "1 GiB": 1 << 30, "2 GiB": 2 << 30, "4 GiB": 4 << 30, "8 GiB": 8 << 30}
+
+
+_SIZES: dict[bool, dict[str, Shape]] = {
+    False: {
+        "large": {"B": 32768, "D": 512}, "wide": {"B": 131072, "D": 512}, "ragged": {"B": 10000, "D": 512},
+        "labels": {"N": 4096, "M": 32768, "D": 512},
+        "chunk": {"N": 4096, "M": 32768, "D": 512}, "few rows": {"N": 512, "M": 262144, "D": 512},
+    },
+    True: {
+        "large": {"B": 16, "D": 16}, "wide": {"B": 16, "D": 16}, "ragged": {"B": 17, "D": 16},
+        "labels": {"N": 16, "M": 32, "D": 16},
+        "chunk": {"N": 16, "M": 64, "D": 16}, "few rows": {"N": 8, "M": 64, "D": 16},
+    },
+}  # fmt: skip
+# Besides: our way alone, of what has nothing to choose yet, at the shapes that begin so.
+_PROFILED = {"topk_flips": ("N=5,", "N=2560,"), "candidate_losses": ("",), "pgd_step": ("",), "noise_add": ("",)}
+
+
+def questions(device: str, *, tiny: bool = False) -> list[Question]:
+    """Everything that section of constants leaves open; ``tiny``: the same for Triton's interpreter."""
+    clip, bounded = OPS["clip_loss"], OPS["bounded_inverse"]
+    tiles = {
+        **{f"forward {name}": Change(forward=fields) for name, fields in FORWARD.items()},
+        **{f"gradient {name}": Change(gradient=fields) for name, fields in GRADIENT.items()},
+    }
+    keyed = {
+        **{name: Change(forward=fields) for name, fields in KEYED_FORWARD.items()},
+        **{name: Change(gradient=fields) for name, fields in KEYED_GRADIENT.items()},
+    }
+    kernels = {"small kernels": Change(small=True), "large kernels": Change(small=False)}
+    if tiny:
+        few = {"block_m": 32}
+        tiles, keyed = {"forward 32x16": Change(forward=few)}, {"gradient keyed 32": Change(gradient={"keyed_n": 32})}
+    sizes = _SIZES[tiny]
+    # There sizes are small, but the question is about the kernels of large batches.
+    alike = Change(small=False) if tiny else Change()
+    spaces = {"64 KiB": 64 << 10} if tiny else WORKSPACES
+    found = [
+        Question("the default workspace", _case(device, clip, sizes["large"], _workspaces(spaces, alike))),
+        Question("tiles without labels", _case(device, clip, sizes["large"], _changes(clip, tiles, alike))),
+        Question("tiles with labels", _case(device, bounded, sizes["labels"], _changes(bounded, keyed, alike))),
+        Question("tiles of ragged shapes", _case(device, clip, sizes["ragged"], _changes(clip, keyed, alike))),
+        Question("parts of dX's sum", _case(device, split_gemm.SPLIT_GEMM, sizes["chunk"], ())),
+        Question("parts of dX's sum", _case(device, split_gemm.SPLIT_GEMM, sizes["few rows"], ())),
+        Question("the default workspace", _case(device, clip, sizes["wide"], _workspaces(spaces, alike))),
+    ]
+    sides = (16,) if tiny else SMALL_SIDES
+    profiled = [] if tiny else [Question("where the time goes", case) for case in _as_they_are(device)]
+    border = [_case(device, clip, {"B": b, "D": sizes["large"]["D"]}, _changes(clip, kernels, Change())) for b in sides]
+    return [*found, *profiled, *(Question("the border of small batches", case) for case in border)]
+
+
+def _as_they_are(device: str) -> Iterator[Case]:
+    for op, starts in _PROFILED.items():
+        for shape in OPS[op].shapes[device]:
+            if label(shape).startswith(starts):
+                ours = next(p for p in OPS[op].providers if p.role == "ours")
+                yield _case(device, OPS[op], shape, [replace(ours, name=AS_IT_IS)])
+
+
+def _case(device: str, op: Op, shape: Shape, variants: Sequence[Provider]) -> Case:
+    if variants:
+        baseline = next(p for p in op.providers if p.name == op.baseline)
+        serves = baseline.serves(shape, device)
+        op = replace(op, providers=(*([baseline] if serves else []), *variants))
+    # Triton's interpreter has no bf16 product.
+    return Case(op, shape, torch.bfloat16 if device == "cuda" else torch.float16, torch.device(device))
+
+
+def _ours(op: Op) -> Build:
+    """The op's own call of ours, by the kernels of a GPU: on a CPU by those in the interpreter."""
+    build: Build = next(p for p in op.providers if p.name == "ccu_fast").build
+    return partial(build, backend="triton")
+
+
+def _changes(op: Op, changes: dict[str, Change], alike: Change) -> list[Provider]:
+    """The op's own way, and the same with each change; ``alike``: what all have in common."""
+    build = _ours(op)
+    return [
+        Provider(name, partial(build_changed, build=build, change=change), role="ours", backend="triton")
+        for name, change in {AS_IT_IS: alike, **{n: _both(alike, c) for n, c in changes.items()}}.items()
+    ]
+
+
+def _both(alike: Change, change: Change) -> Change:
+    return replace(change, small=alike.small if change.small is None else change.small)
+
+
+def _workspaces(sizes: dict[str, int], alike: Change) -> list[Provider]:
+    ways = {
+        name: partial(clip_loss.build_ours, backend="triton", workspace=size)
+        for name, size in {AS_IT_IS: None, **sizes}.items()
+    }
+    return [
+        Provider(name, partial(build_changed, build=way, change=alike), role="ours", backend="triton")
+        for name, way in ways.items()
+    ]
+
+
+def one_by_one(case: Case) -> list[Case]:
+    """A case for each of its variants."""
+    return [replace(case, op=replace(case.op, providers=[provider])) for provider in case.op.providers]
