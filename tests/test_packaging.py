@@ -113,7 +113,7 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
     requires = [r for r in re.findall(r"^Requires-Dist: (.*)$", text, re.MULTILINE) if "python_version" not in r]
     core = [line for line in requires if "extra ==" not in line]
     assert [re.match(r"[\w-]+", line)[0] for line in core] == ["torch", "numpy", "triton"]  # type: ignore[index]
-    assert "torch>=2.6" in core
+    assert "torch>=2.8" in core
     assert "License-Expression: MIT" in text
     assert "ccu-fast = ccu_fast.cli:main" in (metadata.parent / "entry_points.txt").read_text()
     for extra, modules in info.EXTRAS.items():
