@@ -1,14 +1,17 @@
 # make test   lint, type checks and all tests          make demo   the demonstration, written to ./demo
 # make lint   lint and type checks alone               make bench  the benchmarks (ARGS=... are passed on)
+# make test-newest  the Triton kernels with the newest Triton, which make test does at its end
 # make compat the patches against the real libraries, an environment for each in .venv-compat
 #
 # Each makes its own environment in .venv on the first run. Variables:
 #   PYTHON=python3.12        the interpreter to start from
 #   TORCH='torch==2.13.0 triton==3.7.1'   what to install as torch and its triton, before everything else
+#   NEWEST_TRITON='triton==3.9.*'   the newest Triton, kept beside the environment in .venv-newest
 #   WORKERS=4                how many processes share the tests
 #   SYSTEM_SITE=1            no network: use the packages that PYTHON has, torch and build tools included
 PYTHON ?= python3
 TORCH ?= torch==2.13.0 triton==3.7.1
+NEWEST_TRITON ?= triton==3.9.*
 SYSTEM_SITE ?=
 VENV ?= .venv
 WORKERS ?= 2
@@ -19,13 +22,35 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD := setup.py pyproject.toml $(wildcard build_support/*.py) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test lint demo bench compat clean
+.PHONY: test test-newest lint demo bench compat clean
 .DELETE_ON_ERROR:
 
 # The workers share the cores: a thread of one that waits must not spin while the other has work.
 test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/.test lint
 	$(if $(SYSTEM_SITE),CCU_FAST_TEST_OFFLINE=1) $(PY) -m pytest -q $(if $(SYSTEM_SITE),,-n $(WORKERS) --dist loadfile) $(ARGS)
+	$(if $(ARGS),,@$(MAKE) --no-print-directory test-newest)
+
+ifdef SYSTEM_SITE
+test-newest:
+	@echo "the Triton kernels with $(NEWEST_TRITON): NOT CHECKED, SYSTEM_SITE is set"
+else
+# All of the interpreter: its rules are Triton's. Of the code ahead of time one half type, the normalisation and no
+# tcgen05: what a release changes is the language, the options, and how registers are allotted to a large tile.
+NEWEST := $(VENV)-newest
+test-newest: export PYTHONPATH = $(abspath $(NEWEST))
+test-newest: export OMP_WAIT_POLICY = passive
+test-newest: $(NEWEST)/.$(subst *,x,$(NEWEST_TRITON))
+	@$(PY) -c "import triton; print('Triton', triton.__version__, 'from', triton.__file__)"
+	$(PY) -m pytest -q -p no:cacheprovider -n $(WORKERS) tests/test_triton_interpreter.py tests/test_triton_aot.py \
+	  -k 'interpreter or normalize or (bf16 and not 100)'
+
+# Nothing but Triton: a folder that is searched before the environment, whose torch it meets.
+$(NEWEST)/.$(subst *,x,$(NEWEST_TRITON)): $(VENV)/.test
+	rm -rf $(NEWEST)
+	$(PIP) install --no-compile --no-deps --target $(NEWEST) '$(NEWEST_TRITON)'
+	@touch '$@'
+endif
 
 lint: $(VENV)/.test
 	@$(call tool,ruff) check .
@@ -43,7 +68,7 @@ compat: $(VENV)/.test
 	$(PY) -m benchmarks.compat $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-compat build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json
+	rm -rf $(VENV) $(VENV)-newest .venv-compat build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Without network a tool may be missing: that is said, not passed over.
