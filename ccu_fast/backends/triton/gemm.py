@@ -9,21 +9,19 @@ from ccu_fast.backends.precision import fp32_sums
 from ccu_fast.backends.problem import SimilarityProblem
 from ccu_fast.backends.triton.plan import Chunk
 
-_KEEPS_FP32 = "dtype_out" in torch.ops.aten.baddbmm.overloads()
-
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
     """``out = a @ b`` or ``out += a @ b``, batched, with fp32 sums and an fp32 ``out``."""
     if a.dtype == torch.float32:
         torch.baddbmm(out, a, b, out=out) if add else torch.bmm(a, b, out=out)
-    elif a.is_cuda and _KEEPS_FP32:
+    elif a.is_cuda:
         with fp32_sums():
             if add:
                 torch.ops.aten.baddbmm.dtype_out(out, a, b, torch.float32, out=out)
             else:
                 torch.ops.aten.bmm.dtype_out(a, b, torch.float32, out=out)
     else:
-        # The interpreter's CPU tensors, and torch releases whose GEMM rounds its result: fp16 would overflow there.
+        # The interpreter's CPU tensors: there a half GEMM rounds its result, and fp16 would overflow.
         product(out, a.float(), b.float(), add=add)
 
 
