@@ -67,7 +67,12 @@ def test_no_address_and_no_alignment_is_wrong(folder: Path, around: list[Path]) 
     sanitized = build.Build(folder / "sanitized", SANITIZED)
     kernels = build.emulated(sanitized)
     driver = sanitized.program([*kernels, *sanitized.objects([build.HERE / "drive.cpp"])], "drive")
+    fibers = [path for path in kernels if path.name == "emulation-fibers.o"]
+    faulty = sanitized.program([*fibers, *sanitized.objects([build.HERE / "faulty.cu"])], "faulty")
     leaks = {"ASAN_OPTIONS": "detect_leaks=0"}
+    for wrong, said in (("out_of_bounds", "heap-buffer-overflow"), ("misaligned", "misaligned address")):
+        done = subprocess.run([faulty, wrong], capture_output=True, text=True, timeout=60, env=os.environ | leaks)
+        assert done.returncode != 0 and said in done.stderr, done.stderr
     done = subprocess.run([driver], capture_output=True, text=True, timeout=300, env=os.environ | leaks)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stderr[-8000:]
     passes(sanitized.module([*kernels, *around]), BYTES_BOUND, LD_PRELOAD=build.runtime("asan"), **leaks)

@@ -26,9 +26,6 @@ from ccu_fast.relations import ALL, OTHER, SAME, SELF
 MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 MAX_REGISTERS = 255
-# Bytes. From 3.8 on Triton schedules loads so that some tiles with labels, ids and edges have up to 120 B a thread on
-# the stack: half a tile would spare them, and load x and y twice as often.
-SPILLS = {"clip labels ids ragged": 128}
 PRODUCTS = ("forward_kernel", "gradient_kernel", "online_kernel")
 SMALL = ("small_forward_kernel", "small_gradient_kernel")
 NORMALIZE = ("normalize_kernel", "normalize_backward_kernel")
@@ -44,6 +41,7 @@ VARIANTS: dict[str, Variant] = {
     "clip": (CLIP, CLIP, ""),
     "clip ragged": (CLIP, CLIP, "ragged"),
     "clip labels ids ragged": (CLIP, CLIP, "labels ids ragged"),
+    "clip of columns": ((), CLIP, ""),
     "siglip": ((("softplus", ALL), ("sum", SELF)), (), "bias"),
     "siglip ragged": ((("softplus", ALL), ("sum", SELF)), (), "bias ragged"),
     "bounded labels": ((("lse", ALL), ("lse", OTHER)), (), "labels"),
@@ -53,12 +51,30 @@ EVERYWHERE = [
     ("bf16", "clip"), ("bf16", "clip ragged"), ("bf16", "clip labels ids ragged"), ("bf16", "siglip"),
     ("fp16", "clip"), ("tf32", "clip"), ("tf32", "clip labels ids ragged"), ("ieee", "clip labels ids ragged"),
 ]  # fmt: skip
-ON_SM_90 = [("bf16", "siglip ragged"), ("bf16", "bounded labels"), ("fp16", "supcon labels"), ("ieee", "clip")]
+ON_SM_90 = [
+    ("bf16", "siglip ragged"), ("bf16", "clip of columns"), ("bf16", "bounded labels"), ("fp16", "supcon labels"),
+    ("ieee", "clip"),
+]  # fmt: skip
 CASES = (
     [(capability, *case) for capability in (80, 90, 100) for case in EVERYWHERE]
     + [(90, *case) for case in ON_SM_90]
     + [(89, "bf16", "clip"), (89, "tf32", "clip labels ids ragged")]
 )
+
+
+def spills(variant: str, *, small: bool = False) -> int:
+    """Bytes a thread that this release of Triton may put on the stack: none with 3.7, for which the tiles were chosen.
+
+    Other releases allot registers otherwise. 3.6, and those from 3.8 on, spill up to 120 B in tiles with labels, ids
+    and edges; half a tile would spare them, and load x and y twice as often. 3.4 and 3.5 spill up to 96 B in any large
+    tile, and up to 328 B in the gradient of a small batch with rows longer than 512.
+    """
+    import triton
+
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if release < (3, 6):
+        return 352 if small else 128
+    return 128 if release != (3, 7) and not small and "ids" in variant else 0
 
 
 class TargetOnly:
@@ -171,8 +187,6 @@ def test_resources(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import triton
-
     from ccu_fast.backends.triton import similarity
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest" if precision == "ieee" else "high")
@@ -186,7 +200,6 @@ def test_resources(
     similarity.backward(p, *incoming, row_out, col_out, stash[:16], [True] * 4, 1 << 30)
 
     kernels = compiled()
-    recent = [int(part) for part in triton.__version__.split(".")[:2]] >= [3, 8]
     own = ("sum", SELF) in (*VARIANTS[variant][0], *VARIANTS[variant][1]) and p.diagonal
     expected = {*PRODUCTS, *OTHERS} - ({"norm_kernel"} if precision != "fp16" else set())
     if all(kind != "lse" for kind, _ in (*VARIANTS[variant][0], *VARIANTS[variant][1])):
@@ -199,7 +212,8 @@ def test_resources(
     for name, kernel in kernels.items():
         used = usage(kernel.asm["cubin"], tmp_path)
         print(f"{name}: {used['REG']} registers, {kernel.metadata.shared} B shared, {used['STACK']} B stack")
-        assert used["STACK"] <= (SPILLS.get(variant, 0) if recent else 0), f"{name} spills: {used}"
+        assert used["STACK"] <= spills(variant), f"{name} spills: {used}"
+        assert used["LOCAL"] == 0, f"{name}: {used}"
         assert used["REG"] <= MAX_REGISTERS, f"{name}: {used}"
         assert kernel.metadata.shared <= SHARED_LIMIT[capability], f"{name}: {kernel.metadata.shared} B shared"
         multiplies = name.split()[0] in PRODUCTS and precision != "ieee"
@@ -230,7 +244,8 @@ def test_resources_of_normalize(
 @pytest.mark.parametrize(
     ("capability", "precision", "variant", "d"),
     [
-        (80, "bf16", "clip", 512), (80, "fp16", "siglip ragged", 640), (89, "bf16", "clip labels ids ragged", 512),
+        (80, "bf16", "clip", 512), (80, "bf16", "clip of columns", 64), (80, "fp16", "siglip ragged", 640),
+        (89, "bf16", "clip labels ids ragged", 512),
         (89, "fp16", "siglip ragged", 640), (90, "bf16", "clip", 512), (90, "bf16", "clip", 1024),
         (90, "fp16", "siglip ragged", 640), (90, "fp16", "clip ragged", 64), (100, "bf16", "clip", 768),
         (100, "fp16", "supcon labels", 1024),
@@ -256,7 +271,8 @@ def test_resources_of_small_batches(
     for name, kernel in kernels.items():
         used = usage(kernel.asm["cubin"], tmp_path)
         print(f"{name}: {used['REG']} registers, {kernel.metadata.shared} B shared, {used['STACK']} B stack")
-        assert used["STACK"] == used["LOCAL"] == 0, f"{name} spills: {used}"
+        assert used["STACK"] <= spills(variant, small=True), f"{name} spills: {used}"
+        assert used["LOCAL"] == 0, f"{name}: {used}"
         # A tile of 16 rows is too small for wgmma and tcgen05.
         assert "mma.sync" in kernel.asm["ptx"], name
         assert kernel.metadata.shared <= SHARED_LIMIT[capability], f"{name}: {kernel.metadata.shared} B shared"

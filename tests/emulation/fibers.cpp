@@ -98,7 +98,6 @@ void (*body)(void*) = nullptr;
 void* body_context = nullptr;
 cudaError_t last_error = cudaSuccess;
 bool trapped = false;
-int64_t launches = 0;
 
 uint64_t random_number() {
   static uint64_t state = 88172645463325252ull ^ [] {
@@ -166,6 +165,8 @@ void enter_block(unsigned) {}
 void leave_block() {}
 #endif
 
+bool same(Place a, Place b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+
 void wait(State state, Place place) {
   Fiber& f = fibers[current];
   f.state = state;
@@ -223,7 +224,7 @@ bool open_collective(unsigned first, unsigned threads) {
       if (first + l >= threads || fibers[first + l].state == State::kDone)
         die("a lane of the mask has ended before the collective", f.place);
       const Fiber& other = fibers[first + l];
-      complete = other.state == State::kAtCollective && other.place.line == f.place.line && other.mask == f.mask;
+      complete = other.state == State::kAtCollective && same(other.place, f.place) && other.mask == f.mask;
     }
     if (!complete) continue;
     const unsigned mask = f.mask;
@@ -245,7 +246,7 @@ bool open_barrier(unsigned threads) {
     const Fiber& f = fibers[i];
     if (f.state == State::kAtCollective) at_collective = &f;
     if (f.state != State::kAtBarrier) continue;
-    if (at_barrier != nullptr && at_barrier->place.line != f.place.line)
+    if (at_barrier != nullptr && !same(at_barrier->place, f.place))
       die("threads of a block wait at different barriers, the other at line " + std::to_string(at_barrier->place.line),
           f.place);
     at_barrier = &f;
@@ -277,7 +278,7 @@ void run_block(unsigned threads) {
         ran = true;
         if (!(held_back >> (i / kWarp) & 1)) resume(i);
       }
-      for (unsigned first = 0; first < threads; first += kWarp) ran |= open_collective(first, threads);
+      for (unsigned first = 0; first < threads && !trapped; first += kWarp) ran |= open_collective(first, threads);
     }
   } while (!trapped && open_barrier(threads));
   leave_block();
@@ -323,7 +324,6 @@ void run(const Launch& how, size_t parameter_bytes, void (*thread)(void*), void*
   const bool fits = threads >= 1 && threads <= kMostThreads && how.block.z <= 64 && how.grid.x >= 1 &&
                     how.grid.x <= 0x7fffffffu && how.grid.y >= 1 && how.grid.y <= 65535 && how.grid.z >= 1 &&
                     how.grid.z <= 65535 && how.shared <= kMostShared && parameter_bytes <= kMostParameters;
-  ++launches;
   if (!fits || trapped) {
     last_error = trapped ? cudaErrorLaunchFailure : cudaErrorInvalidConfiguration;
     return;
@@ -350,7 +350,14 @@ void run(const Launch& how, size_t parameter_bytes, void (*thread)(void*), void*
 extern "C" {
 cudaError_t cudaGetLastError() { return std::exchange(emulation::last_error, cudaSuccess); }
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorLaunchFailure ? "unspecified launch failure" : "invalid configuration argument";
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    default:
+      return "unspecified launch failure";
+  }
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -360,12 +367,5 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = 3;
   return cudaSuccess;
-}
-// For tests: kernels launched since it was asked last, and whether one has trapped; a GPU would be lost then, this is
-// not.
-__attribute__((visibility("default"))) int64_t emulation_launches() { return std::exchange(emulation::launches, 0); }
-__attribute__((visibility("default"))) int emulation_recover() {
-  emulation::last_error = cudaSuccess;
-  return std::exchange(emulation::trapped, false);
 }
 }

@@ -207,17 +207,20 @@ def forward_kernel(
                 rows, cols, N, M, row_label, col_label, row_id, col_id,
                 HAS_LABELS, HAS_IDS, False, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
             )  # fmt: skip
+            row_state = state
             col_state = empty_state(COLS, BLOCK_N)
-            state, col_state = _reduce_both(t, e, relation, state, col_state, ROWS_ALWAYS, COLS_ALWAYS)
+            row_state, col_state = _reduce_both(t, e, relation, row_state, col_state, ROWS_ALWAYS, COLS_ALWAYS)
             if DIAGONAL:
                 if crosses_diagonal(row_tile * BLOCK_M, col_tile * BLOCK_N, BLOCK_M, BLOCK_N):
                     relation = relate(
                         rows, cols, N, M, row_label, col_label, row_id, col_id,
                         HAS_LABELS, HAS_IDS, True, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
-                    state, col_state = _reduce_both(t, e, relation, state, col_state, ROWS_NEAR, COLS_NEAR)
+                    row_state, col_state = _reduce_both(t, e, relation, row_state, col_state, ROWS_NEAR, COLS_NEAR)
                 else:
-                    state, col_state = _reduce_both(t, e, relation, state, col_state, ROWS_FAR, COLS_FAR)
+                    row_state, col_state = _reduce_both(t, e, relation, row_state, col_state, ROWS_FAR, COLS_FAR)
+            if len(ROWS) > 0:  # Triton 3.4 cannot carry an empty tuple, and nothing else, through a loop
+                state = row_state
 
             # Compared in a vector: an interpreter makes no mask of a scalar that is a vector elsewhere.
             seen = col_ok & (tl.full((BLOCK_N,), row_tile, tl.int32) > first_row_tile)
@@ -311,7 +314,8 @@ def _online(
             rows, cols, N, M, row_label, col_label, row_id, col_id,
             HAS_LABELS, HAS_IDS, DIAGONAL, False, MASK_M, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        state = reduce_online(dots * scale + bias, relation, state, SPEC)
+        if len(SPEC) > 0:  # as in forward_kernel
+            state = reduce_online(dots * scale + bias, relation, state, SPEC)
     for r in tl.static_range(len(SPEC)):
         if SPEC[r][0] == LSE:
             total, peak = state[r]

@@ -86,17 +86,18 @@ def _reduce(
             rows, cols, N, M, row_label, col_label, row_id, col_id,
             HAS_LABELS, HAS_IDS, DIAGONAL, False, MASK_M, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        state = reduce_online(t, relation, state, SPEC)
+        online = reduce_online(t, relation, state, SPEC)
         others = ()
         for r in tl.static_range(len(SPEC)):
-            total, peak = state[r]
+            total, peak = online[r]
             if SPEC[r][0] != LSE:
                 value = t
                 if SPEC[r][0] == SOFTPLUS:
                     value = softplus(t)
                 total += tl.sum(tl.where((relation & SPEC[r][1]) != 0, value, 0.0), 1)
             others = others + ((total, peak),)
-        state = others
+        if len(SPEC) > 0:  # Triton 3.4 cannot carry an empty tuple, and nothing else, through a loop
+            state = others
     for r in tl.static_range(len(SPEC)):
         total, peak = state[r]
         if SPEC[r][0] == LSE:
