@@ -15,7 +15,7 @@ from presence import absent
 HERE = Path(__file__).parent
 SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # Files, and how many tests of each run at least: a selection that lost some must not pass.
-BYTES_BOUND = {"test_noise.py": 150, "test_noise_store.py": 60, "test_candidates.py": 20}
+BYTES_BOUND = {"test_noise.py": 90, "test_noise_store.py": 60, "test_candidates.py": 20}
 EVERYTHING = BYTES_BOUND | {"test_tokens.py": 80, "test_tokens_cuda.py": 25}
 
 
@@ -75,4 +75,4 @@ def test_no_address_and_no_alignment_is_wrong(folder: Path, around: list[Path]) 
         assert done.returncode != 0 and said in done.stderr, done.stderr
     done = subprocess.run([driver], capture_output=True, text=True, timeout=300, env=os.environ | leaks)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stderr[-8000:]
-    passes(sanitized.module([*kernels, *around]), BYTES_BOUND, LD_PRELOAD=build.runtime("asan"), **leaks)
+    passes(sanitized.module([*kernels, *around]), BYTES_BOUND, LD_PRELOAD=build.runtimes(), **leaks)

@@ -153,8 +153,9 @@ def test_bounded_inverse_is_its_definition(labelled: bool, reduction: str, engin
                 rows.append(0 * s[i].sum())
                 continue
             counted += 1
-            probability = s[i, valid].softmax(0)[[valid.index(j) for j in positive]].sum()
-            rows.append(-torch.log1p(-probability))
+            # 1 − p as what the others have: by a subtraction it would lose the digits that the bound is about.
+            others = s[i, valid].softmax(0)[[k for k, j in enumerate(valid) if j not in positive]].sum()
+            rows.append(-torch.log(others))
         per_row = torch.stack(rows)
         return {"none": per_row, "sum": per_row.sum(), "mean": per_row.sum() / counted}[reduction]
 

@@ -111,10 +111,14 @@ def run(*command: str) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-6000:]}")
 
 
-def runtime(sanitizer: str) -> str:
-    """The library that has to be loaded first where the program, Python, is not sanitized itself."""
-    found = subprocess.run([compiler(), f"-print-file-name=lib{sanitizer}.so"], capture_output=True, text=True)
-    return found.stdout.strip()
+def runtimes() -> str:
+    """What has to be loaded first where the program, Python, is not sanitized itself: LD_PRELOAD.
+
+    The library of C++ with that of the sanitizer, which else finds no exceptions to watch.
+    """
+    names = [f"-print-file-name={name}.so" for name in ("libasan", "libstdc++")]
+    found = [subprocess.run([compiler(), name], capture_output=True, text=True).stdout.strip() for name in names]
+    return " ".join(found)
 
 
 def impossible() -> str | None:
