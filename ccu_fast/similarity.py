@@ -101,7 +101,7 @@ def reduce_similarity(
         tiles: tuple[list[Tensor], list[Tensor]] = ([], [])
     elif name == "reference" or 0 in (p.banks, p.n, p.m, p.x.shape[-1]):
         with without_autocast(p.x.device):
-            tiles = reference.reduce(p)
+            tiles = reference.reduce(p.without_ignored())
     else:
         keep = _needs_backward(p)
         row_out, col_out = SimilarityReduction.apply(*p.flatten(), specialised(p, name, keep), workspace, keep)

@@ -37,6 +37,7 @@ def a_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 
     def forget() -> None:
         registry._automatic.cache_clear()
+        registry.unavailable.cache_clear()
         machine._why_no_triton_package.cache_clear()
         registry._warned = False
 

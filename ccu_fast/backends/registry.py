@@ -22,6 +22,7 @@ OPERATIONS = tuple(sorted((*NATIVE_CUDA, *TRITON)))
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@functools.cache
 def unavailable(backend: str) -> str | None:
     """Why ``backend`` cannot be used in this process at all; None when it can."""
     if backend == "reference":

@@ -17,7 +17,6 @@ def reduce(p: SimilarityProblem) -> tuple[list[Tensor], list[Tensor]]:
 
     Computes in fp64 for fp64 inputs, in fp32 otherwise.
     """
-    p = p.without_ignored()
     compute = torch.float64 if p.x.dtype == torch.float64 else torch.float32
     s = p.scale.to(compute) * torch.matmul(p.x.to(compute), p.y.to(compute).mT)
     if p.bias is not None:
