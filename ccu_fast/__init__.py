@@ -15,6 +15,8 @@ from ccu_fast.similarity import reduce_similarity
 from ccu_fast.tokens import Flips, TokenTable, candidate_losses, topk_flips
 
 if TYPE_CHECKING:
+    from ccu_fast import distributed as distributed
+    from ccu_fast import info as info
     from ccu_fast.unlearn import unlearn as unlearn
 
 __version__ = "0.1.0"
@@ -48,7 +50,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The systems are imported when they are used: the losses need none of them.
-    if name in ("mem", "unlearn"):
+    # Imported when they are used: the losses need none of them.
+    if name in ("distributed", "info", "mem", "unlearn"):
         return importlib.import_module(f"ccu_fast.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,6 +27,8 @@ EXTRAS = {
         "webdataset": "webdataset",
     },
 }
+# The backends as a report calls them.
+NAMES = {"triton": "Triton", "native": "C++", "reference": "plain torch"}
 
 
 def extra_of(module: str) -> str | None:
@@ -83,14 +85,12 @@ def render(report: dict[str, Any]) -> str:
     if report["cuda"]["why_no_kernels"]:
         rows.append(("  unusable" if cuda else "cuda kernels", report["cuda"]["why_no_kernels"]))
     for number, device in enumerate(report["cuda"]["devices"]):
-        rows.append((f"gpu {number}", f"{device['name']}, sm_{device['capability']}, {device['memory_gib']} GiB"))
+        rows.append((f"cuda:{number}", f"{device['name']}, sm_{device['capability']}, {device['memory_gib']} GiB"))
     if report["cuda"]["why_no_devices"]:
         rows.append(("gpu", f"none: {report['cuda']['why_no_devices']}"))
     rows.append(("", ""))
-    for op, devices in report["operations"].items():
-        for device, choice in devices.items():
-            rows.append((f"{op} on {device}", choice["backend"] or f"no device: {report['cuda']['why_no_devices']}"))
-            rows += [(f"  not {backend}", why) for backend, why in choice["why_not"].items()]
+    for device in next(iter(report["operations"].values())):
+        rows += _serving(device, {op: choices[device] for op, choices in report["operations"].items()})
     rows.append(("", ""))
     for extra, packages in report["extras"].items():
         listed = ", ".join(f"{name} {version}" if version else name + missing for name, version in packages.items())
@@ -108,8 +108,7 @@ def _cpu_isa() -> str | None:
 
 
 def _where() -> list[str]:
-    """The devices that have a line for each operation; "cuda" stands for GPUs that are not there."""
-    return ["cpu", *(f"cuda:{index}" for index in range(len(_devices())))] if _devices() else ["cpu", "cuda"]
+    return ["cpu", *(f"cuda:{index}" for index in range(len(_devices())))]
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -126,12 +125,25 @@ def _devices() -> list[dict[str, Any]]:
     return devices
 
 
-def _choice(op: str, name: str) -> dict[str, Any]:
-    """The backend that ``auto`` picks for fp32 tensors, and why it does not pick a faster one."""
-    if name == "cuda":
-        return {"backend": None, "why_not": {}}
-    backend, why_not = registry.pick(op, torch.device(name), torch.float32)
-    return {"backend": backend, "why_not": why_not}
+def _choice(op: str, device: str) -> dict[str, Any]:
+    """The backend that ``auto`` picks for fp32 tensors, and what speaks against those it would rather have."""
+    where = torch.device(device)
+    chosen, reasons = registry.pick(op, where, torch.float32)
+    why_not = {name: reason for name, reason in reasons.items() if registry.has_kernel(name, op, where.type)}
+    return {"backend": chosen, "why_not": why_not}
+
+
+def _serving(device: str, choices: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """What serves a device, a row for all operations that share a backend and the reasons against others."""
+    names = {**NAMES, "native": "CUDA C++"} if device.startswith("cuda") else NAMES
+    shared: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
+    for op, choice in choices.items():
+        shared.setdefault((choice["backend"], tuple(choice["why_not"].items())), []).append(op)
+    rows: list[tuple[str, str]] = []
+    for (backend, why_not), ops in shared.items():
+        rows.append((device if not rows else "", f"{names[backend]}: {', '.join(ops)}"))
+        rows += [(f"  not {names[name]}", why) for name, why in why_not]
+    return rows
 
 
 def _version(distribution: str) -> str | None:

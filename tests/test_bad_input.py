@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -207,6 +207,15 @@ def test_message(make: Callable[[], Any], error: type[Exception], message: str) 
     assert "got" in str(caught.value)
 
 
+@pytest.fixture
+def choice_anew() -> Iterator[None]:
+    """What was chosen before is not remembered, nor what is chosen here."""
+    registry.forget()
+    yield
+    registry.forget()
+
+
+@pytest.mark.usefixtures("choice_anew")
 @pytest.mark.parametrize("name", ["native", "triton"])
 def test_a_backend_that_cannot_serve_says_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Named by the user: an error with the reason, and no silent detour."""
@@ -217,13 +226,10 @@ def test_a_backend_that_cannot_serve_says_why(name: str, monkeypatch: pytest.Mon
         reduce_similarity(X, Y, rows=[("lse", ALL)], backend=name)
 
 
+@pytest.mark.usefixtures("choice_anew")
 def test_auto_falls_back_where_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         registry, "unavailable", lambda backend: None if backend == "reference" else "it was never built"
     )
-    registry._automatic.cache_clear()
-    try:
-        (lse,), _ = reduce_similarity(X, Y, rows=[("lse", ALL)])
-    finally:
-        registry._automatic.cache_clear()
+    (lse,), _ = reduce_similarity(X, Y, rows=[("lse", ALL)])
     torch.testing.assert_close(lse, (X @ Y.T).logsumexp(1))

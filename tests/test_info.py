@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,12 +44,12 @@ def test_report_is_json_and_text_with_the_same_facts(capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     for fact in (ccu_fast.__version__, torch.__version__, report["python"]):
         assert fact in text
-    for op, devices in report["operations"].items():
+    for op, choices in report["operations"].items():
         chosen = registry.choose("auto", op, torch.device("cpu"), torch.float32)
-        assert devices["cpu"]["backend"] == chosen
-        assert any(line.split() == [op, "on", "cpu", chosen] for line in text.splitlines())
+        assert choices["cpu"]["backend"] == chosen
+        assert any(re.match(rf"(cpu)? +{re.escape(info.NAMES[chosen])}: .*{op}", line) for line in text.splitlines())
+        assert len(choices) == 1 + torch.cuda.device_count()
     if not torch.cuda.is_available():
-        assert all(devices["cuda"]["backend"] is None for devices in report["operations"].values())
         assert f"none: {report['cuda']['why_no_devices']}" in text
 
 
@@ -65,7 +66,10 @@ def test_without_the_module_the_reason_is_the_builds(bare: Path) -> None:
     done = python(bare, "-m", "ccu_fast.info")
     assert done.returncode == 0, done.stderr
     assert "none, torch is used instead: not built: no C++ compiler: tried them all" in done.stdout
-    assert any(line.split() == ["reduce_similarity", "on", "cpu", "reference"] for line in done.stdout.splitlines())
+    every = ", ".join(registry.OPERATIONS)
+    assert re.search(
+        rf"^cpu +plain torch: {every}\n  not C\+\+ +not built: no C\+\+ compiler", done.stdout, re.MULTILINE
+    )
 
 
 def test_without_any_build_the_way_to_one_is_named(bare: Path) -> None:
@@ -143,6 +147,10 @@ def test_driver_too_old_for_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
         (["80", "100"], (9, 0), False),
         (["90"], (8, 0), False),
         (["80", "90a"], (12, 0), True),
+        (["80", "90a", "120"], (9, 0), True),
+        (["100f", "120"], (10, 3), True),
+        (["100a", "120"], (10, 3), False),
+        (["100", "120"], (11, 0), False),
     ],
 )
 def test_gpus_that_the_build_serves(
@@ -157,6 +165,7 @@ def test_gpus_that_the_build_serves(
     reason = machine.why_no_cuda_kernels(0)
     assert (reason is None) == served
     assert served or "GPU 0 is sm_" in str(reason)
+    assert machine.why_no_cuda_kernels() is None  # a second GPU may be served
 
 
 def test_cuda_left_out_of_the_build_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

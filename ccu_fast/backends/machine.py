@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib
 import json
+import os
 import platform
 import re
 from pathlib import Path
@@ -65,8 +66,8 @@ def why_no_devices() -> str | None:
     driver = driver_cuda()
     if driver is None:
         return "no NVIDIA driver is loaded (libcuda.so.1)"
-    if driver[0] < int(torch.version.cuda.split(".")[0]):
-        return f"the driver serves CUDA {driver[0]}.{driver[1]}, torch is built with {torch.version.cuda}"
+    if driver[0] < _two(torch.version.cuda)[0]:
+        return f"the driver serves CUDA {_dotted(driver)}, torch is built with {torch.version.cuda}"
     return "the driver shows no device (CUDA_VISIBLE_DEVICES?)"
 
 
@@ -82,25 +83,43 @@ def why_no_cuda_kernels(gpu: int | None = None) -> str | None:
         return "the build left no record"
     if info["cuda"] is None:
         return f"not built: {info['skipped'].get('cuda', 'no reason recorded')}"
-    built = info["cuda"]["version"]
+    built = _two(info["cuda"]["version"])
     driver = driver_cuda()
-    if driver is not None and driver[0] < int(built.split(".")[0]):
-        return f"the driver serves CUDA {driver[0]}.{driver[1]}, the kernels are built with {built}"
-    return why_no_devices() or (None if gpu is None else _why_no_machine_code(info["cuda"]["archs"], gpu))
+    if driver is not None and driver[0] < built[0]:
+        return f"the driver serves CUDA {_dotted(driver)}, the kernels are built with {_dotted(built)}"
+    reason = why_no_devices()
+    if reason is not None or gpu is None:
+        return reason
+    return _why_no_device(gpu) or _why_no_machine_code(info["cuda"]["archs"], built, driver, gpu)
 
 
-def _why_no_machine_code(archs: list[str], gpu: int) -> str | None:
-    """Code runs on later minors of its major, with an "a" on its own alone; PTX of the highest on all later."""
+def _why_no_machine_code(
+    archs: list[str], built: tuple[int, int], driver: tuple[int, int] | None, gpu: int
+) -> str | None:
+    """Machine code runs on later minors of its major, that of an "a" nowhere else; PTX of the highest on all later."""
     device = capability(gpu)
-    highest = max(int(arch.rstrip("af")) for arch in archs)
-    if device >= highest or any(_runs_on(arch, device) for arch in archs):
+    if any(_runs_on(arch, device) for arch in archs):
         return None
-    return f"the kernels are built for sm_{', sm_'.join(archs)}, GPU {gpu} is sm_{device}"
+    if device < max(int(arch.rstrip("af")) for arch in archs):
+        return f"the kernels are built for sm_{', sm_'.join(archs)}, GPU {gpu} is sm_{device}"
+    # Newer machine code runs on an older driver of its major; newer PTX is not compiled by one.
+    if driver is not None and driver < built:
+        return (
+            f"GPU {gpu} is sm_{device}, for which the kernels are PTX of CUDA {_dotted(built)}; "
+            f"the driver compiles that of {_dotted(driver)} at most"
+        )
+    return None
 
 
 def _runs_on(arch: str, device: int) -> bool:
     number = int(arch.rstrip("af"))
     return number == device or (not arch.endswith("a") and number // 10 == device // 10 and number < device)
+
+
+def _why_no_device(gpu: int) -> str | None:
+    """A device that a compiler traces for need not be there."""
+    count = torch.cuda.device_count()
+    return None if gpu < count else f"torch sees no GPU {gpu}: there are {count}"
 
 
 def capability(gpu: int) -> int:
@@ -115,21 +134,31 @@ TRITON_AT_LEAST = (3, 4)
 CAPABILITY_AT_LEAST = 80
 
 
+@functools.cache
 def why_no_triton(gpu: int | None = None) -> str | None:
     """Why the Triton kernels cannot run on a GPU, or here at all; None when they can."""
-    if torch.version.hip is not None:
-        return f"its kernels are for NVIDIA GPUs, torch is built for ROCm {torch.version.hip}"
-    missing = _why_no_triton_package()
-    if missing is not None or gpu is None:
+    if gpu is None:
+        return _why_no_triton_package()
+    missing = why_no_triton() or _why_no_device(gpu)
+    if missing is not None or interpreting():
         return missing
-    has, needed = capability(gpu) / 10, CAPABILITY_AT_LEAST / 10
-    return None if has >= needed else f"its kernels need compute capability {needed} or later, GPU {gpu} has {has}"
+    device = capability(gpu)
+    if device < CAPABILITY_AT_LEAST:
+        needed = CAPABILITY_AT_LEAST / 10
+        return f"its kernels need compute capability {needed} or later, GPU {gpu} has {device / 10}"
+    no_code: str | None = _probe().why_no_code(device)
+    return no_code
 
 
-@functools.cache
 def _why_no_triton_package() -> str | None:
+    if torch.version.hip is not None and not interpreting():
+        return f"its kernels are for NVIDIA GPUs, torch is built for ROCm {torch.version.hip}"
     try:
         triton = importlib.import_module("triton")
+        found = _two(triton.__version__)
+        if found < TRITON_AT_LEAST:
+            return f"it needs Triton {_dotted(TRITON_AT_LEAST)} or later, {triton.__version__} is installed"
+        probe = _probe()
     except ModuleNotFoundError as error:
         if error.name == "triton":
             return "the package triton is not installed"
@@ -137,10 +166,31 @@ def _why_no_triton_package() -> str | None:
     except Exception as error:
         # A broken installation raises whatever it likes, and none of it is the user's concern.
         return f"the package triton cannot be imported: {type(error).__name__}: {error}"
-    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
-    if found is None or (int(found[1]), int(found[2])) < TRITON_AT_LEAST:
-        return f"it needs Triton {'.'.join(map(str, TRITON_AT_LEAST))} or later, {triton.__version__} is installed"
-    return None
+    no_driver: str | None = None if interpreting() else probe.why_no_driver()
+    return no_driver
+
+
+def _probe() -> Any:
+    return importlib.import_module("ccu_fast.backends.triton.probe")
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter takes the place of a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def forget() -> None:
+    """Look anew at what was looked at once; for tests that change it."""
+    why_no_triton.cache_clear()
+
+
+def _two(version: str) -> tuple[int, int]:
+    major, minor = re.findall(r"\d+", version)[:2]
+    return int(major), int(minor)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
 
 
 def moved(t: Tensor, device: torch.device) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import os
 import warnings
 
 import torch
@@ -15,28 +13,37 @@ log = logging.getLogger("ccu_fast")
 
 BACKENDS = ("triton", "native", "reference")
 
-# What the compiled module also runs on cuda tensors.
+# What has kernels of its own on cuda tensors, in CUDA C++ and in Triton; on cpu tensors the compiled module has all.
 NATIVE_CUDA = ("candidate_losses", "noise_store", "pgd_step_", "topk_flips")
 TRITON = ("reduce_similarity", "l2_normalize")
-OPERATIONS = tuple(sorted((*NATIVE_CUDA, *TRITON)))
+OPERATIONS = (*TRITON, *NATIVE_CUDA)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+Key = tuple[str, str, torch.device, torch.dtype]
 
-@functools.cache
+# One look here is all that a choice costs at a call. A device may be another than its neighbour of the same type.
+_chosen: dict[Key, str] = {}
+_told = False
+
+
 def unavailable(backend: str) -> str | None:
     """Why ``backend`` cannot be used in this process at all; None when it can."""
     if backend == "reference":
         return None
     if backend == "native":
         return machine.why_not_native()
-    reason = machine.why_no_triton()
-    if reason is None and not torch.cuda.is_available() and not _interpreted():
+    if not machine.interpreting() and torch.version.hip is None and not torch.cuda.is_available():
         return "no CUDA device is visible (set TRITON_INTERPRET=1 before import to run in the interpreter)"
-    return reason
+    return machine.why_no_triton()
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def has_kernel(backend: str, op: str, device_type: str) -> bool:
+    """Whether ``backend`` is written to run ``op`` on such tensors, whatever this machine lacks."""
+    if backend == "reference":
+        return True
+    if backend == "native":
+        return device_type == "cpu" or (device_type == "cuda" and op in NATIVE_CUDA)
+    return op in TRITON and (device_type == "cuda" or (device_type == "cpu" and machine.interpreting()))
 
 
 def cannot_serve(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -48,28 +55,20 @@ def cannot_serve(backend: str, op: str, device: torch.device, dtype: torch.dtype
         return reason
     if dtype not in KERNEL_DTYPES:
         return f"it computes fp32, fp16 and bf16, not {dtype}"
-    if backend == "native":
-        if device.type == "cpu":
-            return None
-        if device.type != "cuda" or op not in NATIVE_CUDA:
+    if not has_kernel(backend, op, device.type):
+        if backend == "native":
             return f"its {op} runs on cpu tensors, not {device.type}"
-        return machine.why_no_cuda_kernels(_gpu(device))
-    if op not in TRITON:
-        return f"it has no {op}"
-    if device.type == "cpu":
-        if not _interpreted():
-            return "it runs on cuda tensors, not cpu"
-        return "Triton's interpreter has no correct bf16 dot" if dtype == torch.bfloat16 else None
-    if device.type != "cuda":
-        return f"it runs on cuda tensors, not {device.type}"
-    return machine.why_no_triton(_gpu(device))
+        return f"it has no {op}" if op not in TRITON else f"it runs on cuda tensors, not {device.type}"
+    if device.type == "cuda":
+        gpu = _current_gpu() if device.index is None else device.index
+        return machine.why_no_cuda_kernels(gpu) if backend == "native" else machine.why_no_triton(gpu)
+    if backend == "triton" and dtype == torch.bfloat16:
+        return "Triton's interpreter has no correct bf16 dot"
+    return None
 
 
-def _gpu(device: torch.device) -> int | None:
-    """Its number; None where there is no GPU to number."""
-    if device.index is not None or not torch.cuda.is_available():
-        return device.index
-    return torch.cuda.current_device()
+def _current_gpu() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
 
 
 def candidates(device_type: str) -> tuple[str, ...]:
@@ -79,36 +78,14 @@ def candidates(device_type: str) -> tuple[str, ...]:
 
 
 def pick(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
-    """The first of the candidates that serves, and why those before it do not."""
-    why_not: dict[str, str] = {}
+    """What ``auto`` picks, and why each that it would rather have cannot serve."""
+    reasons: dict[str, str] = {}
     for name in candidates(device.type):
         reason = cannot_serve(name, op, device, dtype)
         if reason is None:
-            return name, why_not
-        why_not[name] = reason
+            return name, reasons
+        reasons[name] = reason
     raise AssertionError("unreachable: the reference serves everything")
-
-
-# What a call pays for the choice is one look-up. Each device has its own: a machine can hold old and new GPUs.
-@functools.cache
-def _automatic(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    name, why_not = pick(op, device, dtype)
-    reasons = "; ".join(f"not {other} ({reason})" for other, reason in why_not.items())
-    log.debug("%s on %s %s: %s%s", op, device, dtype, name, reasons and f"; {reasons}")
-    if name == "reference" and device.type == "cuda" and dtype in KERNEL_DTYPES:
-        _warn_of_slow_gpu(f"ccu_fast: {op} on {device} runs in plain torch: {reasons}. `ccu-fast info` has the rest.")
-    return name
-
-
-_warned = False
-
-
-def _warn_of_slow_gpu(message: str) -> None:
-    """Warn once a process: the results are right, only slow."""
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 # Under torch.compile the choice is made while tracing and is a constant of the graph.
@@ -116,14 +93,52 @@ def _warn_of_slow_gpu(message: str) -> None:
 def choose(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that will run ``op``.
 
+    Warns, once a process, where ``auto`` leaves to plain torch on a GPU what there is a kernel for.
+
     Raises:
         ValueError: ``backend`` is unknown, or named by the user and unable to serve; the message says why.
     """
+    return _chosen.get((backend, op, device, dtype)) or _choose(backend, op, device, dtype)
+
+
+def _choose(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "auto":
-        return _automatic(op, device, dtype)
-    if backend not in BACKENDS:
+        name, reasons = pick(op, device, dtype)
+        log.debug("%s on %s %s: %s%s", op, device, dtype, name, "".join(f"; not {b}: {r}" for b, r in reasons.items()))
+        if name == "reference":
+            _tell(op, device, dtype, reasons)
+    elif backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
-    reason = cannot_serve(backend, op, device, dtype)
-    if reason is not None:
-        raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
-    return backend
+    else:
+        reason = cannot_serve(backend, op, device, dtype)
+        if reason is not None:
+            raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
+        name = backend
+    # "cuda" without an index is the current device, which changes.
+    if device.type != "cuda" or device.index is not None:
+        _chosen[backend, op, device, dtype] = name
+    return name
+
+
+def _tell(op: str, device: torch.device, dtype: torch.dtype, reasons: dict[str, str]) -> None:
+    """One warning a process: a GPU is slower than it could be. That there are no kernels for fp64 is documented."""
+    global _told
+    # A compiler may trace for devices that are not there.
+    if _told or device.type != "cuda" or dtype not in KERNEL_DTYPES or not torch.cuda.is_available():
+        return
+    _told = True
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if has_kernel(name, op, device.type))
+    warnings.warn(
+        f"{op} on {device} ({torch.cuda.get_device_name(device)}) runs in plain torch, not in a kernel of ccu_fast: "
+        f"{why}. `ccu-fast info` lists what serves each device; this is said once.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def forget() -> None:
+    """Choose anew, and warn again: what this machine has is looked at once otherwise."""
+    global _told
+    _told = False
+    _chosen.clear()
+    machine.forget()
