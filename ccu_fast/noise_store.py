@@ -317,7 +317,8 @@ class NoiseStore:
         elif delta.dtype == torch.float64:
             delta = delta.float()
         with torch.no_grad():
-            update(self.data.view(self.rows, -1), index, delta.reshape(len(index), -1), eps, self._backend)
+            size = math.prod(self.item_shape)
+            update(self.data.view(self.rows, size), index, delta.reshape(len(index), size), eps, self._backend)
 
     def _check_index(self, index: Tensor) -> None:
         check.tensor("index", index, dtypes=(torch.int64,), ndim=1)
@@ -392,7 +393,7 @@ def _limits(images: Tensor, lower: Any, upper: Any) -> tuple[float, float, Tenso
         if low > high:
             raise ValueError(f"lower: expected at most upper ({upper}), got {lower}")
         return low, high, None
-    size = images.shape[1]
+    size = images.shape[1] if images.ndim > 1 else 1
     like = torch.empty((), dtype=torch.float32, device=images.device)
     rows = [
         channels[name].to(like).expand(size) if name in channels else like.new_full((size,), number)

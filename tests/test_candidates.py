@@ -22,7 +22,7 @@ def brute_losses(candidates: Tensor, image: Tensor, text: Tensor, scale: Any) ->
     return torch.stack(rows).view(candidates.shape[:2])
 
 
-@pytest.mark.parametrize(("batch", "k", "dim"), [(1, 3, 5), (2, 1, 4), (7, 5, 16), (33, 4, 8)])
+@pytest.mark.parametrize(("batch", "k", "dim"), [(1, 3, 5), (2, 1, 4), (7, 5, 16), (33, 4, 8), (2, 3, 0)])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_candidate_losses_are_those_of_the_changed_batch(
     backend: str, batch: int, k: int, dim: int, scale: float

@@ -56,8 +56,27 @@ def test_noise_of_a_gpu_on_images_of_the_host() -> None:
     index = torch.arange(64, device="cuda")
     store.scatter_(index, torch.randint(-8, 9, (64, 3, 64, 64), dtype=torch.int8, device="cuda"))
     images = torch.full((64, 3, 64, 64), 0.5)
-    for _ in range(20):
-        torch.testing.assert_close(store.add_to(images, index), images + store.data.cpu().float() / 255)
+    noisy = images + store.data.cpu().float() / 255
+    torch.cuda._sleep(100_000_000)  # what is read without waiting for the GPU is then from before the copy
+    torch.testing.assert_close(store.add_to(images, index), noisy)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("item", [(), (1,), (3, 2)], ids=str)
+@pytest.mark.parametrize(("rows", "batch"), [(0, 0), (4, 0), (4, 3)])
+def test_no_rows_no_images_and_images_of_one_number(
+    rows: int, batch: int, item: tuple[int, ...], dtype: torch.dtype, backend: str
+) -> None:
+    store = NoiseStore(rows, item, dtype=dtype, backend=backend)
+    index = torch.arange(batch)
+    store.scatter_(index, steps(batch, *item, most=4))
+    store.scatter_add_clamp_(index, steps(batch, *item, most=4), 6 / 255)
+    most = 6.01 / 255 if dtype != torch.float16 else 6.1 / 255
+    assert store.gather(index).shape == (batch, *item) and bool((store.gather(index).abs() <= most).all())
+    lower = torch.full([item[0] if item else 1, *[1] * (len(item) - 1)], 0.51)
+    images = torch.full((batch, *item), 0.5)
+    want = (images + store.gather(index)).clamp(0.51, 1)
+    torch.testing.assert_close(store.add_to(images, index, lower=lower), want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -28,8 +28,9 @@ def solve(text_candidates: Tensor, image: Tensor, text: Tensor) -> Tensor:
     with guard, torch.no_grad():
         _C.candidate_rest(s=s.data_ptr(), batch=batch, rest=rest.data_ptr(), fixed=fixed.data_ptr(), **where)
         for first in range(0, batch, rows):
-            part = text_candidates[first : first + rows].detach().reshape(-1, dim).float()
-            similarity = torch.mm(part, image.T, out=buffer[: part.shape[0]])
+            count = min(rows, batch - first)
+            part = text_candidates[first : first + count].detach().reshape(count * candidates, dim).float()
+            similarity = torch.mm(part, image.T, out=buffer[: count * candidates])
             _C.candidate_losses(
                 similarity=similarity.data_ptr(),
                 rest=rest.data_ptr(),
@@ -37,7 +38,7 @@ def solve(text_candidates: Tensor, image: Tensor, text: Tensor) -> Tensor:
                 batch=batch,
                 candidates=candidates,
                 first=first,
-                rows=part.shape[0] // candidates,
+                rows=count,
                 out=out.data_ptr(),
                 **where,
             )
