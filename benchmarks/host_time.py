@@ -1,0 +1,124 @@
+"""Python's time of a GPU call of info_nce, without a GPU: ``python -m benchmarks.host_time [--against CHECKOUT]``.
+
+Every checkout is measured in a process of its own (:mod:`benchmarks.host_time_worker` says how); the processes take
+turns, and the ratio of two of them is the median of the ratios turn by turn. The result goes to
+``benchmarks/host/results``.
+
+A GPU's host does a little more than is timed here: the caching allocator instead of malloc, the driver's own launch,
+the encoding of tensor maps, and a backward pass that starts in another thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import environment
+from benchmarks.results import replace
+
+FOLDER = Path(__file__).resolve().parent / "host" / "results"
+BATCHES = (128, 4096)
+
+
+class Worker:
+    """A process with one checkout's package."""
+
+    def __init__(self, checkout: Path) -> None:
+        # malloc keeps what it has, as the caching allocator of a GPU does; else each large buffer is a system call.
+        malloc = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("host_time_worker.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=checkout,
+            env={**os.environ, **malloc, "PYTHONPATH": path},
+        )  # fmt: skip
+
+    def ask(self, what: str, batch: int, calls: int = 0) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"what": what, "batch": batch, "calls": calls}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the worker ended with status {self.process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(workers: dict[str, Worker], batch: int, rounds: int, calls: int) -> dict[str, Any]:
+    """Medians in µs, counts and profiles of all workers, and what the first takes of the others' time."""
+    taken: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": [], "both": []} for name in workers}
+    for name, worker in workers.items():
+        worker.ask("time", batch, calls)
+    for turn in range(rounds):
+        for name in list(workers)[:: 1 if turn % 2 == 0 else -1]:
+            found = workers[name].ask("time", batch, calls)
+            found["both"] = [sum(pair) for pair in zip(found["forward"], found["backward"], strict=True)]
+            for direction, values in found.items():
+                taken[name][direction].append(statistics.median(values) / 1000)
+    first, *others = workers
+    result: dict[str, Any] = {
+        name: {
+            "us": {direction: round(statistics.median(values), 1) for direction, values in taken[name].items()},
+            "counts": workers[name].ask("counts", batch),
+            "profile": workers[name].ask("profile", batch, calls),
+        }
+        for name in workers
+    }
+    for other in others:
+        result[f"{first} / {other}"] = {
+            direction: round(statistics.median(a / b for a, b in zip(values, taken[other][direction], strict=True)), 3)
+            for direction, values in taken[first].items()
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=__doc__)
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, measured in turns")
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--calls", type=int, default=100, help="calls a round")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--name", help="of the file in benchmarks/host/results; by default nothing is written")
+    arguments = parser.parse_args()
+    checkouts = {"this": environment.REPOSITORY}
+    if arguments.against is not None:
+        checkouts["other"] = arguments.against.resolve()
+    workers = {name: Worker(checkout) for name, checkout in checkouts.items()}
+    revisions = {
+        name: subprocess.run(
+            ["git", "-C", checkout, "describe", "--always", "--dirty", "--exclude=*"],
+            capture_output=True, text=True, check=False,
+        ).stdout.strip()
+        for name, checkout in checkouts.items()
+    }  # fmt: skip
+    sizes = {str(batch): measure(workers, batch, arguments.rounds, arguments.calls) for batch in arguments.batches}
+    for worker in workers.values():
+        worker.close()
+    report = {
+        "command": f"python -m benchmarks.host_time --rounds {arguments.rounds} --calls {arguments.calls}"
+        + (" --against CHECKOUT" if arguments.against is not None else ""),
+        "revisions": revisions,
+        "environment": environment.describe(torch.device("cpu")),
+        "batch": sizes,
+    }
+    text = json.dumps(report, indent=1) + "\n"
+    print(text)
+    if arguments.name:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        replace(FOLDER / f"{arguments.name}.json", text)
+
+
+if __name__ == "__main__":
+    main()
