@@ -33,7 +33,11 @@ class Worker:
 
     def __init__(self, checkout: Path) -> None:
         # malloc keeps what it has, as the caching allocator of a GPU does; else each large buffer is a system call.
-        malloc = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "OMP_NUM_THREADS": "1"}
+        malloc = {
+            "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+            "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+            "OMP_NUM_THREADS": "1",
+        }
         path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("host_time_worker.py")],
@@ -57,25 +61,35 @@ class Worker:
 
 
 def measure(workers: dict[str, Worker], batch: int, rounds: int, calls: int) -> dict[str, Any]:
-    """Medians in µs, counts and profiles of all workers, and what the first takes of the others' time."""
-    taken: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": [], "both": []} for name in workers}
-    for name, worker in workers.items():
-        worker.ask("time", batch, calls)
+    """Medians in µs, counts and profiles of all workers, and what the first takes of the others' time.
+
+    "floor" is torch's own share: an autograd function of the same tensors that computes nothing, in the first worker.
+    """
+    first, *others = workers
+    turns = [*((name, worker, "time") for name, worker in workers.items()), ("floor", workers[first], "floor")]
+    taken: dict[str, dict[str, list[float]]] = {}
+    for name, worker, what in turns:
+        worker.ask(what, batch, calls)
+        taken[name] = {"forward": [], "backward": [], "both": []}
     for turn in range(rounds):
-        for name in list(workers)[:: 1 if turn % 2 == 0 else -1]:
-            found = workers[name].ask("time", batch, calls)
+        for name, worker, what in turns[:: 1 if turn % 2 == 0 else -1]:
+            found = worker.ask(what, batch, calls)
             found["both"] = [sum(pair) for pair in zip(found["forward"], found["backward"], strict=True)]
             for direction, values in found.items():
                 taken[name][direction].append(statistics.median(values) / 1000)
-    first, *others = workers
+
+    def medians(name: str) -> dict[str, float]:
+        return {direction: round(statistics.median(values), 1) for direction, values in taken[name].items()}
+
     result: dict[str, Any] = {
         name: {
-            "us": {direction: round(statistics.median(values), 1) for direction, values in taken[name].items()},
+            "us": medians(name),
             "counts": workers[name].ask("counts", batch),
             "profile": workers[name].ask("profile", batch, calls),
         }
         for name in workers
     }
+    result["floor"] = {"us": medians("floor")}
     for other in others:
         result[f"{first} / {other}"] = {
             direction: round(statistics.median(a / b for a, b in zip(values, taken[other][direction], strict=True)), 3)
@@ -85,6 +99,7 @@ def measure(workers: dict[str, Worker], batch: int, rounds: int, calls: int) -> 
 
 
 def main() -> None:
+    """Measure, print, and keep the result if it is to have a name."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=__doc__)
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, measured in turns")
     parser.add_argument("--rounds", type=int, default=31)

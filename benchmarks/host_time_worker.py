@@ -1,7 +1,7 @@
 """What benchmarks.host_time runs in a process of its own, with the checkout that is measured first on the path.
 
-Reads one request a line, ``{"what": "time" or "counts" or "profile", "batch": …, "calls": …}``, and answers with one
-line of JSON. A call is ``info_nce(x, y, scale=scale)`` and its ``backward()``: D = 512, bf16, gradients of x, y and
+Reads one request a line, ``{"what": "time", "floor", "counts" or "profile", "batch": …, "calls": …}``, and answers with
+one line of JSON. A call is ``info_nce(x, y, scale=scale)`` and its ``backward()``: D = 512, bf16, gradients of x, y and
 scale, what a user's training step runs, with these stand-ins:
 
 - CPU tensors for CUDA tensors. The registry is told that Triton serves them, and the workspace is that of a GPU.
@@ -49,10 +49,10 @@ def prepare() -> Any:
     registry.candidates = lambda *_: ("triton", "reference")
     registry.cannot_serve = lambda name, *rest: None if name == "triton" else cannot_serve(name, *rest)
     similarity.DEFAULT_WORKSPACE["cpu"] = similarity.DEFAULT_WORKSPACE["cuda"]
-    a, b, out = (torch.ones(1, 1, 1) for _ in range(3))
+    one, other, result = (torch.ones(1, 1, 1) for _ in range(3))
 
-    def product(target: Any, left: Any, right: Any, *, add: bool) -> None:
-        torch.baddbmm(out, a, b, out=out) if add else torch.bmm(a, b, out=out)
+    def product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, add: bool) -> None:
+        torch.baddbmm(result, one, other, out=result) if add else torch.bmm(one, other, out=result)
 
     gemm.product = product
     torch.set_num_threads(1)
@@ -67,16 +67,42 @@ class Call:
 
         from ccu_fast import info_nce
 
-        self.info_nce = info_nce
+        self.info_nce: Any = info_nce
         self.x, self.y = (torch.zeros(batch, DIM, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
         self.scale = torch.tensor(20.0, requires_grad=True)
 
     def forward(self) -> Any:
-        self.x.grad = self.y.grad = self.scale.grad = None
         return self.info_nce(self.x, self.y, scale=self.scale)
 
+    def zero_grad(self) -> None:
+        self.x.grad = self.y.grad = self.scale.grad = None
+
     def step(self) -> None:
+        self.zero_grad()
         self.forward().backward()
+
+
+class Nothing(Call):
+    """An autograd function of the same tensors that computes nothing: torch's own share of the call."""
+
+    def __init__(self, batch: int) -> None:
+        import torch
+
+        super().__init__(batch)
+        gradients = [torch.zeros_like(t) for t in (self.x, self.y, self.scale)]
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *tensors: Any) -> Any:
+                ctx.save_for_backward(*tensors)
+                return torch.empty(())
+
+            @staticmethod
+            def backward(ctx: Any, _: Any) -> Any:
+                assert len(ctx.saved_tensors) == 3
+                return tuple(map(torch.empty_like, gradients))
+
+        self.info_nce = lambda x, y, *, scale: Function.apply(x, y, scale)
 
 
 def times(call: Call, calls: int) -> dict[str, list[int]]:
@@ -85,6 +111,7 @@ def times(call: Call, calls: int) -> dict[str, list[int]]:
     gc.collect()
     gc.disable()
     for _ in range(calls):
+        call.zero_grad()
         before = time.thread_time_ns()
         loss = call.forward()
         between = time.thread_time_ns()
@@ -109,28 +136,31 @@ def counts(call: Call, driver: Any) -> dict[str, Any]:
             self.seen[str(function)] += 1
             return function(*args, **(kwargs or {}))
 
+    def enter(frame: Any, event: str, _: Any) -> None:
+        if event == "call":
+            entered[part(frame.f_code.co_filename)] += 1
+
     found: dict[str, Any] = {}
-    loss = None
     for name in ("forward", "backward"):
-        loss = call.forward() if loss is None else loss
+        kernels: list[str] = []
         entered: Counter[str] = Counter()
-
-        def enter(frame: Any, event: str, _: Any, entered: Counter[str] = entered) -> None:
-            if event == "call":
-                entered[part(frame.f_code.co_filename)] += 1
-
-        driver.launched = []
-        sys.setprofile(enter)
-        loss = call.forward() if name == "forward" else loss.backward()
-        sys.setprofile(None)
-        found[name] = {"kernels": driver.launched, "python_functions": dict(entered)}
-        driver.launched = None
-        loss = call.forward() if name == "forward" else None
-    for name in ("forward", "backward"):
-        loss = call.forward() if name == "backward" else None
-        with Count() as count:
-            call.forward() if loss is None else loss.backward()
-        found[name]["torch_operators"] = dict(count.seen)
+        operators = Count()
+        for watch in ("functions", "operators"):
+            call.zero_grad()
+            loss = None if name == "forward" else call.forward()
+            step = call.forward if loss is None else loss.backward
+            if watch == "functions":
+                driver.launched = kernels
+                sys.setprofile(enter)
+                step()
+                sys.setprofile(None)
+                driver.launched = None
+            else:
+                with operators:
+                    step()
+        found[name] = {
+            "kernels": kernels, "python_functions": dict(entered), "torch_operators": dict(operators.seen)
+        }  # fmt: skip
     return found
 
 
@@ -144,7 +174,7 @@ def part(file: str) -> str:
 
 
 def profile(call: Call, calls: int) -> dict[str, Any]:
-    """Shares of cProfile's time in our functions, Triton's, torch's and in built-in functions, which are torch's C++."""
+    """Shares of cProfile's time in our functions, Triton's, torch's, and built-in ones, which are C and torch's C++."""
     profiler = cProfile.Profile()
     profiler.enable()
     for _ in range(calls):
@@ -165,18 +195,20 @@ def profile(call: Call, calls: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Answer requests until there are no more."""
     driver = prepare()
-    made: dict[int, Call] = {}
+    made: dict[tuple[int, bool], Call] = {}
     for line in sys.stdin:
         request = json.loads(line)
         batch = request["batch"]
-        if batch not in made:
-            made[batch] = Call(batch)
+        key = (batch, request["what"] == "floor")
+        if key not in made:
+            made[key] = Nothing(batch) if key[1] else Call(batch)
             for _ in range(20):
-                made[batch].step()
-        call = made[batch]
+                made[key].step()
+        call = made[key]
         answer: Any
-        if request["what"] == "time":
+        if request["what"] in ("time", "floor"):
             answer = times(call, request["calls"])
         elif request["what"] == "counts":
             answer = counts(call, driver)

@@ -261,6 +261,8 @@ def as_scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     """``value`` as a 0-dim tensor on the device of x, in the dtype of the sums."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     if isinstance(value, Tensor):
+        if value.ndim == 0 and value.dtype == compute and value.device == x.device:
+            return value  # as it nearly always is: a small call feels every function that it enters
         return check.one_element(name, value, "x", x).to(compute)
     return torch.full((), check.number(name, value), dtype=compute, device=x.device)
 

@@ -40,6 +40,7 @@ MANY_KEYS = 4096
 # What one small kernel each way does sooner than the launches of the large ones: pairs in all, and of one item.
 SMALL_PAIRS, SMALL_SIDE, SMALL_DIM = 1 << 20, 2048, 1024
 HALF = (torch.float16, torch.bfloat16)
+_NOTHING = nullcontext()
 
 
 @functools.cache
@@ -69,7 +70,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """The dtypes were decided at the door; a GEMM inside must not be cast again."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _NOTHING
 
 
 def run_forward(p: SimilarityProblem, backend: str, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,7 +33,7 @@ def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
     """
     if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == 2 and x.shape == y.shape):
         return None
-    if x.dtype != y.dtype or x.device != y.device or any(map(_asks_for_more, options.items())):
+    if x.dtype != y.dtype or x.device != y.device or (options and any(map(_asks_for_more, options.items()))):
         return None
     items, dim = x.shape
     if torch.compiler.is_compiling() or not 0 < items * items <= similarity_op.SMALL_PAIRS or dim == 0:
@@ -41,11 +41,13 @@ def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
         return None
-    if x.dtype in HALF:
-        return "triton" if dim <= SMALL_DIM and _choice(x, options) == "triton" else None
-    if x.dtype == torch.float32 and fp32_precision(kind) != "medium" and _choice(x, options) == "native":
-        return "native"
-    return None
+    if x.dtype in HALF and dim <= SMALL_DIM:
+        wanted = "triton"
+    elif x.dtype == torch.float32 and fp32_precision(kind) != "medium":
+        wanted = "native"
+    else:
+        return None
+    return wanted if choose(options.get("backend", "auto"), "reduce_similarity", x.device, x.dtype) == wanted else None
 
 
 def _asks_for_more(option: tuple[str, Any]) -> bool:
@@ -53,25 +55,21 @@ def _asks_for_more(option: tuple[str, Any]) -> bool:
     return not (value is None or name == "backend" or (name == "normalize" and value is False))
 
 
-def _choice(x: Tensor, options: dict[str, Any]) -> str:
-    return choose(options.get("backend", "auto"), "reduce_similarity", x.device, x.dtype)
-
-
 def small_info_nce(x: Tensor, y: Tensor, scale: float | Tensor, *, symmetric: bool, mean: bool, backend: str) -> Tensor:
     """The loss, fp32 0-dim, of arguments for which ``backend`` is what :func:`served_by` said."""
     scale = as_scalar("scale", scale, x)
     keep = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)
     weight = (1 / x.shape[0] if mean else 1.0) / (2 if symmetric else 1)
-    return _SmallInfoNCE.apply(x, y, scale, symmetric, weight, keep, backend)
+    # Torch looks at every argument of a function, and at every gradient: those that are no tensors come as one.
+    return _SmallInfoNCE.apply(x, y, scale, (symmetric, weight, keep, backend))
 
 
 class _SmallInfoNCE(torch.autograd.Function):
     """The loss of (x, y, scale); what its backward pass needs is the backend's."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float, keep: bool, backend: str
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, options: tuple[bool, float, bool, str]) -> Tensor:
+        symmetric, weight, keep, backend = options
         ctx.rest = symmetric, weight, backend
         with without_autocast(x.device):
             loss, *saved = _implementation(backend).forward(x, y, scale, symmetric, weight, keep)
@@ -80,13 +78,12 @@ class _SmallInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[:3]
-        arguments = (*ctx.saved_tensors, grad, needs, *ctx.rest)
+        arguments = (*ctx.saved_tensors, grad, ctx.needs_input_grad[:3], *ctx.rest)
         grads = OnceDifferentiable.apply(_backward, *arguments) if torch.is_grad_enabled() else _backward(*arguments)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
+        return (*grads, None)
 
 
-def _backward(x: Tensor, y: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _backward(x: Tensor, y: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     *saved, grad, needs, symmetric, weight, backend = rest
     with without_autocast(x.device):
         return _implementation(backend).backward(x, y, scale, saved, grad, needs, symmetric, weight)

@@ -65,13 +65,19 @@ def test_a_changed_tile_is_taken_and_one_that_nobody_asks_for_is_not_measured(mo
     device = configs.of("sm_90", 132)
     monkeypatch.setattr(configs, "device", lambda: device)
     change = questions.Change(gradient={"num_warps": 2})
-    taken = []
+    taken, devices = [], []
+
+    def call() -> Tensors:
+        devices.append(configs.device())
+        taken.append(configs.device().gradient["half"].num_warps)
+        return {}
 
     def build(inputs: Tensors, shape: Shape) -> Call:
-        return lambda: taken.append(configs.device().gradient["half"].num_warps) or {}
+        return call
 
     questions.build_changed({}, {}, build=build, change=change)()
     assert taken == [2, 2] and configs.device() is device
+    assert devices[0] is devices[1] is not device  # what it planned is there at its next call
     with pytest.raises(RuntimeError, match="did not ask for the gradient tile"):
         questions.build_changed({}, {}, build=lambda *_: dict, change=change)
 
@@ -84,8 +90,10 @@ def test_every_change_is_one_of_what_there_is() -> None:
         for question in questions.questions("cuda"):
             for provider in question.case.providers():
                 change = getattr(provider.build, "keywords", {}).get("change", questions.Change())
-                with questions.made(change):
-                    assert (configs.device() is device) == (not change.forward and not change.gradient)
+                changed = questions.device_of(change, set())
+                assert (changed is None) == (not change.forward and not change.gradient)
+                with questions.made(change, changed):
+                    assert configs.device() is (changed or device)
 
 
 def test_what_is_left_for_lack_of_time_is_in_the_table(tmp_path: Path) -> None:

@@ -46,26 +46,36 @@ class Change:
     small: bool | None = None
 
 
+def device_of(change: Change, asked: set[str]) -> Any:
+    """The current device with the tiles changed and no launches planned; None where the tiles stay as they are.
+
+    The kinds of changed tile that a launcher asks for are added to ``asked``.
+    """
+    if not change.forward and not change.gradient:
+        return None
+    from ccu_fast.backends.triton import configs
+
+    device = configs.device()
+    tiles: dict[str, Any] = {}
+    for kind, fields in (("forward", change.forward), ("gradient", change.gradient)):
+        if fields:
+            of_kind = getattr(device, kind)
+            tiles[kind] = _Told({k: replace(t, **fields) for k, t in of_kind.items()}, kind, asked)
+    return replace(device, **tiles)
+
+
 @contextmanager
-def made(change: Change) -> Iterator[set[str]]:
-    """Within, launches are as changed; yields the kinds of tile that were asked for."""
-    asked: set[str] = set()
+def made(change: Change, device: Any) -> Iterator[None]:
+    """Within, launches are as changed, and planned once for all calls on this ``device``, the change's own."""
     with ExitStack() as stack:
         if change.small is not None:
             stack.enter_context(patch.object(similarity_op, "SMALL_PAIRS", 1 << 40 if change.small else 0))
             stack.enter_context(patch.object(similarity_op, "SMALL_SIDE", 1 << 20))
-        if change.forward or change.gradient:
+        if device is not None:
             from ccu_fast.backends.triton import configs
 
-            device = configs.device()
-            tiles: dict[str, Any] = {}
-            for kind, fields in (("forward", change.forward), ("gradient", change.gradient)):
-                if fields:
-                    of_kind = getattr(device, kind)
-                    tiles[kind] = _Told({k: replace(t, **fields) for k, t in of_kind.items()}, kind, asked)
-            changed = replace(device, **tiles)
-            stack.enter_context(patch.object(configs, "device", lambda *_: changed))
-        yield asked
+            stack.enter_context(patch.object(configs, "device", lambda: device))
+        yield
 
 
 class _Told(dict[str, Any]):
@@ -86,15 +96,16 @@ def build_changed(inputs: Tensors, shape: Shape, *, build: Build, change: Change
     Raises:
         RuntimeError: the launchers never asked for the changed tile, so that it would be the old one's time.
     """
-    with made(change):
+    asked: set[str] = set()
+    device = device_of(change, asked)
+    with made(change, device):
         call = build(inputs, shape)
 
     def changed() -> Tensors:
-        with made(change):
+        with made(change, device):
             return call()
 
-    with made(change) as asked:
-        call()
+    changed()
     missing = {kind for kind in ("forward", "gradient") if getattr(change, kind)} - asked
     if missing:
         raise RuntimeError(f"the launchers did not ask for the {' and '.join(sorted(missing))} tile")

@@ -13,10 +13,10 @@ COLS = ROWS[:1]
 
 
 def weights(items: int, symmetric: bool, weight: float, device: torch.device) -> Tensor:
-    """``∂loss/∂result``, fp32 ``[3 or 2, N]``: of the rows' lse and positives and, if symmetric, of the columns' lse.
+    """``∂loss/∂result``, fp32 ``[3N or 2N]``: of the rows' lse and positives and, if symmetric, of the columns' lse.
 
     Made at every call and kept for no other: a CUDA graph or another stream must not read what it has not written.
     """
-    each = torch.full((3 if symmetric else 2, items), weight, dtype=torch.float32, device=device)
-    each[1].fill_(-2 * weight if symmetric else -weight)
+    each = torch.full(((3 if symmetric else 2) * items,), weight, dtype=torch.float32, device=device)
+    each[items : 2 * items].fill_(-2 * weight if symmetric else -weight)
     return each

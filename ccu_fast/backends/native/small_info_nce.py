@@ -42,7 +42,7 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float,
     incoming = weights(items, symmetric, weight, x.device)  # without columns the last row is not read as theirs
     totals = torch.empty(2, items, dtype=torch.float64, device="cpu")
     _C.similarity_backward(
-        tile, incoming.data_ptr(), rows.data_ptr(), items, items, incoming[-1].data_ptr(), cols.data_ptr(), items,
+        tile, incoming.data_ptr(), rows.data_ptr(), items, items, incoming[-items:].data_ptr(), cols.data_ptr(), items,
         dot.data_ptr(), _C.F32, totals.data_ptr(), totals[1].data_ptr(),
     )  # fmt: skip
     return loss, totals[0].sum().float(), dot

@@ -6,8 +6,9 @@ No autotuning: the same inputs take the same tiles, hence the same bits, in ever
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from ccu_fast.backends.problem import SimilarityProblem
 # Of every launch. A multiplication and the addition after it are one rounding: left to itself, Triton 3.9 warns that a
 # later release will round twice, which would be other bits and a quarter more instructions in a tile.
 OPTIONS = {"enable_fp_fusion": True}
+# A few kilobytes each. Where every batch has another size none is worth keeping, so all of them go at once.
+MOST_PLANS = 256
+_NOTHING = nullcontext()
+# It is decided when a kernel is defined.
+_IN_INTERPRETER = triton.knobs.runtime.interpret
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class Device:
         tma: x and y are read through tensor descriptors.
         forward, gradient, online: tiles by arithmetic: "half" (fp16 and bf16), "tf32", "ieee" (fp32 without tensor
             cores).
+        index: its number for CUDA.
+        plans: what the launchers made for the problems they met, by what their launches depend on.
     """
 
     processors: int
@@ -71,6 +79,15 @@ class Device:
     forward: dict[str, Tile]
     gradient: dict[str, Tile]
     online: dict[str, Tile]
+    index: int = 0
+    plans: dict[Hashable, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def keep(self, signature: Hashable, plan: Any) -> Any:
+        """The plan, which ``plans`` has from now on."""
+        if len(self.plans) >= MOST_PLANS:
+            self.plans.clear()
+        self.plans[signature] = plan
+        return plan
 
     @property
     def largest_step(self) -> int:
@@ -124,7 +141,7 @@ def architecture(capability: int) -> str:
 
 def device() -> Device:
     """The current device."""
-    if triton.knobs.runtime.interpret:
+    if _IN_INTERPRETER:
         # Small limits, so that small tests walk every path.
         return Device(2, 2, 2, (32, 16), False, _INTERPRETED, _INTERPRETED, _INTERPRETED)
     return _device(triton.runtime.driver.active.get_current_device())
@@ -134,13 +151,13 @@ def device() -> Device:
 def _device(index: int) -> Device:
     driver = triton.runtime.driver.active
     processors = driver.utils.get_device_properties(index)["multiprocessor_count"]
-    return of(architecture(int(driver.get_current_target().arch)), processors)
+    return of(architecture(int(driver.get_current_target().arch)), processors, index)
 
 
-def of(kind: str, processors: int) -> Device:
+def of(kind: str, processors: int, index: int = 0) -> Device:
     """A device of a class of the table."""
     forward, gradient = _TILES[kind]
-    return Device(processors, 256, 256, (16, 128), kind in ("sm_90", "sm_100"), forward, gradient, _ONLINE)
+    return Device(processors, 256, 256, (16, 128), kind in ("sm_90", "sm_100"), forward, gradient, _ONLINE, index)
 
 
 def arithmetic(dtype: torch.dtype) -> str:
@@ -152,4 +169,4 @@ def arithmetic(dtype: torch.dtype) -> str:
 
 def on_device(t: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device; make it that of the data."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+    return torch.cuda.device(t.device) if t.is_cuda and t.device.index != torch.cuda.current_device() else _NOTHING

@@ -38,9 +38,12 @@ class RowGradient:
         p = self.p
         part = g.new_empty((chunk.banks, chunk.rows, p.x.shape[2]), dtype=torch.float32)
         if p.y.shape[0] > 1:
-            product(part, g[..., : p.m], p.y[chunk.start : chunk.stop], add=False)
+            y = p.y if chunk.banks == p.y.shape[0] else p.y[chunk.start : chunk.stop]
+            product(part, _columns(g, p.m), y, add=False)
+        elif chunk.banks == 1:
+            product(part, _columns(g, p.m), p.y, add=False)
         else:
-            product(part.view(1, -1, part.shape[2]), g.view(1, -1, g.shape[2])[..., : p.m], p.y, add=False)
+            product(part.view(1, -1, part.shape[2]), _columns(g.view(1, -1, g.shape[2]), p.m), p.y, add=False)
         if self.sum is None:
             return part
         self.sum[0, chunk.first : chunk.first + chunk.rows] += part.sum(0)
@@ -56,12 +59,20 @@ class ColumnGradient:
 
     def add(self, g: Tensor, chunk: Chunk) -> None:
         p = self.p
+        if chunk.banks == p.x.shape[0] == p.y.shape[0] and chunk.rows == p.n:  # all there is
+            product(self.sum, _columns(g, p.m).mT, p.x, add=False)
+            return
         rows = slice(chunk.first, chunk.first + chunk.rows)
         if p.y.shape[0] < p.banks:
             # One y for all: rows of all banks are one long reduction. A chunk is whole banks, or one.
-            flat = g.view(1, -1, g.shape[2])[..., : p.m]
+            flat = _columns(g.view(1, -1, g.shape[2]), p.m)
             x = p.x[chunk.start : chunk.stop, rows].reshape(1, -1, p.x.shape[2])
             product(self.sum, flat.mT, x, add=chunk.before > 0)
         else:
             x = p.x[:, rows].expand(chunk.banks, -1, -1) if p.x.shape[0] == 1 else p.x[chunk.start : chunk.stop, rows]
-            product(self.sum[chunk.start : chunk.stop], g[..., : p.m].mT, x, add=chunk.first > 0)
+            product(self.sum[chunk.start : chunk.stop], _columns(g, p.m).mT, x, add=chunk.first > 0)
+
+
+def _columns(g: Tensor, m: int) -> Tensor:
+    """G without what fills up its rows."""
+    return g if g.shape[-1] == m else g[..., :m]

@@ -9,15 +9,14 @@ and the range of the gradients stay on the device.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ccu_fast.backends.problem import SimilarityProblem
 from ccu_fast.backends.triton import configs, plan
@@ -30,6 +29,7 @@ from ccu_fast.backends.triton.forward_kernels import (
 )
 from ccu_fast.backends.triton.gemm import ColumnGradient, RowGradient
 from ccu_fast.backends.triton.gradient_kernels import finish_kernel, gradient_kernel, norm_kernel, scale_kernel
+from ccu_fast.backends.triton.launch import Descriptor, Launch, specialised_on
 from ccu_fast.backends.triton.names import keys
 from ccu_fast.backends.triton.plan import stash_shape
 
@@ -47,65 +47,10 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     """Row results fp32 ``[R, B, N]``, column results fp32 ``[C, B, M]`` and the stash."""
     with configs.on_device(p.x):
         device = configs.device()
-        problem = _Problem(p, device)
-        tile = device.tile("forward", problem.arithmetic, p)
-        x, y = problem.operands(tile)
-        rows, own_rows = plan.without_own(p, problem.rows)
-        cols, own_cols = plan.without_own(p, problem.cols)
-        cut = plan.rectangles(p, rows, cols, tile, device, workspace)
-        new = p.x.new_empty
-        stash = new(stash_shape(p, workspace, keep), dtype=torch.float32)
-        squares = new((2, device.bounds), dtype=torch.float32)
-        row_parts = new((len(rows), cut.strips, p.banks, p.n), dtype=torch.float32)
-        col_parts = new((len(cols), cut.groups, p.banks, p.m), dtype=torch.float32)
-        row_out = new((len(p.rows), p.banks, p.n), dtype=torch.float32)
-        col_out = new((len(p.cols), p.banks, p.m), dtype=torch.float32)
-
-        d = problem.x.shape[2]
-        if own_rows or own_cols:
-            own_blocks = p.banks * triton.cdiv(max(p.n, p.m), device.bound_tile[0])
-            own_kernel[(own_blocks,)](
-                problem.x, problem.y, p.scale, p.bias, *problem.keys[:2], row_out, col_out,
-                p.n, p.m, d, p.banks, *problem.strides[:4],
-                ROWS=own_rows, COLS=own_cols, HAS_BIAS=p.bias is not None, HAS_LABELS=p.row_labels is not None,
-                BLOCK_M=device.bound_tile[0], BLOCK_K=device.bound_tile[1], **configs.OPTIONS,
-            )  # fmt: skip
-        if not rows and not cols:
-            stash.zero_()
-            return row_out, col_out, stash
-        bound_kernel[(device.bounds,)](
-            problem.x, problem.y, squares, p.x.shape[0] * p.n, p.y.shape[0] * p.m, d,
-            BLOCK_M=device.bound_tile[0], BLOCK_K=device.bound_tile[1], **configs.OPTIONS,
-        )  # fmt: skip
-        whole = plan.chunks(p, device.tile("gradient", problem.arithmetic, p).block_m, workspace, stash.shape[0])
-        kept_rows = sum(chunk.banks * chunk.rows for chunk in whole if chunk.kept)
-        forward_kernel[(p.banks * cut.groups * cut.strips,)](
-            x, y, squares, p.scale, p.bias, *problem.keys, row_parts, col_parts, stash, _kept(p, stash),
-            float(TOP - math.ceil(math.log2(max(p.n, p.m)))),
-            p.n, p.m, d, p.banks, *problem.strides,
-            cut.groups, cut.group_tiles, cut.strips, cut.strip_tiles, kept_rows, plan.stride(p),
-            **problem.constants(tile), **by_distance(p, rows, cols), **tile.options(),
-            PRECISION=problem.precision, TMA=device.tma,
-            MASK_N=p.n % tile.block_m != 0, PROGRAMS=device.bounds, KEEP=kept_rows > 0,
-        )  # fmt: skip
-        online = device.tile("online", problem.arithmetic, p)
-        block = online.block_m
-        blocks = p.banks * (triton.cdiv(p.n, block) * bool(rows) + triton.cdiv(p.m, block) * bool(cols))
-        flags = new((blocks,), dtype=torch.int32)
-        merge_kernel[(blocks,)](
-            row_parts, col_parts, row_out, col_out, flags, stash, p.bias, p.banks, p.n, p.m, cut.strips, cut.groups,
-            ROWS=rows, COLS=cols, HAS_BIAS=p.bias is not None, BLOCK=block, **configs.OPTIONS,
-        )  # fmt: skip
-        if any(entry[0] == 0 for entry in (*rows, *cols)):
-            online_kernel[(min(blocks, 2 * device.processors),)](
-                problem.x, problem.y, p.scale, p.bias, *problem.keys, row_out, col_out, flags, stash,
-                p.n, p.m, d, p.banks, *problem.strides,
-                ROWS=rows, COLS=cols, **problem.traits, DIAGONAL=p.diagonal, PRECISION=problem.precision,
-                MASK_N=p.n % block != 0, MASK_M=p.m % block != 0, MASK_K=d % online.block_k != 0, **online.options(),
-            )  # fmt: skip
-        else:
-            stash[1:2].zero_()
-        return row_out, col_out, stash
+        operands = _Operands(p, device)
+        signature = ("forward", workspace, keep, operands.signature(p))
+        made = device.plans.get(signature) or device.keep(signature, _Forward(p, operands, device, workspace, keep))
+        return made(p, operands)
 
 
 def backward(
@@ -118,116 +63,354 @@ def backward(
     needs: Sequence[bool],
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx and dy like x and y (empty where not needed), dscale and dbias 0-dim fp32.
+    """dx and dy like x and y, dscale and dbias 0-dim fp32; empty or without a value where not needed.
 
     dscale is Σ x∘dx before scale and rounding, or that of y; only where neither is needed does it cost a pass over S.
     """
+    if not any(needs):
+        return p.x.new_empty((0,)), p.y.new_empty((0,)), p.scale.new_empty(()), p.scale.new_empty(())
     with configs.on_device(p.x):
         device = configs.device()
-        want_x, want_y, want_scale, want_bias = needs
-        store = want_x or want_y
-        totals = torch.zeros(2, dtype=torch.float64, device=p.x.device)
-        dx = p.x.new_empty(p.x.shape if want_x else (0,))
-        dy = p.y.new_empty((0,))
-        if any(needs):
-            problem = _Problem(p, device)
-            norm = _norm(p, grad_rows, grad_cols) if store and p.x.dtype == torch.float16 else None
-            maker = _Gradient(problem, device, (grad_rows, grad_cols, row_out, col_out), stash, norm, store)
-            row_gradient = RowGradient(p) if want_x else None
-            col_gradient = ColumnGradient(p) if want_y else None
-
-            def finish(out: Tensor, total: Tensor, like: Tensor, dot: bool) -> None:
-                programs = triton.cdiv(total.numel(), FINISH_BLOCK)
-                dots = total.new_empty((programs if dot else 0,))
-                finish_kernel[(programs,)](
-                    total, like, out, norm, p.scale, dots, total.numel(),
-                    HAS_NORM=norm is not None, DOT=dot, BLOCK=FINISH_BLOCK, num_warps=8, **configs.OPTIONS,
-                )  # fmt: skip
-                if dot:
-                    totals[0] += dots.sum(dtype=torch.float64)
-
-            for chunk in plan.chunks(p, maker.tile.block_m, workspace, stash.shape[0]):
-                g, parts = maker.make(chunk, want_bias or (want_scale and not store))
-                if parts is not None:
-                    totals[1] += parts[1]
-                    if not store:
-                        totals[0] += parts[0]
-                if row_gradient is not None:
-                    part = row_gradient.add(g, chunk)
-                    if part is not None:
-                        rows = slice(chunk.first, chunk.first + chunk.rows)
-                        finish(
-                            dx[chunk.start : chunk.stop, rows], part, p.x[chunk.start : chunk.stop, rows], want_scale
-                        )
-                if col_gradient is not None:
-                    col_gradient.add(g, chunk)
-            maker.release()
-            del g
-            if row_gradient is not None and row_gradient.sum is not None:
-                finish(dx, row_gradient.sum, p.x, want_scale)
-            if col_gradient is not None:
-                dy = p.y.new_empty(p.y.shape)
-                finish(dy, col_gradient.sum, p.y, want_scale and not want_x)
-        dscale, dbias = totals.float().unbind(0)
-        return dx, dy, dscale.clone(), dbias.clone()
+        operands = _Operands(p, device)
+        incoming = grad_rows, grad_cols, row_out, col_out
+        signature = ("backward", workspace, tuple(needs), stash.shape, operands.signature(p, *incoming, stash))
+        made = device.plans.get(signature) or device.keep(
+            signature, _Backward(p, operands, device, stash.shape[0], tuple(needs), workspace)
+        )
+        return made(p, operands, incoming, stash)
 
 
-def _kept(p: SimilarityProblem, stash: Tensor) -> Tensor:
-    return stash[plan.HEADER :].view(plan.kept_dtype(p))
+class _Operands:
+    """x, y and the keys as the kernels want them."""
 
-
-def _norm(p: SimilarityProblem, grad_rows: Tensor, grad_cols: Tensor) -> Tensor:
-    """The power of two that G is stored with, and what undoes it."""
-    norm = p.x.new_empty((2,), dtype=torch.float32)
-    norm_kernel[(1,)](
-        grad_rows, grad_cols, norm, p.banks * p.n, p.banks * p.m, EXPONENT=HALF_EXPONENT,
-        ROWS=len(p.rows), COLS=len(p.cols), BLOCK=2048, num_warps=8, **configs.OPTIONS,
-    )  # fmt: skip
-    return norm
-
-
-class _Problem:
-    """The problem as the kernels want it."""
+    __slots__ = ("keys", "x", "y")
 
     def __init__(self, p: SimilarityProblem, device: configs.Device) -> None:
-        self.p, self.device = p, device
-        self.arithmetic = configs.arithmetic(p.x.dtype)
-        self.precision = "tf32" if self.arithmetic == "tf32" else "ieee"
         # Descriptors want rows of whole 16 bytes; pointers whole steps along D: aligned loads and no mask.
         multiple = 16 // p.x.element_size() if device.tma else device.largest_step
         self.x, self.y = _padded(p.x, multiple), _padded(p.y, multiple)
         self.keys = keys(p)
-        self.rows, self.cols = plan.spec(p, p.rows), plan.spec(p, p.cols)
+
+    def signature(self, p: SimilarityProblem, *others: Tensor) -> tuple[Hashable, ...]:
+        """Of what the launches depend on: equal for problems that differ in values only."""
+        return (
+            p.x.shape, p.y.shape, p.rows, p.cols, p.diagonal, configs.arithmetic(p.x.dtype),
+            *[None if key is None else key.shape for key in self.keys],
+            specialised_on(self.x, self.y, p.scale, p.bias, *self.keys, *others),
+        )  # fmt: skip
+
+
+class _Plan:
+    """What the launches of a problem have in common, made from sizes and types alone. No tensor is kept."""
+
+    def __init__(self, p: SimilarityProblem, operands: _Operands, device: configs.Device) -> None:
+        self.arithmetic = configs.arithmetic(p.x.dtype)
+        self.precision = "tf32" if self.arithmetic == "tf32" else "ieee"
+        self.d = operands.x.shape[2]
         self.traits = {
             "HAS_BIAS": p.bias is not None,
             "HAS_LABELS": p.row_labels is not None,
             "HAS_IDS": p.row_ids is not None,
         }
         items = (0 if p.x.shape[0] == 1 else p.n, 0 if p.y.shape[0] == 1 else p.m)
-        self.key_strides = tuple(0 if k is None or k.shape[0] == 1 else k.shape[1] for k in self.keys)
+        self.key_strides = tuple(0 if k is None or k.shape[0] == 1 else k.shape[1] for k in operands.keys)
         self.strides = (*items, *self.key_strides)
 
-    def operands(self, tile: configs.Tile) -> tuple[Any, Any]:
-        """x and y, or their descriptors."""
-        if not self.device.tma:
-            return self.x, self.y
-        d = self.x.shape[2]
-        return (
-            TensorDescriptor.from_tensor(self.x.view(-1, d), [tile.block_m, tile.block_k]),
-            TensorDescriptor.from_tensor(self.y.view(-1, d), [tile.block_n, tile.block_k]),
-        )
-
-    def constants(self, tile: configs.Tile) -> dict[str, Any]:
-        return {
-            **self.traits,
-            "DIAGONAL": self.p.diagonal,
-            "MASK_M": self.p.m % tile.block_n != 0,
-        }
+    def constants(self, p: SimilarityProblem, tile: configs.Tile) -> dict[str, Any]:
+        return {**self.traits, "DIAGONAL": p.diagonal, "MASK_M": p.m % tile.block_n != 0}
 
 
-def by_distance(p: SimilarityProblem, rows: plan.Spec, cols: plan.Spec) -> dict[str, plan.Spec]:
+class _Readers:
+    """How one tile reads x and y: through pointers, or through descriptors."""
+
+    def __init__(self, device: configs.Device, tile: configs.Tile) -> None:
+        blocks = (tile.block_m, tile.block_k), (tile.block_n, tile.block_k)
+        self.descriptors = tuple(map(Descriptor, blocks)) if device.tma else None
+
+    def __call__(self, operands: _Operands) -> tuple[Any, Any]:
+        if self.descriptors is None:
+            return operands.x, operands.y
+        return self.descriptors[0](operands.x), self.descriptors[1](operands.y)
+
+
+class _Forward(_Plan):
+    """The launches of a forward pass."""
+
+    def __init__(
+        self, p: SimilarityProblem, operands: _Operands, device: configs.Device, workspace: int, keep: bool
+    ) -> None:
+        super().__init__(p, operands, device)
+        launch = functools.partial(Launch, index=device.index)
+        tile = device.tile("forward", self.arithmetic, p)
+        self.readers = _Readers(device, tile)
+        row_spec, col_spec = plan.spec(p, p.rows), plan.spec(p, p.cols)
+        rows, own_rows = plan.without_own(p, row_spec)
+        cols, own_cols = plan.without_own(p, col_spec)
+        cut = plan.rectangles(p, rows, cols, tile, device, workspace)
+        self.stash = stash_shape(p, workspace, keep)
+        self.squares = (2, device.bounds)
+        self.row_parts = (len(rows), cut.strips, p.banks, p.n)
+        self.col_parts = (len(cols), cut.groups, p.banks, p.m)
+        self.row_out, self.col_out = (len(p.rows), p.banks, p.n), (len(p.cols), p.banks, p.m)
+        self.own = self.bound = self.forward = self.merge = self.online = None
+        self.kept_dtype = plan.kept_dtype(p)
+
+        bound_block = {"BLOCK_M": device.bound_tile[0], "BLOCK_K": device.bound_tile[1]}
+        if own_rows or own_cols:
+            self.own = launch(
+                own_kernel, p.banks * triton.cdiv(max(p.n, p.m), device.bound_tile[0]),
+                (p.n, p.m, self.d, p.banks, *self.strides[:4]),
+                ROWS=own_rows, COLS=own_cols, HAS_BIAS=p.bias is not None, HAS_LABELS=p.row_labels is not None,
+                **bound_block, **configs.OPTIONS,
+            )  # fmt: skip
+        if not rows and not cols:
+            return
+        self.bound = launch(
+            bound_kernel, device.bounds, (p.x.shape[0] * p.n, p.y.shape[0] * p.m, self.d),
+            **bound_block, **configs.OPTIONS,
+        )  # fmt: skip
+        gradient = device.tile("gradient", self.arithmetic, p)
+        whole = plan.chunks(p, gradient.block_m, workspace, int(self.stash[0]))
+        kept_rows = sum(chunk.banks * chunk.rows for chunk in whole if chunk.kept)
+        self.forward = launch(
+            forward_kernel, p.banks * cut.groups * cut.strips,
+            (
+                float(TOP - math.ceil(math.log2(max(p.n, p.m)))), p.n, p.m, self.d, p.banks, *self.strides,
+                cut.groups, cut.group_tiles, cut.strips, cut.strip_tiles, kept_rows, plan.stride(p),
+            ),
+            **self.constants(p, tile), **by_distance(p, rows, cols), **tile.options(),
+            PRECISION=self.precision, TMA=device.tma,
+            MASK_N=p.n % tile.block_m != 0, PROGRAMS=device.bounds, KEEP=kept_rows > 0,
+        )  # fmt: skip
+        online = device.tile("online", self.arithmetic, p)
+        block = online.block_m
+        self.blocks = p.banks * (triton.cdiv(p.n, block) * bool(rows) + triton.cdiv(p.m, block) * bool(cols))
+        self.merge = launch(
+            merge_kernel, self.blocks, (p.banks, p.n, p.m, cut.strips, cut.groups),
+            ROWS=rows, COLS=cols, HAS_BIAS=p.bias is not None, BLOCK=block, **configs.OPTIONS,
+        )  # fmt: skip
+        if any(entry[0] == 0 for entry in (*rows, *cols)):
+            self.online = launch(
+                online_kernel, min(self.blocks, 2 * device.processors),
+                (p.n, p.m, self.d, p.banks, *self.strides),
+                ROWS=rows, COLS=cols, **self.traits, DIAGONAL=p.diagonal, PRECISION=self.precision,
+                MASK_N=p.n % block != 0, MASK_M=p.m % block != 0, MASK_K=self.d % online.block_k != 0,
+                **online.options(),
+            )  # fmt: skip
+
+    def __call__(self, p: SimilarityProblem, operands: _Operands) -> tuple[Tensor, Tensor, Tensor]:
+        new = functools.partial(p.x.new_empty, dtype=torch.float32)
+        x, y, names = operands.x, operands.y, operands.keys
+        stash, row_out, col_out = new(self.stash), new(self.row_out), new(self.col_out)
+        if self.own is not None:
+            self.own(x, y, p.scale, p.bias, *names[:2], row_out, col_out)
+        if self.bound is None or self.forward is None or self.merge is None:
+            return row_out, col_out, stash.zero_()
+        squares, row_parts, col_parts = new(self.squares), new(self.row_parts), new(self.col_parts)
+        self.bound(x, y, squares)
+        kept = _kept(stash, self.kept_dtype)
+        self.forward(*self.readers(operands), squares, p.scale, p.bias, *names, row_parts, col_parts, stash, kept)
+        flags = p.x.new_empty((self.blocks,), dtype=torch.int32)
+        self.merge(row_parts, col_parts, row_out, col_out, flags, stash, p.bias)
+        if self.online is not None:
+            self.online(x, y, p.scale, p.bias, *names, row_out, col_out, flags, stash)
+        else:
+            stash[1:2].zero_()
+        return row_out, col_out, stash
+
+
+class _Backward(_Plan):
+    """The launches of a backward pass, chunk by chunk in one scratch buffer."""
+
+    def __init__(
+        self,
+        p: SimilarityProblem,
+        operands: _Operands,
+        device: configs.Device,
+        stash_words: int,
+        needs: tuple[bool, ...],
+        workspace: int,
+    ) -> None:
+        super().__init__(p, operands, device)
+        self.want_x, self.want_y, self.want_scale, self.want_bias = needs
+        self.store = self.want_x or self.want_y
+        self.kept_dtype = plan.kept_dtype(p)
+        tile = device.tile("gradient", self.arithmetic, p)
+        self.readers = _Readers(device, tile)
+        self.norm = _norm(p, device) if self.store and p.x.dtype == torch.float16 else None
+        totals = self.want_bias or (self.want_scale and not self.store)
+        self.x_dot, self.y_dot = self.want_scale, self.want_scale and not self.want_x
+        chunks = plan.chunks(p, tile.block_m, workspace, stash_words)
+        self.chunks = [_Chunk(self, p, device, tile, chunk, totals) for chunk in chunks]
+        self.scratch = max(chunk.size for chunk in self.chunks)
+        # A bank of x that serves several banks of y is summed before it is finished.
+        self.x_shared = p.x.shape[0] < p.banks
+        self.finish_x = self.finisher(p, device, p.x.numel(), self.x_dot) if self.want_x and self.x_shared else None
+        self.finish_y = self.finisher(p, device, p.y.numel(), self.y_dot) if self.want_y else None
+
+    def finisher(self, p: SimilarityProblem, device: configs.Device, size: int, dot: bool) -> Launch:
+        return Launch(
+            finish_kernel, triton.cdiv(size, FINISH_BLOCK), (size,), index=device.index,
+            HAS_NORM=self.norm is not None, DOT=dot, BLOCK=FINISH_BLOCK, num_warps=8, **configs.OPTIONS,
+        )  # fmt: skip
+
+    def __call__(
+        self, p: SimilarityProblem, operands: _Operands, incoming: tuple[Tensor, Tensor, Tensor, Tensor], stash: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dx = p.x.new_empty(p.x.shape if self.want_x else (0,))
+        dy = p.y.new_empty((0,))
+        norm = None
+        if self.norm is not None:
+            norm = p.x.new_empty((2,), dtype=torch.float32)
+            self.norm(incoming[0], incoming[1], norm)
+        scale_terms: list[Tensor] = []
+        bias_terms: list[Tensor] = []
+
+        def finish(launch: Launch, out: Tensor, total: Tensor, like: Tensor, dot: bool) -> None:
+            dots = total.new_empty((launch.grid[0] if dot else 0,))
+            launch(total, like, out, norm, p.scale, dots)
+            if dot:
+                scale_terms.append(dots.sum(dtype=torch.float64))
+
+        readers = self.readers(operands)
+        row_gradient = RowGradient(p) if self.want_x else None
+        col_gradient = ColumnGradient(p) if self.want_y else None
+        scratch = p.x.new_empty((self.scratch,))
+        for planned in self.chunks:
+            chunk = planned.chunk
+            g, parts = planned.make(self, p, readers, operands.keys, incoming, stash, norm, scratch)
+            if parts is not None:
+                bias_terms.append(parts[1])
+                if not self.store:
+                    scale_terms.append(parts[0])
+            if row_gradient is not None:
+                part = row_gradient.add(g, chunk)
+                if part is not None and planned.finish is not None:
+                    finish(planned.finish, _rows(dx, chunk), part, _rows(p.x, chunk), self.x_dot)
+            if col_gradient is not None:
+                col_gradient.add(g, chunk)
+        del g, scratch  # before the last results are allocated
+        if row_gradient is not None and row_gradient.sum is not None and self.finish_x is not None:
+            finish(self.finish_x, dx, row_gradient.sum, p.x, self.x_dot)
+        if col_gradient is not None and self.finish_y is not None:
+            dy = p.y.new_empty(p.y.shape)
+            finish(self.finish_y, dy, col_gradient.sum, p.y, self.y_dot)
+        return dx, dy, _total(scale_terms, p.scale), _total(bias_terms if self.want_bias else [], p.scale)
+
+
+class _Chunk:
+    """The launches that make G of one chunk."""
+
+    def __init__(
+        self,
+        backward: _Backward,
+        p: SimilarityProblem,
+        device: configs.Device,
+        tile: configs.Tile,
+        chunk: plan.Chunk,
+        totals: bool,
+    ) -> None:
+        self.chunk = chunk
+        stride = plan.stride(p)
+        self.shape = (chunk.banks, chunk.rows, stride)
+        self.size = chunk.banks * chunk.rows * stride if backward.store else 0
+        tiles = chunk.banks * triton.cdiv(chunk.rows, tile.block_m) * triton.cdiv(p.m, tile.block_n)
+        programs = min(tiles, 2 * device.processors)
+        kept = chunk.kept and backward.store and not totals
+        self.parts = (2, 2, programs) if totals else None
+        shared = {
+            **backward.constants(p, tile), "HAS_NORM": backward.norm is not None, "TOTALS": totals,
+            "MASK_N": chunk.rows % tile.block_m != 0,
+        }  # fmt: skip
+        rows, cols = plan.spec(p, p.rows), plan.spec(p, p.cols)
+        launch = functools.partial(Launch, index=device.index)
+        self.gradient = [
+            launch(
+                gradient_kernel, programs,
+                (
+                    p.n, p.m, backward.d, p.banks, chunk.start, chunk.banks, chunk.first, chunk.rows, stride,
+                    programs if totals else 0, *backward.strides,
+                ),
+                **shared, **by_distance(p, rows, cols), **tile.options(), PRECISION=backward.precision,
+                TMA=device.tma, STORE=backward.store, FIX=kept and not again, AGAIN=again,
+            )
+            for again in (False, True)
+        ]  # fmt: skip
+        self.scale = None
+        if kept:
+            for foreign in ("HAS_BIAS", "TOTALS"):
+                del shared[foreign]
+            # A relation for each pair, or twice the bytes, need the registers of more threads.
+            keyed = p.row_labels is not None or p.row_ids is not None
+            self.scale = launch(
+                scale_kernel, tiles,
+                (p.n, p.m, p.banks, chunk.start, chunk.first, chunk.rows, stride, *backward.key_strides),
+                **shared, ROWS=plan.far_from_diagonal(p, rows), COLS=plan.far_from_diagonal(p, cols),
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+                num_warps=16 if keyed or p.x.dtype == torch.float32 else 8, **configs.OPTIONS,
+            )  # fmt: skip
+        self.before = chunk.before * stride
+        self.finish = None
+        if backward.want_x and p.x.shape[0] == p.banks:
+            size = chunk.banks * chunk.rows * p.x.shape[2]
+            self.finish = backward.finisher(p, device, size, backward.x_dot)
+
+    def make(
+        self,
+        backward: _Backward,
+        p: SimilarityProblem,
+        readers: tuple[Any, Any],
+        names: tuple[Tensor | None, ...],
+        incoming: tuple[Tensor, Tensor, Tensor, Tensor],
+        stash: Tensor,
+        norm: Tensor | None,
+        scratch: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """G ``[banks, rows, stride]`` of the chunk, and fp64 ``[2]``, its sums of G∘(x yᵀ) and G.
+
+        The first sum is right only where nothing is stored.
+        """
+        g = scratch
+        if backward.store:
+            g = (scratch if scratch.shape[0] == self.size else scratch[: self.size]).view(self.shape)
+        parts = None if self.parts is None else g.new_zeros(self.parts, dtype=torch.float32)
+        for again, launch in enumerate(self.gradient):
+            launch(*readers, stash, p.scale, p.bias, norm, *names, *incoming, g, g if parts is None else parts[again])
+        if self.scale is not None:
+            e = _kept(stash, backward.kept_dtype)
+            self.scale(e[self.before :] if self.before else e, stash, norm, *names, *incoming, g)
+        return g, None if parts is None else parts.sum((0, 2), dtype=torch.float64)
+
+
+def _rows(t: Tensor, chunk: plan.Chunk) -> Tensor:
+    """The chunk's rows of x or of its gradient."""
+    if chunk.banks == t.shape[0] and chunk.rows == t.shape[1]:
+        return t
+    return t[chunk.start : chunk.stop, chunk.first : chunk.first + chunk.rows]
+
+
+def _total(terms: list[Tensor], like: Tensor) -> Tensor:
+    """The sum of fp64 scalars in fp32; without a value if there are none."""
+    if not terms:
+        return like.new_empty(())
+    return functools.reduce(torch.add, terms).float()
+
+
+def _norm(p: SimilarityProblem, device: configs.Device) -> Launch:
+    """Of gradients of rows and columns: the power of two that G is stored with, and what undoes it."""
+    return Launch(
+        norm_kernel, 1, (p.banks * p.n, p.banks * p.m), index=device.index, EXPONENT=HALF_EXPONENT,
+        ROWS=len(p.rows), COLS=len(p.cols), BLOCK=2048, num_warps=8, **configs.OPTIONS,
+    )  # fmt: skip
+
+
+def _kept(stash: Tensor, dtype: torch.dtype) -> Tensor:
+    return stash[plan.HEADER :].view(dtype)
+
+
+def by_distance(p: SimilarityProblem, rows: plan.Spec, cols: plan.Spec) -> dict[str, Any]:
     """The specs as arguments of a kernel that tells tiles near the diagonal from others."""
-    found: dict[str, plan.Spec] = {"ROWS": rows, "COLS": cols}
+    found: dict[str, Any] = {"ROWS": rows, "COLS": cols}
     for name, spec in (("ROWS", rows), ("COLS", cols)):
         parts = plan.by_distance(p, spec)
         found |= {f"{name}_{where}": part for where, part in zip(("ALWAYS", "NEAR", "FAR"), parts, strict=True)}
@@ -239,70 +422,3 @@ def _padded(t: Tensor, multiple: int) -> Tensor:
     if missing:
         return torch.nn.functional.pad(t, (0, missing))
     return t if t.data_ptr() % 16 == 0 else t.clone()
-
-
-@dataclass
-class _Gradient:
-    """Makes G of one chunk after another in one scratch buffer."""
-
-    problem: _Problem
-    device: configs.Device
-    incoming: tuple[Tensor, Tensor, Tensor, Tensor]
-    stash: Tensor
-    norm: Tensor | None
-    store: bool
-
-    def __post_init__(self) -> None:
-        p = self.problem.p
-        self.tile = self.device.tile("gradient", self.problem.arithmetic, p)
-        self.operands = self.problem.operands(self.tile)
-        # A relation for each pair, or twice the bytes, need the registers of more threads.
-        keyed = any(key is not None for key in self.problem.keys)
-        self.scale_warps = 16 if keyed or p.x.dtype == torch.float32 else 8
-        self.scratch: Tensor | None = None
-
-    def release(self) -> None:
-        """Let go of the scratch before the last results are allocated."""
-        self.scratch = None
-
-    def make(self, chunk: plan.Chunk, totals: bool) -> tuple[Tensor, Tensor | None]:
-        """G ``[banks, rows, stride]`` of the chunk, and fp64 ``[2]``, its sums of G∘(x yᵀ) and G.
-
-        The first sum is right only where nothing is stored.
-        """
-        problem, p, tile = self.problem, self.problem.p, self.tile
-        stride = plan.stride(p)
-        size = chunk.banks * chunk.rows * stride if self.store else 0
-        if self.scratch is None or self.scratch.numel() < size:
-            self.scratch = p.x.new_empty((size,))
-        g = self.scratch[:size].view(chunk.banks, chunk.rows, stride) if self.store else self.scratch
-        tiles = chunk.banks * triton.cdiv(chunk.rows, tile.block_m) * triton.cdiv(p.m, tile.block_n)
-        programs = min(tiles, 2 * self.device.processors)
-        kept = chunk.kept and self.store and not totals
-        parts = None
-        if totals:
-            parts = g.new_zeros((2, 2, programs), dtype=torch.float32)
-        shared = {
-            **problem.constants(tile), "HAS_NORM": self.norm is not None, "TOTALS": totals,
-            "MASK_N": chunk.rows % tile.block_m != 0,
-        }  # fmt: skip
-        for again in (False, True):
-            gradient_kernel[(programs,)](
-                *self.operands, self.stash, p.scale, p.bias, self.norm, *problem.keys, *self.incoming, g,
-                g if parts is None else parts[int(again)],
-                p.n, p.m, problem.x.shape[2], p.banks, chunk.start, chunk.banks, chunk.first, chunk.rows, stride,
-                0 if parts is None else parts.shape[2], *problem.strides,
-                **shared, **by_distance(p, problem.rows, problem.cols), **tile.options(), PRECISION=problem.precision,
-                TMA=self.device.tma, STORE=self.store, FIX=kept and not again, AGAIN=again,
-            )  # fmt: skip
-        if kept:
-            for foreign in ("HAS_BIAS", "TOTALS"):
-                del shared[foreign]
-            e = _kept(p, self.stash)[chunk.before * stride :]
-            scale_kernel[(tiles,)](
-                e, self.stash, self.norm, *problem.keys, *self.incoming, g,
-                p.n, p.m, p.banks, chunk.start, chunk.first, chunk.rows, stride, *problem.key_strides,
-                **shared, ROWS=plan.far_from_diagonal(p, problem.rows), COLS=plan.far_from_diagonal(p, problem.cols),
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=self.scale_warps, **configs.OPTIONS,
-            )  # fmt: skip
-        return g, None if parts is None else parts.sum((0, 2), dtype=torch.float64)

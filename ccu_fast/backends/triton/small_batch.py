@@ -5,8 +5,7 @@ The arithmetic is in :mod:`.small_batch_kernels`. Nothing is kept for the backwa
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ccu_fast.backends.problem import SimilarityProblem
 from ccu_fast.backends.triton import configs, plan
+from ccu_fast.backends.triton.launch import Launch, specialised_on
 from ccu_fast.backends.triton.similarity import HALF_EXPONENT
 from ccu_fast.backends.triton.small_batch_kernels import small_forward_kernel, small_gradient_kernel
 
@@ -37,11 +37,21 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
 
 def reduce_into(p: SimilarityProblem, row_out: Tensor, col_out: Tensor) -> None:
     """The results of rows and columns into contiguous tensors."""
-    blocks = p.banks * (triton.cdiv(p.n, BLOCK_M) * bool(p.rows) + triton.cdiv(p.m, BLOCK_M) * bool(p.cols))
     with configs.on_device(p.x):
-        small_forward_kernel[(blocks,)](
-            *_operands(p), row_out, col_out, p.n, p.m, p.x.shape[2], p.banks, *_strides(p), **_constants(p)
-        )
+        device = configs.device()
+        operands = _operands(p)
+        signature = ("small forward", *_signature(p), specialised_on(*operands, row_out, col_out))
+        launch = device.plans.get(signature) or device.keep(signature, forward_launch(p, device))
+        launch(*operands, row_out, col_out)
+
+
+def forward_launch(p: SimilarityProblem, device: configs.Device) -> Launch:
+    """Of (x, y, scale, bias, keys, row results, column results) of problems like p."""
+    blocks = p.banks * (triton.cdiv(p.n, BLOCK_M) * bool(p.rows) + triton.cdiv(p.m, BLOCK_M) * bool(p.cols))
+    return Launch(
+        small_forward_kernel, blocks, (p.n, p.m, p.x.shape[2], p.banks, *_strides(p)),
+        index=device.index, **_constants(p),
+    )  # fmt: skip
 
 
 def backward(
@@ -55,25 +65,58 @@ def backward(
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dy like x and y (empty where not needed), dscale and dbias 0-dim fp32."""
-    want_x, want_y, want_scale, want_bias = needs
     with configs.on_device(p.x):
-        dx = p.x.new_empty(p.x.shape if want_x else (0,))
-        dy = p.y.new_empty(p.y.shape if want_y else (0,))
-        totals = want_scale or want_bias
+        device = configs.device()
+        operands = (*_operands(p), grad_rows, grad_cols, row_out, col_out)
+        signature = ("small backward", tuple(needs), *_signature(p), specialised_on(*operands))
+        made = device.plans.get(signature) or device.keep(signature, Backward(p, needs, device))
+        dx, dy, dscale, dbias = made(p.x, p.y, operands)
+        # Results must not share memory.
+        return (
+            p.x.new_empty((0,)) if dx is None else dx,
+            p.y.new_empty((0,)) if dy is None else dy,
+            p.scale.new_empty(()) if dscale is None else dscale,
+            p.scale.new_empty(()) if dbias is None else dbias,
+        )
+
+
+class Backward:
+    """The launch of a backward pass and the results it needs."""
+
+    def __init__(self, p: SimilarityProblem, needs: Sequence[bool], device: configs.Device) -> None:
+        want_x, want_y, self.want_scale, self.want_bias = needs
+        self.want_x, self.want_y = want_x, want_y
+        totals = self.want_scale or self.want_bias
         row_programs = p.x.shape[0] * triton.cdiv(p.n, BLOCK_M) if want_x or totals else 0
-        parts = p.x.new_empty((2, row_programs if totals else 0), dtype=torch.float32)
+        self.parts = (2, row_programs if totals else 0)
         programs = row_programs + (p.y.shape[0] * triton.cdiv(p.m, BLOCK_M) if want_y else 0)
+        self.launch = None
         if programs:
-            small_gradient_kernel[(programs,)](
-                *_operands(p), grad_rows, grad_cols, row_out, col_out, dx, dy, parts,
-                p.n, p.m, p.x.shape[2], p.banks, row_programs, *_strides(p), **_constants(p),
+            self.launch = Launch(
+                small_gradient_kernel, programs,
+                (p.n, p.m, p.x.shape[2], p.banks, row_programs, *_strides(p)),
+                index=device.index, **_constants(p),
                 X_SHARED=p.x.shape[0] < p.banks, Y_SHARED=p.y.shape[0] < p.banks,
                 HALF=p.x.dtype == torch.float16, STORE=want_x, TOTALS=totals, EXPONENT=HALF_EXPONENT,
             )  # fmt: skip
-        # Results must not share memory; a sum that nobody asked for is not made.
-        dscale = parts[0].sum() if want_scale else parts.new_empty(())
-        dbias = parts[1].sum() if want_bias else parts.new_empty(())
-        return dx, dy, dscale, dbias
+
+    def __call__(self, x: Tensor, y: Tensor, operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """dx like x, dy like y, dscale and dbias; None where not wanted.
+
+        ``operands`` are the kernel's tensors before the results.
+        """
+        dx = torch.empty_like(x) if self.want_x else None
+        dy = torch.empty_like(y) if self.want_y else None
+        parts = x.new_empty(self.parts, dtype=torch.float32)
+        if self.launch is not None:
+            # Nothing is written where nothing is wanted.
+            self.launch(*operands, x if dx is None else dx, y if dy is None else dy, parts)
+        return dx, dy, parts[0].sum() if self.want_scale else None, parts[1].sum() if self.want_bias else None
+
+
+def _signature(p: SimilarityProblem) -> tuple[Hashable, ...]:
+    keys = (p.row_labels, p.col_labels, p.row_ids, p.col_ids)
+    return p.x.shape, p.y.shape, p.rows, p.cols, p.diagonal, *[None if key is None else key.shape for key in keys]
 
 
 def _operands(p: SimilarityProblem) -> tuple[Tensor | None, ...]:
@@ -89,23 +132,15 @@ def _strides(p: SimilarityProblem) -> tuple[int, ...]:
 
 
 def _constants(p: SimilarityProblem) -> dict[str, Any]:
-    return constants(
-        plan.spec(p, p.rows), plan.spec(p, p.cols), p.n, p.m, p.x.shape[2],
-        p.bias is not None, p.row_labels is not None, p.row_ids is not None, p.diagonal,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=256)
-def constants(
-    rows: plan.Spec, cols: plan.Spec, n: int, m: int, d: int, bias: bool, labels: bool, ids: bool, diagonal: bool
-) -> dict[str, Any]:
-    """What is compiled into the kernels; not to be changed by the caller."""
+    """What is compiled into both kernels."""
+    d = p.x.shape[2]
     # A step of the other side is 32 KB: two fit beside each other in the shared memory of any of the GPUs.
     block_d = max(triton.next_power_of_2(d), 16)
     block_n, warps = (32, 4) if block_d <= 512 else (16, 16)
     return {
-        "ROWS": rows, "COLS": cols, "HAS_BIAS": bias, "HAS_LABELS": labels, "HAS_IDS": ids, "DIAGONAL": diagonal,
-        "MASK_N": n % block_n != 0, "MASK_M": m % block_n != 0, "MASK_D": d != block_d,
+        "ROWS": plan.spec(p, p.rows), "COLS": plan.spec(p, p.cols), "HAS_BIAS": p.bias is not None,
+        "HAS_LABELS": p.row_labels is not None, "HAS_IDS": p.row_ids is not None, "DIAGONAL": p.diagonal,
+        "MASK_N": p.n % block_n != 0, "MASK_M": p.m % block_n != 0, "MASK_D": d != block_d,
         "BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2,
         **configs.OPTIONS,
     }  # fmt: skip

@@ -9,22 +9,31 @@ from torch import Tensor
 
 from ccu_fast.backends.paired import COLS, ROWS, weights
 from ccu_fast.backends.problem import SimilarityProblem
-from ccu_fast.backends.triton import small_batch
+from ccu_fast.backends.triton import configs, small_batch
+from ccu_fast.backends.triton.launch import specialised_on
+
+_NO_BIAS_NO_KEYS = (None,) * 5
 
 
 def _problem(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool) -> SimilarityProblem:
-    cols = COLS if symmetric else ()
-    return SimilarityProblem(
-        x.contiguous()[None], y.contiguous()[None], scale, None, None, None, None, None, True, ROWS, cols
-    )
+    return SimilarityProblem(x[None], y[None], scale, *_NO_BIAS_NO_KEYS, True, ROWS, COLS if symmetric else ())
 
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float, keep: bool) -> tuple[Tensor, ...]:
-    """The loss, the results of rows and columns ``[3 or 2, N]``, and their weights."""
-    each = weights(x.shape[0], symmetric, weight, x.device)
-    results = torch.empty_like(each)
-    small_batch.reduce_into(_problem(x, y, scale, symmetric), results[:2], results[2:])
-    return torch.dot(results.view(-1), each.view(-1)), results, each
+    """The loss; the results ``[3N or 2N]``, again those of the columns alone, and the weights of the results."""
+    x, y = x.contiguous(), y.contiguous()
+    items = x.shape[0]
+    with configs.on_device(x):
+        each = weights(items, symmetric, weight, x.device)
+        results = torch.empty_like(each)
+        cols = results[2 * items :]
+        device = configs.device()
+        signature = ("small InfoNCE forward", x.shape, symmetric, specialised_on(x, y, scale))
+        launch = device.plans.get(signature) or device.keep(
+            signature, small_batch.forward_launch(_problem(x, y, scale, symmetric), device)
+        )
+        launch(x, y, scale, *_NO_BIAS_NO_KEYS, results, cols)
+        return torch.dot(results, each), results, cols, each
 
 
 def backward(
@@ -37,10 +46,15 @@ def backward(
     symmetric: bool,
     weight: float,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, y and scale; those not needed are empty."""
-    results, each = saved
-    grads = each * grad
-    dx, dy, dscale, _ = small_batch.backward(
-        _problem(x, y, scale, symmetric), grads[:2], grads[2:], results[:2], results[2:], results, (*needs, False), 0
-    )
-    return dx.view(-1, x.shape[1]), dy.view(-1, y.shape[1]), dscale
+    """Gradients of x, y and scale; None where not needed."""
+    results, cols, each = saved
+    x, y = x.contiguous(), y.contiguous()
+    with configs.on_device(x):
+        grads = each * grad
+        device = configs.device()
+        signature = ("small InfoNCE backward", x.shape, symmetric, needs, specialised_on(x, y, scale, results, cols))
+        made = device.plans.get(signature) or device.keep(
+            signature, small_batch.Backward(_problem(x, y, scale, symmetric), (*needs, False), device)
+        )
+        col_grads = grads[2 * x.shape[0] :]
+        return made(x, y, (x, y, scale, *_NO_BIAS_NO_KEYS, grads, col_grads, results, cols))[:3]
