@@ -7,7 +7,7 @@ from ccu_fast import patch
 from ccu_fast.clip import ClipLoss, SigLipLoss
 from ccu_fast.losses import info_nce, inverse_info_nce, sigmoid_loss, sup_con
 from ccu_fast.modules import InfoNCE, InverseInfoNCE, SigmoidLoss, SupCon
-from ccu_fast.noise import pgd_step_
+from ccu_fast.noise import check_pgd_steps, pgd_step_
 from ccu_fast.noise_store import NoiseStore
 from ccu_fast.normalize import l2_normalize
 from ccu_fast.relations import ALL, OTHER, SAME, SELF, Relation
@@ -37,6 +37,7 @@ __all__ = [
     "SupCon",
     "TokenTable",
     "candidate_losses",
+    "check_pgd_steps",
     "info_nce",
     "inverse_info_nce",
     "l2_normalize",

@@ -67,31 +67,35 @@ def candidate_losses(
     if follows and backend == "native":
         raise ValueError("backend: 'native' has no gradient; call under torch.no_grad() or detach the inputs")
     name = choose("reference" if follows else backend, "candidate_losses", image.device, image.dtype)
+    number, tensor = (1.0, factor) if isinstance(factor, Tensor) else (factor, None)
     with torch.autocast(image.device.type, enabled=False):
-        arguments = (text_candidates, (factor * image.to(compute)).contiguous(), text.to(compute).contiguous())
+        arguments = (text_candidates, image, text, number, tensor)
         if follows or not torch.compiler.is_compiling():
             return _solve(*arguments, name)
         return torch.ops.ccu_fast.candidate_losses(*arguments, name)
 
 
-def _solve(text_candidates: Tensor, image: Tensor, text: Tensor, backend: str) -> Tensor:
+def _solve(
+    text_candidates: Tensor, image: Tensor, text: Tensor, scale: float, factor: Tensor | None, backend: str
+) -> Tensor:
     solved: Tensor = importlib.import_module(f"ccu_fast.backends.{backend}.candidates").solve(
-        text_candidates, image, text
+        text_candidates, image, text, scale, factor
     )
     return solved
 
 
+def _fake(candidates: Tensor, image: Tensor, *_: object) -> Tensor:
+    return image.new_empty(candidates.shape[:2], dtype=torch.promote_types(image.dtype, torch.float32))
+
+
 _LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
 _LIBRARY.define(
-    "candidate_losses(Tensor text_candidates, Tensor image, Tensor text, str backend) -> Tensor",
+    "candidate_losses(Tensor text_candidates, Tensor image, Tensor text, float scale, Tensor? factor, str backend) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("candidate_losses", _solve, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "ccu_fast::candidate_losses",
-    lambda candidates, image, text, backend: image.new_empty(candidates.shape[:2]),
-    lib=_LIBRARY,
-)
+torch.library.register_fake("ccu_fast::candidate_losses", _fake, lib=_LIBRARY)
 
 
 def _scalar(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> float | Tensor:

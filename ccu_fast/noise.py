@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
+from ccu_fast.backends import machine, registry
 from ccu_fast.backends.noise_problem import BadGradient, NoiseStep
 from ccu_fast.backends.registry import choose
 
@@ -56,10 +57,9 @@ def pgd_step_(
         lower: least valid value of image + delta, a number or per channel.
         upper: largest, not below ``lower``.
         norm: "linf", or "l2" (norms over all of a sample).
-        nan_policy: "raise": look at grad first (one more read of it; synchronises a GPU) and raise for NaN, for
-            "l2" also for inf, with nothing written. "zero": no step there, and no look: then nothing on a GPU waits or
-            is copied from the host, per-channel parameters there are taken as they are, and a CUDA graph can hold
-            the step.
+        nan_policy: "raise": look at grad first (one more read of it) and raise for NaN, for "l2" also for inf, with
+            nothing written. "zero": no step there, and no look; per-channel parameters on a GPU are then taken as
+            they are.
         out: shape and dtype of ``delta``, contiguous: gets the noisy images in the same pass.
         backend: "auto", or "native" or "reference"; a named one raises if it cannot serve.
 
@@ -68,6 +68,11 @@ def pgd_step_(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. Then nothing was written.
+
+    On a GPU the kernels never make the host wait or copy from it, so a CUDA graph can hold the step, after one step
+    outside of it. With "raise" it is the kernel that looks at grad and at per-channel parameters: the step that meets
+    something wrong is not made, nor is any behind it on the stream, and the ValueError comes from the next call there
+    that finds it told, or from :func:`check_pgd_steps`, which waits; then steps are made again.
 
     Source: PGD (arXiv 1706.06083), section 2.1; its descending form makes error-minimising noise (arXiv 2101.04898).
     """
@@ -177,8 +182,8 @@ def _step(
     backend: str,
     out: Tensor | None = None,
 ) -> None:
-    # On a GPU a look at the parameters would wait for it, as a look at the gradient does.
-    if channels is not None and (raise_nan or channels.device.type == "cpu"):
+    # On a GPU a look would wait: there the kernel looks. Plain torch waits in any case.
+    if channels is not None and (machine.host_sees(channels.device) or (raise_nan and backend == "reference")):
         _check_channels(channels)
     if delta.numel() == 0:
         return
@@ -197,6 +202,26 @@ def _step(
             ) from None
         if work.data_ptr() != delta.data_ptr():
             delta.detach().copy_(work)
+
+
+def check_pgd_steps(device: torch.device | str | None = None) -> None:
+    """Wait for the steps of :func:`pgd_step_` on a GPU and raise if one of them was not made.
+
+    To be called behind the last step with ``nan_policy="raise"``, whose error no later step can raise. Elsewhere than
+    in the CUDA kernels a step raises at once, and this does nothing.
+
+    Args:
+        device: a CUDA device; None: all that have made steps.
+
+    Raises:
+        ValueError: naming grad or the parameters, and the element or channel. It is raised once; ``delta`` is what the
+            last step before left, and steps are made again from now on.
+    """
+    where = None if device is None else torch.device(device)
+    if where is not None and where.type == "cuda" and where.index is None and torch.cuda.is_available():
+        where = torch.device("cuda", torch.cuda.current_device())
+    if registry.unavailable("native") is None:
+        importlib.import_module("ccu_fast.backends.native.noise").raise_refused(where)
 
 
 _LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")

@@ -16,7 +16,7 @@ from ccu_fast.backends.registry import choose
 from ccu_fast.backends.store_problem import STEPS, NoiseAddition, steps_of
 from ccu_fast.noise import per_channel
 from ccu_fast.noise_file import NoiseFile
-from ccu_fast.noise_store_op import add, added, check_range, update
+from ccu_fast.noise_store_op import add, added, check_range, first_wrong, update
 
 DTYPES = (torch.int8, torch.float16, torch.float32)
 IMAGES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
@@ -352,19 +352,18 @@ class NoiseStore:
         return values
 
     def _check_values(self, name: str, values: Tensor) -> None:
-        if self.dtype != torch.int8:
-            check.finite(name, values)
+        slack = _SLACK[values.dtype] if self.dtype == torch.int8 else None
+        first = first_wrong(values, slack, self._backend)
+        if first is None:
             return
-        exact = values if values.dtype == torch.float64 else values.float()
-        steps = steps_of(values)
-        wrong = ~((exact * STEPS - steps).abs() <= _SLACK[values.dtype])
-        wrong |= (steps < -128) | (steps > 127)
-        if bool(wrong.any()):
-            where = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"{name}: expected whole steps of 1/255 within -128/255..127/255 for an int8 store, got "
-                f"{values[tuple(where)].item()} ({exact[tuple(where)].item() * STEPS:.6g}/255) at index {where}"
-            )
+        where = [int(i) for i in torch.unravel_index(torch.tensor(first), values.shape)]
+        value = values[tuple(where)].item()
+        if slack is None:
+            raise ValueError(f"{name}: expected finite values, got {value} at index {where}")
+        raise ValueError(
+            f"{name}: expected whole steps of 1/255 within -128/255..127/255 for an int8 store, got {value} "
+            f"({value * STEPS:.6g}/255) at index {where}"
+        )
 
     def _stored(self, values: Tensor) -> Tensor:
         if self.dtype == torch.int8:

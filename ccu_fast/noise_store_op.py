@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ccu_fast.backends import machine
 from ccu_fast.backends.store_problem import NoiseAddition, NoiseUpdate
 
 _LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
@@ -28,7 +29,7 @@ _LIBRARY.define("noise_update_(Tensor(a!) noise, Tensor index, Tensor delta, flo
 
 def check_range(name: str, index: Tensor, rows: int) -> None:
     """Raise unless every id of a CPU index is in [0, rows). In a graph the operators do this."""
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+    if not machine.host_sees(index.device) or torch.compiler.is_compiling() or not index.numel():
         return
     low, high = (int(v) for v in index.aminmax())
     if low < 0 or high >= rows:
@@ -74,6 +75,12 @@ def _update(noise: Tensor, index: Tensor, delta: Tensor, eps: float, backend: st
     if delta.numel():
         rows, order = index.sort(stable=True)
         _backend(backend).update(NoiseUpdate(noise, rows, order, delta, eps))
+
+
+def first_wrong(values: Tensor, slack: float | None, backend: str) -> int | None:
+    """Where, counted through, the first value is that a store cannot hold; see the reference's. Not in a graph."""
+    first: int | None = _backend(backend).first_wrong(values, slack)
+    return first
 
 
 _LIBRARY.impl("noise_add", _add, "CompositeExplicitAutograd")

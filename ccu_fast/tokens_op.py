@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
+from ccu_fast.backends import machine
 from ccu_fast.backends.token_problem import TokenProblem, TokenResult
 
 _LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
@@ -42,12 +43,12 @@ def _topk(*args: Any) -> TokenResult:
     if version >= 0 and version_of(p.embedding) != version:
         raise ValueError(STALE)
     # On a GPU a look would wait for it: there the kernel fails for an id out of range, as torch's indexing does.
-    if p.current is not None and p.rows and p.current.device.type == "cpu":
+    if p.current is not None and p.rows and machine.host_sees(p.current.device):
         vocabulary = p.embedding.shape[0]
         low, high = (int(v) for v in p.current.aminmax())
         if low < 0 or high >= vocabulary:
             raise ValueError(f"current_ids: expected ids in [0, {vocabulary - 1}], got {low if low < 0 else high}")
-    if p.penalty is not None and p.penalty.device.type == "cpu":
+    if p.penalty is not None and machine.host_sees(p.penalty.device):
         check.finite("penalty", p.penalty)
     result: TokenResult = importlib.import_module(f"ccu_fast.backends.{backend}.tokens").topk(p)
     return result

@@ -24,7 +24,7 @@ enum ccu_status {
 // What a status from CCU_CUDA_ERROR on means; CUDA builds only.
 const char* ccu_cuda_error_text(int status);
 
-enum ccu_dtype { CCU_F32 = 0, CCU_F16 = 1, CCU_BF16 = 2, CCU_U8 = 3, CCU_I8 = 4 };
+enum ccu_dtype { CCU_F32 = 0, CCU_F16 = 1, CCU_BF16 = 2, CCU_U8 = 3, CCU_I8 = 4, CCU_F64 = 5 };
 
 // The instruction set the CPU kernels run with: "avx512", "avx2", "neon" or "base".
 const char* ccu_cpu_isa(void);
@@ -136,12 +136,27 @@ typedef struct {
 
 int ccu_topk_flips(const ccu_topk_flips_args* args);
 
-// On a GPU: coarse scores of a table in fp16, by ccu_cuda_topk_scores for few rows or by a library GEMM, then the
-// selection, which rescores from the embedding.
+// On a GPU: what is to be known of the gradients, coarse scores of a table in fp16, by ccu_cuda_topk_scores for few
+// rows or by a library GEMM, then the selection, which rescores from the embedding.
 enum { CCU_CUDA_MOST_FLIPS = 1024 };
 // How a row is settled: by its coarse scores and their bound; by float64 scores of all tokens, because there is no
 // bound; not at all; by the penalty alone, because the gradient is zero.
 enum ccu_topk_path { CCU_TOPK_SCAN = 0, CCU_TOPK_EXACT = 1, CCU_TOPK_INVALID = 2, CCU_TOPK_ZERO = 3 };
+
+typedef struct {
+  const float* grad;  // [rows, dim]
+  int64_t rows, dim;
+  int64_t padded;        // dimension of the table
+  const double* coarse;  // [3]: 1 / scale of the table, largest error and norm of a row of it
+  int32_t maximize;
+  int32_t certify;  // 0: as if coarse scores had no error
+  int32_t half;     // 1: operand is fp16, for a library GEMM; 0: fp32, for ccu_cuda_topk_scores
+  void* operand;    // [rows, padded]
+  float* about;     // [rows, 4]: see ccu_cuda_topk_args
+  void* stream;
+} ccu_topk_describe_args;
+
+int ccu_cuda_topk_describe(const ccu_topk_describe_args* args);
 
 typedef struct {
   const void* table;          // fp16 [tokens, dim], 16-byte aligned
@@ -200,15 +215,21 @@ typedef struct {
   float step, eps, lower, upper;
   const float* channel;  // [4, channels]: the four per channel in their place (l2: lower and upper), or NULL
   int32_t norm;
-  int32_t check;  // 1: look for NaN (l2: inf as well) first and write nothing if there is one; 0: no step there
+  // 1: look for NaN (l2: inf as well) first and write nothing if there is one; 0: no step there. On a GPU the channels
+  // are looked at as well.
+  int32_t check;
   int32_t threads;
   int32_t* found;  // set to 1 if the check found something, else 0 (CPU only)
   double* parts;   // CUDA, l2 only: [2, samples, CCU_PGD_SLICES]
-  void* stream;    // CUDA only
+  // CUDA with check only: 0 until something is found, then the place of an element of grad plus one, or minus one less
+  // a channel; no step is made while it is not 0. `told` is the same in pinned memory, where the host can look.
+  unsigned long long* refused;
+  unsigned long long* told;
+  void* stream;  // CUDA only
 } ccu_pgd_step_args;
 
 int ccu_pgd_step(const ccu_pgd_step_args* args);
-// `check`, `threads` and `found` are not looked at.
+// `threads` and `found` are not looked at.
 int ccu_cuda_pgd_step(const ccu_pgd_step_args* args);
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -249,6 +270,20 @@ typedef struct {
 int ccu_noise_update(const ccu_noise_update_args* args);
 int ccu_cuda_noise_update(const ccu_noise_update_args* args);
 
+// The first value that a store cannot hold: count less its place is what `found` gets, which is 0 before the call and
+// stays so if there is none.
+typedef struct {
+  const void* values;  // [count]
+  int32_t dtype;       // CCU_F32, F16, F64
+  int32_t whole;       // 1: whole steps of 1/255 within -128 .. 127; 0: finite numbers
+  float slack;         // in steps: how far from a whole one a value may be
+  int64_t count;
+  unsigned long long* found;
+  void* stream;
+} ccu_cuda_noise_check_args;
+
+int ccu_cuda_noise_check(const ccu_cuda_noise_check_args* args);
+
 // ---------------------------------------------------------------------------------------------------------------------
 // candidate_losses besides its GEMMs, see csrc/cpu/candidates.cpp. Addresses are those of the device that computes.
 
@@ -258,11 +293,9 @@ typedef struct {
   float* rest;    // [batch texts, batch images]
   double* fixed;  // [batch]
   int32_t threads;
-  void* stream;  // CUDA only
 } ccu_candidate_rest_args;
 
 int ccu_candidate_rest(const ccu_candidate_rest_args* args);
-int ccu_cuda_candidate_rest(const ccu_candidate_rest_args* args);
 
 typedef struct {
   const float* similarity;  // [rows, candidates, batch]
@@ -271,11 +304,28 @@ typedef struct {
   int64_t batch, candidates, first, rows;
   float* out;  // [batch, candidates]
   int32_t threads;
-  void* stream;  // CUDA only
 } ccu_candidate_losses_args;
 
 int ccu_candidate_losses(const ccu_candidate_losses_args* args);
-int ccu_cuda_candidate_losses(const ccu_candidate_losses_args* args);
+
+// On a GPU: of a small batch each block finds by itself what the others share, in the one launch that there is then; a
+// large one needs ccu_cuda_candidate_rest first.
+enum { CCU_CUDA_ALONE = 192 };
+
+typedef struct {
+  const float* s;           // [batch images, batch texts]: dot products
+  const float* similarity;  // [rows, candidates, batch images]: dot products
+  float scale;              // of both
+  const float* factor;      // [1]: of both as well; or NULL
+  int64_t batch, candidates, first, rows;
+  float* rest;      // [batch texts, batch images], and NULL up to CCU_CUDA_ALONE
+  double* columns;  // [batch texts], the same
+  float* out;       // [batch, candidates]
+  void* stream;
+} ccu_cuda_candidate_args;
+
+int ccu_cuda_candidate_rest(const ccu_cuda_candidate_args* args);
+int ccu_cuda_candidate_losses(const ccu_cuda_candidate_args* args);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // l2_normalize: rows of unit length, out = x * inverse, inverse = 1 / max(|x|, eps); backward: dx from dout.

@@ -79,8 +79,9 @@ def test_threads_change_no_bit(native: str) -> None:
 
 
 def test_opcheck(backend: str) -> None:
-    arguments = (torch.randn(5, 3, 4), torch.randn(5, 4), torch.randn(5, 4), backend)
-    torch.library.opcheck(torch.ops.ccu_fast.candidate_losses.default, arguments)
+    arguments = (torch.randn(5, 3, 4), torch.randn(5, 4), torch.randn(5, 4), 2.0)
+    for factor in (None, torch.tensor(0.5)):
+        torch.library.opcheck(torch.ops.ccu_fast.candidate_losses.default, (*arguments, factor, backend))
 
 
 def test_compiles_as_one_graph(backend: str) -> None:

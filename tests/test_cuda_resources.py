@@ -22,7 +22,7 @@ from ccu_fast.backends.machine import build_info
 # By kernel, the most registers a thread may have: 64 leave four blocks of 256 threads, or two of 512, a multiprocessor.
 MOST_REGISTERS = {
     "linf_packs": 64, "l2_packs": 64, "add_packs": 64, "update_packs": 64, "few_rows": 128, "select": 64,
-    "rest_of_rows": 64, "columns": 64, "others": 64, "losses": 64,
+    "check_packs": 64, "check_values": 64, "describe": 64, "rest_and_columns": 64, "losses": 64,
 }  # fmt: skip
 MOST_SHARED = 48 << 10
 # What printf of an index out of range puts on the stack: three arguments, and what the call to it leaves there.

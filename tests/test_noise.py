@@ -11,7 +11,7 @@ import torch
 from tolerance import assert_three_way
 from torch import Tensor
 
-from ccu_fast import pgd_step_
+from ccu_fast import check_pgd_steps, pgd_step_
 from ccu_fast.backends.registry import cannot_serve
 
 STEP, EPS = 1 / 255, 8 / 255
@@ -343,11 +343,91 @@ def test_l2_on_cuda(native: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_a_cuda_graph_holds_the_step(native: str, norm: str) -> None:
+@pytest.mark.parametrize("at", [0, 7, 191])
+def test_a_gradient_that_is_no_number_on_cuda(native: str, norm: str, at: int, dtype: torch.dtype) -> None:
+    """No step is made from there on, and the host hears of it at the next call, or when it asks."""
+    delta, grad, image = (t.cuda() for t in problem(2, 3, 4, 8, dtype=dtype))
+    wrong = grad.clone()
+    wrong.view(-1)[at] = torch.nan if norm == "linf" else -torch.inf
+    options: dict[str, Any] = {"step": STEP, "eps": EPS, "norm": norm, "backend": native}
+    before, out = delta.clone(), torch.full_like(image, 7)
+    said = rf"^grad: expected no NaN \(for l2: finite values\), got another at its element {at}, counted through, in an"
+
+    pgd_step_(delta, wrong, image, out=out, **options)
+    with pytest.raises(ValueError, match=said):
+        check_pgd_steps()
+    check_pgd_steps()
+    pgd_step_(delta, wrong, image, out=out, **options)
+    if delta.is_cuda:
+        torch.cuda.synchronize()
+    with pytest.raises(ValueError, match=said):
+        pgd_step_(delta, grad, image, out=out, **options)
+    # Nothing was written, not even where the gradient was right.
+    assert torch.equal(delta, before) and bool((out == 7).all())
+    pgd_step_(delta, grad, image, **options)
+    check_pgd_steps(delta.device)
+    assert bool(delta.isfinite().all()) and not torch.equal(delta, before)
+    zeroed = before.clone()
+    pgd_step_(zeroed, wrong, image, nan_policy="zero", **options)
+    check_pgd_steps()
+    assert bool(zeroed.isfinite().all()) and not torch.equal(zeroed, before)
+
+
+@pytest.mark.parametrize("device", [None, "cpu", "cuda", torch.device("cuda", 0)])
+def test_where_no_step_was_refused_nothing_is_raised(backend: str, device: Any) -> None:
+    delta, grad, image = problem(2, 3, 4, 8)
+    pgd_step_(delta, grad, image, step=STEP, eps=EPS, backend=backend)
+    check_pgd_steps(device)
+
+
+@pytest.mark.gpu
+def test_steps_behind_one_that_is_refused_on_cuda(native: str) -> None:
+    """Noise stays what the last right step left, however many follow before the host looks."""
+    delta, grad, image = (t.cuda() for t in problem(2, 3, 4, 8))
+    wrong = torch.full_like(grad, torch.nan)
+    pgd_step_(delta, grad, image, step=STEP, eps=EPS, backend=native)
+    before = delta.clone()
+    pgd_step_(delta, wrong, image, step=STEP, eps=EPS, backend=native)
+    with pytest.raises(ValueError, match=r"^grad: "):
+        for _ in range(100_000):
+            pgd_step_(delta, grad, image, step=STEP, eps=EPS, backend=native)
+    assert torch.equal(delta, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"step": [0.1, -0.1, 0.1]}, {"eps": [0.1, torch.nan, 0.1]},
+        {"lower": [0.0, 2.0, 0.0]}, {"upper": [1, torch.inf, 1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_parameters_of_a_channel_on_cuda(native: str, wrong: dict[str, Any], norm: str) -> None:
+    if norm == "l2" and wrong.keys() & {"step", "eps"}:
+        wrong = {"lower": [0.0, -torch.inf, 0.0]}
+    delta, grad, image = (t.cuda() for t in problem(2, 3, 4, 8))
+    before = delta.clone()
+    options: dict[str, Any] = {"step": STEP, "eps": EPS, "norm": norm, "backend": native}
+    options |= {name: torch.tensor(value, device="cuda").view(3, 1, 1) for name, value in wrong.items()}
+    pgd_step_(delta, grad, image, **options)
+    with pytest.raises(
+        ValueError, match=r"^step, eps, lower, upper: expected .* got others for channel 1 in an earlier"
+    ):
+        check_pgd_steps()
+    assert torch.equal(delta, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["zero", "raise"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_cuda_graph_holds_the_step(native: str, norm: str, policy: str) -> None:
     delta, grad, image = (t.cuda() for t in problem(4, 3, 32, 32))
     expected, start = delta.clone(), delta.clone()
-    options = {"step": STEP, "eps": EPS, "norm": norm, "nan_policy": "zero", "backend": native}
+    options = {"step": STEP, "eps": EPS, "norm": norm, "nan_policy": policy, "backend": native}
     for _ in range(3):
         pgd_step_(expected, grad, image, **options)
     side = torch.cuda.Stream()
@@ -361,3 +441,9 @@ def test_a_cuda_graph_holds_the_step(native: str, norm: str) -> None:
     for _ in range(3):
         graph.replay()
     assert torch.equal(delta, expected)
+    if policy == "raise":
+        grad.fill_(torch.nan)
+        graph.replay()
+        with pytest.raises(ValueError, match=r"^grad: "):
+            check_pgd_steps()
+        assert torch.equal(delta, expected)

@@ -48,28 +48,31 @@ def test_the_selection_keeps_whatever_could_be_best(data: st.DataObject) -> None
         assert len(found) == n
 
 
-def problem(grad: Tensor, table: TokenTable, packed: Tensor, coarse: Tensor, **changes: Any) -> TokenProblem:
+def described(grad: Tensor, embedding: Tensor, ids: Tensor | None, few: bool, **changes: Any) -> tuple[Tensor, Tensor]:
+    """What the scan is given of gradients."""
+    tokens_cuda = importlib.import_module("ccu_fast.backends.native.tokens_cuda")
+    table = TokenTable(embedding, ids, backend="reference")
+    packed, coarse = tokens_cuda.pack(table.embedding, table.ids if ids is not None else None)
     arguments = dict(
         grad=grad, embedding=table.embedding, token_ids=table.ids, packed=packed, coarse=coarse,
         max_norm=table.max_norm, k=16, maximize=False, current=None, exclude_current=False, allowed=None,
         penalty=None, certify=True,
     )  # fmt: skip
-    return TokenProblem(**(arguments | changes))
+    operand, about = tokens_cuda.describe(TokenProblem(**(arguments | changes)), few)
+    return operand, about
 
 
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
-def test_coarse_scores_are_within_their_bound(few: bool, maximize: bool, size: float) -> None:
-    compiled()
+def test_coarse_scores_are_within_their_bound(native: str, few: bool, maximize: bool, size: float) -> None:
     tokens_cuda = importlib.import_module("ccu_fast.backends.native.tokens_cuda")
     embedding = 0.02 * torch.randn(3000, 60) * torch.rand(3000, 1) + torch.randn(60)
-    table = TokenTable(embedding, torch.arange(0, 3000, 2), backend="reference")
-    packed, coarse = tokens_cuda.pack(embedding, table.ids)
+    ids = torch.arange(0, 3000, 2)
+    packed, _ = tokens_cuda.pack(embedding, ids)
     assert packed.shape == (1500, 64) and packed.dtype == torch.float16 and not packed[:, 60:].any()
     grad, penalty = size * torch.randn(9, 60), size * torch.randn(1, 1500)
-    p = problem(grad, table, packed, coarse, maximize=maximize, penalty=penalty)
-    operand, about = tokens_cuda.describe(p, few)
+    operand, about = described(grad, embedding, ids, few, maximize=maximize, penalty=penalty)
     scores = operand.float() @ packed.float().T
     seen = about[:, :1].double() * scores.double() + about[:, 1:2].double() * penalty.double()
     sign = -1 if maximize else 1
@@ -83,25 +86,16 @@ def test_coarse_scores_are_within_their_bound(few: bool, maximize: bool, size: f
     assert about[:, 3].tolist() == [0.0] * 9
 
 
-def test_rows_that_a_scan_cannot_serve() -> None:
+def test_rows_that_a_scan_cannot_serve(native: str) -> None:
     module = compiled()
-    tokens_cuda = importlib.import_module("ccu_fast.backends.native.tokens_cuda")
-    table = TokenTable(torch.randn(40, 8), backend="reference")
-    packed, coarse = tokens_cuda.pack(table.embedding, None)
     grad = torch.randn(5, 8)
     grad[0] *= 1e-44
     grad[1, 3], grad[2, 0], grad[3] = torch.nan, torch.inf, 0
-    operand, about = tokens_cuda.describe(problem(grad, table, packed, coarse), False)
-    scan, exact, invalid, zero = module.TOPK_SCAN, module.TOPK_EXACT, module.TOPK_INVALID, module.TOPK_ZERO
-    assert about[:, 3].tolist() == [exact, invalid, invalid, zero, scan]
-    assert bool(operand.isfinite().all()) and bool(about.isfinite().all())
-    _, about = tokens_cuda.describe(problem(grad, table, packed, coarse, penalty=torch.full((5, 40), 3e38)), False)
-    assert about[:, 3].tolist() == [exact, invalid, invalid, zero, exact]
-    barred = (
-        torch.zeros(1, 40).index_fill(1, torch.tensor([3, 9]), torch.inf).index_fill(1, torch.tensor([5]), torch.nan)
-    )
-    _, about = tokens_cuda.describe(problem(grad, table, packed, coarse, penalty=barred), False)
-    assert about[:, 3].tolist() == [exact, invalid, invalid, zero, scan]
+    for few in (False, True):
+        operand, about = described(grad, torch.randn(40, 8), None, few)
+        scan, exact, invalid, zero = module.TOPK_SCAN, module.TOPK_EXACT, module.TOPK_INVALID, module.TOPK_ZERO
+        assert about[:, 3].tolist() == [exact, invalid, invalid, zero, scan]
+        assert bool(operand.isfinite().all()) and bool(about.isfinite().all())
 
 
 def answer(grad: Tensor, table: TokenTable, k: int, **options: Any) -> list[Tensor]:
@@ -206,3 +200,15 @@ def test_offsets_beyond_31_bits(native: str) -> None:
     flips = topk_flips(grad, TokenTable(embedding), 2, backend=native)
     here = topk_flips(grad[-50:].cpu(), TokenTable(embedding.cpu()), 2)
     assert torch.equal(flips.ids[-50:].cpu(), here.ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sign", [1, -1, 0])
+def test_a_penalty_that_overflows_beside_the_scores(native: str, sign: int) -> None:
+    """A row's scores are in a unit of its own, 2^100 here, in which some or all penalties are infinite."""
+    embedding, grad = torch.randn(3000, 24), 1e-30 * torch.randn(7, 24)
+    penalty = 1e9 * (torch.randn(3000) if sign == 0 else sign * torch.rand(3000) + sign)
+    penalty[torch.rand(3000) < 0.01] = 0
+    here = answer(grad, TokenTable(embedding), 16, penalty=penalty, backend="reference")
+    there = answer(grad.cuda(), TokenTable(embedding.cuda()), 16, penalty=penalty.cuda(), backend=native)
+    assert torch.equal(there[0], here[0]) and torch.equal(there[2], here[2])

@@ -193,6 +193,11 @@ def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
 
 
+def host_sees(device: torch.device) -> bool:
+    """Whether the host can look at values there without waiting for what is still to be computed."""
+    return device.type == "cpu"
+
+
 def moved(t: Tensor, device: torch.device) -> Tensor:
     """``t`` on a device; the host goes on at once only where the copy's readers wait for it, that is on a GPU.
 

@@ -9,6 +9,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("BF16") = static_cast<int>(CCU_BF16);
   m.attr("U8") = static_cast<int>(CCU_U8);
   m.attr("I8") = static_cast<int>(CCU_I8);
+  m.attr("F64") = static_cast<int>(CCU_F64);
   m.def("largest_team", [] { return ccu::largest_team().exchange(1); });
 #if CCU_HAVE_CUDA
   m.attr("CUDA") = true;

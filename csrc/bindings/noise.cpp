@@ -10,7 +10,7 @@ void bind_noise(py::module_& m) {
       "pgd_step",
       [](Address delta, Address grad, Address image, Address out, int dtype, int grad_dtype, int64_t samples,
          int64_t channels, int64_t inner, float step, float eps, float lower, float upper, Address channel, bool l2,
-         bool check, Address parts, int threads, bool cuda, Address stream) {
+         bool check, Address parts, Address refused, Address told, int threads, bool cuda, Address stream) {
         int32_t found = 0;
         ccu_pgd_step_args a{};
         a.delta = pointer<void>(delta);
@@ -28,6 +28,8 @@ void bind_noise(py::module_& m) {
         a.upper = upper;
         a.channel = pointer<float>(channel);
         a.parts = pointer<double>(parts);
+        a.refused = pointer<unsigned long long>(refused);
+        a.told = pointer<unsigned long long>(told);
         a.norm = l2 ? CCU_L2 : CCU_LINF;
         a.check = check;
         a.threads = threads;
@@ -39,7 +41,7 @@ void bind_noise(py::module_& m) {
       py::kw_only(), py::arg("delta"), py::arg("grad"), py::arg("image"), py::arg("out"), py::arg("dtype"),
       py::arg("grad_dtype"), py::arg("samples"), py::arg("channels"), py::arg("inner"), py::arg("step"), py::arg("eps"),
       py::arg("lower"), py::arg("upper"), py::arg("channel"), py::arg("l2"), py::arg("check"), py::arg("parts"),
-      py::arg("threads"), py::arg("cuda"), py::arg("stream"));
+      py::arg("refused"), py::arg("told"), py::arg("threads"), py::arg("cuda"), py::arg("stream"));
 
   m.def(
       "noise_add",
@@ -90,6 +92,24 @@ void bind_noise(py::module_& m) {
       py::kw_only(), py::arg("noise"), py::arg("noise_dtype"), py::arg("rows"), py::arg("order"), py::arg("count"),
       py::arg("total"), py::arg("size"), py::arg("delta"), py::arg("delta_dtype"), py::arg("eps"), py::arg("threads"),
       py::arg("cuda"), py::arg("stream"));
+
+#if CCU_HAVE_CUDA
+  m.def(
+      "cuda_noise_check",
+      [](Address values, int dtype, bool whole, float slack, int64_t count, Address found, Address stream) {
+        ccu_cuda_noise_check_args a{};
+        a.values = pointer<void>(values);
+        a.dtype = dtype;
+        a.whole = whole;
+        a.slack = slack;
+        a.count = count;
+        a.found = pointer<unsigned long long>(found);
+        a.stream = pointer<void>(stream);
+        call("noise_check", ccu_cuda_noise_check, a);
+      },
+      py::kw_only(), py::arg("values"), py::arg("dtype"), py::arg("whole"), py::arg("slack"), py::arg("count"),
+      py::arg("found"), py::arg("stream"));
+#endif
 }
 
 }  // namespace ccu

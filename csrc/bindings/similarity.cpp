@@ -98,23 +98,21 @@ void bind_similarity(py::module_& m) {
 
   m.def(
       "candidate_rest",
-      [](Address s, int64_t batch, Address rest, Address fixed, int threads, bool cuda, Address stream) {
+      [](Address s, int64_t batch, Address rest, Address fixed, int threads) {
         ccu_candidate_rest_args a{};
         a.s = pointer<float>(s);
         a.batch = batch;
         a.rest = pointer<float>(rest);
         a.fixed = pointer<double>(fixed);
         a.threads = threads;
-        a.stream = pointer<void>(stream);
-        call_on(cuda, "candidate_rest", ccu_candidate_rest, CCU_CUDA(ccu_cuda_candidate_rest), a);
+        call("candidate_rest", ccu_candidate_rest, a);
       },
-      py::kw_only(), py::arg("s"), py::arg("batch"), py::arg("rest"), py::arg("fixed"), py::arg("threads"),
-      py::arg("cuda"), py::arg("stream"));
+      py::kw_only(), py::arg("s"), py::arg("batch"), py::arg("rest"), py::arg("fixed"), py::arg("threads"));
 
   m.def(
       "candidate_losses",
       [](Address similarity, Address rest, Address fixed, int64_t batch, int64_t candidates, int64_t first,
-         int64_t rows, Address out, int threads, bool cuda, Address stream) {
+         int64_t rows, Address out, int threads) {
         ccu_candidate_losses_args a{};
         a.similarity = pointer<float>(similarity);
         a.rest = pointer<float>(rest);
@@ -125,11 +123,39 @@ void bind_similarity(py::module_& m) {
         a.rows = rows;
         a.out = pointer<float>(out);
         a.threads = threads;
-        a.stream = pointer<void>(stream);
-        call_on(cuda, "candidate_losses", ccu_candidate_losses, CCU_CUDA(ccu_cuda_candidate_losses), a);
+        call("candidate_losses", ccu_candidate_losses, a);
       },
       py::kw_only(), py::arg("similarity"), py::arg("rest"), py::arg("fixed"), py::arg("batch"), py::arg("candidates"),
-      py::arg("first"), py::arg("rows"), py::arg("out"), py::arg("threads"), py::arg("cuda"), py::arg("stream"));
+      py::arg("first"), py::arg("rows"), py::arg("out"), py::arg("threads"));
+
+  m.attr("CUDA_ALONE") = static_cast<int>(CCU_CUDA_ALONE);
+#if CCU_HAVE_CUDA
+  py::class_<ccu_cuda_candidate_args>(m, "CudaCandidates")
+      .def(py::init([](Address s, Address similarity, float scale, Address factor, int64_t batch, int64_t candidates,
+                       int64_t first, int64_t rows, Address rest, Address columns, Address out, Address stream) {
+             ccu_cuda_candidate_args a{};
+             a.s = pointer<float>(s);
+             a.similarity = pointer<float>(similarity);
+             a.scale = scale;
+             a.factor = pointer<float>(factor);
+             a.batch = batch;
+             a.candidates = candidates;
+             a.first = first;
+             a.rows = rows;
+             a.rest = pointer<float>(rest);
+             a.columns = pointer<double>(columns);
+             a.out = pointer<float>(out);
+             a.stream = pointer<void>(stream);
+             return a;
+           }),
+           py::kw_only(), py::arg("s"), py::arg("similarity"), py::arg("scale"), py::arg("factor"), py::arg("batch"),
+           py::arg("candidates"), py::arg("first"), py::arg("rows"), py::arg("rest"), py::arg("columns"),
+           py::arg("out"), py::arg("stream"));
+  m.def("cuda_candidate_rest",
+        [](const ccu_cuda_candidate_args& a) { call("candidate_losses", ccu_cuda_candidate_rest, a); });
+  m.def("cuda_candidate_losses",
+        [](const ccu_cuda_candidate_args& a) { call("candidate_losses", ccu_cuda_candidate_losses, a); });
+#endif
 
   // Forward without a gradient, backward with one.
   m.def(

@@ -3,10 +3,23 @@
 #include <cmath>
 
 #include "../common/select.h"
+#include "../common/topk_row.h"
 #include "bindings.h"
 
 namespace ccu {
 namespace {
+
+int describe(const ccu_topk_describe_args* a) {
+  for (int64_t r = 0; r < a->rows; ++r) {
+    const float* grad = a->grad + r * a->dim;
+    float largest = 0.0f;
+    for (int64_t d = 0; d < a->dim && largest <= FLT_MAX; ++d) largest = larger(largest, grad[d]);
+    TopkRow row(largest);
+    for (int64_t d = 0; d < a->padded; ++d) row.put(d < a->dim ? grad[d] : 0.0f, *a, r * a->padded + d);
+    row.tell(*a, a->about + 4 * r);
+  }
+  return CCU_OK;
+}
 
 std::vector<int64_t> select(const float* scores, int64_t n, int64_t k, double err, int64_t groups) {
   std::vector<uint32_t> lowest(groups, kNever);
@@ -88,6 +101,29 @@ void bind_tokens(py::module_& m) {
   m.attr("TOPK_INVALID") = static_cast<int>(CCU_TOPK_INVALID);
   m.attr("TOPK_ZERO") = static_cast<int>(CCU_TOPK_ZERO);
   m.attr("CUDA_MOST_FLIPS") = static_cast<int>(CCU_CUDA_MOST_FLIPS);
+  // On a CPU with the GPU's arithmetic, one row after the other, for tests and reports, which have no GPU.
+  m.def(
+      "topk_describe",
+      [](Address grad, int64_t rows, int64_t dim, int64_t padded, Address coarse, bool maximize, bool certify,
+         bool half, Address operand, Address about, bool cuda, Address stream) {
+        ccu_topk_describe_args a{};
+        a.grad = pointer<float>(grad);
+        a.rows = rows;
+        a.dim = dim;
+        a.padded = padded;
+        a.coarse = pointer<double>(coarse);
+        a.maximize = maximize;
+        a.certify = certify;
+        a.half = half;
+        a.operand = pointer<void>(operand);
+        a.about = pointer<float>(about);
+        a.stream = pointer<void>(stream);
+        call_on(cuda, "topk_flips", describe, CCU_CUDA(ccu_cuda_topk_describe), a);
+      },
+      py::kw_only(), py::arg("grad"), py::arg("rows"), py::arg("dim"), py::arg("padded"), py::arg("coarse"),
+      py::arg("maximize"), py::arg("certify"), py::arg("half"), py::arg("operand"), py::arg("about"), py::arg("cuda"),
+      py::arg("stream"));
+
 #if CCU_HAVE_CUDA
   m.def(
       "cuda_topk_scores",

@@ -1,10 +1,15 @@
-// candidate_losses on a GPU, besides its two GEMMs; the formulas stand in csrc/cpu/candidates.cpp.
+// candidate_losses on a GPU, behind its two GEMMs; the formulas stand in csrc/cpu/candidates.cpp.
 //
-//     rest       one block an image (its row) and one a text (its column): O(B^2) exponentials
-//     losses     one block a candidate: reads its B similarities, once, from the level-2 cache
+//     s = scale * image @ text.T;  n = scale * image @ text_candidates[b].T
+//     rest[b, i]  = s[i, all but b].logsumexp()                           of one text and image
+//     columns[j]  = s[:, j].logsumexp() - 2 s[j, j]                       of one text
+//     out[b, k]   = (columns[all but b].sum() + logaddexp(rest[b], n[:, k]).sum() + n[:, k].logsumexp() - 2 n[b, k]) /
+//     2B
 //
-// B = 128, K = 17: 280 thousand elements, 1 MB; the time is that of two launches, the rest is in the GEMM. Sums are
-// fp64 in a fixed order (a thread's own, then a tree): the same bits every time. Their number is small enough for that.
+// A block takes a text and its K candidates, a warp one of them. Up to a batch of CCU_CUDA_ALONE it finds rest and
+// columns by itself, which is 2 B^2 exponentials in each of B blocks and no launch: 4 million at B = 128 are less than
+// a microsecond of the device, and nothing has to be taken away from a sum. Beyond, `rest_and_columns` makes them once,
+// B^2 of each. Differences and exponentials are fp32, sums fp64 in a fixed order: the same bits every time.
 #include <cmath>
 
 #include "launch.cuh"
@@ -12,50 +17,84 @@
 namespace ccu {
 namespace {
 
-constexpr int kBlock = 128;
+constexpr int kWarps = kThreads / 32;
 
-__device__ __forceinline__ double larger(double a, double b) { return a > b ? a : b; }
-__device__ __forceinline__ double added(double a, double b) { return a + b; }
-
-// Over the block, the same in every thread.
-template <class Join>
-__device__ double reduce(double value, Join join) {
-  __shared__ double parts[kBlock];
-  parts[threadIdx.x] = value;
-  __syncthreads();
-  for (int half = kBlock / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) parts[threadIdx.x] = join(parts[threadIdx.x], parts[threadIdx.x + half]);
-    __syncthreads();
+struct Largest {
+  template <class T>
+  __device__ T operator()(T x, T y) const {
+    return x > y ? x : y;
   }
-  const double all = parts[0];
-  __syncthreads();
-  return all;
+};
+struct Sum {
+  template <class T>
+  __device__ T operator()(T x, T y) const {
+    return x + y;
+  }
+};
+
+template <class T, class Join>
+__device__ __forceinline__ T over_warp(T value, Join join) {
+  for (int lane = 16; lane > 0; lane /= 2) value = join(value, __shfl_xor_sync(0xffffffffu, value, lane));
+  return value;
 }
 
 struct Lse {
-  double peak, sum;
+  float peak;
+  double sum;
+  __device__ double value() const { return peak > -INFINITY ? peak + log(sum) : -INFINITY; }
 };
 
-// log sum exp of x[j * step] without j = skip (-1: of all).
-__device__ Lse lse(const float* x, int64_t n, int64_t step, int64_t skip) {
-  double peak = -INFINITY, sum = 0.0;
-  for (int64_t j = threadIdx.x; j < n; j += kBlock)
-    if (j != skip) peak = larger(peak, x[j * step]);
-  peak = reduce(peak, larger);
-  for (int64_t j = threadIdx.x; j < n; j += kBlock)
-    if (j != skip) sum += exp(static_cast<double>(x[j * step]) - peak);
-  return {peak, reduce(sum, added)};
+// log sum exp of value(j), j != skip (-1: all), by the threads from `first` on, every `step`-th number each.
+template <class Value>
+__device__ __forceinline__ float peak_of(int64_t n, int64_t skip, int first, int step, const Value& value) {
+  float peak = -INFINITY;
+  for (int64_t j = first; j < n; j += step)
+    if (j != skip) peak = fmaxf(peak, value(j));
+  return peak;
+}
+template <class Value>
+__device__ __forceinline__ double sum_of(int64_t n, int64_t skip, int first, int step, float peak, const Value& value) {
+  double sum = 0.0;
+  for (int64_t j = first; j < n; j += step)
+    if (j != skip) sum += expf(value(j) - peak);
+  return sum;
+}
+template <class Value>
+__device__ __forceinline__ Lse warp_lse(int64_t n, int64_t skip, const Value& value) {
+  const int lane = threadIdx.x % 32;
+  const float peak = over_warp(peak_of(n, skip, lane, 32, value), Largest());
+  return {peak, over_warp(sum_of(n, skip, lane, 32, peak, value), Sum())};
+}
+template <class Value>
+__device__ __forceinline__ Lse block_lse(int64_t n, int64_t skip, const Value& value) {
+  const int thread = threadIdx.x;
+  const float peak = over_block<kThreads>(peak_of(n, skip, thread, kThreads, value), Largest());
+  return {peak, over_block<kThreads>(sum_of(n, skip, thread, kThreads, peak, value), Sum())};
 }
 
-__global__ void __launch_bounds__(kBlock) rest_of_rows(ccu_candidate_rest_args a) {
-  const int64_t i = blockIdx.x, n = a.batch;
-  const float* s = a.s + i * n;
-  const Lse all = lse(s, n, 1, -1);
+__device__ __forceinline__ float scale_of(const ccu_cuda_candidate_args& a) {
+  return a.factor != nullptr ? a.scale * __ldg(a.factor) : a.scale;
+}
+
+// A block an image (its row of s: rest of every text) and one a text (its column of s).
+__global__ void __launch_bounds__(kThreads) rest_and_columns(ccu_cuda_candidate_args a) {
+  const int64_t n = a.batch;
+  const float scale = scale_of(a);
+  if (blockIdx.x >= n) {
+    const int64_t j = blockIdx.x - n;
+    const Lse column = block_lse(n, -1, [&](int64_t i) { return scale * a.s[i * n + j]; });
+    if (threadIdx.x == 0) a.columns[j] = column.value() - 2.0 * (scale * a.s[j * n + j]);
+    return;
+  }
+  const int64_t i = blockIdx.x;
+  const auto row = [&](int64_t j) { return scale * a.s[i * n + j]; };
+  const Lse all = block_lse(n, -1, row);
+  // Where one term is more than half of the sum nothing is taken away from it: the others are added up by themselves.
   __shared__ int64_t dominant;
   if (threadIdx.x == 0) dominant = -1;
   __syncthreads();
-  for (int64_t b = threadIdx.x; b < n; b += kBlock) {
-    const double term = exp(static_cast<double>(s[b]) - all.peak);
+  for (int64_t b = threadIdx.x; b < n; b += kThreads) {
+    const double term = expf(row(b) - all.peak);
     if (term > 0.5 * all.sum)
       dominant = b;  // one at most
     else
@@ -64,58 +103,70 @@ __global__ void __launch_bounds__(kBlock) rest_of_rows(ccu_candidate_rest_args a
   __syncthreads();
   const int64_t b = dominant;
   if (b < 0) return;
-  const Lse others = lse(s, n, 1, b);
-  if (threadIdx.x == 0) a.rest[b * n + i] = n > 1 ? static_cast<float>(others.peak + log(others.sum)) : -INFINITY;
+  const Lse others = block_lse(n, b, row);
+  if (threadIdx.x == 0) a.rest[b * n + i] = static_cast<float>(others.value());
 }
 
-__global__ void __launch_bounds__(kBlock) columns(ccu_candidate_rest_args a) {
-  const int64_t j = blockIdx.x, n = a.batch;
-  const Lse column = lse(a.s + j, n, n, -1);
-  if (threadIdx.x == 0) a.fixed[j] = column.peak + log(column.sum) - 2.0 * a.s[j * n + j];
-}
-
-// fixed[b] = sum of all columns less that of b; one block, so that no other one still reads what is written.
-__global__ void __launch_bounds__(kBlock) others(double* fixed, int64_t n) {
-  double sum = 0.0;
-  for (int64_t b = threadIdx.x; b < n; b += kBlock) sum += fixed[b];
-  const double all = reduce(sum, added);
-  for (int64_t b = threadIdx.x; b < n; b += kBlock) fixed[b] = all - fixed[b];
-}
-
-__global__ void __launch_bounds__(kBlock) losses(ccu_candidate_losses_args a) {
-  const int64_t task = blockIdx.x, n = a.batch, b = a.first + task / a.candidates;
-  const float* x = a.similarity + task * n;
-  const float* rest = a.rest + b * n;
-  double images = 0.0;
-  for (int64_t i = threadIdx.x; i < n; i += kBlock) {
-    const float high = fmaxf(rest[i], x[i]), low = fminf(rest[i], x[i]);
-    images += static_cast<double>(high) + log1pf(expf(low - high));
+template <bool kAlone>
+__global__ void __launch_bounds__(kThreads) losses(ccu_cuda_candidate_args a) {
+  __shared__ float own[kAlone ? CCU_CUDA_ALONE : 1];
+  const int64_t n = a.batch, b = a.first + blockIdx.x;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const float scale = scale_of(a);
+  const float* rest = own;
+  double fixed = 0.0;
+  if constexpr (kAlone) {
+    for (int64_t i = warp; i < n; i += kWarps) {
+      const Lse row = warp_lse(n, b, [&](int64_t j) { return scale * a.s[i * n + j]; });
+      if (lane == 0) own[i] = static_cast<float>(row.value());
+    }
+    // A column a thread: neighbours read neighbours.
+    for (int64_t j = threadIdx.x; j < n; j += kThreads) {
+      if (j == b) continue;
+      const auto column = [&](int64_t i) { return scale * a.s[i * n + j]; };
+      const float peak = peak_of(n, -1, 0, 1, column);
+      fixed += Lse{peak, sum_of(n, -1, 0, 1, peak, column)}.value() - 2.0 * column(j);
+    }
+  } else {
+    rest = a.rest + b * n;
+    for (int64_t j = threadIdx.x; j < n; j += kThreads) fixed += j == b ? 0.0 : a.columns[j];
   }
-  images = reduce(images, added);
-  const Lse own = lse(x, n, 1, -1);
-  if (threadIdx.x == 0)
-    a.out[b * a.candidates + task % a.candidates] =
-        static_cast<float>((a.fixed[b] + images + own.peak + log(own.sum) - 2.0 * x[b]) / (2.0 * n));
+  fixed = over_block<kThreads>(fixed, Sum());  // behind it all of `own` is there
+  for (int64_t k = warp; k < a.candidates; k += kWarps) {
+    const float* x = a.similarity + (blockIdx.x * a.candidates + k) * n;
+    const auto value = [&](int64_t i) { return scale * x[i]; };
+    double images = 0.0;
+    for (int64_t i = lane; i < n; i += 32) {
+      const float high = fmaxf(rest[i], value(i)), low = fminf(rest[i], value(i));
+      images += static_cast<double>(high) + log1pf(expf(low - high));
+    }
+    images = over_warp(images, Sum());
+    const Lse text = warp_lse(n, -1, value);
+    if (lane == 0)
+      a.out[b * a.candidates + k] = static_cast<float>((fixed + images + text.value() - 2.0 * value(b)) / (2.0 * n));
+  }
 }
 
 }  // namespace
 }  // namespace ccu
 
-extern "C" int ccu_cuda_candidate_rest(const ccu_candidate_rest_args* args) {
-  if (args == nullptr || args->batch < 1) return CCU_BAD_ARGUMENT;
-  const unsigned blocks = static_cast<unsigned>(args->batch);
-  const cudaStream_t stream = static_cast<cudaStream_t>(args->stream);
-  ccu::rest_of_rows<<<blocks, ccu::kBlock, 0, stream>>>(*args);
-  ccu::columns<<<blocks, ccu::kBlock, 0, stream>>>(*args);
-  ccu::others<<<1, ccu::kBlock, 0, stream>>>(args->fixed, args->batch);
+extern "C" int ccu_cuda_candidate_rest(const ccu_cuda_candidate_args* args) {
+  if (args == nullptr || args->batch < 1 || args->batch > INT32_MAX / 2) return CCU_BAD_ARGUMENT;
+  const unsigned blocks = static_cast<unsigned>(2 * args->batch);
+  ccu::rest_and_columns<<<blocks, ccu::kThreads, 0, static_cast<cudaStream_t>(args->stream)>>>(*args);
   return ccu::launched();
 }
 
-extern "C" int ccu_cuda_candidate_losses(const ccu_candidate_losses_args* args) {
-  if (args == nullptr || args->batch < 1 || args->rows < 0 || args->candidates < 0) return CCU_BAD_ARGUMENT;
-  const int64_t blocks = args->rows * args->candidates;
-  if (blocks > INT32_MAX) return CCU_BAD_ARGUMENT;
-  if (blocks == 0) return CCU_OK;
-  ccu::losses<<<static_cast<unsigned>(blocks), ccu::kBlock, 0, static_cast<cudaStream_t>(args->stream)>>>(*args);
+extern "C" int ccu_cuda_candidate_losses(const ccu_cuda_candidate_args* args) {
+  if (args == nullptr || args->batch < 1 || args->rows < 0 || args->rows > INT32_MAX || args->candidates < 0)
+    return CCU_BAD_ARGUMENT;
+  if (args->rows == 0 || args->candidates == 0) return CCU_OK;
+  if (args->rest == nullptr && args->batch > CCU_CUDA_ALONE) return CCU_BAD_ARGUMENT;
+  const unsigned blocks = static_cast<unsigned>(args->rows);
+  const cudaStream_t stream = static_cast<cudaStream_t>(args->stream);
+  if (args->rest == nullptr)
+    ccu::losses<true><<<blocks, ccu::kThreads, 0, stream>>>(*args);
+  else
+    ccu::losses<false><<<blocks, ccu::kThreads, 0, stream>>>(*args);
   return ccu::launched();
 }

@@ -45,13 +45,31 @@ inline int no_device() {
   return status == CCU_OK ? CCU_CUDA_ERROR : status;
 }
 
-// An index that the host did not look at: the kernel ends, and with it the process's use of the GPU, as in torch.
+// `value` of all threads of a block of kBlock joined, in a fixed order; the same in every thread.
+template <int kBlock, class T, class Join>
+__device__ T over_block(T value, Join join) {
+  constexpr int kParts = kBlock / 32;
+  __shared__ T parts[kParts];
+  for (int lane = 16; lane > 0; lane /= 2) value = join(value, __shfl_xor_sync(0xffffffffu, value, lane));
+  __syncthreads();  // those of the last time have been read
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
+  __syncthreads();
+  T all = parts[0];
+  for (int w = 1; w < kParts; ++w) all = join(all, parts[w]);
+  return all;
+}
+
+// For what the host did not look at: the kernel ends, and with it the process's use of the GPU, as in torch.
+[[noreturn]] __device__ __forceinline__ void end_kernel() {
+  __trap();
+  __builtin_unreachable();
+}
+
 [[noreturn, maybe_unused]] static __device__ __noinline__ void out_of_range(const char* name, int64_t value,
                                                                             int64_t end) {
   printf("ccu_fast: %s: expected 0 <= index < %lld, got %lld\n", name, static_cast<long long>(end),
          static_cast<long long>(value));
-  __trap();
-  __builtin_unreachable();
+  end_kernel();
 }
 
 }  // namespace ccu

@@ -2,6 +2,7 @@
 //
 //     noise_add       out[b] = clamp(images[b] + noise[index[b]], lower, upper)
 //     noise_update    noise[i] = clamp(noise[i] + sum of the deltas whose index is i, in their order, -eps, eps)
+//     noise_check     found = max over the values that a store cannot hold of (count - place)
 //
 // Bytes bound: int8 noise into fp32 images moves 9 bytes an element. A thread takes 16 bytes of images (of 16-byte
 // rows), so 4 to 16 elements; grid-stride over items and packs, the index read through the cache. A row out of range
@@ -61,6 +62,34 @@ __global__ void __launch_bounds__(kThreads) update_packs(ccu_noise_update_args a
 #pragma unroll
     for (int i = 0; i < W; ++i) n.item[i] = Sum<N>::end(sum[i], a.eps);
     noise[row * packs + p] = n;
+  }
+}
+
+// In the dtype to compute in.
+__device__ __forceinline__ double wide(double x) { return x; }
+template <class V>
+__device__ __forceinline__ float wide(V x) {
+  return to_float(x);
+}
+
+template <class V>
+__device__ __forceinline__ bool cannot_hold(V value, const ccu_cuda_noise_check_args& a) {
+  const auto x = wide(value);
+  if (!a.whole) return !isfinite(x);
+  const auto steps = rint(x * kSteps);
+  // NaN fails the comparison.
+  return !(fabs(x * kSteps - steps) <= a.slack) || steps < -128 || steps > 127;
+}
+
+template <class V, int W>
+__global__ void __launch_bounds__(kThreads) check_values(ccu_cuda_noise_check_args a, int64_t packs) {
+  const Pack<V, W>* values = static_cast<const Pack<V, W>*>(a.values);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t p = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; p < packs; p += stride) {
+    const Pack<V, W> pack = values[p];
+#pragma unroll
+    for (int i = 0; i < W; ++i)
+      if (cannot_hold(pack.item[i], a)) atomicMax(a.found, static_cast<unsigned long long>(a.count - (p * W + i)));
   }
 }
 
@@ -131,8 +160,39 @@ int update_any(const ccu_noise_update_args& a) {
   }
 }
 
+template <class V, int W>
+int launch_check(const ccu_cuda_noise_check_args& a) {
+  const int64_t packs = a.count / W;
+  const unsigned blocks = blocks_for(packs);
+  if (blocks == 0) return no_device();
+  check_values<V, W><<<blocks, kThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(a, packs);
+  return launched();
+}
+
+template <class V>
+int check(const ccu_cuda_noise_check_args& a) {
+  constexpr int kWide = 16 / sizeof(V);
+  const bool wide = a.count % kWide == 0 && aligned_for<Pack<V, kWide>>(a.values);
+  return wide ? launch_check<V, kWide>(a) : launch_check<V, 1>(a);
+}
+
 }  // namespace
 }  // namespace ccu
+
+extern "C" int ccu_cuda_noise_check(const ccu_cuda_noise_check_args* args) {
+  if (args == nullptr || args->count < 0 || args->found == nullptr) return CCU_BAD_ARGUMENT;
+  if (args->count == 0) return CCU_OK;
+  switch (args->dtype) {
+    case CCU_F32:
+      return ccu::check<float>(*args);
+    case CCU_F16:
+      return ccu::check<ccu::f16>(*args);
+    case CCU_F64:
+      return ccu::check<double>(*args);
+    default:
+      return CCU_BAD_ARGUMENT;
+  }
+}
 
 extern "C" int ccu_cuda_noise_add(const ccu_noise_add_args* args) {
   if (args == nullptr || args->items < 0 || args->channels < 1 || args->inner < 1) return CCU_BAD_ARGUMENT;

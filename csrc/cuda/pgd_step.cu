@@ -10,6 +10,11 @@
 // grid-stride, so that one launch serves any size. Numbers travel as kernel arguments: nothing is copied, and a graph
 // can hold the step. l2 reads grad once more for its norm, and both once more for that of the moved noise; partial sums
 // are fp64, of fixed slices of a sample, added in their order.
+//
+// If it is to be checked, linf reads grad once more, in a launch of its own before anything is written; l2 looks where
+// it reads grad for its norm. What is wrong is told to the host, which does not wait for it, and no step is made.
+#include <math.h>
+
 #include "../common/pgd.h"
 #include "launch.cuh"
 
@@ -44,10 +49,46 @@ struct Tensors {
   }
 };
 
+// What is wrong keeps this step and those behind it on the stream from being made until the host has looked.
+__device__ __noinline__ void refuse(unsigned long long* refused, unsigned long long* told, int64_t what) {
+  const auto said = static_cast<unsigned long long>(what);
+  if (atomicCAS(refused, 0ull, said) != 0ull) return;
+  *const_cast<volatile unsigned long long*>(told) = said;
+  __threadfence_system();
+}
+
+// The same for all threads: it was decided by the launch before.
+__device__ __forceinline__ bool is_refused(const ccu_pgd_step_args& a) { return a.check && *a.refused != 0ull; }
+
+// The parameters of all channels, by the first block.
+__device__ __forceinline__ void check_channels(const ccu_pgd_step_args& a) {
+  if (a.channel == nullptr || blockIdx.x != 0) return;
+  for (int64_t c = threadIdx.x; c < a.channels; c += kThreads) {
+    const PgdParameters p = pgd_parameters(a, c);
+    const bool finite = isfinite(p.step) && isfinite(p.eps) && isfinite(p.lower) && isfinite(p.upper);
+    if (!finite || p.step < 0.0f || p.eps < 0.0f || p.lower > p.upper) refuse(a.refused, a.told, -c - 1);
+  }
+}
+
+template <class G, int N>
+__global__ void __launch_bounds__(kThreads) check_packs(ccu_pgd_step_args a, const Pack<G, N>* grad, int64_t packs) {
+  check_channels(a);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < packs; i += stride) {
+    const Pack<G, N> g = grad[i];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float x = to_float(g.item[n]);
+      if (isnan(x)) refuse(a.refused, a.told, i * N + n + 1);
+    }
+  }
+}
+
 // N elements a time; a channel is a multiple of N, so that a pack lies within one.
 template <class T, class G, int N>
 __global__ void __launch_bounds__(kThreads)
     linf_packs(ccu_pgd_step_args a, Tensors<T, G, N> t, int64_t packs, int64_t packs_per_channel) {
+  if (is_refused(a)) return;
   PgdParameters p = pgd_parameters(a, 0);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < packs; i += stride) {
@@ -62,15 +103,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The sum of a slice's squares to parts[block]; blocks of a sample stand together.
-__device__ void store_sum(double sum, double* parts) {
-  __shared__ double tree[kThreads];
-  tree[threadIdx.x] = sum;
-  __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) tree[threadIdx.x] += tree[threadIdx.x + half];
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) parts[blockIdx.x] = tree[0];
+__device__ __forceinline__ void store_sum(double sum, double* parts) {
+  sum = over_block<kThreads>(sum, [](double x, double y) { return x + y; });
+  if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
 __device__ __forceinline__ double sum_of(const double* parts, int64_t sample) {
@@ -84,6 +119,7 @@ enum class Pass { kGrad, kMoved, kWrite };
 template <class T, class G, int N, Pass pass>
 __global__ void __launch_bounds__(kThreads)
     l2_packs(ccu_pgd_step_args a, Tensors<T, G, N> t, int64_t packs_per_sample, int64_t packs_per_channel) {
+  if (pass != Pass::kGrad && is_refused(a)) return;
   const int64_t sample = blockIdx.x / CCU_PGD_SLICES, slice = blockIdx.x % CCU_PGD_SLICES;
   const int64_t begin = packs_per_sample * slice / CCU_PGD_SLICES,
                 end = packs_per_sample * (slice + 1) / CCU_PGD_SLICES;
@@ -93,14 +129,16 @@ __global__ void __launch_bounds__(kThreads)
   const float rate = pass == Pass::kGrad ? 0.0f : pgd_rate(sum_of(grads, sample), p.step);
   const float shrink = pass == Pass::kWrite ? pgd_shrink(sum_of(norms, sample), p.eps) : 1.0f;
   double sum = 0.0;
+  if (pass == Pass::kGrad && a.check) check_channels(a);
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     const int64_t at = sample * packs_per_sample + i;
     const Pack<G, N> g = t.grad[at];
     if constexpr (pass == Pass::kGrad) {
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        const double x = finite_or_zero(to_float(g.item[n]));
-        sum += x * x;
+        const float x = to_float(g.item[n]);
+        if (a.check && !isfinite(x)) refuse(a.refused, a.told, at * N + n + 1);
+        sum += static_cast<double>(finite_or_zero(x)) * finite_or_zero(x);
       }
     } else {
       const Pack<T, N> d = t.delta[at];
@@ -130,6 +168,7 @@ int launch(const ccu_pgd_step_args& a) {
   if (a.norm == CCU_LINF) {
     const unsigned blocks = blocks_for(packs);
     if (blocks == 0) return no_device();
+    if (a.check) check_packs<G, N><<<blocks, kThreads, 0, stream>>>(a, t.grad, packs);
     linf_packs<T, G, N><<<blocks, kThreads, 0, stream>>>(a, t, packs, per_channel);
     return launched();
   }
@@ -171,13 +210,19 @@ int with_grad(const ccu_pgd_step_args& a) {
 extern "C" int ccu_cuda_pgd_step(const ccu_pgd_step_args* args) {
   if (args == nullptr || args->samples < 0 || args->channels < 1 || args->inner < 0) return CCU_BAD_ARGUMENT;
   if (args->samples == 0 || args->inner == 0) return CCU_OK;
-  switch (args->dtype) {
+  ccu_pgd_step_args a = *args;
+  if (a.check) {
+    if (a.refused == nullptr || a.told == nullptr) return CCU_BAD_ARGUMENT;
+    const cudaError_t error = cudaHostGetDevicePointer(reinterpret_cast<void**>(&a.told), args->told, 0);
+    if (error != cudaSuccess) return CCU_CUDA_ERROR + static_cast<int>(error);
+  }
+  switch (a.dtype) {
     case CCU_F32:
-      return ccu::with_grad<float>(*args);
+      return ccu::with_grad<float>(a);
     case CCU_F16:
-      return ccu::with_grad<ccu::f16>(*args);
+      return ccu::with_grad<ccu::f16>(a);
     case CCU_BF16:
-      return ccu::with_grad<ccu::bf16>(*args);
+      return ccu::with_grad<ccu::bf16>(a);
     default:
       return CCU_BAD_ARGUMENT;
   }

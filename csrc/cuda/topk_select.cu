@@ -4,12 +4,13 @@
 //
 // A block a row. One read of its scores keeps the lowest of each of 4096 groups of columns; the k-th lowest of those,
 // found bit by bit from registers, is at or above the k-th lowest of all, because k groups hold one token each at or
-// below it. A second read, from the level-2 cache, collects what is within the bound of it: k = 16 of 49408 tokens
-// typically leaves 17 candidates, k = 1024 about 1200. They are scored in float64 from the embedding and sorted. Where
-// more than 2048 are within the bound, or there is no bound, they are settled a part at a time: the best k of one part
-// stay for the next. A row whose gradient is zero has its penalties for scores, and no products are made.
+// below it. What is within the bound of it is then collected from the groups that reach so low, a few: k = 16 of 49408
+// tokens typically leaves 17 candidates, k = 1024 about 1200. They are scored in float64 from the embedding and sorted.
+// Where more than 2048 are within the bound, or there is no bound, they are settled a part at a time: the best k of one
+// part stay for the next. A row whose gradient is zero has its penalties for scores, and no products are made.
 //
-// Work: 8 bytes read a score; 2 D FLOP in fp64 a candidate. No pass over the scores sorts anything.
+// Work: 4 bytes read a score, 12 scores more for every group that is read again; 2 D FLOP in fp64 a candidate. No pass
+// over the scores sorts anything.
 #include "topk.cuh"
 
 namespace ccu {
@@ -17,25 +18,25 @@ namespace {
 
 constexpr int kMine = 8;  // groups of a thread
 constexpr int kGroups = kMine * kSelectThreads;
+constexpr float kLargest = 1e37f;  // beyond it a coarse score may be near to overflow
 
-__device__ __forceinline__ uint32_t key(const ccu_cuda_topk_args& a, const float* scores, int64_t row, float factor,
-                                        float penalty_scale, int64_t token) {
-  if (!may_use(a, row, token)) return kNever;
-  if (a.penalty == nullptr) return ordered(factor * scores[token]);
-  // fmaf, so that both reads of a score make the same key of it.
-  return ordered(fmaf(penalty_scale, penalty_of(a, row, token), factor * scores[token]));
-}
+// The coarse scores of a row in its own unit, as numbers to compare.
+struct Keys {
+  const ccu_cuda_topk_args& a;
+  const float* scores;
+  int64_t row;
+  float factor, penalty_scale;
 
-// How many threads' flags are set, times what each adds; the same in every thread.
-__device__ __forceinline__ int block_sum(int value, int* parts) {
-  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
-  __syncthreads();
-  int all = 0;
-  for (int w = 0; w < kWarps; ++w) all += parts[w];
-  return all;
-}
+  // kNever for a token that may not be used; unfiltered where nothing forbids or moves one.
+  template <bool kFiltered>
+  __device__ __forceinline__ uint32_t of(int64_t token) const {
+    const float score = factor * scores[token];
+    if constexpr (!kFiltered) return ordered(score);
+    if (!may_use(a, row, token)) return kNever;
+    // fmaf, so that both reads of a score make the same key of it.
+    return ordered(a.penalty == nullptr ? score : fmaf(penalty_scale, penalty_of(a, row, token), score));
+  }
+};
 
 // The best k of all tokens that `take` lets through, in sorted order. Tokens come in ascending order, so that of equal
 // ones the earlier stay.
@@ -69,12 +70,27 @@ __device__ void settle_by_parts(const ccu_cuda_topk_args& a, int64_t row, bool z
   }
 }
 
+// The lowest key of each of a thread's groups. Without a filter a thread has kMine scores on their way at a time.
+template <bool kFiltered>
+__device__ __forceinline__ void lowest_of_groups(const Keys& keys, uint32_t (&lowest)[kMine]) {
+#pragma unroll
+  for (int m = 0; m < kMine; ++m) lowest[m] = kNever;
+  for (int64_t base = threadIdx.x; base < keys.a.tokens; base += kGroups) {
+#pragma unroll
+    for (int m = 0; m < kMine; ++m) {
+      const int64_t token = base + m * kSelectThreads;
+      if (token < keys.a.tokens) {
+        const uint32_t mine = keys.template of<kFiltered>(token);
+        lowest[m] = mine < lowest[m] ? mine : lowest[m];
+      }
+    }
+  }
+}
+
 __global__ void __launch_bounds__(kSelectThreads) select(ccu_cuda_topk_args a) {
   __shared__ Candidates found;
-  __shared__ int parts[kWarps];
   const int64_t row = a.first + blockIdx.x;
   const float* about = a.about + 4 * row;
-  const float factor = about[0], penalty_scale = about[1];
   const int path = static_cast<int>(about[3]);
   if (threadIdx.x == 0) {
     found.count = 0;
@@ -85,47 +101,48 @@ __global__ void __launch_bounds__(kSelectThreads) select(ccu_cuda_topk_args a) {
     write(a, row, found, false);
     return;
   }
+  const auto usable = [&](int64_t token) { return may_use(a, row, token); };
   if (path != CCU_TOPK_SCAN) {
-    settle_by_parts(a, row, path == CCU_TOPK_ZERO, [&](int64_t token) { return may_use(a, row, token); }, found);
+    settle_by_parts(a, row, path == CCU_TOPK_ZERO, usable, found);
     write(a, row, found, true);
     return;
   }
-  const float* scores = a.scores + static_cast<int64_t>(blockIdx.x) * a.tokens;
-
+  const Keys keys{a, a.scores + static_cast<int64_t>(blockIdx.x) * a.tokens, row, about[0], about[1]};
   uint32_t lowest[kMine];
-#pragma unroll
-  for (int m = 0; m < kMine; ++m) lowest[m] = kNever;
-  for (int64_t base = 0; base < a.tokens; base += kGroups) {
-#pragma unroll
-    for (int m = 0; m < kMine; ++m) {
-      const int64_t token = base + m * kSelectThreads + threadIdx.x;
-      if (token < a.tokens) {
-        const uint32_t mine = key(a, scores, row, factor, penalty_scale, token);
-        lowest[m] = mine < lowest[m] ? mine : lowest[m];
-      }
-    }
-  }
+  if (a.allowed != nullptr || a.penalty != nullptr || a.exclude_current)
+    lowest_of_groups<true>(keys, lowest);
+  else
+    lowest_of_groups<false>(keys, lowest);
   const uint32_t kth = kth_key(a.k, [&](uint32_t bound) {
     int at_most = 0;
 #pragma unroll
     for (int m = 0; m < kMine; ++m) at_most += lowest[m] <= bound;
-    return block_sum(at_most, parts);
+    return over_block<kSelectThreads>(at_most, [](int x, int y) { return x + y; });
   });
   // Fewer than k groups have a token that may be used: all of them are candidates.
-  const uint32_t cutoff = kth == kNever ? kNever - 1 : ordered(cutoff_above(unordered(kth), about[2]));
-  const auto within = [&](int64_t token) {
-    return key(a, scores, row, factor, penalty_scale, token) <= cutoff && may_use(a, row, token);
-  };
-  for (int64_t token = threadIdx.x; token < a.tokens; token += kSelectThreads) {
-    if (!within(token)) continue;
-    const int at = atomicAdd(&found.count, 1);
-    if (at < kCandidates) found.token[at] = static_cast<int32_t>(token);
+  const bool all = kth == kNever;
+  const uint32_t cutoff = all ? kNever - 1 : ordered(cutoff_above(unordered(kth), about[2]));
+  // A penalty that overflows in the units of the scores: the bound holds below that alone.
+  const bool bounded = all || fabsf(unordered(kth)) < kLargest;
+  if (bounded) {
+#pragma unroll
+    for (int m = 0; m < kMine; ++m) {
+      if (lowest[m] > cutoff) continue;
+      for (int64_t token = threadIdx.x + m * kSelectThreads; token < a.tokens; token += kGroups) {
+        if (keys.of<true>(token) > cutoff) continue;
+        const int at = atomicAdd(&found.count, 1);
+        if (at < kCandidates) found.token[at] = static_cast<int32_t>(token);
+      }
+    }
+    __syncthreads();
   }
-  __syncthreads();
-  if (found.count > kCandidates) {
+  if (!bounded || found.count > kCandidates) {
     if (threadIdx.x == 0) a.redo[row] = 1;
     __syncthreads();  // all have seen how many there are
-    settle_by_parts(a, row, false, within, found);
+    if (bounded)
+      settle_by_parts(a, row, false, [&](int64_t token) { return keys.of<true>(token) <= cutoff; }, found);
+    else
+      settle_by_parts(a, row, false, usable, found);
   } else {
     score_from(a, row, 0, found);
     sort(found);

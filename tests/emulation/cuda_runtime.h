@@ -50,6 +50,7 @@ extern "C" {
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t);
 cudaError_t cudaGetDevice(int*);
+cudaError_t cudaHostGetDevicePointer(void**, void*, unsigned);
 cudaError_t cudaDeviceGetAttribute(int*, cudaDeviceAttr, int);
 }
 
@@ -145,6 +146,7 @@ T reduce(unsigned mask, T value, Join join, Place place) {
 
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+inline void __threadfence_system() {}
 template <class T>
 T __ldg(const T* p) {
   return *p;
@@ -156,6 +158,11 @@ T atomicAdd(T* p, T v) {
 template <class T>
 T atomicOr(T* p, T v) {
   return __atomic_fetch_or(p, v, __ATOMIC_RELAXED);
+}
+template <class T>
+T atomicCAS(T* p, T expected, T v) {
+  __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
 }
 template <class T>
 T atomicMax(T* p, T v) {

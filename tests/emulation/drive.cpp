@@ -39,7 +39,7 @@ void expect_ok(const char* what, int status) {
   std::exit(1);
 }
 
-void topk(int64_t rows, int64_t tokens, int64_t dim, int64_t k, ccu_topk_path path, bool ties) {
+void topk(int64_t rows, int64_t tokens, int64_t dim, int64_t k, ccu_topk_path path, bool ties, bool filter = false) {
   const int64_t padded = (dim + 7) / 8 * 8;
   float* embedding = numbers(tokens * dim);
   float* grad = numbers(rows * dim);
@@ -52,15 +52,31 @@ void topk(int64_t rows, int64_t tokens, int64_t dim, int64_t k, ccu_topk_path pa
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t d = 0; d < padded; ++d)
       table[t * padded + d] = ccu::from_float<ccu::f16>(d < dim ? embedding[t * dim + d] : 0.0f);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t d = 0; d < padded; ++d) operand[r * padded + d] = d < dim ? grad[r * dim + d] : 0.0f;
+  std::vector<float> about(4 * rows);
+  const double coarse[3] = {1.0, 0.01 * static_cast<double>(dim), std::sqrt(static_cast<double>(dim))};
+  ccu_topk_describe_args d{};
+  d.grad = grad;
+  d.rows = rows;
+  d.dim = dim;
+  d.padded = padded;
+  d.coarse = coarse;
+  d.certify = 1;
+  d.operand = operand;
+  d.about = about.data();
+  d.maximize = filter;
+  auto* half = memory<ccu::f16>(rows * padded);
+  auto for_gemm = d;
+  for_gemm.half = 1;
+  for_gemm.operand = half;
+  expect_ok("topk_describe", ccu_cuda_topk_describe(&for_gemm));
+  double halves = 0.0;
+  for (int64_t i = 0; i < rows * padded; ++i) halves += ccu::to_float(half[i]) * static_cast<float>(i % 97 + 1);
+  expect_ok("topk_describe", ccu_cuda_topk_describe(&d));
+  for (int64_t r = 0; r < rows; ++r) about[4 * r + 3] = static_cast<float>(path);
   float* scores = memory<float>(rows * tokens);
   const ccu_cuda_topk_scores_args q{table, operand, scores, rows, tokens, padded, nullptr};
   expect_ok("topk_scores", ccu_cuda_topk_scores(&q));
 
-  std::vector<float> about;
-  for (int64_t r = 0; r < rows; ++r)
-    for (float value : {1.0f, 1.0f, 0.01f * static_cast<float>(dim), static_cast<float>(path)}) about.push_back(value);
   std::vector<int64_t> ids(rows * k), count(rows), current(rows, tokens / 2);
   std::vector<float> delta(rows * k);
   std::vector<double> score(rows * k);
@@ -76,6 +92,13 @@ void topk(int64_t rows, int64_t tokens, int64_t dim, int64_t k, ccu_topk_path pa
   a.embedding_step = 1;
   a.current = current.data();
   a.exclude_current = 1;
+  std::vector<uint8_t> allowed(tokens);
+  for (uint8_t& may : allowed) may = uniform() < 0.8f;
+  if (filter) {
+    a.maximize = 1;
+    a.allowed = allowed.data();
+    a.penalty = numbers(tokens);
+  }
   a.k = k;
   a.ids = ids.data();
   a.delta = delta.data();
@@ -86,12 +109,13 @@ void topk(int64_t rows, int64_t tokens, int64_t dim, int64_t k, ccu_topk_path pa
   expect_ok("topk_select", ccu_cuda_topk_select(&a));
   uint64_t all = 0;
   for (int64_t id : ids) all = all * 31 + static_cast<uint64_t>(id);
-  std::printf("topk_flips %ld x %ld x %ld, k %ld, path %d: redo %d, count %ld, ids %ld, scores %.17g\n",
+  std::printf("topk_flips %ld x %ld x %ld, k %ld, path %d: redo %d, count %ld, ids %ld, scores %.17g, halves %.17g\n",
               static_cast<long>(rows), static_cast<long>(tokens), static_cast<long>(dim), static_cast<long>(k), path,
-              redo[0], static_cast<long>(count[0]), static_cast<long>(all >> 1), checksum(score.data(), score.size()));
+              redo[0], static_cast<long>(count[0]), static_cast<long>(all >> 1), checksum(score.data(), score.size()),
+              halves);
 }
 
-void pgd_step(int64_t samples, int64_t channels, int64_t inner, ccu_pgd_norm norm) {
+void pgd_step(int64_t samples, int64_t channels, int64_t inner, ccu_pgd_norm norm, bool check, bool wrong = false) {
   const int64_t n = samples * channels * inner;
   float* delta = numbers(n);
   float* out = memory<float>(n);
@@ -99,7 +123,12 @@ void pgd_step(int64_t samples, int64_t channels, int64_t inner, ccu_pgd_norm nor
   double* parts = memory<double>(2 * samples * CCU_PGD_SLICES);
   ccu_pgd_step_args a{};
   a.delta = delta;
-  a.grad = numbers(n);
+  float* grad = numbers(n);
+  if (wrong) grad[n / 2] = grad[n - 1] = NAN;
+  unsigned long long refused = 0, told = 0;
+  a.refused = &refused;
+  a.told = &told;
+  a.grad = grad;
   a.image = numbers(n);
   a.out = out;
   a.samples = samples;
@@ -109,11 +138,13 @@ void pgd_step(int64_t samples, int64_t channels, int64_t inner, ccu_pgd_norm nor
   a.eps = 0.5f;
   a.lower = -1.0f;
   a.upper = 1.0f;
-  a.channel = channel;
+  a.channel = check ? nullptr : channel;
+  a.check = check;
   a.norm = norm;
   a.parts = parts;
   expect_ok("pgd_step", ccu_cuda_pgd_step(&a));
-  std::printf("pgd_step_ %d: %.17g %.17g\n", norm, checksum(delta, n), checksum(out, n));
+  if (wrong != (told != 0)) std::exit(1);
+  std::printf("pgd_step_ %d: %.17g %.17g\n", norm, checksum(delta, n), wrong ? 0.0 : checksum(out, n));
 }
 
 void noise_store(int64_t size) {
@@ -146,28 +177,33 @@ void noise_store(int64_t size) {
   a.rows = 5;
   a.upper = 1.0f;
   expect_ok("noise_add", ccu_cuda_noise_add(&a));
-  std::printf("noise store: %.17g %.17g\n", checksum(noise, 5 * size), checksum(images, 4 * size));
+  unsigned long long found = 0;
+  ccu_cuda_noise_check_args c{};
+  c.values = images;
+  c.whole = 1;
+  c.slack = 1e-3f;
+  c.count = 4 * size;
+  c.found = &found;
+  expect_ok("noise_check", ccu_cuda_noise_check(&c));
+  std::printf("noise store: %.17g %.17g %llu\n", checksum(noise, 5 * size), checksum(images, 4 * size), found);
 }
 
-void candidate_losses(int64_t batch, int64_t candidates) {
-  float* rest = memory<float>(batch * batch);
-  double* fixed = memory<double>(batch);
-  float* out = memory<float>(batch * candidates);
+void candidate_losses(int64_t batch, int64_t candidates, bool alone) {
   float* s = numbers(batch * batch);
   for (int64_t i = 0; i < batch; ++i) s[i * batch + i] += 9.0f;  // one term that is more than half of its row
-  ccu_candidate_rest_args r{};
-  r.s = s;
-  r.batch = batch;
-  r.rest = rest;
-  r.fixed = fixed;
-  expect_ok("candidate_rest", ccu_cuda_candidate_rest(&r));
-  ccu_candidate_losses_args a{};
+  float* out = memory<float>(batch * candidates);
+  const float factor = 0.5f;
+  ccu_cuda_candidate_args a{};
+  a.s = s;
   a.similarity = numbers(batch * candidates * batch);
-  a.rest = rest;
-  a.fixed = fixed;
+  a.scale = 2.0f;
+  a.factor = &factor;
   a.batch = a.rows = batch;
   a.candidates = candidates;
+  a.rest = alone ? nullptr : memory<float>(batch * batch);
+  a.columns = alone ? nullptr : memory<double>(batch);
   a.out = out;
+  if (!alone) expect_ok("candidate_rest", ccu_cuda_candidate_rest(&a));
   expect_ok("candidate_losses", ccu_cuda_candidate_losses(&a));
   std::printf("candidate_losses: %.17g\n", checksum(out, batch * candidates));
 }
@@ -181,11 +217,15 @@ int main() {
   topk(1, 2100, 3, 9, CCU_TOPK_ZERO, false);
   topk(1, 40, 8, 39, CCU_TOPK_SCAN, false);
   topk(1, 10, 8, 9, CCU_TOPK_INVALID, false);
+  topk(2, 700, 20, 16, CCU_TOPK_SCAN, false, true);
   for (int64_t inner : {64, 33}) {
-    pgd_step(2, 3, inner, CCU_LINF);
-    pgd_step(2, 3, inner, CCU_L2);
+    for (bool check : {false, true}) {
+      pgd_step(2, 3, inner, CCU_LINF, check);
+      pgd_step(2, 3, inner, CCU_L2, check);
+    }
+    for (ccu_pgd_norm norm : {CCU_LINF, CCU_L2}) pgd_step(2, 3, inner, norm, true, true);
     noise_store(inner);
   }
-  candidate_losses(19, 3);
+  for (bool alone : {true, false}) candidate_losses(19, 3, alone);
   std::puts("done");
 }

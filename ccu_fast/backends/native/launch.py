@@ -11,6 +11,7 @@ from ccu_fast import _C
 
 DTYPES = {
     torch.float32: _C.F32, torch.float16: _C.F16, torch.bfloat16: _C.BF16, torch.uint8: _C.U8, torch.int8: _C.I8,
+    torch.float64: _C.F64,  # to look at alone
 }  # fmt: skip
 
 

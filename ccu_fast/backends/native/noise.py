@@ -8,12 +8,77 @@ from ccu_fast import _C
 from ccu_fast.backends.native.launch import DTYPES, address, on, on_gpu
 from ccu_fast.backends.noise_problem import BadGradient, NoiseStep
 
+STREAMS = 64  # of a device that are told apart
+_refusals: dict[torch.device, Refusals] = {}
+
+
+class Refusals:
+    """What the steps of a device have found wrong, which the host looks at without waiting for them.
+
+    Each stream has a number that its steps set, and read before they write anything, and the same in pinned memory.
+    Of more streams than STREAMS some share one: then a step may be refused for what another stream's met.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.refused = torch.zeros(STREAMS, dtype=torch.int64, device=device)
+        self.told = torch.zeros(STREAMS, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.seen = self.told.numpy()
+        self.places: dict[int, int] = {}
+        self.wait()  # any stream may be the next to read it
+
+    def place(self, stream: int) -> int:
+        return self.places.setdefault(stream, len(self.places) % STREAMS)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def raise_first(self) -> None:
+        """Raise what is there, which is then forgotten: from now on steps are made again."""
+        self.wait()
+        what = next((int(number) for number in self.seen if number), 0)
+        if not what:
+            return
+        self.refused.zero_()
+        self.seen[:] = 0
+        self.wait()
+        where = f"in an earlier step on {self.device}, since when none was made on its stream"
+        if what < 0:
+            raise ValueError(
+                f"step, eps, lower, upper: expected finite numbers, step and eps >= 0, lower <= upper, got others for "
+                f"channel {-what - 1} {where}"
+            )
+        raise ValueError(
+            f"grad: expected no NaN (for l2: finite values), got another at its element {what - 1}, counted through, "
+            f"{where} (nan_policy='zero' makes no step where it is)"
+        )
+
+
+def _refusals_of(device: torch.device) -> tuple[Refusals, bool]:
+    """Those of a device, and whether the host may look: not while a CUDA graph is captured."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    found = _refusals.get(device)
+    if found is None:
+        if capturing:
+            raise RuntimeError(
+                f"pgd_step_: expected a step on {device} before a CUDA graph captures one with nan_policy='raise', "
+                "got none yet"
+            )
+        found = _refusals[device] = Refusals(device)
+    return found, not capturing
+
+
+def raise_refused(device: torch.device | None) -> None:
+    """Wait for the steps of a device, None for all, and raise for the first that was not made."""
+    for known, refusals in list(_refusals.items()):
+        if device is None or device == known:
+            refusals.raise_first()
+
 
 def step(p: NoiseStep) -> None:
-    """Write the step to ``p.delta``."""
+    """Write the step to ``p.delta``. What a check finds on a GPU is raised by a later step."""
     device = p.delta.device
-    if on_gpu(device) and p.check and bool((~torch.isfinite(p.grad) if p.l2 else torch.isnan(p.grad)).any()):
-        raise BadGradient
     # Without channels the samples are told apart by the l2 norm alone.
     samples, channels = p.delta.shape[0], 1 if p.channel is None else p.channel.shape[1]
     inner = p.delta.numel() // max(samples * channels, 1)
@@ -25,6 +90,13 @@ def step(p: NoiseStep) -> None:
     size, eps, lower, upper = p.numbers
     guard, where = on(device)
     with guard:
+        refused = told = 0
+        if p.check and on_gpu(device):
+            refusals, may_look = _refusals_of(device)
+            place = refusals.place(where["stream"])
+            if may_look and refusals.seen[place]:
+                refusals.raise_first()
+            refused, told = (t.data_ptr() + 8 * place for t in (refusals.refused, refusals.told))
         found = _C.pgd_step(
             delta=p.delta.data_ptr(),
             grad=p.grad.data_ptr(),
@@ -43,6 +115,8 @@ def step(p: NoiseStep) -> None:
             l2=p.l2,
             check=p.check,
             parts=address(parts),
+            refused=refused,
+            told=told,
             **where,
         )
     if found:

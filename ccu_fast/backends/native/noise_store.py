@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from ccu_fast import _C
-from ccu_fast.backends.native.launch import DTYPES, address, on
+from ccu_fast.backends.native.launch import DTYPES, address, on, on_gpu
+from ccu_fast.backends.reference import noise_store as reference
 from ccu_fast.backends.store_problem import NoiseAddition, NoiseUpdate
 
 
@@ -47,3 +51,23 @@ def update(p: NoiseUpdate) -> None:
             eps=p.eps,
             **where,
         )
+
+
+def first_wrong(values: Tensor, slack: float | None) -> int | None:
+    """As the reference's; a GPU looks in one kernel, and the host waits for the one number."""
+    if not on_gpu(values.device):
+        return reference.first_wrong(values, slack)
+    found = torch.zeros(1, dtype=torch.int64, device=values.device)
+    guard, where = on(values.device)
+    with guard:
+        _C.cuda_noise_check(
+            values=values.data_ptr(),
+            dtype=DTYPES[values.dtype],
+            whole=slack is not None,
+            slack=slack or 0.0,
+            count=values.numel(),
+            found=found.data_ptr(),
+            stream=where["stream"],
+        )
+    behind = int(found)
+    return values.numel() - behind if behind else None

@@ -1,4 +1,4 @@
-"""topk_flips on a GPU: coarse fp16 scores, then csrc/cuda/topk_select.cu. Nothing waits for the device.
+"""topk_flips on a GPU: csrc/cuda/topk_describe.cu, coarse fp16 scores, csrc/cuda/topk_select.cu. Nothing waits for it.
 
 Few rows are scored by a kernel of our own, which reads the table once for six of them. More go to the library's fp16
 GEMM with fp32 results: at N = 2560, V = 49408, D = 512 the scores of a chunk are written and read at memory speed in
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
+from ccu_fast.backends.native.gemm import multiply
 from ccu_fast.backends.native.launch import DTYPES, address, on
-from ccu_fast.backends.precision import fp32_sums
 from ccu_fast.backends.token_problem import TokenProblem, TokenResult
 
 FEW_ROWS = 16
 _CHUNK_BYTES = 256 << 20
 _PACK_ROWS = 8192
-_FINER = 1024.0  # gradients in (-1, 1) times this are in the middle of fp16's range
 
 
 def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -54,39 +53,26 @@ def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
 def describe(p: TokenProblem, few: bool) -> tuple[Tensor, Tensor]:
     """What the scan multiplies, and fp32 ``[N, 4]`` that says how to read its scores: see ccu_cuda_topk_args."""
     assert p.coarse is not None and p.packed is not None
-    dim = p.grad.shape[1]
-    finite = torch.isfinite(p.grad).all(1)
-    grad = torch.where(finite[:, None], p.grad, 0)
-    exponent = torch.frexp(grad.abs().amax(1)).exponent
-    far = exponent.abs() > 120
-    unit = torch.ldexp(torch.ones_like(grad[:, 0]), -torch.where(far, 0, exponent))
-    scaled = torch.where(far[:, None], 0, grad * unit[:, None])
-    padded = torch.nn.functional.pad(scaled, (0, p.packed.shape[1] - dim))
-    operand = padded.contiguous() if few else (padded * _FINER).half()
-    seen = operand.double() if few else operand.double() / _FINER
-    inverse, table_error, table_norm = p.coarse.unbind()
-    norm = scaled.double().norm(dim=1)
-    off = (seen[:, :dim] - scaled.double()).norm(dim=1)
-    # Tensor cores cut off where fp32 rounds: four units instead of one.
-    error = norm * table_error + (off + 4 * (dim + 2) * 2.0**-23 * (norm + off)) * table_norm + dim * 2.0**-120
-    if not p.certify:
-        error = torch.zeros_like(error)
-    zero = ~grad.any(1)
-    if p.penalty is not None:
-        # Those that are not finite forbid their tokens, and say nothing of the others.
-        most = torch.where(torch.isfinite(p.penalty), p.penalty.abs(), 0).amax(1).double() * unit
-        far = far | ~(most < 1e37)
-    path = torch.where(far, _C.TOPK_EXACT, _C.TOPK_SCAN).masked_fill(zero, _C.TOPK_ZERO)
-    path = torch.where(finite, path, _C.TOPK_INVALID)
-    factor = inverse * ((-1.0 if p.maximize else 1.0) / (1.0 if few else _FINER))
-    about = torch.stack([factor.expand_as(norm), unit.double(), error * 1.01, path.double()], 1)
-    return operand, about.float()
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a @ b`` of fp16 operands, with products, sums and results in fp32."""
-    with fp32_sums():
-        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+    padded = p.packed.shape[1]
+    operand = p.grad.new_empty(p.rows, padded, dtype=torch.float32 if few else torch.float16)
+    about = p.grad.new_empty(p.rows, 4)
+    guard, where = on(p.grad.device)
+    with guard:
+        _C.topk_describe(
+            grad=p.grad.data_ptr(),
+            rows=p.rows,
+            dim=p.grad.shape[1],
+            padded=padded,
+            coarse=p.coarse.data_ptr(),
+            maximize=p.maximize,
+            certify=p.certify,
+            half=not few,
+            operand=operand.data_ptr(),
+            about=about.data_ptr(),
+            cuda=where["cuda"],
+            stream=where["stream"],
+        )
+    return operand, about
 
 
 def topk(p: TokenProblem) -> TokenResult:

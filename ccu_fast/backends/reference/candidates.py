@@ -8,10 +8,11 @@ from torch import Tensor
 _CHUNK_ELEMENTS = 1 << 24
 
 
-def solve(text_candidates: Tensor, image: Tensor, text: Tensor) -> Tensor:
-    """``[B, K]`` from ``image``, already times the scale, and ``text`` in the dtype to compute in."""
+def solve(text_candidates: Tensor, image: Tensor, text: Tensor, scale: float, factor: Tensor | None) -> Tensor:
+    """``[B, K]``; a similarity is ``scale`` and ``factor`` times a product of an image and a text."""
     batch, candidates, _ = text_candidates.shape
-    s = image @ text.T
+    image = scaled(image, scale, factor)
+    s = image @ text.to(image.dtype).T
     own = s.diagonal()
     without = _leave_one_out(s)
     # What the rows and columns other than b contribute whatever stands at b.
@@ -27,6 +28,12 @@ def solve(text_candidates: Tensor, image: Tensor, text: Tensor) -> Tensor:
         changed = per_image.double().sum(-1) + (new.logsumexp(-1) - 2 * matched).double()
         parts.append((changed + fixed[part, None]) / (2 * batch))
     return torch.cat(parts).to(image.dtype)
+
+
+def scaled(image: Tensor, scale: float, factor: Tensor | None) -> Tensor:
+    """``image`` times the scale, in the dtype to compute in; contiguous."""
+    wide = image if image.dtype == torch.float64 else image.float()
+    return ((scale if factor is None else scale * factor) * wide).contiguous()
 
 
 def _leave_one_out(s: Tensor) -> Tensor:

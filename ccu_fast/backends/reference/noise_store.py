@@ -40,6 +40,20 @@ def update(p: NoiseUpdate) -> None:
     p.noise[ids] = total.clamp(-p.eps, p.eps).to(p.noise.dtype)
 
 
+def first_wrong(values: Tensor, slack: float | None) -> int | None:
+    """Where, counted through, the first value is that a store cannot hold; None if there is none.
+
+    ``slack`` is how far, in steps, a value may be from a whole one within −128..127; None: any finite number will do.
+    """
+    if slack is None:
+        wrong = ~torch.isfinite(values)
+    else:
+        exact = values if values.dtype == torch.float64 else values.float()
+        steps = steps_of(values)
+        wrong = ~((exact * STEPS - steps).abs() <= slack) | (steps < -128) | (steps > 127)
+    return int(wrong.view(-1).nonzero()[0, 0]) if bool(wrong.any()) else None
+
+
 def _delta(delta: Tensor, integer: bool) -> Tensor:
     if integer:
         return delta if delta.dtype == torch.int8 else steps_of(delta)
