@@ -6,6 +6,7 @@ Validation, broadcasting, the choice of backend and the autograd rule live here;
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,7 +23,8 @@ from ccu_fast.relations import ALL, OTHER, SAME, SELF, Relation, count_relations
 from ccu_fast.similarity_op import SimilarityReduction, specialised, without_autocast
 
 # On a CPU: all of a batch of 8192 in fp32, and a chunk of scratch.
-DEFAULT_WORKSPACE = {"cpu": 288 << 20, "cuda": 1 << 30}
+# A GPU's is at most this, and at most a sixteenth of its memory: E of 32768 pairs and G of as many, in one piece.
+DEFAULT_WORKSPACE = {"cpu": 288 << 20, "cuda": 4 << 30}
 
 Reduction = tuple[str, int]
 
@@ -75,8 +77,8 @@ def reduce_similarity(
         cols: reductions along columns.
         normalize: make the rows of x and y unit vectors first (:func:`ccu_fast.l2_normalize`: in fp32, rounded once).
         backend: "auto", or one of "native", "triton", "reference"; a named one raises if it cannot serve.
-        workspace: bytes the operation may use beyond O((N+M)·D). Default 288 MiB on a CPU, 1 GiB on a GPU. More
-            of it means less recomputation in the backward pass.
+        workspace: bytes the operation may use beyond O((N+M)·D). Default 288 MiB on a CPU, on a GPU a
+            sixteenth of its memory and at most 4 GiB. More of it means less recomputation in the backward pass.
         nan_policy: "propagate" (NaN in, NaN out, as torch and GradScaler expect) or "raise" (checks x and y
             first; synchronises a GPU).
 
@@ -269,9 +271,17 @@ def as_scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
 
 def workspace_bytes(value: int | None, device: torch.device) -> int:
     """The workspace as given, or the default of the device."""
-    if value is None:
-        return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cpu"])
-    return check.integer("workspace", value, low=0)
+    if value is not None:
+        return check.integer("workspace", value, low=0)
+    if device.type == "cuda" and torch.cuda.is_available():
+        return _gpu_workspace(torch.cuda.current_device() if device.index is None else device.index)
+    return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cpu"])
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _gpu_workspace(index: int) -> int:
+    return min(DEFAULT_WORKSPACE["cuda"], torch.cuda.get_device_properties(index).total_memory // 16)
 
 
 def count(p: SimilarityProblem, *, along_rows: bool) -> dict[Relation, Tensor]:

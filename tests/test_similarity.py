@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tolerance import assert_three_way
 from torch import Tensor
 
 from ccu_fast import ALL, OTHER, SAME, SELF, info_nce, reduce_similarity
-from ccu_fast.backends.problem import KINDS, MAX_REDUCTIONS
+from ccu_fast.backends.problem import KINDS, MAX_REDUCTIONS, SimilarityProblem, encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -529,3 +530,32 @@ def test_memory_stays_within_the_workspace(native: str) -> None:
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True, timeout=120
     )
     assert int(done.stdout) < 30 << 20
+
+
+@pytest.mark.parametrize(("memory", "workspace"), [(80 << 30, 4 << 30), (139 << 30, 4 << 30), (24 << 30, 3 << 29)])
+def test_the_workspace_of_a_gpu_goes_by_its_memory(
+    memory: int, workspace: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ccu_fast import similarity
+
+    similarity._gpu_workspace.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=memory))
+    for device in ("cuda", "cuda:1"):
+        assert similarity.workspace_bytes(None, torch.device(device)) == workspace
+    assert similarity.workspace_bytes(7, torch.device("cuda")) == 7
+    assert similarity.workspace_bytes(None, torch.device("cpu")) == 288 << 20
+    similarity._gpu_workspace.cache_clear()
+
+
+@pytest.mark.parametrize(("pairs", "pieces"), [(8192, 1), (32768, 1), (131072, 32)])
+def test_what_the_default_workspace_of_a_gpu_holds(pairs: int, pieces: int) -> None:
+    """E and G of a batch of 32768 in one piece: nothing is computed again."""
+    plan = pytest.importorskip("ccu_fast.backends.triton.plan")
+    x = torch.empty(1, pairs, 512, dtype=torch.bfloat16, device="meta")
+    p = SimilarityProblem(x, x, torch.ones(()), None, None, None, None, None, True, (encode("lse", 7),), ())
+    (words,) = plan.stash_shape(p, 4 << 30, True)
+    chunks = plan.chunks(p, 128, 4 << 30, int(words))
+    assert len(chunks) == pieces
+    assert all(chunk.kept for chunk in chunks) == (pairs <= 32768)

@@ -371,7 +371,7 @@ def test_large_label_counts_agree_with_the_counter() -> None:
 
 def test_offsets_beyond_32_bits() -> None:
     """One tile at the far end of x and of G: both lie above 2^31 elements, in memory that is only reserved."""
-    n, d, m, tile = 1 << 20, 4096, 16, 16
+    n, d, m, tile = 1 << 20, 4096, 32, 16
     stride = 1 << 28
 
     def reserved(elements: int) -> Tensor:
@@ -392,11 +392,11 @@ def test_offsets_beyond_32_bits() -> None:
     for store in (True, False):
         gradient_kernel[(1,)](
             x, y, header, one, None, None, None, None, None, None, row_grad, row_grad, out, out, g, totals,
-            n, m, d, 1, 0, 1, first, tile, stride, 1, 0, 0, 0, 0, 0, 0,
+            n, m, d, 1, 0, 1, first, tile, stride, m, 1, 0, 0, 0, 0, 0, 0,
             ROWS=spec, ROWS_ALWAYS=spec, ROWS_NEAR=none, ROWS_FAR=none,
             COLS=none, COLS_ALWAYS=none, COLS_NEAR=none, COLS_FAR=none,
             HAS_BIAS=False, HAS_LABELS=False, HAS_IDS=False, DIAGONAL=False, HAS_NORM=False, STORE=store, TOTALS=True,
-            FIX=False, AGAIN=False, TMA=False, MASK_N=False, MASK_M=False, PRECISION="ieee",
+            FIX=False, AGAIN=False, TMA=False, MASK_N=False, MASK_M=False, WHOLE=True, PRECISION="ieee",
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         )  # fmt: skip
     assert (g[:, :m] == 1).all()

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from ccu_fast.backends.precision import fp32_precision
-from ccu_fast.backends.problem import SimilarityProblem
+from ccu_fast.backends.problem import SimilarityProblem, decode
 
 # Of every launch. A multiplication and the addition after it are one rounding: left to itself, Triton 3.9 warns that a
 # later release will round twice, which would be other bits and a quarter more instructions in a tile.
@@ -24,6 +24,8 @@ OPTIONS = {"enable_fp_fusion": True}
 # A few kilobytes each. Where every batch has another size none is worth keeping, so all of them go at once.
 MOST_PLANS = 256
 _NOTHING = nullcontext()
+# From how many columns on a row of E or G holds whole tiles of any width: an eighth more at most.
+LONG, WIDEST = 2048, 256
 # It is decided when a kernel is defined.
 _IN_INTERPRETER = triton.knobs.runtime.interpret
 
@@ -32,8 +34,10 @@ _IN_INTERPRETER = triton.knobs.runtime.interpret
 class Tile:
     """What one program holds: rows × columns of S, and the step along D.
 
-    With labels, with ids or with edges that cut through a tile every pair has a relation in a register, which a full
-    tile would spill: then it is ``keyed_n`` columns wide and has ``keyed_stages``.
+    With labels or ids every pair has a relation in a register, which a full tile would spill: then it is ``keyed_n``
+    columns wide and has ``keyed_stages``; with labels alone and nothing but log-sum-exps, ``labels_n`` columns, or
+    ``keyed_n`` if that is 0. Where short rows of S end inside of a full tile it is as narrow. Where S ends inside of
+    one at all it is ``ragged_n`` columns wide, or full if that is 0.
     """
 
     block_m: int
@@ -43,6 +47,8 @@ class Tile:
     num_stages: int
     keyed_n: int
     keyed_stages: int = 3
+    labels_n: int = 0
+    ragged_n: int = 0
 
     def options(self) -> dict[str, Any]:
         """As arguments of a launch."""
@@ -98,8 +104,12 @@ class Device:
         """The tile of "forward", "gradient" or "online" for p; narrower where pairs have to be looked at one by one."""
         full: Tile = getattr(self, kernel)[arithmetic]
         keyed = p.row_labels is not None or p.row_ids is not None
-        if keyed or p.n % full.block_m or p.m % full.block_n:
-            return replace(full, block_n=full.keyed_n, num_stages=min(full.num_stages, full.keyed_stages))
+        if keyed or row_stride(p.m) % full.block_n:
+            plain = p.row_ids is None and all(decode(code)[0] == "lse" for code in (*p.rows, *p.cols))
+            columns = full.labels_n if plain and full.labels_n else full.keyed_n
+            return replace(full, block_n=columns, num_stages=min(full.num_stages, full.keyed_stages))
+        if full.ragged_n and (p.n % full.block_m or p.m % full.block_n):
+            return replace(full, block_n=full.ragged_n)
         return full
 
 
@@ -117,19 +127,25 @@ _TILES: dict[str, tuple[dict[str, Tile], dict[str, Tile]]] = {
     ),
     # H100, H200: 227 KB, wgmma. 128 × 256 asks L2 for a quarter less than 128 × 128 at the same work.
     "sm_90": (
-        {"half": Tile(128, 256, 64, 8, 3, 64), "tf32": Tile(128, 256, 32, 8, 3, 64), "ieee": _IEEE},
-        {"half": Tile(128, 128, 64, 8, 3, 32), "tf32": Tile(128, 64, 32, 8, 3, 32), "ieee": _IEEE},
+        {"half": Tile(128, 256, 64, 8, 3, 64, labels_n=128), "tf32": Tile(128, 256, 32, 8, 3, 64), "ieee": _IEEE},
+        {"half": Tile(128, 128, 64, 8, 3, 64), "tf32": Tile(128, 64, 32, 8, 3, 32), "ieee": _IEEE},
     ),
     # B200: 227 KB, tcgen05. Its accumulators leave tensor memory through registers, so the tile is narrower.
     "sm_100": (
-        {"half": Tile(128, 128, 64, 8, 3, 32), "tf32": Tile(128, 128, 32, 8, 3, 32), "ieee": _IEEE},
+        {
+            "half": Tile(128, 128, 64, 8, 3, 32, ragged_n=64),
+            "tf32": Tile(128, 128, 32, 8, 3, 32, ragged_n=64),
+            "ieee": _IEEE,
+        },
         {"half": Tile(128, 64, 64, 8, 3, 32), "tf32": Tile(128, 64, 32, 8, 3, 32), "ieee": _IEEE},
     ),
 }
 # One for all: it rarely runs, so it is the tile that spills nowhere. BLOCK_N divides BLOCK_M, because rows and columns
 # change places and what is masked is told by multiples of BLOCK_M.
 _ONLINE = {name: Tile(64, 32, 32, 8, 2, 32) for name in ("half", "tf32", "ieee")}
-_INTERPRETED = {name: Tile(16, 16, 16, 1, 1, 16) for name in ("half", "tf32", "ieee")}
+# Rows of E and G end inside of a tile, or with one.
+_INTERPRETED = {name: Tile(16, 32, 16, 1, 1, 32) for name in ("half", "tf32", "ieee")}
+_INTERPRETED_ONLINE = {name: Tile(16, 16, 16, 1, 1, 16) for name in ("half", "tf32", "ieee")}
 
 
 def architecture(capability: int) -> str:
@@ -143,7 +159,7 @@ def device() -> Device:
     """The current device."""
     if _IN_INTERPRETER:
         # Small limits, so that small tests walk every path.
-        return Device(2, 2, 2, (32, 16), False, _INTERPRETED, _INTERPRETED, _INTERPRETED)
+        return Device(2, 2, 2, (32, 16), False, _INTERPRETED, _INTERPRETED, _INTERPRETED_ONLINE)
     return _device(triton.runtime.driver.active.get_current_device())
 
 
@@ -165,6 +181,17 @@ def arithmetic(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "half"
     return "ieee" if fp32_precision("cuda") == "highest" else "tf32"
+
+
+def row_stride(columns: int) -> int:
+    """Elements from one row of E or G to the next: whole tiles of long rows, a multiple of 16 for short ones.
+
+    So rows start on 16 bytes, or the GEMMs would take their slow path, and Triton, which asks whether a number is a
+    multiple of 16, loads and stores whole packs; where a row holds whole tiles no element of one needs a test. What is
+    beyond the last column is nobody's. The columns may be a symbol of a compiled graph, so there is no branch on them.
+    """
+    multiple = 16 + (WIDEST - 16) * torch.sym_min(1, columns // LONG)
+    return (columns + multiple - 1) // multiple * multiple
 
 
 def on_device(t: Tensor) -> AbstractContextManager[Any]:

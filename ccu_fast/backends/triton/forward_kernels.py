@@ -128,10 +128,13 @@ def own_kernel(
 
 
 @triton.jit
-def _reduce_both(t, e, relation, state, col_state, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _reduce_both(
+    t, e, relation, row_ok, col_ok, state, col_state,
+    ROWS: tl.constexpr, COLS: tl.constexpr, MASK_N: tl.constexpr, MASK_M: tl.constexpr,
+):  # fmt: skip
     """One tile into the states of its rows and of its columns."""
-    state = reduce_tile(t, e, relation, state, ROWS, 1)
-    return state, reduce_tile(t, e, relation, col_state, COLS, 0)
+    state = reduce_tile(t, e, relation, state, ROWS, 1, col_ok, MASK_M)
+    return state, reduce_tile(t, e, relation, col_state, COLS, 0, row_ok, MASK_N)
 
 
 @triton.jit
@@ -144,7 +147,7 @@ def forward_kernel(
     COLS: tl.constexpr, COLS_ALWAYS: tl.constexpr, COLS_NEAR: tl.constexpr, COLS_FAR: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
     MASK_N: tl.constexpr, MASK_M: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    PROGRAMS: tl.constexpr, KEEP: tl.constexpr,
+    PROGRAMS: tl.constexpr, KEEP: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Partial row and column sums of one rectangle of tiles.
@@ -200,25 +203,37 @@ def forward_kernel(
             if KEEP:
                 flat = bank * N + rows
                 at = kept + flat[:, None] * kept_stride + cols[None, :]
-                # Rows beyond N are the next bank's.
-                mask = ((flat < kept_rows) & row_ok)[:, None] & col_ok[None, :]
+                # Rows beyond N are the next bank's. Columns beyond M fill up the row, so that whole packs are stored.
+                mask = ((flat < kept_rows) & row_ok)[:, None]
+                if not WHOLE:
+                    mask = mask & (cols < kept_stride)[None, :]
                 tl.store(at, e.to(kept.dtype.element_ty), mask=mask)
+            # Out of range labels are negative, which says the same.
+            if (MASK_N or MASK_M) and not HAS_LABELS:  # noqa: SIM102
+                if ((row_tile + 1) * BLOCK_M > N) | ((col_tile + 1) * BLOCK_N > M):
+                    e = tl.where(row_ok[:, None] & col_ok[None, :], e, 0.0)
             relation = relate(
                 rows, cols, N, M, row_label, col_label, row_id, col_id,
-                HAS_LABELS, HAS_IDS, False, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
+                HAS_LABELS, HAS_IDS, False, False, False, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             row_state = state
             col_state = empty_state(COLS, BLOCK_N)
-            row_state, col_state = _reduce_both(t, e, relation, row_state, col_state, ROWS_ALWAYS, COLS_ALWAYS)
+            row_state, col_state = _reduce_both(
+                t, e, relation, row_ok, col_ok, row_state, col_state, ROWS_ALWAYS, COLS_ALWAYS, MASK_N, MASK_M
+            )
             if DIAGONAL:
                 if crosses_diagonal(row_tile * BLOCK_M, col_tile * BLOCK_N, BLOCK_M, BLOCK_N):
                     relation = relate(
                         rows, cols, N, M, row_label, col_label, row_id, col_id,
-                        HAS_LABELS, HAS_IDS, True, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
+                        HAS_LABELS, HAS_IDS, True, False, False, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
-                    row_state, col_state = _reduce_both(t, e, relation, row_state, col_state, ROWS_NEAR, COLS_NEAR)
+                    row_state, col_state = _reduce_both(
+                        t, e, relation, row_ok, col_ok, row_state, col_state, ROWS_NEAR, COLS_NEAR, MASK_N, MASK_M
+                    )
                 else:
-                    row_state, col_state = _reduce_both(t, e, relation, row_state, col_state, ROWS_FAR, COLS_FAR)
+                    row_state, col_state = _reduce_both(
+                        t, e, relation, row_ok, col_ok, row_state, col_state, ROWS_FAR, COLS_FAR, MASK_N, MASK_M
+                    )
             if len(ROWS) > 0:  # Triton 3.4 cannot carry an empty tuple, and nothing else, through a loop
                 state = row_state
 

@@ -64,17 +64,16 @@ def _has_own(
 def scale_kernel(
     kept, header, norm_ptr, row_labels, col_labels, row_ids, col_ids,
     grad_rows, grad_cols, row_out, col_out, g_out,
-    N, M, banks, first_bank, first_row, chunk_rows, g_stride,
+    N, M, banks, first_bank, first_row, chunk_rows, g_stride, col_items,
     row_label_bank, col_label_bank, row_id_bank, col_id_bank,
     ROWS: tl.constexpr, COLS: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
-    HAS_NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_M: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_NORM: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of G from E, for the rows [first_row, first_row + chunk_rows) of some banks; there is no bias.
 
-    ``kept`` and ``g_out`` are ``[banks in the chunk, chunk_rows, g_stride]``; ROWS and COLS are those far from the
-    diagonal.
+    ``kept`` and ``g_out`` are ``[banks in the chunk, chunk_rows, g_stride]``, ``grad_cols`` and ``col_out``
+    ``[len(COLS), banks, col_items]``; ROWS and COLS are those far from the diagonal.
     """
     pid = tl.program_id(0)
     row_tiles = tl.cdiv(chunk_rows, BLOCK_M)
@@ -99,7 +98,7 @@ def scale_kernel(
     )  # fmt: skip
     relation = relate(
         rows, cols, first_row + chunk_rows, M, row_label, col_label, row_id, col_id,
-        HAS_LABELS, HAS_IDS, False, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
+        HAS_LABELS, HAS_IDS, False, False, False, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     left_out = tl.load(header + ONLINE) != 0.0
     if HAS_IDS or DIAGONAL:
@@ -109,10 +108,14 @@ def scale_kernel(
     if not left_out:
         shift = tl.load(header + SHIFT)
         at = (slab * chunk_rows + local)[:, None] * g_stride + cols[None, :]
-        mask = row_ok[:, None] & col_ok[None, :]
+        mask = row_ok[:, None]
+        if not WHOLE:
+            mask = mask & (cols < g_stride)[None, :]
         e = tl.load(kept + at, mask=mask, other=0.0).to(tl.float32)
         row_sources = load_gradients(grad_rows, row_out, bank * N + rows, row_ok, tl.cast(banks, tl.int64) * N, ROWS)
-        col_sources = load_gradients(grad_cols, col_out, bank * M + cols, col_ok, tl.cast(banks, tl.int64) * M, COLS)
+        col_sources = load_gradients(
+            grad_cols, col_out, bank * col_items + cols, cols < col_items, tl.cast(banks, tl.int64) * col_items, COLS
+        )
         g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         # Where a softplus is asked for no E is kept, so nothing here reads t.
         g = gradient_tile(e, e, relation, g, row_sources, shift, ROWS, 1)
@@ -145,13 +148,13 @@ def _send_back(
 def gradient_kernel(
     x, y, header, scale_ptr, bias_ptr, norm_ptr, row_labels, col_labels, row_ids, col_ids,
     grad_rows, grad_cols, row_out, col_out, g_out, totals_out,
-    N, M, D, banks, first_bank, chunk_banks, first_row, chunk_rows, g_stride, totals_stride,
+    N, M, D, banks, first_bank, chunk_banks, first_row, chunk_rows, g_stride, col_items, totals_stride,
     x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
     ROWS: tl.constexpr, ROWS_ALWAYS: tl.constexpr, ROWS_NEAR: tl.constexpr, ROWS_FAR: tl.constexpr,
     COLS: tl.constexpr, COLS_ALWAYS: tl.constexpr, COLS_NEAR: tl.constexpr, COLS_FAR: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
     HAS_NORM: tl.constexpr, STORE: tl.constexpr, TOTALS: tl.constexpr, FIX: tl.constexpr, AGAIN: tl.constexpr,
-    MASK_N: tl.constexpr, MASK_M: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    MASK_N: tl.constexpr, MASK_M: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tiles of G from x and y, for the rows [first_row, first_row + chunk_rows) of some banks.
@@ -197,7 +200,7 @@ def gradient_kernel(
         )  # fmt: skip
         relation = relate(
             rows, cols, end, M, row_label, col_label, row_id, col_id,
-            HAS_LABELS, HAS_IDS, False, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
+            HAS_LABELS, HAS_IDS, False, False, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         wanted = True
         if FIX and not AGAIN:
@@ -208,32 +211,35 @@ def gradient_kernel(
                 TMA, False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
             row_at = bank * N + rows
-            col_at = bank * M + cols
+            col_at = bank * col_items + cols
+            col_in = cols < col_items
             row_stride = tl.cast(banks, tl.int64) * N
-            col_stride = tl.cast(banks, tl.int64) * M
+            col_stride = tl.cast(banks, tl.int64) * col_items
             g = _send_back(
                 dots, scale, shift, bias, relation, tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-                grad_rows, row_out, row_at, row_ok, row_stride, grad_cols, col_out, col_at, col_ok, col_stride,
+                grad_rows, row_out, row_at, row_ok, row_stride, grad_cols, col_out, col_at, col_in, col_stride,
                 ROWS_ALWAYS, COLS_ALWAYS, AGAIN,
             )  # fmt: skip
             if DIAGONAL:
                 if crosses_diagonal(first, col_tile * BLOCK_N, BLOCK_M, BLOCK_N):
                     near = relate(
                         rows, cols, end, M, row_label, col_label, row_id, col_id,
-                        HAS_LABELS, HAS_IDS, True, MASK_N, MASK_M, BLOCK_M, BLOCK_N,
+                        HAS_LABELS, HAS_IDS, True, False, False, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
                     g = _send_back(
                         dots, scale, shift, bias, near, g,
-                        grad_rows, row_out, row_at, row_ok, row_stride, grad_cols, col_out, col_at, col_ok, col_stride,
+                        grad_rows, row_out, row_at, row_ok, row_stride, grad_cols, col_out, col_at, col_in, col_stride,
                         ROWS_NEAR, COLS_NEAR, AGAIN,
                     )  # fmt: skip
                 else:
                     g = _send_back(
                         dots, scale, shift, bias, relation, g,
-                        grad_rows, row_out, row_at, row_ok, row_stride, grad_cols, col_out, col_at, col_ok, col_stride,
+                        grad_rows, row_out, row_at, row_ok, row_stride, grad_cols, col_out, col_at, col_in, col_stride,
                         ROWS_FAR, COLS_FAR, AGAIN,
                     )  # fmt: skip
             if TOTALS:
+                if MASK_N or MASK_M:
+                    g = tl.where(row_ok[:, None] & col_ok[None, :], g, 0.0)
                 if not STORE:
                     weighted += tl.sum(g * dots)
                 plain += tl.sum(g)
@@ -241,7 +247,10 @@ def gradient_kernel(
                 if HAS_NORM:
                     g = g * tl.load(norm_ptr)
                 at = g_out + (slab * chunk_rows + local)[:, None] * g_stride + cols[None, :]
-                tl.store(at, g.to(g_out.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
+                mask = row_ok[:, None]
+                if not WHOLE:
+                    mask = mask & (cols < g_stride)[None, :]
+                tl.store(at, g.to(g_out.dtype.element_ty), mask=mask)
     if TOTALS:
         tl.store(totals_out + tl.program_id(0), weighted)
         tl.store(totals_out + totals_stride + tl.program_id(0), plain)

@@ -10,6 +10,7 @@ import torch
 import triton
 
 from ccu_fast.backends.problem import SimilarityProblem, decode
+from ccu_fast.backends.triton import configs
 from ccu_fast.backends.triton.configs import Device, Tile
 from ccu_fast.relations import ALL, OTHER, SAME, SELF
 
@@ -128,9 +129,8 @@ def kept_dtype(p: SimilarityProblem) -> torch.dtype:
 
 
 def stride(p: SimilarityProblem) -> int:
-    """Elements from one row of E or G to the next: they start on 16 bytes, or the GEMMs would take their slow path."""
-    pad = 16 // p.x.element_size()
-    return (p.m + pad - 1) // pad * pad
+    """Elements from one row of E or G to the next."""
+    return configs.row_stride(p.m)
 
 
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:

@@ -117,7 +117,8 @@ class _Plan:
         self.strides = (*items, *self.key_strides)
 
     def constants(self, p: SimilarityProblem, tile: configs.Tile) -> dict[str, Any]:
-        return {**self.traits, "DIAGONAL": p.diagonal, "MASK_M": p.m % tile.block_n != 0}
+        return {**self.traits, "DIAGONAL": p.diagonal, "MASK_M": p.m % tile.block_n != 0,
+                "WHOLE": plan.stride(p) % tile.block_n == 0}  # fmt: skip
 
 
 class _Readers:
@@ -240,6 +241,9 @@ class _Backward(_Plan):
         self.norm = _norm(p, device) if self.store and p.x.dtype == torch.float16 else None
         totals = self.want_bias or (self.want_scale and not self.store)
         self.x_dot, self.y_dot = self.want_scale, self.want_scale and not self.want_x
+        # Of long rows, as G: what the columns get is loaded in whole packs, or its addresses fill the registers.
+        self.missing = -p.m % 16 if tile.block_n == device.gradient[self.arithmetic].block_n else 0
+        self.col_items = p.m + self.missing
         chunks = plan.chunks(p, tile.block_m, workspace, stash_words)
         self.chunks = [_Chunk(self, p, device, tile, chunk, totals) for chunk in chunks]
         self.scratch = max(chunk.size for chunk in self.chunks)
@@ -263,6 +267,9 @@ class _Backward(_Plan):
         if self.norm is not None:
             norm = p.x.new_empty((2,), dtype=torch.float32)
             self.norm(incoming[0], incoming[1], norm)
+        if self.missing:
+            rows, cols, row_out, col_out = incoming
+            incoming = rows, _filled(cols, self.missing), row_out, _filled(col_out, self.missing)
         scale_terms: list[Tensor] = []
         bias_terms: list[Tensor] = []
 
@@ -329,7 +336,7 @@ class _Chunk:
                 gradient_kernel, programs,
                 (
                     p.n, p.m, backward.d, p.banks, chunk.start, chunk.banks, chunk.first, chunk.rows, stride,
-                    programs if totals else 0, *backward.strides,
+                    backward.col_items, programs if totals else 0, *backward.strides,
                 ),
                 **shared, **by_distance(p, rows, cols), **tile.options(), PRECISION=backward.precision,
                 TMA=device.tma, STORE=backward.store, FIX=kept and not again, AGAIN=again,
@@ -338,13 +345,16 @@ class _Chunk:
         ]  # fmt: skip
         self.scale = None
         if kept:
-            for foreign in ("HAS_BIAS", "TOTALS"):
+            for foreign in ("HAS_BIAS", "TOTALS", "MASK_N", "MASK_M"):
                 del shared[foreign]
             # A relation for each pair, or twice the bytes, need the registers of more threads.
             keyed = p.row_labels is not None or p.row_ids is not None
             self.scale = launch(
                 scale_kernel, tiles,
-                (p.n, p.m, p.banks, chunk.start, chunk.first, chunk.rows, stride, *backward.key_strides),
+                (
+                    p.n, p.m, p.banks, chunk.start, chunk.first, chunk.rows, stride, backward.col_items,
+                    *backward.key_strides,
+                ),
                 **shared, ROWS=plan.far_from_diagonal(p, rows), COLS=plan.far_from_diagonal(p, cols),
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                 num_warps=16 if keyed or p.x.dtype == torch.float32 else 8, **configs.OPTIONS,
@@ -380,6 +390,10 @@ class _Chunk:
             e = _kept(stash, backward.kept_dtype)
             self.scale(e[self.before :] if self.before else e, stash, norm, *names, *incoming, g)
         return g, None if parts is None else parts.sum((0, 2), dtype=torch.float64)
+
+
+def _filled(t: Tensor, missing: int) -> Tensor:
+    return torch.nn.functional.pad(t, (0, missing))
 
 
 def _rows(t: Tensor, chunk: plan.Chunk) -> Tensor:

@@ -164,8 +164,11 @@ def empty_state(SPEC: tl.constexpr, ITEMS: tl.constexpr):
 
 
 @triton.jit
-def reduce_tile(t, e, relation, state, SPEC: tl.constexpr, AXIS: tl.constexpr):
-    """The state after one more tile, reduced over AXIS (1: row results, 0: column results)."""
+def reduce_tile(t, e, relation, state, SPEC: tl.constexpr, AXIS: tl.constexpr, inside=None, MASK: tl.constexpr = False):
+    """The state after one more tile, reduced over AXIS (1: row results, 0: column results).
+
+    With ``MASK`` t counts only in the columns or rows that are ``inside``; e outside has to be 0 already.
+    """
     result = ()
     for r in tl.static_range(len(SPEC)):
         total = state[r]
@@ -175,7 +178,10 @@ def reduce_tile(t, e, relation, state, SPEC: tl.constexpr, AXIS: tl.constexpr):
                 value = t
             elif SPEC[r][0] == SOFTPLUS:
                 value = softplus(t)
-            total += tl.sum(tl.where((relation & SPEC[r][1]) != 0, value, 0.0), AXIS)
+            value = tl.where((relation & SPEC[r][1]) != 0, value, 0.0)
+            if MASK and SPEC[r][0] != LSE:
+                value = tl.where(tl.expand_dims(inside, 1 - AXIS), value, 0.0)
+            total += tl.sum(value, AXIS)
         result = result + (total,)
     return result
 
