@@ -549,6 +549,18 @@ def test_the_workspace_of_a_gpu_goes_by_its_memory(
     similarity._gpu_workspace.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "parts"),
+    [(4096, 131072, 2), (512, 262144, 8), (2048, 16384, 4), (32768, 32768, 1), (512, 262145, 1), (512, 4096, 1)],
+)
+def test_few_rows_of_gradients_are_summed_in_parts(rows: int, columns: int, parts: int) -> None:
+    """So many that the GEMM's tiles of 128 x 256 fill an H100, and none shorter than 4096 columns."""
+    plan = pytest.importorskip("ccu_fast.backends.triton.plan")
+    x, y = (torch.empty(1, items, 512, dtype=torch.bfloat16, device="meta") for items in (rows, columns))
+    p = SimilarityProblem(x, y, torch.ones(()), None, None, None, None, None, False, (encode("lse", 7),), ())
+    assert plan.parts_of_sum(p, plan.Chunk(0, 1, 0, rows, 0, False), 132) == parts
+
+
 @pytest.mark.parametrize(("pairs", "pieces"), [(8192, 1), (32768, 1), (131072, 32)])
 def test_what_the_default_workspace_of_a_gpu_holds(pairs: int, pieces: int) -> None:
     """E and G of a batch of 32768 in one piece: nothing is computed again."""

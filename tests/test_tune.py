@@ -35,10 +35,10 @@ def test_tuning_in_the_interpreter(tmp_path: Path) -> None:
     answers = json.loads((tmp_path / "tune.json").read_text())
     assert [a["question"] for a in answers] == ["tiles without labels", "parts of dX's sum", "parts of dX's sum"]
     tiles = {r["provider"]: r["status"] for r in answers[0]["rows"]}
-    assert tiles == {"open_clip": "ok", "as it is": "ok", "forward 32x16": "ok"}
-    assert answers[0]["kernels"] and answers[0]["parts"].keys() == {"as it is", "forward 32x16"}
+    assert tiles == {"open_clip": "ok", "as it is": "ok", "forward 32x32": "ok"}
+    assert answers[0]["kernels"] and answers[0]["parts"].keys() == {"as it is", "forward 32x32"}
     page = (tmp_path / "tune.md").read_text()
-    assert page.count("| parts of dX's sum |") == 2 and "| forward 32x16 |" in page
+    assert page.count("| parts of dX's sum |") == 2 and "| forward 32x32 |" in page
 
 
 def answered(**ms: float) -> tune.Answer:

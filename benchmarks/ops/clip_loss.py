@@ -170,7 +170,7 @@ PROVIDERS = (
     Provider("inf_cl", build_inf_cl, serves=inf_cl_serves, note=inf_cl_note),
     Provider("memeff", build_memeff, serves=on_cuda, note=memeff_note, expect=expect_without_scale),
     Provider("ccu_fast", build_ours, role="ours", serves=_ours),
-    Provider("ccu_fast_4gib", partial(build_ours, workspace=4 << 30), role="ours", serves=_large_cuda),
+    Provider("ccu_fast_1gib", partial(build_ours, workspace=1 << 30), role="ours", serves=_large_cuda),
     Provider("ccu_fast_reference", partial(build_ours, backend="reference"), role="ours", serves=_reference,
              backend="reference"),
     Provider("ccu_fast_64mib", partial(build_ours, workspace=64 << 20), role="ours"),

@@ -130,9 +130,11 @@ GRADIENT = {
     "64x128 w4": {"block_m": 64, "num_warps": 4},
     "128x64 w4": {"block_n": 64, "num_warps": 4},
 }
-# Tiles of problems with labels, ids or edges.
-KEYED_FORWARD = {f"forward keyed {n}": {"keyed_n": n} for n in (32, 64, 128, 256)}
-KEYED_GRADIENT = {f"gradient keyed {n}": {"keyed_n": n} for n in (32, 64, 128)}
+# Tiles of problems with labels or ids, and with edges.
+KEYED_FORWARD = {f"forward keyed {n}": {"keyed_n": n, "labels_n": n} for n in (32, 64, 128, 256)}
+KEYED_GRADIENT = {f"gradient keyed {n}": {"keyed_n": n, "labels_n": n} for n in (32, 64, 128)}
+RAGGED_FORWARD = {f"forward ragged {n}": {"ragged_n": n} for n in (64, 128)}
+RAGGED_GRADIENT = {f"gradient ragged {n}": {"ragged_n": n} for n in (32, 64)}
 SMALL_SIDES = (128, 256, 512, 768, 1024, 1536, 2048)
 WORKSPACES = {"256 MiB": 256 << 20, "1 GiB": 1 << 30, "2 GiB": 2 << 30, "4 GiB": 4 << 30, "8 GiB": 8 << 30}
 
@@ -164,10 +166,15 @@ def questions(device: str, *, tiny: bool = False) -> list[Question]:
         **{name: Change(forward=fields) for name, fields in KEYED_FORWARD.items()},
         **{name: Change(gradient=fields) for name, fields in KEYED_GRADIENT.items()},
     }
+    ragged = {
+        **{name: Change(forward=fields) for name, fields in RAGGED_FORWARD.items()},
+        **{name: Change(gradient=fields) for name, fields in RAGGED_GRADIENT.items()},
+    }
     kernels = {"small kernels": Change(small=True), "large kernels": Change(small=False)}
     if tiny:
         few = {"block_m": 32}
-        tiles, keyed = {"forward 32x16": Change(forward=few)}, {"gradient keyed 32": Change(gradient={"keyed_n": 32})}
+        tiles, keyed = {"forward 32x32": Change(forward=few)}, {"gradient keyed 16": Change(gradient={"keyed_n": 16})}
+        ragged = {"forward ragged 16": Change(forward={"ragged_n": 16})}
     sizes = _SIZES[tiny]
     # There sizes are small, but the question is about the kernels of large batches.
     alike = Change(small=False) if tiny else Change()
@@ -176,7 +183,7 @@ def questions(device: str, *, tiny: bool = False) -> list[Question]:
         Question("the default workspace", _case(device, clip, sizes["large"], _workspaces(spaces, alike))),
         Question("tiles without labels", _case(device, clip, sizes["large"], _changes(clip, tiles, alike))),
         Question("tiles with labels", _case(device, bounded, sizes["labels"], _changes(bounded, keyed, alike))),
-        Question("tiles of ragged shapes", _case(device, clip, sizes["ragged"], _changes(clip, keyed, alike))),
+        Question("tiles of ragged shapes", _case(device, clip, sizes["ragged"], _changes(clip, ragged, alike))),
         Question("parts of dX's sum", _case(device, split_gemm.SPLIT_GEMM, sizes["chunk"], ())),
         Question("parts of dX's sum", _case(device, split_gemm.SPLIT_GEMM, sizes["few rows"], ())),
         Question("the default workspace", _case(device, clip, sizes["wide"], _workspaces(spaces, alike))),

@@ -14,10 +14,10 @@ from tolerance import assert_three_way
 from torch import Tensor
 
 import ccu_fast
-from ccu_fast import ALL, OTHER, SAME, SELF, info_nce, reduce_similarity
+from ccu_fast import ALL, OTHER, SAME, SELF, info_nce, reduce_similarity, similarity_op
 from ccu_fast.backends.problem import KINDS, SimilarityProblem, encode
 from ccu_fast.backends.reference import similarity as reference
-from ccu_fast.backends.triton import configs, similarity
+from ccu_fast.backends.triton import configs, plan, similarity
 from ccu_fast.backends.triton.gradient_kernels import gradient_kernel
 from ccu_fast.relations import count_relations
 
@@ -275,6 +275,27 @@ def test_tensor_descriptors(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(configs, "device", lambda: device)
     check(Case(unit(2, 37, 20), unit(40, 20), 5.0, 0.5, keys("labels", 37, 40), CLIP, CLIP), "triton", dtype)
     check(Case(unit(32, 18), unit(32, 18), 5.0, None, {}, CLIP, CLIP), "triton", dtype, workspace=0)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+def test_a_long_sum_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows, many columns: dX is a GEMM of few tiles, and is summed in parts."""
+    taken = []
+    rule = plan.parts_of_sum
+
+    def spy(*args: Any) -> int:
+        taken.append(rule(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(similarity_op, "SMALL_PAIRS", 0)
+    monkeypatch.setattr(plan, "SHORTEST_PART", 16)
+    monkeypatch.setattr(plan, "parts_of_sum", spy)
+    for workspace in (0, 1 << 24) if dtype == FP32 else (0,):
+        check(Case(unit(40, 18), unit(64, 18), 5.0, None, {}, CLIP[:1], CLIP[:1]), "triton", dtype, workspace=workspace)
+    assert taken and set(taken) == {2}
+    taken.clear()
+    check(Case(unit(40, 18), unit(60, 18), 5.0, None, {}, CLIP[:1], CLIP[:1]), "triton", dtype)
+    assert set(taken) == {1}  # no whole packs
 
 
 def test_same_inputs_same_bits() -> None:

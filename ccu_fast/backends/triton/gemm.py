@@ -33,9 +33,16 @@ class RowGradient:
         self.shared = p.x.shape[0] < p.banks
         self.sum = torch.zeros(p.x.shape, dtype=torch.float32, device=p.x.device) if self.shared else None
 
-    def add(self, g: Tensor, chunk: Chunk) -> Tensor | None:
-        """The chunk's share; returns it where it is final."""
+    def add(self, g: Tensor, chunk: Chunk, parts: int) -> Tensor | None:
+        """The chunk's share; returns it where it is final, ``[parts, rows, D]`` to be summed if there are several."""
         p = self.p
+        if parts > 1:
+            # Slices of the columns are views: one batched GEMM, each of whose sums is as much shorter.
+            columns = p.m // parts
+            part = g.new_empty((parts, chunk.rows, p.x.shape[2]), dtype=torch.float32)
+            slices = g.as_strided((parts, chunk.rows, columns), (columns, g.shape[2], 1))
+            product(part, slices, p.y.view(parts, columns, -1), add=False)
+            return part
         part = g.new_empty((chunk.banks, chunk.rows, p.x.shape[2]), dtype=torch.float32)
         if p.y.shape[0] > 1:
             y = p.y if chunk.banks == p.y.shape[0] else p.y[chunk.start : chunk.stop]

@@ -275,15 +275,17 @@ def norm_kernel(
 @triton.jit
 def finish_kernel(
     total, like, out, factor, scale_ptr, dots, size,
-    HAS_NORM: tl.constexpr, DOT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_NORM: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """fp32 sums → a gradient in its dtype, times scale and what undoes the norm; and Σ like∘sums for dscale.
 
-    ``dots`` is fp32 ``[programs]``.
+    ``total`` is fp32 ``[PARTS, size]``, ``dots`` fp32 ``[programs]``.
     """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     value = tl.load(total + index, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        value += tl.load(total + tl.cast(size, tl.int64) * part + index, mask=inside, other=0.0)
     if HAS_NORM:
         value = value * tl.load(factor + 1)
     if DOT:

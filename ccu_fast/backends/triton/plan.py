@@ -21,6 +21,8 @@ RECTANGLES_PER_PROCESSOR = 8
 HEADER = 16
 # A smaller part of E saves less time than the smaller chunks beside it cost.
 SMALLEST_KEPT_PART = 16
+# Of dX's sum: parts at most, the columns of the shortest, and the tile of the library's GEMM.
+MOST_PARTS, SHORTEST_PART, GEMM_TILE = 8, 4096, (128, 256)
 
 
 _SELF, _SAME, _OTHER, _ALL = int(SELF), int(SAME), int(OTHER), int(ALL)
@@ -185,6 +187,26 @@ def chunks(p: SimilarityProblem, block_m: int, workspace: int, stash_words: int)
         pieces.append(Chunk(start, stop, first, rows, before, end <= kept_rows))
         before = end
     return pieces
+
+
+def parts_of_sum(p: SimilarityProblem, chunk: Chunk, processors: int) -> int:
+    """In how many parts dX = G Y of a chunk is summed: a power of two, or 1.
+
+    A few rows of G are a GEMM of few tiles with a long sum, on which most of the device would wait. Parts are slices of
+    G's columns, each of whole packs; finish_kernel adds them.
+    """
+    if p.x.shape[0] < p.banks or p.y.shape[0] > 1 or chunk.banks > 1:
+        return 1
+    tiles = triton.cdiv(chunk.rows, GEMM_TILE[0]) * triton.cdiv(p.x.shape[2], GEMM_TILE[1])
+    parts = 1
+    while (
+        parts < MOST_PARTS
+        and 2 * parts * tiles <= processors
+        and p.m % (32 * parts) == 0
+        and p.m // (2 * parts) >= SHORTEST_PART
+    ):
+        parts *= 2
+    return parts
 
 
 def _pieces(p: SimilarityProblem, block_m: int, fit: int) -> Iterator[tuple[int, int, int, int]]:

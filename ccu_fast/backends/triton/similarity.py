@@ -252,10 +252,10 @@ class _Backward(_Plan):
         self.finish_x = self.finisher(p, device, p.x.numel(), self.x_dot) if self.want_x and self.x_shared else None
         self.finish_y = self.finisher(p, device, p.y.numel(), self.y_dot) if self.want_y else None
 
-    def finisher(self, p: SimilarityProblem, device: configs.Device, size: int, dot: bool) -> Launch:
+    def finisher(self, p: SimilarityProblem, device: configs.Device, size: int, dot: bool, parts: int = 1) -> Launch:
         return Launch(
             finish_kernel, triton.cdiv(size, FINISH_BLOCK), (size,), index=device.index,
-            HAS_NORM=self.norm is not None, DOT=dot, BLOCK=FINISH_BLOCK, num_warps=8, **configs.OPTIONS,
+            HAS_NORM=self.norm is not None, DOT=dot, PARTS=parts, BLOCK=FINISH_BLOCK, num_warps=8, **configs.OPTIONS,
         )  # fmt: skip
 
     def __call__(
@@ -291,7 +291,7 @@ class _Backward(_Plan):
                 if not self.store:
                     scale_terms.append(parts[0])
             if row_gradient is not None:
-                part = row_gradient.add(g, chunk)
+                part = row_gradient.add(g, chunk, planned.parts_of_sum)
                 if part is not None and planned.finish is not None:
                     finish(planned.finish, _rows(dx, chunk), part, _rows(p.x, chunk), self.x_dot)
             if col_gradient is not None:
@@ -361,9 +361,10 @@ class _Chunk:
             )  # fmt: skip
         self.before = chunk.before * stride
         self.finish = None
+        self.parts_of_sum = plan.parts_of_sum(p, chunk, device.processors)
         if backward.want_x and p.x.shape[0] == p.banks:
             size = chunk.banks * chunk.rows * p.x.shape[2]
-            self.finish = backward.finisher(p, device, size, backward.x_dot)
+            self.finish = backward.finisher(p, device, size, backward.x_dot, self.parts_of_sum)
 
     def make(
         self,
