@@ -235,6 +235,8 @@ def test_resources(
 def test_what_tiles_read() -> None:
     """Elements of x and y that a pair takes from L2, and which tile a shape gets on an H100."""
     configs = pytest.importorskip("ccu_fast.backends.triton.configs")
+    import triton
+
     device = configs.of("sm_90", 132)
 
     def columns(variant: str, n: int, m: int) -> tuple[int, int]:
@@ -251,8 +253,9 @@ def test_what_tiles_read() -> None:
     assert columns("bounded labels", 4096, 32768) == (128, 64)
     assert read(128) <= 0.67 * read(64) and read(64) <= 0.67 * read(32)
     assert columns("supcon labels", 4096, 32768) == (64, 64)
-    assert columns("clip", 10000, 10000) == columns("clip", 32768, 32768) == (256, 128)
-    assert columns("clip", 10000, 2049) == (256, 128)
+    full = triton.__version__.startswith("3.7.")  # other releases would spill, and take half a tile
+    assert columns("clip", 32768, 32768) == (256, 128)
+    assert columns("clip", 10000, 10000) == columns("clip", 10000, 2049) == (256 if full else 128, 128)
     assert columns("clip", 300, 300) == (64, 64)  # short rows end where they end
     for kind in ("sm_80", "sm_90", "sm_100", "small"):
         for tiles in (configs.of(kind, 100).forward, configs.of(kind, 100).gradient):
