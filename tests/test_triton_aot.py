@@ -21,11 +21,11 @@ import torch
 from presence import absent
 from torch import Tensor
 
+from benchmarks.no_launch import SHARED_LIMIT, TargetOnly
 from ccu_fast.backends.problem import SimilarityProblem, encode
 from ccu_fast.relations import ALL, OTHER, SAME, SELF
 
 MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 MAX_REGISTERS = 255
 PRODUCTS = ("forward_kernel", "gradient_kernel", "online_kernel")
 SMALL = ("small_forward_kernel", "small_gradient_kernel")
@@ -80,37 +80,6 @@ def spills(variant: str, *, small: bool = False, precision: str = "") -> int:
     if release != (3, 7) and not small and "ids" in variant:
         return 128
     return 8 if precision == "fp16" and not small else 0
-
-
-class TargetOnly:
-    """A Triton driver that knows a target and launches nothing."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-        self.utils = self
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"multiprocessor_count": 132, "max_shared_mem": SHARED_LIMIT[self.capability], "warpSize": 32}
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        return 0, 0, 0, 0, 1024
-
-    def unload_module(self, module: int) -> None:
-        """Nothing was loaded. Triton from 3.8 on asks for it when a kernel is forgotten."""
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        return lambda *args: None
 
 
 @pytest.fixture

@@ -131,10 +131,11 @@ GRADIENT = {
     "128x64 w4": {"block_n": 64, "num_warps": 4},
 }
 # Tiles of problems with labels or ids, and with edges.
-KEYED_FORWARD = {f"forward keyed {n}": {"keyed_n": n, "labels_n": n} for n in (32, 64, 128, 256)}
-KEYED_GRADIENT = {f"gradient keyed {n}": {"keyed_n": n, "labels_n": n} for n in (32, 64, 128)}
-RAGGED_FORWARD = {f"forward ragged {n}": {"ragged_n": n} for n in (64, 128)}
-RAGGED_GRADIENT = {f"gradient ragged {n}": {"ragged_n": n} for n in (32, 64)}
+KEYED = tuple(
+    {f"keyed {n}": {"keyed_n": n, "labels_n": n} for n in columns} for columns in ((32, 64, 128, 256), (32, 64, 128))
+)
+RAGGED = tuple({f"ragged {n}": {"ragged_n": n} for n in columns} for columns in ((64, 128, 256), (32, 64)))
+PLAIN = FORWARD, GRADIENT
 SMALL_SIDES = (128, 256, 512, 768, 1024, 1536, 2048)
 WORKSPACES = {"256 MiB": 256 << 20, "1 GiB": 1 << 30, "2 GiB": 2 << 30, "4 GiB": 4 << 30, "8 GiB": 8 << 30}
 
@@ -158,18 +159,7 @@ _PROFILED = {"topk_flips": ("N=5,", "N=2560,"), "candidate_losses": ("",), "pgd_
 def questions(device: str, *, tiny: bool = False) -> list[Question]:
     """Everything that section of constants leaves open; ``tiny``: the same for Triton's interpreter."""
     clip, bounded = OPS["clip_loss"], OPS["bounded_inverse"]
-    tiles = {
-        **{f"forward {name}": Change(forward=fields) for name, fields in FORWARD.items()},
-        **{f"gradient {name}": Change(gradient=fields) for name, fields in GRADIENT.items()},
-    }
-    keyed = {
-        **{name: Change(forward=fields) for name, fields in KEYED_FORWARD.items()},
-        **{name: Change(gradient=fields) for name, fields in KEYED_GRADIENT.items()},
-    }
-    ragged = {
-        **{name: Change(forward=fields) for name, fields in RAGGED_FORWARD.items()},
-        **{name: Change(gradient=fields) for name, fields in RAGGED_GRADIENT.items()},
-    }
+    tiles, keyed, ragged = (_of_tiles(*fields) for fields in (PLAIN, KEYED, RAGGED))
     kernels = {"small kernels": Change(small=True), "large kernels": Change(small=False)}
     if tiny:
         few = {"block_m": 32}
@@ -192,6 +182,13 @@ def questions(device: str, *, tiny: bool = False) -> list[Question]:
     profiled = [] if tiny else [Question("where the time goes", case) for case in _as_they_are(device)]
     border = [_case(device, clip, {"B": b, "D": sizes["large"]["D"]}, _changes(clip, kernels, Change())) for b in sides]
     return [*found, *profiled, *(Question("the border of small batches", case) for case in border)]
+
+
+def _of_tiles(forward: dict[str, dict[str, int]], gradient: dict[str, dict[str, int]]) -> dict[str, Change]:
+    return {
+        **{f"forward {name}": Change(forward=fields) for name, fields in forward.items()},
+        **{f"gradient {name}": Change(gradient=fields) for name, fields in gradient.items()},
+    }
 
 
 def _as_they_are(device: str) -> Iterator[Case]:

@@ -208,8 +208,7 @@ def forward_kernel(
                 if not WHOLE:
                     mask = mask & (cols < kept_stride)[None, :]
                 tl.store(at, e.to(kept.dtype.element_ty), mask=mask)
-            # Out of range labels are negative, which says the same.
-            if (MASK_N or MASK_M) and not HAS_LABELS:  # noqa: SIM102
+            if MASK_N or MASK_M:  # noqa: SIM102
                 if ((row_tile + 1) * BLOCK_M > N) | ((col_tile + 1) * BLOCK_N > M):
                     e = tl.where(row_ok[:, None] & col_ok[None, :], e, 0.0)
             relation = relate(

@@ -107,6 +107,8 @@ class _Plan:
         self.arithmetic = configs.arithmetic(p.x.dtype)
         self.precision = "tf32" if self.arithmetic == "tf32" else "ieee"
         self.d = operands.x.shape[2]
+        # What is beyond an edge needs no mask where there are labels: its label is negative, so it is ignored.
+        self.edges = p.row_labels is None
         self.traits = {
             "HAS_BIAS": p.bias is not None,
             "HAS_LABELS": p.row_labels is not None,
@@ -117,7 +119,7 @@ class _Plan:
         self.strides = (*items, *self.key_strides)
 
     def constants(self, p: SimilarityProblem, tile: configs.Tile) -> dict[str, Any]:
-        return {**self.traits, "DIAGONAL": p.diagonal, "MASK_M": p.m % tile.block_n != 0,
+        return {**self.traits, "DIAGONAL": p.diagonal, "MASK_M": self.edges and p.m % tile.block_n != 0,
                 "WHOLE": plan.stride(p) % tile.block_n == 0}  # fmt: skip
 
 
@@ -181,7 +183,7 @@ class _Forward(_Plan):
             ),
             **self.constants(p, tile), **by_distance(p, rows, cols), **tile.options(),
             PRECISION=self.precision, TMA=device.tma,
-            MASK_N=p.n % tile.block_m != 0, PROGRAMS=device.bounds, KEEP=kept_rows > 0,
+            MASK_N=self.edges and p.n % tile.block_m != 0, PROGRAMS=device.bounds, KEEP=kept_rows > 0,
         )  # fmt: skip
         online = device.tile("online", self.arithmetic, p)
         block = online.block_m
@@ -327,7 +329,7 @@ class _Chunk:
         self.parts = (2, 2, programs) if totals else None
         shared = {
             **backward.constants(p, tile), "HAS_NORM": backward.norm is not None, "TOTALS": totals,
-            "MASK_N": chunk.rows % tile.block_m != 0,
+            "MASK_N": backward.edges and chunk.rows % tile.block_m != 0,
         }  # fmt: skip
         rows, cols = plan.spec(p, p.rows), plan.spec(p, p.cols)
         launch = functools.partial(Launch, index=device.index)
