@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccu_fast import check
+from ccu_fast import check, compiling
 from ccu_fast.backends.problem import KINDS, MAX_REDUCTIONS, SimilarityProblem, encode
 from ccu_fast.backends.reference import similarity as reference
 from ccu_fast.backends.registry import choose
@@ -278,7 +278,7 @@ def workspace_bytes(value: int | None, device: torch.device) -> int:
     return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cpu"])
 
 
-@torch.compiler.assume_constant_result
+@compiling.constant
 @functools.cache
 def _gpu_workspace(index: int) -> int:
     return min(DEFAULT_WORKSPACE["cuda"], torch.cuda.get_device_properties(index).total_memory // 16)

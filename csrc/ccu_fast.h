@@ -138,7 +138,7 @@ int ccu_topk_flips(const ccu_topk_flips_args* args);
 
 // On a GPU: what is to be known of the gradients, coarse scores of a table in fp16, by ccu_cuda_topk_scores for few
 // rows or by a library GEMM, then the selection, which rescores from the embedding.
-enum { CCU_CUDA_MOST_FLIPS = 1024 };
+enum { CCU_CUDA_MOST_FLIPS = 1024, CCU_CUDA_FEW_ROWS = 6, CCU_CUDA_TOPK_GROUPS = 4096 };
 // How a row is settled: by its coarse scores and their bound; by float64 scores of all tokens, because there is no
 // bound; not at all; by the penalty alone, because the gradient is zero.
 enum ccu_topk_path { CCU_TOPK_SCAN = 0, CCU_TOPK_EXACT = 1, CCU_TOPK_INVALID = 2, CCU_TOPK_ZERO = 3 };
@@ -159,18 +159,16 @@ typedef struct {
 int ccu_cuda_topk_describe(const ccu_topk_describe_args* args);
 
 typedef struct {
-  const void* table;          // fp16 [tokens, dim], 16-byte aligned
-  const float* grad;          // [rows, dim], 16-byte aligned
-  float* scores;              // [rows, tokens]
-  int64_t rows, tokens, dim;  // dim: a multiple of 8
-  void* stream;
-} ccu_cuda_topk_scores_args;
-
-int ccu_cuda_topk_scores(const ccu_cuda_topk_scores_args* args);
-
-typedef struct {
-  const float* scores;  // [rows, tokens] of rows first, first + 1, ..
+  // Of few rows, up to CCU_CUDA_FEW_ROWS: what their scores are made from. Both are 16-byte aligned.
+  const void* table;     // fp16 [tokens, padded]
+  const float* operand;  // [rows, padded]
+  int64_t padded;        // a multiple of 8
+  float* scores;         // [rows, tokens] of rows first, first + 1, ..
   int64_t first, rows, tokens;
+  // [rows, ceil(tokens / group)]: the lowest key of each group of tokens, at most CCU_CUDA_TOPK_GROUPS of them; a group
+  // is a multiple of 4. NULL where a GEMM made the scores.
+  uint32_t* lowest;
+  int64_t group;
   // [all rows, 4]: score in units of its own = [0] * coarse score + [1] * penalty, off by at most [2]; [3] is the path
   const float* about;
   const float* grad;  // this and what follows as in ccu_topk_flips_args, for all rows
@@ -196,6 +194,9 @@ typedef struct {
   void* stream;
 } ccu_cuda_topk_args;
 
+// Scores and lowest from the table and the operand.
+int ccu_cuda_topk_scores(const ccu_cuda_topk_args* args);
+// The best tokens from scores and, if it is there, lowest.
 int ccu_cuda_topk_select(const ccu_cuda_topk_args* args);
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,15 @@ import pytest
 import torch
 from presence import require_backend
 
+# Files that take longest, each by one process: begun last they would be waited for.
+FIRST = (
+    "test_packaging.py", "test_triton_interpreter.py", "test_emulation.py", "test_triton_aot.py", "test_visit.py",
+    "test_distributed.py", "test_unlearn.py", "test_unlearn_ccu.py", "test_demo.py", "test_emulation_races.py",
+)  # fmt: skip
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
     if torch.cuda.is_available() or "CCU_FAST_EMULATED_GPU" in os.environ:
         return
     for item in items:

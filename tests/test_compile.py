@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ from test_losses import ALL_LOSSES
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ccu_fast import ALL, OTHER, SAME, SELF, ClipLoss, InfoNCE, SigLipLoss, SigmoidLoss, info_nce
+from ccu_fast import ALL, OTHER, SAME, SELF, ClipLoss, InfoNCE, SigLipLoss, SigmoidLoss, compiling, info_nce
 from ccu_fast.backends.problem import SimilarityProblem, encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,6 +47,42 @@ def test_opcheck(dtype: torch.dtype, keys: bool, workspace: int, native: str) ->
             (torch.randn_like(row_out), torch.randn_like(col_out), *p.flatten(), row_out, col_out, stash, needs,
              native, workspace),
         )  # fmt: skip
+
+
+def test_what_is_said_of_our_functions_is_what_torch_says() -> None:
+    def ours() -> int:
+        return 1
+
+    def theirs() -> int:
+        return 1
+
+    assert vars(compiling.constant(ours)) == vars(torch.compiler.assume_constant_result(theirs))
+    said = vars(compiling.never(ours))
+    assert {name for name in vars(torch.compiler.disable(theirs)) if "_disable" in name} >= {
+        name for name in said if name.startswith("_torchdynamo")
+    }
+    assert said["_torchdynamo_disable"] is torch.compiler.disable(theirs)._torchdynamo_disable is True
+
+
+def test_the_compiler_is_not_imported_by_those_who_do_not_compile() -> None:
+    """It takes longer to import than torch."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+import ccu_fast
+ours = {name for name in set(sys.modules) - before if name.split(".")[0] not in sys.stdlib_module_names}
+assert {name.split(".")[0] for name in ours} <= {"ccu_fast", "torch"}, ours
+assert len(ours) < 100, ours
+x = torch.randn(9, 4, requires_grad=True)
+ccu_fast.info_nce(x, x, scale=3.0).backward()
+ccu_fast.ClipLoss()(x, x, torch.tensor(1.0)).backward()
+ccu_fast.topk_flips(torch.randn(2, 4), ccu_fast.TokenTable(torch.randn(9, 4)), 1)
+ccu_fast.pgd_step_(torch.zeros(2, 3), torch.rand(2, 3), torch.rand(2, 3), step=0.1, eps=0.1)
+found = {"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)
+assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]

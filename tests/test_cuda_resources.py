@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels as they were compiled, for sm_80 and sm_90 at least: registers, shared memory, no spills.
+"""The CUDA C++ kernels as they were compiled, for every kind of GPU: registers, shared memory, no spills.
 
 No GPU is needed: the machine code lies in the compiled module.
 """
@@ -25,8 +25,8 @@ MOST_REGISTERS = {
     "check_packs": 64, "check_values": 64, "describe": 64, "rest_and_columns": 64, "losses": 64,
 }  # fmt: skip
 MOST_SHARED = 48 << 10
-# What printf of an index out of range puts on the stack: three arguments, and what the call to it leaves there.
-PRINTS = {"add_packs": 32, "update_packs": 32, "select": 32}
+# What a call puts on the stack: printf of an index out of range, with three arguments; a refusal.
+CALLS = {"add_packs": 32, "update_packs": 32, "select": 32, "check_packs": 16}
 
 
 def _cuobjdump() -> str:
@@ -63,7 +63,7 @@ def _usage() -> dict[str, list[tuple[str, int, int, int, int]]]:
     return usage
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_resources(architecture: str) -> None:
     usage = _usage()
     if architecture not in usage:
@@ -73,7 +73,7 @@ def test_resources(architecture: str) -> None:
         found = [kernel for kernel in MOST_REGISTERS if f"{len(kernel)}{kernel}" in name]
         assert len(found) == 1, f"{name} is not one of the kernels listed here"
         seen.add(found[0])
-        most = PRINTS.get(found[0], 0)
+        most = CALLS.get(found[0], 0)
         assert stack <= most and local == 0, f"{name} spills: {stack} bytes of stack, {local} local"
         assert registers <= MOST_REGISTERS[found[0]], f"{name}: {registers} registers"
         assert shared <= MOST_SHARED, f"{name}: {shared} bytes of shared memory"

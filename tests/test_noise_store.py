@@ -168,6 +168,19 @@ def test_scatter_add_clamp(backend: str, dtype: torch.dtype, delta_dtype: torch.
     assert torch.equal(store.data, expected)
 
 
+@pytest.mark.parametrize("size", [256, 257], ids=["packs", "one_by_one"])
+def test_every_step_is_rounded_right(backend: str, size: int) -> None:
+    store = NoiseStore(1, (size,), backend=backend)
+    noise = (torch.arange(size) - 128).clamp(max=127).to(torch.int8)[None]
+    index = torch.tensor([0])
+    store.scatter_(index, noise)
+    added = store.add_to(torch.zeros(1, size), index, lower=-1.0, upper=1.0)
+    assert torch.equal(added, (noise.double() / 255).float())
+    sums = NoiseStore(1, (size,), dtype=torch.float32, backend=backend)
+    sums.scatter_add_clamp_(index, noise, 1.0)
+    assert torch.equal(sums.data, (noise.double() / 255).float())
+
+
 def test_eps_means_whole_steps(backend: str) -> None:
     store = NoiseStore(1, (1,), backend=backend)
     for eps, most in ((8 / 255, 8), (0.03, 7), (0.0, 0), (1.0, 127)):

@@ -197,6 +197,10 @@ def test_resources(
         if precision in ("bf16", "fp16") and name.split()[0] in ("forward_kernel", "gradient_kernel", "scale_kernel"):
             # E and G move in packs, whatever the shape: no access is of one element.
             assert not re.search(r"(ld|st)\.global[.\w:]*\.b16", kernel.asm["ptx"]), name
+        if precision in ("bf16", "fp16") and "ids" not in variant and name.startswith("scale"):
+            # 24 warps or more share a processor: some read while others write.
+            warps = kernel.metadata.num_warps
+            assert 65536 // (32 * warps * used["REG"]) * warps >= 24, f"{name}: {used}"
         if capability >= 90 and name.split()[0] in PRODUCTS[:2]:
             assert "cp.async.bulk.tensor" in kernel.asm["ptx"], name
 

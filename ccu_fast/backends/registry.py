@@ -7,6 +7,7 @@ import warnings
 
 import torch
 
+from ccu_fast import compiling
 from ccu_fast.backends import machine
 
 log = logging.getLogger("ccu_fast")
@@ -89,7 +90,7 @@ def pick(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[s
 
 
 # Under torch.compile the choice is made while tracing and is a constant of the graph.
-@torch.compiler.assume_constant_result
+@compiling.constant
 def choose(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that will run ``op``.
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ccu_fast import check
+from ccu_fast import check, compiling
 from ccu_fast.backends.problem import SimilarityProblem, decode
 from ccu_fast.backends.registry import choose
 from ccu_fast.distributed import agreement
@@ -98,7 +98,7 @@ class _Prepared(NamedTuple):
     workspace: int
 
 
-@torch.compiler.disable
+@compiling.never
 def reduce_shards(
     x: Tensor, y: Tensor, *, scale: Any, bias: Any = None,
     row_labels: Tensor | None = None, col_labels: Tensor | None = None,

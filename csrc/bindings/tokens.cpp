@@ -125,30 +125,23 @@ void bind_tokens(py::module_& m) {
       py::arg("stream"));
 
 #if CCU_HAVE_CUDA
+  m.attr("CUDA_FEW_ROWS") = static_cast<int>(CCU_CUDA_FEW_ROWS);
+  m.attr("CUDA_TOPK_GROUPS") = static_cast<int>(CCU_CUDA_TOPK_GROUPS);
+  // With a table the scores are made first, else they are there.
   m.def(
-      "cuda_topk_scores",
-      [](Address table, Address grad, Address scores, int64_t rows, int64_t tokens, int64_t dim, Address stream) {
-        ccu_cuda_topk_scores_args a{};
-        a.table = pointer<void>(table);
-        a.grad = pointer<float>(grad);
-        a.scores = pointer<float>(scores);
-        a.rows = rows;
-        a.tokens = tokens;
-        a.dim = dim;
-        a.stream = pointer<void>(stream);
-        call("topk_flips", ccu_cuda_topk_scores, a);
-      },
-      py::kw_only(), py::arg("table"), py::arg("grad"), py::arg("scores"), py::arg("rows"), py::arg("tokens"),
-      py::arg("dim"), py::arg("stream"));
-
-  m.def(
-      "cuda_topk_select",
-      [](Address scores, int64_t first, int64_t rows, int64_t tokens, Address about, Address grad, int64_t dim,
-         Address token_ids, Address embedding, std::pair<int64_t, int64_t> embedding_strides, int64_t vocabulary,
-         int embedding_dtype, bool maximize, Address current, bool exclude_current, std::pair<Address, int64_t> allowed,
+      "cuda_topk",
+      [](Address table, Address operand, int64_t padded, Address lowest, int64_t group, Address scores, int64_t first,
+         int64_t rows, int64_t tokens, Address about, Address grad, int64_t dim, Address token_ids, Address embedding,
+         std::pair<int64_t, int64_t> embedding_strides, int64_t vocabulary, int embedding_dtype, bool maximize,
+         Address current, bool exclude_current, std::pair<Address, int64_t> allowed,
          std::pair<Address, int64_t> penalty, int64_t k, Address ids, Address delta, Address score, Address count,
          Address valid, Address redo, Address stream) {
         ccu_cuda_topk_args a{};
+        a.table = pointer<void>(table);
+        a.operand = pointer<float>(operand);
+        a.padded = padded;
+        a.lowest = pointer<uint32_t>(lowest);
+        a.group = group;
         a.scores = pointer<float>(scores);
         a.first = first;
         a.rows = rows;
@@ -177,13 +170,15 @@ void bind_tokens(py::module_& m) {
         a.valid = pointer<uint8_t>(valid);
         a.redo = pointer<uint8_t>(redo);
         a.stream = pointer<void>(stream);
+        if (a.table != nullptr) call("topk_flips", ccu_cuda_topk_scores, a);
         call("topk_flips", ccu_cuda_topk_select, a);
       },
-      py::kw_only(), py::arg("scores"), py::arg("first"), py::arg("rows"), py::arg("tokens"), py::arg("about"),
-      py::arg("grad"), py::arg("dim"), py::arg("token_ids"), py::arg("embedding"), py::arg("embedding_strides"),
-      py::arg("vocabulary"), py::arg("embedding_dtype"), py::arg("maximize"), py::arg("current"),
-      py::arg("exclude_current"), py::arg("allowed"), py::arg("penalty"), py::arg("k"), py::arg("ids"),
-      py::arg("delta"), py::arg("score"), py::arg("count"), py::arg("valid"), py::arg("redo"), py::arg("stream"));
+      py::kw_only(), py::arg("table"), py::arg("operand"), py::arg("padded"), py::arg("lowest"), py::arg("group"),
+      py::arg("scores"), py::arg("first"), py::arg("rows"), py::arg("tokens"), py::arg("about"), py::arg("grad"),
+      py::arg("dim"), py::arg("token_ids"), py::arg("embedding"), py::arg("embedding_strides"), py::arg("vocabulary"),
+      py::arg("embedding_dtype"), py::arg("maximize"), py::arg("current"), py::arg("exclude_current"),
+      py::arg("allowed"), py::arg("penalty"), py::arg("k"), py::arg("ids"), py::arg("delta"), py::arg("score"),
+      py::arg("count"), py::arg("valid"), py::arg("redo"), py::arg("stream"));
 #endif
 
   // The selection of csrc/cuda/topk_select.cu with its own arithmetic, one thread after the other: the candidates of a

@@ -11,8 +11,12 @@ namespace ccu {
 
 constexpr float kSteps = 255.0f;
 
-// In the units of an image in [0, 1].
-CCU_HD float noise_units(int8_t noise) { return static_cast<float>(noise) / kSteps; }
+// In the units of an image in [0, 1]: noise / 255, rounded right for every int8 whether the compiler fuses the sum or
+// not, because the first product is exact. A division takes a GPU eight times as long.
+CCU_HD float noise_units(int8_t noise) {
+  const float n = static_cast<float>(noise);
+  return n * 0x1.0101p-8f + n * 0x1.0101p-32f;
+}
 template <class T>
 CCU_HD float noise_units(T noise) {
   return to_float(noise);

@@ -3,8 +3,8 @@
 //     s = scale * image @ text.T;  n = scale * image @ text_candidates[b].T
 //     rest[b, i]  = s[i, all but b].logsumexp()                           of one text and image
 //     columns[j]  = s[:, j].logsumexp() - 2 s[j, j]                       of one text
-//     out[b, k]   = (columns[all but b].sum() + logaddexp(rest[b], n[:, k]).sum() + n[:, k].logsumexp() - 2 n[b, k]) /
-//     2B
+//     sum[b, k]   = columns[all but b].sum() + logaddexp(rest[b], n[:, k]).sum() + n[:, k].logsumexp() - 2 n[b, k]
+//     out[b, k]   = sum[b, k] / (2 B)
 //
 // A block takes a text and its K candidates, a warp one of them. Up to a batch of CCU_CUDA_ALONE it finds rest and
 // columns by itself, which is 2 B^2 exponentials in each of B blocks and no launch: 4 million at B = 128 are less than
@@ -31,12 +31,6 @@ struct Sum {
     return x + y;
   }
 };
-
-template <class T, class Join>
-__device__ __forceinline__ T over_warp(T value, Join join) {
-  for (int lane = 16; lane > 0; lane /= 2) value = join(value, __shfl_xor_sync(0xffffffffu, value, lane));
-  return value;
-}
 
 struct Lse {
   float peak;

@@ -45,12 +45,19 @@ inline int no_device() {
   return status == CCU_OK ? CCU_CUDA_ERROR : status;
 }
 
-// `value` of all threads of a block of kBlock joined, in a fixed order; the same in every thread.
+// `value` of all lanes of a warp joined, in a fixed order; the same in every lane.
+template <class T, class Join>
+__device__ __forceinline__ T over_warp(T value, Join join) {
+  for (int lane = 16; lane > 0; lane /= 2) value = join(value, __shfl_xor_sync(0xffffffffu, value, lane));
+  return value;
+}
+
+// The same of all threads of a block of kBlock.
 template <int kBlock, class T, class Join>
 __device__ T over_block(T value, Join join) {
   constexpr int kParts = kBlock / 32;
   __shared__ T parts[kParts];
-  for (int lane = 16; lane > 0; lane /= 2) value = join(value, __shfl_xor_sync(0xffffffffu, value, lane));
+  value = over_warp(value, join);
   __syncthreads();  // those of the last time have been read
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
   __syncthreads();

@@ -4,9 +4,9 @@
 //     noise_update    noise[i] = clamp(noise[i] + sum of the deltas whose index is i, in their order, -eps, eps)
 //     noise_check     found = max over the values that a store cannot hold of (count - place)
 //
-// Bytes bound: int8 noise into fp32 images moves 9 bytes an element. A thread takes 16 bytes of images (of 16-byte
-// rows), so 4 to 16 elements; grid-stride over items and packs, the index read through the cache. A row out of range
-// stops the kernel, as in torch's indexing: the host never waits for the index.
+// Bytes bound: int8 noise into fp32 images moves 9 bytes an element. A thread takes 16 bytes of images, or of the wider
+// of noise and deltas (of 16-byte rows), so 4 to 16 elements; grid-stride over items and packs, the index read through
+// the cache. A row out of range stops the kernel, as in torch's indexing: the host never waits for the index.
 #include "../common/noise.h"
 #include "launch.cuh"
 
@@ -141,7 +141,7 @@ int launch_update(const ccu_noise_update_args& a) {
 
 template <class N, class D>
 int update(const ccu_noise_update_args& a) {
-  constexpr int kWide = 4;
+  constexpr int kWide = 16 / (sizeof(N) > sizeof(D) ? sizeof(N) : sizeof(D));
   const bool wide = a.size % kWide == 0 && aligned_for<Pack<N, kWide>>(a.noise) && aligned_for<Pack<D, kWide>>(a.delta);
   return wide ? launch_update<N, D, kWide>(a) : launch_update<N, D, 1>(a);
 }

@@ -32,6 +32,30 @@ __device__ __forceinline__ bool may_use(const ccu_cuda_topk_args& a, int64_t row
   return !a.exclude_current || id_of(a, token) != a.current[row];
 }
 
+// The coarse scores of a row in its own unit, as numbers to compare.
+struct Keys {
+  const ccu_cuda_topk_args& a;
+  int64_t row;
+  float factor, penalty_scale;
+
+  __device__ __forceinline__ Keys(const ccu_cuda_topk_args& a, int64_t row)
+      : a(a), row(row), factor(__ldg(a.about + 4 * row)), penalty_scale(__ldg(a.about + 4 * row + 1)) {}
+
+  // kNever for a token that may not be used; unfiltered where nothing forbids or moves one.
+  template <bool kFiltered = true>
+  __device__ __forceinline__ uint32_t of(int64_t token, float coarse) const {
+    const float score = factor * coarse;
+    if constexpr (!kFiltered) return ordered(score);
+    if (!may_use(a, row, token)) return kNever;
+    // fmaf, so that whoever makes the key of a score makes the same one.
+    return ordered(a.penalty == nullptr ? score : fmaf(penalty_scale, penalty_of(a, row, token), score));
+  }
+};
+
+__device__ __forceinline__ bool is_filtered(const ccu_cuda_topk_args& a) {
+  return a.allowed != nullptr || a.penalty != nullptr || a.exclude_current;
+}
+
 __device__ __forceinline__ float element(const ccu_cuda_topk_args& a, int64_t at) {
   switch (a.embedding_dtype) {
     case CCU_F16:
@@ -50,8 +74,7 @@ __device__ __forceinline__ double dot(const ccu_cuda_topk_args& a, int64_t id, i
   double sum = 0.0;
   for (int64_t d = threadIdx.x % 32; d < a.dim; d += 32)
     sum += static_cast<double>(element(a, e + d * a.embedding_step)) * g[d];
-  for (int lane = 16; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
-  return sum;
+  return over_warp(sum, [](double x, double y) { return x + y; });
 }
 
 __device__ __forceinline__ double score(const ccu_cuda_topk_args& a, int64_t row, int64_t token) {
@@ -60,7 +83,7 @@ __device__ __forceinline__ double score(const ccu_cuda_topk_args& a, int64_t row
 }
 
 // By (score, token); what is behind the last sorts to the end.
-__device__ void sort(Candidates& c) {
+__device__ inline void sort(Candidates& c) {
   const int n = c.count;
   int size = 2;
   while (size < n) size *= 2;
@@ -87,7 +110,7 @@ __device__ void sort(Candidates& c) {
 }
 
 // Float64 scores of the candidates from number `first` on. Sorting them begins with a barrier.
-__device__ void score_from(const ccu_cuda_topk_args& a, int64_t row, int first, Candidates& c) {
+__device__ inline void score_from(const ccu_cuda_topk_args& a, int64_t row, int first, Candidates& c) {
   for (int at = first + threadIdx.x / 32; at < c.count; at += kWarps) {
     const double exact = score(a, row, c.token[at]);
     if (threadIdx.x % 32 == 0) c.score[at] = exact;
@@ -95,7 +118,7 @@ __device__ void score_from(const ccu_cuda_topk_args& a, int64_t row, int first, 
 }
 
 // The first k of sorted candidates.
-__device__ void write(const ccu_cuda_topk_args& a, int64_t row, const Candidates& c, bool valid) {
+__device__ inline void write(const ccu_cuda_topk_args& a, int64_t row, const Candidates& c, bool valid) {
   const int n = c.count < a.k ? c.count : static_cast<int>(a.k);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   double current = 0.0;

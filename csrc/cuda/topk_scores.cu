@@ -1,22 +1,24 @@
-// The coarse scores of few gradient rows against a table in fp16:
+// The coarse scores of few gradient rows against a table in fp16, and the lowest of every group of tokens:
 //
-//     scores[r, t] = sum_d table[t, d] * grad[r, d]            fp32 products and sums
+//     scores[r, t] = sum_d table[t, d] * operand[r, d]         fp32 products and sums
+//     lowest[r, g] = min over the tokens of group g that may be used of their key, which is ordered as
+//                    factor[r] * scores[r, t] + penalty_scale[r] * penalty[r, t]
 //
-// Bound by the one read of the table, 2 * tokens * dim bytes, up to 6 rows a launch. A warp takes 4 tokens; a lane 8
+// Bound by the one read of the table, 2 * tokens * dim bytes. A warp takes a group, 4 of its tokens at a time; a lane 8
 // dimensions of each at a time, 16 bytes, so that 2 KB are on their way for every warp. The 4 x 8 sums are then added
 // over the lanes by halving: 31 shuffles leave sum number l in lane l, where reducing each by itself would take 160.
-// More rows than a few of these launches serve go to a library GEMM.
+// More rows than registers hold sums for go to a library GEMM.
 #include <cuda_fp16.h>
 
-#include "launch.cuh"
+#include "topk.cuh"
 
 namespace ccu {
 namespace {
 
 constexpr int kTokens = 4;
-constexpr int kRows = 8;      // that the sums are laid out for
-constexpr int kMostRows = 6;  // of a launch: 8 would spill registers
+constexpr int kRows = 8;  // that the sums are laid out for; that many would spill registers
 constexpr int kDims = 8;
+static_assert(CCU_CUDA_FEW_ROWS == 6 && CCU_CUDA_FEW_ROWS <= kRows);
 
 // Number l of 2 * Width sums over groups of 2 * Width lanes to lane l of each; templates, so that v stays in registers.
 template <int Width>
@@ -35,20 +37,25 @@ __device__ __forceinline__ float scatter_sums(const float (&v)[2 * Width], int l
 }
 
 template <int R>
-__global__ void __launch_bounds__(kThreads) few_rows(const __half* __restrict__ table, const float* __restrict__ grad,
-                                                     float* __restrict__ scores, int64_t tokens, int64_t dim) {
-  const int lane = threadIdx.x % 32;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
-  for (int64_t first = (static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32) * kTokens;
-       first < tokens; first += warps * kTokens) {
+__global__ void __launch_bounds__(kThreads) few_rows(ccu_cuda_topk_args a) {
+  const __half* __restrict__ table = static_cast<const __half*>(a.table);
+  const float* __restrict__ operand = a.operand;
+  float* __restrict__ scores = a.scores;
+  const int lane = threadIdx.x % 32, row = lane % kRows;
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const int64_t tokens = a.tokens, groups = (tokens + a.group - 1) / a.group;
+  if (group >= groups) return;
+  const int64_t begin = group * a.group, end = begin + a.group < tokens ? begin + a.group : tokens;
+  uint32_t lowest = kNever;
+  for (int64_t first = begin; first < end; first += kTokens) {
     float sums[kTokens * kRows] = {};
-    for (int64_t d = lane * kDims; d < dim; d += 32 * kDims) {
+    for (int64_t d = lane * kDims; d < a.padded; d += 32 * kDims) {
       float e[kTokens][kDims];
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         // Behind the last token the last one is read again, and not written.
         const int64_t token = first + t < tokens ? first + t : tokens - 1;
-        const uint4 bits = __ldg(reinterpret_cast<const uint4*>(table + token * dim + d));
+        const uint4 bits = __ldg(reinterpret_cast<const uint4*>(table + token * a.padded + d));
         const __half2* pairs = reinterpret_cast<const __half2*>(&bits);
 #pragma unroll
         for (int p = 0; p < kDims / 2; ++p) {
@@ -59,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) few_rows(const __half* __restrict__ 
       }
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        const float4* g = reinterpret_cast<const float4*>(grad + r * dim + d);
+        const float4* g = reinterpret_cast<const float4*>(operand + r * a.padded + d);
         const float4 low = __ldg(g), high = __ldg(g + 1);
         const float values[kDims] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
@@ -70,30 +77,39 @@ __global__ void __launch_bounds__(kThreads) few_rows(const __half* __restrict__ 
     }
     const float sum = scatter_sums<16>(sums, lane);
     const int64_t token = first + lane / kRows;
-    if (lane % kRows < R && token < tokens) scores[(lane % kRows) * tokens + token] = sum;
+    if (row < R && token < end) {
+      scores[row * tokens + token] = sum;
+      const uint32_t key = Keys(a, a.first + row).of(token, sum);
+      lowest = key < lowest ? key : lowest;
+    }
   }
+  // Of a row's four lanes.
+#pragma unroll
+  for (int other = kRows; other < 32; other *= 2) {
+    const uint32_t key = __shfl_xor_sync(0xffffffffu, lowest, other);
+    lowest = key < lowest ? key : lowest;
+  }
+  if (lane < R) a.lowest[lane * groups + group] = lowest;
 }
 
 template <int R>
-void launch(const ccu_cuda_topk_scores_args& a, int64_t row, unsigned blocks) {
-  few_rows<R><<<blocks, kThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(
-      static_cast<const __half*>(a.table), a.grad + row * a.dim, a.scores + row * a.tokens, a.tokens, a.dim);
+void launch(const ccu_cuda_topk_args& a, unsigned blocks) {
+  few_rows<R><<<blocks, kThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(a);
 }
 
 }  // namespace
 }  // namespace ccu
 
-extern "C" int ccu_cuda_topk_scores(const ccu_cuda_topk_scores_args* args) {
-  if (args == nullptr || args->rows < 0 || args->tokens < 1 || args->dim < 1 || args->dim % ccu::kDims != 0)
+extern "C" int ccu_cuda_topk_scores(const ccu_cuda_topk_args* args) {
+  if (args == nullptr || args->rows < 0 || args->rows > CCU_CUDA_FEW_ROWS || args->tokens < 1 ||
+      args->tokens > INT32_MAX - 64 || args->padded < 1 || args->padded % ccu::kDims != 0 || args->lowest == nullptr ||
+      args->group < 1 || args->group % ccu::kTokens != 0)
     return CCU_BAD_ARGUMENT;
-  const unsigned blocks = ccu::blocks_for((args->tokens + ccu::kTokens - 1) / ccu::kTokens * 32);
-  if (blocks == 0) return ccu::no_device();
-  using Launch = void (*)(const ccu_cuda_topk_scores_args&, int64_t, unsigned);
-  constexpr Launch kLaunch[ccu::kMostRows] = {ccu::launch<1>, ccu::launch<2>, ccu::launch<3>,
-                                              ccu::launch<4>, ccu::launch<5>, ccu::launch<6>};
-  for (int64_t row = 0; row < args->rows; row += ccu::kMostRows) {
-    const int64_t left = args->rows - row;
-    kLaunch[(left < ccu::kMostRows ? left : ccu::kMostRows) - 1](*args, row, blocks);
-  }
+  if (args->rows == 0) return CCU_OK;
+  const int64_t groups = (args->tokens + args->group - 1) / args->group, warps = ccu::kThreads / 32;
+  using Launch = void (*)(const ccu_cuda_topk_args&, unsigned);
+  constexpr Launch kLaunch[] = {ccu::launch<1>, ccu::launch<2>, ccu::launch<3>,
+                                ccu::launch<4>, ccu::launch<5>, ccu::launch<6>};
+  kLaunch[args->rows - 1](*args, static_cast<unsigned>((groups + warps - 1) / warps));
   return ccu::launched();
 }

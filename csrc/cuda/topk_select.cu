@@ -2,41 +2,25 @@
 //
 //     select    per row the k tokens of lowest score in float64 order, from coarse scores and a bound of their error
 //
-// A block a row. One read of its scores keeps the lowest of each of 4096 groups of columns; the k-th lowest of those,
-// found bit by bit from registers, is at or above the k-th lowest of all, because k groups hold one token each at or
-// below it. What is within the bound of it is then collected from the groups that reach so low, a few: k = 16 of 49408
-// tokens typically leaves 17 candidates, k = 1024 about 1200. They are scored in float64 from the embedding and sorted.
-// Where more than 2048 are within the bound, or there is no bound, they are settled a part at a time: the best k of one
-// part stay for the next. A row whose gradient is zero has its penalties for scores, and no products are made.
+// A block a row. The tokens are in at most 4096 groups, of which the lowest score is known: few rows come with it, of
+// others one read of the scores finds it. The k-th lowest of those, found bit by bit from registers, is at or above the
+// k-th lowest of all, because k groups hold one token each at or below it. What is within the bound of it is then
+// collected from the groups that reach so low, a few: k = 16 of 49408 tokens typically leaves 17 candidates, k = 1024
+// about 1200. They are scored in float64 from the embedding and sorted. Where more than 2048 are within the bound, or
+// there is no bound, they are settled a part at a time: the best k of one part stay for the next. A row whose gradient
+// is zero has its penalties for scores, and no products are made.
 //
-// Work: 4 bytes read a score, 12 scores more for every group that is read again; 2 D FLOP in fp64 a candidate. No pass
-// over the scores sorts anything.
+// Work: 4 bytes read a score, or of few rows a group, and the scores of every group that is looked at again; 2 D FLOP
+// in fp64 a candidate. No pass over the scores sorts anything.
 #include "topk.cuh"
 
 namespace ccu {
 namespace {
 
 constexpr int kMine = 8;  // groups of a thread
-constexpr int kGroups = kMine * kSelectThreads;
+constexpr int kGroups = CCU_CUDA_TOPK_GROUPS;
+static_assert(kGroups == kMine * kSelectThreads);
 constexpr float kLargest = 1e37f;  // beyond it a coarse score may be near to overflow
-
-// The coarse scores of a row in its own unit, as numbers to compare.
-struct Keys {
-  const ccu_cuda_topk_args& a;
-  const float* scores;
-  int64_t row;
-  float factor, penalty_scale;
-
-  // kNever for a token that may not be used; unfiltered where nothing forbids or moves one.
-  template <bool kFiltered>
-  __device__ __forceinline__ uint32_t of(int64_t token) const {
-    const float score = factor * scores[token];
-    if constexpr (!kFiltered) return ordered(score);
-    if (!may_use(a, row, token)) return kNever;
-    // fmaf, so that both reads of a score make the same key of it.
-    return ordered(a.penalty == nullptr ? score : fmaf(penalty_scale, penalty_of(a, row, token), score));
-  }
-};
 
 // The best k of all tokens that `take` lets through, in sorted order. Tokens come in ascending order, so that of equal
 // ones the earlier stay.
@@ -70,9 +54,10 @@ __device__ void settle_by_parts(const ccu_cuda_topk_args& a, int64_t row, bool z
   }
 }
 
-// The lowest key of each of a thread's groups. Without a filter a thread has kMine scores on their way at a time.
+// The lowest key of each of a thread's groups, of which number m is that of every kGroups-th token from
+// m * kSelectThreads + threadIdx.x on. Without a filter a thread has kMine scores on their way at a time.
 template <bool kFiltered>
-__device__ __forceinline__ void lowest_of_groups(const Keys& keys, uint32_t (&lowest)[kMine]) {
+__device__ __forceinline__ void lowest_of_groups(const Keys& keys, const float* scores, uint32_t (&lowest)[kMine]) {
 #pragma unroll
   for (int m = 0; m < kMine; ++m) lowest[m] = kNever;
   for (int64_t base = threadIdx.x; base < keys.a.tokens; base += kGroups) {
@@ -80,7 +65,7 @@ __device__ __forceinline__ void lowest_of_groups(const Keys& keys, uint32_t (&lo
     for (int m = 0; m < kMine; ++m) {
       const int64_t token = base + m * kSelectThreads;
       if (token < keys.a.tokens) {
-        const uint32_t mine = keys.template of<kFiltered>(token);
+        const uint32_t mine = keys.template of<kFiltered>(token, scores[token]);
         lowest[m] = mine < lowest[m] ? mine : lowest[m];
       }
     }
@@ -107,12 +92,22 @@ __global__ void __launch_bounds__(kSelectThreads) select(ccu_cuda_topk_args a) {
     write(a, row, found, true);
     return;
   }
-  const Keys keys{a, a.scores + static_cast<int64_t>(blockIdx.x) * a.tokens, row, about[0], about[1]};
+  const Keys keys(a, row);
+  const float* scores = a.scores + static_cast<int64_t>(blockIdx.x) * a.tokens;
+  const bool known = a.lowest != nullptr;  // then a group is `a.group` tokens that stand together
   uint32_t lowest[kMine];
-  if (a.allowed != nullptr || a.penalty != nullptr || a.exclude_current)
-    lowest_of_groups<true>(keys, lowest);
-  else
-    lowest_of_groups<false>(keys, lowest);
+  if (known) {
+    const int64_t groups = (a.tokens + a.group - 1) / a.group;
+#pragma unroll
+    for (int m = 0; m < kMine; ++m) {
+      const int64_t group = threadIdx.x + m * kSelectThreads;
+      lowest[m] = group < groups ? __ldg(a.lowest + blockIdx.x * groups + group) : kNever;
+    }
+  } else if (is_filtered(a)) {
+    lowest_of_groups<true>(keys, scores, lowest);
+  } else {
+    lowest_of_groups<false>(keys, scores, lowest);
+  }
   const uint32_t kth = kth_key(a.k, [&](uint32_t bound) {
     int at_most = 0;
 #pragma unroll
@@ -128,8 +123,10 @@ __global__ void __launch_bounds__(kSelectThreads) select(ccu_cuda_topk_args a) {
 #pragma unroll
     for (int m = 0; m < kMine; ++m) {
       if (lowest[m] > cutoff) continue;
-      for (int64_t token = threadIdx.x + m * kSelectThreads; token < a.tokens; token += kGroups) {
-        if (keys.of<true>(token) > cutoff) continue;
+      const int64_t group = threadIdx.x + m * kSelectThreads, step = known ? 1 : kGroups;
+      const int64_t first = known ? group * a.group : group, end = known ? first + a.group : a.tokens;
+      for (int64_t token = first; token < end && token < a.tokens; token += step) {
+        if (keys.of(token, scores[token]) > cutoff) continue;
         const int at = atomicAdd(&found.count, 1);
         if (at < kCandidates) found.token[at] = static_cast<int32_t>(token);
       }
@@ -140,7 +137,7 @@ __global__ void __launch_bounds__(kSelectThreads) select(ccu_cuda_topk_args a) {
     if (threadIdx.x == 0) a.redo[row] = 1;
     __syncthreads();  // all have seen how many there are
     if (bounded)
-      settle_by_parts(a, row, false, [&](int64_t token) { return keys.of<true>(token) <= cutoff; }, found);
+      settle_by_parts(a, row, false, [&](int64_t token) { return keys.of(token, scores[token]) <= cutoff; }, found);
     else
       settle_by_parts(a, row, false, usable, found);
   } else {
@@ -155,7 +152,8 @@ __global__ void __launch_bounds__(kSelectThreads) select(ccu_cuda_topk_args a) {
 
 extern "C" int ccu_cuda_topk_select(const ccu_cuda_topk_args* args) {
   if (args == nullptr || args->rows < 0 || args->tokens < 1 || args->tokens > INT32_MAX - 64 || args->k < 1 ||
-      args->k > CCU_CUDA_MOST_FLIPS)
+      args->k > CCU_CUDA_MOST_FLIPS || (args->lowest != nullptr && args->group < 1) ||
+      (args->lowest != nullptr && (args->tokens - 1) / args->group >= CCU_CUDA_TOPK_GROUPS))
     return CCU_BAD_ARGUMENT;
   if (args->rows == 0) return CCU_OK;
   const unsigned blocks = static_cast<unsigned>(args->rows);

@@ -39,7 +39,8 @@ void expect_ok(const char* what, int status) {
   std::exit(1);
 }
 
-void topk(int64_t rows, int64_t tokens, int64_t dim, int64_t k, ccu_topk_path path, bool ties, bool filter = false) {
+void topk(int64_t rows, int64_t tokens, int64_t dim, int64_t k, ccu_topk_path path, bool ties, bool filter = false,
+          bool known = true) {
   const int64_t padded = (dim + 7) / 8 * 8;
   float* embedding = numbers(tokens * dim);
   float* grad = numbers(rows * dim);
@@ -74,9 +75,6 @@ void topk(int64_t rows, int64_t tokens, int64_t dim, int64_t k, ccu_topk_path pa
   expect_ok("topk_describe", ccu_cuda_topk_describe(&d));
   for (int64_t r = 0; r < rows; ++r) about[4 * r + 3] = static_cast<float>(path);
   float* scores = memory<float>(rows * tokens);
-  const ccu_cuda_topk_scores_args q{table, operand, scores, rows, tokens, padded, nullptr};
-  expect_ok("topk_scores", ccu_cuda_topk_scores(&q));
-
   std::vector<int64_t> ids(rows * k), count(rows), current(rows, tokens / 2);
   std::vector<float> delta(rows * k);
   std::vector<double> score(rows * k);
@@ -106,6 +104,13 @@ void topk(int64_t rows, int64_t tokens, int64_t dim, int64_t k, ccu_topk_path pa
   a.count = count.data();
   a.valid = valid.data();
   a.redo = redo.data();
+  a.table = table;
+  a.operand = operand;
+  a.padded = padded;
+  a.group = 4 * ((tokens + 4 * CCU_CUDA_TOPK_GROUPS - 1) / (4 * CCU_CUDA_TOPK_GROUPS));
+  a.lowest = memory<uint32_t>(rows * ((tokens + a.group - 1) / a.group));
+  expect_ok("topk_scores", ccu_cuda_topk_scores(&a));
+  if (!known) a.lowest = nullptr;
   expect_ok("topk_select", ccu_cuda_topk_select(&a));
   uint64_t all = 0;
   for (int64_t id : ids) all = all * 31 + static_cast<uint64_t>(id);
@@ -218,6 +223,8 @@ int main() {
   topk(1, 40, 8, 39, CCU_TOPK_SCAN, false);
   topk(1, 10, 8, 9, CCU_TOPK_INVALID, false);
   topk(2, 700, 20, 16, CCU_TOPK_SCAN, false, true);
+  for (bool filter : {false, true}) topk(2, 700, 20, 16, CCU_TOPK_SCAN, false, filter, false);
+  topk(1, 17000, 3, 4, CCU_TOPK_SCAN, false);  // groups of more than one step
   for (int64_t inner : {64, 33}) {
     for (bool check : {false, true}) {
       pgd_step(2, 3, inner, CCU_LINF, check);

@@ -85,16 +85,47 @@ def launches(call: Callable[[], object]) -> tuple[int, list[str], int]:
 
 @pytest.mark.parametrize("options", [(), ("penalty",), ("allowed", "current_ids"), ("maximize",)], ids=str)
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(5, (3, [], 0)), (16, (5, [], 0)), (17, (2, ["_to_copy", "_to_copy", "mm"], 0))]
+    ("rows", "expected"), [(5, (3, [], 0)), (6, (3, [], 0)), (7, (2, ["_to_copy", "_to_copy", "mm"], 0))]
 )
 def test_launches_of_topk_flips(native: str, rows: int, expected: tuple[Any, ...], options: tuple[str, ...]) -> None:
-    """describe, the scores of six rows at a time or one GEMM, select."""
+    """describe, the scores of up to six rows or one GEMM, select."""
     table, grad = TokenTable(torch.randn(90, 24), backend=native), torch.randn(rows, 24)
     given: dict[str, Any] = {
         "penalty": torch.rand(90), "allowed": torch.rand(90) < 0.9, "current_ids": torch.arange(rows), "maximize": True,
     }  # fmt: skip
     arguments = {name: given[name] for name in options}
     assert launches(lambda: topk_flips(grad, table, 4, **arguments, backend=native)) == expected
+
+
+@pytest.mark.parametrize("options", [(), ("penalty",), ("allowed",)], ids=str)
+def test_the_selection_of_few_rows_reads_groups_that_reach_low_alone(
+    native: str, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A score elsewhere may say anything."""
+    rows, tokens, k = 3, 20_000, 4
+    table, grad = TokenTable(torch.randn(tokens, 16), backend=native), torch.randn(rows, 16)
+    given = {"penalty": torch.rand(tokens), "allowed": torch.rand(tokens) < 0.9}
+    arguments: dict[str, Any] = {name: given[name] for name in options}
+    expected = topk_flips(grad, table, k, **arguments, backend="reference")
+    kernels = sys.modules["ccu_fast._C"].cuda_topk
+    spoilt = []
+
+    def twice(**given: Any) -> None:
+        kernels(**given)
+        group = given["group"]
+        groups = -(-tokens // group)
+        lowest = torch.frombuffer((ctypes.c_int32 * (rows * groups)).from_address(given["lowest"]), dtype=torch.int32)
+        scores = torch.frombuffer((ctypes.c_float * (rows * tokens)).from_address(given["scores"]), dtype=torch.float32)
+        rank = (lowest.view(rows, groups).long() & 0xFFFFFFFF).argsort(1).argsort(1)
+        far = (rank >= 10 * k).repeat_interleave(group, 1)[:, :tokens]
+        scores.view(rows, tokens)[far] = -1e30
+        spoilt.append(float(far.float().mean()))
+        kernels(**given | {"table": 0})
+
+    monkeypatch.setattr(sys.modules["ccu_fast._C"], "cuda_topk", twice)
+    found = topk_flips(grad, table, k, **arguments, backend=native)
+    assert torch.equal(found.ids, expected.ids)
+    assert spoilt[0] > 0.98
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

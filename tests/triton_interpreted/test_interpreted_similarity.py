@@ -298,6 +298,18 @@ def test_a_long_sum_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     assert set(taken) == {1}  # no whole packs
 
 
+def test_a_tile_of_the_gradient_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where G comes from E a tile may be of fewer rows; those that hold SELF pairs are left out whole."""
+    parts = []
+    monkeypatch.setattr(similarity_op, "SMALL_PAIRS", 0)
+    monkeypatch.setattr(plan, "parts_of_tile", lambda tile, warps: parts.append(tile.block_m) or 2)
+    for n, m, keyed in ((40, 40, "paired"), (37, 70, "unrelated"), (37, 70, "labels"), (37, 70, "labels and ids")):
+        parts.clear()
+        case = Case(unit(n, 18), unit(m, 18), 5.0, None, keys(keyed, n, m), CLIP, CLIP)
+        check(case, "triton", FP32, workspace=1 << 24)
+        assert set(parts) == (set() if "ids" in keyed else {16})
+
+
 def test_same_inputs_same_bits() -> None:
     case = Case(unit(50, 30), unit(61, 30), 20.0, -1.0, keys("labels and ids", 50, 61), MIX, MIX)
     first, second = (by_us(case, FP32, "triton", workspace=4096) for _ in range(2))

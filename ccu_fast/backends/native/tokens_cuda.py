@@ -1,8 +1,9 @@
 """topk_flips on a GPU: csrc/cuda/topk_describe.cu, coarse fp16 scores, csrc/cuda/topk_select.cu. Nothing waits for it.
 
-Few rows are scored by a kernel of our own, which reads the table once for six of them. More go to the library's fp16
-GEMM with fp32 results: at N = 2560, V = 49408, D = 512 the scores of a chunk are written and read at memory speed in
-about the time of that GEMM, so what fusing both could save is less than a hand-written GEMM loses to the library's.
+Up to six rows are scored by a kernel of our own, in one read of the table; it leaves the lowest score of every few
+tokens, so that the selection need not read them all. More go to the library's fp16 GEMM with fp32 results: at N = 2560,
+V = 49408, D = 512 the scores of a chunk are written and read at memory speed in about the time of that GEMM, so what
+fusing both could save is less than a hand-written GEMM loses to the library's.
 
 The table is centred, which moves a row's scores by a constant, and scaled to fp16's range. How far a coarse score may
 be off is bounded row by row from what rounding did, measured, not assumed: to the table when it was packed, to the
@@ -19,7 +20,8 @@ from ccu_fast.backends.native.gemm import multiply
 from ccu_fast.backends.native.launch import DTYPES, address, on
 from ccu_fast.backends.token_problem import TokenProblem, TokenResult
 
-FEW_ROWS = 16
+# Of tokens that stand together, in the scan of few rows.
+_SMALLEST_GROUP = 4
 _CHUNK_BYTES = 256 << 20
 _PACK_ROWS = 8192
 
@@ -95,24 +97,27 @@ def topk_and_redone(p: TokenProblem) -> tuple[TokenResult, Tensor]:
     redone = torch.empty(p.rows, dtype=torch.bool, device=device)
     if p.rows == 0:
         return result, redone
-    few = p.rows <= FEW_ROWS
+    few = p.rows <= _C.CUDA_FEW_ROWS
     operand, about = describe(p, few)
     chunk = min(p.rows, max(1, _CHUNK_BYTES // (4 * p.tokens)))
     buffer = torch.empty(chunk, p.tokens, dtype=torch.float32, device=device)
+    group = _SMALLEST_GROUP * -(-p.tokens // (_SMALLEST_GROUP * _C.CUDA_TOPK_GROUPS))
+    # Of int32 for its size alone: the keys are unsigned.
+    lowest = torch.empty(chunk, -(-p.tokens // group), dtype=torch.int32, device=device) if few else None
     guard, where = on(device)
     stream = where["stream"]
     with guard:
         for first in range(0, p.rows, chunk):
             rows = min(chunk, p.rows - first)
             scores = buffer[:rows]
-            if few:
-                _C.cuda_topk_scores(
-                    table=p.packed.data_ptr(), grad=operand[first:].data_ptr(), scores=scores.data_ptr(),
-                    rows=rows, tokens=p.tokens, dim=p.packed.shape[1], stream=stream,
-                )  # fmt: skip
-            else:
+            if not few:
                 multiply(operand[first : first + rows], p.packed.T, scores)
-            _C.cuda_topk_select(
+            _C.cuda_topk(
+                table=p.packed.data_ptr() if few else 0,
+                operand=operand[first:].data_ptr(),
+                padded=operand.shape[1],
+                lowest=address(lowest),
+                group=group,
                 scores=scores.data_ptr(),
                 first=first,
                 rows=rows,

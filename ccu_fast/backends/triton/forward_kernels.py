@@ -50,6 +50,8 @@ from ccu_fast.backends.triton.similarity_tile import (
 )
 
 BAND = tl.constexpr(8)
+# Partial sums of an item that the merge has on their way at a time.
+AT_ONCE = tl.constexpr(8)
 # What the stash opens with: the shift, and whether any row or column needed the online maximum.
 SHIFT = tl.constexpr(0)
 ONLINE = tl.constexpr(1)
@@ -256,12 +258,14 @@ def _merge(parts, out, flags, block, shift, bias, banks, items, count, least, SP
     inside = index < items
     slot = tl.cast(banks, tl.int64) * items
     low = tl.zeros((BLOCK,), tl.int32)
+    part = tl.arange(0, AT_ONCE)
     for r in tl.static_range(len(SPEC)):
         at = parts + r * count * slot + bank * items + index
-        total = tl.zeros((BLOCK,), tl.float32)
-        for _ in range(count):
-            total += tl.load(at, mask=inside, other=0.0)
-            at += slot
+        totals = tl.zeros((AT_ONCE, BLOCK), tl.float32)
+        for first in range(0, count, AT_ONCE):
+            mask = (first + part < count)[:, None] & inside[None, :]
+            totals += tl.load(at[None, :] + (first + part)[:, None] * slot, mask=mask, other=0.0)
+        total = tl.sum(totals, 0)
         if SPEC[r][0] == LSE:
             low |= ((total > 0.0) & (total < least)).to(tl.int32) | (total == float("inf")).to(tl.int32)
             empty = total == 0.0

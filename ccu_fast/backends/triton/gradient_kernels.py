@@ -18,8 +18,9 @@ therefore left out by scale_kernel and made by gradient_kernel from fp32 product
 work, E may have underflowed: a second launch (``AGAIN``), which else returns at once, makes all of G with an
 exponential for each reduction.
 
-The grids. scale_kernel: one program for each tile, nothing is shared. gradient_kernel: a few programs for each
-processor share the tiles in bands of rows, so that a launch that has little or nothing to fix costs next to nothing.
+The grids. scale_kernel: one program for each tile, or part of one, nothing is shared. gradient_kernel: a few programs
+for each processor share the tiles in bands of rows, so that a launch that has little or nothing to fix costs next to
+nothing.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -68,12 +69,13 @@ def scale_kernel(
     row_label_bank, col_label_bank, row_id_bank, col_id_bank,
     ROWS: tl.constexpr, COLS: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
-    HAS_NORM: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_NORM: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of G from E, for the rows [first_row, first_row + chunk_rows) of some banks; there is no bias.
 
-    ``kept`` and ``g_out`` are ``[banks in the chunk, chunk_rows, g_stride]``, ``grad_cols`` and ``col_out``
-    ``[len(COLS), banks, col_items]``; ROWS and COLS are those far from the diagonal.
+    A tile of gradient_kernel has the rows of ``PARTS`` of these; with ids it has to be one. ``kept`` and ``g_out`` are
+    ``[banks in the chunk, chunk_rows, g_stride]``, ``grad_cols`` and ``col_out`` ``[len(COLS), banks, col_items]``;
+    ROWS and COLS are those far from the diagonal.
     """
     pid = tl.program_id(0)
     row_tiles = tl.cdiv(chunk_rows, BLOCK_M)
@@ -103,8 +105,9 @@ def scale_kernel(
     left_out = tl.load(header + ONLINE) != 0.0
     if HAS_IDS or DIAGONAL:
         left_out = left_out | _has_own(
-            first_row + row_tile * BLOCK_M, col_tile * BLOCK_N, relation, HAS_IDS, DIAGONAL, BLOCK_M, BLOCK_N
-        )
+            first_row + row_tile // PARTS * PARTS * BLOCK_M, col_tile * BLOCK_N, relation,
+            HAS_IDS, DIAGONAL, PARTS * BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     if not left_out:
         shift = tl.load(header + SHIFT)
         at = (slab * chunk_rows + local)[:, None] * g_stride + cols[None, :]

@@ -189,6 +189,15 @@ def chunks(p: SimilarityProblem, block_m: int, workspace: int, stash_words: int)
     return pieces
 
 
+def parts_of_tile(tile: Tile, warps: int) -> int:
+    """In how many a tile of the gradient is read and written where it is only scaled.
+
+    So many that a thread has at most 32 elements: with their registers four blocks of 256 threads share a processor,
+    and one reads while another writes.
+    """
+    return max(1, tile.block_m * tile.block_n // (32 * 32 * warps))
+
+
 def parts_of_sum(p: SimilarityProblem, chunk: Chunk, processors: int) -> int:
     """In how many parts dX = G Y of a chunk is summed: a power of two, or 1.
 

@@ -351,15 +351,17 @@ class _Chunk:
                 del shared[foreign]
             # A relation for each pair, or twice the bytes, need the registers of more threads.
             keyed = p.row_labels is not None or p.row_ids is not None
+            warps = 16 if keyed or p.x.dtype == torch.float32 else 8
+            parts = 1 if p.row_ids is not None else plan.parts_of_tile(tile, warps)
+            block_m = tile.block_m // parts
             self.scale = launch(
-                scale_kernel, tiles,
+                scale_kernel, tiles // triton.cdiv(chunk.rows, tile.block_m) * triton.cdiv(chunk.rows, block_m),
                 (
                     p.n, p.m, p.banks, chunk.start, chunk.first, chunk.rows, stride, backward.col_items,
                     *backward.key_strides,
                 ),
                 **shared, ROWS=plan.far_from_diagonal(p, rows), COLS=plan.far_from_diagonal(p, cols),
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-                num_warps=16 if keyed or p.x.dtype == torch.float32 else 8, **configs.OPTIONS,
+                PARTS=parts, BLOCK_M=block_m, BLOCK_N=tile.block_n, num_warps=warps, **configs.OPTIONS,
             )  # fmt: skip
         self.before = chunk.before * stride
         self.finish = None
