@@ -84,7 +84,9 @@ def pgd_step_(
     if out is not None:
         _check_out(out, delta)
     name = choose(backend, "pgd_step_", delta.device, torch.float64 if wide else delta.dtype)
-    arguments = (grad.detach(), image.detach(), *numbers, channels, norm == "l2", nan_policy == "raise", name, out)
+    arguments: tuple[Any, ...] = (
+        grad.detach(), image.detach(), *numbers, channels, norm == "l2", nan_policy == "raise", name, out,
+    )  # fmt: skip
     if torch.compiler.is_compiling():
         torch.ops.ccu_fast.pgd_step_(delta.detach(), *arguments)
     else:

@@ -196,7 +196,7 @@ typedef struct {
 
 // Scores and lowest from the table and the operand.
 int ccu_cuda_topk_scores(const ccu_cuda_topk_args* args);
-// The best tokens from scores and, if it is there, lowest.
+// The best tokens from scores and, if it is there and of use, lowest.
 int ccu_cuda_topk_select(const ccu_cuda_topk_args* args);
 
 // ---------------------------------------------------------------------------------------------------------------------

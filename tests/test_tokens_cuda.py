@@ -116,6 +116,8 @@ def answer(grad: Tensor, table: TokenTable, k: int, **options: Any) -> list[Tens
         (5, 40, 8, 3),
         (3, 700, 20, 16),
         (2, 1500, 9, 300),
+        (2, 4200, 9, 1024),
+        (1, 16400, 4, 1000),
     ],
 )
 def test_the_ids_of_the_cpu(native: str, rows: int, vocabulary: int, dim: int, k: int, integers: bool) -> None:

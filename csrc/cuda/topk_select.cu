@@ -156,8 +156,10 @@ extern "C" int ccu_cuda_topk_select(const ccu_cuda_topk_args* args) {
       (args->lowest != nullptr && (args->tokens - 1) / args->group >= CCU_CUDA_TOPK_GROUPS))
     return CCU_BAD_ARGUMENT;
   if (args->rows == 0) return CCU_OK;
-  const unsigned blocks = static_cast<unsigned>(args->rows);
-  const cudaStream_t stream = static_cast<cudaStream_t>(args->stream);
-  ccu::select<<<blocks, ccu::kSelectThreads, 0, stream>>>(*args);
+  ccu_cuda_topk_args a = *args;
+  // Nearly all groups would be looked at again: the lowest of fewer tokens bounds the k-th better.
+  if (a.lowest != nullptr && (a.tokens + a.group - 1) / a.group < 2 * a.k) a.lowest = nullptr;
+  const unsigned blocks = static_cast<unsigned>(a.rows);
+  ccu::select<<<blocks, ccu::kSelectThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(a);
   return ccu::launched();
 }

@@ -128,6 +128,20 @@ def test_the_selection_of_few_rows_reads_groups_that_reach_low_alone(
     assert spoilt[0] > 0.98
 
 
+@pytest.mark.parametrize(("tokens", "k"), [(4200, 1024), (1500, 300), (20_000, 1000)])
+def test_few_rows_are_settled_at_once(native: str, tokens: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of several tokens bound the k-th best as well, or are not used."""
+    kernels, redone = sys.modules["ccu_fast._C"].cuda_topk, []
+
+    def watched(**given: Any) -> None:
+        kernels(**given)
+        redone.extend((ctypes.c_uint8 * given["rows"]).from_address(given["redo"]))
+
+    monkeypatch.setattr(sys.modules["ccu_fast._C"], "cuda_topk", watched)
+    topk_flips(torch.randn(2, 24), TokenTable(torch.randn(tokens, 24), backend=native), k, backend=native)
+    assert redone == [0, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [10.0, torch.tensor(10.0)], ids=["number", "tensor"])
 @pytest.mark.parametrize(("batch", "own"), [(5, 1), (200, 2)])
