@@ -1,14 +1,11 @@
-"""What torch.compile is told of our functions, without importing it.
+"""What torch.compile has to know about functions of ours, said without importing it.
 
 ``torch.compiler.disable`` and ``assume_constant_result`` import the compiler when a function is decorated, which takes
-longer than all else of ``import torch``. So what it looks for is set here, and tests/test_compile.py holds it against
-what torch's own decorators set.
+longer than the rest of ``import torch``. These two do the same and leave that to whoever compiles.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -24,20 +21,9 @@ def constant(function: F) -> F:
 
 
 def never(function: F) -> F:
-    """Runs between two graphs. As ``torch.compiler.disable``."""
+    """Runs between two graphs. As ``torch.compiler.disable``, in the form that torch uses for its own functions.
 
-    @functools.wraps(function)
-    def call(*args: Any, **options: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **options)
-        return _disabled(function)(*args, **options)
-
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
-    call._torchdynamo_disable_msg = None  # type: ignore[attr-defined]
-    return call  # type: ignore[return-value]
-
-
-@functools.cache
-def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
-    disabled: Callable[..., Any] = torch.compiler.disable(function)
-    return disabled
+    It imports the compiler at the first call, as any of torch's optimizers does.
+    """
+    disable: Callable[[F], F] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+    return disable(function)

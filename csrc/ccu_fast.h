@@ -159,7 +159,7 @@ typedef struct {
 int ccu_cuda_topk_describe(const ccu_topk_describe_args* args);
 
 typedef struct {
-  // Of few rows, up to CCU_CUDA_FEW_ROWS: what their scores are made from. Both are 16-byte aligned.
+  // For at most CCU_CUDA_FEW_ROWS rows, what their scores are computed from. Both are 16-byte aligned.
   const void* table;     // fp16 [tokens, padded]
   const float* operand;  // [rows, padded]
   int64_t padded;        // a multiple of 8
@@ -194,9 +194,9 @@ typedef struct {
   void* stream;
 } ccu_cuda_topk_args;
 
-// Scores and lowest from the table and the operand.
+// Computes scores and lowest from the table and the operand.
 int ccu_cuda_topk_scores(const ccu_cuda_topk_args* args);
-// The best tokens from scores and, if it is there and of use, lowest.
+// Finds the best tokens from scores, and from lowest if it is given.
 int ccu_cuda_topk_select(const ccu_cuda_topk_args* args);
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -469,7 +470,9 @@ def torch_compile_runs_it_between_two_graphs() -> None:
     x = torch.randn(4, 3, requires_grad=True)
     plain = step(x, x)
     (expected,) = torch.autograd.grad(plain, x)
-    compiled = torch.compile(step, backend="aot_eager")(x, x)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*[Dd]ynamo")
+        compiled = torch.compile(step, backend="aot_eager")(x, x)
     torch.testing.assert_close(compiled, plain)
     torch.testing.assert_close(torch.autograd.grad(compiled, x)[0], expected)
 

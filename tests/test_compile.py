@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_opcheck(dtype: torch.dtype, keys: bool, workspace: int, native: str) ->
         )  # fmt: skip
 
 
-def test_what_is_said_of_our_functions_is_what_torch_says() -> None:
+def test_a_constant_is_marked_as_torch_marks_it() -> None:
     def ours() -> int:
         return 1
 
@@ -57,11 +58,30 @@ def test_what_is_said_of_our_functions_is_what_torch_says() -> None:
         return 1
 
     assert vars(compiling.constant(ours)) == vars(torch.compiler.assume_constant_result(theirs))
-    said = vars(compiling.never(ours))
-    assert {name for name in vars(torch.compiler.disable(theirs)) if "_disable" in name} >= {
-        name for name in said if name.startswith("_torchdynamo")
-    }
-    assert said["_torchdynamo_disable"] is torch.compiler.disable(theirs)._torchdynamo_disable is True
+
+
+def test_what_is_never_compiled_leaves_one_break_and_nothing_to_compile() -> None:
+    """As with torch's own decorator: the same graphs, and no warning."""
+
+    def total(x: Tensor, *, times: float, **options: object) -> Tensor:
+        return x * times
+
+    def graphs(disabled: Callable[..., Tensor]) -> int:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        for number in range(5):
+            name = f"option_{number}"
+
+            def step(x: Tensor, name: str = name, number: int = number) -> Tensor:
+                return disabled(x + 1, times=0.5 * number, **{name: number}) * 2
+
+            compiled = torch.compile(step, backend=counter)
+            assert torch.equal(compiled(torch.ones(3)), step(torch.ones(3)))
+        return counter.frame_count
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert graphs(compiling.never(total)) == graphs(torch.compiler.disable(total)) > 5
 
 
 def test_the_compiler_is_not_imported_by_those_who_do_not_compile() -> None:

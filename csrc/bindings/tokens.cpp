@@ -127,7 +127,7 @@ void bind_tokens(py::module_& m) {
 #if CCU_HAVE_CUDA
   m.attr("CUDA_FEW_ROWS") = static_cast<int>(CCU_CUDA_FEW_ROWS);
   m.attr("CUDA_TOPK_GROUPS") = static_cast<int>(CCU_CUDA_TOPK_GROUPS);
-  // With a table the scores are made first, else they are there.
+  // Without a table the caller has computed the scores.
   m.def(
       "cuda_topk",
       [](Address table, Address operand, int64_t padded, Address lowest, int64_t group, Address scores, int64_t first,

@@ -45,14 +45,14 @@ inline int no_device() {
   return status == CCU_OK ? CCU_CUDA_ERROR : status;
 }
 
-// `value` of all lanes of a warp joined, in a fixed order; the same in every lane.
+// Joins `value` over the lanes of a warp, in a fixed order; every lane gets the same result.
 template <class T, class Join>
 __device__ __forceinline__ T over_warp(T value, Join join) {
   for (int lane = 16; lane > 0; lane /= 2) value = join(value, __shfl_xor_sync(0xffffffffu, value, lane));
   return value;
 }
 
-// The same of all threads of a block of kBlock.
+// The same over the threads of a block of kBlock.
 template <int kBlock, class T, class Join>
 __device__ T over_block(T value, Join join) {
   constexpr int kParts = kBlock / 32;

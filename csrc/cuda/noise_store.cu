@@ -139,11 +139,16 @@ int launch_update(const ccu_noise_update_args& a) {
   return launched();
 }
 
+template <class N, class D, int W>
+bool packs_of(const ccu_noise_update_args& a) {
+  return a.size % W == 0 && aligned_for<Pack<N, W>>(a.noise) && aligned_for<Pack<D, W>>(a.delta);
+}
+
 template <class N, class D>
 int update(const ccu_noise_update_args& a) {
-  constexpr int kWide = 16 / (sizeof(N) > sizeof(D) ? sizeof(N) : sizeof(D));
-  const bool wide = a.size % kWide == 0 && aligned_for<Pack<N, kWide>>(a.noise) && aligned_for<Pack<D, kWide>>(a.delta);
-  return wide ? launch_update<N, D, kWide>(a) : launch_update<N, D, 1>(a);
+  constexpr int kWide = 16 / (sizeof(N) > sizeof(D) ? sizeof(N) : sizeof(D)), kNarrow = 4;
+  if (packs_of<N, D, kWide>(a)) return launch_update<N, D, kWide>(a);
+  return packs_of<N, D, kNarrow>(a) ? launch_update<N, D, kNarrow>(a) : launch_update<N, D, 1>(a);
 }
 
 template <class N>

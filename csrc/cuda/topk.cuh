@@ -47,7 +47,7 @@ struct Keys {
     const float score = factor * coarse;
     if constexpr (!kFiltered) return ordered(score);
     if (!may_use(a, row, token)) return kNever;
-    // fmaf, so that whoever makes the key of a score makes the same one.
+    // fmaf, so that the scan and the selection make the same key of a score.
     return ordered(a.penalty == nullptr ? score : fmaf(penalty_scale, penalty_of(a, row, token), score));
   }
 };

@@ -16,7 +16,7 @@ namespace ccu {
 namespace {
 
 constexpr int kTokens = 4;
-constexpr int kRows = 8;  // that the sums are laid out for; that many would spill registers
+constexpr int kRows = 8;  // for which the sums are laid out; to use all eight would spill registers
 constexpr int kDims = 8;
 static_assert(CCU_CUDA_FEW_ROWS == 6 && CCU_CUDA_FEW_ROWS <= kRows);
 

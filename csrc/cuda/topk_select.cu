@@ -2,16 +2,16 @@
 //
 //     select    per row the k tokens of lowest score in float64 order, from coarse scores and a bound of their error
 //
-// A block a row. The tokens are in at most 4096 groups, of which the lowest score is known: few rows come with it, of
-// others one read of the scores finds it. The k-th lowest of those, found bit by bit from registers, is at or above the
-// k-th lowest of all, because k groups hold one token each at or below it. What is within the bound of it is then
-// collected from the groups that reach so low, a few: k = 16 of 49408 tokens typically leaves 17 candidates, k = 1024
-// about 1200. They are scored in float64 from the embedding and sorted. Where more than 2048 are within the bound, or
-// there is no bound, they are settled a part at a time: the best k of one part stay for the next. A row whose gradient
-// is zero has its penalties for scores, and no products are made.
+// A block a row. The tokens form at most 4096 groups, and the lowest score of each group is needed: the scan of few
+// rows has written it, otherwise one read of the scores finds it. The k-th lowest of those, found bit by bit from
+// registers, is at or above the k-th lowest of all, because k groups hold one token each at or below it. What is within
+// the bound of it is then collected from the groups that reach so low, a few: k = 16 of 49408 tokens typically leaves
+// 17 candidates, k = 1024 about 1200. They are scored in float64 from the embedding and sorted. Where more than 2048
+// are within the bound, or there is no bound, they are settled a part at a time: the best k of one part stay for the
+// next. A row whose gradient is zero has its penalties for scores, and no products are made.
 //
-// Work: 4 bytes read a score, or of few rows a group, and the scores of every group that is looked at again; 2 D FLOP
-// in fp64 a candidate. No pass over the scores sorts anything.
+// Work: 4 bytes read for each score, or for each group where the scan has written it, and the scores of the groups that
+// reach low; 2 D FLOP in fp64 for each candidate. No pass over the scores sorts anything.
 #include "topk.cuh"
 
 namespace ccu {
@@ -54,8 +54,8 @@ __device__ void settle_by_parts(const ccu_cuda_topk_args& a, int64_t row, bool z
   }
 }
 
-// The lowest key of each of a thread's groups, of which number m is that of every kGroups-th token from
-// m * kSelectThreads + threadIdx.x on. Without a filter a thread has kMine scores on their way at a time.
+// The lowest key of each of a thread's groups. Group m holds every kGroups-th token from m * kSelectThreads +
+// threadIdx.x on. Without a filter a thread has kMine scores on their way at a time.
 template <bool kFiltered>
 __device__ __forceinline__ void lowest_of_groups(const Keys& keys, const float* scores, uint32_t (&lowest)[kMine]) {
 #pragma unroll
@@ -94,25 +94,32 @@ __global__ void __launch_bounds__(kSelectThreads) select(ccu_cuda_topk_args a) {
   }
   const Keys keys(a, row);
   const float* scores = a.scores + static_cast<int64_t>(blockIdx.x) * a.tokens;
-  const bool known = a.lowest != nullptr;  // then a group is `a.group` tokens that stand together
+  const auto add = [](int x, int y) { return x + y; };
   uint32_t lowest[kMine];
-  if (known) {
+  bool known = false;  // whether a group is `a.group` neighbouring tokens, as the scan left it
+  if (a.lowest != nullptr) {
     const int64_t groups = (a.tokens + a.group - 1) / a.group;
+    int usable = 0;
 #pragma unroll
     for (int m = 0; m < kMine; ++m) {
       const int64_t group = threadIdx.x + m * kSelectThreads;
       lowest[m] = group < groups ? __ldg(a.lowest + blockIdx.x * groups + group) : kNever;
+      usable += lowest[m] != kNever;
     }
-  } else if (is_filtered(a)) {
-    lowest_of_groups<true>(keys, scores, lowest);
-  } else {
-    lowest_of_groups<false>(keys, scores, lowest);
+    // With fewer usable groups nearly all of them would reach below the bound.
+    known = over_block<kSelectThreads>(usable, add) >= 2 * a.k;
+  }
+  if (!known) {
+    if (is_filtered(a))
+      lowest_of_groups<true>(keys, scores, lowest);
+    else
+      lowest_of_groups<false>(keys, scores, lowest);
   }
   const uint32_t kth = kth_key(a.k, [&](uint32_t bound) {
     int at_most = 0;
 #pragma unroll
     for (int m = 0; m < kMine; ++m) at_most += lowest[m] <= bound;
-    return over_block<kSelectThreads>(at_most, [](int x, int y) { return x + y; });
+    return over_block<kSelectThreads>(at_most, add);
   });
   // Fewer than k groups have a token that may be used: all of them are candidates.
   const bool all = kth == kNever;
@@ -156,10 +163,8 @@ extern "C" int ccu_cuda_topk_select(const ccu_cuda_topk_args* args) {
       (args->lowest != nullptr && (args->tokens - 1) / args->group >= CCU_CUDA_TOPK_GROUPS))
     return CCU_BAD_ARGUMENT;
   if (args->rows == 0) return CCU_OK;
-  ccu_cuda_topk_args a = *args;
-  // Nearly all groups would be looked at again: the lowest of fewer tokens bounds the k-th better.
-  if (a.lowest != nullptr && (a.tokens + a.group - 1) / a.group < 2 * a.k) a.lowest = nullptr;
-  const unsigned blocks = static_cast<unsigned>(a.rows);
-  ccu::select<<<blocks, ccu::kSelectThreads, 0, static_cast<cudaStream_t>(a.stream)>>>(a);
+  const unsigned blocks = static_cast<unsigned>(args->rows);
+  const cudaStream_t stream = static_cast<cudaStream_t>(args->stream);
+  ccu::select<<<blocks, ccu::kSelectThreads, 0, stream>>>(*args);
   return ccu::launched();
 }

@@ -40,7 +40,7 @@ void expect_ok(const char* what, int status) {
 }
 
 void topk(int64_t rows, int64_t tokens, int64_t dim, int64_t k, ccu_topk_path path, bool ties, bool filter = false,
-          bool known = true) {
+          bool use_lowest = true) {
   const int64_t padded = (dim + 7) / 8 * 8;
   float* embedding = numbers(tokens * dim);
   float* grad = numbers(rows * dim);
@@ -110,7 +110,7 @@ void topk(int64_t rows, int64_t tokens, int64_t dim, int64_t k, ccu_topk_path pa
   a.group = 4 * ((tokens + 4 * CCU_CUDA_TOPK_GROUPS - 1) / (4 * CCU_CUDA_TOPK_GROUPS));
   a.lowest = memory<uint32_t>(rows * ((tokens + a.group - 1) / a.group));
   expect_ok("topk_scores", ccu_cuda_topk_scores(&a));
-  if (!known) a.lowest = nullptr;
+  if (!use_lowest) a.lowest = nullptr;
   expect_ok("topk_select", ccu_cuda_topk_select(&a));
   uint64_t all = 0;
   for (int64_t id : ids) all = all * 31 + static_cast<uint64_t>(id);

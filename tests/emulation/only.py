@@ -128,8 +128,12 @@ def test_the_selection_of_few_rows_reads_groups_that_reach_low_alone(
     assert spoilt[0] > 0.98
 
 
-@pytest.mark.parametrize(("tokens", "k"), [(4200, 1024), (1500, 300), (20_000, 1000)])
-def test_few_rows_are_settled_at_once(native: str, tokens: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "k", "usable"), [(4200, 1024, 4200), (1500, 300, 1500), (20_000, 1000, 20_000), (20_000, 512, 3000)]
+)
+def test_few_rows_are_settled_at_once(
+    native: str, tokens: int, k: int, usable: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Groups of several tokens bound the k-th best as well, or are not used."""
     kernels, redone = sys.modules["ccu_fast._C"].cuda_topk, []
 
@@ -138,7 +142,8 @@ def test_few_rows_are_settled_at_once(native: str, tokens: int, k: int, monkeypa
         redone.extend((ctypes.c_uint8 * given["rows"]).from_address(given["redo"]))
 
     monkeypatch.setattr(sys.modules["ccu_fast._C"], "cuda_topk", watched)
-    topk_flips(torch.randn(2, 24), TokenTable(torch.randn(tokens, 24), backend=native), k, backend=native)
+    table, allowed = TokenTable(torch.randn(tokens, 24), backend=native), torch.arange(tokens) < usable
+    topk_flips(torch.randn(2, 24), table, k, allowed=allowed, backend=native)
     assert redone == [0, 0]
 
 

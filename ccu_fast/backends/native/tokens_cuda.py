@@ -20,7 +20,7 @@ from ccu_fast.backends.native.gemm import multiply
 from ccu_fast.backends.native.launch import DTYPES, address, on
 from ccu_fast.backends.token_problem import TokenProblem, TokenResult
 
-# Of tokens that stand together, in the scan of few rows.
+# The scan of few rows writes the lowest score of every group of neighbouring tokens, 4 or a multiple.
 _SMALLEST_GROUP = 4
 _CHUNK_BYTES = 256 << 20
 _PACK_ROWS = 8192
@@ -102,7 +102,7 @@ def topk_and_redone(p: TokenProblem) -> tuple[TokenResult, Tensor]:
     chunk = min(p.rows, max(1, _CHUNK_BYTES // (4 * p.tokens)))
     buffer = torch.empty(chunk, p.tokens, dtype=torch.float32, device=device)
     group = _SMALLEST_GROUP * -(-p.tokens // (_SMALLEST_GROUP * _C.CUDA_TOPK_GROUPS))
-    # Of int32 for its size alone: the keys are unsigned.
+    # The keys are unsigned numbers of 32 bits.
     lowest = torch.empty(chunk, -(-p.tokens // group), dtype=torch.int32, device=device) if few else None
     guard, where = on(device)
     stream = where["stream"]

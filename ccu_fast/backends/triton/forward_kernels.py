@@ -50,7 +50,7 @@ from ccu_fast.backends.triton.similarity_tile import (
 )
 
 BAND = tl.constexpr(8)
-# Partial sums of an item that the merge has on their way at a time.
+# Partial sums of an item that the merge loads at once.
 AT_ONCE = tl.constexpr(8)
 # What the stash opens with: the shift, and whether any row or column needed the online maximum.
 SHIFT = tl.constexpr(0)

@@ -73,9 +73,9 @@ def scale_kernel(
 ):  # fmt: skip
     """One tile of G from E, for the rows [first_row, first_row + chunk_rows) of some banks; there is no bias.
 
-    A tile of gradient_kernel has the rows of ``PARTS`` of these; with ids it has to be one. ``kept`` and ``g_out`` are
-    ``[banks in the chunk, chunk_rows, g_stride]``, ``grad_cols`` and ``col_out`` ``[len(COLS), banks, col_items]``;
-    ROWS and COLS are those far from the diagonal.
+    ``PARTS`` of these tiles, one below the other, are a tile of gradient_kernel; with ids ``PARTS`` is 1. ``kept`` and
+    ``g_out`` are ``[banks in the chunk, chunk_rows, g_stride]``, ``grad_cols`` and ``col_out`` ``[len(COLS), banks,
+    col_items]``; ROWS and COLS are those far from the diagonal.
     """
     pid = tl.program_id(0)
     row_tiles = tl.cdiv(chunk_rows, BLOCK_M)

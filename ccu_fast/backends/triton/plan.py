@@ -190,10 +190,10 @@ def chunks(p: SimilarityProblem, block_m: int, workspace: int, stash_words: int)
 
 
 def parts_of_tile(tile: Tile, warps: int) -> int:
-    """In how many a tile of the gradient is read and written where it is only scaled.
+    """In how many parts a tile of the gradient is read and written where it is only scaled.
 
-    So many that a thread has at most 32 elements: with their registers four blocks of 256 threads share a processor,
-    and one reads while another writes.
+    As many as leave a thread at most 32 elements: with their registers three or four blocks of 256 threads share a
+    processor, and one reads while another writes.
     """
     return max(1, tile.block_m * tile.block_n // (32 * 32 * warps))
 
