@@ -25,7 +25,7 @@ CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 .PHONY: test test-newest lint demo bench compat clean
 .DELETE_ON_ERROR:
 
-# Without bytecode on disk every process compiles all of torch's Python again: 4 of the 7 seconds that it takes to start.
+# Without bytecode on disk every process compiles torch's Python again, which takes most of the time of its start.
 export PYTHONDONTWRITEBYTECODE =
 
 # The workers share the cores: a thread of one that waits must not spin while the other has work.

@@ -323,8 +323,11 @@ class _Chunk:
         stride = plan.stride(p)
         self.shape = (chunk.banks, chunk.rows, stride)
         self.size = chunk.banks * chunk.rows * stride if backward.store else 0
-        tiles = chunk.banks * triton.cdiv(chunk.rows, tile.block_m) * triton.cdiv(p.m, tile.block_n)
-        programs = min(tiles, 2 * device.processors)
+
+        def tiles(block_m: int) -> int:
+            return chunk.banks * triton.cdiv(chunk.rows, block_m) * triton.cdiv(p.m, tile.block_n)
+
+        programs = min(tiles(tile.block_m), 2 * device.processors)
         kept = chunk.kept and backward.store and not totals
         self.parts = (2, 2, programs) if totals else None
         shared = {
@@ -355,7 +358,7 @@ class _Chunk:
             parts = 1 if p.row_ids is not None else plan.parts_of_tile(tile, warps)
             block_m = tile.block_m // parts
             self.scale = launch(
-                scale_kernel, tiles // triton.cdiv(chunk.rows, tile.block_m) * triton.cdiv(chunk.rows, block_m),
+                scale_kernel, tiles(block_m),
                 (
                     p.n, p.m, p.banks, chunk.start, chunk.first, chunk.rows, stride, backward.col_items,
                     *backward.key_strides,
