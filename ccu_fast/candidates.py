@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.backends.registry import choose
+from ccu_fast.backends.reference import candidates as reference
+from ccu_fast.backends.registry import choose, load
+from ccu_fast.operator import operator
 
 
 def candidate_losses(
@@ -69,33 +69,25 @@ def candidate_losses(
     name = choose("reference" if follows else backend, "candidate_losses", image.device, image.dtype)
     number, tensor = (1.0, factor) if isinstance(factor, Tensor) else (factor, None)
     with torch.autocast(image.device.type, enabled=False):
-        arguments = (text_candidates, image, text, number, tensor)
-        if follows or not torch.compiler.is_compiling():
-            return _solve(*arguments, name)
-        return torch.ops.ccu_fast.candidate_losses(*arguments, name)
-
-
-def _solve(
-    text_candidates: Tensor, image: Tensor, text: Tensor, scale: float, factor: Tensor | None, backend: str
-) -> Tensor:
-    solved: Tensor = importlib.import_module(f"ccu_fast.backends.{backend}.candidates").solve(
-        text_candidates, image, text, scale, factor
-    )
-    return solved
+        if follows:  # in a graph too: torch has to see what it is to differentiate
+            return reference.solve(text_candidates, image, text, number, tensor)
+        return _solve(text_candidates, image, text, number, tensor, name)
 
 
 def _fake(candidates: Tensor, image: Tensor, *_: object) -> Tensor:
     return image.new_empty(candidates.shape[:2], dtype=torch.promote_types(image.dtype, torch.float32))
 
 
-_LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
-_LIBRARY.define(
+@operator(
     "candidate_losses(Tensor text_candidates, Tensor image, Tensor text, float scale, Tensor? factor, str backend) "
     "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    fake=_fake,
 )
-_LIBRARY.impl("candidate_losses", _solve, "CompositeExplicitAutograd")
-torch.library.register_fake("ccu_fast::candidate_losses", _fake, lib=_LIBRARY)
+def _solve(
+    text_candidates: Tensor, image: Tensor, text: Tensor, scale: float, factor: Tensor | None, backend: str
+) -> Tensor:
+    solved: Tensor = load("candidate_losses", backend).solve(text_candidates, image, text, scale, factor)
+    return solved
 
 
 def _scalar(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.backends import machine, registry
 from ccu_fast.backends.noise_problem import BadGradient, NoiseStep
-from ccu_fast.backends.registry import choose
+from ccu_fast.backends.registry import choose, load
+from ccu_fast.operator import in_place, operator
 
 NORMS = ("linf", "l2")
 NAN_POLICIES = ("raise", "zero")
@@ -84,13 +84,9 @@ def pgd_step_(
     if out is not None:
         _check_out(out, delta)
     name = choose(backend, "pgd_step_", delta.device, torch.float64 if wide else delta.dtype)
-    arguments: tuple[Any, ...] = (
-        grad.detach(), image.detach(), *numbers, channels, norm == "l2", nan_policy == "raise", name, out,
-    )  # fmt: skip
-    if torch.compiler.is_compiling():
-        torch.ops.ccu_fast.pgd_step_(delta.detach(), *arguments)
-    else:
-        _step(delta, *arguments)
+    rest: tuple[Any, ...] = (*numbers, channels, norm == "l2", nan_policy == "raise", name, out)
+    _step(delta.detach(), grad.detach(), image.detach(), *rest)
+    if not torch.compiler.is_compiling():  # in a graph the operator's schema says what it changes
         torch.autograd.graph.increment_version(delta)
         if out is not None:
             torch.autograd.graph.increment_version(out)
@@ -170,6 +166,11 @@ def _check_channels(channels: Tensor) -> None:
         _check_range(lower, upper)
 
 
+@operator(
+    "pgd_step_(Tensor(a!) delta, Tensor grad, Tensor image, float step, float eps, float lower, float upper, "
+    "Tensor? channels, bool l2, bool raise_nan, str backend, Tensor(b!)? out=None) -> ()",
+    fake=in_place,
+)
 def _step(
     delta: Tensor,
     grad: Tensor,
@@ -195,7 +196,7 @@ def _step(
         numbers = (step, eps, lower, upper)
         problem = NoiseStep(work, grad.contiguous(), image.contiguous(), numbers, channel, out, l2, raise_nan)
         try:
-            importlib.import_module(f"ccu_fast.backends.{backend}.noise").step(problem)
+            load("pgd_step_", backend).step(problem)
         except BadGradient:
             what = "finite values" if l2 else "no NaN"
             raise ValueError(
@@ -223,14 +224,4 @@ def check_pgd_steps(device: torch.device | str | None = None) -> None:
     if where is not None and where.type == "cuda" and where.index is None and torch.cuda.is_available():
         where = torch.device("cuda", torch.cuda.current_device())
     if registry.unavailable("native") is None:
-        importlib.import_module("ccu_fast.backends.native.noise").raise_refused(where)
-
-
-_LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
-_LIBRARY.define(
-    "pgd_step_(Tensor(a!) delta, Tensor grad, Tensor image, float step, float eps, float lower, float upper, "
-    "Tensor? channels, bool l2, bool raise_nan, str backend, Tensor(b!)? out=None) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.impl("pgd_step_", _step, "CompositeExplicitAutograd")
-torch.library.register_fake("ccu_fast::pgd_step_", lambda *_: None, lib=_LIBRARY)
+        load("pgd_step_", "native").raise_refused(where)

@@ -13,10 +13,10 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.backends.machine import moved
 from ccu_fast.backends.registry import choose
-from ccu_fast.backends.store_problem import STEPS, NoiseAddition, steps_of
+from ccu_fast.backends.store_problem import STEPS, steps_of
 from ccu_fast.noise import per_channel
 from ccu_fast.noise_file import NoiseFile
-from ccu_fast.noise_store_op import add, added, check_range, first_wrong, update
+from ccu_fast.noise_store_op import add_out, added, check_range, first_wrong, update
 
 DTYPES = (torch.int8, torch.float16, torch.float32)
 IMAGES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
@@ -270,7 +270,7 @@ class NoiseStore:
         if out is None:
             return added(source, noise, where, low, high, limits, backend).view(images.shape)
         with torch.no_grad():
-            add(NoiseAddition(source, noise, where, low, high, limits, self._matrix(out.detach())), backend)
+            add_out(source, noise, where, low, high, limits, backend, self._matrix(out.detach()))
         return out
 
     def scatter_(self, index: Tensor, values: Tensor, *, checked: bool = True) -> None:

@@ -6,7 +6,6 @@ ccu_fast::l2_normalize_backward  gradient of the rows → dx
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.backends.reference import normalize as reference
-from ccu_fast.backends.registry import choose
+from ccu_fast.backends.registry import choose, load
+from ccu_fast.operator import once_differentiable, operator
 from ccu_fast.similarity_op import without_autocast
 
 EPS = 1e-12  # torch.nn.functional.normalize's
@@ -59,50 +59,22 @@ def l2_normalize(x: Tensor, *, dtype: torch.dtype | None = None, backend: str = 
     return unit.view(x.shape)
 
 
-def _implementation(backend: str) -> Any:
-    return importlib.import_module(f"ccu_fast.backends.{backend}.normalize")
-
-
+@operator(
+    "l2_normalize(Tensor x, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    fake=lambda x, dtype, backend: (torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)),
+)
 def _forward(x: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
-    out: tuple[Tensor, Tensor] = _implementation(backend).forward(x, dtype, EPS)
+    out: tuple[Tensor, Tensor] = load("l2_normalize", backend).forward(x, dtype, EPS)
     return out
 
 
-def _backward(grad: Tensor, x: Tensor, inverse: Tensor, backend: str) -> Tensor:
-    dx: Tensor = _implementation(backend).backward(grad, x, inverse, EPS)
-    return dx
-
-
-_LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
-_LIBRARY.define(
-    "l2_normalize(Tensor x, ScalarType dtype, str backend) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
-)
-_LIBRARY.define(
+@operator(
     "l2_normalize_backward(Tensor grad, Tensor x, Tensor inverse, str backend) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    fake=lambda grad, x, inverse, backend: torch.empty_like(x),
 )
-_LIBRARY.impl("l2_normalize", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("l2_normalize_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "ccu_fast::l2_normalize",
-    lambda x, dtype, backend: (torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)),
-    lib=_LIBRARY,
-)
-torch.library.register_fake(
-    "ccu_fast::l2_normalize_backward", lambda grad, x, inverse, backend: torch.empty_like(x), lib=_LIBRARY
-)
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """The gradient under create_graph=True: whoever differentiates it gets an error, not a silent zero."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        return _backward(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("l2_normalize: second derivatives need backend='reference'")
+def _backward(grad: Tensor, x: Tensor, inverse: Tensor, backend: str) -> Tensor:
+    dx: Tensor = load("l2_normalize", backend).backward(grad, x, inverse, EPS)
+    return dx
 
 
 class _Normalize(torch.autograd.Function):
@@ -110,9 +82,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-        # In eager mode the implementation itself: the dispatcher would cost more than a small problem's arithmetic.
-        call = torch.ops.ccu_fast.l2_normalize if torch.compiler.is_compiling() else _forward
-        out, inverse = call(x, dtype, backend)
+        out, inverse = _forward(x, dtype, backend)
         ctx.save_for_backward(x, inverse)
         ctx.backend = backend
         return out
@@ -120,9 +90,4 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, inverse = ctx.saved_tensors
-        call: Any = _backward
-        if torch.compiler.is_compiling():
-            call = torch.ops.ccu_fast.l2_normalize_backward
-        elif torch.is_grad_enabled():
-            call = _OnceDifferentiable.apply
-        return call(grad.contiguous(), x, inverse, ctx.backend), None, None
+        return once_differentiable("l2_normalize", _backward, grad.contiguous(), x, inverse, ctx.backend), None, None

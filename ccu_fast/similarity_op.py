@@ -3,15 +3,12 @@
     ccu_fast::reduce_similarity           x, y, … → row results [R, B, N], column results [C, B, M], stash
     ccu_fast::reduce_similarity_backward  their gradients → dx, dy, dscale, dbias
 
-The backend is chosen before and named by a string, inside the operator, so a compiled graph never breaks. In eager
-mode the implementation is called directly: the dispatcher would cost more than a small problem's arithmetic.
+The backend is chosen before and named by a string, inside the operator, so a compiled graph never breaks.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,20 +16,12 @@ import torch
 from torch import Tensor
 
 from ccu_fast.backends.problem import SimilarityProblem, decode
+from ccu_fast.backends.registry import load
+from ccu_fast.operator import once_differentiable, operator
 
 _FIELDS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_labels, Tensor? col_labels, "
     "Tensor? row_ids, Tensor? col_ids, bool diagonal, int[] rows, int[] cols"
-)
-_LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
-_LIBRARY.define(
-    f"reduce_similarity({_FIELDS}, str backend, int workspace, bool keep) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    f"reduce_similarity_backward(Tensor grad_rows, Tensor grad_cols, {_FIELDS}, Tensor row_out, Tensor col_out, "
-    "Tensor stash, bool[] needs, str backend, int workspace) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 _N_FIELDS = 11
 # With fewer frozen keys what has to be kept is small, and many rows or banks at a time make better GEMMs.
@@ -41,11 +30,6 @@ MANY_KEYS = 4096
 SMALL_PAIRS, SMALL_SIDE, SMALL_DIM = 1 << 20, 2048, 1024
 HALF = (torch.float16, torch.bfloat16)
 _NOTHING = nullcontext()
-
-
-@functools.cache
-def _implementation(backend: str) -> Any:
-    return importlib.import_module(f"ccu_fast.backends.{backend}" + ("" if "." in backend else ".similarity"))
 
 
 def specialised(p: SimilarityProblem, backend: str, keep: bool) -> str:
@@ -71,6 +55,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return _NOTHING
+
+
+def _implementation(backend: str) -> Any:
+    """Of what :func:`specialised` named."""
+    return load("reduce_similarity", *backend.split("."))
 
 
 def run_forward(p: SimilarityProblem, backend: str, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,16 +91,6 @@ def run_backward(
         return _implementation(backend).backward(p, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return run_forward(SimilarityProblem.unflatten(args[:_N_FIELDS]), *args[_N_FIELDS:])
-
-
-def _backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p = SimilarityProblem.unflatten(args[:_N_FIELDS])
-    row_out, col_out, stash, needs, backend, workspace = args[_N_FIELDS:]
-    return run_backward(p, backend, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
-
-
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     p = SimilarityProblem.unflatten(args[:_N_FIELDS])
     backend, workspace, keep = args[_N_FIELDS:]
@@ -119,6 +98,14 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     col_out = p.x.new_empty((len(p.cols), p.banks, p.m), dtype=torch.float32)
     stash = p.x.new_empty(_implementation(backend).stash_shape(p, workspace, keep), dtype=torch.float32)
     return row_out, col_out, stash
+
+
+@operator(
+    f"reduce_similarity({_FIELDS}, str backend, int workspace, bool keep) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_forward,
+)
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return run_forward(SimilarityProblem.unflatten(args[:_N_FIELDS]), *args[_N_FIELDS:])
 
 
 def _fake_backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -132,26 +119,15 @@ def _fake_backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Te
     )
 
 
-_LIBRARY.impl("reduce_similarity", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("reduce_similarity_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("ccu_fast::reduce_similarity", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("ccu_fast::reduce_similarity_backward", _fake_backward, lib=_LIBRARY)
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    """Gradients under create_graph=True, ``function(*args)``: whoever differentiates them gets an error.
-
-    torch's decorator of this name does so only when the incoming gradient requires grad. That of a loss does not, and
-    the second derivative would be silently zero.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
-        return function(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("reduce_similarity: second derivatives need backend='reference'")
+@operator(
+    f"reduce_similarity_backward(Tensor grad_rows, Tensor grad_cols, {_FIELDS}, Tensor row_out, Tensor col_out, "
+    "Tensor stash, bool[] needs, str backend, int workspace) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+)
+def _backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p = SimilarityProblem.unflatten(args[:_N_FIELDS])
+    row_out, col_out, stash, needs, backend, workspace = args[_N_FIELDS:]
+    return run_backward(p, backend, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
 
 
 class SimilarityReduction(torch.autograd.Function):
@@ -159,8 +135,7 @@ class SimilarityReduction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        call = torch.ops.ccu_fast.reduce_similarity if torch.compiler.is_compiling() else _forward
-        row_out, col_out, stash = call(*args)
+        row_out, col_out, stash = _forward(*args)
         # The stash is not marked as an input or output: it lives exactly as long as the graph.
         ctx.save_for_backward(*args[:8], row_out, col_out, stash)
         ctx.rest = args[8:]
@@ -171,13 +146,8 @@ class SimilarityReduction(torch.autograd.Function):
         *tensors, row_out, col_out, stash = ctx.saved_tensors
         diagonal, rows, cols, backend, workspace, _ = ctx.rest
         needs = list(ctx.needs_input_grad[:4])
-        call: Any = _backward
-        if torch.compiler.is_compiling():
-            call = torch.ops.ccu_fast.reduce_similarity_backward
-        elif torch.is_grad_enabled():
-            call = functools.partial(OnceDifferentiable.apply, _backward)
-        grads = call(
-            grad_rows.contiguous(), grad_cols.contiguous(), *tensors, diagonal, rows, cols,
-            row_out, col_out, stash, needs, backend, workspace,
-        )  # fmt: skip
+        problem = (*tensors, diagonal, rows, cols)
+        kept = (row_out, col_out, stash, needs, backend, workspace)
+        incoming = (grad_rows.contiguous(), grad_cols.contiguous())
+        grads = once_differentiable("reduce_similarity", _backward, *incoming, *problem, *kept)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 10)

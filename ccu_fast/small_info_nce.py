@@ -7,8 +7,6 @@ Here one node holds all of it, and the loss and its gradient with respect to the
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Any
 
 import torch
@@ -16,14 +14,10 @@ from torch import Tensor
 
 from ccu_fast import similarity_op
 from ccu_fast.backends.precision import fp32_precision
-from ccu_fast.backends.registry import choose
+from ccu_fast.backends.registry import choose, load
+from ccu_fast.operator import once_differentiable
 from ccu_fast.similarity import as_scalar
-from ccu_fast.similarity_op import HALF, SMALL_DIM, OnceDifferentiable, without_autocast
-
-
-@functools.cache
-def _implementation(backend: str) -> Any:
-    return importlib.import_module(f"ccu_fast.backends.{backend}.small_info_nce")
+from ccu_fast.similarity_op import HALF, SMALL_DIM, without_autocast
 
 
 def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
@@ -72,18 +66,17 @@ class _SmallInfoNCE(torch.autograd.Function):
         symmetric, weight, keep, backend = options
         ctx.rest = symmetric, weight, backend
         with without_autocast(x.device):
-            loss, *saved = _implementation(backend).forward(x, y, scale, symmetric, weight, keep)
+            loss, *saved = load("small_info_nce", backend).forward(x, y, scale, symmetric, weight, keep)
         ctx.save_for_backward(x, y, scale, *saved)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (*ctx.saved_tensors, grad, ctx.needs_input_grad[:3], *ctx.rest)
-        grads = OnceDifferentiable.apply(_backward, *arguments) if torch.is_grad_enabled() else _backward(*arguments)
-        return (*grads, None)
+        rest = (grad, ctx.needs_input_grad[:3], *ctx.rest)
+        return (*once_differentiable("reduce_similarity", _backward, *ctx.saved_tensors, *rest), None)
 
 
 def _backward(x: Tensor, y: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     *saved, grad, needs, symmetric, weight, backend = rest
     with without_autocast(x.device):
-        return _implementation(backend).backward(x, y, scale, saved, grad, needs, symmetric, weight)
+        return load("small_info_nce", backend).backward(x, y, scale, saved, grad, needs, symmetric, weight)

@@ -5,7 +5,6 @@ The table of token embeddings is prepared once; scoring then reads it once and n
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.backends.registry import choose
+from ccu_fast.backends.registry import choose, load
 from ccu_fast.backends.token_problem import TokenProblem, TokenResult
 from ccu_fast.candidates import candidate_losses
 from ccu_fast.tokens_op import STALE, topk, version_of
@@ -87,8 +86,7 @@ class TokenTable:
         self.coarse: Tensor | None = None
         self._gram: Tensor | None = None
         if self.backend != "reference":
-            backend = importlib.import_module(f"ccu_fast.backends.{self.backend}.tokens")
-            self.packed, self.coarse = backend.pack(self.embedding, self.ids)
+            self.packed, self.coarse = load("topk_flips", self.backend).pack(self.embedding, self.ids)
 
     def check_fresh(self) -> None:
         """Raise a ValueError if the embedding changed in place since the table was prepared."""

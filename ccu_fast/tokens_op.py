@@ -8,7 +8,6 @@ there are values also when a graph runs.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -16,16 +15,9 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.backends import machine
+from ccu_fast.backends.registry import load
 from ccu_fast.backends.token_problem import TokenProblem, TokenResult
-
-_LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
-_LIBRARY.define(
-    "topk_flips(Tensor grad, Tensor embedding, Tensor? token_ids, Tensor? packed, Tensor? coarse, float max_norm, "
-    "int k, bool maximize, Tensor? current, bool exclude_current, Tensor? allowed, Tensor? penalty, bool certify, "
-    "int version, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
+from ccu_fast.operator import operator
 
 STALE = (
     "table: expected an embedding unchanged since the table was built, got one changed in place; call table.refresh()"
@@ -35,23 +27,6 @@ STALE = (
 def version_of(embedding: Tensor) -> int:
     """Counts in-place changes; −1 where torch does not (inference tensors)."""
     return -1 if embedding.is_inference() else embedding._version
-
-
-def _topk(*args: Any) -> TokenResult:
-    *fields, version, backend = args
-    p = TokenProblem(*fields)
-    if version >= 0 and version_of(p.embedding) != version:
-        raise ValueError(STALE)
-    # On a GPU a look would wait for it: there the kernel fails for an id out of range, as torch's indexing does.
-    if p.current is not None and p.rows and machine.host_sees(p.current.device):
-        vocabulary = p.embedding.shape[0]
-        low, high = (int(v) for v in p.current.aminmax())
-        if low < 0 or high >= vocabulary:
-            raise ValueError(f"current_ids: expected ids in [0, {vocabulary - 1}], got {low if low < 0 else high}")
-    if p.penalty is not None and machine.host_sees(p.penalty.device):
-        check.finite("penalty", p.penalty)
-    result: TokenResult = importlib.import_module(f"ccu_fast.backends.{backend}.tokens").topk(p)
-    return result
 
 
 def _fake(*args: Any) -> TokenResult:
@@ -66,13 +41,30 @@ def _fake(*args: Any) -> TokenResult:
     )
 
 
-_LIBRARY.impl("topk_flips", _topk, "CompositeExplicitAutograd")
-torch.library.register_fake("ccu_fast::topk_flips", _fake, lib=_LIBRARY)
+@operator(
+    "topk_flips(Tensor grad, Tensor embedding, Tensor? token_ids, Tensor? packed, Tensor? coarse, float max_norm, "
+    "int k, bool maximize, Tensor? current, bool exclude_current, Tensor? allowed, Tensor? penalty, bool certify, "
+    "int version, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+)
+def _topk(*args: Any) -> TokenResult:
+    *fields, version, backend = args
+    p = TokenProblem(*fields)
+    if version >= 0 and version_of(p.embedding) != version:
+        raise ValueError(STALE)
+    # On a GPU a look would wait for it: there the kernel fails for an id out of range, as torch's indexing does.
+    if p.current is not None and p.rows and machine.host_sees(p.current.device):
+        vocabulary = p.embedding.shape[0]
+        low, high = (int(v) for v in p.current.aminmax())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"current_ids: expected ids in [0, {vocabulary - 1}], got {low if low < 0 else high}")
+    if p.penalty is not None and machine.host_sees(p.penalty.device):
+        check.finite("penalty", p.penalty)
+    result: TokenResult = load("topk_flips", backend).topk(p)
+    return result
 
 
 def topk(p: TokenProblem, version: int, backend: str) -> TokenResult:
-    """Solve ``p``; through the operator only where a graph is being made."""
-    fields = tuple(getattr(p, name) for name in TokenProblem.__dataclass_fields__)
-    if torch.compiler.is_compiling():
-        return TokenResult(*torch.ops.ccu_fast.topk_flips(*fields, version, backend))
-    return _topk(*fields, version, backend)
+    """Solve ``p``, of a table made when its embedding had been changed ``version`` times."""
+    fields = (getattr(p, name) for name in TokenProblem.__dataclass_fields__)
+    return TokenResult(*_topk(*fields, version, backend))

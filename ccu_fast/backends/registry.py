@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 import warnings
+from typing import Any
 
 import torch
 
@@ -119,6 +122,24 @@ def _choose(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
     if device.type != "cuda" or device.index is not None:
         _chosen[backend, op, device, dtype] = name
     return name
+
+
+# The module of each operation in the folder of a backend.
+MODULES = {
+    "reduce_similarity": "similarity",
+    "small_info_nce": "small_info_nce",
+    "l2_normalize": "normalize",
+    "candidate_losses": "candidates",
+    "noise_store": "noise_store",
+    "pgd_step_": "noise",
+    "topk_flips": "tokens",
+}
+
+
+@functools.cache
+def load(op: str, backend: str, variant: str = "") -> Any:
+    """The module that runs ``op``, of a backend that :func:`choose` named; ``variant``: that for problems of a kind."""
+    return importlib.import_module(f"ccu_fast.backends.{backend}.{variant or MODULES[op]}")
 
 
 def _tell(op: str, device: torch.device, dtype: torch.dtype, reasons: dict[str, str]) -> None:

@@ -1,0 +1,66 @@
+"""Operators of torch made of Python functions: one decorator for what every operation of the package needs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
+
+
+def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
+    """Register a function as ``torch.ops.ccu_fast.NAME``, so that a compiled graph never breaks on it.
+
+    Called by its own name, the function runs directly in eager mode, where the dispatcher would cost more than a small
+    problem's arithmetic, and as the operator only while a graph is being made.
+
+    Args:
+        schema: ``"NAME(Tensor x, …) -> Tensor"``. Arguments are positional.
+        fake: the function's arguments to empty tensors of the results' shapes, dtypes and devices.
+    """
+
+    def register(function: F) -> F:
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ccu_fast::{name}", fake, lib=_LIBRARY)
+        registered = getattr(torch.ops.ccu_fast, name)
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            return registered(*args) if torch.compiler.is_compiling() else function(*args)
+
+        return call  # type: ignore[return-value]
+
+    return register
+
+
+def in_place(*_: Any) -> None:
+    """The ``fake`` of an operator that returns nothing."""
+
+
+def once_differentiable(op: str, gradient: Callable[..., Any], *args: Any) -> Any:
+    """``gradient(*args)``; whoever differentiates it, under create_graph=True, gets an error that names ``op``.
+
+    torch's decorator of this name raises only when the incoming gradient requires grad. That of a loss does not, and
+    the second derivative would silently be zero.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _OnceDifferentiable.apply(op, gradient, *args)
+    return gradient(*args)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: str, gradient: Callable[..., Any], *args: Any) -> Any:
+        ctx.op = op
+        return gradient(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError(f"{ctx.op}: second derivatives need backend='reference'")
