@@ -25,7 +25,8 @@ EXAMPLES = """examples:
   python -m benchmarks --quick                               small shapes, printed only: does everything run?
   python -m benchmarks --minutes 5                           start no case after 5 minutes, and name those left out
   python -m benchmarks --check                               the bars, from stored results
-  python -m benchmarks --report                              pages, plots and the README's table, from stored results
+  python -m benchmarks --report                              pages and the README's table, from stored results
+  python -m benchmarks --plots                               <operation>.svg beside every file of stored results
 """
 
 
@@ -36,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for op in arguments.ops:
             if op not in OPS:
                 raise ValueError(f"ops: expected some of {', '.join(OPS)}, got {op!r}")
-        if arguments.report or arguments.check:
+        if arguments.report or arguments.plots or arguments.check:
             out = arguments.out or results.FOLDER
             reported = _report(out) if arguments.report else 0
+            drawn = _plots(out) if arguments.plots else 0
             # What is stored, or owed, on a device can be read without having one.
             kind = arguments.device or environment.choose_device(None).type
             checked = _check(out, kind, strict=arguments.strict) if arguments.check else 0
-            return reported or checked
+            return reported or drawn or checked
         device = environment.choose_device(arguments.device)
         cases = _cases(arguments, device)
     except ValueError as error:
@@ -88,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no case later than this")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {results.FOLDER.name}/ beside this file")
     parser.add_argument("--check", action="store_true", help="measure nothing; stored figures against bars.json")
-    parser.add_argument("--report", action="store_true", help="measure nothing; write pages, plots, the README's table")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write pages and the README's table")
+    parser.add_argument("--plots", action="store_true", help="measure nothing; draw what is stored, with matplotlib")
     parser.add_argument("--strict", action="store_true", help="with --check: exit 1 unless every bar is met")
     return parser
 
@@ -110,24 +113,32 @@ def _chosen(op: Op, no_compiled: bool) -> Op:
 
 
 def _report(out: Path) -> int:
-    """Everything that is made from the stored rows."""
-    folders = sorted(folder for folder in out.glob("*") if folder.is_dir() and results.read(folder))
+    """The pages that are made from the stored rows."""
+    folders = _folders(out)
     if not folders:
-        print(f"no results in {out}")
         return 1
-    written: list[Path] = []
     for folder in folders:
-        drawn = plots.write(folder)
-        if not drawn:
-            print(f"{folder.name}: no plots, matplotlib is not installed")
-        written += drawn
-        tables.write_readme(folder)  # it shows the plots that are there
-        written.append(folder / "README.md")
-    written.append(summary.write(out))
+        tables.write_readme(folder)
+    written = [*(folder / "README.md" for folder in folders), summary.write(out)]
     if out == results.FOLDER:
         written += summary.update_pages(out, environment.REPOSITORY)
     print("\n".join(f"wrote {path}" for path in written))
     return 0
+
+
+def _plots(out: Path) -> int:
+    """Pictures of the stored rows, which are not kept with them."""
+    drawn = [path for folder in _folders(out) for path in plots.write(folder)]
+    print("\n".join(f"wrote {path}" for path in drawn) or "no plots")
+    return 0 if drawn else 1
+
+
+def _folders(out: Path) -> list[Path]:
+    """The devices that have rows."""
+    folders = sorted(folder for folder in out.glob("*") if folder.is_dir() and results.read(folder))
+    if not folders:
+        print(f"no results in {out}")
+    return folders
 
 
 def _check(out: Path, device: str, *, strict: bool) -> int:

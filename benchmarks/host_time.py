@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment
-from benchmarks.results import replace
+from benchmarks import environment, results
 
 FOLDER = Path(__file__).resolve().parent / "host" / "results"
 BATCHES = (128, 4096)
+DEPTH = 4  # a line for the times, the counts and the profile of a worker and a batch
 
 
 class Worker:
@@ -128,11 +128,10 @@ def main() -> None:
         "environment": environment.describe(torch.device("cpu")),
         "batch": sizes,
     }
-    text = json.dumps(report, indent=1) + "\n"
-    print(text)
+    print(results.text(report, DEPTH))
     if arguments.name:
         FOLDER.mkdir(parents=True, exist_ok=True)
-        replace(FOLDER / f"{arguments.name}.json", text)
+        results.store(FOLDER / f"{arguments.name}.json", report, DEPTH)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ for 234 batches of Flickr8K). Result: protection/phases.json.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import environment
-from benchmarks.results import replace
+from benchmarks import environment, results
 from ccu_fast.mem import Method, Protection, Settings
 from ccu_fast.mem.source import TensorSource
 from ccu_fast.models.clip import TransformersClipEncoder
 
 SOT, EOT, CONTEXT = 49406, 49407, 77
+DEPTH = 2  # a line for each provider
 
 
 class Ids:
@@ -81,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = environment.describe(torch.device("cpu"))
     path = a.out or Path(__file__).parent / "protection" / "phases.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, json.dumps(result | {"environment": facts}, indent=1) + "\n")
-    print(json.dumps({k: result[k] for k in ("shape", "cpu_seconds", "speedup", "gate")}, indent=1))
+    results.store(path, result | {"environment": facts}, DEPTH)
+    print(results.text({k: result[k] for k in ("shape", "cpu_seconds", "speedup", "gate")}, DEPTH))
     return 0
 
 

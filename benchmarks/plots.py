@@ -1,5 +1,7 @@
 """A picture of every operation's rows, <op>.svg beside its JSON file: speed, and memory beyond the inputs.
 
+``python -m benchmarks --plots`` draws them from the stored rows; they are not kept in the repository.
+
 Where enough sizes were measured these are lines, of how many times faster than the baseline; else bars, of time.
 """
 
@@ -24,6 +26,7 @@ def write(folder: Path) -> list[Path]:
     try:
         import matplotlib
     except ImportError:
+        print(f"{folder.name}: matplotlib is not installed")
         return []
 
     # The text stays text, the ids do not depend on the process.

@@ -1,4 +1,7 @@
-"""What one measurement says, and the JSON files that keep it: results/<device>/<op>.json."""
+"""What one measurement says, and the JSON files that keep it: results/<device>/<op>.json.
+
+Every file of figures here, of whichever benchmark, is written by :func:`store`: a row is a line.
+"""
 
 from __future__ import annotations
 
@@ -80,8 +83,31 @@ def write(folder: Path, rows: Iterable[Row]) -> None:
         groups = {row.group for row in new}
         kept = [row for row in _load(path) if row.group not in groups] if path.exists() else []
         ordered = sorted(kept + new, key=lambda row: (row.dtype, tuple(row.shape.values())))  # stable within a group
-        lines = ",\n".join(json.dumps(asdict(row), allow_nan=False) for row in ordered)
-        replace(path, f"[\n{lines}\n]\n")
+        store(path, [asdict(row) for row in ordered], depth=1)
+
+
+def store(path: Path, value: Any, depth: int) -> None:
+    """Write figures as JSON in one step, as :func:`text` sets them."""
+    replace(path, text(value, depth))
+
+
+def text(value: Any, depth: int) -> str:
+    """JSON in which what lies ``depth`` levels down is a line, whatever is in it: a changed row changes one line.
+
+    Keys stay in their order. A list or an object that holds neither lists nor objects is one line at any level.
+    """
+    # Through JSON first, which leaves lists, objects with keys that are strings, and plain values.
+    return _spread(json.loads(json.dumps(value, allow_nan=False)), depth, "") + "\n"
+
+
+def _spread(value: Any, depth: int, indent: str) -> str:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if depth == 0 or not any(isinstance(item, dict | list) for item in inner):
+        return json.dumps(value)
+    names = [f"{json.dumps(key)}: " for key in value] if isinstance(value, dict) else [""] * len(value)
+    lines = [indent + name + _spread(item, depth - 1, indent + " ") for name, item in zip(names, inner, strict=True)]
+    start, end = "{}" if isinstance(value, dict) else "[]"
+    return start + "\n" + ",\n".join(lines) + "\n" + indent[1:] + end
 
 
 def replace(path: Path, text: str) -> None:

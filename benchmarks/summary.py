@@ -62,7 +62,7 @@ def fragment(out: Path, link: str = "") -> str:
         where = rows[-1].environment
         threads = f", {where['threads']} threads" if rows[-1].device == "cpu" and "threads" in where else ""
         text += [
-            f"**{where.get('device')}**{threads} ([all providers and plots]({link}{folder.name}/README.md))",
+            f"**{where.get('device')}**{threads} ([all providers]({link}{folder.name}/README.md))",
             "",
             "| " + " | ".join(HEAD) + " |",
             "|---" * len(HEAD) + "|",

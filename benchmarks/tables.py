@@ -76,12 +76,12 @@ def write_readme(folder: Path) -> None:
         "",
         "All providers of a table ran in turn in one process, after their answers passed the gate (error against fp64, "
         "relative to the largest value). Speed is the median of ratios taken round by round; floor is the same FLOPs "
-        "or bytes with nothing else, in the same run; extra MB is peak memory beyond the inputs, results included.",
+        "or bytes with nothing else, in the same run; extra MB is peak memory beyond the inputs, results included. "
+        "`python -m benchmarks --plots` draws the rows of every operation.",
         "",
     ]
     for op, of_op in groupby(rows, key=lambda row: row.op):
         text += [f"## {op}", "", *([OPS[op].title + ".", ""] if op in OPS else [])]
-        text += [f"![time and memory of {op}]({op}.svg)", ""] if (folder / f"{op}.svg").exists() else []
         for _, group in groupby(of_op, key=lambda row: row.group):
             text += _markdown(list(group))
     replace(folder / "README.md", "\n".join(text).rstrip() + "\n")

@@ -1,7 +1,9 @@
-"""What is made from stored benchmark rows: pages, plots, the README's table; whether the committed ones are current."""
+"""What is made from stored figures: files, pages, plots, the README's table; whether the committed ones are current."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import sys
@@ -10,12 +12,28 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bars, plots, results, summary, tables
+from benchmarks import bars, host_time, mem_phases, plots, results, summary, tables
 from benchmarks.__main__ import main
+from benchmarks.compat import __main__ as compat
+from benchmarks.distributed import __main__ as distributed
 from benchmarks.environment import REPOSITORY
+from benchmarks.protection import __main__ as protection
 from benchmarks.results import Row
+from benchmarks.unlearning import __main__ as unlearning
 
 DEVICES = sorted(path for path in results.FOLDER.glob("*") if path.is_dir())
+DEPTHS = {  # of every committed file of figures, as its command stores it
+    "compat/results.json": 1,
+    "distributed/results/*.json": distributed.DEPTH,
+    "host/results/*.json": host_time.DEPTH,
+    "protection/phases.json": mem_phases.DEPTH,
+    "protection/results.json": protection.DEPTH,
+    "results/*/*.json": 1,
+    "unlearning/results.json": 2,
+    "unlearning/told.json": 3,
+    "visits/*/summary.json": 1,
+    "visits/*/tune.json": 3,
+}
 
 
 def row(provider: str, b: int, ms: float, **more: Any) -> Row:
@@ -38,6 +56,53 @@ def measured(folder: Path, *, sizes: int = 3) -> Path:
         ]  # fmt: skip
     results.write(folder, rows)
     return folder
+
+
+def test_a_row_is_a_line_and_comes_back_as_it_was(tmp_path: Path) -> None:
+    rows = {"first": {"ms": 1.5, "shape": {"B": 2}, "all": [1, 2]}, "second": {"ms": None, "shape": {}, "all": [[]]}}
+    value = {"version": "1 é", "rows": rows, "seeds": [0, 1], "machine": {"threads": 2}, "none": {}}
+    path = tmp_path / "figures.json"
+    results.store(path, value, depth=2)
+    assert json.loads(path.read_text()) == value
+    assert path.read_text().splitlines() == [
+        "{",
+        '"version": "1 \\u00e9",',
+        '"rows": {',
+        ' "first": {"ms": 1.5, "shape": {"B": 2}, "all": [1, 2]},',
+        ' "second": {"ms": null, "shape": {}, "all": [[]]}',
+        "},",
+        '"seeds": [0, 1],',
+        '"machine": {"threads": 2},',
+        '"none": {}',
+        "}",
+    ]
+    assert [results.text(value, depth).count("\n") for depth in (0, 1, 2, 3, 4)] == [1, 7, 10, 18, 20]
+    assert results.text([[{"a": (1, {2: 3})}]], 2) == '[\n[\n {"a": [1, {"2": 3}]}\n]\n]\n'
+
+
+def test_a_changed_row_changes_one_line(tmp_path: Path) -> None:
+    before = (measured(tmp_path) / "clip_loss.json").read_text().splitlines()
+    rows = results.read(tmp_path)
+    assert len(before) == 2 + len(rows)
+    rows[3].speedup_over["open_clip"] = 5.0
+    results.write(tmp_path, rows)
+    after = (tmp_path / "clip_loss.json").read_text().splitlines()
+    assert [old == new for old, new in zip(before, after, strict=True)].count(False) == 1
+
+
+def test_a_file_of_figures_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "figures.json"
+    results.store(path, [1], depth=1)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        results.store(path, [float("nan")], depth=1)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        results.store(path, [2], depth=1)
+    assert path.read_text() == "[1]\n"
 
 
 def test_a_line_names_whom_it_compares_with(tmp_path: Path) -> None:
@@ -87,19 +152,29 @@ def test_report_makes_everything_from_the_files(tmp_path: Path, capsys: pytest.C
     assert main(["--report", "--check", "--device", "cpu", "--out", str(tmp_path)]) == 0
     owed = sum(bar.device == "cpu" for bar in bars.load())
     assert f"{owed} bars: 0 met, 0 not met, {owed} not measured" in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / "cpu-a").iterdir()} == {"clip_loss.json", "clip_loss.svg", "README.md"}
-    assert "![time and memory of clip_loss](clip_loss.svg)" in (tmp_path / "cpu-a" / "README.md").read_text()
+    assert {p.name for p in (tmp_path / "cpu-a").iterdir()} == {"clip_loss.json", "README.md"}
+    assert "python -m benchmarks --plots" in (tmp_path / "cpu-a" / "README.md").read_text()
     assert "4.00 open_clip" in (tmp_path / "SUMMARY.md").read_text()
     assert (REPOSITORY / "README.md").read_bytes() == readme  # only the project's own results go there
 
 
-def test_a_report_without_matplotlib_lacks_the_plots_alone(
+def test_plots_are_drawn_when_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["--plots", "--out", str(tmp_path)]) == 1
+    assert "no results" in capsys.readouterr().out
+    measured(tmp_path / "cpu-a", sizes=1)
+    assert main(["--plots", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'cpu-a' / 'clip_loss.svg'}\n"
+    assert {p.name for p in (tmp_path / "cpu-a").iterdir()} == {"clip_loss.json", "clip_loss.svg"}
+
+
+def test_without_matplotlib_the_plots_alone_are_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured(tmp_path / "cpu-a", sizes=1)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    assert main(["--report", "--out", str(tmp_path)]) == 0
-    assert "cpu-a: no plots, matplotlib is not installed" in capsys.readouterr().out
+    assert main(["--report", "--plots", "--out", str(tmp_path)]) == 1
+    assert "cpu-a: matplotlib is not installed\nno plots\n" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "cpu-a").iterdir()} == {"clip_loss.json", "README.md"}
     assert "4.00 open_clip" in (tmp_path / "SUMMARY.md").read_text()
 
@@ -122,7 +197,6 @@ def test_the_committed_page_is_what_its_files_make(folder: Path, tmp_path: Path)
     shutil.copytree(folder, tmp_path / folder.name)
     tables.write_readme(tmp_path / folder.name)
     assert (tmp_path / folder.name / "README.md").read_text() == (folder / "README.md").read_text()
-    assert {path.stem for path in folder.glob("*.svg")} == {path.stem for path in folder.glob("*.json")}
 
 
 def test_the_committed_tables_are_what_the_files_make() -> None:
@@ -132,6 +206,25 @@ def test_the_committed_tables_are_what_the_files_make() -> None:
     for name in summary.PAGES:
         page = (REPOSITORY / name).read_text()
         assert summary.splice(page, summary.fragment(results.FOLDER, link)) == page, "run python -m benchmarks --report"
+
+
+def test_the_committed_page_of_unlearning_is_what_its_files_make() -> None:
+    stored = json.loads(unlearning.RESULTS.read_text())
+    found = unlearning.by_seed(stored)
+    assert unlearning.in_rows(found) == stored
+    assert unlearning.page(found, json.loads(unlearning.TOLD.read_text())) == unlearning.PAGE.read_text()
+
+
+def test_the_committed_page_of_patches_is_what_its_file_makes() -> None:
+    assert compat.table(json.loads(compat.RESULTS.read_text())) == compat.TABLE.read_text()
+
+
+def test_every_committed_file_of_figures_has_a_row_a_line() -> None:
+    folder = REPOSITORY / "benchmarks"
+    depths = {path: depth for pattern, depth in DEPTHS.items() for path in folder.glob(pattern)}
+    assert depths.keys() | {bars.FILE} == set(folder.rglob("*.json"))
+    for path, depth in depths.items():
+        assert path.read_text() == results.text(json.loads(path.read_text()), depth), path
 
 
 def test_every_file_that_facts_names_exists() -> None:

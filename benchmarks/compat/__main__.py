@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import results
 from benchmarks.compat.environments import ENVIRONMENTS, Environment, build
 from ccu_fast import patch
 from ccu_fast.files import write_whole
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{environment.name} …", file=sys.stderr)
         rows[environment.name] = row = run(environment, options.root)
         print(f"{environment.name}: {row['outcome']}", file=sys.stderr)
-        write_whole(RESULTS, json.dumps(rows, indent=1, sort_keys=True) + "\n")
+        results.store(RESULTS, dict(sorted(rows.items())), depth=1)
     write_whole(TABLE, table(rows))
     return int(any(rows[e.name]["outcome"] != "passed" for e in chosen))
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment
-from benchmarks.results import replace
+from benchmarks import environment, results
 from ccu_fast.mem import Recipe, Settings, run_digit_strips
 from ccu_fast.mem.robustness import TREATMENTS
 
+DEPTH = 2  # a line for a method and a seed
 METHODS = ("clean", "random-3", "random-12", "mem-3", "em", "trigger-3", "mem-5", "mem-12")
 SETTINGS = Settings(
     eps=16, step=2, rounds=10, surrogate_steps=64, restart=0, trigger_rounds=2, pgd_steps=6, shuffle=0.5
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stored["environment"] = stored["environment"] or machine
             if machine != stored["environment"]:
                 stored["parts"][name]["environment"] = machine
-            replace(arguments.out, json.dumps(stored, indent=1) + "\n")
+            results.store(arguments.out, stored, DEPTH)
             print(name, f"{stored['parts'][name]['seconds']:.0f} s", flush=True)
     print(table(stored["parts"]))
     return 0

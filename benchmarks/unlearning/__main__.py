@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.results import store
 from ccu_fast.files import write_whole
 from ccu_fast.report.tables import Table, depth_table, unlearn_table
 from ccu_fast.unlearn.audit import audit, average_gap, over_seeds
@@ -32,6 +33,7 @@ from ccu_fast.unlearn.trained import trained
 HERE = Path(__file__).parent
 RESULTS, TOLD, PAGE = HERE / "results.json", HERE / "told.json", HERE / "README.md"
 SEEDS = (0, 1, 2)
+PART = ("task", "scenario", "seed")  # of a part's setting: what tells it from the others
 TOLD_METHODS = (
     "random_label", "salun", "neg_grad_plus", "scrub", "bad_teacher", "boundary_shrink", "contrastive_unlearning",
     "clip_erase",
@@ -50,13 +52,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.told:
-        write_whole(TOLD, json.dumps(told(options.work), indent=1) + "\n")
+        store(TOLD, told(options.work), depth=3)
     elif not options.page:
         compare(options.work, seeds=SEEDS, progress=_say)
-        write_whole(RESULTS, (options.work / "results.json").read_text())
-    results = json.loads(RESULTS.read_text())
-    write_whole(PAGE, page(results, json.loads(TOLD.read_text()) if TOLD.exists() else None))
+        store(RESULTS, in_rows(json.loads((options.work / "results.json").read_text())), depth=2)
+    text = page(by_seed(json.loads(RESULTS.read_text())), json.loads(TOLD.read_text()) if TOLD.exists() else None)
+    write_whole(PAGE, text)
     return 0
+
+
+def in_rows(results: dict[str, Any]) -> dict[str, Any]:
+    """What is stored: a row for each method of each task, scenario and seed, and what its part has in common."""
+    parts = [
+        part for scenarios in results["unlearn"].values() for seeds in scenarios.values() for part in seeds.values()
+    ]
+    rows = [
+        {
+            **{key: part["setting"][key] for key in PART},
+            "method": method,
+            "metrics": metrics,
+            "cost": part["cost"][method],
+        }
+        for part in parts
+        for method, metrics in part["metrics"].items()
+    ]
+    return {
+        "versions": results["versions"],
+        "seeds": results["seeds"],
+        "parts": [{key: value for key, value in part.items() if key not in ("metrics", "cost")} for part in parts],
+        "rows": rows,
+    }
+
+
+def by_seed(stored: dict[str, Any]) -> dict[str, Any]:
+    """The same by task, scenario and seed again, as :func:`ccu_fast.unlearn.compare.compare` gives it."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    unlearn: dict[str, dict[str, dict[str, Any]]] = {}
+    for part in stored["parts"]:
+        task, scenario, seed = where = tuple(part["setting"][key] for key in PART)
+        found[where] = {**part, "metrics": {}, "cost": {}}
+        unlearn.setdefault(task, {}).setdefault(scenario, {})[str(seed)] = found[where]
+    for row in stored["rows"]:
+        for kind in ("metrics", "cost"):
+            found[tuple(row[key] for key in PART)][kind][row["method"]] = row[kind]
+    return {"versions": stored["versions"], "seeds": stored["seeds"], "unlearn": unlearn}
 
 
 def told(work: Path) -> dict[str, Any]:
@@ -110,9 +149,9 @@ def page(results: dict[str, Any], told_figures: dict[str, Any] | None) -> str:
         "their class.",
     ]
     for by_scenario in results["unlearn"].values():
-        for scenario, by_seed in by_scenario.items():
-            lines += ["", *_markdown(unlearn_table(scenario, by_seed))]
-            deep = depth_table(scenario, by_seed)
+        for scenario, seeds in by_scenario.items():
+            lines += ["", *_markdown(unlearn_table(scenario, seeds))]
+            deep = depth_table(scenario, seeds)
             lines += ["", *_markdown(deep)] if deep else []
     if told_figures is not None:
         lines += [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -13,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.results import replace
+from benchmarks.results import replace, store
 from benchmarks.visit import archive
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -114,7 +113,7 @@ class Visit:
         """Add a line to the summary, and write it and the archive."""
         self.done.append(done)
         print(f"{done.status:12} {done.step} ({done.seconds:.0f} s) {done.said[:100]}", flush=True)
-        replace(self.work / "summary.json", json.dumps([asdict(d) for d in self.done], indent=1) + "\n")
+        store(self.work / "summary.json", [asdict(d) for d in self.done], depth=1)
         replace(self.work / "summary.md", self.table())
         replace(self.out / "summary.md", self.table())
         try:

@@ -10,7 +10,6 @@ its answer, tune.json has the rows.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -136,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     while todo and time.monotonic() < deadline:
         answers.append(answer(todo.pop(0), facts, 0.02 if arguments.tiny else SECONDS))
         results.replace(arguments.out / "tune.md", page(answers, todo, facts))
-        results.replace(arguments.out / "tune.json", json.dumps([asdict(a) for a in answers], indent=1) + "\n")
+        results.store(arguments.out / "tune.json", [asdict(a) for a in answers], depth=3)
     said = [f"{a.question} {label(a.rows[0].shape)}: {a.text()}" for a in answers]
     said += [f"{question.about} {label(question.case.shape)}: not run: out of time" for question in todo]
     print("\n".join(said))
