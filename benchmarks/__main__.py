@@ -78,9 +78,8 @@ def _measure(case: Case, facts: dict[str, Any], seconds: float, folder: Path | N
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="benchmarks", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        prog="benchmarks", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ops", nargs="+", default=list(OPS), metavar="OP", help=", ".join(OPS))
     parser.add_argument("--shapes", nargs="+", default=[], metavar="B=…,D=…", help="only these sizes, or new ones")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")

@@ -57,8 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS))
     parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), metavar="DTYPE",
-                        help="float32, bfloat16, float16; default: all on a GPU, float32 on a CPU")  # fmt: skip
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=("float32", "bfloat16", "float16"),
+        metavar="DTYPE",
+        help="float32, bfloat16, float16; default: all on a GPU, float32 on a CPU",
+    )
     parser.add_argument("--once", action="store_true", help="one call each, for compute-sanitizer")
     arguments = parser.parse_args(argv)
     try:

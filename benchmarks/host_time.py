@@ -41,9 +41,12 @@ class Worker:
         path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("host_time_worker.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=checkout,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=checkout,
             env={**os.environ, **malloc, "PYTHONPATH": path},
-        )  # fmt: skip
+        )
 
     def ask(self, what: str, batch: int, calls: int = 0) -> Any:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -114,10 +117,12 @@ def main() -> None:
     revisions = {
         name: subprocess.run(
             ["git", "-C", checkout, "describe", "--always", "--dirty", "--exclude=*"],
-            capture_output=True, text=True, check=False,
+            capture_output=True,
+            text=True,
+            check=False,
         ).stdout.strip()
         for name, checkout in checkouts.items()
-    }  # fmt: skip
+    }
     sizes = {str(batch): measure(workers, batch, arguments.rounds, arguments.calls) for batch in arguments.batches}
     for worker in workers.values():
         worker.close()

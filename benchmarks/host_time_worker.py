@@ -158,9 +158,7 @@ def counts(call: Call, driver: Any) -> dict[str, Any]:
             else:
                 with operators:
                     step()
-        found[name] = {
-            "kernels": kernels, "python_functions": dict(entered), "torch_operators": dict(operators.seen)
-        }  # fmt: skip
+        found[name] = {"kernels": kernels, "python_functions": dict(entered), "torch_operators": dict(operators.seen)}
     return found
 
 

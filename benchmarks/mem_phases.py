@@ -95,8 +95,10 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     from transformers import CLIPConfig, CLIPModel
 
     def make() -> Any:
-        config = CLIPConfig(text_config={"num_hidden_layers": a.layers, "vocab_size": 49408, "eos_token_id": EOT},
-                            vision_config={"num_hidden_layers": a.layers})  # fmt: skip
+        config = CLIPConfig(
+            text_config={"num_hidden_layers": a.layers, "vocab_size": 49408, "eos_token_id": EOT},
+            vision_config={"num_hidden_layers": a.layers},
+        )
         return TransformersClipEncoder(CLIPModel(config))
 
     rng = torch.Generator().manual_seed(0)
@@ -106,16 +108,31 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         " ".join(map(str, torch.randint(300, 40000, (8 + i % 7,), generator=rng).tolist())) for i in range(a.batch)
     ]
     base = Settings(
-        eps=8, step=1, pgd_steps=1, rounds=1, trigger_rounds=1, trigger_words=None, candidates=a.candidates,
-        surrogate_steps=1, restart=0, batch=a.batch, lr=1e-4, weight_decay=0.2, beta2=0.999,
-    )  # fmt: skip
+        eps=8,
+        step=1,
+        pgd_steps=1,
+        rounds=1,
+        trigger_rounds=1,
+        trigger_words=None,
+        candidates=a.candidates,
+        surrogate_steps=1,
+        restart=0,
+        batch=a.batch,
+        lr=1e-4,
+        weight_decay=0.2,
+        beta2=0.999,
+    )
     runs = {
         name: Protection(
-            TensorSource(images, captions), Ids(), make,
-            method=Method.parse(f"mem-{a.triggers}"), settings=changed(base, compat=name == "compat"), seed=0,
+            TensorSource(images, captions),
+            Ids(),
+            make,
+            method=Method.parse(f"mem-{a.triggers}"),
+            settings=changed(base, compat=name == "compat"),
+            seed=0,
         )
         for name in ("compat", "default")
-    }  # fmt: skip
+    }
     start = torch.randint(300, 40000, (a.batch, a.triggers), generator=rng)
     for run in runs.values():
         run.triggers.copy_(start)
@@ -171,9 +188,10 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     for _ in range(a.repeats):
         clock("compat", "PGD step", compat_noise)
         noise = clock(
-            "authors", "PGD step",
+            "authors",
+            "PGD step",
             lambda: authors.perturb(theirs, pixels, torch.zeros_like(pixels), [step_text], 1 / 255, 8 / 255),
-        )  # fmt: skip
+        )
     cpu["default"]["PGD step"], wall["default"]["PGD step"] = cpu["compat"]["PGD step"], wall["compat"]["PGD step"]
     stored = runs["compat"].store.gather(rows, dtype=torch.int8).float()
     agree = float((stored == (noise * 255).round()).double().mean())

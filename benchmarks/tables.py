@@ -99,9 +99,12 @@ def _markdown(rows: list[Row]) -> list[str]:
     backends = sorted({row.backend for row in rows if row.backend})
     ours = f" ({', '.join(backends)})" if backends else ""
     cuda = f", CUDA {where['cuda']}, driver {where['driver']}" if "cuda" in where else ""
-    lines += ["", f"{rounds} rounds; checked against {reference}; {where.get('threads')} threads; "
-              f"torch {where.get('torch')}, triton {where.get('triton')}{cuda}; "
-              f"ccu_fast {where.get('ccu_fast')}{ours} at {source}; {where.get('measured')}."]  # fmt: skip
+    lines += [
+        "",
+        f"{rounds} rounds; checked against {reference}; {where.get('threads')} threads; "
+        f"torch {where.get('torch')}, triton {where.get('triton')}{cuda}; "
+        f"ccu_fast {where.get('ccu_fast')}{ours} at {source}; {where.get('measured')}.",
+    ]
     notes = dict.fromkeys(f"{row.provider}: {row.note}." for row in rows if row.note)
     return [*lines, *(["", *notes] if notes else []), ""]
 

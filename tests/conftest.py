@@ -11,9 +11,17 @@ from presence import require_backend
 
 # The files that take longest. A file is run by one process: started last, it would keep the others waiting.
 FIRST = (
-    "test_packaging.py", "test_triton_interpreter.py", "test_emulation.py", "test_triton_aot.py", "test_visit.py",
-    "test_distributed.py", "test_unlearn.py", "test_unlearn_ccu.py", "test_demo.py", "test_emulation_races.py",
-)  # fmt: skip
+    "test_packaging.py",
+    "test_triton_interpreter.py",
+    "test_emulation.py",
+    "test_triton_aot.py",
+    "test_visit.py",
+    "test_distributed.py",
+    "test_unlearn.py",
+    "test_unlearn_ccu.py",
+    "test_demo.py",
+    "test_emulation_races.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

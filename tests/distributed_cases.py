@@ -107,9 +107,14 @@ def check_primitive(n: list[int], m: list[int], keys: dict[str, Any], **options:
         exact = primitive(ccu_fast.reduce_similarity, x, y, keys, weights)
         peer = primitive(ccu_fast.reduce_similarity, x.to(dtype), y.to(dtype), keys, weights, backend=backend)
         ours = primitive(
-            over.reduce_similarity, shard(x, n).to(dtype), shard(y, m).to(dtype), here,
-            [shard(w, of) for w, of in zip(weights, parts, strict=True)], backend=backend, **options,
-        )  # fmt: skip
+            over.reduce_similarity,
+            shard(x, n).to(dtype),
+            shard(y, m).to(dtype),
+            here,
+            [shard(w, of) for w, of in zip(weights, parts, strict=True)],
+            backend=backend,
+            **options,
+        )
         for name, got in ours.items():
             magnitude = None
             if name in ("dscale", "dbias"):
@@ -131,9 +136,11 @@ def keysets(n: int, m: int) -> dict[str, dict[str, Any]]:
 
 
 LAYOUTS = {
-    "equal": ((4,), (4,)), "alike, one rank empty": ((3, 0, 6, 4), (3, 0, 6, 4)),
-    "paired across ranks": ((3, 6), (6, 3)), "unrelated": ((3, 6, 0), (2, 9, 5)),
-}  # fmt: skip
+    "equal": ((4,), (4,)),
+    "alike, one rank empty": ((3, 0, 6, 4), (3, 0, 6, 4)),
+    "paired across ranks": ((3, 6), (6, 3)),
+    "unrelated": ((3, 6, 0), (2, 9, 5)),
+}
 
 
 def _primitive_case(mode: str) -> None:
@@ -202,17 +209,28 @@ def _loss_case(gradients: str, factor: int) -> None:
         exact = loss_of(ccu_fast, name, x, y, keys, reduction=reduction)
         peer = loss_of(ccu_fast, name, x.to(dtype), y.to(dtype), keys, reduction=reduction, backend=backend)
         ours = loss_of(
-            over, name, shard(x, n).to(dtype), shard(y, n).to(dtype), here,
-            reduction=reduction, backend=backend, mode=mode, gradients=gradients,
-        )  # fmt: skip
+            over,
+            name,
+            shard(x, n).to(dtype),
+            shard(y, n).to(dtype),
+            here,
+            reduction=reduction,
+            backend=backend,
+            mode=mode,
+            gradients=gradients,
+        )
         by = 1 if reduction == "none" else factor
         what = f"{name} {mode} {reduction} {backend} {dtype}"
         for side in ("dx", "dy"):
             assert_three_way(f"{what} {side}", ours[side] / by, shard(peer[side], n), shard(exact[side], n), ulps=128)
         assert_three_way(
-            f"{what} dscale", total(ours["dscale"]) / by, peer["dscale"], exact["dscale"], ulps=256,
+            f"{what} dscale",
+            total(ours["dscale"]) / by,
+            peer["dscale"],
+            exact["dscale"],
+            ulps=256,
             magnitude=max(1.0, float(exact["dscale"].abs())),
-        )  # fmt: skip
+        )
         values = [shard(of["loss"], n) if reduction == "none" else of["loss"] for of in (peer, exact)]
         assert_three_way(f"{what} loss", ours["loss"], *values, ulps=64)
 
@@ -494,10 +512,14 @@ def clip_loss_sends_one_side_and_half_of_open_clips_bytes() -> None:
 
 # What needs no CPU: run by NCCL on as many GPUs as there are.
 ON_GPUS = (
-    "primitive_gathered", "primitive_around_a_ring", "equal_batches_need_no_exchange_of_sizes",
-    "losses_with_gradients_to_be_added", "losses_with_gradients_to_be_averaged", "the_same_bits_every_time",
+    "primitive_gathered",
+    "primitive_around_a_ring",
+    "equal_batches_need_no_exchange_of_sizes",
+    "losses_with_gradients_to_be_added",
+    "losses_with_gradients_to_be_averaged",
+    "the_same_bits_every_time",
     "distributed_data_parallel_gives_the_one_process_gradient",
-)  # fmt: skip
+)
 
 
 def main(folder: str, backend: str) -> None:

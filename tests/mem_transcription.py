@@ -73,9 +73,17 @@ def perturb(model: Any, images: Tensor, noise: Tensor, step_tokens: list[Tensor]
 
 
 def protect(
-    model: Any, images: Tensor, tokens: Tensor, first: int, length: int, settings: Any, rng: torch.Generator,
-    *, context: int, eot: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    model: Any,
+    images: Tensor,
+    tokens: Tensor,
+    first: int,
+    length: int,
+    settings: Any,
+    rng: torch.Generator,
+    *,
+    context: int,
+    eot: int,
+) -> tuple[Tensor, Tensor]:
     """Rounds of the three phases; images in [0, 1] of the model's dtype. Noise in [0, 1] and triggers."""
     rows, size = len(images), settings.batch
     noise = torch.zeros_like(images)
@@ -84,8 +92,9 @@ def protect(
     plain = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=settings.lr, betas=(0.9, settings.beta2),
-    )  # fmt: skip
+        lr=settings.lr,
+        betas=(0.9, settings.beta2),
+    )
     order: list[Tensor] = []
     for round_index in range(settings.rounds):
         model.train()

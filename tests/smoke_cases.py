@@ -61,9 +61,13 @@ class Check:
         for what in (name for name in ours if not name.endswith(TERMS)):
             terms = exact.get(what + TERMS)
             assert_three_way(
-                f"{self.name} {what}", ours[what], same[what], exact[what].double(),
-                ulps=scalars.get(what, ULPS[self.arithmetic]), magnitude=None if terms is None else float(terms),
-            )  # fmt: skip
+                f"{self.name} {what}",
+                ours[what],
+                same[what],
+                exact[what].double(),
+                ulps=scalars.get(what, ULPS[self.arithmetic]),
+                magnitude=None if terms is None else float(terms),
+            )
 
 
 @contextmanager
@@ -114,8 +118,10 @@ def _with_ids(x: Tensor, y: Tensor, **options: object) -> Tensor:
 
 def _everything(x: Tensor, y: Tensor, **options: object) -> Tensor:
     """Every kind of reduction on both sides in one call."""
-    sides = {"rows": [("softplus", ccu_fast.OTHER), ("sum", ccu_fast.SELF), ("lse", ccu_fast.ALL)],
-             "cols": [("lse", ccu_fast.SELF | ccu_fast.OTHER), ("softplus", ccu_fast.ALL)]}  # fmt: skip
+    sides = {
+        "rows": [("softplus", ccu_fast.OTHER), ("sum", ccu_fast.SELF), ("lse", ccu_fast.ALL)],
+        "cols": [("lse", ccu_fast.SELF | ccu_fast.OTHER), ("softplus", ccu_fast.ALL)],
+    }
     rows, cols = ccu_fast.reduce_similarity(x, y, **sides, **options)
     return torch.stack([part.mean() for part in (*rows, *cols)]).sum()
 
@@ -233,8 +239,10 @@ def _others() -> Iterator[Check]:
             name = f"candidate_losses {items}x{candidates}x{dim} {arithmetic}"
             yield Check(name, "candidate_losses", arithmetic, run)
     for shape, norm, channels in [
-        ((2, 3, 5, 7), "linf", False), ((3, 3, 32, 32), "linf", True), ((3, 3, 17, 17), "l2", False),
-    ]:  # fmt: skip
+        ((2, 3, 5, 7), "linf", False),
+        ((3, 3, 32, 32), "linf", True),
+        ((3, 3, 17, 17), "l2", False),
+    ]:
         for arithmetic in ("fp32", "fp16", "bf16"):
             run = partial(_pgd, shape=shape, norm=norm, channels=channels)
             name = f"pgd_step_ {'x'.join(map(str, shape))} {norm}{' channels' * channels} {arithmetic}"

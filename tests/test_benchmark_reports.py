@@ -49,11 +49,18 @@ def measured(folder: Path, *, sizes: int = 3) -> Path:
         rows += [
             row("open_clip", b, 8.0, peak_extra_bytes=40_000_000, speedup_over={"one_gemm": 0.5}),
             row("one_gemm", b, 4.0, peak_extra_bytes=30_000_000, speedup_over={"open_clip": 2.0}),
-            row("ccu_fast", b, 2.0, role="ours", peak_extra_bytes=10_000_000, share_of_floor=0.75,
-                speedup_over={"open_clip": 4.0, "one_gemm": 2.0}),
+            row(
+                "ccu_fast",
+                b,
+                2.0,
+                role="ours",
+                peak_extra_bytes=10_000_000,
+                share_of_floor=0.75,
+                speedup_over={"open_clip": 4.0, "one_gemm": 2.0},
+            ),
             row("ccu_fast_64mib", b, 3.0, role="ours", speedup_over={"open_clip": 2.7}),
             row("wrong", b, 1.0, status="wrong", p50_ms=None),
-        ]  # fmt: skip
+        ]
     results.write(folder, rows)
     return folder
 

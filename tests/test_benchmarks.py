@@ -260,8 +260,12 @@ def test_a_known_allocation_is_measured(mib: int) -> None:
 
 
 def test_on_a_gpu_the_call_that_is_timed_is_measured_and_nothing_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("synchronize", 0), ("reset_peak_memory_stats", 0), ("memory_allocated", 5 * MIB),
-                        ("max_memory_allocated", 12 * MIB)):  # fmt: skip
+    for name, value in (
+        ("synchronize", 0),
+        ("reset_peak_memory_stats", 0),
+        ("memory_allocated", 5 * MIB),
+        ("max_memory_allocated", 12 * MIB),
+    ):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     calls = []
 

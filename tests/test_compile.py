@@ -28,9 +28,16 @@ def problem(dtype: torch.dtype, *, keys: bool, bias: bool, shared: bool) -> Simi
     labels = (torch.randint(-1, 3, (1, n)), torch.randint(-1, 3, (2, m))) if keys else (None, None)
     ids = (torch.randint(0, 9, (2, n)), torch.randint(0, 9, (1, m))) if keys else (None, None)
     return SimilarityProblem(
-        torch.randn(2, n, d).to(dtype), torch.randn(1 if shared else 2, m, d).to(dtype), torch.tensor(2.0),
-        torch.tensor(-1.0) if bias else None, *labels, *ids, diagonal=not keys, rows=ROWS, cols=COLS,
-    )  # fmt: skip
+        torch.randn(2, n, d).to(dtype),
+        torch.randn(1 if shared else 2, m, d).to(dtype),
+        torch.tensor(2.0),
+        torch.tensor(-1.0) if bias else None,
+        *labels,
+        *ids,
+        diagonal=not keys,
+        rows=ROWS,
+        cols=COLS,
+    )
 
 
 @pytest.mark.parametrize("workspace", [0, 1 << 17, 1 << 28])
@@ -43,11 +50,11 @@ def test_opcheck(dtype: torch.dtype, keys: bool, workspace: int, native: str) ->
         torch.library.opcheck(op.default, (*p.flatten(), native, workspace, keep))
     row_out, col_out, stash = op(*p.flatten(), native, workspace, True)
     for needs in ([True] * 4, [False, True, False, False]):
+        incoming = (torch.randn_like(row_out), torch.randn_like(col_out))
         torch.library.opcheck(
             torch.ops.ccu_fast.reduce_similarity_backward.default,
-            (torch.randn_like(row_out), torch.randn_like(col_out), *p.flatten(), row_out, col_out, stash, needs,
-             native, workspace),
-        )  # fmt: skip
+            (*incoming, *p.flatten(), row_out, col_out, stash, needs, native, workspace),
+        )
 
 
 def test_a_constant_is_marked_as_torch_marks_it() -> None:

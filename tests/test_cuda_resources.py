@@ -21,9 +21,18 @@ from ccu_fast.backends.machine import build_info
 
 # By kernel, the most registers a thread may have: 64 leave four blocks of 256 threads, or two of 512, a multiprocessor.
 MOST_REGISTERS = {
-    "linf_packs": 64, "l2_packs": 64, "add_packs": 64, "update_packs": 64, "few_rows": 128, "select": 64,
-    "check_packs": 64, "check_values": 64, "describe": 64, "rest_and_columns": 64, "losses": 64,
-}  # fmt: skip
+    "linf_packs": 64,
+    "l2_packs": 64,
+    "add_packs": 64,
+    "update_packs": 64,
+    "few_rows": 128,
+    "select": 64,
+    "check_packs": 64,
+    "check_values": 64,
+    "describe": 64,
+    "rest_and_columns": 64,
+    "losses": 64,
+}
 MOST_SHARED = 48 << 10
 # What a call puts on the stack: printf of an index out of range, with three arguments; a refusal.
 CALLS = {"add_packs": 32, "update_packs": 32, "select": 32, "check_packs": 16}
@@ -87,9 +96,12 @@ def test_no_access_is_wider_than_what_was_checked() -> None:
     assert module is not None and module.origin is not None
     tool = Path(_cuobjdump())
     dump = subprocess.run(
-        [tool, "-sass", "-arch", "sm_100", module.origin], check=True, capture_output=True, text=True,
+        [tool, "-sass", "-arch", "sm_100", module.origin],
+        check=True,
+        capture_output=True,
+        text=True,
         env=os.environ | {"PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"},
-    ).stdout  # fmt: skip
+    ).stdout
     accesses = set(re.findall(r"\b(?:LD|LDG|ST|STG)\.E[A-Z0-9.]*", dump))
     if not accesses:
         absent("sm_100", "the module is not built for it")

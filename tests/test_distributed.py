@@ -35,11 +35,22 @@ def results(world: int) -> list[dict[str, str]]:
 
 def torchrun(world: int, folder: Path, backend: str = "gloo") -> list[dict[str, str]]:
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
-         str(HERE / "distributed_cases.py"), str(folder), backend],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={world}",
+            str(HERE / "distributed_cases.py"),
+            str(folder),
+            backend,
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"},
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 

@@ -38,15 +38,21 @@ def around(folder: Path) -> list[Path]:
 def passes(module: Path, files: dict[str, int], **environment: str) -> None:
     """The tests of some files on an emulated module."""
     report = module.with_suffix(".xml")
+    plugins = ["-p", "emulation.plugin", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "emulation.plugin", "-p", "no:cacheprovider", "-x",
-         f"--junitxml={report}", *files],
-        cwd=HERE, capture_output=True, text=True, timeout=900,
-        env=os.environ | environment | {
-            "CCU_FAST_EMULATED_GPU": str(module), "OMP_NUM_THREADS": "1",
+        [sys.executable, "-m", "pytest", "-q", *plugins, "-x", f"--junitxml={report}", *files],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=os.environ
+        | environment
+        | {
+            "CCU_FAST_EMULATED_GPU": str(module),
+            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
         },
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None

@@ -49,8 +49,11 @@ def test_each_set(relations: int, keys: str, dtype: torch.dtype, calls: list[Any
     "relations", [(ALL, OTHER), (ALL, OTHER, SAME, SELF, SAME | OTHER), (SELF, SAME), (ALL, SELF | SAME, ALL)]
 )
 def test_sets_share_their_parts(relations: tuple[int, ...], keys: str, calls: list[Any]) -> None:
-    check(Case(unit(37, 16), unit(37, 16), 8.0, -3.0, KEYS[keys](37, 37), lse(*relations), frozen=("y",)), "native",
-          torch.float32)  # fmt: skip
+    check(
+        Case(unit(37, 16), unit(37, 16), 8.0, -3.0, KEYS[keys](37, 37), lse(*relations), frozen=("y",)),
+        "native",
+        torch.float32,
+    )
     assert calls
 
 
@@ -157,8 +160,11 @@ def test_one_graph(calls: list[Any]) -> None:
 def test_only_where_it_serves(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     x, y = torch.randn(20, 8, requires_grad=True), torch.randn(70, 8)
     for arguments in (
-        {"y": y.clone().requires_grad_()}, {"y": y.expand(2, -1, -1)}, {"cols": lse(ALL)}, {"rows": (("sum", ALL),)},
-    ):  # fmt: skip
+        {"y": y.clone().requires_grad_()},
+        {"y": y.expand(2, -1, -1)},
+        {"cols": lse(ALL)},
+        {"rows": (("sum", ALL),)},
+    ):
         reduce_similarity(x, **{"y": y, "paired": False, "rows": lse(ALL), "backend": "native"} | arguments)
     half, scale = x.detach().bfloat16().requires_grad_(), torch.tensor(2.0, requires_grad=True)
     reduce_similarity(half, y.bfloat16(), scale=scale, paired=False, rows=lse(ALL), backend="native")

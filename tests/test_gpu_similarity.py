@@ -26,9 +26,11 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "sigmoid": lambda x, y, **o: ccu_fast.sigmoid_loss(x, y, bias=-10.0, **o),
 }
 ARITHMETIC = {
-    "bf16": (torch.bfloat16, "highest"), "fp16": (torch.float16, "highest"),
-    "fp32": (torch.float32, "highest"), "tf32": (torch.float32, "high"),
-}  # fmt: skip
+    "bf16": (torch.bfloat16, "highest"),
+    "fp16": (torch.float16, "highest"),
+    "fp32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+}
 
 
 def step(loss: Callable[..., Tensor], x: Tensor, y: Tensor, **options: object) -> list[Tensor]:

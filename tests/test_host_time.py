@@ -42,15 +42,21 @@ def test_what_a_call_of_info_nce_takes() -> None:
     """Most operators: those of today. A launch that was made before enters few functions of Triton."""
     requests = [json.dumps({"what": "counts", "batch": batch}) for batch in (128, 4096)]
     done = subprocess.run(
-        [sys.executable, WORKER], input="\n".join(requests), capture_output=True, text=True, timeout=300,
+        [sys.executable, WORKER],
+        input="\n".join(requests),
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), *sys.path])},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     small, large = map(json.loads, done.stdout.splitlines())
     limits = [
-        (small["forward"], ["small_forward_kernel"], 6), (small["backward"], ["small_gradient_kernel"], 8),
-        (large["forward"], LARGE, 25), (large["backward"], LARGE_BACKWARD, 34),
-    ]  # fmt: skip
+        (small["forward"], ["small_forward_kernel"], 6),
+        (small["backward"], ["small_gradient_kernel"], 8),
+        (large["forward"], LARGE, 25),
+        (large["backward"], LARGE_BACKWARD, 34),
+    ]
     for found, kernels, operators in limits:
         # What autograd does for any graph: the first gradient, and one tensor for each leaf.
         mine = {
@@ -112,10 +118,9 @@ def problem(
 ) -> SimilarityProblem:
     """``offset`` moves scale and bias away from a multiple of 16 bytes."""
     scalars = torch.ones(8)
-    return SimilarityProblem(
-        torch.zeros(1, n, 64, dtype=dtype), torch.zeros(1, m, 64, dtype=dtype), scalars[offset],
-        scalars[4 + offset] if bias else None, None, None, None, None, n == m, CLIP, CLIP,
-    )  # fmt: skip
+    x, y = (torch.zeros(1, rows, 64, dtype=dtype) for rows in (n, m))
+    keys = [None] * 4
+    return SimilarityProblem(x, y, scalars[offset], scalars[4 + offset] if bias else None, *keys, n == m, CLIP, CLIP)
 
 
 def both(p: SimilarityProblem, backend: Any) -> None:

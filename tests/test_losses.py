@@ -184,9 +184,14 @@ def test_contrastive_unlearning_is_its_definition(reduction: str, engine: Engine
 
     def ours(**t: Tensor) -> Tensor:
         return inverse_info_nce(
-            **t, kind="contrastive", row_labels=LABELS, col_labels=KEYS, paired=False, reduction=reduction,
+            **t,
+            kind="contrastive",
+            row_labels=LABELS,
+            col_labels=KEYS,
+            paired=False,
+            reduction=reduction,
             backend=backend,
-        )  # fmt: skip
+        )
 
     compare(ours, torchs, features(10, 6, m=12), dtype)
 

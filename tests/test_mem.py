@@ -200,12 +200,11 @@ class TestTriggers:
 class TestProtect:
     def run(self, strips: StripSet, name: str, seed: int = 0, **changes: Any) -> Protected:
         method, settings = Method.parse(name), replace(TINY, **changes)
-        return protect(
-            strips.images, strips.captions, TOKENIZER, FACTORY, method=method, settings=settings, seed=seed
-        )  # fmt: skip
+        return protect(strips.images, strips.captions, TOKENIZER, FACTORY, method=method, settings=settings, seed=seed)
 
-    @pytest.mark.parametrize("name", ["clean", "random", "random-2", "em", "mem", "mem-5", "trigger-1", "uap", "tap",
-                                      "tap-targeted"])  # fmt: skip
+    @pytest.mark.parametrize(
+        "name", ["clean", "random", "random-2", "em", "mem", "mem-5", "trigger-1", "uap", "tap", "tap-targeted"]
+    )
     def test_what_each_method_changes(self, strips: StripSet, name: str) -> None:
         made = self.run(strips, name)
         method = Method.parse(name)
@@ -280,9 +279,15 @@ class TestVictim:
 
         def train(seed: int, **options: Any) -> Any:
             return train_victim(
-                strips.images, tokens, FACTORY, lambda m: {"scale": m.scale.item()}, eot=TOKENIZER.eot,
-                recipe=Recipe(epochs=30, batch=11), seed=seed, **options,
-            )  # fmt: skip
+                strips.images,
+                tokens,
+                FACTORY,
+                lambda m: {"scale": m.scale.item()},
+                eot=TOKENIZER.eot,
+                recipe=Recipe(epochs=30, batch=11),
+                seed=seed,
+                **options,
+            )
 
         a = train(0, progress=lambda *call: seen.append(call))
         b, c = train(0), train(1)
@@ -307,9 +312,13 @@ class TestVictim:
 
 def test_the_experiment_twice_is_the_same_and_is_json(tmp_path: Any) -> None:
     tiny = {
-        "methods": ("clean", "random", "em", "mem-2"), "settings": TINY, "recipe": Recipe(epochs=2, batch=16),
-        "n_train": 33, "n_test": 12, "width": 32,
-    }  # fmt: skip
+        "methods": ("clean", "random", "em", "mem-2"),
+        "settings": TINY,
+        "recipe": Recipe(epochs=2, batch=16),
+        "n_train": 33,
+        "n_test": 12,
+        "width": 32,
+    }
     calls: list[tuple[str, int, int, str]] = []
     state = torch.get_rng_state()
     first = run_digit_strips(0, progress=lambda *call: calls.append(call), out=tmp_path / "out", **tiny)
@@ -332,8 +341,14 @@ def test_the_experiment_twice_is_the_same_and_is_json(tmp_path: Any) -> None:
         assert example["published"].endswith(example["caption"])
         assert (tmp_path / "out" / name / "captions.csv").exists()
     stages = dict.fromkeys(call[0] for call in calls)
-    assert list(stages) == ["victim clean", "victim random", "generate em", "victim em", "generate mem-2",
-                            "victim mem-2"]  # fmt: skip
+    assert list(stages) == [
+        "victim clean",
+        "victim random",
+        "generate em",
+        "victim em",
+        "generate mem-2",
+        "victim mem-2",
+    ]
     for stage in stages:
         done = [(d, t) for s, d, t, _ in calls if s == stage]
         assert done == [(i, done[0][1]) for i in range(done[0][1] + 1)]

@@ -86,11 +86,25 @@ def test_open_clip_features_are_its_own_at_any_length(open_clip: Any, tower: str
 def test_transformers_features_are_its_own(transformers: Any) -> None:
     config = transformers.CLIPConfig(
         projection_dim=24,
-        text_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
-                     "vocab_size": 100, "bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 99},
-        vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
-                       "image_size": 32, "patch_size": 16},
-    )  # fmt: skip
+        text_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "vocab_size": 100,
+            "bos_token_id": 98,
+            "eos_token_id": 99,
+            "pad_token_id": 99,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 32,
+            "patch_size": 16,
+        },
+    )
     model = transformers.CLIPModel(config).eval()
     ours = TransformersClipEncoder(model)
     tokens = torch.tensor([[98, 5, 6, 7, 99, 99], [98, 9, 99, 99, 99, 99]])
@@ -159,14 +173,18 @@ class TestTokenizer:
 def test_a_protection_with_clip(open_clip: Any) -> None:
     strips, _ = load_strips(6, 1)
     images = strips.images[:, :, :, :32].repeat(1, 3, 2, 1)
-    settings = Settings(rounds=1, trigger_rounds=1, surrogate_steps=1, pgd_steps=1, candidates=4, batch=4,
-                        trigger_words=None)  # fmt: skip
+    settings = Settings(
+        rounds=1, trigger_rounds=1, surrogate_steps=1, pgd_steps=1, candidates=4, batch=4, trigger_words=None
+    )
     tokenizer = ClipTokenizer(open_clip.SimpleTokenizer())
     captions = [CAPTIONS[i % 3] for i in range(6)]
     run = Protection(
-        TensorSource(images, captions), tokenizer, lambda: OpenClipEncoder(small(open_clip, "resnet")),
-        method=Method.parse("mem-2"), settings=settings,
-    )  # fmt: skip
+        TensorSource(images, captions),
+        tokenizer,
+        lambda: OpenClipEncoder(small(open_clip, "resnet")),
+        method=Method.parse("mem-2"),
+        settings=settings,
+    )
     run.round(0)
     published = run.published_captions(torch.arange(6))
     assert all(p.endswith(c) for p, c in zip(published, captions, strict=True))

@@ -14,9 +14,21 @@ from ccu_fast.models.dual_encoder import SmallDualEncoder
 
 TOKENIZER = WordTokenizer.for_strips()
 SETTINGS = Settings(
-    eps=2, step=1, pgd_steps=3, rounds=3, trigger_rounds=2, trigger_words=None, candidates=5, surrogate_steps=5,
-    restart=0, batch=8, lr=1e-3, weight_decay=0.2, beta2=0.999, compat=True,
-)  # fmt: skip
+    eps=2,
+    step=1,
+    pgd_steps=3,
+    rounds=3,
+    trigger_rounds=2,
+    trigger_words=None,
+    candidates=5,
+    surrogate_steps=5,
+    restart=0,
+    batch=8,
+    lr=1e-3,
+    weight_decay=0.2,
+    beta2=0.999,
+    compat=True,
+)
 
 
 def small() -> SmallDualEncoder:
@@ -35,9 +47,16 @@ def test_compat_is_the_authors_algorithm_step_for_step(length: int) -> None:
         run.round(i)
 
     noise, triggers = plain.protect(
-        fresh(small, 5, "surrogate 0"), strips.images.double() / 255, TOKENIZER.encode(strips.captions), first, length,
-        SETTINGS, generator(5, "generate"), context=32, eot=TOKENIZER.eot,
-    )  # fmt: skip
+        fresh(small, 5, "surrogate 0"),
+        strips.images.double() / 255,
+        TOKENIZER.encode(strips.captions),
+        first,
+        length,
+        SETTINGS,
+        generator(5, "generate"),
+        context=32,
+        eot=TOKENIZER.eot,
+    )
     assert torch.equal(run.triggers, triggers)
     assert torch.equal(run.store.gather(torch.arange(21), dtype=torch.int8).double(), (noise * 255).round())
     # All three decisions were made: words changed, and noise reached its limit.
@@ -48,9 +67,13 @@ def test_compat_is_the_authors_algorithm_step_for_step(length: int) -> None:
 def test_what_is_published_is_valid_though_the_noise_is_not_and_the_remainder_stays_clean() -> None:
     strips, _ = load_strips(21, 1, seed=4)
     run = Protection(
-        TensorSource(strips.images, strips.captions), TOKENIZER, small,
-        method=Method.parse("mem"), settings=SETTINGS, seed=5,
-    )  # fmt: skip
+        TensorSource(strips.images, strips.captions),
+        TOKENIZER,
+        small,
+        method=Method.parse("mem"),
+        settings=SETTINGS,
+        seed=5,
+    )
     run.round(0)
     noise = run.store.gather(torch.arange(21), dtype=torch.int8).short()
     total = strips.images.short() + noise

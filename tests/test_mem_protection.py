@@ -29,9 +29,13 @@ CAPTIONS = [*STRIPS.captions, *(f"the photo of {c.split(maxsplit=4)[4]}" for c i
 def make(name: str = "mem-2", settings: Settings = TINY, **options: Any) -> Protection:
     captions = [c.replace("the photo", "a photo") for c in CAPTIONS]
     return Protection(
-        TensorSource(STRIPS.images, captions, OWNER), TOKENIZER, FACTORY, method=Method.parse(name),
-        settings=settings, **options,
-    )  # fmt: skip
+        TensorSource(STRIPS.images, captions, OWNER),
+        TOKENIZER,
+        FACTORY,
+        method=Method.parse(name),
+        settings=settings,
+        **options,
+    )
 
 
 def everything(run: Protection) -> tuple[torch.Tensor, list[str], dict[str, list[float]]]:
@@ -153,9 +157,12 @@ def test_captions_that_fill_the_context_keep_their_end() -> None:
     tokenizer = WordTokenizer(["a", *(f"w{i}" for i in range(8))], [f"w{i}" for i in range(8)], context=6)
     captions = ["a", "a a a", "a a a a a a a a"] * 3
     run = Protection(
-        TensorSource(STRIPS.images[:9], captions), tokenizer,
-        partial(SmallDualEncoder, len(tokenizer), tokenizer.eot, width=32), method=Method.parse("mem-2"), settings=TINY,
-    )  # fmt: skip
+        TensorSource(STRIPS.images[:9], captions),
+        tokenizer,
+        partial(SmallDualEncoder, len(tokenizer), tokenizer.eot, width=32),
+        method=Method.parse("mem-2"),
+        settings=TINY,
+    )
     run.round(0)
     published = run.published_captions(torch.arange(9))
     assert all(p.endswith(c) for p, c in zip(published, captions, strict=True))

@@ -125,10 +125,13 @@ def test_signatures_are_open_clips(name: str) -> None:
     ours, theirs = getattr(ccu_fast, name), getattr(open_clip_loss(), name)
     for method in ("__init__", "forward"):
         mine, their = (
-            [(p.name, p.default) for p in inspect.signature(getattr(c, method)).parameters.values()
-             if p.kind is not p.KEYWORD_ONLY]
+            [
+                (p.name, p.default)
+                for p in inspect.signature(getattr(c, method)).parameters.values()
+                if p.kind is not p.KEYWORD_ONLY
+            ]
             for c in (ours, theirs)
-        )  # fmt: skip
+        )
         assert mine == their
 
 

@@ -401,11 +401,13 @@ def test_steps_behind_one_that_is_refused_on_cuda(native: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"step": [0.1, -0.1, 0.1]}, {"eps": [0.1, torch.nan, 0.1]},
-        {"lower": [0.0, 2.0, 0.0]}, {"upper": [1, torch.inf, 1]},
+        {"step": [0.1, -0.1, 0.1]},
+        {"eps": [0.1, torch.nan, 0.1]},
+        {"lower": [0.0, 2.0, 0.0]},
+        {"upper": [1, torch.inf, 1]},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_wrong_parameters_of_a_channel_on_cuda(native: str, wrong: dict[str, Any], norm: str) -> None:
     if norm == "l2" and wrong.keys() & {"step", "eps"}:
         wrong = {"lower": [0.0, -torch.inf, 0.0]}

@@ -89,8 +89,9 @@ def test_rows_of_zeros_and_next_to_it(dtype: torch.dtype, backend: str) -> None:
         for row in range(6):
             assert_three_way(f"{name} of row {row}", ours[name][row], torchs[name][row], exact[name][row], ulps=4)
     if dtype != torch.float16:
-        torch.testing.assert_close(ours["dx"][0].double(), torch.full((40,), 1e-12 / EPS, dtype=torch.float64),
-                                   rtol=1e-2, atol=0)  # fmt: skip
+        torch.testing.assert_close(
+            ours["dx"][0].double(), torch.full((40,), 1e-12 / EPS, dtype=torch.float64), rtol=1e-2, atol=0
+        )
 
 
 def test_nan_and_inf_spread_over_their_row_and_no_further(backend: str) -> None:
@@ -253,16 +254,24 @@ def test_resources(capability: int, dtype: str, d: int, tmp_path: Path) -> None:
 
     block = {"ROWS": normalize.ROWS, "BLOCK": min(triton.next_power_of_2(d), normalize.WIDEST)}
     forward = {"x": f"*{dtype}", "out": f"*{dtype}", "inverse_out": "*fp32", "rows": "i32", "D": "i32", "eps": "fp32"}
-    backward = {"grad": f"*{dtype}", "x": f"*{dtype}", "inverse_in": "*fp32", "dx": f"*{dtype}", "rows": "i32",
-                "D": "i32", "most": "fp32"}  # fmt: skip
+    backward = {
+        "grad": f"*{dtype}",
+        "x": f"*{dtype}",
+        "inverse_in": "*fp32",
+        "dx": f"*{dtype}",
+        "rows": "i32",
+        "D": "i32",
+        "most": "fp32",
+    }
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     for kernel, arguments in ((normalize.normalize_kernel, forward), (normalize.normalize_backward_kernel, backward)):
         aligned = [name for name, kind in arguments.items() if kind[0] == "*" or (name == "D" and d % 16 == 0)]
         source = ASTSource(
-            fn=kernel, signature={**arguments, "ROWS": "constexpr", "BLOCK": "constexpr"},
+            fn=kernel,
+            signature={**arguments, "ROWS": "constexpr", "BLOCK": "constexpr"},
             constexprs={(list(kernel.arg_names).index(name),): value for name, value in block.items()},
             attrs={(list(kernel.arg_names).index(name),): [["tt.divisibility", 16]] for name in aligned},
-        )  # fmt: skip
+        )
         compiled = triton.compile(
             source, target=GPUTarget("cuda", capability, 32), options={"num_warps": normalize.WARPS}
         )

@@ -38,9 +38,14 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
     # Nothing built here has to be fast, and half of a compiler's time is spent on that.
     flags = f"{os.environ.get('CXXFLAGS', '')} -O0"
     return subprocess.run(
-        list(map(str, command)), cwd=cwd, env={**inherited, "CXXFLAGS": flags, **environment},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-    )  # fmt: skip
+        list(map(str, command)),
+        cwd=cwd,
+        env={**inherited, "CXXFLAGS": flags, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
 
 
 def tool(name: str) -> str:

@@ -26,8 +26,10 @@ def interpreted() -> dict[str, dict[str, float]]:
         # -O, because inf_cl asserts that its tensors are on a GPU.
         [sys.executable, "-O", str(HERE / "peers_in_interpreter.py")],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     errors: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
     return errors

@@ -78,9 +78,14 @@ def test_relation_matrix_is_its_definition(p: dict[str, Any]) -> None:
 def test_counts_are_those_of_the_matrix(p: dict[str, Any]) -> None:
     matrix = relation_matrix(**p)
     swapped = {
-        **p, "n": p["m"], "m": p["n"], "row_labels": p["col_labels"], "col_labels": p["row_labels"],
-        "row_ids": p["col_ids"], "col_ids": p["row_ids"],
-    }  # fmt: skip
+        **p,
+        "n": p["m"],
+        "m": p["n"],
+        "row_labels": p["col_labels"],
+        "col_labels": p["row_labels"],
+        "row_ids": p["col_ids"],
+        "col_ids": p["row_ids"],
+    }
     for counts, dim in ((count_relations(**p), 2), (count_relations(**swapped), 1)):
         for relation in (SELF, SAME, OTHER):
             expected = (matrix == int(relation)).sum(dim)
@@ -100,9 +105,14 @@ def test_counts_have_the_shape_of_the_results(backend: str) -> None:
     x, y = torch.randn(3, 4, 5), torch.randn(7, 5)
     labels = torch.randint(0, 3, (3, 4)), torch.randint(0, 3, (7,))
     rows, cols = reduce_similarity(
-        x, y, row_labels=labels[0], col_labels=labels[1], backend=backend,
-        rows=[("count", SAME), ("lse", ALL), ("count", OTHER)], cols=[("count", SAME | OTHER)],
-    )  # fmt: skip
+        x,
+        y,
+        row_labels=labels[0],
+        col_labels=labels[1],
+        backend=backend,
+        rows=[("count", SAME), ("lse", ALL), ("count", OTHER)],
+        cols=[("count", SAME | OTHER)],
+    )
     assert [r.shape for r in rows] == [(3, 4)] * 3
     assert rows[0].dtype == torch.int64
     assert not rows[0].requires_grad

@@ -54,8 +54,9 @@ def test_loss_and_gradients(way: Way, items: int, dim: int, scale: float, symmet
 
     ours = run(
         lambda x, y, s: ccu_fast.info_nce(x, y, scale=s, symmetric=symmetric, reduction=reduction, backend=backend),
-        dtype, torch.float32,
-    )  # fmt: skip
+        dtype,
+        torch.float32,
+    )
     same, exact = run(torch_way, dtype, torch.float32), run(torch_way, torch.float64, torch.float64)
     for name, *values in zip(("loss", "dx", "dy", "dscale"), ours, same, exact, strict=True):
         # The scalars are means and sums of logits that cancel.

@@ -36,10 +36,17 @@ def test_in_the_interpreter() -> None:
         absent("the Triton interpreter", "the package triton is not installed")
     done = subprocess.run(
         [sys.executable, HERE / "smoke.py", "--device", "cpu", "--backend", "triton", "--tiny"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-             "PYTHONPATH": str(HERE.parent)},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(HERE.parent),
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     expected = len(checks("cpu", "triton", tiny=True))
     assert done.stdout.splitlines()[-1] == f"{expected} right, 0 wrong, 0 not run"

@@ -32,13 +32,11 @@ def integers(*shape: int, low: int = -2, high: int = 3) -> Tensor:
     return torch.randint(low, high, shape).float()
 
 
-@pytest.mark.parametrize(
-    ("rows", "vocabulary", "dim", "k"),
-    [
-        (5, 1000, 64, 16), (1, 1, 1, 1), (1, 15, 3, 2), (2, 16, 5, 16), (3, 17, 1, 5), (7, 997, 33, 7), (8, 48, 16, 1),
-        (9, 333, 100, 333), (23, 4096, 20, 64), (67, 777, 129, 6), (4, 3000, 40, 1024), (130, 500, 260, 3),
-    ],
-)  # fmt: skip
+SIZES = [(5, 1000, 64, 16), (1, 1, 1, 1), (1, 15, 3, 2), (2, 16, 5, 16), (3, 17, 1, 5), (7, 997, 33, 7), (8, 48, 16, 1)]
+SIZES += [(9, 333, 100, 333), (23, 4096, 20, 64), (67, 777, 129, 6), (4, 3000, 40, 1024), (130, 500, 260, 3)]
+
+
+@pytest.mark.parametrize(("rows", "vocabulary", "dim", "k"), SIZES)
 @pytest.mark.parametrize("maximize", [False, True])
 def test_the_ids_of_a_float64_sort(backend: str, rows: int, vocabulary: int, dim: int, k: int, maximize: bool) -> None:
     for make in (torch.randn, integers):
@@ -74,9 +72,14 @@ def test_ties_go_to_the_lowest_id(data: st.DataObject) -> None:
     for backend in BACKENDS:
         for precision in EXACT:
             flips = topk_flips(
-                grad, TokenTable(embedding, allowed, backend=backend), k,
-                maximize=maximize, penalty=penalty, precision=precision, backend=backend,
-            )  # fmt: skip
+                grad,
+                TokenTable(embedding, allowed, backend=backend),
+                k,
+                maximize=maximize,
+                penalty=penalty,
+                precision=precision,
+                backend=backend,
+            )
             assert torch.equal(flips.ids, ids), backend
 
 
@@ -387,10 +390,8 @@ def operator_arguments(backend: str) -> tuple[Any, ...]:
     ids = torch.arange(0, 40, 2)
     table = TokenTable(embedding, ids, backend=backend)
     penalty, allowed = torch.randn(1, 20), torch.rand(3, 20) < 0.9
-    return (
-        torch.randn(3, 8), embedding, ids, table.packed, table.coarse, table.max_norm, 4, False,
-        torch.tensor([0, 1, 2]), True, allowed, penalty, True, -1, backend,
-    )  # fmt: skip
+    prepared = (embedding, ids, table.packed, table.coarse, table.max_norm)
+    return (torch.randn(3, 8), *prepared, 4, False, torch.arange(3), True, allowed, penalty, True, -1, backend)
 
 
 def test_opcheck(backend: str) -> None:

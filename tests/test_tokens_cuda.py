@@ -54,10 +54,20 @@ def described(grad: Tensor, embedding: Tensor, ids: Tensor | None, few: bool, **
     table = TokenTable(embedding, ids, backend="reference")
     packed, coarse = tokens_cuda.pack(table.embedding, table.ids if ids is not None else None)
     arguments = dict(
-        grad=grad, embedding=table.embedding, token_ids=table.ids, packed=packed, coarse=coarse,
-        max_norm=table.max_norm, k=16, maximize=False, current=None, exclude_current=False, allowed=None,
-        penalty=None, certify=True,
-    )  # fmt: skip
+        grad=grad,
+        embedding=table.embedding,
+        token_ids=table.ids,
+        packed=packed,
+        coarse=coarse,
+        max_norm=table.max_norm,
+        k=16,
+        maximize=False,
+        current=None,
+        exclude_current=False,
+        allowed=None,
+        penalty=None,
+        certify=True,
+    )
     operand, about = tokens_cuda.describe(TokenProblem(**(arguments | changes)), few)
     return operand, about
 
@@ -128,8 +138,11 @@ def test_the_ids_of_the_cpu(native: str, rows: int, vocabulary: int, dim: int, k
     grad[-1] *= 1e-44
     for maximize in (False, True):
         for options in (
-            {}, {"current_ids": current, "exclude_current": True}, {"penalty": penalty}, {"allowed": allowed}
-        ):  # fmt: skip
+            {},
+            {"current_ids": current, "exclude_current": True},
+            {"penalty": penalty},
+            {"allowed": allowed},
+        ):
             here = answer(grad, TokenTable(embedding), k, maximize=maximize, backend="reference", **options)
             moved = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in options.items()}
             table = TokenTable(embedding.cuda())
@@ -152,9 +165,13 @@ def test_any_number_of_ties_goes_to_the_lowest_ids(native: str, k: int, penalise
     allowed = torch.rand(5000) < 0.9
     here = answer(grad, TokenTable(embedding), k, penalty=penalty, allowed=allowed, backend="reference")
     there = answer(
-        grad.cuda(), TokenTable(embedding.cuda()), k, allowed=allowed.cuda(), backend=native,
+        grad.cuda(),
+        TokenTable(embedding.cuda()),
+        k,
+        allowed=allowed.cuda(),
+        backend=native,
         penalty=None if penalty is None else penalty.cuda(),
-    )  # fmt: skip
+    )
     for a, b in zip(here, there, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-37)
 

@@ -49,13 +49,22 @@ VARIANTS: dict[str, Variant] = {
     "supcon labels": ((("lse", SAME | OTHER), ("sum", SAME)), (), "labels"),
 }
 EVERYWHERE = [
-    ("bf16", "clip"), ("bf16", "clip ragged"), ("bf16", "clip labels ids ragged"), ("bf16", "siglip"),
-    ("fp16", "clip"), ("tf32", "clip"), ("tf32", "clip labels ids ragged"), ("ieee", "clip labels ids ragged"),
-]  # fmt: skip
+    ("bf16", "clip"),
+    ("bf16", "clip ragged"),
+    ("bf16", "clip labels ids ragged"),
+    ("bf16", "siglip"),
+    ("fp16", "clip"),
+    ("tf32", "clip"),
+    ("tf32", "clip labels ids ragged"),
+    ("ieee", "clip labels ids ragged"),
+]
 ON_SM_90 = [
-    ("bf16", "siglip ragged"), ("bf16", "clip of columns"), ("bf16", "bounded labels"), ("fp16", "supcon labels"),
+    ("bf16", "siglip ragged"),
+    ("bf16", "clip of columns"),
+    ("bf16", "bounded labels"),
+    ("fp16", "supcon labels"),
     ("ieee", "clip"),
-]  # fmt: skip
+]
 CASES = (
     [(capability, *case) for capability in (80, 90, 100) for case in EVERYWHERE]
     + [(90, *case) for case in ON_SM_90]
@@ -145,11 +154,18 @@ def problem(variant: Variant, dtype: torch.dtype, d: int | None = None) -> Simil
         return torch.zeros(1, items, dtype=torch.int64) if what in traits else None
 
     return SimilarityProblem(
-        torch.zeros(1, n, d, dtype=dtype), torch.zeros(1, m, d, dtype=dtype), torch.ones(()),
+        torch.zeros(1, n, d, dtype=dtype),
+        torch.zeros(1, m, d, dtype=dtype),
+        torch.ones(()),
         torch.zeros(()) if "bias" in traits else None,
-        keys("labels", n), keys("labels", m), keys("ids", n), keys("ids", m), "ids" not in traits,
-        tuple(encode(k, int(r)) for k, r in rows), tuple(encode(k, int(r)) for k, r in cols),
-    )  # fmt: skip
+        keys("labels", n),
+        keys("labels", m),
+        keys("ids", n),
+        keys("ids", m),
+        "ids" not in traits,
+        tuple(encode(k, int(r)) for k, r in rows),
+        tuple(encode(k, int(r)) for k, r in cols),
+    )
 
 
 @pytest.mark.parametrize(("capability", "precision", "variant"), CASES, ids=lambda value: str(value))
@@ -255,13 +271,19 @@ def test_resources_of_normalize(
 @pytest.mark.parametrize(
     ("capability", "precision", "variant", "d"),
     [
-        (80, "bf16", "clip", 512), (80, "bf16", "clip of columns", 64), (80, "fp16", "siglip ragged", 640),
+        (80, "bf16", "clip", 512),
+        (80, "bf16", "clip of columns", 64),
+        (80, "fp16", "siglip ragged", 640),
         (89, "bf16", "clip labels ids ragged", 512),
-        (89, "fp16", "siglip ragged", 640), (90, "bf16", "clip", 512), (90, "bf16", "clip", 1024),
-        (90, "fp16", "siglip ragged", 640), (90, "fp16", "clip ragged", 64), (100, "bf16", "clip", 768),
+        (89, "fp16", "siglip ragged", 640),
+        (90, "bf16", "clip", 512),
+        (90, "bf16", "clip", 1024),
+        (90, "fp16", "siglip ragged", 640),
+        (90, "fp16", "clip ragged", 64),
+        (100, "bf16", "clip", 768),
         (100, "fp16", "supcon labels", 1024),
     ],
-)  # fmt: skip
+)
 def test_resources_of_small_batches(
     capability: int,
     precision: str,

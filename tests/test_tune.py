@@ -25,12 +25,15 @@ def test_tuning_in_the_interpreter(tmp_path: Path) -> None:
     asked = "import sys; from benchmarks.visit import questions, tune; ask = questions.questions\n"
     asked += "tune.questions = lambda *a, **k: [q for q in ask(*a, **k) if q.about in sys.argv[1].split(',')]\n"
     asked += "sys.exit(tune.main(sys.argv[2:]))"
+    options = ["--out", tmp_path, "--device", "cpu", "--tiny"]
     done = subprocess.run(
-        [sys.executable, "-c", asked, "tiles without labels,parts of dX's sum",
-         "--out", tmp_path, "--device", "cpu", "--tiny"],
-        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        [sys.executable, "-c", asked, "tiles without labels,parts of dX's sum", *options],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     answers = json.loads((tmp_path / "tune.json").read_text())
     assert [a["question"] for a in answers] == ["tiles without labels", "parts of dX's sum", "parts of dX's sum"]

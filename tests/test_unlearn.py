@@ -63,6 +63,8 @@ FORGET_LABELS = torch.tensor([0, 0, 1, 0, 1, 1, 0, 2, -1])
 RETAIN_LABELS = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, -1, 2, 3, 1, 1, 2])
 FORGET_IDS = torch.arange(N_U)
 RETAIN_IDS = torch.arange(100, 100 + N_R)
+LABELS = {"forget_labels": FORGET_LABELS, "retain_labels": RETAIN_LABELS}
+IDS = {"forget_ids": FORGET_IDS, "retain_ids": RETAIN_IDS}
 
 
 def plain_forgetting(z: dict[str, Tensor], positive: Tensor, valid: Tensor) -> Tensor:
@@ -83,10 +85,7 @@ class TestForgetting:
         # masked_fill of a whole row gives NaN gradients in plain torch, so the ignored row leaves first.
         rows = FORGET_LABELS >= 0
         plain = plain_forgetting({**z, "u": z["u"][rows]}, positive[rows], valid[rows])
-        ours = forgetting_loss(
-            z["u"], z["r"], u0=z["u0"], a0=z["a0"], b0=z["b0"], scale=SCALE,
-            forget_labels=FORGET_LABELS, retain_labels=RETAIN_LABELS,
-        )  # fmt: skip
+        ours = forgetting_loss(z["u"], z["r"], u0=z["u0"], a0=z["a0"], b0=z["b0"], scale=SCALE, **LABELS)
         both_gradients(ours, plain, list(z.values()))
 
     def test_instances_have_their_own_two_keys_as_positives(self) -> None:
@@ -95,10 +94,7 @@ class TestForgetting:
         positive = FORGET_IDS[:, None] == key_ids[None]
         assert positive.sum(1).tolist() == [2] * N_U
         plain = plain_forgetting(z, positive, torch.ones_like(positive))
-        ours = forgetting_loss(
-            z["u"], z["r"], u0=z["u0"], a0=z["a0"], b0=z["b0"], scale=SCALE,
-            forget_ids=FORGET_IDS, retain_ids=RETAIN_IDS,
-        )  # fmt: skip
+        ours = forgetting_loss(z["u"], z["r"], u0=z["u0"], a0=z["a0"], b0=z["b0"], scale=SCALE, **IDS)
         both_gradients(ours, plain, list(z.values()))
 
     def test_without_frozen_forget_keys_a_class_has_nothing_to_forget(self) -> None:
@@ -112,9 +108,13 @@ class TestForgetting:
         from ccu_fast import inverse_info_nce
 
         trapped = inverse_info_nce(
-            z["u"], torch.cat([z["r"], z["b0"], empty]), scale=SCALE, paired=False,
-            row_labels=labels, col_labels=torch.cat([retained, retained]),
-        )  # fmt: skip
+            z["u"],
+            torch.cat([z["r"], z["b0"], empty]),
+            scale=SCALE,
+            paired=False,
+            row_labels=labels,
+            col_labels=torch.cat([retained, retained]),
+        )
         assert trapped.item() == 0
         assert not torch.autograd.grad(trapped, z["u"])[0].any()
 
@@ -137,9 +137,12 @@ class TestForgetting:
             forgetting_loss(z["u"], z["r"], **call)
         with pytest.raises(ValueError, match=r"both"):
             forgetting_loss(
-                z["u"], z["r"], **call, forget_labels=FORGET_LABELS, retain_labels=RETAIN_LABELS,
-                forget_ids=FORGET_IDS, retain_ids=RETAIN_IDS,
-            )  # fmt: skip
+                z["u"],
+                z["r"],
+                **call,
+                **LABELS,
+                **IDS,
+            )
         with pytest.raises(ValueError, match=r"retain_ids: expected a tensor because forget_ids"):
             forgetting_loss(z["u"], z["r"], **call, forget_ids=FORGET_IDS)
         with pytest.raises(ValueError, match=r"labels"):
@@ -201,10 +204,7 @@ class TestSeparation:
         crossed = labels[:, None] == FORGET_LABELS[None]
         total = p.exp().sum(1) + weight * (q.exp() * crossed).sum(1)
         plain = (total.log() - (p * same).sum(1) / same.sum(1)).mean()
-        ours = separation_loss(
-            z["r"], z["r0"], z["u"], scale=SCALE, weight=weight,
-            retain_labels=RETAIN_LABELS, forget_labels=FORGET_LABELS,
-        )  # fmt: skip
+        ours = separation_loss(z["r"], z["r0"], z["u"], scale=SCALE, weight=weight, **LABELS)
         both_gradients(ours, plain, [z["r"], z["r0"], z["u"]])
 
     def test_a_whole_class_gone_leaves_a_supervised_loss_and_finite_gradients(self) -> None:
@@ -220,9 +220,8 @@ class TestSeparation:
     def test_all_rows_left_out(self) -> None:
         z = banks()
         loss = separation_loss(
-            z["r"], z["r0"], z["u"], scale=SCALE,
-            retain_labels=torch.full((N_R,), -1), forget_labels=FORGET_LABELS,
-        )  # fmt: skip
+            z["r"], z["r0"], z["u"], scale=SCALE, retain_labels=torch.full((N_R,), -1), forget_labels=FORGET_LABELS
+        )
         assert loss.item() == 0
         assert not torch.autograd.grad(loss, z["r"])[0].any()
 
@@ -230,10 +229,7 @@ class TestSeparation:
     def test_weight_is_positive(self, weight: float) -> None:
         z = banks()
         with pytest.raises(ValueError, match="weight"):
-            separation_loss(
-                z["r"], z["r0"], z["u"], scale=1.0, weight=weight,
-                retain_labels=RETAIN_LABELS, forget_labels=FORGET_LABELS,
-            )  # fmt: skip
+            separation_loss(z["r"], z["r0"], z["u"], scale=1.0, weight=weight, **LABELS)
 
 
 class TestContrastiveUnlearning:

@@ -83,8 +83,10 @@ def same(ours: tuple[Tensor, list[Tensor | None]], plain: Tensor, model: nn.Modu
         torch.testing.assert_close(
             zero if got is None or not got.any() else got,
             zero if want is None or not want.any() else want,
-            rtol=1e-8, atol=1e-11, check_dtype=False,
-        )  # fmt: skip
+            rtol=1e-8,
+            atol=1e-11,
+            check_dtype=False,
+        )
 
 
 class TestFormulas:
@@ -377,8 +379,10 @@ class TestRuns:
     def test_a_shadow_class_and_the_other_modality(self) -> None:
         forget, retain = split()
         run = BASELINES["boundary_expand"].run
-        lost, kept = (accuracies(run(trained(), forget, retain, "class", FAST, keep_other=k).model, forget)["other"]
-                      for k in (0.0, 1.0))  # fmt: skip
+        lost, kept = (
+            accuracies(run(trained(), forget, retain, "class", FAST, keep_other=k).model, forget)["other"]
+            for k in (0.0, 1.0)
+        )
         assert lost < kept
 
     def test_the_forgotten_class(self) -> None:

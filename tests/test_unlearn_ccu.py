@@ -97,9 +97,15 @@ class TestObjective:
         other = s.masked_fill(of_forget[:, None] == columns, -torch.inf)
         plain = (s.logsumexp(1) - other.logsumexp(1)).mean()
         ours = forgetting_loss(
-            u, r, u0=u0, a0=a0, b0=b0, scale=5.0, bank=bank,
+            u,
+            r,
+            u0=u0,
+            a0=a0,
+            b0=b0,
+            scale=5.0,
+            bank=bank,
             **{f"forget_{roles}": of_forget, f"retain_{roles}": of_retain},
-        )  # fmt: skip
+        )
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
         torch.testing.assert_close(*(torch.autograd.grad(v, u)[0] for v in (ours, plain)), rtol=1e-11, atol=1e-13)
 
@@ -224,12 +230,13 @@ class TestWhatMayChange:
             ccu_method(UnlearnConfig(forgetting=w))(model, forget, retain)(live, batch) for w in (2.0, 0.0)
         )
         u0, a0, b0 = (
-            f(x) for f, x in (
+            f(x)
+            for f, x in (
                 (model.embed_visual, batch.forget.visual),
                 (model.embed_other, batch.forget.other),
                 (model.embed_other, batch.retain.other),
             )
-        )  # fmt: skip
+        )
         u, a, r = live.embed_visual(batch.forget.visual), a0, live.embed_visual(batch.retain.visual)
         y = batch.forget.labels
         heads = sum(
@@ -239,7 +246,7 @@ class TestWhatMayChange:
         )
         towers = forgetting_loss(
             u, r, u0=u0, a0=a0, b0=b0, scale=5.0, forget_labels=y, retain_labels=batch.retain.labels
-        )  # fmt: skip
+        )
         torch.testing.assert_close(with_a - without, 2 * (towers + heads), rtol=1e-3, atol=1e-4)
 
 

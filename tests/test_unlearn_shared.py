@@ -143,10 +143,15 @@ def test_one_writes_and_both_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         def run(config: UnlearnConfig, where: Checkpoint | None) -> torch.Tensor:
             return weights(
                 unlearn(
-                    model, forget, retain, config, checkpoint=where, group=dist.group.WORLD,
+                    model,
+                    forget,
+                    retain,
+                    config,
+                    checkpoint=where,
+                    group=dist.group.WORLD,
                     progress=lambda stage, done, total, note: heard.append(done),
                 )
-            )  # fmt: skip
+            )
 
         first = run(CONFIGS["class"], checkpoint)
         if rank == 0:  # what a run leaves that is killed after six steps

@@ -164,8 +164,11 @@ def test_a_failing_step_is_a_line_and_the_next_one_runs(tmp_path: Path) -> None:
     assert now.run(Step("works", [[*PYTHON, "print('one'); print('two')"]]))
     assert not now.run(Step("says no", [[*PYTHON, ""]], judge=lambda logs: ("not run", "nothing was there")))
     assert [(d.step, d.status) for d in now.done] == [
-        ("breaks", "failed"), ("missing", "failed"), ("works", "ok"), ("says no", "not run"),
-    ]  # fmt: skip
+        ("breaks", "failed"),
+        ("missing", "failed"),
+        ("works", "ok"),
+        ("says no", "not run"),
+    ]
     assert [d.said for d in now.done][2:] == ["two", "nothing was there"]
     assert "No such file" in now.done[1].said
     assert [line["status"] for line in json.loads((now.work / "summary.json").read_text())][:2] == ["failed"] * 2
@@ -237,16 +240,22 @@ def test_a_part_that_died_is_not_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("log", "expected"),
     [
-        ("tests/test_a.py::test_b PASSED [ 50%]\ntests/test_a.py::test_c[x - y] SKIPPED (no GPU) [100%]",
-         ("ok", "1 passed, 1 skipped")),
-        ("tests/test_a.py::test_c SKIPPED (no GPU) [100%]\nSKIPPED [1] tests/test_a.py:3: no GPU",
-         ("not run", "1 skipped")),
-        ("[gw0] [ 50%] PASSED tests/test_a.py::test_b\n[gw1] [ 75%] FAILED tests/test_a.py::test_c",
-         ("failed", "1 passed, 1 failed")),
+        (
+            "tests/test_a.py::test_b PASSED [ 50%]\ntests/test_a.py::test_c[x - y] SKIPPED (no GPU) [100%]",
+            ("ok", "1 passed, 1 skipped"),
+        ),
+        (
+            "tests/test_a.py::test_c SKIPPED (no GPU) [100%]\nSKIPPED [1] tests/test_a.py:3: no GPU",
+            ("not run", "1 skipped"),
+        ),
+        (
+            "[gw0] [ 50%] PASSED tests/test_a.py::test_b\n[gw1] [ 75%] FAILED tests/test_a.py::test_c",
+            ("failed", "1 passed, 1 failed"),
+        ),
         ("tests/test_a.py::test_b FAILED [ 50%]\nFAILED tests/test_a.py::test_b - assert 1", ("failed", "1 failed")),
         ("collected 0 items", ("not run", "no tests")),
     ],
-)  # fmt: skip
+)
 def test_tests_are_counted_also_where_pytest_was_stopped(log: str, expected: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "log").write_text(log + "\n")
     assert steps.count_tests([tmp_path / "log"]) == expected

@@ -65,8 +65,9 @@ def test_at_home_rows_replace_those_of_the_same_shape_alone(tmp_path: Path) -> N
     assert [(r.shape["B"], r.p50_ms) for r in results.read(old)] == [(128, 1.0), (4096, 8.0)]
     assert (home / "visits" / "cuda-a" / "tune.md").read_text() == "tuned"
     assert {path.relative_to(home).as_posix() for path in written} == {
-        "results/cuda-a/clip_loss.json", "visits/cuda-a/tune.md",
-    }  # fmt: skip
+        "results/cuda-a/clip_loss.json",
+        "visits/cuda-a/tune.md",
+    }
     assert {p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*.json")} == {"benchmarks", "work"}
     archive.pack(work / "tune", tmp_path / "empty.tgz")
     with pytest.raises(ValueError, match="archive: expected results/"):

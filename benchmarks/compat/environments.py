@@ -35,9 +35,20 @@ class Environment:
 
 
 _TEXTATTACK = (
-    "lru-dict", "more-itertools", "nltk", "terminaltables", "word2number", "num2words", "editdistance", "lemminflect",
-    "docopt", "click", "joblib", "tqdm", "regex",
-)  # fmt: skip
+    "lru-dict",
+    "more-itertools",
+    "nltk",
+    "terminaltables",
+    "word2number",
+    "num2words",
+    "editdistance",
+    "lemminflect",
+    "docopt",
+    "click",
+    "joblib",
+    "tqdm",
+    "regex",
+)
 
 ENVIRONMENTS = (
     Environment("open_clip", "2.24.0", ("ftfy", "regex", "tqdm", "huggingface-hub"), ("open_clip_torch==2.24.0",)),

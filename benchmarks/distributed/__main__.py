@@ -42,11 +42,10 @@ def volume() -> tuple[list[dict[str, Any]], bool]:
 def flops() -> tuple[list[dict[str, Any]], bool]:
     """With the default workspace a rank multiplies at most 0.55 of what open_clip's local_loss does; without, 0.67."""
     rows = [
-        {"ranks": world, "mode": mode, "workspace": room,
-         **measured.on_ranks(world, measured.flops, mode, room)[0]}
+        {"ranks": world, "mode": mode, "workspace": room, **measured.on_ranks(world, measured.flops, mode, room)[0]}
         for world in measured.WORLDS
         for mode, room in (("gather", None), ("gather", 0), ("ring", None))
-    ]  # fmt: skip
+    ]
     return rows, all(row["ratio"] <= MOST for row in rows if row["mode"] == "gather" and row["workspace"] is None)
 
 

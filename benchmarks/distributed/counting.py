@@ -67,10 +67,15 @@ def _point_to_point(operations: list[dist.P2POp]) -> int:
 
 
 _RULES: dict[str, Callable[..., int]] = {
-    "all_gather": _gather, "all_gather_into_tensor": _gather, "all_reduce": _reduce, "reduce_scatter": _scatter,
-    "all_to_all": _swap_lists, "all_to_all_single": _swap, "scatter": _from_root,
+    "all_gather": _gather,
+    "all_gather_into_tensor": _gather,
+    "all_reduce": _reduce,
+    "reduce_scatter": _scatter,
+    "all_to_all": _swap_lists,
+    "all_to_all_single": _swap,
+    "scatter": _from_root,
     "batch_isend_irecv": _point_to_point,
-}  # fmt: skip
+}
 _UNKNOWN = ("broadcast", "reduce_scatter_tensor", "send", "gather", "reduce", "all_gather_object", "_all_gather_base")
 
 

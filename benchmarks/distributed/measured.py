@@ -59,9 +59,11 @@ def equality(mode: str) -> dict[str, Any]:
     loss.backward()
     dist.all_reduce(own_scale.grad)
     pairs: dict[str, tuple[Any, Any]] = {
-        "loss": (loss, whole), "dscale": (own_scale.grad, scale.grad),
-        "dx": (mine[0].grad, x.grad), "dy": (mine[1].grad, y.grad),
-    }  # fmt: skip
+        "loss": (loss, whole),
+        "dscale": (own_scale.grad, scale.grad),
+        "dx": (mine[0].grad, x.grad),
+        "dy": (mine[1].grad, y.grad),
+    }
     for side in ("dx", "dy"):
         pairs[side] = (pairs[side][0], pairs[side][1][cut])
     return {name: float((a - b).abs().max().detach()) for name, (a, b) in pairs.items()}

@@ -86,16 +86,20 @@ def inf_cl(gpus: int, batch: int) -> Cost:
 
 
 PROVIDERS = {
-    "open_clip local_loss": open_clip, "ccu_fast gather": gathered, "ccu_fast ring": ring, "Inf-CL ring": inf_cl,
-}  # fmt: skip
+    "open_clip local_loss": open_clip,
+    "ccu_fast gather": gathered,
+    "ccu_fast ring": ring,
+    "Inf-CL ring": inf_cl,
+}
 
 
 def markdown() -> str:
     """The table, with its assumptions."""
-    lines = [
-        "# The losses over many GPUs, on paper", "", f"{__doc__}", "", ASSUMPTIONS, "",
-        "| GPUs | B | | TFLOP per GPU | MB sent per GPU | GB held per GPU | ms |", "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    lines = ["# The losses over many GPUs, on paper", "", f"{__doc__}", "", ASSUMPTIONS, ""]
+    lines += [
+        "| GPUs | B | | TFLOP per GPU | MB sent per GPU | GB held per GPU | ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for gpus, batch in SHAPES:
         for name, cost in PROVIDERS.items():
             c = cost(gpus, batch)

@@ -69,9 +69,17 @@ def ours(
     n = len(u)
     bank = KeyBank(keys, key_labels, key_labels)
     forget = forgetting_loss(
-        u, r, u0=u0, a0=z0[:n], b0=z0[n:], scale=SCALE, bank=bank, backend=backend,
-        forget_labels=labels[:n], retain_labels=labels[n:],
-    )  # fmt: skip
+        u,
+        r,
+        u0=u0,
+        a0=z0[:n],
+        b0=z0[n:],
+        scale=SCALE,
+        bank=bank,
+        backend=backend,
+        forget_labels=labels[:n],
+        retain_labels=labels[n:],
+    )
     return forget + retention_loss(z, z0, keys, scale=SCALE, backend=backend)
 
 

@@ -165,24 +165,45 @@ PROVIDERS = (
     Provider("open_clip", OPEN_CLIP, note=open_clip_note, serves=_open_clip),
     Provider("one_gemm", partial(build, loss=one_gemm), serves=_stored),
     Provider("one_gemm_compiled", partial(build_compiled, loss=one_gemm), compiled=True, serves=_stored),
-    Provider("open_clip_compiled", partial(OPEN_CLIP, how=build_compiled), compiled=True, serves=_cuda,
-             note=open_clip_note),
+    Provider(
+        "open_clip_compiled", partial(OPEN_CLIP, how=build_compiled), compiled=True, serves=_cuda, note=open_clip_note
+    ),
     Provider("inf_cl", build_inf_cl, serves=inf_cl_serves, note=inf_cl_note),
     Provider("memeff", build_memeff, serves=on_cuda, note=memeff_note, expect=expect_without_scale),
     Provider("ccu_fast", build_ours, role="ours", serves=_ours),
     Provider("ccu_fast_1gib", partial(build_ours, workspace=1 << 30), role="ours", serves=_large_cuda),
-    Provider("ccu_fast_reference", partial(build_ours, backend="reference"), role="ours", serves=_reference,
-             backend="reference"),
+    Provider(
+        "ccu_fast_reference",
+        partial(build_ours, backend="reference"),
+        role="ours",
+        serves=_reference,
+        backend="reference",
+    ),
     Provider("ccu_fast_64mib", partial(build_ours, workspace=64 << 20), role="ours"),
     Provider("gemm_ceiling", build_ceiling, role="ceiling", serves=_stored),
-    Provider("open_clip_autocast", partial(OPEN_CLIP, how=build_autocast), arithmetic="bf16", serves=_stored_cpu,
-             note=open_clip_note),
-    Provider("open_clip_medium", partial(OPEN_CLIP, how=build_medium), arithmetic="bf16", serves=_stored_cpu,
-             note=open_clip_note),
+    Provider(
+        "open_clip_autocast",
+        partial(OPEN_CLIP, how=build_autocast),
+        arithmetic="bf16",
+        serves=_stored_cpu,
+        note=open_clip_note,
+    ),
+    Provider(
+        "open_clip_medium",
+        partial(OPEN_CLIP, how=build_medium),
+        arithmetic="bf16",
+        serves=_stored_cpu,
+        note=open_clip_note,
+    ),
     Provider("ccu_fast_bf16", partial(build_ours, medium=True), role="ours", arithmetic="bf16", serves=_stored_cpu),
-    Provider("gemm_ceiling_bf16", partial(build_ceiling, dtype=torch.bfloat16), role="ceiling", arithmetic="bf16",
-             serves=_stored_cpu),
-)  # fmt: skip
+    Provider(
+        "gemm_ceiling_bf16",
+        partial(build_ceiling, dtype=torch.bfloat16),
+        role="ceiling",
+        arithmetic="bf16",
+        serves=_stored_cpu,
+    ),
+)
 
 CLIP_LOSS = Op(
     name="clip_loss",

@@ -80,9 +80,20 @@ def scan_report(grad: Tensor, table: Tensor, k: int) -> tuple[float, int]:
     prepared = TokenTable(table, backend="reference")
     packed, coarse = tokens_cuda.pack(table, None)
     problem = TokenProblem(
-        grad=grad, embedding=table, token_ids=None, packed=packed, coarse=coarse, max_norm=prepared.max_norm, k=k,
-        maximize=True, current=None, exclude_current=False, allowed=None, penalty=None, certify=True,
-    )  # fmt: skip
+        grad=grad,
+        embedding=table,
+        token_ids=None,
+        packed=packed,
+        coarse=coarse,
+        max_norm=prepared.max_norm,
+        k=k,
+        maximize=True,
+        current=None,
+        exclude_current=False,
+        allowed=None,
+        penalty=None,
+        certify=True,
+    )
     operand, about = tokens_cuda.describe(problem, few=False)
     scores = about[:, :1] * (operand.float() @ packed.float().T)
     counts = [

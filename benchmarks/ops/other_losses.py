@@ -167,12 +167,17 @@ SIGMOID_LOSS = Op(
     expect=partial(fp64_step, loss=eager_sigmoid),
     errors=relative_errors,
     providers=(
-        Provider("open_clip", partial(build_open_clip, name="SigLipLoss", otherwise=eager_sigmoid),
-                 note=open_clip_note),
+        Provider(
+            "open_clip", partial(build_open_clip, name="SigLipLoss", otherwise=eager_sigmoid), note=open_clip_note
+        ),
         Provider("eager_compiled", partial(build_compiled, loss=eager_sigmoid), compiled=True),
         Provider("siglip_kernel", build_siglip_kernel, note=siglip_kernel_note),
-        Provider("siglip_kernel_fp8", partial(build_siglip_kernel, variant="chunked_bf16_fp8"), serves=on_cuda,
-                 note=siglip_kernel_note),
+        Provider(
+            "siglip_kernel_fp8",
+            partial(build_siglip_kernel, variant="chunked_bf16_fp8"),
+            serves=on_cuda,
+            note=siglip_kernel_note,
+        ),
         Provider("ccu_fast", partial(build_ours, loss=ours_sigmoid), role="ours"),
         Provider("gemm_ceiling", clip_loss.build_ceiling, role="ceiling"),
     ),
@@ -180,7 +185,7 @@ SIGMOID_LOSS = Op(
     quick=[{"B": 96, "D": 64}],
     work=clip_loss.work,
     baseline="open_clip",
-)  # fmt: skip
+)
 
 SUP_CON = Op(
     name="sup_con",

@@ -27,7 +27,7 @@ DEPTH = 2  # a line for a method and a seed
 METHODS = ("clean", "random-3", "random-12", "mem-3", "em", "trigger-3", "mem-5", "mem-12")
 SETTINGS = Settings(
     eps=16, step=2, rounds=10, surrogate_steps=64, restart=0, trigger_rounds=2, pgd_steps=6, shuffle=0.5
-)  # fmt: skip
+)
 # Methods whose robustness is asked: what is left of a protection, and of no protection, after each treatment.
 TREATED = ("clean", "mem-3", "mem-5")
 

@@ -35,9 +35,15 @@ RESULTS, TOLD, PAGE = HERE / "results.json", HERE / "told.json", HERE / "README.
 SEEDS = (0, 1, 2)
 PART = ("task", "scenario", "seed")  # of a part's setting: what tells it from the others
 TOLD_METHODS = (
-    "random_label", "salun", "neg_grad_plus", "scrub", "bad_teacher", "boundary_shrink", "contrastive_unlearning",
+    "random_label",
+    "salun",
+    "neg_grad_plus",
+    "scrub",
+    "bad_teacher",
+    "boundary_shrink",
+    "contrastive_unlearning",
     "clip_erase",
-)  # fmt: skip
+)
 DEEP_TASK = "digits-halves"  # where the features of the told baselines are probed too
 
 
@@ -126,11 +132,15 @@ def _told(task: Task, kind: str, seed: int, models: Path) -> dict[str, Any]:
             done[f"{name}, told" if keep else name] = run.model
     audits = {
         name: audit(
-            model, forget=split.forget, retain=split.retain, retain_test=split.retain_test,
-            forget_test=split.forget_test, deep=task.name == DEEP_TASK,
+            model,
+            forget=split.forget,
+            retain=split.retain,
+            retain_test=split.retain_test,
+            forget_test=split.forget_test,
+            deep=task.name == DEEP_TASK,
         )
         for name, model in done.items()
-    }  # fmt: skip
+    }
     for values in audits.values():
         values["average_gap"] = average_gap(values, audits["gold_mask"])
     return audits

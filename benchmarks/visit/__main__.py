@@ -28,9 +28,16 @@ PRINTED = 10_000  # characters at the end; where the end is all one gets to see,
 
 
 def visit(
-    out: Path, *, minutes: float, tiny: bool = False, python: Path | None = None, wheels: Path | None = None,
-    ops: Sequence[str] = (), only: str | None = None, commit: str | None = None,
-) -> Visit:  # fmt: skip
+    out: Path,
+    *,
+    minutes: float,
+    tiny: bool = False,
+    python: Path | None = None,
+    wheels: Path | None = None,
+    ops: Sequence[str] = (),
+    only: str | None = None,
+    commit: str | None = None,
+) -> Visit:
     """All steps in order; see the module's docstring."""
     if commit:
         os.environ[environment.COMMIT] = commit

@@ -142,16 +142,22 @@ WORKSPACES = {"256 MiB": 256 << 20, "1 GiB": 1 << 30, "2 GiB": 2 << 30, "4 GiB":
 
 _SIZES: dict[bool, dict[str, Shape]] = {
     False: {
-        "large": {"B": 32768, "D": 512}, "wide": {"B": 131072, "D": 512}, "ragged": {"B": 10000, "D": 512},
+        "large": {"B": 32768, "D": 512},
+        "wide": {"B": 131072, "D": 512},
+        "ragged": {"B": 10000, "D": 512},
         "labels": {"N": 4096, "M": 32768, "D": 512},
-        "chunk": {"N": 4096, "M": 32768, "D": 512}, "few rows": {"N": 512, "M": 262144, "D": 512},
+        "chunk": {"N": 4096, "M": 32768, "D": 512},
+        "few rows": {"N": 512, "M": 262144, "D": 512},
     },
     True: {
-        "large": {"B": 16, "D": 16}, "wide": {"B": 16, "D": 16}, "ragged": {"B": 17, "D": 16},
+        "large": {"B": 16, "D": 16},
+        "wide": {"B": 16, "D": 16},
+        "ragged": {"B": 17, "D": 16},
         "labels": {"N": 16, "M": 32, "D": 16},
-        "chunk": {"N": 16, "M": 64, "D": 16}, "few rows": {"N": 8, "M": 64, "D": 16},
+        "chunk": {"N": 16, "M": 64, "D": 16},
+        "few rows": {"N": 8, "M": 64, "D": 16},
     },
-}  # fmt: skip
+}
 # Besides: our way alone, of what has nothing to choose yet, at the shapes that begin so.
 _PROFILED = {"topk_flips": ("N=5,", "N=2560,"), "candidate_losses": ("",), "pgd_step": ("",), "noise_add": ("",)}
 

@@ -93,26 +93,32 @@ def _made(inputs: Tensors, shape: Shape, dtype: torch.dtype, device: torch.devic
 def page(answers: Sequence[Answer], left: Sequence[Question], where: dict[str, Any]) -> str:
     """tune.md."""
     commit = (where.get("git_sha") or "no commit")[:12] + (" with changes" if where.get("dirty") else "")
-    text = [f"# Tuning on {where['device']}", "",
-            f"`python -m benchmarks.visit --only tune` at {commit}, torch {where['torch']}, triton {where['triton']}, "
-            f"{where['measured']}. ms are medians of calls in turn, each from a cold cache, checked against float64 "
-            "first; behind them what the kernels of one call take.", "",
-            "| question | shape | answer |", "|---|---|---|"]  # fmt: skip
+    text = [
+        f"# Tuning on {where['device']}",
+        "",
+        f"`python -m benchmarks.visit --only tune` at {commit}, torch {where['torch']}, triton {where['triton']}, "
+        f"{where['measured']}. ms are medians of calls in turn, each from a cold cache, checked against float64 "
+        "first; behind them what the kernels of one call take.",
+        "",
+        "| question | shape | answer |",
+        "|---|---|---|",
+    ]
     text += [f"| {a.question} | {label(a.rows[0].shape)} | {a.text()} |" for a in answers]
     text += [f"| {q.about} | {label(q.case.shape)} | not run: out of time |" for q in left]
     for a in answers:
         names = list(dict.fromkeys(name for parts in a.parts.values() for name in parts))
         head = ["variant", "ms", "extra MB", *names]
-        text += ["", f"## {a.question}, {a.rows[0].op} {label(a.rows[0].shape)}", "",
-                 "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]  # fmt: skip
+        text += ["", f"## {a.question}, {a.rows[0].op} {label(a.rows[0].shape)}", ""]
+        text += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for row in a.rows:
             parts = a.parts.get(row.provider, {})
             ms = f"{time_of(row):.4g}" if row.p50_ms else f"{row.status}: {row.reason}".replace("|", "/")[:120]
             extra = "–" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 1e6:.0f}"
             cells = [row.provider, ms, extra, *(f"{parts[n]:.3g}" if n in parts else "–" for n in names)]
             text.append("| " + " | ".join(cells) + " |")
-        text += ["", f"As it is, {sum(k.count for k in a.kernels):.0f} launches of these:", "",
-                 "| kernel | launches | ms |", "|---|---|---|"] if a.kernels else []  # fmt: skip
+        if a.kernels:
+            text += ["", f"As it is, {sum(k.count for k in a.kernels):.0f} launches of these:", ""]
+            text += ["| kernel | launches | ms |", "|---|---|---|"]
         text += [f"| {k.name.replace('|', '/')} | {k.count:.0f} | {k.ms:.3g} |" for k in a.kernels]
     return "\n".join(text) + "\n"
 

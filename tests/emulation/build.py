@@ -16,10 +16,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 LAUNCH = re.compile(r"([\w:]+(?:<[\w:,\s]*>)?)<<<(.*?)>>>\(", re.DOTALL)
-COMMON = [
-    "-std=c++17", "-fPIC", "-g1", "-fvisibility=hidden", "-ffp-contract=fast", "-mfma", "-Wall", "-Wextra",
-    "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-psabi", "-Wno-sign-compare", "-Werror",
-]  # fmt: skip
+QUIET = ["-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-psabi", "-Wno-sign-compare"]
+WARNINGS = ["-Wall", "-Wextra", *QUIET, "-Werror"]
+COMMON = ["-std=c++17", "-fPIC", "-g1", "-fvisibility=hidden", "-ffp-contract=fast", "-mfma", *WARNINGS]
 
 # What is only called, and is not under test: with optimisation it takes two minutes.
 QUICK = ["-O0", "-g0"]

@@ -91,8 +91,11 @@ def test_launches_of_topk_flips(native: str, rows: int, expected: tuple[Any, ...
     """describe, the scores of up to six rows or one GEMM, select."""
     table, grad = TokenTable(torch.randn(90, 24), backend=native), torch.randn(rows, 24)
     given: dict[str, Any] = {
-        "penalty": torch.rand(90), "allowed": torch.rand(90) < 0.9, "current_ids": torch.arange(rows), "maximize": True,
-    }  # fmt: skip
+        "penalty": torch.rand(90),
+        "allowed": torch.rand(90) < 0.9,
+        "current_ids": torch.arange(rows),
+        "maximize": True,
+    }
     arguments = {name: given[name] for name in options}
     assert launches(lambda: topk_flips(grad, table, 4, **arguments, backend=native)) == expected
 

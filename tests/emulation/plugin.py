@@ -36,9 +36,11 @@ SLOW = ("test_ties_go_to_the_lowest_id", "test_many_blocks_of_rows")
 MOST_SCORES = 4000
 # What belongs to the CPU kernels or to plain torch, neither of which is used here.
 OF_THE_CPU = (
-    "test_a_reference_table_does_not_serve_native", "test_fp64_runs_on_the_reference",
-    "test_the_number_of_threads_changes_no_bit", "test_threads_change_no_bit",
-)  # fmt: skip
+    "test_a_reference_table_does_not_serve_native",
+    "test_fp64_runs_on_the_reference",
+    "test_the_number_of_threads_changes_no_bit",
+    "test_threads_change_no_bit",
+)
 
 
 def load() -> Any:

@@ -30,9 +30,19 @@ def hotflip_attack(  # type: ignore[no-untyped-def]
 
 
 def get_best_candidates(  # type: ignore[no-untyped-def]
-    model, input_ids, attention_mask, pixel_values, trigger_token_ids, cand_trigger_token_ids, num_trigger_tokens,
-    snli=False, criterion=None, beam_size=1, increase_loss=False, options=None,
-):  # fmt: skip
+    model,
+    input_ids,
+    attention_mask,
+    pixel_values,
+    trigger_token_ids,
+    cand_trigger_token_ids,
+    num_trigger_tokens,
+    snli=False,
+    criterion=None,
+    beam_size=1,
+    increase_loss=False,
+    options=None,
+):
     best = trigger_token_ids
     for position in range(num_trigger_tokens):
         input_ids[:, 1 : 1 + num_trigger_tokens] = best

@@ -135,9 +135,17 @@ def test_the_same_triggers_and_ids(authors: Authors, increase: bool) -> None:
     def search() -> tuple[Tensor, Tensor, Tensor]:
         ids, given = data["input_ids"].clone(), triggers.clone()
         found = authors.search.get_best_candidates(
-            model(), ids, data["attention_mask"], data["pixel_values"], given, candidates, WORDS,
-            criterion=nn.CrossEntropyLoss(), increase_loss=increase, options=OPTIONS,
-        )  # fmt: skip
+            model(),
+            ids,
+            data["attention_mask"],
+            data["pixel_values"],
+            given,
+            candidates,
+            WORDS,
+            criterion=nn.CrossEntropyLoss(),
+            increase_loss=increase,
+            options=OPTIONS,
+        )
         return found, ids, given
 
     theirs = search()

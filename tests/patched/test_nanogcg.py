@@ -20,9 +20,15 @@ def attack(dtype: torch.dtype = torch.float32, vocabulary: int = V) -> Any:
     gcg, transformers = library("nanogcg.gcg"), library("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=vocabulary, n_positions=64, n_embd=32, n_layer=2, n_head=2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     model = transformers.GPT2LMHeadModel(config).to(dtype).eval()
     tokenizer = SimpleNamespace(chat_template="{{ m }}", vocab_size=vocabulary)
     run = gcg.GCG(model, tokenizer, gcg.GCGConfig(use_prefix_cache=False, allow_non_ascii=True))

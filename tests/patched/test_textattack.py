@@ -18,9 +18,21 @@ from torch import Tensor, nn
 import ccu_fast
 
 UNUSED = (
-    "flair", "flair.data", "flair.models", "pinyin", "jieba", "OpenHowNet", "bert_score", "langdetect", "Levenshtein",
-    "language_tool_python", "datasets", "pycld2", "tensorflow_hub", "stanza",
-)  # fmt: skip
+    "flair",
+    "flair.data",
+    "flair.models",
+    "pinyin",
+    "jieba",
+    "OpenHowNet",
+    "bert_score",
+    "langdetect",
+    "Levenshtein",
+    "language_tool_python",
+    "datasets",
+    "pycld2",
+    "tensorflow_hub",
+    "stanza",
+)
 TEXT = "the quick brown fox jumps over the lazy dog today"
 
 

@@ -34,11 +34,20 @@ def siglip(t: Any) -> tuple[Any, dict[str, Any]]:
 
 def align(t: Any) -> tuple[Any, dict[str, Any]]:
     vision = {
-        "image_size": 32, "width_coefficient": 1.0, "depth_coefficient": 0.25, "depth_divisor": 8,
-        "kernel_sizes": [3, 3], "in_channels": [32, 16], "out_channels": [16, 32], "strides": [1, 2],
-        "depthwise_padding": [], "num_block_repeats": [1, 1], "expand_ratios": [1, 2], "hidden_dim": 32,
+        "image_size": 32,
+        "width_coefficient": 1.0,
+        "depth_coefficient": 0.25,
+        "depth_divisor": 8,
+        "kernel_sizes": [3, 3],
+        "in_channels": [32, 16],
+        "out_channels": [16, 32],
+        "strides": [1, 2],
+        "depthwise_padding": [],
+        "num_block_repeats": [1, 1],
+        "expand_ratios": [1, 2],
+        "hidden_dim": 32,
         "drop_connect_rate": 0.0,
-    }  # fmt: skip
+    }
     text = {**TEXT, "max_position_embeddings": 16, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = t.AlignConfig(text_config=text, vision_config=vision, projection_dim=32)
     return t.AlignModel(config), {"pixel_values": torch.randn(N, 3, 32, 32)}
@@ -46,22 +55,39 @@ def align(t: Any) -> tuple[Any, dict[str, Any]]:
 
 def clap(t: Any) -> tuple[Any, dict[str, Any]]:
     text = {
-        **TEXT, "max_position_embeddings": 20, "projection_dim": 16, "hidden_dropout_prob": 0.0,
+        **TEXT,
+        "max_position_embeddings": 20,
+        "projection_dim": 16,
+        "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-    }  # fmt: skip
+    }
     audio = {
-        "spec_size": 32, "num_mel_bins": 8, "patch_size": 4, "patch_stride": [4, 4], "window_size": 4,
-        "patch_embeds_hidden_size": 16, "hidden_size": 32, "depths": [1, 1], "num_attention_heads": [2, 2],
-        "num_classes": 4, "projection_dim": 16, "drop_path_rate": 0.0, "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0, "enable_fusion": False,
-    }  # fmt: skip
+        "spec_size": 32,
+        "num_mel_bins": 8,
+        "patch_size": 4,
+        "patch_stride": [4, 4],
+        "window_size": 4,
+        "patch_embeds_hidden_size": 16,
+        "hidden_size": 32,
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+        "num_classes": 4,
+        "projection_dim": 16,
+        "drop_path_rate": 0.0,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "enable_fusion": False,
+    }
     model = t.ClapModel(t.ClapConfig(text_config=text, audio_config=audio, projection_dim=16))
     return model, {"input_features": torch.randn(N, 1, 128, 8), "is_longer": torch.zeros(N, 1, dtype=torch.bool)}
 
 
 MODELS: dict[str, Callable[[Any], tuple[Any, dict[str, Any]]]] = {
-    "clip": clip, "siglip": siglip, "align": align, "clap": clap,
-}  # fmt: skip
+    "clip": clip,
+    "siglip": siglip,
+    "align": align,
+    "clap": clap,
+}
 
 
 @pytest.fixture(params=list(MODELS))

@@ -35,9 +35,14 @@ def keys(kind: str, n: int, m: int, *banks: int) -> dict[str, Any]:
     ids = {"row_ids": ints(30, *banks, n), "col_ids": ints(30, *banks, m)}
     huge = {name: value * 2**55 for name, value in labels.items()} | {name: -value << 40 for name, value in ids.items()}
     return {
-        "unrelated": {"paired": False}, "paired": {}, "labels": labels, "ids": ids, "labels and ids": labels | ids,
-        "huge keys": huge, "all ignored": {**labels, "row_labels": torch.full((*banks, n), -1)},
-    }[kind]  # fmt: skip
+        "unrelated": {"paired": False},
+        "paired": {},
+        "labels": labels,
+        "ids": ids,
+        "labels and ids": labels | ids,
+        "huge keys": huge,
+        "all ignored": {**labels, "row_labels": torch.full((*banks, n), -1)},
+    }[kind]
 
 
 @pytest.fixture
@@ -78,8 +83,10 @@ def test_shapes(shape: tuple[int, int, int]) -> None:
 
 
 BANKS = {
-    "y shared": ((3, 37, 20), (40, 20)), "x shared": ((37, 20), (3, 40, 20)), "neither": ((3, 37, 20), (3, 40, 20)),
-}  # fmt: skip
+    "y shared": ((3, 37, 20), (40, 20)),
+    "x shared": ((37, 20), (3, 40, 20)),
+    "neither": ((3, 37, 20), (3, 40, 20)),
+}
 
 
 @pytest.mark.parametrize(
@@ -100,11 +107,11 @@ def test_banks_in_two_dimensions() -> None:
 
 def problem(case: Case, dtype: torch.dtype = FP32) -> SimilarityProblem:
     """An unlabelled case of one bank, as the backends get it."""
-    return SimilarityProblem(
-        case.x[None].to(dtype), case.y[None].to(dtype), torch.tensor(case.scale), torch.tensor(case.bias or 0.0),
-        None, None, None, None, case.square,
-        tuple(encode(k, int(r)) for k, r in case.rows), tuple(encode(k, int(r)) for k, r in case.cols),
-    )  # fmt: skip
+    x, y = case.x[None].to(dtype), case.y[None].to(dtype)
+    scale, bias = torch.tensor(case.scale), torch.tensor(case.bias or 0.0)
+    rows, cols = (tuple(encode(k, int(r)) for k, r in spec) for spec in (case.rows, case.cols))
+    keys = [None] * 4
+    return SimilarityProblem(x, y, scale, bias, *keys, case.square, rows, cols)
 
 
 @pytest.mark.parametrize("workspace", [0, 1 << 24])
@@ -189,10 +196,8 @@ def test_sharp_logits(kind: str, dtype: torch.dtype) -> None:
 
 
 # Scale, length of the features, and how far apart pairs are: from logits that vanish to logits of 10^6.
-EXTREMES = [
-    (1.0, 0.1, "unrelated"), (200.0, 1.0, "equal"), (1000.0, 1.0, "opposite"), (10.0, 5.0, "unrelated"),
-    (1.0, 30.0, "opposite"), (1000.0, 30.0, "equal"),
-]  # fmt: skip
+EXTREMES = [(1.0, 0.1, "unrelated"), (200.0, 1.0, "equal"), (1000.0, 1.0, "opposite")]
+EXTREMES += [(10.0, 5.0, "unrelated"), (1.0, 30.0, "opposite"), (1000.0, 30.0, "equal")]
 
 
 def pairs(n: int, d: int, length: float, kind: str) -> tuple[Tensor, Tensor]:
@@ -422,16 +427,15 @@ def test_offsets_beyond_32_bits() -> None:
     totals = torch.zeros(2, 1)
     header = torch.zeros(16)
     config = configs.device().gradient["half"]
+    tensors = (x, y, header, one, *[None] * 6, row_grad, row_grad, out, out, g, totals)
+    numbers = (n, m, d, 1, 0, 1, first, tile, stride, m, 1, *[0] * 6)
+    kinds = {"ROWS": spec, "ROWS_ALWAYS": spec, "ROWS_NEAR": none, "ROWS_FAR": none}
+    kinds |= {"COLS": none, "COLS_ALWAYS": none, "COLS_NEAR": none, "COLS_FAR": none}
+    off = ("HAS_BIAS", "HAS_LABELS", "HAS_IDS", "DIAGONAL", "HAS_NORM", "FIX", "AGAIN", "TMA", "MASK_N", "MASK_M")
+    traits = dict.fromkeys(off, False) | {"TOTALS": True, "WHOLE": True, "PRECISION": "ieee"}
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     for store in (True, False):
-        gradient_kernel[(1,)](
-            x, y, header, one, None, None, None, None, None, None, row_grad, row_grad, out, out, g, totals,
-            n, m, d, 1, 0, 1, first, tile, stride, m, 1, 0, 0, 0, 0, 0, 0,
-            ROWS=spec, ROWS_ALWAYS=spec, ROWS_NEAR=none, ROWS_FAR=none,
-            COLS=none, COLS_ALWAYS=none, COLS_NEAR=none, COLS_FAR=none,
-            HAS_BIAS=False, HAS_LABELS=False, HAS_IDS=False, DIAGONAL=False, HAS_NORM=False, STORE=store, TOTALS=True,
-            FIX=False, AGAIN=False, TMA=False, MASK_N=False, MASK_M=False, WHOLE=True, PRECISION="ieee",
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        )  # fmt: skip
+        gradient_kernel[(1,)](*tensors, *numbers, STORE=store, **kinds, **traits, **blocks)
     assert (g[:, :m] == 1).all()
     want = (x[-tile:].double() @ y.double().mT).sum()
     assert totals[0].item() == pytest.approx(want.item(), rel=1e-4)

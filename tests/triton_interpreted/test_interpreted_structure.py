@@ -109,10 +109,9 @@ def problem(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     labels = empty(1, n, dtype=torch.int64) if traits.get("labels") else None
-    return SimilarityProblem(
-        empty(banks, n, d), empty(1 if shared else banks, n, d), empty(dtype=torch.float32), None,
-        labels, labels, None, None, True, CLIP, CLIP if traits.get("symmetric", True) else (),
-    )  # fmt: skip
+    x, y, scale = empty(banks, n, d), empty(1 if shared else banks, n, d), empty(dtype=torch.float32)
+    columns = CLIP if traits.get("symmetric", True) else ()
+    return SimilarityProblem(x, y, scale, None, labels, labels, None, None, True, CLIP, columns)
 
 
 def run(p: SimilarityProblem, workspace: int, needs: tuple[bool, ...] = (True, True, True, False)) -> Watch:
@@ -162,9 +161,16 @@ def test_more_workspace_means_less_recomputation(launches: Counter[str]) -> None
 def test_launches_of_a_call(launches: Counter[str]) -> None:
     watch = run(problem(4096, 512), GIB)
     assert launches == {
-        "own_kernel": 1, "bound_kernel": 1, "forward_kernel": 1, "merge_kernel": 1, "online_kernel": 1,
-        "gradient_kernel": 2, "scale_kernel": 1, "gemm": 2, "finish_kernel": 2,
-    }  # fmt: skip
+        "own_kernel": 1,
+        "bound_kernel": 1,
+        "forward_kernel": 1,
+        "merge_kernel": 1,
+        "online_kernel": 1,
+        "gradient_kernel": 2,
+        "scale_kernel": 1,
+        "gemm": 2,
+        "finish_kernel": 2,
+    }
     arithmetic = {name: count for name, count in watch.operators.items() if not name.startswith("empty")}
     print(dict(watch.operators))
     assert sum(watch.operators.values()) <= 60, arithmetic
