@@ -13,7 +13,7 @@ from ccu_fast.losses import INVERSE_KINDS, REDUCTIONS, info_nce, inverse_info_nc
 
 
 class _SimilarityLoss(nn.Module):
-    """A loss with its options fixed and, if it was given one, a scale of its own."""
+    """A loss with its options fixed and, if it was given one, a scale of its own; :class:`SupCon` describes them."""
 
     log_scale: nn.Parameter | None
     bias: nn.Parameter | float | None
@@ -21,13 +21,13 @@ class _SimilarityLoss(nn.Module):
 
     def __init__(
         self,
-        scale: float | None,
+        scale: float | None = None,
         *,
-        learnable: bool,
-        reduction: str,
-        normalize: bool,
-        backend: str,
-        workspace: int | None,
+        learnable: bool = False,
+        reduction: str = "mean",
+        normalize: bool = False,
+        backend: str = "auto",
+        workspace: int | None = None,
     ) -> None:
         super().__init__()
         self.learnable = learnable
@@ -74,34 +74,14 @@ class InfoNCE(_SimilarityLoss):
 
     Args:
         scale: the inverse temperature; None when forward is to be given it.
-        learnable: hold the scale as the parameter ``log_scale`` (its logarithm, so that it stays positive), which
-            starts at ``scale``. CLIP bounds it after each step: ``module.log_scale.data.clamp_(max=math.log(100))``.
         symmetric: average the losses over rows and over columns.
-        reduction: "mean", "sum" or "none".
-        normalize: make the rows of x and y unit vectors first.
-        backend: see :func:`ccu_fast.reduce_similarity`.
-        workspace: see there.
-
-    Raises:
-        TypeError, ValueError: an option outside its range, a learnable scale that is not positive.
+        **options: learnable, reduction, normalize, backend and workspace, as of :class:`SupCon`.
     """
 
     _show = ("symmetric", *_SimilarityLoss._show)
 
-    def __init__(
-        self,
-        scale: float | None = None,
-        *,
-        learnable: bool = False,
-        symmetric: bool = True,
-        reduction: str = "mean",
-        normalize: bool = False,
-        backend: str = "auto",
-        workspace: int | None = None,
-    ) -> None:
-        super().__init__(
-            scale, learnable=learnable, reduction=reduction, normalize=normalize, backend=backend, workspace=workspace
-        )
+    def __init__(self, scale: float | None = None, *, symmetric: bool = True, **options: Any) -> None:
+        super().__init__(scale, **options)
         self.symmetric = symmetric
 
     def forward(self, x: Tensor, y: Tensor, *, scale: float | Tensor | None = None, **similarity: Any) -> Tensor:
@@ -119,48 +99,26 @@ class InfoNCE(_SimilarityLoss):
 
 
 class InverseInfoNCE(_SimilarityLoss):
-    """:func:`ccu_fast.inverse_info_nce` as a module.
+    """:func:`ccu_fast.inverse_info_nce` as a module. Its scale is never learned: unlearning would just lower it.
 
     Args:
         scale: the inverse temperature; None when forward is to be given it.
         kind: "bounded", "contrastive" or "ascent".
-        reduction: "mean", "sum" or "none".
-        normalize: make the rows of x and y unit vectors first.
-        backend: see :func:`ccu_fast.reduce_similarity`.
-        workspace: see there.
-
-    Raises:
-        TypeError, ValueError: an option outside its range.
+        **options: reduction, normalize, backend and workspace, as of :class:`SupCon`.
     """
 
     _show = ("kind", *_SimilarityLoss._show)
 
-    # No learnable scale: unlearning would lower it instead of moving the features.
-    def __init__(
-        self,
-        scale: float | None = None,
-        *,
-        kind: str = "bounded",
-        reduction: str = "mean",
-        normalize: bool = False,
-        backend: str = "auto",
-        workspace: int | None = None,
-    ) -> None:
-        super().__init__(
-            scale, learnable=False, reduction=reduction, normalize=normalize, backend=backend, workspace=workspace
-        )
+    def __init__(self, scale: float | None = None, *, kind: str = "bounded", **options: Any) -> None:
+        if "learnable" in options:
+            raise TypeError("learnable: expected no such option for InverseInfoNCE, got one")
+        super().__init__(scale, **options)
         self.kind = check.one_of("kind", kind, INVERSE_KINDS)
 
     def forward(self, x: Tensor, y: Tensor, *, scale: float | Tensor | None = None, **similarity: Any) -> Tensor:
-        """``inverse_info_nce(x, y)`` with the options of the module.
+        """``inverse_info_nce(x, y)`` with the options of the module: x is forgotten, y are the keys.
 
-        Args:
-            x: ``[..., N, D]``, the items to forget; y: ``[..., M, D]``, the keys.
-            scale: required when the module has none of its own, refused when it has.
-            **similarity: row_labels, row_ids and the like: see :func:`ccu_fast.inverse_info_nce`.
-
-        Returns:
-            fp32 ``[...]``, or ``[..., N]`` for reduction="none".
+        Args and result as of :meth:`InfoNCE.forward`; see :func:`ccu_fast.inverse_info_nce`.
         """
         return inverse_info_nce(x, y, kind=self.kind, **self._options(scale), **similarity)
 
@@ -170,29 +128,15 @@ class SupCon(_SimilarityLoss):
 
     Args:
         scale: the inverse temperature; None when forward is to be given it.
-        learnable: hold the scale as the parameter ``log_scale``, its logarithm.
+        learnable: hold the scale as the parameter ``log_scale`` (its logarithm, so that it stays positive), which
+            starts at ``scale``. CLIP bounds it after each step: ``module.log_scale.data.clamp_(max=math.log(100))``.
         reduction: "mean", "sum" or "none".
         normalize: make the rows of x and y unit vectors first.
-        backend: see :func:`ccu_fast.reduce_similarity`.
-        workspace: see there.
+        backend, workspace: see :func:`ccu_fast.reduce_similarity`.
 
     Raises:
         TypeError, ValueError: an option outside its range, a learnable scale that is not positive.
     """
-
-    def __init__(
-        self,
-        scale: float | None = None,
-        *,
-        learnable: bool = False,
-        reduction: str = "mean",
-        normalize: bool = False,
-        backend: str = "auto",
-        workspace: int | None = None,
-    ) -> None:
-        super().__init__(
-            scale, learnable=learnable, reduction=reduction, normalize=normalize, backend=backend, workspace=workspace
-        )
 
     def forward(
         self,
@@ -206,14 +150,8 @@ class SupCon(_SimilarityLoss):
     ) -> Tensor:
         """``sup_con(x, y)`` with the options of the module.
 
-        Args:
-            x: ``[..., N, D]``; y: ``[..., M, D]``.
-            row_labels: int64 ``[..., N]``; col_labels: int64 ``[..., M]``, by default the row labels.
-            scale: required when the module has none of its own, refused when it has.
-            **similarity: row_ids and the like: see :func:`ccu_fast.sup_con`.
-
-        Returns:
-            fp32 ``[...]``, or ``[..., N]`` for reduction="none".
+        Args and result as of :meth:`InfoNCE.forward`, and row_labels int64 ``[..., N]``, col_labels int64
+        ``[..., M]``, by default the row labels; see :func:`ccu_fast.sup_con`.
         """
         return sup_con(x, y, row_labels=row_labels, col_labels=col_labels, **self._options(scale), **similarity)
 
@@ -223,47 +161,22 @@ class SigmoidLoss(_SimilarityLoss):
 
     Args:
         scale: the inverse temperature; None when forward is to be given it. SigLIP starts at 10.
-        bias: added to the logits, None for no bias. SigLIP starts at −10.
-        learnable: hold the scale as the parameter ``log_scale``, its logarithm, and the bias as the parameter ``bias``.
-        reduction: "mean", "sum" or "none".
-        normalize: make the rows of x and y unit vectors first.
-        backend: see :func:`ccu_fast.reduce_similarity`.
-        workspace: see there.
-
-    Raises:
-        TypeError, ValueError: an option outside its range, a learnable scale that is not positive.
+        bias: added to the logits, None for no bias; learned with the scale. SigLIP starts at −10.
+        **options: learnable, reduction, normalize, backend and workspace, as of :class:`SupCon`.
     """
 
     _show = ("bias", *_SimilarityLoss._show)
 
-    def __init__(
-        self,
-        scale: float | None = None,
-        bias: float | None = None,
-        *,
-        learnable: bool = False,
-        reduction: str = "mean",
-        normalize: bool = False,
-        backend: str = "auto",
-        workspace: int | None = None,
-    ) -> None:
-        super().__init__(
-            scale, learnable=learnable, reduction=reduction, normalize=normalize, backend=backend, workspace=workspace
-        )
+    def __init__(self, scale: float | None = None, bias: float | None = None, **options: Any) -> None:
+        super().__init__(scale, **options)
         if bias is not None:
             bias = check.number("bias", bias)
-        self.bias = nn.Parameter(torch.tensor(bias)) if learnable and bias is not None else bias
+        self.bias = nn.Parameter(torch.tensor(bias)) if self.learnable and bias is not None else bias
 
     def forward(self, x: Tensor, y: Tensor, *, scale: float | Tensor | None = None, **similarity: Any) -> Tensor:
-        """``sigmoid_loss(x, y)`` with the options of the module.
+        """``sigmoid_loss(x, y)`` with the options of the module; ``bias`` takes the place of the module's.
 
-        Args:
-            x: ``[..., N, D]``; y: ``[..., M, D]``.
-            scale: required when the module has none of its own, refused when it has.
-            **similarity: row_ids and the like; ``bias`` in place of the module's. See :func:`ccu_fast.sigmoid_loss`.
-
-        Returns:
-            fp32 ``[...]``, or ``[..., N]`` for reduction="none".
+        Args and result as of :meth:`InfoNCE.forward`; see :func:`ccu_fast.sigmoid_loss`.
         """
         return sigmoid_loss(x, y, **{"bias": self.bias, **self._options(scale), **similarity})
 
