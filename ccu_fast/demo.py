@@ -1,34 +1,37 @@
 """``ccu-fast demo``: unlearn and protect real digits, then write ``report.html`` and ``results.json``.
 
 The work is cut into parts (one scenario of one seed, one protection method of one seed). A finished part is written to
-``parts/`` at once, so an interrupted demo goes on where it stopped; parts of another version or setting are redone.
+``parts/`` at once, so an interrupted demo goes on where it stopped; parts of another version, setting or FORMAT are
+redone.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-import ccu_fast
-from ccu_fast import check
+from ccu_fast import check, kept
 from ccu_fast.files import write_whole
 from ccu_fast.mem.experiment import run_digit_strips
+from ccu_fast.mem.settings import Settings
+from ccu_fast.mem.victim import Recipe
 from ccu_fast.unlearn.experiment import run_digits_halves
+from ccu_fast.unlearn.tasks import TASKS
 
 SCENARIOS = ("class", "instances")
 METHODS = ("clean", "random-3", "em", "mem")
 HALVES = ("unlearn", "protect")
+# Of the kept parts. Raise it whenever the same settings and versions give other figures, or figures of another form.
+FORMAT = 1
+# The threads too: how many of them add up decides the last bits of the protection.
+MADE_WITH = ("ccu_fast", "torch", "python", "machine", "threads")
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -73,7 +76,7 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
     console = Console(stderr=True, quiet=quiet)
     parts = [part for part in _parts(seeds) if only in (None, part.half)]
     results: dict[str, Any] = {
-        "versions": _versions(),
+        "versions": kept.versions(*MADE_WITH),
         "seeds": seeds,
         "unlearn": {},
         "protect": {},
@@ -82,10 +85,11 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
     with _live(console, len(parts)) as (overall, progress):
         for part in parts:
             overall(part)
-            value = _load_or_compute(part, out, progress)
+            path = out / "parts" / f"{part.name}.json"
+            value = kept.part(path, _key(part), partial(_compute, part, out, progress))
             results[part.half].setdefault(part.variant, {})[str(part.seed)] = value
         overall(None)
-    write_whole(out / "results.json", json.dumps(_without_pictures(results), indent=1) + "\n")
+    write_whole(out / "results.json", json.dumps(kept.without(results, "embeddings", "examples"), indent=1) + "\n")
     write_report(results, out / "report.html")
     if not quiet:
         print_summary(results, Console())
@@ -118,67 +122,13 @@ def _compute(part: Part, out: Path, progress: Progress) -> dict[str, Any]:
     return value
 
 
-def _load_or_compute(part: Part, out: Path, progress: Progress) -> dict[str, Any]:
-    """The part from its file, if this very code wrote it; else computed and written."""
-    path = out / "parts" / f"{part.name}.json"
-    key = _key()
-    if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["key"] == key:
-            return dict(stored["value"])
-    # Through JSON also when fresh, so that a resumed report cannot differ from an uninterrupted one.
-    text = json.dumps({"key": key, "value": _compute(part, out, progress)}, default=_plain)
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, text)
-    return dict(json.loads(text)["value"])
-
-
-def _key() -> str:
-    """Changes with the versions, the threads and the package's own source."""
-    digest = hashlib.sha256(json.dumps(_versions()).encode())
-    root = Path(ccu_fast.__file__).parent
-    for source in sorted(root.rglob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()
-
-
-def _versions() -> dict[str, Any]:
-    return {
-        "ccu_fast": ccu_fast.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"not JSON: {type(value).__name__}")
-
-
-def _without_pictures(results: dict[str, Any]) -> dict[str, Any]:
-    """The figures alone: no embeddings, no images."""
-    unlearn = {
-        scenario: {seed: {k: v for k, v in value.items() if k != "embeddings"} for seed, value in by_seed.items()}
-        for scenario, by_seed in results["unlearn"].items()
-    }
-    protect = {
-        method: {
-            seed: {
-                **value,
-                "methods": {
-                    name: {k: v for k, v in m.items() if k != "examples"} for name, m in value["methods"].items()
-                },
-            }
-            for seed, value in by_seed.items()
-        }
-        for method, by_seed in results["protect"].items()
-    }
-    return {**results, "unlearn": unlearn, "protect": protect}
+def _key(part: Part) -> str:
+    if part.half == "unlearn":
+        task = TASKS["digits-halves"]
+        settings = [asdict(task.ccu[part.variant]), asdict(task.training)]
+    else:
+        settings = [asdict(Settings()), asdict(Recipe())]
+    return kept.key_of({"demo": FORMAT}, kept.versions(*MADE_WITH), [part.name, settings])
 
 
 @contextmanager

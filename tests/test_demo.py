@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import small_demo
 
+import ccu_fast
 from ccu_fast import demo
 from ccu_fast.files import write_whole
 from ccu_fast.mem.export import read_back
@@ -48,7 +49,7 @@ def test_writes_a_report_with_everything_in_it_and_the_same_figures_twice(tmp_pa
     assert without_times(stored[0]) == without_times(stored[1])
     assert set(stored[0]["unlearn"]) == {"class", "instances"}
     assert set(stored[0]["protect"]) == {"clean", "random-3", "em", "mem"}
-    assert stored[0]["versions"]["ccu_fast"] == demo.ccu_fast.__version__
+    assert stored[0]["versions"]["ccu_fast"] == ccu_fast.__version__
 
     page = (tmp_path / "a" / "report.html").read_text()
     pictures = re.findall(r"src='([^']*)'", page)
@@ -63,7 +64,7 @@ def test_writes_a_report_with_everything_in_it_and_the_same_figures_twice(tmp_pa
 
 
 @pytest.mark.usefixtures("small")
-def test_a_finished_part_is_not_computed_again_unless_the_code_changed(
+def test_a_finished_part_is_not_computed_again_unless_its_format_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[str] = []
@@ -78,7 +79,7 @@ def test_a_finished_part_is_not_computed_again_unless_the_code_changed(
     assert computed == ["unlearn-class-seed0", "unlearn-instances-seed0"]
     again = demo.run(tmp_path, only="unlearn", quiet=True)
     assert len(computed) == 2 and again == first
-    monkeypatch.setattr(demo, "_key", lambda: "another version")
+    monkeypatch.setattr(demo, "FORMAT", demo.FORMAT + 1)
     demo.run(tmp_path, only="unlearn", quiet=True)
     assert len(computed) == 4
 

@@ -262,7 +262,7 @@ class TestTasks:
         assert page.count("<h3>") == 2 and "Below the heads" in page and "fine-tuning" in page
         figures = json.loads((tmp_path / "results.json").read_text())
         assert "embeddings" not in figures["unlearn"]["digits-halves"]["class"]["0"]
-        monkeypatch.setattr(comparing, "_key", lambda *_: "another version")
+        monkeypatch.setattr(comparing, "FORMAT", comparing.FORMAT + 1)
         heard.clear()
         call(scenarios=["class"], seeds=[0])
         assert heard

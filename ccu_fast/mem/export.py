@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccu_fast import __version__, check
+from ccu_fast import check
+from ccu_fast.hashes import file_hash
+from ccu_fast.kept import versions
 from ccu_fast.mem.generate import Protected
 
 CAPTIONS = "captions.csv"
@@ -76,7 +77,7 @@ def export(protected: Protected, out: str | Path, *, seed: int | None = None) ->
         hashes = {}
         for name, image in zip(names, protected.images, strict=True):
             _picture(image).save(folder / name, optimize=False)
-            hashes[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            hashes[name] = file_hash(folder / name)
         with (folder / CAPTIONS).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["images", "caption"])
@@ -85,7 +86,7 @@ def export(protected: Protected, out: str | Path, *, seed: int | None = None) ->
             "method": asdict(protected.method),
             "settings": asdict(protected.settings),
             "seed": seed,
-            "versions": {"ccu_fast": __version__, "torch": torch.__version__},
+            "versions": versions("ccu_fast", "torch"),
             "eps_255": noise_size(protected.noise),
             "psnr_db": psnr(protected.noise),
             "losses": protected.losses,

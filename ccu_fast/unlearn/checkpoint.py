@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.files import new_file
+from ccu_fast.hashes import json_hash, tensors_hash
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,8 @@ class Checkpoint:
 
 def fingerprint(state: Mapping[str, Tensor], forget: PairedData, retain: PairedData, settings: Any) -> str:
     """SHA-256 of a model's weights, both sets and the settings: equal ones give equal runs."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, value in state.items():
-        digest.update(name.encode())
-        digest.update(_bytes(value))
-    for data in (forget, retain):
-        for value in (data.visual, data.other, data.labels, data.ids):
-            digest.update(_bytes(value))
-    return digest.hexdigest()
+    sets = [{"visual": d.visual, "other": d.other, "labels": d.labels, "ids": d.ids} for d in (forget, retain)]
+    return json_hash([settings, tensors_hash(state), *map(tensors_hash, sets)])
 
 
 class Keeper:
@@ -90,8 +83,3 @@ class Keeper:
                 "other data or other settings; remove the file to start anew"
             )
         return dict(state)
-
-
-def _bytes(value: Tensor) -> bytes:
-    flat = value.detach().cpu().contiguous()
-    return f"{flat.dtype}{list(flat.shape)}".encode() + flat.reshape(-1).view(torch.uint8).numpy().tobytes()

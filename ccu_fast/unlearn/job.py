@@ -35,12 +35,13 @@ from ccu_fast import check
 from ccu_fast.data.load import load_pairs
 from ccu_fast.data.paired import PairedData
 from ccu_fast.distributed.launch import processes
+from ccu_fast.hashes import tensors_hash
 from ccu_fast.unlearn.ccu import run_ccu
 from ccu_fast.unlearn.checkpoint import Checkpoint
 from ccu_fast.unlearn.config import ROLES, Budget, Progress, UnlearnConfig
 from ccu_fast.unlearn.loop import accuracies, embed
 from ccu_fast.unlearn.protocol import TwoModalityModel, check_problem
-from ccu_fast.unlearn.saved import save_model, weights_hash
+from ccu_fast.unlearn.saved import save_model
 
 TABLES: dict[str, tuple[str, ...]] = {
     "model": ("make", "weights"),
@@ -152,7 +153,7 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
         "config": settings,
         "processes": world,
         "model": job.make,
-        "original_sha256": weights_hash(model.state_dict()),
+        "original_sha256": tensors_hash(model.state_dict()),
         "forget_sha256": _data_hash(forget),
         "retain_sha256": _data_hash(retain),
     }

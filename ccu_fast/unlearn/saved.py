@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import ccu_fast
 from ccu_fast.files import new_file
+from ccu_fast.hashes import tensors_hash
+from ccu_fast.kept import versions
 from ccu_fast.unlearn.protocol import TwoTowerModel
 
 
@@ -36,7 +34,7 @@ def save_model(model: TwoTowerModel, path: str | Path, provenance: Mapping[str, 
     except ImportError as error:
         raise ImportError("saving a model needs safetensors: pip install safetensors") from error
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    written = {**provenance, "versions": versions(), "weights_sha256": weights_hash(state)}
+    written = {**provenance, "versions": versions(), "weights_sha256": tensors_hash(state)}
     with new_file(Path(path)) as file:
         file.write(save(state, metadata={"ccu_fast": json.dumps(written)}))
     return written
@@ -59,26 +57,6 @@ def load_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if "ccu_fast" not in metadata:
         raise ValueError(f"path: expected a model that ccu_fast saved, got {path} without its metadata")
     provenance = dict(json.loads(metadata["ccu_fast"]))
-    if weights_hash(state) != provenance["weights_sha256"]:
+    if tensors_hash(state) != provenance["weights_sha256"]:
         raise ValueError(f"path: expected the weights that were written, got changed ones in {path}")
     return state, provenance
-
-
-def versions() -> dict[str, str]:
-    """What made a figure or a model: the package, torch, Python, the machine."""
-    return {
-        "ccu_fast": ccu_fast.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
-
-
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, whatever the order."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
-        digest.update(f"{name}{value.dtype}{list(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ccu_fast.hashes import file_hash
 from ccu_fast.mem.clip_tokenizer import ClipTokenizer
 from ccu_fast.mem.surrogate import ModelFactory
 from ccu_fast.mem.tokenizer import NEUTRAL, Tokenizer, WordTokenizer
@@ -65,7 +65,12 @@ def small(
         dim=width,
         context=CONTEXT,
     )
-    about = {"model": "small", "width": width, "image_shape": list(image_shape), "checkpoint": _digest(checkpoint)}
+    about = {
+        "model": "small",
+        "width": width,
+        "image_shape": list(image_shape),
+        "checkpoint": None if checkpoint is None else file_hash(checkpoint),
+    }
     return Model(make if checkpoint is None else from_checkpoint(make, checkpoint), tokenizer, image_shape, about)
 
 
@@ -122,7 +127,11 @@ def _clip(
     checkpoint: Path | None,
 ) -> Model:
     weighted = make if checkpoint is None else from_checkpoint(make, checkpoint)
-    about = {"model": spec, "image_shape": [3, *size], "checkpoint": _digest(checkpoint)}
+    about = {
+        "model": spec,
+        "image_shape": [3, *size],
+        "checkpoint": None if checkpoint is None else file_hash(checkpoint),
+    }
     return Model(lambda: adapter(weighted()), ClipTokenizer(tokenizer), (3, *size), about)
 
 
@@ -131,16 +140,6 @@ def _library(module: str, distribution: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(f"model: needs {distribution} (pip install {distribution}): {error}") from error
-
-
-def _digest(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def choose(spec: str, *, size: str | None = None, grey: bool = False, checkpoint: Path | None = None) -> Any:

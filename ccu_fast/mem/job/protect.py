@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ccu_fast import __version__
 from ccu_fast.distributed.launch import processes
 from ccu_fast.files import new_file
+from ccu_fast.hashes import json_hash
+from ccu_fast.kept import versions
 from ccu_fast.mem.data import Bad, DiskSource, Listing, Options, list_pairs, scan
 from ccu_fast.mem.data.dataset import bad_pictures
 from ccu_fast.mem.data.listing import MANIFEST
@@ -23,7 +24,7 @@ from ccu_fast.mem.data.pictures import MAX_PIXELS
 from ccu_fast.mem.generate import Protection
 from ccu_fast.mem.job.model import Model
 from ccu_fast.mem.job.processes import Average, barrier, gather, share
-from ccu_fast.mem.job.workplace import Workplace, key_of
+from ccu_fast.mem.job.workplace import Workplace
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
 from ccu_fast.mem.publish.writer import write_metadata
 from ccu_fast.mem.settings import Execution, Method, Progress, Settings, silent
@@ -169,7 +170,7 @@ class _Run:
             "max_pixels": job.max_pixels,
             "reference_files": job.reference_files,
             "processes": self.world,
-            "made_with": {"ccu_fast": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
+            "made_with": versions("ccu_fast", "torch", "threads"),
         }
 
     def _finished(self, run: dict[str, Any]) -> dict[str, Any] | None:
@@ -179,7 +180,7 @@ class _Run:
             return None
         if (out / MANIFEST).is_file():
             manifest: dict[str, Any] = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-            if manifest.get("run") == key_of(run):
+            if manifest.get("run") == json_hash(run):
                 if self.rank == 0:  # killed between the last two steps
                     shutil.rmtree(self.partial, ignore_errors=True)
                 return manifest

@@ -10,7 +10,6 @@ publish/          becomes the output when it is complete
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from ccu_fast.files import new_file, write_whole
+from ccu_fast.hashes import json_hash
 from ccu_fast.mem.generate import Protection
 from ccu_fast.mem.job.processes import barrier
 from ccu_fast.noise_store import NoiseStore
@@ -44,7 +44,7 @@ class Workplace:
     def __init__(self, folder: Path, run: Mapping[str, Any], rank: int = 0) -> None:
         self.folder, self.rank = folder, rank
         self.run = json.loads(json.dumps(run))
-        self.key = key_of(run)
+        self.key = json_hash(run)
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / f"lock-{rank}").open("w")
         try:
@@ -151,11 +151,6 @@ class Workplace:
     def close(self) -> None:
         """Let the next run in."""
         self._lock.close()
-
-
-def key_of(run: Mapping[str, Any]) -> str:
-    """A hash of what is being made."""
-    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
 
 
 def _short(value: Any) -> str:

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ccu_fast import __version__
 from ccu_fast.files import write_whole
+from ccu_fast.kept import versions
 from ccu_fast.mem.data.listing import MANIFEST, Bad, Listing
 from ccu_fast.mem.fidelity import Fidelity
-
-
-def versions() -> dict[str, str]:
-    """What computed and encoded."""
-    import PIL
-
-    return {
-        "ccu_fast": __version__,
-        "torch": torch.__version__,
-        "pillow": PIL.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def write_manifest(
@@ -57,7 +42,7 @@ def write_manifest(
         "metadata": None if listing.metadata is None else listing.metadata.name,
         "columns": listing.columns,
         **run,
-        "versions": versions(),
+        "versions": versions("ccu_fast", "torch", "pillow", "python"),
         "images": listing.n_images,
         "rows": len(listing.captions),
         "skipped": {"count": len(skipped), "items": [asdict(bad) for bad in skipped]},

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ccu_fast.hashes import file_hash
 from ccu_fast.mem.data.dataset import DiskSource
 from ccu_fast.mem.data.listing import Listing
 from ccu_fast.mem.data.pictures import encode_png
@@ -96,7 +97,7 @@ class Publisher:
             for number, chunk in enumerate(chunks):
                 progress(number, len(chunks))
                 entry = known.get(number)
-                if entry is not None and all(_hash_of(self.folder / n) == h for n, h in entry["sha256"].items()):
+                if entry is not None and self._are_there(entry["sha256"]):
                     self.reused += 1
                 else:
                     entry = {"chunk": number, **self._write_chunk(chunk)}
@@ -108,6 +109,10 @@ class Publisher:
                     self.dropped[extension] = self.dropped.get(extension, 0) + count
         progress(len(chunks), len(chunks))
         shutil.rmtree(self._unfinished, ignore_errors=True)
+
+    def _are_there(self, hashes: dict[str, str]) -> bool:
+        paths = {self.folder / name: digest for name, digest in hashes.items()}
+        return all(path.exists() and file_hash(path) == digest for path, digest in paths.items())
 
     def _chunks(self) -> Iterator[Chunk]:
         spans = self.listing.spans
@@ -166,11 +171,11 @@ class Publisher:
 
     def _place(self, path: Path, name: str, digest: str | None = None) -> str:
         """Move a finished file into the dataset; its hash."""
-        digest = _hash_of(path) if digest is None else digest
+        digest = file_hash(path) if digest is None else digest
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
-        return str(digest)
+        return digest
 
 
 def write_metadata(listing: Listing, captions: Callable[[int], str], folder: Path) -> dict[str, str]:
@@ -197,7 +202,7 @@ def write_metadata(listing: Listing, captions: Callable[[int], str], folder: Pat
 
     target = folder / listing.metadata.name
     rewrite(listing.metadata, target, change)
-    return {target.name: str(_hash_of(target))}
+    return {target.name: file_hash(target)}
 
 
 def _read_journal(path: Path) -> dict[int, dict[str, Any]]:
@@ -210,14 +215,3 @@ def _read_journal(path: Path) -> dict[int, dict[str, Any]]:
                 continue
             entries[entry["chunk"]] = entry
     return entries
-
-
-def _hash_of(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-            return digest.hexdigest()
-    except FileNotFoundError:
-        return None
