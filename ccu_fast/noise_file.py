@@ -1,14 +1,13 @@
-"""The file of a NoiseStore: mapped into memory, and after a kill exactly what it was at the last commit.
+"""The file of a NoiseStore: after a kill exactly what it was at the last commit.
 
-    bytes 0..4095, 4096..8191   two headers in turn: magic, CRC32, JSON; the valid one of the higher generation holds
-    bytes 8192..                the noise, [rows, *item_shape], little-endian
-    <path>.journal              rows as they were at the last commit, appended before a row's first change since
+    bytes 0..4095       header: magic, CRC32, JSON
+    bytes 4096..8191    zeros, or in older files a second header; that of the higher generation holds
+    bytes 8192..        the noise, [rows, *item_shape], little-endian
 
-A commit flushes the noise, then writes the other header with the next generation, then starts a new journal. Opening a
-file whose journal belongs to the header's generation puts its rows back. A process may be killed at any point: a
-journal record counts only if whole (it has a CRC32), and a row changes only after its record is written. That holds for
-the process; against a loss of power a commit is safe once it has returned, an interrupted write between two commits is
-safe where the file system keeps the order of writes.
+A store works on a copy of the noise in a file without a name, which is mapped into memory and goes with the process.
+A commit writes header and noise to a new file that takes the place of the old one. So a process may be killed, or the
+power lost, at any point; the price is that opening and committing take as long as the file is large, and twice its
+space (three times while a commit is written).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import math
 import os
 import struct
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,7 @@ from ccu_fast.files import new_file
 
 _MAGIC = b"ccu_fast.NoiseStore 1\n"
 _SLOT, _DATA = 4096, 8192
-_JOURNAL = struct.Struct("<qq")  # generation, bytes a row
-_RECORD = struct.Struct("<qI")  # row, CRC32 of row and noise
+_BLOCK = 64 << 20
 _NAMES = {"int8": torch.int8, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -49,9 +48,6 @@ class NoiseFile:
     def __init__(self, path: Path, handle: int) -> None:
         self.path = path.resolve()
         self._handle = handle
-        self._map: np.ndarray[Any, Any] | None = None
-        self._journal: Any = None
-        self._saved: np.ndarray[Any, Any] | None = None
 
     @staticmethod
     def create(path: Path, rows: int, item_shape: tuple[int, ...], dtype: torch.dtype, tag: str) -> None:
@@ -63,20 +59,15 @@ class NoiseFile:
     @staticmethod
     def write_whole(path: Path, data: Tensor, tag: str, progress: dict[str, Any]) -> None:
         """All of ``data`` in a new file that then takes the place of ``path``."""
-        rows, *item_shape = data.shape
         if path.exists():
-            NoiseFile.open(path).close()  # not while somebody has it open; and its journal ends here
+            NoiseFile.open(path).close()  # not while somebody has it open
+        rows, *item_shape = data.shape
         with new_file(path) as file:
-            file.write(_header(_description(rows, tuple(item_shape), data.dtype, tag, 0, progress)))
-            file.seek(_DATA)
-            step = max(1, (64 << 20) // max(1, math.prod(item_shape) * data.dtype.itemsize))
-            for start in range(0, rows, step):
-                file.write(_little(data[start : start + step].cpu().contiguous().numpy()).data)
-            file.truncate(_DATA + data.numel() * data.dtype.itemsize)
+            _write(file, _description(rows, tuple(item_shape), data.dtype, tag, 0, progress), data)
 
     @staticmethod
     def open(path: Path) -> NoiseFile:
-        """Lock, read the header, roll back.
+        """Lock and read the header.
 
         Raises:
             ValueError: no such file of ours, or damaged.
@@ -87,12 +78,13 @@ class NoiseFile:
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(handle).st_nlink == 0:  # a commit took its place since it was opened
+                    raise BlockingIOError
             except BlockingIOError:
                 raise BlockingIOError(
                     f"path: expected a file that nobody has open, got {path}, which is locked"
                 ) from None
             self._read_header()
-            self._roll_back()
         except BaseException:
             self.close()
             raise
@@ -125,86 +117,67 @@ class NoiseFile:
             if wanted is not None and wanted != got:
                 raise ValueError(f"path: expected {self.path} with {name} {wanted!r}, got {got!r}")
 
-    def map(self) -> Tensor:
-        """The noise; writing to it writes to the file."""
+    def read(self) -> Tensor:
+        """The noise as it is in the file; writing to it does not reach the file."""
         if self.rows * self._row_bytes == 0:
             return torch.zeros((self.rows, *self.item_shape), dtype=self.dtype)
         if sys.byteorder != "little":
             raise ValueError("path: noise files are little-endian and can be mapped on such machines only")
-        name = str(self.dtype).removeprefix("torch.")
-        with os.fdopen(os.dup(self._handle), "r+b") as file:
-            self._map = np.memmap(file, dtype=name, mode="r+", offset=_DATA, shape=(self.rows, *self.item_shape))
-        return torch.from_numpy(self._map)
+        with os.fdopen(os.dup(self._handle), "rb") as file:
+            return _mapped(file, (self.rows, *self.item_shape), self.dtype, mode="c", offset=_DATA)
 
-    @property
-    def _journal_path(self) -> Path:
-        return self.path.with_name(self.path.name + ".journal")
+    def copy(self) -> Tensor:
+        """The noise in a file without a name beside this one, mapped into memory."""
+        there = self.read()
+        made = scratch(self.path.parent, there.shape, self.dtype)
+        step = max(1, _BLOCK // max(1, self._row_bytes))
+        for old, new in zip(there.split(step), made.split(step), strict=True):
+            if old.any():  # zeros take no space where the file system can
+                new.copy_(old)
+        return made
 
-    def journal(self, index: Tensor) -> None:
-        """Keep the rows of ``index`` as they are, unless that is done since the last commit."""
-        if self._map is None:
-            return
-        if self._saved is None:
-            self._saved = np.zeros(self.rows, dtype=bool)
-        rows = np.unique(index.numpy())
-        rows = rows[~self._saved[rows]]
-        if not len(rows):
-            return
-        if self._journal is None:
-            self._journal = open(self._journal_path, "wb", buffering=0)  # noqa: SIM115 - until the commit
-            self._journal.write(_JOURNAL.pack(self.generation, self._row_bytes))
-        for row in rows.tolist():
-            noise = self._map[row].tobytes()
-            self._journal.write(_RECORD.pack(row, _crc(row, noise)) + noise)
-        self._saved[rows] = True
-
-    def commit(self, progress: dict[str, Any]) -> None:
-        """Flush the noise, then the header that says so."""
+    def commit(self, data: Tensor, progress: dict[str, Any]) -> None:
+        """Header and noise in a new file, which takes the place of this one and is locked before it does."""
         following = _description(self.rows, self.item_shape, self.dtype, self.tag, self.generation + 1, progress)
-        header = _header(following)
-        if isinstance(self._map, np.memmap):
-            self._map.flush()
-        os.pwrite(self._handle, header, _SLOT * (following["generation"] % 2))
-        os.fsync(self._handle)
-        self._describe(following)
-        self._end_journal()
-
-    def _end_journal(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-        self._journal = self._saved = None
-        self._journal_path.unlink(missing_ok=True)
-
-    def _roll_back(self) -> None:
+        handle = -1
         try:
-            file = open(self._journal_path, "rb")  # noqa: SIM115 - a missing one is the usual case
-        except FileNotFoundError:
-            return
-        with file:
-            head = file.read(_JOURNAL.size)
-            if len(head) == _JOURNAL.size and _JOURNAL.unpack(head) == (self.generation, self._row_bytes):
-                while len(record := file.read(_RECORD.size)) == _RECORD.size:
-                    row, crc = _RECORD.unpack(record)
-                    noise = file.read(self._row_bytes)
-                    if len(noise) != self._row_bytes or _crc(row, noise) != crc or not 0 <= row < self.rows:
-                        break  # killed while writing it: its row has not changed
-                    os.pwrite(self._handle, noise, _DATA + row * self._row_bytes)
-                os.fsync(self._handle)
-        self._journal_path.unlink()
+            with new_file(self.path) as file:
+                _write(file, following, data)
+                handle = os.dup(file.fileno())
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            if handle >= 0:
+                os.close(handle)  # it would keep the space of a file that the disk had no room for
+            raise
+        self.close()
+        self._handle = handle
+        self._describe(following)
 
     def close(self) -> None:
-        """Unlock and let go; the journal stays for the next one to open the file."""
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
-        self._map = None
+        """Unlock and let go."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
 
 
-def _crc(row: int, noise: bytes) -> int:
-    return zlib.crc32(noise, zlib.crc32(struct.pack("<q", row)))
+def scratch(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in a file without a name, mapped into memory; it goes with the process, however that ends."""
+    if math.prod(shape) == 0:
+        return torch.zeros(shape, dtype=dtype)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return _mapped(file, shape, dtype, mode="w+")
+
+
+def _mapped(file: Any, shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> Tensor:
+    name = str(dtype).removeprefix("torch.")
+    return torch.from_numpy(np.memmap(file, dtype=name, shape=tuple(shape), **options))
+
+
+def _write(file: Any, description: dict[str, Any], data: Tensor) -> None:
+    file.write(_header(description).ljust(_DATA, b"\0"))
+    step = max(1, _BLOCK // max(1, math.prod(data.shape[1:]) * data.dtype.itemsize))
+    for part in data.split(step):
+        file.write(_little(part.cpu().contiguous().numpy()).data)
 
 
 def _little(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

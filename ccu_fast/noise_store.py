@@ -43,8 +43,8 @@ class NoiseStore:
         device: where the noise lives.
         backend: "auto", "native" or "reference"; a named one raises if it cannot serve.
 
-    :meth:`create` and :meth:`open` keep the noise in a file that is mapped into memory; :meth:`save` and
-    :meth:`load` write and read such files whole.
+    :meth:`create` and :meth:`open` keep the noise of a file in one that is mapped into memory, and :meth:`commit`
+    replaces the file; :meth:`save` and :meth:`load` write and read such files whole.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -53,8 +53,7 @@ class NoiseStore:
     once. On a GPU a row out of range fails the kernel, as in torch's own indexing.
 
     Attributes:
-        data: the noise itself, ``[rows, *item_shape]``; changes of it in place bypass every check and the file's
-            journal.
+        data: the noise itself, ``[rows, *item_shape]``; changes of it in place bypass every check.
         progress: what the last :meth:`commit` noted, ``{}`` at first.
     """
 
@@ -90,7 +89,7 @@ class NoiseStore:
         tag: str = "",
         backend: str = "auto",
     ) -> NoiseStore:
-        """A new file of zeros, mapped into memory; see :mod:`ccu_fast.noise_file` for what a killed process leaves.
+        """A new file of zeros, opened as by :meth:`open`.
 
         Args:
             path: must not exist.
@@ -117,7 +116,10 @@ class NoiseStore:
         tag: str | None = None,
         backend: str = "auto",
     ) -> NoiseStore:
-        """Map a file into memory, to read and to write; what was not committed is rolled back.
+        """A copy of a file, mapped into memory; :meth:`commit` puts what it has become in the place of the file.
+
+        The copy has no name, lies beside the file, and is gone when the process ends, however it ends: what was not
+        committed is lost.
 
         Args:
             path: of a file that :meth:`create` or :meth:`save` made.
@@ -132,7 +134,7 @@ class NoiseStore:
         try:
             file.expect(None if item_shape is None else _item_shape(item_shape), dtype, tag)
             store = cls.__new__(cls)
-            store._hold(file.map(), file, backend)
+            store._hold(file.copy(), file, backend)
             store.progress = file.progress
         except BaseException:
             file.close()
@@ -155,7 +157,7 @@ class NoiseStore:
         try:
             file.expect(None if item_shape is None else _item_shape(item_shape), dtype, tag)
             store = cls.__new__(cls)
-            store._hold(file.map().to(device, copy=True), None, backend)
+            store._hold(file.read().to(device, copy=True), None, backend)
             store.progress = file.progress
         finally:
             file.close()
@@ -168,20 +170,20 @@ class NoiseStore:
         NoiseFile.write_whole(Path(path), self.data, tag, self.progress)
 
     def commit(self, **progress: Any) -> None:
-        """Make what was written since the last commit permanent, together with a note of how far the caller is.
+        """Make what was written permanent, together with a note of how far the caller is.
 
-        :meth:`open` after a kill shows the state of the last commit, and its note in :attr:`progress`. Without a file
-        this only keeps the note.
+        Writes all of the noise to a new file that takes the place of the old one: after a kill at any moment the file
+        is that of the last commit, with its note in :attr:`progress`. Without a file this only keeps the note.
 
         Args:
-            progress: JSON values, such as ``round=3, batch=17``.
+            progress: JSON values, such as ``round=3``.
         """
         if self._file is not None:
-            self._file.commit(progress)
+            self._file.commit(self.data, progress)
         self.progress = progress
 
     def close(self) -> None:
-        """Let go of the file; what was not committed is rolled back when it is opened again."""
+        """Let go of the file; what was not committed is lost."""
         if self._file is not None:
             self._file.close()
             self.data = torch.empty(0, *self.data.shape[1:], dtype=self.dtype)
@@ -288,7 +290,6 @@ class NoiseStore:
         """
         values = self._incoming("values", index, values, checked)
         index = self._local(index)
-        self._before_write(index)
         if index.numel():
             # Every occurrence of a row writes what its last occurrence brings, so that the order of writes is nothing.
             rows, order = index.sort(stable=True)
@@ -310,7 +311,6 @@ class NoiseStore:
         eps = check.number("eps", eps, low=0.0)
         delta = self._incoming("delta", index, delta, checked)
         index = self._local(index)
-        self._before_write(index)
         if self.dtype == torch.int8:
             eps = float(min(math.floor(eps * STEPS + 1e-3), 127))
             delta = delta.float() if delta.dtype == torch.float64 else delta
@@ -369,10 +369,6 @@ class NoiseStore:
         if self.dtype == torch.int8:
             return values if values.dtype == torch.int8 else steps_of(values).clamp(-128, 127).to(torch.int8)
         return (values.float() / STEPS if values.dtype == torch.int8 else values).to(self.dtype)
-
-    def _before_write(self, index: Tensor) -> None:
-        if self._file is not None:
-            self._file.journal(index)
 
 
 def _item_shape(value: Sequence[int]) -> tuple[int, ...]:

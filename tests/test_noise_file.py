@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -62,56 +63,121 @@ def test_save_and_load(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys, torch
 from ccu_fast import NoiseStore
+die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 store = NoiseStore.open(sys.argv[1])
 index = torch.arange(0, 40, 2)
 store.scatter_(index, torch.full((20, 3, 64, 64), 5, dtype=torch.int8))
 store.commit(batch=1)
 store.scatter_(index + 1, torch.full((20, 3, 64, 64), 6, dtype=torch.int8))
-if sys.argv[2] == "torn":
-    write = store._file._journal.write
-    class Torn:
-        count = 0
-        def write(self, data):
-            self.count += 1
-            if self.count == 3:
-                write(data[:1000])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return write(data)
-    store._file._journal = Torn()
 store.scatter_add_clamp_(index, torch.full((20, 3, 64, 64), 7, dtype=torch.int8), 8 / 255)
-if sys.argv[2] == "header":
-    class Dying:
-        def __init__(self, real): self.real = real
-        def __getattr__(self, name): return getattr(self.real, name)
-        def pwrite(self, handle, data, at):
-            self.real.pwrite(handle, data[:100], at)
-            self.real.kill(self.real.getpid(), signal.SIGKILL)
+if sys.argv[2] == "noise":
     import ccu_fast.noise_file as f
-    f.os = Dying(os)
+    f._BLOCK = 3 * 64 * 64
+    inner, calls = f._little, []
+    f._little = lambda values: die() if len(calls) == 7 else calls.append(1) or inner(values)
+if sys.argv[2] == "rename":
+    os.replace = die
+if sys.argv[2] == "renamed":
+    store._file.close = die
+if sys.argv[2] != "between":
     store.commit(batch=2)
-if sys.argv[2] == "journal":
-    store._file._end_journal = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    store.commit(batch=2)
-os.kill(os.getpid(), signal.SIGKILL)
+die()
 """
 
 
-@pytest.mark.parametrize("moment", ["between", "torn", "header", "journal"])
+@pytest.mark.parametrize("moment", ["between", "noise", "rename", "renamed"])
 def test_a_kill_leaves_the_last_commit(tmp_path: Path, moment: str) -> None:
     path = tmp_path / "noise.bin"
     NoiseStore.create(path, 40, (3, 64, 64)).close()
     done = subprocess.run([sys.executable, "-c", KILLED, path, moment], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert (tmp_path / "noise.bin.journal").exists()
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".noise.bin.")] == ["noise.bin"]
     store = NoiseStore.open(path)
     rows = store.data.flatten(1)
     assert bool((rows == rows[:, :1]).all())  # no half-written image
-    # In "journal" the second commit's header was written before the kill: then it holds.
-    expected = (2, [8, 6]) if moment == "journal" else (1, [5, 0])
+    # In "renamed" the second commit took its place before the kill: then it holds.
+    expected = (2, [8, 6]) if moment == "renamed" else (1, [5, 0])
     assert store.progress == {"batch": expected[0]}
     assert rows[:, 0].tolist() == expected[1] * 20
-    assert not (tmp_path / "noise.bin.journal").exists()
     store.close()
+
+
+def test_a_commit_keeps_the_file_locked(tmp_path: Path) -> None:
+    path = tmp_path / "noise.bin"
+    store = NoiseStore.create(path, 5, ITEM)
+    for batch in range(2):
+        store.scatter_(torch.arange(5), noise(5, *ITEM))
+        store.commit(batch=batch)
+        with pytest.raises(BlockingIOError, match="locked"):
+            NoiseStore.open(path)
+    store.close()
+    assert NoiseStore.load(path).progress == {"batch": 1}
+
+
+def test_one_who_opened_a_file_that_a_commit_replaced_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "noise.bin"
+    store = NoiseStore.create(path, 5, ITEM)
+    inner = os.open
+
+    def overtaken(name: Any, flags: int, *more: Any, **options: Any) -> int:
+        handle = inner(name, flags, *more, **options)
+        if name == path:
+            monkeypatch.setattr(os, "open", inner)
+            store.commit(batch=1)
+            store.close()
+        return handle
+
+    monkeypatch.setattr(os, "open", overtaken)
+    with pytest.raises(BlockingIOError, match="locked"):
+        NoiseStore.open(path)
+    assert NoiseStore.load(path).progress == {"batch": 1}
+
+
+def test_a_commit_without_room_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "noise.bin"
+    store = NoiseStore.create(path, 5, ITEM)
+    store.scatter_(torch.arange(5), noise(5, *ITEM))
+    store.commit(batch=1)
+    committed, inner = store.data.clone(), os.fsync
+    store.scatter_(torch.arange(5), noise(5, *ITEM))
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="No space left"):
+        store.commit(batch=2)
+    assert len(os.listdir("/proc/self/fd")) == before and [p.name for p in tmp_path.iterdir()] == ["noise.bin"]
+    monkeypatch.setattr(os, "fsync", inner)
+    assert store.progress == {"batch": 1}
+    changed = store.data.clone()
+    store.commit(batch=3)
+    store.close()
+    loaded = NoiseStore.load(path)
+    assert torch.equal(loaded.data, changed) and not torch.equal(changed, committed)
+
+
+def test_a_file_with_its_second_header_in_use(tmp_path: Path) -> None:
+    """Commits used to write the two headers in turn."""
+    path = tmp_path / "noise.bin"
+    store = NoiseStore.create(path, 5, ITEM)
+    store.scatter_(torch.arange(5), noise(5, *ITEM))
+    store.commit(batch=1)
+    written = store.data.clone()
+    store.close()
+    data = bytearray(path.read_bytes())
+    data[4096:8192] = data[:4096]
+    NoiseStore.create(tmp_path / "zeros", 5, ITEM).close()
+    data[:4096] = (tmp_path / "zeros").read_bytes()[:4096]
+    path.write_bytes(data)
+    store = NoiseStore.open(path)
+    assert store.progress == {"batch": 1} and torch.equal(store.data, written)
+    store.commit(batch=2)
+    store.close()
+    assert NoiseStore.load(path).progress == {"batch": 2}
 
 
 def test_foreign_and_damaged_files(tmp_path: Path) -> None:

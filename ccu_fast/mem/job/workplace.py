@@ -23,6 +23,7 @@ from ccu_fast.files import new_file, write_whole
 from ccu_fast.hashes import json_hash
 from ccu_fast.mem.generate import Protection
 from ccu_fast.mem.job.processes import barrier
+from ccu_fast.noise_file import NoiseFile, scratch
 from ccu_fast.noise_store import NoiseStore
 
 PUBLISH = "publish"
@@ -89,7 +90,9 @@ class Workplace:
         return int(json.loads(path.read_text(encoding="utf-8"))["round"]) if path.exists() else 0
 
     def store(self, rows: int, shape: tuple[int, int, int], device: torch.device, *, on_disk: bool) -> NoiseStore:
-        """The noise of the last checkpoint, or zeros; in memory or in a file of its own.
+        """The noise of the last checkpoint, or zeros; in memory or, on a CPU, in a mapped file without a name.
+
+        It is lost when the process ends; :meth:`save` is what lasts.
 
         Raises:
             ValueError: the checkpoint is damaged or another dataset's.
@@ -99,19 +102,22 @@ class Workplace:
         expected: dict[str, Any] = {"item_shape": shape, "dtype": torch.int8, "tag": self.key}
         if not on_disk:
             return NoiseStore.load(saved, device=device, **expected) if done else NoiseStore(rows, shape, device=device)
-        mapped = self.folder / f"noise-{self.rank}"
-        for old in (mapped, mapped.with_name(f"{mapped.name}.journal")):
-            old.unlink(missing_ok=True)
-        if done:
-            shutil.copyfile(saved, mapped)
-            return NoiseStore.open(mapped, **expected)
-        return NoiseStore.create(mapped, rows, shape, tag=self.key)
+        store = NoiseStore(0, shape)
+        if not done:
+            store.data = scratch(self.folder, (rows, *shape), torch.int8)
+            return store
+        file = NoiseFile.open(saved)
+        try:
+            file.expect(**expected)
+            store.data = file.copy()
+        finally:
+            file.close()  # the next checkpoint removes it
+        return store
 
     def save(self, done: int, protection: Protection) -> None:
         """Make round ``done`` the checkpoint: all of it, of all processes, or the one before."""
         folder = self._round(done)
         folder.mkdir(exist_ok=True)
-        protection.store.commit()
         protection.store.save(folder / f"{self.rank}.noise", tag=self.key)
         with new_file(folder / f"{self.rank}.pt") as file:
             torch.save(self._without_model(protection.state_dict()), file)
