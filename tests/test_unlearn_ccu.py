@@ -16,12 +16,11 @@ import torch
 import toy_unlearn
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy_unlearn import make_model, toy, weights
+from toy_unlearn import TwoTowers, make_model, toy, weights
 
 import ccu_fast
 from ccu_fast.data.paired import PairedData
 from ccu_fast.models.fusion import ConvFusionModel, FusionModel
-from ccu_fast.models.pairs import DualEncoderPair, PairModel
 from ccu_fast.unlearn import Budget, Checkpoint, HeldOut, KeyBank, UnlearnConfig, unlearn
 from ccu_fast.unlearn.baselines.bad_teacher import reinitialised
 from ccu_fast.unlearn.ccu import ccu_method
@@ -256,9 +255,12 @@ class TestPairs:
         data = PairedData(labelled.visual, labelled.visual @ torch.eye(5).roll(1, 0), ids=labelled.ids)
         assert not data.labelled and not data[torch.arange(3)].labelled
 
-        def make() -> PairModel:
-            towers = (nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2))
-            return PairModel(*towers)
+        def make() -> TwoTowers:
+            model = TwoTowers()
+            model.visual, model.other = (
+                nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2)
+            )
+            return model
 
         model = train(make, data, TrainConfig(epochs=150, batch=40, learning_rate=1e-2)).model
         gone = torch.arange(80) % 8 == 0
@@ -285,15 +287,17 @@ class TestPairs:
         )
         assert stopped.steps < 200
 
-    def test_a_dual_encoder_is_a_pair_model(self) -> None:
+    def test_a_dual_encoder_with_the_names_of_the_protocol(self) -> None:
         from ccu_fast.models.dual_encoder import SmallDualEncoder
 
-        encoder = SmallDualEncoder(20, 1, image_size=(8, 8), width=32, text_depth=1, context=4)
+        class Pair(SmallDualEncoder):
+            embed_visual, embed_other = SmallDualEncoder.encode_image, SmallDualEncoder.encode_text
+
+        model = Pair(20, 1, image_size=(8, 8), width=32, text_depth=1, context=4)
         g = torch.Generator().manual_seed(0)
         tokens = torch.randint(2, 20, (12, 4), generator=g)
         tokens[:, -1] = 1
         data = PairedData(torch.rand(12, 1, 8, 8, generator=g), tokens)
-        model = DualEncoderPair(encoder)
         config = UnlearnConfig(forget="pairs", budget=Budget(steps=2))
         clean = unlearn(model, data[torch.arange(3)], data[torch.arange(3, 12)], config)
         assert not torch.equal(weights(clean), weights(model))

@@ -22,7 +22,7 @@ class Scenario:
         train: the original training set, forget and retain together.
         forget, retain: its two parts.
         retain_test, retain_held_out: unseen items of the classes that stay.
-        forget_test, forget_held_out: unseen items of the forgotten class; None when instances are forgotten.
+        forget_test: unseen items of the forgotten class; None when instances are forgotten.
     """
 
     name: str
@@ -32,7 +32,6 @@ class Scenario:
     retain_test: PairedData
     retain_held_out: PairedData
     forget_test: PairedData | None
-    forget_held_out: PairedData | None
 
 
 def make_scenario(
@@ -55,7 +54,7 @@ def make_scenario(
         return Scenario(
             name, train, train[gone], train[~gone],
             retain_test=test[~gone_test], retain_held_out=held_out[~gone_held_out],
-            forget_test=test[gone_test], forget_held_out=held_out[gone_held_out],
+            forget_test=test[gone_test],
         )  # fmt: skip
     things, thing_of = torch.unique(train.ids // group, return_inverse=True)
     count = round(check.number("forget_share", forget_share, low=0, high=1) * len(things))
@@ -64,4 +63,4 @@ def make_scenario(
     drawn = torch.zeros(len(things), dtype=torch.bool)
     drawn[torch.randperm(len(things), generator=torch.Generator().manual_seed(seed))[:count]] = True
     gone = drawn[thing_of]
-    return Scenario(name, train, train[gone], train[~gone], test, held_out, None, None)
+    return Scenario(name, train, train[gone], train[~gone], test, held_out, None)

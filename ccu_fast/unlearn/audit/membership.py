@@ -94,27 +94,6 @@ def auc(positive: Tensor, negative: Tensor) -> float:
     return (below + not_above).double().mean().item() / (2 * len(negative))
 
 
-def tpr_at_fpr(positive: Tensor, negative: Tensor, fpr: float = 0.01) -> float:
-    """The share of positives above a threshold that at most ``fpr`` of the negatives exceed.
-
-    An attack that is sure of a few items is dangerous even at an area of 0.5. With fewer than 1 / fpr negatives the
-    threshold is their maximum.
-
-    Args:
-        positive, negative: score vectors.
-        fpr: in [0, 1].
-
-    Raises:
-        ValueError: one of them is empty; fpr out of range.
-
-    Source: Carlini et al. 2022 (arXiv 2112.03570).
-    """
-    check.number("fpr", fpr, low=0, high=1)
-    _, not_above = _counts(positive, negative)
-    above = len(negative) - not_above  # negatives that a threshold at this positive, exclusive, lets through
-    return (above <= int(fpr * len(negative))).double().mean().item()
-
-
 def _counts(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
     """For each positive the negatives below it, and those not above it."""
     for name, scores in (("positive", positive), ("negative", negative)):

@@ -52,20 +52,6 @@ def most_accurate(gaps: Mapping[str, float], names: Iterable[str]) -> str:
     return min(chosen, key=lambda name: gaps[name])
 
 
-def time_ratios(seconds: Mapping[str, float], gold: str, best: str) -> dict[str, dict[str, float]]:
-    """Each method's wall time over the retrained model's and over that of the most accurate baseline.
-
-    Args:
-        seconds: wall time by method, > 0.
-        gold: the name of the retrained model.
-        best: the name of the most accurate baseline, see :func:`most_accurate`.
-    """
-    return {
-        name: {"to_retrain": value / seconds[gold], "to_most_accurate": value / seconds[best]}
-        for name, value in seconds.items()
-    }
-
-
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (n − 1); of one value the spread is NaN, because it is not known.
 

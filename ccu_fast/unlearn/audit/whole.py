@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn.audit.lira import Shadows, lira_scores
-from ccu_fast.unlearn.audit.membership import auc, confidence, membership_auc
+from ccu_fast.unlearn.audit.membership import membership_auc
 from ccu_fast.unlearn.audit.probe import linear_probe
 from ccu_fast.unlearn.audit.relearn import relearn_steps
 from ccu_fast.unlearn.audit.retrieval import recall
@@ -24,7 +23,6 @@ def audit(
     retain_test: PairedData,
     forget_test: PairedData | None = None,
     deep: bool = False,
-    shadows: Shadows | None = None,
 ) -> dict[str, object]:
     """Accuracies, attacks and, when asked, what is left below the heads.
 
@@ -34,7 +32,6 @@ def audit(
         retain_test: unseen items of the classes that stay.
         forget_test: unseen items of the forgotten class; None when instances or pairs are forgotten.
         deep: also the linear probe and the relearning time; needs labels and scikit-learn.
-        shadows: shadow models of a pool with all these items, for the likelihood-ratio attack.
 
     Returns:
         For each modality whose head the model has, the accuracies "forget_train", "forget_test" (None without such
@@ -61,13 +58,6 @@ def audit(
     }
     result["mia_auc"] = membership_auc(model, forget, unseen)
     result["mia_entropy_auc"] = membership_auc(model, forget, unseen, attack="entropy") if labelled else None
-    if shadows is not None:
-        for name, variant in (("mia_lira_auc", "online"), ("mia_lira_offline_auc", "offline")):
-            scores = []
-            for data in (forget, unseen):
-                inside, said = shadows.of(data)
-                scores.append(lira_scores(confidence(model, data), said, inside, variant=variant))
-            result[name] = auc(*scores)
     if deep:
         result["probe"] = linear_probe(
             model, forget=forget, retain=retain, retain_test=retain_test, forget_test=forget_test
