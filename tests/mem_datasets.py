@@ -8,6 +8,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -82,3 +83,12 @@ def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     archive.addfile(info, io.BytesIO(data))
+
+
+def read_export(folder: Path) -> tuple[torch.Tensor, list[str]]:
+    """The images uint8 ``[N, C, H, W]`` and captions of an exported folder."""
+    with (folder / "captions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    arrays = [np.array(Image.open(folder / row["images"])) for row in rows]
+    images = torch.stack([torch.from_numpy(a[..., None] if a.ndim == 2 else a).permute(2, 0, 1) for a in arrays])
+    return images, [row["caption"] for row in rows]

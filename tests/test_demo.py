@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import small_demo
+from mem_datasets import read_export
 
 import ccu_fast
 from ccu_fast import demo
 from ccu_fast.files import write_whole
-from ccu_fast.mem.export import read_back
 from ccu_fast.report.tables import all_tables, spread
 
 PARTS = 6  # two scenarios, four methods
@@ -58,7 +58,7 @@ def test_writes_a_report_with_everything_in_it_and_the_same_figures_twice(tmp_pa
     for table in all_tables(first):
         for cell in (cell for row in table.rows for cell in row):
             assert cell.replace("&", "&amp;") in page
-    images, captions = read_back(tmp_path / "a" / "protected" / "mem")
+    images, captions = read_export(tmp_path / "a" / "protected" / "mem")
     assert len(images) == len(captions) == 64
     assert half_written(tmp_path) == []
 

@@ -2,7 +2,7 @@
 
 from ccu_fast.mem.evaluate import reading, retrieval
 from ccu_fast.mem.experiment import run_digit_strips
-from ccu_fast.mem.export import export, read_back
+from ccu_fast.mem.export import export
 from ccu_fast.mem.generate import Protected, Protection, protect
 from ccu_fast.mem.settings import Execution, Method, Settings
 from ccu_fast.mem.tokenizer import Tokenizer, WordTokenizer
@@ -20,7 +20,6 @@ __all__ = [
     "WordTokenizer",
     "export",
     "protect",
-    "read_back",
     "reading",
     "retrieval",
     "run_digit_strips",

@@ -97,24 +97,6 @@ def export(protected: Protected, out: str | Path, *, seed: int | None = None) ->
     return out
 
 
-def read_back(folder: str | Path) -> tuple[Tensor, list[str]]:
-    """The images uint8 ``[N, C, H, W]`` and captions of an exported folder.
-
-    Raises:
-        FileNotFoundError: no such folder, or an image is missing.
-        ValueError: the columns are not ``images,caption``, or there are no rows.
-    """
-    folder = Path(folder)
-    with (folder / CAPTIONS).open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != ["images", "caption"]:
-            raise ValueError(f"{folder / CAPTIONS}: expected the columns images,caption, got {reader.fieldnames}")
-        rows = list(reader)
-    if not rows:
-        raise ValueError(f"{folder / CAPTIONS}: expected at least one row, got none")
-    return torch.stack([_pixels(folder / row["images"]) for row in rows]), [row["caption"] for row in rows]
-
-
 def noise_size(noise: Tensor) -> int:
     """The largest change of a pixel, in 1/255."""
     check.tensor("noise", noise, dtypes=(torch.int8,))
@@ -132,12 +114,3 @@ def _picture(image: Tensor) -> Any:
 
     array = image.permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-
-
-def _pixels(path: Path) -> Tensor:
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        array = np.array(picture)
-    return torch.from_numpy(array)[None] if array.ndim == 2 else torch.from_numpy(array).permute(2, 0, 1).contiguous()

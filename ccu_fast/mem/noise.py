@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ccu_fast import check
 from ccu_fast.losses import info_nce
 from ccu_fast.mem.surrogate import frozen
 from ccu_fast.models.dual_encoder import DualEncoder
@@ -18,21 +17,6 @@ def random_noise(images: Tensor, eps: int, rng: torch.Generator) -> Tensor:
     """Uniform in {−eps, …, eps}, cut to valid pixels: int8, the control for error-minimising noise."""
     noise = torch.randint(-eps, eps + 1, images.shape, generator=rng, dtype=torch.int16)
     return ((images.short() + noise).clamp(0, 255) - images.short()).to(torch.int8)
-
-
-def add_noise(images: Tensor, noise: Tensor) -> Tensor:
-    """uint8 + int8 → uint8. The noise of this package never leaves 0..255, so nothing is cut.
-
-    Raises:
-        ValueError: a sum outside 0..255 (the noise belongs to other images).
-    """
-    check.tensor("images", images, dtypes=(torch.uint8,))
-    check.tensor("noise", noise, dtypes=(torch.int8,))
-    check.shape("noise", noise, images.shape)
-    total = images.short() + noise.short()
-    if total.numel() and (int(total.min()) < 0 or int(total.max()) > 255):
-        raise ValueError("noise: expected images + noise within 0..255, got noise that leaves the range")
-    return total.to(torch.uint8)
 
 
 def pgd(

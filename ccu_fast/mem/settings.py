@@ -106,7 +106,7 @@ class Settings:
         lr: learning rate of the surrogate.
         weight_decay: of the surrogate's matrices.
         beta2: AdamW's second decay rate.
-        compat: decide as the authors' code does, see :mod:`ccu_fast.mem.compat`; :meth:`authors` has its schedule.
+        compat: decide as the authors' code does, see :mod:`ccu_fast.mem.compat`.
     """
 
     eps: int = 8
@@ -139,14 +139,6 @@ class Settings:
         check.number("lr", self.lr, low=0.0)
         check.number("weight_decay", self.weight_decay, low=0.0)
         check.number("beta2", self.beta2, low=0.0, high=1.0)
-
-    @staticmethod
-    def authors() -> Settings:
-        """The schedule of the authors' code for RN50 and Flickr8K, and its decisions (``compat``)."""
-        return Settings(
-            eps=8, step=1, pgd_steps=8, rounds=20, trigger_rounds=5, trigger_words=None, candidates=16,
-            surrogate_steps=200, restart=0, shuffle=1.0, batch=128, lr=1e-4, weight_decay=0.2, beta2=0.999, compat=True,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,6 @@ class DiskSource:
         self.captions: Sequence[str] = listing.captions
         self.image_of = listing.image_of
         self.n_images = listing.n_images
-        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def images(self, index: Tensor) -> Tensor:

@@ -72,7 +72,6 @@ class Publisher:
         self.fidelity = Fidelity()
         self.hashes: dict[str, str] = {}
         self.dropped: dict[str, int] = {}
-        self.reused = 0
         self._journal = work / f"published-{rank}.jsonl"
         self._unfinished = work / f"unfinished-{rank}"
         self._rows: dict[int, list[int]] = defaultdict(list)
@@ -97,9 +96,7 @@ class Publisher:
             for number, chunk in enumerate(chunks):
                 progress(number, len(chunks))
                 entry = known.get(number)
-                if entry is not None and self._are_there(entry["sha256"]):
-                    self.reused += 1
-                else:
+                if entry is None or not self._are_there(entry["sha256"]):
                     entry = {"chunk": number, **self._write_chunk(chunk)}
                     journal.write(json.dumps(entry) + "\n")
                     journal.flush()
