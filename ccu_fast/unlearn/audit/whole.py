@@ -37,10 +37,9 @@ def audit(
         For each modality whose head the model has, the accuracies "forget_train", "forget_test" (None without such
         items), "retain_train" and "retain_test" in [0, 1]; without heads or labels the share of pairs whose partner is
         the nearest. ``"mia_auc"`` and ``"mia_entropy_auc"`` (None without labels): :func:`membership_auc` of the
-        forget set against unseen items alike, forget_test, else retain_test. With shadows ``"mia_lira_auc"`` and
-        ``"mia_lira_offline_auc"``. When deep ``"probe"`` (:func:`linear_probe`) and ``"relearn_steps"``
-        (:func:`relearn_steps`). Without labels ``"retrieval"``: :func:`recall` of the forget and the retain set among
-        both. Each is to be compared with a retrained model's.
+        forget set against unseen items alike, forget_test, else retain_test. When deep ``"probe"``
+        (:func:`linear_probe`) and ``"relearn_steps"`` (:func:`relearn_steps`). Without labels ``"retrieval"``:
+        :func:`recall` of the forget and the retain set among both. Each is to be compared with a retrained model's.
     """
     parts = {
         "forget_train": forget,
