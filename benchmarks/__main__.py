@@ -17,6 +17,7 @@ from benchmarks import bars, environment, plots, results, summary, tables
 from benchmarks.ops import OPS
 from benchmarks.registry import Case, Op, label, select
 from benchmarks.runner import run
+from ccu_fast.files import output_folder
 
 EXAMPLES = """examples:
   python -m benchmarks                                       everything, stored under benchmarks/results/<device>/
@@ -48,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = environment.choose_device(arguments.device)
         cases = _cases(arguments, device)
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(f"ccu-fast bench: {error}", file=sys.stderr)
         return 2
 
     facts = environment.describe(device)
     stored = arguments.out or (None if arguments.quick else results.FOLDER)
-    folder = None if stored is None else stored / environment.slug(device)
+    folder = None if stored is None else output_folder(stored / environment.slug(device))
     seconds = arguments.seconds if arguments.seconds is not None else (0.2 if arguments.quick else 3.0)
     deadline = time.monotonic() + 60 * arguments.minutes
     late = [case for case in cases if not _measure(case, facts, seconds, folder, deadline)]

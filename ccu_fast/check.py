@@ -83,6 +83,20 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
     return str(value)
 
 
+def device(name: str, value: str | torch.device) -> torch.device:
+    """A device of this machine."""
+    try:
+        where = torch.device(value)
+        if where.type == "meta":
+            raise ValueError("it holds no values")
+        torch.empty(0, device=where)
+    except (AssertionError, ImportError, RuntimeError, ValueError) as error:
+        why = str(error).splitlines()[0][:120]
+        said = f"{name}: expected cpu or a GPU that is here (cuda, cuda:1), got {value} ({why})"
+        raise ValueError(said) from error
+    return where
+
+
 def finite(name: str, value: Tensor) -> None:
     """Every element is finite. Reads the tensor on the host's behalf: synchronises a GPU."""
     bad = ~torch.isfinite(value)

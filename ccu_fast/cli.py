@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from ccu_fast import __version__, info
+from ccu_fast.console import one_sentence
 
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+COMMANDS = ("info", "unlearn", "demo", "protect", "evaluate", "bench")
 
 USAGE = """usage: ccu-fast COMMAND [OPTIONS]
 
@@ -28,25 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for what cannot be done here, 2 for a wrong command line, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    command = words[0] if words and words[0] in COMMANDS else ""
     try:
-        if words[:1] == ["info"]:
-            return info.main(words[1:], prog="ccu-fast info")
-        try:
+        with one_sentence(command):
+            if command == "info":
+                return info.main(words[1:], prog="ccu-fast info")
+            try:
+                info.require("typer")
+            except ImportError:
+                if command:
+                    raise
+                return _without_typer(words)
             from ccu_fast.commands import app
-        except ModuleNotFoundError as error:
-            if error.name != "typer":
-                raise
-            return _without_typer(words)
-        app(args=words, prog_name="ccu-fast")
-    except KeyboardInterrupt:
-        print("ccu-fast: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except ModuleNotFoundError as error:
-        extra = info.extra_of(error.name or "")
-        if extra is None:
-            raise
-        print(f"ccu-fast: {error.name} is missing: pip install 'ccu-fast[{extra}]'", file=sys.stderr)
-        return 1
+
+            app(args=words, prog_name="ccu-fast")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
@@ -55,12 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _without_typer(words: list[str]) -> int:
     if words == ["--version"]:
         print(__version__)
-        return 0
-    if not words or words[0] == "--help":
+    elif not words or words[0] == "--help":
         print(USAGE)
-        return 0
-    if words[0] in ("unlearn", "demo", "protect", "evaluate", "bench"):
-        print(f"ccu-fast: {words[0]} needs typer: pip install 'ccu-fast[apps]'", file=sys.stderr)
-        return 1
-    print(f"ccu-fast: no command {words[0]!r}\n\n{USAGE}", file=sys.stderr)
-    return 2
+    else:
+        print(f"ccu-fast: no command {words[0]!r}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    return 0

@@ -3,8 +3,7 @@
 # No `from __future__ import annotations`: typer reads the annotations.
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ import typer
 
 from ccu_fast import __version__, commands_mem, commands_unlearn, info
 from ccu_fast.backends import machine
-from ccu_fast.cli import INTERRUPTED
+from ccu_fast.console import one_sentence
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,16 +26,6 @@ class Part(str, Enum):
 
     unlearn = "unlearn"
     protect = "protect"
-
-
-@contextmanager
-def ctrl_c_is_an_ending() -> Iterator[None]:
-    """End with one line and status 130; typer alone says "Aborted." and 1."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("ccu-fast: interrupted", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -55,24 +44,26 @@ def everywhere(
 
 
 @app.command("info", epilog="Example: ccu-fast info --json > ccu_fast_info.json")
+@one_sentence("info")
 def info_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Say what this installation can do on this machine and, for what it cannot, why."""
     info.main(["--json"] if as_json else [])
 
 
 @app.command(epilog="Example: ccu-fast demo --out report --only unlearn")
+@one_sentence("demo")
 def demo(
-    out: Annotated[
-        Path, typer.Option(help="Folder for report.html and results.json, made if needed.", file_okay=False)
-    ] = Path("ccu_fast_demo"),
+    out: Annotated[Path, typer.Option(help="Folder for report.html and results.json, made if needed.")] = Path(
+        "ccu_fast_demo"
+    ),
     seeds: Annotated[int, typer.Option(help="How many seeds to average over.", min=1)] = 1,
     only: Annotated[Part | None, typer.Option(help="Run one half alone.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No live progress.")] = False,
 ) -> None:
     """Unlearn a class and protect a data set, on real digits, and write a report with the figures."""
-    with ctrl_c_is_an_ending():
-        run = importlib.import_module("ccu_fast.demo").run
-        run(out, seeds=seeds, only=only.value if only else None, quiet=quiet)
+    info.require("rich", "sklearn", "matplotlib", "PIL")
+    run = importlib.import_module("ccu_fast.demo").run
+    run(out, seeds=seeds, only=only.value if only else None, quiet=quiet)
 
 
 app.command("unlearn", epilog=commands_unlearn.EXAMPLE)(commands_unlearn.unlearn)
@@ -92,18 +83,13 @@ def find_benchmarks() -> Callable[[Sequence[str]], Any] | None:
     epilog="Example: ccu-fast bench -- --help",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
+@one_sentence("bench", goes_on=False)
 def bench(context: typer.Context) -> None:
     """Measure the operations against their peers. Options go to the checkout's ``python -m benchmarks``."""
-    with ctrl_c_is_an_ending():
-        benchmarks = find_benchmarks()
-        if benchmarks is None:
-            print(
-                "ccu-fast: the benchmarks come with the source, not with the installed package; "
-                "run this command in the folder of a checkout",
-                file=sys.stderr,
-            )
-            raise SystemExit(1)
-        raise SystemExit(benchmarks(context.args) or 0)
+    benchmarks = find_benchmarks()
+    if benchmarks is None:
+        raise FileNotFoundError("expected to run in the folder of a checkout: the installed package has no benchmarks")
+    raise SystemExit(benchmarks(context.args) or 0)
 
 
 app.command(epilog="Example: ccu-fast protect flickr8k/train.csv --out flickr8k-protected --method mem-3 --eps 8")(

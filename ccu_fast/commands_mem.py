@@ -1,21 +1,18 @@
 """``ccu-fast protect`` and ``ccu-fast evaluate``. Each imports what it needs when it runs."""
 
 # No `from __future__ import annotations`: typer reads the annotations.
-import errno
 import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ccu_fast.cli import INTERRUPTED
-
-Progress = Callable[[str, int, int, str], None]
+from ccu_fast import check, info
+from ccu_fast.console import live, one_sentence
+from ccu_fast.files import output_file, write_whole
 
 CONFIG_HELP = "TOML file with options by their names (eps = 8, skip-bad = true); flags win."
 MODEL_HELP = "small, small:WIDTH (a multiple of 32), open_clip:NAME or hf:FOLDER."
@@ -30,29 +27,28 @@ def _read_config(context: typer.Context, parameter: typer.CallbackParam, value: 
     try:
         given = tomllib.loads(value.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise typer.BadParameter(f"expected a TOML file, got {value}: {error}") from error
+        raise ValueError(f"config: expected a TOML file, got {value} ({error})") from error
     known = {str(p.name).rstrip("_") for p in context.command.params} - {"help", "config"}
     named = {name.replace("-", "_"): item for name, item in given.items()}
     unknown = sorted(set(named) - known)
     if unknown:
-        raise typer.BadParameter(f"expected options of {context.command.name} in {value}, got {', '.join(unknown)}")
+        raise ValueError(f"config: expected options of {context.command.name} in {value}, got {', '.join(unknown)}")
     context.default_map = named
     return value
 
 
-Config = Annotated[
-    Path | None, typer.Option("--config", help=CONFIG_HELP, callback=_read_config, is_eager=True, dir_okay=False)
-]
+Config = Annotated[Path | None, typer.Option("--config", help=CONFIG_HELP, callback=_read_config, is_eager=True)]
 
 
+@one_sentence("protect")
 def protect(
     input: Annotated[Path, typer.Argument(help="A .csv or .tsv, a .tar or a folder of them, or a folder of pictures.")],
-    out: Annotated[Path, typer.Option(help="New or empty folder for the protected dataset.", file_okay=False)],
+    out: Annotated[Path, typer.Option(help="New or empty folder for the protected dataset.")],
     method: Annotated[
         str, typer.Option(help="mem[-n], em, trigger[-n], tap, uap, random[-n] or clean; n trigger words.")
     ] = "mem-3",
     model: Annotated[str, typer.Option(help="The surrogate: " + MODEL_HELP)] = "small",
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights the surrogate starts from.", dir_okay=False)] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights the surrogate starts from.")] = None,
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH: what pictures are resized to and published in [64x64].")
     ] = None,
@@ -95,41 +91,41 @@ def protect(
 
     An interrupted run goes on when the same command is given again. With torchrun, processes share the work.
     """
-    with _endings():
-        import torch
+    info.require("rich", "PIL")
+    import torch
 
-        from ccu_fast.mem.data import Options
-        from ccu_fast.mem.job import Job, protect_dataset
-        from ccu_fast.mem.job.model import choose
-        from ccu_fast.mem.settings import Execution, Method, Settings
+    from ccu_fast.mem.data import Options
+    from ccu_fast.mem.job import Job, protect_dataset
+    from ccu_fast.mem.job.model import choose
+    from ccu_fast.mem.settings import Execution, Method, Settings
 
-        precisions = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
-        if autocast not in precisions:
-            raise ValueError(f"autocast: expected bf16 or fp16, got {autocast!r}")
-        where = torch.device(device)
-        if where.type == "cuda" and where.index is None and "LOCAL_RANK" in os.environ:
-            where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        job = Job(
-            input, out, choose(model, size=size, grey=grey, checkpoint=checkpoint), Method.parse(method),
-            Settings(
-                eps=eps, step=step, pgd_steps=pgd_steps, rounds=rounds, surrogate_steps=surrogate_steps,
-                trigger_rounds=trigger_rounds, candidates=candidates, batch=batch, lr=lr,
-            ),
-            seed, Options(format, image_column, caption_column), skip_bad=skip_bad, fresh=fresh,
-            noise_on_disk=noise_on_disk, reference_files=reference_files, threads=threads, max_pixels=max_pixels,
-            device=where, execution=Execution(precisions[autocast], channels_last, compile),
-        )  # fmt: skip
-        quiet = quiet or os.environ.get("RANK", "0") != "0"
-        with _live(quiet) as progress:
-            manifest = protect_dataset(job, progress)
-        if not quiet:
-            _tell(out, manifest)
+    precisions = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if autocast not in precisions:
+        raise ValueError(f"autocast: expected bf16 or fp16, got {autocast!r}")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    job = Job(
+        input, out, choose(model, size=size, grey=grey, checkpoint=checkpoint), Method.parse(method),
+        Settings(
+            eps=eps, step=step, pgd_steps=pgd_steps, rounds=rounds, surrogate_steps=surrogate_steps,
+            trigger_rounds=trigger_rounds, candidates=candidates, batch=batch, lr=lr,
+        ),
+        seed, Options(format, image_column, caption_column), skip_bad=skip_bad, fresh=fresh,
+        noise_on_disk=noise_on_disk, reference_files=reference_files, threads=threads, max_pixels=max_pixels,
+        device=check.device("device", device), execution=Execution(precisions[autocast], channels_last, compile),
+    )  # fmt: skip
+    quiet = quiet or os.environ.get("RANK", "0") != "0"
+    with live(quiet) as progress:
+        manifest = protect_dataset(job, progress)
+    if not quiet:
+        _tell(out, manifest)
 
 
+@one_sentence("evaluate", goes_on=False)
 def evaluate(
     train: Annotated[list[str], typer.Argument(help="Datasets to learn from, PATH or NAME=PATH.")],
     test: Annotated[Path, typer.Option(help="Clean pairs to retrieve among.")],
-    out: Annotated[Path | None, typer.Option(help="JSON file for all figures.", dir_okay=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
     model: Annotated[str, typer.Option(help="The victim: " + MODEL_HELP)] = "small",
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of what the victim sees [64x64].")] = None,
     grey: Annotated[bool, typer.Option("--grey", help="One channel instead of three.")] = False,
@@ -144,7 +140,7 @@ def evaluate(
     zero_shot: Annotated[
         Path | None, typer.Option(help="Pictures whose captions name their class: do victims know it?")
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="HTML page: table, curves, samples.", dir_okay=False)] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML page: table, curves, samples.")] = None,
     device: Annotated[str, typer.Option(help="Of the victims: cpu, cuda, cuda:1.")] = "cpu",
     format: Annotated[str | None, typer.Option(help=FORMAT_HELP)] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of paths [images or file_name].")] = None,
@@ -156,85 +152,41 @@ def evaluate(
     """Train models from scratch on datasets, protected or not, and say what they have learned: retrieval among clean
     test pairs after the last and after the best epoch.
     """
-    with _endings():
-        from ccu_fast.files import write_whole
-        from ccu_fast.mem.data import Options
-        from ccu_fast.mem.job.evaluate import evaluate_datasets
-        from ccu_fast.mem.job.model import choose
-        from ccu_fast.mem.victim import Recipe
+    info.require("rich", "PIL", *(["matplotlib"] if report else []))
+    from ccu_fast.mem.data import Options
+    from ccu_fast.mem.job.evaluate import evaluate_datasets
+    from ccu_fast.mem.job.model import choose
+    from ccu_fast.mem.victim import Recipe
 
-        named = {}
-        for item in train:
-            name, equals, path = item.partition("=")
-            named.update({name: Path(path)} if equals else {Path(item).stem: Path(item)})
-        if len(named) != len(train):
-            raise ValueError(f"train: expected datasets with different names (NAME=PATH), got {train}")
-        for option, file in (("out", out), ("report", report)):
-            if file is not None and not file.parent.is_dir():
-                raise FileNotFoundError(f"{option}: expected a file in an existing folder, got {file}")
-        with _live(quiet) as progress:
-            result = evaluate_datasets(
-                named, test, choose(model, size=size, grey=grey), recipe=Recipe(epochs=epochs, batch=batch, lr=lr),
-                seeds=range(seeds), treatments=treatment or (), zero_shot=zero_shot, device=device,
-                samples=0 if report is None else 6, options=Options(format, image_column, caption_column),
-                threads=threads, progress=progress,
-            )  # fmt: skip
-        if report is not None:
-            from ccu_fast.report.protection import write_evaluation
+    named = {}
+    for item in train:
+        name, equals, path = item.partition("=")
+        named.update({name: Path(path)} if equals else {Path(item).stem: Path(item)})
+    if len(named) != len(train):
+        raise ValueError(f"train: expected datasets with different names (NAME=PATH), got {train}")
+    for option, file in (("out", out), ("report", report)):
+        if file is not None:
+            output_file(file, option)
+    for option, data in (*(("train", path) for path in named.values()), ("test", test), ("zero_shot", zero_shot)):
+        if data is not None and not data.exists():
+            raise ValueError(f"{option}: expected a file or folder, got {data}, which is not there")
+    with live(quiet) as progress:
+        result = evaluate_datasets(
+            named, test, choose(model, size=size, grey=grey), recipe=Recipe(epochs=epochs, batch=batch, lr=lr),
+            seeds=range(seeds), treatments=treatment or (), zero_shot=zero_shot, device=device,
+            samples=0 if report is None else 6, options=Options(format, image_column, caption_column),
+            threads=threads, progress=progress,
+        )  # fmt: skip
+    # What cost most is told first: a full disk then loses no figure.
+    if not quiet:
+        _table(result)
+    samples = result.pop("samples")  # pictures belong into the page
+    if out is not None:
+        write_whole(out, json.dumps(result, indent=1) + "\n")
+    if report is not None:
+        from ccu_fast.report.protection import write_evaluation
 
-            write_evaluation(result, report)
-        del result["samples"]  # pictures belong into the page
-        if out is not None:
-            write_whole(out, json.dumps(result, indent=1) + "\n")
-        if not quiet:
-            _table(result)
-
-
-@contextmanager
-def _endings() -> Iterator[None]:
-    """What a user can mend ends with one message and status 1, Ctrl-C with 130; anything else is a bug and shows."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("ccu-fast: interrupted", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"ccu-fast: {error}. Make room and give the same command again: it goes on", file=sys.stderr)
-        else:
-            print(f"ccu-fast: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except (ValueError, FloatingPointError) as error:
-        print(f"ccu-fast: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
-@contextmanager
-def _live(quiet: bool) -> Iterator[Progress]:
-    """A bar for each stage, with the time that is left."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True, quiet=quiet)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int, note: str) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, note=note)
-            bars.update(tasks[stage], completed=done, total=total, note=note)
-
-        yield progress
+        write_evaluation({**result, "samples": samples}, report)
 
 
 def _tell(out: Path, manifest: dict[str, Any]) -> None:

@@ -3,12 +3,13 @@
 # No `from __future__ import annotations`: typer reads the annotations.
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from ccu_fast import info
+from ccu_fast.console import live, one_sentence
 
 EXAMPLE = (
     "Examples: ccu-fast unlearn settings.toml --out clean --steps 100    "
@@ -16,13 +17,12 @@ EXAMPLE = (
 )
 
 
+@one_sentence("unlearn")
 def unlearn(
     settings: Annotated[
         Path | None, typer.Argument(help="TOML: model, data, what to forget (ccu_fast.unlearn.job shows one).")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of what is written; made if needed.", file_okay=False)] = Path(
-        "ccu_fast_unlearn"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder of what is written; made if needed.")] = Path("ccu_fast_unlearn"),
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.", min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
     batch: Annotated[int | None, typer.Option(help="Items of each set in a step.", min=1)] = None,
@@ -35,7 +35,7 @@ def unlearn(
     task: Annotated[list[str] | None, typer.Option(help="With --compare: a task; may be repeated.")] = None,
     scenario: Annotated[list[str] | None, typer.Option(help="With --compare: class or instances.")] = None,
     seeds: Annotated[int, typer.Option(help="With --compare: how many.", min=1)] = 3,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No live table.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No live progress, no table.")] = False,
 ) -> None:
     """Take the visual knowledge of a forget set out of a trained model; a killed run goes on where it was.
 
@@ -47,19 +47,13 @@ def unlearn(
     if compare and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         print("ccu-fast unlearn: expected one process for --compare, got several by torchrun", file=sys.stderr)
         raise SystemExit(2)
-    try:
-        if settings is None:
-            _compare(out, task, scenario, seeds, quiet)
-        else:
-            ccu = _given(seed=seed, trainable=trainable, neighbours=neighbours)
-            budget = _given(steps=steps, learning_rate=learning_rate, batch=batch)
-            _run(settings, out, {"ccu": ccu, "budget": budget}, quiet)
-    except (ValueError, TypeError, FloatingPointError) as error:
-        print(f"ccu-fast unlearn: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("ccu-fast: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    info.require("rich", "safetensors", "sklearn", "matplotlib")
+    if settings is None:
+        _compare(out, task, scenario, seeds, quiet)
+    else:
+        ccu = _given(seed=seed, trainable=trainable, neighbours=neighbours)
+        budget = _given(steps=steps, learning_rate=learning_rate, batch=batch)
+        _run(settings, out, {"ccu": ccu, "budget": budget}, quiet)
 
 
 def _given(**flags: Any) -> dict[str, Any]:
@@ -78,7 +72,7 @@ def _run(settings: Path, out: Path, overrides: dict[str, dict[str, Any]], quiet:
     from ccu_fast.unlearn.job import read_job, run_job
 
     job = read_job(settings, overrides)
-    with _live(quiet or int(os.environ.get("RANK", "0")) > 0) as progress:
+    with live(quiet or int(os.environ.get("RANK", "0")) > 0) as progress:
         result = run_job(job, out, progress=progress)
     if result is None:  # the first process has written it
         return
@@ -102,7 +96,7 @@ def _compare(out: Path, tasks: list[str] | None, scenarios: list[str] | None, se
     from ccu_fast.unlearn.scenario import SCENARIOS
     from ccu_fast.unlearn.tasks import TASKS
 
-    with _live(quiet) as progress:
+    with live(quiet) as progress:
         results = compare(
             out, tasks=tasks or tuple(TASKS), scenarios=scenarios or SCENARIOS, seeds=range(seeds), progress=progress
         )
@@ -112,27 +106,3 @@ def _compare(out: Path, tasks: list[str] | None, scenarios: list[str] | None, se
             for name, by_seed in by_scenario.items():
                 show(unlearn_table(name, by_seed), Console())
     print(f"{out / 'results.json'}  {out / 'report.html'}")
-
-
-@contextmanager
-def _live(quiet: bool) -> Iterator[Any]:
-    """A table with a row for each stage, its last figures beside it."""
-    from rich.console import Console
-    from rich.live import Live
-    from rich.table import Table
-
-    stages: dict[str, tuple[str, str]] = {}
-
-    def drawn() -> Table:
-        shown = Table("stage", "done", "")
-        for stage, (done, note) in list(stages.items())[-12:]:
-            shown.add_row(stage, done, note)
-        return shown
-
-    with Live(console=Console(stderr=True, quiet=quiet), transient=True, refresh_per_second=4) as live:
-
-        def progress(stage: str, done: int, total: int, note: str) -> None:
-            stages[stage] = (f"{done}/{total}", note)
-            live.update(drawn())
-
-        yield progress

@@ -10,18 +10,19 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ccu_fast import check, kept
-from ccu_fast.files import write_whole
+from ccu_fast.console import live
+from ccu_fast.files import output_folder, write_whole
 from ccu_fast.mem.experiment import run_digit_strips
 from ccu_fast.mem.settings import Settings
 from ccu_fast.mem.victim import Recipe
+from ccu_fast.progress import Progress
 from ccu_fast.unlearn.experiment import run_digits_halves
 from ccu_fast.unlearn.tasks import TASKS
 
@@ -32,8 +33,6 @@ HALVES = ("unlearn", "protect")
 FORMAT = 1
 # The threads too: how many of them add up decides the last bits of the protection.
 MADE_WITH = ("ccu_fast", "torch", "python", "machine", "threads")
-
-Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,8 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
         seconds are the same for the same machine, version and thread count.
 
     Raises:
-        ValueError: seeds below 1, or an unknown half.
+        ValueError: seeds below 1, an unknown half, a damaged part.
+        OSError: ``out`` cannot be written.
     """
     from rich.console import Console
 
@@ -71,8 +71,7 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
     check.integer("seeds", seeds, low=1)
     if only is not None:
         check.one_of("only", only, HALVES)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = output_folder(Path(out))
     console = Console(stderr=True, quiet=quiet)
     parts = [part for part in _parts(seeds) if only in (None, part.half)]
     results: dict[str, Any] = {
@@ -82,13 +81,12 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
         "protect": {},
     }
     started = time.perf_counter()
-    with _live(console, len(parts)) as (overall, progress):
-        for part in parts:
-            overall(part)
+    with live(quiet) as progress:
+        for done, part in enumerate(parts):
+            progress("demo", done, len(parts), part.name)
             path = out / "parts" / f"{part.name}.json"
             value = kept.part(path, _key(part), partial(_compute, part, out, progress))
             results[part.half].setdefault(part.variant, {})[str(part.seed)] = value
-        overall(None)
     write_whole(out / "results.json", json.dumps(kept.without(results, "embeddings", "examples"), indent=1) + "\n")
     write_report(results, out / "report.html")
     if not quiet:
@@ -129,41 +127,3 @@ def _key(part: Part) -> str:
     else:
         settings = [asdict(Settings()), asdict(Recipe())]
     return kept.key_of({"demo": FORMAT}, kept.versions(*MADE_WITH), [part.name, settings])
-
-
-@contextmanager
-def _live(console: Any, parts: int) -> Iterator[tuple[Callable[[Part | None], None], Progress]]:
-    """Two bars: the parts, and the stage within the part."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:<32}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bars:
-        whole = bars.add_task("demo", total=parts, note="")
-        stage_bar = bars.add_task("", total=None, note="")
-        done = -1
-
-        def overall(part: Part | None) -> None:
-            nonlocal done
-            done += 1
-            bars.update(whole, completed=done, note=part.name if part else "writing the report")
-
-        def progress(stage: str, step: int, total: int, note: str) -> None:
-            if bars.tasks[1].description != stage:
-                bars.reset(stage_bar, total=total, description=stage)
-            bars.update(stage_bar, completed=step, total=total, note=note)
-
-        yield overall, progress

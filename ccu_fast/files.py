@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -38,3 +39,57 @@ def write_whole(path: Path, text: str) -> None:
     """Write ``text`` to ``path``: all of it or nothing, also when the process is killed."""
     with new_file(path) as file:
         file.write(text.encode())
+
+
+def output_folder(path: Path, name: str = "out") -> Path:
+    """The folder, made if needed, if files can be written there.
+
+    Raises:
+        OSError: they cannot; names the argument.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # Permissions do not tell of a place that is mounted read-only, or full.
+        with tempfile.TemporaryDirectory(dir=path, prefix="."):
+            pass
+    except OSError as error:
+        said = f"{name}: expected a folder that can be written, got {path} ({error.strerror})"
+        raise OSError(error.errno, said) from error
+    return path
+
+
+def output_file(path: Path, name: str = "out") -> Path:
+    """The path, its folder made if needed, if a file can be written there.
+
+    Raises:
+        OSError: none can; names the argument.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{name}: expected a file, got the folder {path}")
+    return output_folder(path.parent, name) / path.name
+
+
+@contextmanager
+def readable(path: Path, name: str) -> Iterator[None]:
+    """For the block that takes a file's bytes apart: damaged ones raise whatever they lead to.
+
+    Raises:
+        ValueError: it raised; names the argument and the file.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name}: expected an undamaged file, got {path} ({why[:200]})") from error
+
+
+def read_json(path: Path, name: str = "out") -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: not JSON; names the argument.
+    """
+    with readable(path, name):
+        return json.loads(path.read_text(encoding="utf-8"))

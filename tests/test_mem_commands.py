@@ -104,10 +104,8 @@ def test_a_config_file_gives_defaults_and_flags_win(tmp_path: Path, capsys: pyte
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (manifest["method"]["name"], manifest["settings"]["eps"], manifest["settings"]["rounds"]) == ("em", 3, 1)
     config.write_text("epsilon = 8\n")
-    assert cli.main(["protect", str(source), "--config", str(config), "--out", str(tmp_path / "b")]) == 2
+    assert cli.main(["protect", str(source), "--config", str(config), "--out", str(tmp_path / "b")]) == 1
     assert "epsilon" in capsys.readouterr().err
-    config.write_text("no toml")
-    assert cli.main(["protect", str(source), "--config", str(config), "--out", str(tmp_path / "b")]) == 2
 
 
 @pytest.mark.parametrize(
@@ -131,7 +129,7 @@ def test_what_can_be_mended_is_one_message_and_status_1(
     words = [word.replace("{in}", source) for word in arguments]
     assert cli.main(["protect", *words, "--out", str(tmp_path / "out"), "--quiet"]) == 1
     told = capsys.readouterr().err
-    assert told.startswith("ccu-fast: ") and message in told and "Traceback" not in told
+    assert told.startswith("ccu-fast protect: ") and message in told and "Traceback" not in told
     assert not (tmp_path / "out").exists()
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ccu_fast import info
 from ccu_fast.data.paired import PairedData
 
 CLASSES = 10
@@ -42,11 +43,9 @@ def load_halves(seed: int = 0) -> Halves:
     Source: Alpaydin & Kaynak 1998, Optical Recognition of Handwritten Digits (test part), as bundled with
     scikit-learn.
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ImportError("digits-halves needs scikit-learn: pip install scikit-learn") from error
+    info.require("sklearn")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32) / 16

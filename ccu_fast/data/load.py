@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ccu_fast import info
 from ccu_fast.data.paired import PairedData
+from ccu_fast.files import readable
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -42,11 +44,11 @@ def load_pairs(path: str | Path) -> PairedData:
 
 
 def _from_arrays(path: Path) -> PairedData:
-    with np.load(path, allow_pickle=False) as arrays:
-        missing = [name for name in ("visual", "other") if name not in arrays]
-        if missing:
-            raise ValueError(f"path: expected arrays visual and other in {path}, got no {' and no '.join(missing)}")
+    with readable(path, "path"), np.load(path, allow_pickle=False) as arrays:
         found = {name: arrays[name] for name in ("visual", "other", "labels", "ids") if name in arrays}
+    missing = [name for name in ("visual", "other") if name not in found]
+    if missing:
+        raise ValueError(f"path: expected arrays visual and other in {path}, got no {' and no '.join(missing)}")
     for name in ("labels", "ids"):
         if name in found and not np.issubdtype(found[name].dtype, np.integer):
             raise ValueError(f"path: expected whole numbers as {name} in {path}, got {found[name].dtype}")
@@ -57,13 +59,13 @@ def _from_arrays(path: Path) -> PairedData:
 
 
 def _from_table(path: Path) -> PairedData:
-    with path.open(newline="", encoding="utf-8") as file:
+    with readable(path, "path"), path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
-        missing = [name for name in ("visual", "other") if name not in columns]
-        if missing:
-            raise ValueError(f"path: expected columns visual and other in {path}, got no {' and no '.join(missing)}")
         rows = list(reader)
+    missing = [name for name in ("visual", "other") if name not in columns]
+    if missing:
+        raise ValueError(f"path: expected columns visual and other in {path}, got no {' and no '.join(missing)}")
     if not rows:
         raise ValueError(f"path: expected at least one row in {path}, got none")
     visual, other = (_stack([path.parent / row[name] for row in rows]) for name in ("visual", "other"))
@@ -116,11 +118,11 @@ def _read(file: Path) -> Tensor:
     if not file.is_file():
         raise ValueError(f"path: expected a file {file}, got none")
     if file.suffix.lower() == ".npy":
-        return _tensor(np.load(file, allow_pickle=False))
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("reading images needs pillow: pip install pillow") from error
+        with readable(file, "path"):
+            return _tensor(np.load(file, allow_pickle=False))
+    info.require("PIL")
+    from PIL import Image
+
     with Image.open(file) as image:
         pixels = np.array(image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB"))
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccu_fast import check
+from ccu_fast import check, info
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPT = "a photo of the digits"
@@ -67,10 +67,9 @@ def load_strips(n_train: int = 2048, n_test: int = 500, *, seed: int = 0) -> tup
     check.integer("n_train", n_train, low=1)
     check.integer("n_test", n_test, low=1)
     check.integer("seed", seed, low=0)
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("digit-strips needs scikit-learn: pip install 'ccu-fast[apps]'") from error
+    info.require("sklearn")
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     small = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
     large = F.interpolate(small, size=(SIDE, SIDE), mode="bilinear", align_corners=False)

@@ -18,12 +18,13 @@ from ccu_fast.mem.evaluate import groups, guessing, reading, retrieval
 from ccu_fast.mem.export import export, noise_size, psnr
 from ccu_fast.mem.generate import Protected, protect
 from ccu_fast.mem.robustness import TREATMENTS, treat
-from ccu_fast.mem.settings import Method, Progress, Settings, silent
+from ccu_fast.mem.settings import Method, Settings
 from ccu_fast.mem.surrogate import ModelFactory, generator, pixels
 from ccu_fast.mem.tokenizer import WordTokenizer, insert_triggers
 from ccu_fast.mem.triggers import random_triggers
 from ccu_fast.mem.victim import Recipe, Victim, train_victim
 from ccu_fast.models.dual_encoder import DualEncoder, SmallDualEncoder
+from ccu_fast.progress import Progress, silent
 
 EXAMPLES = 6
 

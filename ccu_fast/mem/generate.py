@@ -13,12 +13,13 @@ from ccu_fast import check
 from ccu_fast.mem.compat import CompatRound
 from ccu_fast.mem.noise import random_noise
 from ccu_fast.mem.round import Round
-from ccu_fast.mem.settings import Execution, Method, Progress, Settings, silent
+from ccu_fast.mem.settings import Execution, Method, Settings
 from ccu_fast.mem.source import PairSource, TensorSource
 from ccu_fast.mem.surrogate import ModelFactory, generator
 from ccu_fast.mem.tokenizer import Tokenizer, survivors, with_triggers
 from ccu_fast.mem.triggers import first_triggers
 from ccu_fast.noise_store import NoiseStore
+from ccu_fast.progress import Progress, silent
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ccu_fast import check
 
-Progress = Callable[[str, int, int, str], None]
-"""``progress(stage, done, total, note)``."""
-
 NOISE_KINDS = ("none", "random", "minimise", "maximise", "mislead", "universal")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-
-
-def silent(stage: str, done: int, total: int, note: str) -> None:
-    """The progress callback that says nothing."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ccu_fast import check
-from ccu_fast.mem.settings import Progress, silent
 from ccu_fast.mem.surrogate import ModelFactory, batches, fresh, generator, optimizer_for, pixels, train_step
 from ccu_fast.mem.tokenizer import trim
 from ccu_fast.models.dual_encoder import DualEncoder
+from ccu_fast.progress import Progress, silent
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ccu_fast import info
+from ccu_fast.files import readable
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -24,11 +27,13 @@ def from_checkpoint(make: Callable[[], M], checkpoint: Path | str) -> Callable[[
         ValueError: (by the factory) not a file of tensors, or the weights of another model: says which.
     """
     path = Path(checkpoint)
+    if path.suffix == ".safetensors":
+        info.require("safetensors")
 
     def made() -> M:
         model = make()
         try:
-            model.load_state_dict(_read(path))
+            model.load_state_dict(read_weights(path))
         except RuntimeError as error:
             what = type(model).__name__
             raise ValueError(
@@ -45,20 +50,23 @@ def _brief(error: RuntimeError) -> str:
     return text if len(text) <= 300 else f"{text[:300]} …"
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, name: str = "checkpoint") -> dict[str, Tensor]:
+    """The tensors of a file, see :func:`from_checkpoint`.
+
+    Raises:
+        ValueError: not a file of tensors; names the argument.
+    """
     state: Any
-    try:
+    with readable(path, name):
         if path.suffix == ".safetensors":
+            info.require("safetensors")
             from safetensors.torch import load_file
 
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    # Reading foreign bytes raises whatever they lead it to.
-    except Exception as error:
-        raise ValueError(f"checkpoint: expected a file of tensors, got {path} ({type(error).__name__})") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"checkpoint: expected a state_dict, got {type(state).__name__} in {path}")
+        raise ValueError(f"{name}: expected a state_dict, got {type(state).__name__} in {path}")
     return {name.removeprefix("module."): value for name, value in state.items()}

@@ -17,11 +17,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from ccu_fast.data.paired import PairedData
+from ccu_fast.progress import Progress
 from ccu_fast.unlearn.audit import audit, membership_auc
 from ccu_fast.unlearn.bank import KeyBank
 from ccu_fast.unlearn.ccu import run_ccu
 from ccu_fast.unlearn.checkpoint import Checkpoint
-from ccu_fast.unlearn.config import Budget, Progress, UnlearnConfig
+from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.loop import HeldOut
 from ccu_fast.unlearn.neighbours import neighbour_loss
 from ccu_fast.unlearn.objective import anchor_loss, forgetting_loss, retention_loss, separation_loss, unclassify_loss

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ccu_fast import check, kept
-from ccu_fast.files import write_whole
+from ccu_fast.files import output_folder, write_whole
+from ccu_fast.progress import Progress
 from ccu_fast.unlearn.audit import most_accurate
 from ccu_fast.unlearn.baselines.registry import BASELINES
-from ccu_fast.unlearn.config import Progress
 from ccu_fast.unlearn.experiment import METHODS, run_task
 from ccu_fast.unlearn.scenario import SCENARIOS
 from ccu_fast.unlearn.tasks import TASKS, Task
@@ -53,13 +53,14 @@ def compare(
         smallest average gap in this part.
 
     Raises:
-        ValueError: an unknown task, scenario or method.
+        ValueError: an unknown task, scenario or method; a damaged part.
+        OSError: ``out`` cannot be written.
     """
     for name in tasks:
         check.one_of("tasks", name, tuple(TASKS))
     for name in scenarios:
         check.one_of("scenarios", name, SCENARIOS)
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     results: dict[str, Any] = {"versions": kept.versions(), "seeds": list(seeds), "unlearn": {}}
     for task in tasks:
         for seed in seeds:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ccu_fast import check
+from ccu_fast.progress import Progress as Progress
 
 ROLES = ("class", "instances", "pairs")
-
-Progress = Callable[[str, int, int, str], None]
-"""Called as progress(stage, done, total, note); may be None wherever it is taken."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class UnlearnConfig:
         check.integer("dampen_items", self.dampen_items, low=2)
         check.number("saliency", self.saliency, low=1e-9, high=1)
         check.integer("bank", self.bank, low=0)
-        if isinstance(self.trainable, str) or not all(isinstance(p, str) for p in self.trainable):
+        if not isinstance(self.trainable, (list, tuple)) or not all(isinstance(p, str) for p in self.trainable):
             raise TypeError(f"trainable: expected a sequence of patterns, got {self.trainable!r}")
         object.__setattr__(self, "trainable", tuple(self.trainable))
         for name in ("temperature", "forgotten_weight"):

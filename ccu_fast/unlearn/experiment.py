@@ -12,10 +12,11 @@ import torch
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
+from ccu_fast.progress import Progress
 from ccu_fast.unlearn.audit import MODALITIES, audit, average_gap, linear_probe, relearn_steps
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.ccu import run_ccu
-from ccu_fast.unlearn.config import Progress, UnlearnConfig
+from ccu_fast.unlearn.config import UnlearnConfig
 from ccu_fast.unlearn.loop import HeldOut, Run, accuracies, embed
 from ccu_fast.unlearn.protocol import TwoModalityModel
 from ccu_fast.unlearn.scenario import Scenario, make_scenario

@@ -35,10 +35,13 @@ from ccu_fast import check
 from ccu_fast.data.load import load_pairs
 from ccu_fast.data.paired import PairedData
 from ccu_fast.distributed.launch import processes
+from ccu_fast.files import output_folder
 from ccu_fast.hashes import tensors_hash
+from ccu_fast.models.weights import read_weights
+from ccu_fast.progress import Progress
 from ccu_fast.unlearn.ccu import run_ccu
 from ccu_fast.unlearn.checkpoint import Checkpoint
-from ccu_fast.unlearn.config import ROLES, Budget, Progress, UnlearnConfig
+from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
 from ccu_fast.unlearn.loop import accuracies, embed
 from ccu_fast.unlearn.protocol import TwoModalityModel, check_problem
 from ccu_fast.unlearn.saved import save_model
@@ -94,20 +97,25 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
             check.one_of(f"settings [{name}]", key, TABLES[name])
     for name, table in (overrides or {}).items():
         tables[name] = {**tables.get(name, {}), **table}
-    for name, key in (("model", "make"), ("model", "weights"), ("data", "path")):
-        if key not in tables.get(name, {}):
-            raise ValueError(f"settings: expected {key} in [{name}] of {path}, got none")
     forget = tables.get("forget", {})
+    texts = [("model", "make"), ("model", "weights"), ("data", "path")] + [("forget", "ids")] * ("ids" in forget)
+    for name, key in texts:
+        value = tables.get(name, {}).get(key)
+        if not isinstance(value, str):
+            raise ValueError(f"settings: expected text as {key} in [{name}] of {path}, got {value or 'none'!r}")
+    classes = forget.get("classes", [])
+    if not isinstance(classes, list) or not all(isinstance(label, int) for label in classes):
+        raise ValueError(f"settings: expected whole numbers as classes in [forget] of {path}, got {classes!r}")
     kind = check.one_of("settings [forget] kind", forget.get("kind", "class"), ROLES)
     needed, other = ("classes", "ids") if kind == "class" else ("ids", "classes")
     if needed not in forget or other in forget:
         raise ValueError(f"settings: expected {needed} and no {other} in [forget] of kind {kind!r}, got {forget}")
     base = path.resolve().parent
     return Job(
-        make=str(tables["model"]["make"]),
+        make=tables["model"]["make"],
         weights=base / tables["model"]["weights"],
         data=base / tables["data"]["path"],
-        classes=tuple(forget.get("classes", ())),
+        classes=tuple(classes),
         ids=base / forget["ids"] if "ids" in forget else None,
         config=UnlearnConfig(forget=kind, budget=Budget(**tables.get("budget", {})), **tables.get("ccu", {})),
     )
@@ -130,6 +138,7 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
         None on the processes that are not the first.
 
     Raises:
+        OSError: ``out`` cannot be written.
         ValueError, TypeError, FloatingPointError, ImportError: see :func:`ccu_fast.unlearn.unlearn`, ``read_job`` and
             ``load_pairs``.
     """
@@ -137,7 +146,7 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
     data = load_pairs(job.data)
     forget, retain = split(data, job)
     check_problem(model, forget, retain, job.config.forget)
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     settings = asdict(job.config)
     checkpoint = Checkpoint(out / "checkpoint.pt", settings=settings)
     with processes(forget.labels.device) as (rank, world):
@@ -195,10 +204,7 @@ def load_user_model(make: str, weights: Path) -> Any:
         raise TypeError(f"model: expected a torch.nn.Module from {make}, got {type(made).__name__}")
     if not weights.is_file():
         raise ValueError(f"weights: expected a file, got {weights}, which is not there")
-    if weights.suffix == ".safetensors":
-        state = importlib.import_module("safetensors.torch").load_file(str(weights))
-    else:
-        state = torch.load(weights, weights_only=True, map_location="cpu")
+    state = read_weights(weights, "weights")
     try:
         made.load_state_dict(state)
     except RuntimeError as error:

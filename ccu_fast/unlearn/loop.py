@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ccu_fast.data.paired import PairedData
+from ccu_fast.progress import Progress
 from ccu_fast.unlearn.checkpoint import Checkpoint, Keeper, fingerprint
 from ccu_fast.unlearn.clock import Clock
-from ccu_fast.unlearn.config import Budget, Progress
+from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.parameters import Mask, freeze_all_but
 from ccu_fast.unlearn.protocol import TwoModalityModel, heads, logits_of
 from ccu_fast.unlearn.shared import Alone, Shared

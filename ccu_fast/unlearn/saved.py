@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ccu_fast import info
 from ccu_fast.files import new_file
 from ccu_fast.hashes import tensors_hash
 from ccu_fast.kept import versions
@@ -29,10 +30,9 @@ def save_model(model: TwoTowerModel, path: str | Path, provenance: Mapping[str, 
     Raises:
         ImportError: safetensors is not installed.
     """
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise ImportError("saving a model needs safetensors: pip install safetensors") from error
+    info.require("safetensors")
+    from safetensors.torch import save
+
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     written = {**provenance, "versions": versions(), "weights_sha256": tensors_hash(state)}
     with new_file(Path(path)) as file:

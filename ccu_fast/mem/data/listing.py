@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
+from ccu_fast.files import read_json
 
 FORMATS = ("csv", "folder", "imagefolder", "webdataset")
 MANIFEST = "manifest.json"
@@ -198,7 +199,7 @@ def recognise(path: Path) -> str:
             raise ValueError(f"input: expected .csv, .tsv, .tar or a folder, got {path}")
         return kinds[path.suffix.lower()]
     if (path / MANIFEST).is_file():
-        known = json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("format")
+        known = read_json(path / MANIFEST, "input").get("format")
         if known in FORMATS:
             return str(known)
     if any((path / f"metadata.{kind}").is_file() for kind in ("csv", "jsonl")):

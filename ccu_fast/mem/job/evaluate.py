@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,16 +14,17 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
+from ccu_fast.files import read_json
 from ccu_fast.mem.data import DiskSource, Options, list_pairs
 from ccu_fast.mem.data.listing import MANIFEST
 from ccu_fast.mem.evaluate import guessing, retrieval
 from ccu_fast.mem.job.model import Model
 from ccu_fast.mem.job.protect import BadData
 from ccu_fast.mem.robustness import treat
-from ccu_fast.mem.settings import Progress, silent
 from ccu_fast.mem.source import PairSource
 from ccu_fast.mem.surrogate import generator, pixels
 from ccu_fast.mem.victim import Recipe, Victim, train_victim
+from ccu_fast.progress import Progress, silent
 
 PICTURE_TREATMENTS = ("jpeg", "blur", "crop")
 TREATMENTS = (*PICTURE_TREATMENTS, "no-trigger")
@@ -86,6 +86,7 @@ def evaluate_datasets(
     for asked in treatments:
         check.one_of("treatments", asked, TREATMENTS)
     check.integer("samples", samples, low=0)
+    where = check.device("device", device)
     prefixes = {name: trigger_words(path) for name, path in train.items()}
     paths = {**train, _TEST: test, **({} if zero_shot is None else {_CLASSES: zero_shot})}
     listings = {name: list_pairs(path, options) for name, path in paths.items()}
@@ -95,7 +96,7 @@ def evaluate_datasets(
     victim = model([caption for listing in listings.values() for caption in listing.captions])
     sources = {name: DiskSource(listing, victim.image_shape, threads=threads) for name, listing in listings.items()}
     try:
-        exam = _Exam(sources.pop(_TEST), sources.pop(_CLASSES, None), victim, torch.device(device))
+        exam = _Exam(sources.pop(_TEST), sources.pop(_CLASSES, None), victim, where)
         result: dict[str, Any] = {
             "test": {"path": str(test), "images": len(exam.image), "captions": len(exam.tokens)},
             "recipe": asdict(recipe),
@@ -125,7 +126,7 @@ def evaluate_datasets(
                     trained = train_victim(
                         images[source.image_of], tokens, victim.factory, exam.take, eot=victim.tokenizer.eot,
                         recipe=recipe, seed=seed, stage=f"victim of {label}, seed {seed}", progress=progress,
-                        device=device,
+                        device=where,
                     )  # fmt: skip
                     runs[str(seed)] = _run(trained)
                 result["datasets"][label] = {
@@ -200,7 +201,7 @@ def trigger_words(dataset: Path) -> int:
     folder = dataset if dataset.is_dir() else dataset.parent
     if not (folder / MANIFEST).is_file():
         return 0
-    told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    told = read_json(folder / MANIFEST, "train")
     return 0 if told.get("settings", {}).get("compat") else int(told.get("method", {}).get("triggers", 0))
 
 

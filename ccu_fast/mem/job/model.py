@@ -138,7 +138,7 @@ def _clip(
 def _library(module: str, distribution: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise ValueError(f"model: needs {distribution} (pip install {distribution}): {error}") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,8 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ccu_fast import info
 from ccu_fast.distributed.launch import processes
-from ccu_fast.files import new_file
+from ccu_fast.files import new_file, output_folder, read_json
 from ccu_fast.hashes import json_hash
 from ccu_fast.kept import versions
 from ccu_fast.mem.data import Bad, DiskSource, Listing, Options, list_pairs, scan
@@ -24,11 +24,12 @@ from ccu_fast.mem.data.pictures import MAX_PIXELS
 from ccu_fast.mem.generate import Protection
 from ccu_fast.mem.job.model import Model
 from ccu_fast.mem.job.processes import Average, barrier, gather, share
-from ccu_fast.mem.job.workplace import Workplace
+from ccu_fast.mem.job.workplace import Workplace, read_state
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
 from ccu_fast.mem.publish.writer import write_metadata
-from ccu_fast.mem.settings import Execution, Method, Progress, Settings, silent
+from ccu_fast.mem.settings import Execution, Method, Settings
 from ccu_fast.mem.source import Part
+from ccu_fast.progress import Progress, silent
 
 _SHOWN = 10
 
@@ -42,12 +43,11 @@ class BadData(ValueError):
 
     def __init__(self, bad: Sequence[Bad]) -> None:
         self.bad = list(bad)
-        lines = [f"  {item}" for item in self.bad[:_SHOWN]]
-        more = [f"  and {len(self.bad) - _SHOWN} more"] if len(self.bad) > _SHOWN else []
+        items = [str(item) for item in self.bad[:_SHOWN]]
+        more = [f"and {len(self.bad) - _SHOWN} more"] if len(self.bad) > _SHOWN else []
         count = f"{len(self.bad)} bad " + ("item" if len(self.bad) == 1 else "items")
-        super().__init__(
-            "\n".join([f"input: expected usable pairs, got {count} (skip_bad leaves them out):", *lines, *more])
-        )
+        listed = "; ".join([*items, *more])
+        super().__init__(f"input: expected usable pairs, got {count} (skip_bad leaves them out): {listed}")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,10 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         job = self.job
+        output_folder(job.out.parent)
         listing = list_pairs(job.input, job.options)
+        if listing.spans is not None:
+            info.require("webdataset")
         if listing.bad and not job.skip_bad:
             raise BadData(listing.bad)
         model = job.model(listing.captions)
@@ -179,7 +182,7 @@ class _Run:
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return None
         if (out / MANIFEST).is_file():
-            manifest: dict[str, Any] = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+            manifest: dict[str, Any] = read_json(out / MANIFEST)
             if manifest.get("run") == json_hash(run):
                 if self.rank == 0:  # killed between the last two steps
                     shutil.rmtree(self.partial, ignore_errors=True)
@@ -192,7 +195,7 @@ class _Run:
         mine = share(listing, self.rank, self.world)
         path = place.folder / f"scan-{self.rank}.pt"
         if path.exists():
-            found = torch.load(path, weights_only=True)
+            found = read_state(path)
         else:
             source = DiskSource(listing, model.image_shape, threads=job.threads, max_pixels=job.max_pixels)
             try:
@@ -258,7 +261,7 @@ class _Run:
         parts = gather((publisher.hashes, publisher.fidelity.sums(), publisher.dropped, captions, made.losses))
         if self.rank:
             barrier()
-            return dict(json.loads((place.publish / MANIFEST).read_text(encoding="utf-8")))
+            return dict(read_json(place.publish / MANIFEST))
         hashes, dropped, texts = dict(publisher.hashes), dict(publisher.dropped), dict(captions)
         for theirs, sums, left, captions, _ in parts[1:]:
             hashes |= theirs
@@ -278,7 +281,7 @@ class _Run:
         )  # fmt: skip
         self._complete(place.publish, {MANIFEST, *hashes})
         barrier()
-        return dict(json.loads((place.publish / MANIFEST).read_text(encoding="utf-8")))
+        return dict(read_json(place.publish / MANIFEST))
 
     @staticmethod
     def _complete(folder: Path, expected: set[str]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ccu_fast.files import new_file, write_whole
+from ccu_fast.files import new_file, read_json, readable, write_whole
 from ccu_fast.hashes import json_hash
 from ccu_fast.mem.generate import Protection
 from ccu_fast.mem.job.processes import barrier
@@ -69,7 +69,7 @@ class Workplace:
         if self.rank == 0 and not path.exists():
             write_whole(path, json.dumps(self.run, indent=1) + "\n")
         barrier()
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = read_json(path)
         if there != self.run:
             names = [n for n in sorted({*there, *self.run}) if there.get(n) != self.run.get(n)]
             told = "; ".join(f"{n} {_short(there.get(n))} there, {_short(self.run.get(n))} here" for n in names)
@@ -87,7 +87,7 @@ class Workplace:
     def rounds_done(self) -> int:
         """Rounds of the last checkpoint; 0 without one."""
         path = self.folder / "checkpoint.json"
-        return int(json.loads(path.read_text(encoding="utf-8"))["round"]) if path.exists() else 0
+        return int(read_json(path)["round"]) if path.exists() else 0
 
     def store(self, rows: int, shape: tuple[int, int, int], device: torch.device, *, on_disk: bool) -> NoiseStore:
         """The noise of the last checkpoint, or zeros; in memory or, on a CPU, in a mapped file without a name.
@@ -134,9 +134,9 @@ class Workplace:
         done = self.rounds_done
         if done:
             folder = self._round(done)
-            state = torch.load(folder / f"{self.rank}.pt", map_location="cpu", weights_only=True)
+            state = read_state(folder / f"{self.rank}.pt")
             if self.rank:  # rank 0 keeps the surrogate, which is everybody's
-                first = torch.load(folder / "0.pt", map_location="cpu", weights_only=True)
+                first = read_state(folder / "0.pt")
                 state["worker"] |= {name: first["worker"][name] for name in ("model", "optimizer")}
             protection.load_state_dict(state)
         return done
@@ -157,6 +157,16 @@ class Workplace:
     def close(self) -> None:
         """Let the next run in."""
         self._lock.close()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What ``torch.save`` wrote, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with readable(path, "out"):
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _short(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ccu_fast import check
+from ccu_fast import check, info
 
 
 def embedding_map(before: np.ndarray, after: np.ndarray, *, kind: str = "pca", seed: int = 0) -> list[np.ndarray]:
@@ -22,11 +22,10 @@ def embedding_map(before: np.ndarray, after: np.ndarray, *, kind: str = "pca", s
     check.one_of("kind", kind, ("pca", "tsne"))
     if before.shape != after.shape or before.ndim != 2:
         raise ValueError(f"after: expected shape {list(before.shape)} (that of before), got {list(after.shape)}")
-    try:
-        from sklearn.decomposition import PCA
-        from sklearn.manifold import TSNE
-    except ImportError as error:
-        raise ImportError("embedding_map needs scikit-learn: pip install scikit-learn") from error
+    info.require("sklearn")
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
     if kind == "pca":
         plane = PCA(n_components=2, svd_solver="full").fit(before)
         return [plane.transform(before), plane.transform(after)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ccu_fast import info
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.loop import embed
 from ccu_fast.unlearn.protocol import TwoModalityModel
@@ -69,11 +70,10 @@ def linear_probe(
 
 
 def _fit(x: np.ndarray, y: np.ndarray, *, balanced: bool = False):  # type: ignore[no-untyped-def]
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise ImportError("the linear probe needs scikit-learn: pip install scikit-learn") from error
+    info.require("sklearn")
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     weight = "balanced" if balanced else None
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight=weight)).fit(x, y)

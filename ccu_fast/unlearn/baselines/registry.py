@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
+from ccu_fast.progress import Progress
 from ccu_fast.unlearn.baselines import contrastive_unlearning as contrastive
 from ccu_fast.unlearn.baselines.bad_teacher import bad_teacher
 from ccu_fast.unlearn.baselines.boundary_expand import boundary_expand, to_shadow
@@ -24,7 +25,7 @@ from ccu_fast.unlearn.baselines.random_label import random_label
 from ccu_fast.unlearn.baselines.salun import salun, salun_mask
 from ccu_fast.unlearn.baselines.scrub import scrub
 from ccu_fast.unlearn.baselines.ssd import ssd
-from ccu_fast.unlearn.config import Budget, Progress
+from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.loop import Batch, Prepare, Run, Step, run
 from ccu_fast.unlearn.parameters import Mask
 from ccu_fast.unlearn.protocol import TwoModalityModel, heads

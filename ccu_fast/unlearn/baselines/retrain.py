@@ -12,7 +12,7 @@ import torch
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn.config import Progress
+from ccu_fast.progress import Progress
 from ccu_fast.unlearn.loop import Run
 from ccu_fast.unlearn.protocol import TwoModalityModel
 from ccu_fast.unlearn.training import TrainConfig, train
