@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ccu_fast import patch
+from ccu_fast._version import __version__ as __version__
 from ccu_fast.clip import ClipLoss, SigLipLoss
 from ccu_fast.losses import info_nce, inverse_info_nce, sigmoid_loss, sup_con
 from ccu_fast.modules import InfoNCE, InverseInfoNCE, SigmoidLoss, SupCon
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from ccu_fast import distributed as distributed
     from ccu_fast import info as info
     from ccu_fast.unlearn import unlearn as unlearn
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ALL",

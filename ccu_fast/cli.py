@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ccu_fast import __version__, info
+from ccu_fast import extras, info
+from ccu_fast._version import __version__
 from ccu_fast.console import one_sentence
 
 COMMANDS = ("info", "unlearn", "demo", "protect", "evaluate", "bench")
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if command == "info":
                 return info.main(words[1:], prog="ccu-fast info")
             try:
-                info.require("typer")
+                extras.require("typer")
             except ImportError:
                 if command:
                     raise

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ccu_fast import __version__, commands_mem, commands_unlearn, info
+from ccu_fast import commands_mem, commands_unlearn, extras, info
+from ccu_fast._version import __version__
 from ccu_fast.backends import machine
 from ccu_fast.console import one_sentence
 
@@ -61,7 +62,7 @@ def demo(
     quiet: Annotated[bool, typer.Option("--quiet", help="No live progress.")] = False,
 ) -> None:
     """Unlearn a class and protect a data set, on real digits, and write a report with the figures."""
-    info.require("rich", "sklearn", "matplotlib", "PIL")
+    extras.require("rich", "sklearn", "matplotlib", "PIL")
     run = importlib.import_module("ccu_fast.demo").run
     run(out, seeds=seeds, only=only.value if only else None, quiet=quiet)
 

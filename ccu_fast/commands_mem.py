@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ccu_fast import check, info
+from ccu_fast import check, extras
 from ccu_fast.console import live, one_sentence
 from ccu_fast.files import output_file, write_whole
 
@@ -91,7 +91,7 @@ def protect(
 
     An interrupted run goes on when the same command is given again. With torchrun, processes share the work.
     """
-    info.require("rich", "PIL")
+    extras.require("rich", "PIL")
     import torch
 
     from ccu_fast.mem.data import Options
@@ -152,7 +152,7 @@ def evaluate(
     """Train models from scratch on datasets, protected or not, and say what they have learned: retrieval among clean
     test pairs after the last and after the best epoch.
     """
-    info.require("rich", "PIL", *(["matplotlib"] if report else []))
+    extras.require("rich", "PIL", *(["matplotlib"] if report else []))
     from ccu_fast.mem.data import Options
     from ccu_fast.mem.job.evaluate import evaluate_datasets
     from ccu_fast.mem.job.model import choose

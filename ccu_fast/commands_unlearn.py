@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ccu_fast import info
+from ccu_fast import extras
 from ccu_fast.console import live, one_sentence
 
 EXAMPLE = (
@@ -47,7 +47,7 @@ def unlearn(
     if compare and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         print("ccu-fast unlearn: expected one process for --compare, got several by torchrun", file=sys.stderr)
         raise SystemExit(2)
-    info.require("rich", "safetensors", "sklearn", "matplotlib")
+    extras.require("rich", "safetensors", "sklearn", "matplotlib")
     if settings is None:
         _compare(out, task, scenario, seeds, quiet)
     else:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ccu_fast import info
+from ccu_fast import extras
 from ccu_fast.progress import Progress
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -40,9 +40,9 @@ def one_sentence(command: str, *, goes_on: bool = True) -> Iterator[None]:
     except ImportError as error:
         said = str(error)
         if "pip install" not in said:
-            if info.extra_of(error.name or "") is None:
+            if extras.extra_of(error.name or "") is None:
                 raise
-            said = info.missing(error.name or "", error)
+            said = extras.missing(error.name or "", error)
     except OSError as error:
         said = error.strerror or str(error)
         if error.filename is not None:

@@ -7,61 +7,23 @@ import importlib
 import importlib.metadata
 import json
 import platform
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-import ccu_fast
+from ccu_fast._version import __version__
 from ccu_fast.backends import machine, registry
+from ccu_fast.extras import EXTRAS
 
-# Import name → what ``pip`` calls it.
-EXTRAS = {
-    "apps": {
-        "typer": "typer",
-        "rich": "rich",
-        "PIL": "pillow",
-        "matplotlib": "matplotlib",
-        "sklearn": "scikit-learn",
-        "safetensors": "safetensors",
-        "webdataset": "webdataset",
-        **({} if sys.version_info >= (3, 11) else {"tomli": "tomli"}),
-    },
-}
 # The backends as a report calls them.
 NAMES = {"triton": "Triton", "native": "C++", "reference": "plain torch"}
-
-
-def extra_of(module: str) -> str | None:
-    """The extra that brings an importable module; None when none does."""
-    top = module.split(".")[0]
-    return next((extra for extra, modules in EXTRAS.items() if top in modules), None)
-
-
-def missing(module: str, why: ImportError) -> str:
-    """What to say of a module of an extra that cannot be imported."""
-    top, extra = module.split(".")[0], extra_of(module) or "apps"
-    return f"{EXTRAS[extra].get(top, top)} is needed and cannot be imported ({why}): pip install 'ccu-fast[{extra}]'"
-
-
-def require(*modules: str) -> None:
-    """Import what will be needed, before the work that leads there.
-
-    Raises:
-        ImportError: one is missing or broken; says what to install.
-    """
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ImportError(missing(module, error), name=module) from error
 
 
 def collect() -> dict[str, Any]:
     """Everything :func:`render` prints, as plain data."""
     return {
-        "ccu_fast": {"version": ccu_fast.__version__, "folder": str(machine.PACKAGE)},
+        "ccu_fast": {"version": __version__, "folder": str(machine.PACKAGE)},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import ccu_fast
+from ccu_fast._version import __version__
 from ccu_fast.files import write_whole
 from ccu_fast.hashes import json_hash
 
@@ -79,7 +79,7 @@ def _pillow() -> str:
 
 
 _VERSIONS: dict[str, Callable[[], Any]] = {
-    "ccu_fast": lambda: ccu_fast.__version__,
+    "ccu_fast": lambda: __version__,
     "torch": lambda: str(torch.__version__),
     "python": platform.python_version,
     "machine": platform.machine,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ccu_fast
-from ccu_fast import info
+from ccu_fast import extras, info
 from ccu_fast.backends import machine, registry
 
 NOT_BUILT = {"git_sha": None, "native": None, "cuda": None, "skipped": {"native": "no C++ compiler: tried them all"}}
@@ -180,5 +180,5 @@ def test_missing_extra_comes_with_the_command_that_brings_it(monkeypatch: pytest
     text = info.render(report)
     assert "rich (not installed)" in text
     assert "pip install 'ccu-fast[apps]'" in text
-    assert info.extra_of("matplotlib.pyplot") == "apps"
-    assert info.extra_of("json") is None
+    assert extras.extra_of("matplotlib.pyplot") == "apps"
+    assert extras.extra_of("json") is None

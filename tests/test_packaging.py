@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from presence import absent
 
-from ccu_fast import info
+from ccu_fast import extras
 from ccu_fast.backends import machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +124,7 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
     assert "torch>=2.8" in core
     assert "License-Expression: MIT" in text
     assert "ccu-fast = ccu_fast.cli:main" in (metadata.parent / "entry_points.txt").read_text()
-    for extra, modules in info.EXTRAS.items():
+    for extra, modules in extras.EXTRAS.items():
         listed = {re.match(r"[\w-]+", line)[0] for line in requires if re.search(rf"extra == .{extra}.", line)}  # type: ignore[index]
         assert listed == set(modules.values())
 

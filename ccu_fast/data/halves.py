@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ccu_fast import info
+from ccu_fast import extras
 from ccu_fast.data.paired import PairedData
 
 CLASSES = 10
@@ -43,7 +43,7 @@ def load_halves(seed: int = 0) -> Halves:
     Source: Alpaydin & Kaynak 1998, Optical Recognition of Handwritten Digits (test part), as bundled with
     scikit-learn.
     """
-    info.require("sklearn")
+    extras.require("sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccu_fast import info
+from ccu_fast import extras
 from ccu_fast.data.paired import PairedData
 from ccu_fast.files import readable
 
@@ -120,7 +120,7 @@ def _read(file: Path) -> Tensor:
     if file.suffix.lower() == ".npy":
         with readable(file, "path"):
             return _tensor(np.load(file, allow_pickle=False))
-    info.require("PIL")
+    extras.require("PIL")
     from PIL import Image
 
     with Image.open(file) as image:

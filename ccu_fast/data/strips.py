@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccu_fast import check, info
+from ccu_fast import check, extras
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPT = "a photo of the digits"
@@ -67,7 +67,7 @@ def load_strips(n_train: int = 2048, n_test: int = 500, *, seed: int = 0) -> tup
     check.integer("n_train", n_train, low=1)
     check.integer("n_test", n_test, low=1)
     check.integer("seed", seed, low=0)
-    info.require("sklearn")
+    extras.require("sklearn")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

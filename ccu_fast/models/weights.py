@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ccu_fast import info
+from ccu_fast import extras
 from ccu_fast.files import readable
 
 M = TypeVar("M", bound=nn.Module)
@@ -28,7 +28,7 @@ def from_checkpoint(make: Callable[[], M], checkpoint: Path | str) -> Callable[[
     """
     path = Path(checkpoint)
     if path.suffix == ".safetensors":
-        info.require("safetensors")
+        extras.require("safetensors")
 
     def made() -> M:
         model = make()
@@ -59,7 +59,7 @@ def read_weights(path: Path, name: str = "checkpoint") -> dict[str, Tensor]:
     state: Any
     with readable(path, name):
         if path.suffix == ".safetensors":
-            info.require("safetensors")
+            extras.require("safetensors")
             from safetensors.torch import load_file
 
             return load_file(path)

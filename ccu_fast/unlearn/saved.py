@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ccu_fast import info
+from ccu_fast import extras
 from ccu_fast.files import new_file
 from ccu_fast.hashes import tensors_hash
 from ccu_fast.kept import versions
@@ -30,7 +30,7 @@ def save_model(model: TwoTowerModel, path: str | Path, provenance: Mapping[str, 
     Raises:
         ImportError: safetensors is not installed.
     """
-    info.require("safetensors")
+    extras.require("safetensors")
     from safetensors.torch import save
 
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}

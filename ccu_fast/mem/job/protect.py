@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ccu_fast import info
+from ccu_fast import extras
 from ccu_fast.distributed.launch import processes
 from ccu_fast.files import new_file, output_folder, read_json
 from ccu_fast.hashes import json_hash
@@ -127,7 +127,7 @@ class _Run:
         output_folder(job.out.parent)
         listing = list_pairs(job.input, job.options)
         if listing.spans is not None:
-            info.require("webdataset")
+            extras.require("webdataset")
         if listing.bad and not job.skip_bad:
             raise BadData(listing.bad)
         model = job.model(listing.captions)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ccu_fast import check, info
+from ccu_fast import check, extras
 
 
 def embedding_map(before: np.ndarray, after: np.ndarray, *, kind: str = "pca", seed: int = 0) -> list[np.ndarray]:
@@ -22,7 +22,7 @@ def embedding_map(before: np.ndarray, after: np.ndarray, *, kind: str = "pca", s
     check.one_of("kind", kind, ("pca", "tsne"))
     if before.shape != after.shape or before.ndim != 2:
         raise ValueError(f"after: expected shape {list(before.shape)} (that of before), got {list(after.shape)}")
-    info.require("sklearn")
+    extras.require("sklearn")
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 

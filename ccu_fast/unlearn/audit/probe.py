@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ccu_fast import info
+from ccu_fast import extras
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.loop import embed
 from ccu_fast.unlearn.protocol import TwoModalityModel
@@ -70,7 +70,7 @@ def linear_probe(
 
 
 def _fit(x: np.ndarray, y: np.ndarray, *, balanced: bool = False):  # type: ignore[no-untyped-def]
-    info.require("sklearn")
+    extras.require("sklearn")
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
