@@ -19,7 +19,7 @@ from benchmarks.environment import choose_device
 from benchmarks.gate import Gate
 from benchmarks.ops import OPS
 from benchmarks.registry import Case, Provider, Tensors, Unavailable, label
-from ccu_fast import similarity_op
+from ccu_fast.ops.reduce_similarity import operator
 
 CALLS = 3
 # Ops without a matrix of pairs, and thus without kernels of their own for small ones.
@@ -85,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     if provider.role != "ours":
                         continue
                     # With the kernels of small batches, and with those that a batch of this size never meets.
-                    for pairs in (similarity_op.SMALL_PAIRS, 0)[: 1 if name in NO_PAIRS else 2]:
+                    for pairs in (operator.SMALL_PAIRS, 0)[: 1 if name in NO_PAIRS else 2]:
                         what = f"{name} {label(shape)} {dtype} {provider.name}" + ("" if pairs else ", large kernels")
                         try:
-                            with patch.object(similarity_op, "SMALL_PAIRS", pairs):
+                            with patch.object(operator, "SMALL_PAIRS", pairs):
                                 problem = exercise(case, provider, gate, 1 if arguments.once else CALLS)
                         except Unavailable as reason:
                             print(f"unavailable  {what}: {reason}")

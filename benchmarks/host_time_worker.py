@@ -41,9 +41,9 @@ def prepare() -> Any:
     driver = no_launch.TargetOnly(CAPABILITY)
     triton.runtime.driver.set_active(driver)
 
-    from ccu_fast import similarity
-    from ccu_fast.backends import registry
-    from ccu_fast.backends.triton import gemm
+    from ccu_fast.ops import backend as registry
+    from ccu_fast.ops.reduce_similarity import api as similarity
+    from ccu_fast.ops.reduce_similarity.triton import gemm
 
     cannot_serve = registry.cannot_serve
     registry.candidates = lambda *_: ("triton", "reference")

@@ -162,7 +162,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             model.encode_image(pixels[:2])
             model.encode_text(put[:2])
     from ccu_fast.mem.surrogate import frozen
-    from ccu_fast.tokens import TokenTable
+    from ccu_fast.ops.topk_flips.api import TokenTable
 
     def compat_triggers() -> None:
         with frozen(ours.surrogate):

@@ -15,7 +15,7 @@ from benchmarks.gate import Gate
 from benchmarks.registry import Call, Case, Provider, Unavailable, label
 from benchmarks.results import Row
 from benchmarks.timer import Samples, captured, interleave, ratio
-from ccu_fast.backends.registry import choose
+from ccu_fast.ops.backend import choose
 
 Say = Callable[[str], None]
 GRAPH_BELOW = 1.0  # ms; launches are what is left to save only in shorter calls

@@ -1,4 +1,4 @@
-"""The compiled module, see csrc/bindings: called by ccu_fast.backends.native alone, which checks its arguments."""
+"""The compiled module, see csrc/bindings: called by ccu_fast.ops alone, which checks its arguments."""
 
 from typing import Any
 

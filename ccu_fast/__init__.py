@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 from ccu_fast import patch
 from ccu_fast._version import __version__ as __version__
-from ccu_fast.clip import ClipLoss, SigLipLoss
-from ccu_fast.losses import info_nce, inverse_info_nce, sigmoid_loss, sup_con
-from ccu_fast.modules import InfoNCE, InverseInfoNCE, SigmoidLoss, SupCon
-from ccu_fast.noise import check_pgd_steps, pgd_step_
-from ccu_fast.noise_store import NoiseStore
-from ccu_fast.normalize import l2_normalize
-from ccu_fast.relations import ALL, OTHER, SAME, SELF, Relation
-from ccu_fast.similarity import reduce_similarity
-from ccu_fast.tokens import Flips, TokenTable, candidate_losses, topk_flips
+from ccu_fast.distributed.open_clip import ClipLoss, SigLipLoss
+from ccu_fast.losses.functional import info_nce, inverse_info_nce, sigmoid_loss, sup_con
+from ccu_fast.losses.modules import InfoNCE, InverseInfoNCE, SigmoidLoss, SupCon
+from ccu_fast.ops.l2_normalize.api import l2_normalize
+from ccu_fast.ops.noise_store.api import NoiseStore
+from ccu_fast.ops.pgd_step.api import check_pgd_steps, pgd_step_
+from ccu_fast.ops.reduce_similarity.api import reduce_similarity
+from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF, Relation
+from ccu_fast.ops.topk_flips.api import Flips, TokenTable, candidate_losses, topk_flips
 
 if TYPE_CHECKING:
     from ccu_fast import distributed as distributed

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ccu_fast._version import __version__
-from ccu_fast.backends import machine, registry
 from ccu_fast.extras import EXTRAS
+from ccu_fast.ops import backend as registry
+from ccu_fast.ops import machine
 
 # The backends as a report calls them.
 NAMES = {"triton": "Triton", "native": "C++", "reference": "plain torch"}

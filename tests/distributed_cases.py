@@ -28,8 +28,8 @@ from torch import Tensor, nn
 import ccu_fast
 import ccu_fast.distributed as over
 from ccu_fast import ALL, OTHER, SAME, SELF
-from ccu_fast.backends.registry import unavailable
 from ccu_fast.distributed import agreement
+from ccu_fast.ops.backend import unavailable
 
 CASES: dict[str, Callable[[], None]] = {}
 # Two ranks are enough for these; what they import takes longer than they do.

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from ccu_fast.backends.registry import unavailable
+from ccu_fast.ops.backend import unavailable
 
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 

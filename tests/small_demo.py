@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from ccu_fast import demo
-from ccu_fast.mem.experiment import run_digit_strips
-from ccu_fast.mem.settings import Settings
+from ccu_fast.cli import demo
+from ccu_fast.cli.report import figures
+from ccu_fast.mem.config import Settings
+from ccu_fast.mem.study.run import run_digit_strips
 from ccu_fast.mem.victim import Recipe
-from ccu_fast.report import figures
 from ccu_fast.unlearn.audit import embedding_map
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
-from ccu_fast.unlearn.experiment import run_digits_halves
-from ccu_fast.unlearn.training import TrainConfig
+from ccu_fast.unlearn.study.run import run_digits_halves
+from ccu_fast.unlearn.study.train import TrainConfig
 
 SETTINGS = Settings(rounds=1, surrogate_steps=1, pgd_steps=1, trigger_rounds=1, candidates=2, batch=32)
 

@@ -18,7 +18,7 @@ from tolerance import assert_three_way
 from torch import Tensor
 
 import ccu_fast
-from ccu_fast import similarity_op
+from ccu_fast.ops.reduce_similarity import operator
 
 Tensors = dict[str, Tensor]
 # Brings a float64 master to the device, in the dtype that is checked, or rounded to it and back in float64.
@@ -74,9 +74,9 @@ class Check:
 def _settings(check: Check) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if check.arithmetic == "tf32" else "highest")
-    pairs = 0 if check.large else similarity_op.SMALL_PAIRS
+    pairs = 0 if check.large else operator.SMALL_PAIRS
     try:
-        with patch.object(similarity_op, "SMALL_PAIRS", pairs):
+        with patch.object(operator, "SMALL_PAIRS", pairs):
             yield
     finally:
         torch.set_float32_matmul_precision(before)

@@ -11,7 +11,7 @@ import torch
 
 import ccu_fast
 from ccu_fast import ALL, SELF, reduce_similarity
-from ccu_fast.backends import registry
+from ccu_fast.ops import backend as registry
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ccu_fast
-from ccu_fast.backends.native import buffers
+from ccu_fast.ops.reduce_similarity.native import buffers
 
 pytestmark = pytest.mark.usefixtures("native", "fresh")
 LARGE = buffers._WORTH_KEEPING // 4

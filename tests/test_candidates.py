@@ -48,9 +48,9 @@ def test_candidate_losses_are_those_of_the_changed_batch(
 def test_candidate_losses_in_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (torch.randn(9, 3, 4), torch.randn(9, 4), torch.randn(9, 4))
     whole = candidate_losses(*arguments, scale=2.0, backend=backend)
-    monkeypatch.setattr("ccu_fast.backends.reference.candidates._CHUNK_ELEMENTS", 60)
+    monkeypatch.setattr("ccu_fast.ops.candidate_losses.reference._CHUNK_ELEMENTS", 60)
     if backend == "native":
-        monkeypatch.setattr("ccu_fast.backends.native.candidates._CHUNK_BYTES", {"cpu": 240})
+        monkeypatch.setattr("ccu_fast.ops.candidate_losses.native._CHUNK_BYTES", {"cpu": 240})
     torch.testing.assert_close(candidate_losses(*arguments, scale=2.0, backend=backend), whole)
 
 

@@ -13,23 +13,24 @@ from typing import Any
 import pytest
 
 import ccu_fast
-from ccu_fast import cli, info
-from ccu_fast.backends import machine
+from ccu_fast import info
+from ccu_fast.cli import main as cli
+from ccu_fast.ops import machine
 
-HIDE_TYPER = "import sys; sys.modules['typer'] = None; from ccu_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+HIDE_TYPER = "import sys; sys.modules['typer'] = None; from ccu_fast.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A stand-in for ccu_fast.demo that keeps what it was called with."""
-    module = types.ModuleType("ccu_fast.demo")
+    """A stand-in for ccu_fast.cli.demo that keeps what it was called with."""
+    module = types.ModuleType("ccu_fast.cli.demo")
     module.calls = []  # type: ignore[attr-defined]
 
     def run(out: Path, **options: Any) -> None:
         module.calls.append((out, options))  # type: ignore[attr-defined]
 
     module.run = run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ccu_fast.demo", module)
+    monkeypatch.setitem(sys.modules, "ccu_fast.cli.demo", module)
     return module
 
 
@@ -104,13 +105,13 @@ def test_ctrl_c_ends_with_one_line_and_130() -> None:
     program = """
 import os, signal, sys, time, types
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born without it
-demo = types.ModuleType("ccu_fast.demo")
+demo = types.ModuleType("ccu_fast.cli.demo")
 def run(*_, **__):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
 demo.run = run
-sys.modules["ccu_fast.demo"] = demo
-from ccu_fast.cli import main
+sys.modules["ccu_fast.cli.demo"] = demo
+from ccu_fast.cli.main import main
 sys.exit(main(["demo"]))
 """
     done = command("-c", program)

@@ -16,7 +16,9 @@ import pytest
 import torch
 import toy_unlearn
 
-from ccu_fast import check, cli, console, demo, files, info
+from ccu_fast import check, files, info
+from ccu_fast.cli import console, demo
+from ccu_fast.cli import main as cli
 from ccu_fast.unlearn.saved import save_model
 
 SETTINGS = """
@@ -48,10 +50,10 @@ WORK = {
 # What does the work of each command; it must not begin when something is wrong that could be seen before.
 WORKERS = {
     "unlearn": "ccu_fast.unlearn.job.run_ccu",
-    "compare": "ccu_fast.unlearn.compare.run_task",
-    "demo": "ccu_fast.demo._compute",
+    "compare": "ccu_fast.unlearn.study.compare.run_task",
+    "demo": "ccu_fast.cli.demo._compute",
     "protect": "ccu_fast.mem.job.protect.Protection",
-    "evaluate": "ccu_fast.mem.job.evaluate.train_victim",
+    "evaluate": "ccu_fast.mem.job.victims.train_victim",
     "bench": "benchmarks.__main__.run",
 }
 WRITERS = [name for name in WORK if name != "bench"]

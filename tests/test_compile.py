@@ -14,8 +14,9 @@ from test_losses import ALL_LOSSES
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ccu_fast import ALL, OTHER, SAME, SELF, ClipLoss, InfoNCE, SigLipLoss, SigmoidLoss, compiling, info_nce
-from ccu_fast.backends.problem import SimilarityProblem, encode
+from ccu_fast import ALL, OTHER, SAME, SELF, ClipLoss, InfoNCE, SigLipLoss, SigmoidLoss, info_nce
+from ccu_fast.ops import compiling
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

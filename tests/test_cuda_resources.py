@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from presence import absent, require_backend
 
-from ccu_fast.backends.machine import build_info
+from ccu_fast.ops.machine import build_info
 
 # By kernel, the most registers a thread may have: 64 leave four blocks of 256 threads, or two of 512, a multiprocessor.
 MOST_REGISTERS = {

@@ -17,9 +17,9 @@ import small_demo
 from mem_datasets import read_export
 
 import ccu_fast
-from ccu_fast import demo
+from ccu_fast.cli import demo
+from ccu_fast.cli.report.tables import all_tables, spread
 from ccu_fast.files import write_whole
-from ccu_fast.report.tables import all_tables, spread
 
 PARTS = 6  # two scenarios, four methods
 

@@ -11,8 +11,9 @@ from oracle import SET_NAMES, SETS, Case, check, unit
 from test_similarity import KEYS, ints
 from torch import Tensor
 
-from ccu_fast import ALL, OTHER, SAME, SELF, reduce_similarity, similarity_op
-from ccu_fast.backends.native import frozen_keys
+from ccu_fast import ALL, OTHER, SAME, SELF, reduce_similarity
+from ccu_fast.ops.reduce_similarity import operator
+from ccu_fast.ops.reduce_similarity.native import frozen_keys
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
@@ -25,7 +26,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Any bank is large; what was called is kept, so that no test passes by the general way."""
     seen: list[Any] = []
     forward = frozen_keys.forward
-    monkeypatch.setattr(similarity_op, "MANY_KEYS", 0)
+    monkeypatch.setattr(operator, "MANY_KEYS", 0)
     monkeypatch.setattr(frozen_keys, "forward", lambda *a: seen.append(a) or forward(*a))
     return seen
 
@@ -169,6 +170,6 @@ def test_only_where_it_serves(monkeypatch: pytest.MonkeyPatch, calls: list[Any])
     half, scale = x.detach().bfloat16().requires_grad_(), torch.tensor(2.0, requires_grad=True)
     reduce_similarity(half, y.bfloat16(), scale=scale, paired=False, rows=lse(ALL), backend="native")
     reduce_similarity(x.detach(), y, paired=False, rows=lse(ALL), backend="native")
-    monkeypatch.setattr(similarity_op, "MANY_KEYS", 71)
+    monkeypatch.setattr(operator, "MANY_KEYS", 71)
     reduce_similarity(x, y, paired=False, rows=lse(ALL), backend="native")
     assert not calls

@@ -50,7 +50,7 @@ def inputs(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test with the kernels of small batches wherever they serve, and without them."""
     if request.param == "large":
-        monkeypatch.setattr("ccu_fast.similarity_op.SMALL_PAIRS", 0)
+        monkeypatch.setattr("ccu_fast.ops.reduce_similarity.operator.SMALL_PAIRS", 0)
 
 
 @pytest.mark.parametrize("workspace", [0, None], ids=["recomputed", "kept"])

@@ -20,8 +20,8 @@ from presence import absent
 from torch import Tensor
 
 from benchmarks.no_launch import TargetOnly
-from ccu_fast.backends.problem import SimilarityProblem, encode
-from ccu_fast.relations import ALL, SELF
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
+from ccu_fast.ops.reduce_similarity.relations import ALL, SELF
 
 WORKER = Path(__file__).resolve().parent.parent / "benchmarks" / "host_time_worker.py"
 CAPABILITY = 90
@@ -95,7 +95,9 @@ def describe(value: Any) -> Any:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     import triton
 
-    from ccu_fast.backends.triton import configs, similarity, small_batch
+    from ccu_fast.ops.reduce_similarity.triton import configs
+    from ccu_fast.ops.reduce_similarity.triton import passes as similarity
+    from ccu_fast.ops.reduce_similarity.triton import small as small_batch
 
     kernels = [value for home in (similarity, small_batch) for name, value in vars(home).items() if "_kernel" in name]
 
@@ -133,11 +135,12 @@ def both(p: SimilarityProblem, backend: Any) -> None:
 PROBLEMS = [(32, 32, 0, False), (32, 32, 1, False), (17, 1, 0, False), (32, 32, 0, False), (33, 32, 2, True)]
 
 
-@pytest.mark.parametrize("name", ["similarity", "small_batch"])
+@pytest.mark.parametrize("name", ["passes", "small"])
 def test_a_reused_launch_is_the_launch_that_triton_would_make(name: str, recorder: Recorder, monkeypatch: Any) -> None:
-    from ccu_fast.backends.triton import configs, launch
+    from ccu_fast.ops.reduce_similarity.triton import configs
+    from ccu_fast.ops.triton import launch
 
-    backend = importlib.import_module(f"ccu_fast.backends.triton.{name}")
+    backend = importlib.import_module(f"ccu_fast.ops.reduce_similarity.triton.{name}")
 
     def calls() -> list[tuple[Any, ...]]:
         recorder.calls = []
@@ -163,7 +166,7 @@ def launches(value: Any) -> Iterator[Any]:
     if isinstance(value, (list, tuple)):
         for item in value:
             yield from launches(item)
-    elif type(value).__module__.startswith("ccu_fast.backends.triton") and hasattr(value, "__dict__"):
+    elif type(value).__module__.startswith("ccu_fast.ops.") and hasattr(value, "__dict__"):
         yield from launches(vars(value))
     else:
         yield value
@@ -171,7 +174,11 @@ def launches(value: Any) -> Iterator[Any]:
 
 def test_a_plan_keeps_no_tensor(recorder: Recorder) -> None:
     """It would be memory that nobody frees, and that a CUDA graph or another stream could read too early."""
-    from ccu_fast.backends.triton import configs, launch, similarity, small_batch, small_info_nce
+    from ccu_fast.ops.reduce_similarity.triton import configs
+    from ccu_fast.ops.reduce_similarity.triton import passes as similarity
+    from ccu_fast.ops.reduce_similarity.triton import small as small_batch
+    from ccu_fast.ops.small_info_nce import triton as small_info_nce
+    from ccu_fast.ops.triton import launch
 
     p = problem(32, 32)
     both(p, similarity)
@@ -192,7 +199,7 @@ def test_hooks_hear_of_every_launch(recorder: Recorder, monkeypatch: pytest.Monk
     """As profilers expect: set after the first call, told the kernel's name."""
     from triton import knobs
 
-    from ccu_fast.backends.triton import small_batch
+    from ccu_fast.ops.reduce_similarity.triton import small as small_batch
 
     p = problem(32, 32)
     both(p, small_batch)
@@ -214,7 +221,8 @@ def test_hooks_hear_of_every_launch(recorder: Recorder, monkeypatch: pytest.Monk
 def test_what_compiled_otherwise_is_asked_anew(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 
-    from ccu_fast.backends.triton import configs, small_batch
+    from ccu_fast.ops.reduce_similarity.triton import configs
+    from ccu_fast.ops.reduce_similarity.triton import small as small_batch
 
     p = problem(32, 32)
     both(p, small_batch)
@@ -228,7 +236,7 @@ def test_what_compiled_otherwise_is_asked_anew(recorder: Recorder, monkeypatch: 
 
 
 def test_a_compiled_kernel_that_is_no_longer_what_it_was_is_launched_plainly() -> None:
-    from ccu_fast.backends.triton.launch import Launch
+    from ccu_fast.ops.triton.launch import Launch
 
     class Kernel:
         arg_names = ("x", "n", "BLOCK")
@@ -246,7 +254,7 @@ def test_a_compiled_kernel_that_is_no_longer_what_it_was_is_launched_plainly() -
 
 
 def test_plans_do_not_pile_up() -> None:
-    from ccu_fast.backends.triton import configs
+    from ccu_fast.ops.reduce_similarity.triton import configs
 
     device = configs.of("sm_90", 132)
     for number in range(3 * configs.MOST_PLANS):

@@ -15,7 +15,7 @@ import torch
 
 import ccu_fast
 from ccu_fast import extras, info
-from ccu_fast.backends import machine, registry
+from ccu_fast.ops import backend, machine
 
 NOT_BUILT = {"git_sha": None, "native": None, "cuda": None, "skipped": {"native": "no C++ compiler: tried them all"}}
 CUDA_13 = {"git_sha": None, "native": {}, "cuda": {"version": "13.0", "archs": ["90"]}, "skipped": {}}
@@ -45,7 +45,7 @@ def test_report_is_json_and_text_with_the_same_facts(capsys: pytest.CaptureFixtu
     for fact in (ccu_fast.__version__, torch.__version__, report["python"]):
         assert fact in text
     for op, choices in report["operations"].items():
-        chosen = registry.choose("auto", op, torch.device("cpu"), torch.float32)
+        chosen = backend.choose("auto", op, torch.device("cpu"), torch.float32)
         assert choices["cpu"]["backend"] == chosen
         assert any(re.match(rf"(cpu)? +{re.escape(info.NAMES[chosen])}: .*{op}", line) for line in text.splitlines())
         assert len(choices) == 1 + torch.cuda.device_count()
@@ -54,7 +54,7 @@ def test_report_is_json_and_text_with_the_same_facts(capsys: pytest.CaptureFixtu
 
 
 def test_compiled_module_of_this_checkout_is_described() -> None:
-    if registry.unavailable("native"):
+    if backend.unavailable("native"):
         pytest.skip(f"nothing is compiled: {machine.why_not_native()}")
     report = info.collect()
     assert report["cpu"]["isa"] in report["build"]["native"]["isas"]
@@ -66,7 +66,7 @@ def test_without_the_module_the_reason_is_the_builds(bare: Path) -> None:
     done = python(bare, "-m", "ccu_fast.info")
     assert done.returncode == 0, done.stderr
     assert "none, torch is used instead: not built: no C++ compiler: tried them all" in done.stdout
-    every = ", ".join(registry.OPERATIONS)
+    every = ", ".join(backend.OPERATIONS)
     assert re.search(
         rf"^cpu +plain torch: {every}\n  not C\+\+ +not built: no C\+\+ compiler", done.stdout, re.MULTILINE
     )

@@ -15,21 +15,22 @@ import numpy as np
 import pytest
 import torch
 
-from ccu_fast import demo, kept
-from ccu_fast.backends.machine import PACKAGE
-from ccu_fast.hashes import file_hash, json_hash, tensors_hash
-from ccu_fast.mem.settings import Settings
-from ccu_fast.unlearn import compare as comparing
-from ccu_fast.unlearn import trained as training
-from ccu_fast.unlearn.scenario import make_scenario
-from ccu_fast.unlearn.tasks import TASKS
-from ccu_fast.unlearn.training import TrainConfig
+from ccu_fast.cli import demo
+from ccu_fast.mem.config import Settings
+from ccu_fast.ops.machine import PACKAGE
+from ccu_fast.runs import cache
+from ccu_fast.runs.provenance import file_hash, json_hash, tensors_hash
+from ccu_fast.unlearn.study import compare as comparing
+from ccu_fast.unlearn.study import models as training
+from ccu_fast.unlearn.study.scenario import make_scenario
+from ccu_fast.unlearn.study.tasks import TASKS
+from ccu_fast.unlearn.study.train import TrainConfig
 
 KEYS = """
 import json, sys
 from ccu_fast import demo
 from ccu_fast.unlearn import compare
-from ccu_fast.unlearn.tasks import TASKS
+from ccu_fast.unlearn.study.tasks import TASKS
 import torch
 torch.set_num_threads(1)
 parts = [demo._key(part) for part in demo._parts(1)]
@@ -51,9 +52,9 @@ def test_a_part_is_computed_once_and_is_the_same_fresh_or_kept(tmp_path: Path) -
 
     path = tmp_path / "parts" / "one.json"
     for _ in range(2):
-        assert kept.part(path, "key", compute) == {"a": [0, 1, 2], "b": 0.5, "c": [1, None]}
+        assert cache.part(path, "key", compute) == {"a": [0, 1, 2], "b": 0.5, "c": [1, None]}
     assert len(calls) == 1 and [p.name for p in path.parent.iterdir()] == ["one.json"]
-    kept.part(path, "another", compute)
+    cache.part(path, "another", compute)
     assert len(calls) == 2 and json.loads(path.read_text())["key"] == "another"
 
 
@@ -64,13 +65,13 @@ def test_a_part_is_computed_once_and_is_the_same_fresh_or_kept(tmp_path: Path) -
 def test_a_damaged_or_foreign_file_is_made_again(tmp_path: Path, there: bytes) -> None:
     path = tmp_path / "one.json"
     path.write_bytes(there)
-    assert kept.part(path, "key", lambda: {"new": 1}) == {"new": 1}
-    assert kept.part(path, "key", dict) == {"new": 1}
+    assert cache.part(path, "key", lambda: {"new": 1}) == {"new": 1}
+    assert cache.part(path, "key", dict) == {"new": 1}
 
 
 def test_what_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="not JSON: set"):
-        kept.part(tmp_path / "one.json", "key", lambda: {"a": {1}})
+        cache.part(tmp_path / "one.json", "key", lambda: {"a": {1}})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -89,7 +90,7 @@ def test_a_key_changes_with_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["ccu_fast", "torch", "python", "machine"])
 def test_a_key_changes_with_a_version(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = demo._key(PART), key_of_comparison()
-    monkeypatch.setitem(kept._VERSIONS, name, lambda: "another")
+    monkeypatch.setitem(cache._VERSIONS, name, lambda: "another")
     assert all(old != new for old, new in zip(before, (demo._key(PART), key_of_comparison()), strict=True))
 
 
@@ -159,7 +160,7 @@ def test_a_trained_model_is_kept_under_its_settings_versions_and_format(
     assert stages
     get()
     assert not stages
-    monkeypatch.setitem(kept._VERSIONS, "torch", lambda: "another")
+    monkeypatch.setitem(cache._VERSIONS, "torch", lambda: "another")
     get()
     assert stages
     (path,) = tmp_path.iterdir()
@@ -172,15 +173,15 @@ def test_a_trained_model_is_kept_under_its_settings_versions_and_format(
 
 
 def test_versions_in_the_order_asked_for() -> None:
-    assert list(kept.versions()) == ["ccu_fast", "torch", "python", "machine"]
-    assert list(kept.versions("pillow", "threads")) == ["pillow", "threads"]
-    assert kept.versions("threads") == {"threads": torch.get_num_threads()}
+    assert list(cache.versions()) == ["ccu_fast", "torch", "python", "machine"]
+    assert list(cache.versions("pillow", "threads")) == ["pillow", "threads"]
+    assert cache.versions("threads") == {"threads": torch.get_num_threads()}
 
 
 def test_without() -> None:
     value = {"a": [{"b": 1, "c": 2}], "b": {"c": 3}, "d": {"e": {"c": 4, "b": 5}}}
-    assert kept.without(value, "b") == {"a": [{"c": 2}], "d": {"e": {"c": 4}}}
-    assert kept.without(value, "b", "c") == {"a": [{}], "d": {"e": {}}}
+    assert cache.without(value, "b") == {"a": [{"c": 2}], "d": {"e": {"c": 4}}}
+    assert cache.without(value, "b", "c") == {"a": [{}], "d": {"e": {}}}
 
 
 def test_hashes(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 from ccu_fast import TokenTable, info_nce
 from ccu_fast.data.strips import StripSet, load_strips
 from ccu_fast.mem import triggers as triggers_of
-from ccu_fast.mem.experiment import run_digit_strips
-from ccu_fast.mem.generate import Protected, protect
+from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.noise import pgd, random_noise
-from ccu_fast.mem.settings import Method, Settings
+from ccu_fast.mem.protection import Protected, protect
+from ccu_fast.mem.study.run import run_digit_strips
 from ccu_fast.mem.surrogate import batches, fresh, frozen, generator, pixels
 from ccu_fast.mem.tokenizer import NEUTRAL, SPECIAL, WordTokenizer, insert_triggers, trim
 from ccu_fast.mem.triggers import encode_many, improve_triggers, random_triggers

@@ -11,12 +11,12 @@ import torch
 import torchvision_stub
 from presence import absent
 
-from ccu_fast import cli
+from ccu_fast.cli import main as cli
 from ccu_fast.data.strips import load_strips, write_strips
 from ccu_fast.mem import Method, Protection, Settings
-from ccu_fast.mem.clip_tokenizer import ClipTokenizer
-from ccu_fast.mem.job.model import choose
+from ccu_fast.mem.job.models import choose
 from ccu_fast.mem.source import TensorSource
+from ccu_fast.mem.tokenizer_clip import ClipTokenizer
 from ccu_fast.models.clip import MEAN, STD, OpenClipEncoder, TransformersClipEncoder
 from ccu_fast.models.weights import from_checkpoint
 

@@ -15,11 +15,11 @@ import mem_datasets as made
 import pytest
 import torch
 
-from ccu_fast import cli
-from ccu_fast.backends import machine
+from ccu_fast.cli import main as cli
 from ccu_fast.data.strips import write_strips
 from ccu_fast.mem.data import DiskSource, list_pairs
-from ccu_fast.mem.job.evaluate import groups
+from ccu_fast.mem.job.victims import groups
+from ccu_fast.ops import machine
 
 TINY = ["--size", "16x16", "--model", "small:32", "--rounds", "2", "--pgd-steps", "2", "--step", "4"]
 TINY += ["--surrogate-steps", "2", "--trigger-rounds", "1", "--candidates", "4", "--batch", "4"]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ccu_fast.mem.evaluate import groups, guessing, reading, retrieval, retrieval_ranks
+from ccu_fast.mem.retrieval import groups, guessing, reading, retrieval, retrieval_ranks
 
 EYE = torch.eye(3)
 

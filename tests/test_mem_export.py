@@ -13,9 +13,9 @@ import torch
 from mem_datasets import read_export
 from PIL import Image
 
+from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.export import export, noise_size, psnr
-from ccu_fast.mem.generate import Protected
-from ccu_fast.mem.settings import Method, Settings
+from ccu_fast.mem.protection import Protected
 
 
 def example(n: int = 5, channels: int = 1) -> Protected:

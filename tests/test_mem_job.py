@@ -21,14 +21,14 @@ import mem_datasets as made
 import pytest
 import torch
 
+from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.data import DiskSource, list_pairs
 from ccu_fast.mem.job import BadData, Job, protect_dataset
 from ccu_fast.mem.job import protect as job_module
-from ccu_fast.mem.job.model import small
-from ccu_fast.mem.job.workplace import Workplace
+from ccu_fast.mem.job.checkpoint import Workplace
+from ccu_fast.mem.job.models import small
 from ccu_fast.mem.publish import writer as writer_module
-from ccu_fast.mem.settings import Method, Settings
-from ccu_fast.noise_store import NoiseStore
+from ccu_fast.ops.noise_store.api import NoiseStore
 
 SHAPE = (3, 16, 16)
 TINY = Settings(

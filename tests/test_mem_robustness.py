@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ccu_fast.mem.robustness import blur, crop, jpeg, treat
+from ccu_fast.mem.study.robustness import blur, crop, jpeg, treat
 from ccu_fast.mem.surrogate import generator
 
 IMAGES = torch.randint(0, 256, (3, 1, 16, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -247,7 +247,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def backends_here() -> list[str]:
-    from ccu_fast.backends.registry import unavailable
+    from ccu_fast.ops.backend import unavailable
 
     return ["reference"] if unavailable("native") else ["reference", "native"]
 

@@ -12,7 +12,7 @@ from tolerance import assert_three_way
 from torch import Tensor
 
 from ccu_fast import check_pgd_steps, pgd_step_
-from ccu_fast.backends.registry import cannot_serve
+from ccu_fast.ops.backend import cannot_serve
 
 STEP, EPS = 1 / 255, 8 / 255
 

@@ -71,7 +71,7 @@ store.commit(batch=1)
 store.scatter_(index + 1, torch.full((20, 3, 64, 64), 6, dtype=torch.int8))
 store.scatter_add_clamp_(index, torch.full((20, 3, 64, 64), 7, dtype=torch.int8), 8 / 255)
 if sys.argv[2] == "noise":
-    import ccu_fast.noise_file as f
+    import ccu_fast.ops.noise_store.file as f
     f._BLOCK = 3 * 64 * 64
     inner, calls = f._little, []
     f._little = lambda values: die() if len(calls) == 7 else calls.append(1) or inner(values)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ccu_fast import NoiseStore, pgd_step_
-from ccu_fast.backends.machine import PACKAGE, moved
+from ccu_fast.ops.machine import PACKAGE, moved
 
 ITEM = (3, 5, 7)
 DTYPES = (torch.int8, torch.float16, torch.float32)

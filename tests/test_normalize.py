@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import ccu_fast
 from ccu_fast import ClipLoss, InfoNCE, SigLipLoss, info_nce, inverse_info_nce, l2_normalize, sigmoid_loss, sup_con
-from ccu_fast.normalize import EPS
+from ccu_fast.ops.l2_normalize.api import EPS
 
 HALVES = (torch.float16, torch.bfloat16)
 SHAPES = [(7, 33), (2, 3, 130), (1, 1), (5,), (300, 64)]
@@ -227,8 +227,9 @@ def test_every_loss_of_unnormalised_features(name: str, dtype: torch.dtype, back
 
 def test_one_bank_is_normalised_once(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = ccu_fast.similarity.l2_normalize
-    monkeypatch.setattr(ccu_fast.similarity, "l2_normalize", lambda x, **k: calls.append(x) or real(x, **k))
+    api = ccu_fast.ops.reduce_similarity.api
+    real = api.l2_normalize
+    monkeypatch.setattr(api, "l2_normalize", lambda x, **k: calls.append(x) or real(x, **k))
     z = torch.randn(8, 12, requires_grad=True)
     sup_con(z, z, scale=10.0, row_labels=LABELS, normalize=True).backward()
     assert len(calls) == 1
@@ -250,7 +251,7 @@ def test_resources(capability: int, dtype: str, d: int, tmp_path: Path) -> None:
         from triton.compiler import ASTSource
     except ImportError:
         absent("ahead-of-time compilation", "the package triton is not installed")
-    from ccu_fast.backends.triton import normalize
+    from ccu_fast.ops.l2_normalize import triton as normalize
 
     block = {"ROWS": normalize.ROWS, "BLOCK": min(triton.next_power_of_2(d), normalize.WIDEST)}
     forward = {"x": f"*{dtype}", "out": f"*{dtype}", "inverse_out": "*fp32", "rows": "i32", "D": "i32", "eps": "fp32"}

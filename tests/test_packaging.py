@@ -18,7 +18,7 @@ import pytest
 from presence import absent
 
 from ccu_fast import extras
-from ccu_fast.backends import machine
+from ccu_fast.ops import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = os.environ.get("CCU_FAST_TEST_OFFLINE") == "1"
@@ -123,7 +123,7 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
     assert [re.match(r"[\w-]+", line)[0] for line in core] == ["torch", "numpy", "triton"]  # type: ignore[index]
     assert "torch>=2.8" in core
     assert "License-Expression: MIT" in text
-    assert "ccu-fast = ccu_fast.cli:main" in (metadata.parent / "entry_points.txt").read_text()
+    assert "ccu-fast = ccu_fast.cli.main:main" in (metadata.parent / "entry_points.txt").read_text()
     for extra, modules in extras.EXTRAS.items():
         listed = {re.match(r"[\w-]+", line)[0] for line in requires if re.search(rf"extra == .{extra}.", line)}  # type: ignore[index]
         assert listed == set(modules.values())

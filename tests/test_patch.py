@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ccu_fast import patch
-from ccu_fast.integrations.site import Site, arguments
+from ccu_fast.patch.site import Site, arguments
 
 
 class Library:
@@ -38,7 +38,7 @@ def tripled(original: Any, *args: Any, **kwargs: Any) -> Any:
 def targets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two targets whose distributions are pytest: "double" and "triple" of the same function."""
     for name, replacement in (("double", doubled), ("triple", tripled)):
-        module = ModuleType(f"ccu_fast.integrations.{name}")
+        module = ModuleType(f"ccu_fast.patch.{name}")
         site = Site(Library, "forward", ("self", "x"), replacement)
         module.sites = lambda site=site: [site]  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -102,7 +102,7 @@ def test_the_context_manager_keeps_what_was_applied_before() -> None:
 
 def test_a_method_that_is_inherited_is_given_back_by_removing_it(monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(Child, "forward", ("self", "x"), doubled)
-    monkeypatch.setattr(sys.modules["ccu_fast.integrations.double"], "sites", lambda: [site])
+    monkeypatch.setattr(sys.modules["ccu_fast.patch.double"], "sites", lambda: [site])
     with patch.applied("double"):
         assert (Child().forward(1), Library().forward(1)) == (4, 2)
     assert "forward" not in vars(Child)
@@ -117,7 +117,7 @@ def test_an_unknown_version_is_left_alone_with_a_warning(monkeypatch: pytest.Mon
 
 def test_another_signature_is_left_alone_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     sites = [Site(Child, "forward", ("self", "x"), doubled), Site(Library, "forward", ("self", "images"), doubled)]
-    monkeypatch.setattr(sys.modules["ccu_fast.integrations.double"], "sites", lambda: sites)
+    monkeypatch.setattr(sys.modules["ccu_fast.patch.double"], "sites", lambda: sites)
     with pytest.warns(UserWarning, match=r"has the parameters \('self', 'x', 'y'\), expected them to begin with"):
         assert patch.apply("double") == []
     assert Child().forward(1) == 2, "half a patch"
@@ -146,4 +146,4 @@ def test_every_target_has_an_integration_and_says_what_it_replaces() -> None:
     for name, replaces in patch.targets().items():
         assert replaces
         if name not in ("double", "triple"):
-            assert callable(__import__(f"ccu_fast.integrations.{name}", fromlist=["sites"]).sites)
+            assert callable(__import__(f"ccu_fast.patch.{name}", fromlist=["sites"]).sites)

@@ -103,6 +103,6 @@ def test_sure_positives_keep_their_precision(scale: float, bias: float, ids: boo
 
 def test_both_sides_of_the_c_interface_agree_on_how_many_reductions_fit() -> None:
     from ccu_fast import _C
-    from ccu_fast.backends.problem import MAX_REDUCTIONS
+    from ccu_fast.ops.reduce_similarity.problem import MAX_REDUCTIONS
 
     assert MAX_REDUCTIONS == _C.MAX_REDUCTIONS

@@ -19,7 +19,8 @@ from presence import absent
 
 import ccu_fast
 from ccu_fast import info
-from ccu_fast.backends import machine, registry
+from ccu_fast.ops import backend as registry
+from ccu_fast.ops import machine
 
 T4, V100 = ("Tesla T4", (7, 5)), ("Tesla V100", (7, 0))
 A100, H100 = ("NVIDIA A100", (8, 0)), ("NVIDIA H100", (9, 0))
@@ -144,7 +145,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         install(machine_.triton)
         probe = SimpleNamespace(why_no_driver=lambda: machine_.no_driver, why_no_code=lambda _: machine_.no_code)
-        monkeypatch.setitem(sys.modules, "ccu_fast.backends.triton.probe", probe)
+        monkeypatch.setitem(sys.modules, "ccu_fast.ops.triton.probe", probe)
         registry.forget()
 
     def properties(of: tuple[str, tuple[int, int]]) -> SimpleNamespace:
@@ -305,7 +306,7 @@ def test_triton_is_asked_with_a_kernel_of_its_own(capsys: pytest.CaptureFixture[
         absent("Triton's compiler", "the package triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         absent("Triton's compiler", "TRITON_INTERPRET=1 is set")
-    from ccu_fast.backends.triton import probe
+    from ccu_fast.ops.triton import probe
 
     assert probe.why_no_code(90) is None
     reason = probe.why_no_code(130)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ccu_fast import ALL, OTHER, SAME, SELF, reduce_similarity
-from ccu_fast.relations import count_relations, relation_matrix
+from ccu_fast.ops.reduce_similarity.relations import count_relations, relation_matrix
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from tolerance import assert_three_way
 from torch import Tensor
 
 from ccu_fast import ALL, OTHER, SAME, SELF, info_nce, reduce_similarity
-from ccu_fast.backends.problem import KINDS, MAX_REDUCTIONS, SimilarityProblem, encode
+from ccu_fast.ops.reduce_similarity.problem import KINDS, MAX_REDUCTIONS, SimilarityProblem, encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -544,7 +544,7 @@ def test_memory_stays_within_the_workspace(native: str) -> None:
 def test_the_workspace_of_a_gpu_goes_by_its_memory(
     memory: int, workspace: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ccu_fast import similarity
+    from ccu_fast.ops.reduce_similarity import api as similarity
 
     similarity._gpu_workspace.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -563,7 +563,7 @@ def test_the_workspace_of_a_gpu_goes_by_its_memory(
 )
 def test_few_rows_of_gradients_are_summed_in_parts(rows: int, columns: int, parts: int) -> None:
     """So many that the GEMM's tiles of 128 x 256 fill an H100, and none shorter than 4096 columns."""
-    plan = pytest.importorskip("ccu_fast.backends.triton.plan")
+    plan = pytest.importorskip("ccu_fast.ops.reduce_similarity.triton.plan")
     x, y = (torch.empty(1, items, 512, dtype=torch.bfloat16, device="meta") for items in (rows, columns))
     p = SimilarityProblem(x, y, torch.ones(()), None, None, None, None, None, False, (encode("lse", 7),), ())
     assert plan.parts_of_sum(p, plan.Chunk(0, 1, 0, rows, 0, False), 132) == parts
@@ -572,7 +572,7 @@ def test_few_rows_of_gradients_are_summed_in_parts(rows: int, columns: int, part
 @pytest.mark.parametrize(("pairs", "pieces"), [(8192, 1), (32768, 1), (131072, 32)])
 def test_what_the_default_workspace_of_a_gpu_holds(pairs: int, pieces: int) -> None:
     """E and G of a batch of 32768 in one piece: nothing is computed again."""
-    plan = pytest.importorskip("ccu_fast.backends.triton.plan")
+    plan = pytest.importorskip("ccu_fast.ops.reduce_similarity.triton.plan")
     x = torch.empty(1, pairs, 512, dtype=torch.bfloat16, device="meta")
     p = SimilarityProblem(x, x, torch.ones(()), None, None, None, None, None, True, (encode("lse", 7),), ())
     (words,) = plan.stash_shape(p, 4 << 30, True)

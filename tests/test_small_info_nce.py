@@ -11,15 +11,15 @@ from tolerance import assert_three_way
 from torch import Tensor
 
 import ccu_fast
-from ccu_fast import losses
-from ccu_fast.small_info_nce import served_by
+from ccu_fast.losses import functional
+from ccu_fast.ops.small_info_nce.api import served_by
 
 Way = tuple[str, torch.dtype]
 
 
 def only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test if a call goes the general way."""
-    monkeypatch.setattr(losses, "served_by", lambda *a: served_by(*a) or pytest.fail("not served"))
+    monkeypatch.setattr(functional, "served_by", lambda *a: served_by(*a) or pytest.fail("not served"))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tolerance import assert_three_way
 from torch import Tensor
 
 from ccu_fast import Flips, TokenTable, topk_flips
-from ccu_fast.backends.registry import unavailable
+from ccu_fast.ops.backend import unavailable
 
 # On a GPU "fast" lets fp16 choose among what is nearly equal.
 EXACT = ("certified", "fp32") + (() if "CCU_FAST_EMULATED_GPU" in os.environ else ("fast",))

@@ -13,7 +13,7 @@ from presence import require_backend
 from torch import Tensor
 
 from ccu_fast import TokenTable, topk_flips
-from ccu_fast.backends.token_problem import TokenProblem
+from ccu_fast.ops.topk_flips.problem import TokenProblem
 
 
 def compiled() -> Any:
@@ -50,7 +50,7 @@ def test_the_selection_keeps_whatever_could_be_best(data: st.DataObject) -> None
 
 def described(grad: Tensor, embedding: Tensor, ids: Tensor | None, few: bool, **changes: Any) -> tuple[Tensor, Tensor]:
     """What the scan is given of gradients."""
-    tokens_cuda = importlib.import_module("ccu_fast.backends.native.tokens_cuda")
+    tokens_cuda = importlib.import_module("ccu_fast.ops.topk_flips.cuda")
     table = TokenTable(embedding, ids, backend="reference")
     packed, coarse = tokens_cuda.pack(table.embedding, table.ids if ids is not None else None)
     arguments = dict(
@@ -76,7 +76,7 @@ def described(grad: Tensor, embedding: Tensor, ids: Tensor | None, few: bool, **
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_coarse_scores_are_within_their_bound(native: str, few: bool, maximize: bool, size: float) -> None:
-    tokens_cuda = importlib.import_module("ccu_fast.backends.native.tokens_cuda")
+    tokens_cuda = importlib.import_module("ccu_fast.ops.topk_flips.cuda")
     embedding = 0.02 * torch.randn(3000, 60) * torch.rand(3000, 1) + torch.randn(60)
     ids = torch.arange(0, 3000, 2)
     packed, _ = tokens_cuda.pack(embedding, ids)

@@ -22,8 +22,8 @@ from presence import absent
 from torch import Tensor
 
 from benchmarks.no_launch import SHARED_LIMIT, TargetOnly
-from ccu_fast.backends.problem import SimilarityProblem, encode
-from ccu_fast.relations import ALL, OTHER, SAME, SELF
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
+from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF
 
 MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 MAX_REGISTERS = 255
@@ -100,7 +100,9 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ca
         absent("ahead-of-time compilation", "TRITON_INTERPRET=1 is set")
     import triton
 
-    from ccu_fast.backends.triton import normalize, similarity, small_batch
+    from ccu_fast.ops.l2_normalize import triton as normalize
+    from ccu_fast.ops.reduce_similarity.triton import passes as similarity
+    from ccu_fast.ops.reduce_similarity.triton import small as small_batch
 
     # So that a launch that leaves the choice to Triton shows, whatever this release would choose.
     monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
@@ -177,7 +179,7 @@ def test_resources(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ccu_fast.backends.triton import similarity
+    from ccu_fast.ops.reduce_similarity.triton import passes as similarity
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest" if precision == "ieee" else "high")
     compiled = compiled_for(capability)
@@ -223,7 +225,7 @@ def test_resources(
 
 def test_what_tiles_read() -> None:
     """Elements of x and y that a pair takes from L2, and which tile a shape gets on an H100."""
-    configs = pytest.importorskip("ccu_fast.backends.triton.configs")
+    configs = pytest.importorskip("ccu_fast.ops.reduce_similarity.triton.configs")
     import triton
 
     device = configs.of("sm_90", 132)
@@ -255,7 +257,7 @@ def test_what_tiles_read() -> None:
 def test_resources_of_normalize(
     capability: int, compiled_for: Callable[[int], Callable[[], dict[str, Any]]], tmp_path: Path
 ) -> None:
-    from ccu_fast.backends.triton import normalize
+    from ccu_fast.ops.l2_normalize import triton as normalize
 
     compiled = compiled_for(capability)
     x = torch.zeros(8, 512, dtype=torch.bfloat16)
@@ -292,7 +294,7 @@ def test_resources_of_small_batches(
     compiled_for: Callable[[int], Callable[[], dict[str, Any]]],
     tmp_path: Path,
 ) -> None:
-    from ccu_fast.backends.triton import small_batch
+    from ccu_fast.ops.reduce_similarity.triton import small as small_batch
 
     compiled = compiled_for(capability)
     p = problem(VARIANTS[variant], {"bf16": torch.bfloat16, "fp16": torch.float16}[precision], d)

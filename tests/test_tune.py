@@ -64,7 +64,7 @@ def test_an_answer_is_worth_more_than_noise() -> None:
 
 
 def test_a_changed_tile_is_taken_and_one_that_nobody_asks_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = pytest.importorskip("ccu_fast.backends.triton.configs")
+    configs = pytest.importorskip("ccu_fast.ops.reduce_similarity.triton.configs")
     device = configs.of("sm_90", 132)
     monkeypatch.setattr(configs, "device", lambda: device)
     change = questions.Change(gradient={"num_warps": 2})
@@ -87,7 +87,7 @@ def test_a_changed_tile_is_taken_and_one_that_nobody_asks_for_is_not_measured(mo
 
 def test_every_change_is_one_of_what_there_is() -> None:
     """A field of a tile or a limit that was renamed would be a question without an answer."""
-    configs = pytest.importorskip("ccu_fast.backends.triton.configs")
+    configs = pytest.importorskip("ccu_fast.ops.reduce_similarity.triton.configs")
     device = configs.of("sm_90", 132)
     with patch.object(configs, "device", lambda: device):
         for question in questions.questions("cuda"):

@@ -30,9 +30,9 @@ from ccu_fast.unlearn.baselines.fine_tune import fine_tune
 from ccu_fast.unlearn.baselines.gradient_ascent import gradient_ascent
 from ccu_fast.unlearn.baselines.random_label import wrong_labels
 from ccu_fast.unlearn.baselines.retrain import retrain
-from ccu_fast.unlearn.experiment import METHODS, run_digits_halves
 from ccu_fast.unlearn.loop import Batch, accuracies, run
-from ccu_fast.unlearn.training import TrainConfig, train
+from ccu_fast.unlearn.study.run import METHODS, run_digits_halves
+from ccu_fast.unlearn.study.train import TrainConfig, train
 
 N_U, N_R, DIM, CLASSES, INPUTS = 9, 14, 6, 4, 5
 SCALE = 5.0

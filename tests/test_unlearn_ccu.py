@@ -23,12 +23,12 @@ from ccu_fast.data.paired import PairedData
 from ccu_fast.models.fusion import ConvFusionModel, FusionModel
 from ccu_fast.unlearn import Budget, Checkpoint, HeldOut, KeyBank, UnlearnConfig, unlearn
 from ccu_fast.unlearn.baselines.bad_teacher import reinitialised
-from ccu_fast.unlearn.ccu import ccu_method
 from ccu_fast.unlearn.loop import accuracies, run
+from ccu_fast.unlearn.method import ccu_method
 from ccu_fast.unlearn.neighbours import nearest_retained, neighbour_loss
 from ccu_fast.unlearn.objective import anchor_loss, forgetting_loss, separation_loss, unclassify_loss
 from ccu_fast.unlearn.parameters import saliency
-from ccu_fast.unlearn.training import TrainConfig, train
+from ccu_fast.unlearn.study.train import TrainConfig, train
 
 
 def unit(rows: int, seed: int) -> Tensor:

@@ -18,17 +18,17 @@ from toy_unlearn import toy, weights
 from typer.testing import CliRunner
 
 import ccu_fast
-from ccu_fast.commands import app
+from ccu_fast.cli.app import app
 from ccu_fast.data.load import load_pairs
 from ccu_fast.data.views import STRIDE, load_views
-from ccu_fast.unlearn import compare as comparing
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.job import load_user_model, read_job, run_job
 from ccu_fast.unlearn.loop import accuracies
 from ccu_fast.unlearn.saved import load_model, save_model
-from ccu_fast.unlearn.scenario import make_scenario
-from ccu_fast.unlearn.tasks import TASKS
-from ccu_fast.unlearn.training import TrainConfig
+from ccu_fast.unlearn.study import compare as comparing
+from ccu_fast.unlearn.study.scenario import make_scenario
+from ccu_fast.unlearn.study.tasks import TASKS
+from ccu_fast.unlearn.study.train import TrainConfig
 
 TOML = """
 [model]
@@ -255,7 +255,7 @@ class TestTasks:
         part = both["unlearn"]["digits-halves"]["class"]["0"]
         assert part == first["unlearn"]["digits-halves"]["class"]["0"]
         assert part["best_baseline"] == "fine_tune" and part["metrics"]["ccu"]["relearn_steps"] >= 0
-        from ccu_fast.report.unlearning import write_comparison
+        from ccu_fast.cli.report.unlearning import write_comparison
 
         write_comparison(both, tmp_path / "report.html")
         page = (tmp_path / "report.html").read_text()

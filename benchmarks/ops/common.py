@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.registry import Call, Expected, Shape, Tensors, Unavailable
-from ccu_fast.backends.registry import candidates, cannot_serve, choose
+from ccu_fast.ops.backend import candidates, cannot_serve, choose
 
 Loss = Callable[..., Tensor]
 Build = Callable[..., Call]

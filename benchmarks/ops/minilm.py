@@ -74,8 +74,8 @@ def scan_report(grad: Tensor, table: Tensor, k: int) -> tuple[float, int]:
     The bound and the selection are those of the GPU; the GEMM is an fp32 one of the same fp16 numbers.
     """
     from ccu_fast import _C, TokenTable
-    from ccu_fast.backends.native import tokens_cuda
-    from ccu_fast.backends.token_problem import TokenProblem
+    from ccu_fast.ops.topk_flips import cuda as tokens_cuda
+    from ccu_fast.ops.topk_flips.problem import TokenProblem
 
     prepared = TokenTable(table, backend="reference")
     packed, coarse = tokens_cuda.pack(table, None)

@@ -27,7 +27,7 @@ def expect(inputs: Tensors, shape: Shape) -> Expected:
 
 def build(inputs: Tensors, shape: Shape, *, parts: int) -> Call:
     """Sums of ``parts`` slices of g's columns, a view each, then their sum; fp32 from the products on."""
-    from ccu_fast.backends.triton.gemm import product
+    from ccu_fast.ops.reduce_similarity.triton.gemm import product
 
     g, y = inputs["g"], inputs["y"]
     slices = g.view(shape["N"], parts, -1).transpose(0, 1), y.view(parts, -1, shape["D"])

@@ -121,7 +121,7 @@ def _on_cpu(shape: Shape, device: str) -> bool:
 
 def build_ours(inputs: Tensors, shape: Shape) -> Call:
     """ccu_fast.topk_flips; the TokenTable is made once, as its users do."""
-    from ccu_fast.tokens import TokenTable, topk_flips
+    from ccu_fast.ops.topk_flips.api import TokenTable, topk_flips
 
     backend = our_backend("topk_flips", inputs["grad"])
 

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 
 from benchmarks.results import store
+from ccu_fast.cli.report.tables import Table, depth_table, unlearn_table
 from ccu_fast.files import write_whole
-from ccu_fast.report.tables import Table, depth_table, unlearn_table
 from ccu_fast.unlearn.audit import audit, average_gap, over_seeds
 from ccu_fast.unlearn.baselines.registry import BASELINES
-from ccu_fast.unlearn.ccu import run_ccu
-from ccu_fast.unlearn.compare import compare
-from ccu_fast.unlearn.scenario import SCENARIOS, make_scenario
-from ccu_fast.unlearn.tasks import TASKS, Task
-from ccu_fast.unlearn.trained import trained
+from ccu_fast.unlearn.method import run_ccu
+from ccu_fast.unlearn.study.compare import compare
+from ccu_fast.unlearn.study.models import trained
+from ccu_fast.unlearn.study.scenario import SCENARIOS, make_scenario
+from ccu_fast.unlearn.study.tasks import TASKS, Task
 
 HERE = Path(__file__).parent
 RESULTS, TOLD, PAGE = HERE / "results.json", HERE / "told.json", HERE / "README.md"
@@ -91,7 +91,7 @@ def in_rows(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_seed(stored: dict[str, Any]) -> dict[str, Any]:
-    """The same by task, scenario and seed again, as :func:`ccu_fast.unlearn.compare.compare` gives it."""
+    """The same by task, scenario and seed again, as :func:`ccu_fast.unlearn.study.compare.compare` gives it."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     unlearn: dict[str, dict[str, dict[str, Any]]] = {}
     for part in stored["parts"]:

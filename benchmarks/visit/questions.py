@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.ops import OPS, clip_loss, split_gemm
 from benchmarks.registry import Call, Case, Op, Provider, Shape, Tensors, label
-from ccu_fast import similarity_op
+from ccu_fast.ops.reduce_similarity import operator
 
 AS_IT_IS = "as it is"
 Build = Callable[..., Call]
@@ -53,7 +53,7 @@ def device_of(change: Change, asked: set[str]) -> Any:
     """
     if not change.forward and not change.gradient:
         return None
-    from ccu_fast.backends.triton import configs
+    from ccu_fast.ops.reduce_similarity.triton import configs
 
     device = configs.device()
     tiles: dict[str, Any] = {}
@@ -69,10 +69,10 @@ def made(change: Change, device: Any) -> Iterator[None]:
     """Within, launches are as changed, and planned once for all calls on this ``device``, the change's own."""
     with ExitStack() as stack:
         if change.small is not None:
-            stack.enter_context(patch.object(similarity_op, "SMALL_PAIRS", 1 << 40 if change.small else 0))
-            stack.enter_context(patch.object(similarity_op, "SMALL_SIDE", 1 << 20))
+            stack.enter_context(patch.object(operator, "SMALL_PAIRS", 1 << 40 if change.small else 0))
+            stack.enter_context(patch.object(operator, "SMALL_SIDE", 1 << 20))
         if device is not None:
-            from ccu_fast.backends.triton import configs
+            from ccu_fast.ops.reduce_similarity.triton import configs
 
             stack.enter_context(patch.object(configs, "device", lambda: device))
         yield

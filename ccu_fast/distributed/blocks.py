@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccu_fast.backends.problem import SimilarityProblem, decode
 from ccu_fast.distributed.ranks import Pending, Ranks, offsets
-from ccu_fast.similarity_op import run_backward, run_forward
+from ccu_fast.ops.reduce_similarity.operator import run_backward, run_forward
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
 
 # Tags of the two streams of a ring.
 _BLOCK, _GRADIENT = 0, 1

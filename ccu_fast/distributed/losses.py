@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccu_fast import check, formulas
+from ccu_fast import check
 from ccu_fast.distributed.ranks import Ranks
 from ccu_fast.distributed.similarity import reduce_shards, reduce_similarity
-from ccu_fast.formulas import INVERSE_KINDS, Side
-from ccu_fast.losses import REDUCTIONS
+from ccu_fast.losses import formulas
+from ccu_fast.losses.formulas import INVERSE_KINDS, Side
+from ccu_fast.losses.functional import REDUCTIONS
 
 GRADIENTS = ("mean", "sum")
 

@@ -10,14 +10,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ccu_fast import check, compiling
-from ccu_fast.backends.problem import SimilarityProblem, decode
-from ccu_fast.backends.registry import choose
+from ccu_fast import check
 from ccu_fast.distributed import agreement
 from ccu_fast.distributed.agreement import MODES, Sizes, agree
 from ccu_fast.distributed.blocks import Blocks, Plan
 from ccu_fast.distributed.ranks import Ranks, offsets
-from ccu_fast.similarity import Reduction, assemble, build_problem, count, normalize_pair, workspace_bytes
+from ccu_fast.ops import compiling
+from ccu_fast.ops.backend import choose
+from ccu_fast.ops.reduce_similarity.api import (
+    Reduction,
+    assemble,
+    build_problem,
+    count,
+    normalize_pair,
+    workspace_bytes,
+)
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
 
 
 def reduce_similarity(

@@ -14,12 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ccu_fast.losses import info_nce
+from ccu_fast.losses.functional import info_nce
 from ccu_fast.mem.round import Round
 from ccu_fast.mem.surrogate import frozen, train_step
 from ccu_fast.mem.triggers import encode_many
-from ccu_fast.noise import pgd_step_
-from ccu_fast.tokens import TokenTable, topk_flips
+from ccu_fast.ops.pgd_step.api import pgd_step_
+from ccu_fast.ops.topk_flips.api import TokenTable, topk_flips
 
 
 class CompatRound(Round):

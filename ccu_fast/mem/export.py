@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.hashes import file_hash
-from ccu_fast.kept import versions
-from ccu_fast.mem.generate import Protected
+from ccu_fast.mem.protection import Protected
+from ccu_fast.runs.cache import versions
+from ccu_fast.runs.provenance import file_hash
 
 CAPTIONS = "captions.csv"
 MANIFEST = "manifest.json"

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ccu_fast.losses import info_nce
+from ccu_fast.losses.functional import info_nce
 from ccu_fast.mem.surrogate import frozen
 from ccu_fast.models.dual_encoder import DualEncoder
-from ccu_fast.noise import pgd_step_
+from ccu_fast.ops.pgd_step.api import pgd_step_
 
 
 def random_noise(images: Tensor, eps: int, rng: torch.Generator) -> Tensor:

@@ -11,22 +11,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ccu_fast.backends.machine import moved
-from ccu_fast.losses import info_nce
+from ccu_fast.losses.functional import info_nce
+from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.noise import pgd
-from ccu_fast.mem.settings import Execution, Method, Settings
 from ccu_fast.mem.source import PairSource, read_ahead
 from ccu_fast.mem.surrogate import ModelFactory, batches, fresh, frozen, optimizer_for, pixels, train_step
 from ccu_fast.mem.tokenizer import Tokenizer, insert_triggers, survivors, trim
 from ccu_fast.mem.triggers import improve_triggers
 from ccu_fast.models.dual_encoder import DualEncoder
-from ccu_fast.noise_store import NoiseStore
-from ccu_fast.tokens import TokenTable
+from ccu_fast.ops.machine import moved
+from ccu_fast.ops.noise_store.api import NoiseStore
+from ccu_fast.ops.topk_flips.api import TokenTable
 
 
 @dataclass
 class Round:
-    """What the rounds of a :class:`ccu_fast.mem.generate.Protection` share. Tokens and triggers stay on the CPU."""
+    """What the rounds of a :class:`ccu_fast.mem.protection.Protection` share. Tokens and triggers stay on the CPU."""
 
     source: PairSource
     tokenizer: Tokenizer

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ccu_fast.losses import info_nce
+from ccu_fast.losses.functional import info_nce
 from ccu_fast.models.dual_encoder import DualEncoder
 
 ModelFactory = Callable[[], DualEncoder]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ccu_fast.candidates import candidate_losses
-from ccu_fast.losses import info_nce
-from ccu_fast.mem.settings import Settings
+from ccu_fast.losses.functional import info_nce
+from ccu_fast.mem.config import Settings
 from ccu_fast.mem.surrogate import frozen
 from ccu_fast.mem.tokenizer import Tokenizer
 from ccu_fast.models.dual_encoder import DualEncoder
-from ccu_fast.tokens import TokenTable, topk_flips
+from ccu_fast.ops.candidate_losses.api import candidate_losses
+from ccu_fast.ops.topk_flips.api import TokenTable, topk_flips
 
 _PART_BYTES = 12 << 20
 

@@ -14,7 +14,7 @@ from ccu_fast import check
 from ccu_fast.mem.surrogate import ModelFactory, batches, fresh, generator, optimizer_for, pixels, train_step
 from ccu_fast.mem.tokenizer import trim
 from ccu_fast.models.dual_encoder import DualEncoder
-from ccu_fast.progress import Progress, silent
+from ccu_fast.runs.progress import Progress, silent
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from ccu_fast.data.paired import PairedData
-from ccu_fast.progress import Progress
+from ccu_fast.runs.progress import Progress
 from ccu_fast.unlearn.audit import audit, membership_auc
 from ccu_fast.unlearn.bank import KeyBank
-from ccu_fast.unlearn.ccu import run_ccu
 from ccu_fast.unlearn.checkpoint import Checkpoint
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.loop import HeldOut
+from ccu_fast.unlearn.method import run_ccu
+from ccu_fast.unlearn.model import Model, TwoModalityModel, TwoTowerModel, check_problem
 from ccu_fast.unlearn.neighbours import neighbour_loss
 from ccu_fast.unlearn.objective import anchor_loss, forgetting_loss, retention_loss, separation_loss, unclassify_loss
-from ccu_fast.unlearn.protocol import Model, TwoModalityModel, TwoTowerModel, check_problem
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -75,7 +75,7 @@ def unlearn(
         held_out: when to stop before the budget is spent; needed for and used with ``config.early_stop``.
         checkpoint: where the state is written now and then; a run that finds one there goes on from it.
         progress: called every few steps as progress("unlearn", done, total, note).
-        group: processes that share the run, each called with the same arguments (:mod:`ccu_fast.unlearn.shared`); the
+        group: processes that share the run, each called with the same arguments (:mod:`ccu_fast.unlearn.parallel`); the
             result is that of one process but for rounding, on all of them. None: this one alone.
 
     Returns:

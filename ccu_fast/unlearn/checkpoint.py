@@ -13,7 +13,7 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.files import new_file
-from ccu_fast.hashes import json_hash, tensors_hash
+from ccu_fast.runs.provenance import json_hash, tensors_hash
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ccu_fast import check
-from ccu_fast.progress import Progress as Progress
+from ccu_fast.runs.progress import Progress as Progress
 
 ROLES = ("class", "instances", "pairs")
 

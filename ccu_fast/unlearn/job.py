@@ -36,14 +36,14 @@ from ccu_fast.data.load import load_pairs
 from ccu_fast.data.paired import PairedData
 from ccu_fast.distributed.launch import processes
 from ccu_fast.files import output_folder
-from ccu_fast.hashes import tensors_hash
 from ccu_fast.models.weights import read_weights
-from ccu_fast.progress import Progress
-from ccu_fast.unlearn.ccu import run_ccu
+from ccu_fast.runs.progress import Progress
+from ccu_fast.runs.provenance import tensors_hash
 from ccu_fast.unlearn.checkpoint import Checkpoint
 from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
 from ccu_fast.unlearn.loop import accuracies, embed
-from ccu_fast.unlearn.protocol import TwoModalityModel, check_problem
+from ccu_fast.unlearn.method import run_ccu
+from ccu_fast.unlearn.model import TwoModalityModel, check_problem
 from ccu_fast.unlearn.saved import save_model
 
 TABLES: dict[str, tuple[str, ...]] = {
@@ -124,7 +124,7 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
 def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[str, Any] | None:
     """Load, check, unlearn, save.
 
-    Under ``torchrun`` the processes share the run (:mod:`ccu_fast.unlearn.shared`): each loads the model and the data
+    Under ``torchrun`` the processes share the run (:mod:`ccu_fast.unlearn.parallel`): each loads the model and the data
     and embeds its part of every batch; the first hears progress and reads and writes the files.
 
     Args:
@@ -157,7 +157,7 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
     if rank:
         return None
     provenance = {
-        "method": "CCU as defined in ccu_fast.unlearn.ccu",
+        "method": "CCU as defined in ccu_fast.unlearn.method",
         "seed": job.config.seed,
         "config": settings,
         "processes": world,

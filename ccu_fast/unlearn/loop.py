@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ccu_fast.data.paired import PairedData
-from ccu_fast.progress import Progress
+from ccu_fast.runs.progress import Progress
 from ccu_fast.unlearn.checkpoint import Checkpoint, Keeper, fingerprint
 from ccu_fast.unlearn.clock import Clock
 from ccu_fast.unlearn.config import Budget
+from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of
+from ccu_fast.unlearn.parallel import Alone, Shared
 from ccu_fast.unlearn.parameters import Mask, freeze_all_but
-from ccu_fast.unlearn.protocol import TwoModalityModel, heads, logits_of
-from ccu_fast.unlearn.shared import Alone, Shared
 
 CHECK_EVERY = 5
 CHUNK = 1024  # items embedded at once where no gradient is needed
@@ -131,7 +131,7 @@ def run(
         progress: called every few steps as progress(stage, done, total, note).
         stage: the name progress hears.
         group: processes that share the run, each called with the same arguments and embedding its part of every batch
-            (:mod:`ccu_fast.unlearn.shared`); the result is that of one process but for rounding, on all of them. The
+            (:mod:`ccu_fast.unlearn.parallel`); the result is that of one process but for rounding, on all of them. The
             first hears progress, reads and writes the checkpoint and decides when to stop early. None: this one alone.
 
     Raises:

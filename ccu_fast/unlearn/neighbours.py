@@ -8,7 +8,7 @@ from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.baselines.bad_teacher import reinitialised
 from ccu_fast.unlearn.loop import embed_visual, nearest
-from ccu_fast.unlearn.protocol import TwoModalityModel
+from ccu_fast.unlearn.model import TwoModalityModel
 
 
 def neighbour_loss(u: Tensor, neighbours: Tensor) -> Tensor:

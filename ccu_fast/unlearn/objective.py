@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.losses import inverse_info_nce
-from ccu_fast.relations import ALL, OTHER, SAME, SELF
-from ccu_fast.similarity import reduce_similarity
+from ccu_fast.losses.functional import inverse_info_nce
+from ccu_fast.ops.reduce_similarity.api import reduce_similarity
+from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF
 from ccu_fast.unlearn.bank import KeyBank
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn.protocol import TwoModalityModel, forget_loss
+from ccu_fast.unlearn.model import TwoModalityModel, forget_loss
 
 Mask = Callable[[TwoModalityModel, PairedData, PairedData], dict[str, Tensor]]
 """From the original and the two sets to a bool tensor for each parameter's name: True may change."""

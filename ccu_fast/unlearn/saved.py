@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ccu_fast import extras
 from ccu_fast.files import new_file
-from ccu_fast.hashes import tensors_hash
-from ccu_fast.kept import versions
-from ccu_fast.unlearn.protocol import TwoTowerModel
+from ccu_fast.runs.cache import versions
+from ccu_fast.runs.provenance import tensors_hash
+from ccu_fast.unlearn.model import TwoTowerModel
 
 
 def save_model(model: TwoTowerModel, path: str | Path, provenance: Mapping[str, Any]) -> dict[str, Any]:

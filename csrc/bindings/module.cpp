@@ -3,7 +3,7 @@
 #include "bindings.h"
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The compiled kernels of ccu_fast. Use ccu_fast.backends.native, which checks its arguments.";
+  m.doc() = "The compiled kernels of ccu_fast. Use ccu_fast.ops, which checks its arguments.";
   m.attr("F32") = static_cast<int>(CCU_F32);
   m.attr("F16") = static_cast<int>(CCU_F16);
   m.attr("BF16") = static_cast<int>(CCU_BF16);

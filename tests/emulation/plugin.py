@@ -51,10 +51,10 @@ def load() -> Any:
     spec.loader.exec_module(module)
     sys.modules["ccu_fast._C"] = module
 
-    from ccu_fast.backends import machine
-    from ccu_fast.backends.native import launch
+    from ccu_fast.ops import machine
+    from ccu_fast.ops import native as launch
 
-    assert "ccu_fast.backends.native.tokens" not in sys.modules, "imported before it could be told"
+    assert "ccu_fast.ops.topk_flips.native" not in sys.modules, "imported before it could be told"
     machine.why_not_native = lambda: None
     launch.on_gpu = lambda device: True
     launch.on = lambda device: (nullcontext(), {"threads": 1, "cuda": True, "stream": 0})
@@ -95,6 +95,6 @@ class CudaIsHere(TorchFunctionMode):
 @pytest.fixture(autouse=True)
 def _cuda_is_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr("ccu_fast.backends.machine.host_sees", lambda device: False)
+        monkeypatch.setattr("ccu_fast.ops.machine.host_sees", lambda device: False)
     with CudaIsHere() if request.node.get_closest_marker("gpu") else nullcontext():
         yield

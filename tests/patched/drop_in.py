@@ -75,7 +75,9 @@ class counted:
         self.target, self.kernels = target, 0
 
     def __enter__(self) -> counted:
-        from ccu_fast import losses, similarity, tokens
+        from ccu_fast.losses import functional as losses
+        from ccu_fast.ops.reduce_similarity import api as similarity
+        from ccu_fast.ops.topk_flips import api as tokens
 
         places = ((similarity.SimilarityReduction, "apply"), (losses, "small_info_nce"), (tokens, "topk"))
         self._saved = [(place, name, getattr(place, name)) for place, name in places]

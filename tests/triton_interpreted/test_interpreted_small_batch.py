@@ -37,13 +37,13 @@ from test_small_info_nce import (  # noqa: F401 - the same
 )
 from test_small_info_nce import test_any_subset_of_gradients as test_any_subset_of_gradients_of_the_loss  # noqa: F401
 
-from ccu_fast.backends.triton import small_batch
-from ccu_fast.similarity_op import specialised
+from ccu_fast.ops.reduce_similarity.operator import specialised
+from ccu_fast.ops.reduce_similarity.triton import small
 
 
 @pytest.fixture(autouse=True)
 def always_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccu_fast.similarity.specialised", lambda p, backend, keep: "triton.small_batch")
+    monkeypatch.setattr("ccu_fast.ops.reduce_similarity.api.specialised", lambda p, backend, keep: "triton.small_batch")
 
 
 @pytest.fixture
@@ -60,13 +60,13 @@ def way(monkeypatch: pytest.MonkeyPatch) -> Way:
 def test_any_subset_of_gradients() -> None:
     """What is not needed is not computed, and what is has the same bits as when all is."""
     p = problem(Case(unit(37, 20), unit(37, 20), 5.0, 0.25, {}, MIX, CLIP))
-    row_out, col_out, stash = small_batch.forward(p, 0, True)
-    assert stash.shape == small_batch.stash_shape(p, 0, True)
+    row_out, col_out, stash = small.forward(p, 0, True)
+    assert stash.shape == small.stash_shape(p, 0, True)
     incoming = torch.randn_like(row_out), torch.randn_like(col_out)
-    full = small_batch.backward(p, *incoming, row_out, col_out, stash, [True] * 4, 0)
+    full = small.backward(p, *incoming, row_out, col_out, stash, [True] * 4, 0)
     subsets = [(i == j for i in range(4)) for j in range(5)] + [(True, True, False, False), (False, False, True, True)]
     for needs in map(tuple, subsets):
-        some = small_batch.backward(p, *incoming, row_out, col_out, stash, list(needs), 0)
+        some = small.backward(p, *incoming, row_out, col_out, stash, list(needs), 0)
         for value, whole, need, like in zip(some, full, needs, (p.x, p.y, p.scale, p.scale), strict=True):
             assert value.dtype == like.dtype
             if need:

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccu_fast import ALL, SELF
-from ccu_fast.backends.problem import SimilarityProblem, encode
-from ccu_fast.backends.triton import configs, gemm, normalize, similarity, small_batch, small_info_nce
+from ccu_fast.ops.l2_normalize import triton as normalize
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
+from ccu_fast.ops.reduce_similarity.triton import configs, gemm, passes, small
+from ccu_fast.ops.small_info_nce import triton as small_info_nce
 
 CLIP = (encode("lse", int(ALL)), encode("sum", int(SELF)))
-KERNELS = [name for name in vars(similarity) if name.endswith("_kernel")]
+KERNELS = [name for name in vars(passes) if name.endswith("_kernel")]
 # What makes the host wait for a GPU.
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "unique", "masked_select")
 
@@ -43,9 +45,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
             return launch
 
     for name in KERNELS:
-        monkeypatch.setattr(similarity, name, Recorder(name))
+        monkeypatch.setattr(passes, name, Recorder(name))
     for name in ("small_forward_kernel", "small_gradient_kernel"):
-        monkeypatch.setattr(small_batch, name, Recorder(name))
+        monkeypatch.setattr(small, name, Recorder(name))
     for name in ("normalize_kernel", "normalize_backward_kernel"):
         monkeypatch.setattr(normalize, name, Recorder(name))
 
@@ -116,9 +118,9 @@ def problem(
 
 def run(p: SimilarityProblem, workspace: int, needs: tuple[bool, ...] = (True, True, True, False)) -> Watch:
     with Watch(p.x, p.y) as watch:
-        row_out, col_out, stash = similarity.forward(p, workspace, True)
+        row_out, col_out, stash = passes.forward(p, workspace, True)
         incoming = torch.empty_like(row_out), torch.empty_like(col_out)
-        grads = similarity.backward(p, *incoming, row_out, col_out, stash, list(needs), workspace)
+        grads = passes.backward(p, *incoming, row_out, col_out, stash, list(needs), workspace)
         assert len(grads) == 4
         del grads, incoming
     return watch
@@ -146,8 +148,8 @@ def test_more_workspace_means_less_recomputation(launches: Counter[str]) -> None
     kept = []
     for workspace in (0, 512 << 20, GIB, 3 * GIB):
         p = problem(32768, 512)
-        words = similarity.stash_shape(p, workspace, True)[0]
-        pieces = similarity.plan.chunks(p, 128, workspace, words)
+        words = passes.stash_shape(p, workspace, True)[0]
+        pieces = passes.plan.chunks(p, 128, workspace, words)
         assert sum(c.rows for c in pieces) == p.n
         assert [c.kept for c in pieces] == sorted((c.kept for c in pieces), reverse=True)
         kept.append(sum(c.rows for c in pieces if c.kept) / p.n)
@@ -155,7 +157,7 @@ def test_more_workspace_means_less_recomputation(launches: Counter[str]) -> None
     assert kept[-1] == 1
     assert kept == sorted(kept)
     assert kept[2] >= 0.25
-    assert similarity.stash_shape(problem(262144, 512), GIB, True) == (16,)  # 0.6 % of it is not worth its memory
+    assert passes.stash_shape(problem(262144, 512), GIB, True) == (16,)  # 0.6 % of it is not worth its memory
 
 
 def test_launches_of_a_call(launches: Counter[str]) -> None:
@@ -209,9 +211,9 @@ def test_a_small_batch_takes_seven_launches(launches: Counter[str]) -> None:
 def test_small_problems_of_any_kind_take_one_launch_each_way(launches: Counter[str], traits: dict[str, Any]) -> None:
     p = problem(128, 512, **traits)
     with Watch(p.x, p.y) as watch:
-        row_out, col_out, stash = small_batch.forward(p, 0, True)
+        row_out, col_out, stash = small.forward(p, 0, True)
         incoming = torch.empty_like(row_out), torch.empty_like(col_out)
-        small_batch.backward(p, *incoming, row_out, col_out, stash, [True, True, True, False], 0)
+        small.backward(p, *incoming, row_out, col_out, stash, [True, True, True, False], 0)
     assert launches == {"small_forward_kernel": 1, "small_gradient_kernel": 1}
     # No matrix of pairs anywhere: results, their gradients, dx, dy and a sum for each program.
     assert watch.peak <= 2 * p.x.numel() * p.x.element_size() * 2 + 8 * row_out.nbytes + (64 << 10)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
+from ccu_fast.data.pictures import MAX_PIXELS, BadPicture, decode
 from ccu_fast.mem.data.listing import Bad, Listing
-from ccu_fast.mem.data.pictures import MAX_PIXELS, BadPicture, decode
 from ccu_fast.mem.data.shards import read_span
 
 DIGEST = 32
@@ -42,7 +42,7 @@ class DiskSource:
 
     Args:
         listing: what there is.
-        shape: (C, H, W) of the model; see :func:`ccu_fast.mem.data.pictures.decode`.
+        shape: (C, H, W) of the model; see :func:`ccu_fast.data.pictures.decode`.
         digests: uint8 ``[images, 32]`` from :func:`scan`: a picture that has changed since is refused. None: no check.
         threads: decoders; by default the processors this process may use.
         max_pixels: larger pictures are refused.

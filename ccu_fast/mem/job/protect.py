@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 from ccu_fast import extras
+from ccu_fast.data.pictures import MAX_PIXELS
 from ccu_fast.distributed.launch import processes
 from ccu_fast.files import new_file, output_folder, read_json
-from ccu_fast.hashes import json_hash
-from ccu_fast.kept import versions
+from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.data import Bad, DiskSource, Listing, Options, list_pairs, scan
 from ccu_fast.mem.data.dataset import bad_pictures
 from ccu_fast.mem.data.listing import MANIFEST
-from ccu_fast.mem.data.pictures import MAX_PIXELS
-from ccu_fast.mem.generate import Protection
-from ccu_fast.mem.job.model import Model
+from ccu_fast.mem.job.checkpoint import Workplace, read_state
+from ccu_fast.mem.job.models import Model
 from ccu_fast.mem.job.processes import Average, barrier, gather, share
-from ccu_fast.mem.job.workplace import Workplace, read_state
+from ccu_fast.mem.protection import Protection
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
 from ccu_fast.mem.publish.writer import write_metadata
-from ccu_fast.mem.settings import Execution, Method, Settings
 from ccu_fast.mem.source import Part
-from ccu_fast.progress import Progress, silent
+from ccu_fast.runs.cache import versions
+from ccu_fast.runs.progress import Progress, silent
+from ccu_fast.runs.provenance import json_hash
 
 _SHOWN = 10
 

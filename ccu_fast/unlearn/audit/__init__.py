@@ -9,13 +9,13 @@
 - ``maps``        embeddings in the plane
 """
 
+from ccu_fast.unlearn.audit.audit import MODALITIES, audit
 from ccu_fast.unlearn.audit.maps import embedding_map
 from ccu_fast.unlearn.audit.membership import auc, membership_auc, modified_entropy
 from ccu_fast.unlearn.audit.probe import linear_probe
 from ccu_fast.unlearn.audit.relearn import relearn_steps
 from ccu_fast.unlearn.audit.retrieval import recall
 from ccu_fast.unlearn.audit.summary import average_gap, mean_and_spread, most_accurate, over_seeds
-from ccu_fast.unlearn.audit.whole import MODALITIES, audit
 
 __all__ = [
     "MODALITIES",

@@ -10,7 +10,7 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.loop import embed
-from ccu_fast.unlearn.protocol import TwoModalityModel, heads
+from ccu_fast.unlearn.model import TwoModalityModel, heads
 
 ATTACKS = ("confidence", "entropy")
 

@@ -7,7 +7,7 @@ import numpy as np
 from ccu_fast import extras
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.loop import embed
-from ccu_fast.unlearn.protocol import TwoModalityModel
+from ccu_fast.unlearn.model import TwoModalityModel
 
 
 def linear_probe(

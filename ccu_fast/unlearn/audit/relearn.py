@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.loop import accuracies, epochs_of_rows
-from ccu_fast.unlearn.protocol import TwoModalityModel
+from ccu_fast.unlearn.model import TwoModalityModel
 
 
 def relearn_steps(

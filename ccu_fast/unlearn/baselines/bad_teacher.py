@@ -19,7 +19,7 @@ from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.baselines.predictions import distillation_loss, predictions
 from ccu_fast.unlearn.loop import Batch, Prepare, Step
-from ccu_fast.unlearn.protocol import TwoModalityModel
+from ccu_fast.unlearn.model import TwoModalityModel
 
 
 def bad_teacher(seed: int, *, temperature: float = 1.0) -> Prepare:

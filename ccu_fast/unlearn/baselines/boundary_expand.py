@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.loop import Batch, Prepare, Run, Step, run
-from ccu_fast.unlearn.protocol import HEADS, TwoModalityModel, heads
+from ccu_fast.unlearn.model import HEADS, TwoModalityModel, heads
 
 
 class ShadowClass(nn.Module):

@@ -20,7 +20,7 @@ from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.baselines.predictions import predictions, relabelled_loss
 from ccu_fast.unlearn.loop import Batch, Prepare, Step
-from ccu_fast.unlearn.protocol import TwoModalityModel
+from ccu_fast.unlearn.model import TwoModalityModel
 
 CHUNK = 256
 

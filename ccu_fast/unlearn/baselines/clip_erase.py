@@ -21,7 +21,7 @@ from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.baselines.predictions import distillation_loss, predictions
 from ccu_fast.unlearn.loop import Batch, Prepare, Step, embed
-from ccu_fast.unlearn.protocol import CLIP_SCALE, TwoModalityModel, heads, task_loss
+from ccu_fast.unlearn.model import CLIP_SCALE, TwoModalityModel, heads, task_loss
 
 
 def clip_erase(*, retention: float = 1.0, forgetting: float = 3.0, consistency: float = 3.0) -> Prepare:

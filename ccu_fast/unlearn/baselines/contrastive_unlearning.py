@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
-from ccu_fast.losses import inverse_info_nce
-from ccu_fast.relations import OTHER, SAME
-from ccu_fast.similarity import reduce_similarity
+from ccu_fast.losses.functional import inverse_info_nce
+from ccu_fast.ops.reduce_similarity.api import reduce_similarity
+from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME
 from ccu_fast.unlearn.loop import Batch, Prepare, Step
-from ccu_fast.unlearn.protocol import TwoModalityModel, task_loss
+from ccu_fast.unlearn.model import TwoModalityModel, task_loss
 
 RETAIN_PER_FORGET = 4
 VARIANTS = ("formula", "released")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.loop import Batch, Step
-from ccu_fast.unlearn.protocol import TwoModalityModel, task_loss
+from ccu_fast.unlearn.model import TwoModalityModel, task_loss
 
 
 def fine_tune(frozen: TwoModalityModel, forget: PairedData, retain: PairedData) -> Step:

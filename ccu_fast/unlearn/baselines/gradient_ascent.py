@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.loop import Batch, Step
-from ccu_fast.unlearn.protocol import TwoModalityModel, forget_loss
+from ccu_fast.unlearn.model import TwoModalityModel, forget_loss
 
 
 def gradient_ascent(frozen: TwoModalityModel, forget: PairedData, retain: PairedData) -> Step:

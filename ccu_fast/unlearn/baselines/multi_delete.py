@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.loop import Batch, Prepare, Step, embed
-from ccu_fast.unlearn.protocol import TwoModalityModel, heads
+from ccu_fast.unlearn.model import TwoModalityModel, heads
 
 
 def multi_delete(*, alpha: float = 1.0, beta: float = 1.0, gamma: float = 1.0) -> Prepare:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.loop import Batch, Prepare, Step
-from ccu_fast.unlearn.protocol import TwoModalityModel, forget_loss, task_loss
+from ccu_fast.unlearn.model import TwoModalityModel, forget_loss, task_loss
 
 
 def neg_grad_plus(*, alpha: float = 0.95) -> Prepare:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ccu_fast.unlearn.protocol import CLIP_SCALE, TwoModalityModel, heads, logits_of
+from ccu_fast.unlearn.model import CLIP_SCALE, TwoModalityModel, heads, logits_of
 
 
 def predictions(

@@ -15,7 +15,7 @@ from torch import Tensor
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.baselines.predictions import relabelled_loss
 from ccu_fast.unlearn.loop import Batch, Prepare, Step
-from ccu_fast.unlearn.protocol import TwoModalityModel, task_loss
+from ccu_fast.unlearn.model import TwoModalityModel, task_loss
 
 
 def random_label(seed: int) -> Prepare:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
-from ccu_fast.progress import Progress
+from ccu_fast.runs.progress import Progress
 from ccu_fast.unlearn.baselines import contrastive_unlearning as contrastive
 from ccu_fast.unlearn.baselines.bad_teacher import bad_teacher
 from ccu_fast.unlearn.baselines.boundary_expand import boundary_expand, to_shadow
@@ -27,8 +27,8 @@ from ccu_fast.unlearn.baselines.scrub import scrub
 from ccu_fast.unlearn.baselines.ssd import ssd
 from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.loop import Batch, Prepare, Run, Step, run
+from ccu_fast.unlearn.model import TwoModalityModel, heads
 from ccu_fast.unlearn.parameters import Mask
-from ccu_fast.unlearn.protocol import TwoModalityModel, heads
 
 Make = Callable[[str, int], Prepare]
 """From the kind of forgetting and the seed to the method."""

@@ -12,10 +12,10 @@ import torch
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
-from ccu_fast.progress import Progress
+from ccu_fast.runs.progress import Progress
 from ccu_fast.unlearn.loop import Run
-from ccu_fast.unlearn.protocol import TwoModalityModel
-from ccu_fast.unlearn.training import TrainConfig, train
+from ccu_fast.unlearn.model import TwoModalityModel
+from ccu_fast.unlearn.study.train import TrainConfig, train
 
 
 def retrain(
@@ -36,7 +36,7 @@ def retrain(
         forget_ids: int64 ids of the items to leave out.
         config: that of the original.
         kind: "mask" hides the visual half of the items, "drop" both halves.
-        progress, stage: see :func:`ccu_fast.unlearn.training.train`.
+        progress, stage: see :func:`ccu_fast.unlearn.study.train.train`.
     """
     check.one_of("kind", kind, ("mask", "drop"))
     known = ~torch.isin(data.ids, forget_ids)

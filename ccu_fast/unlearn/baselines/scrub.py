@@ -20,7 +20,7 @@ from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.baselines.predictions import distillation_loss, predictions
 from ccu_fast.unlearn.loop import Batch, Prepare, Step
-from ccu_fast.unlearn.protocol import TwoModalityModel, task_loss
+from ccu_fast.unlearn.model import TwoModalityModel, task_loss
 
 
 def scrub(*, gamma: float = 0.99, alpha: float = 0.001, temperature: float = 4.0, max_share: float = 2 / 3) -> Prepare:

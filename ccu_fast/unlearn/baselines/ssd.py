@@ -23,7 +23,7 @@ from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.clock import Clock
 from ccu_fast.unlearn.loop import Run
-from ccu_fast.unlearn.protocol import TwoModalityModel, forget_loss
+from ccu_fast.unlearn.model import TwoModalityModel, forget_loss
 
 
 def ssd(

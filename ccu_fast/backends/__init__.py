@@ -1,1 +1,0 @@
-"""The implementations behind the operations; :mod:`.registry` chooses between them."""

@@ -1,0 +1,87 @@
+"""What all commands share at the terminal: how they end and what they show while they work."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ccu_fast import extras
+from ccu_fast.runs.progress import Progress
+
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# The checks of this package name the argument first; an error without a name is a bug.
+NAMED = re.compile(r"[\w\[\], ./-]+: ")
+SHOWN = 12
+
+
+@contextmanager
+def one_sentence(command: str, *, goes_on: bool = True) -> Iterator[None]:
+    """End with one sentence on stderr where a user can mend what is wrong; a bug shows its traceback.
+
+    Args:
+        command: "unlearn" of ``ccu-fast unlearn``.
+        goes_on: whether the same command, given again, goes on where this one was.
+
+    Raises:
+        SystemExit: 1, or 130 after Ctrl-C.
+    """
+    status = 1
+    try:
+        yield
+        return
+    except KeyboardInterrupt:
+        said, status = "interrupted", INTERRUPTED
+    except ImportError as error:
+        said = str(error)
+        if "pip install" not in said:
+            if extras.extra_of(error.name or "") is None:
+                raise
+            said = extras.missing(error.name or "", error)
+    except OSError as error:
+        said = error.strerror or str(error)
+        if error.filename is not None:
+            said = f"{error.filename}: {said}"
+        if error.errno in FULL:
+            said += "; make room and give the same command again" + (": it goes on" if goes_on else "")
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        said = f"{str(error).split('. ')[0] or 'out of memory'}; choose a smaller batch or another device"
+    except FloatingPointError as error:
+        said = str(error)
+    except (ValueError, TypeError) as error:
+        if not NAMED.match(str(error)):
+            raise
+        said = str(error)
+    print(f"{f'ccu-fast {command}'.strip()}: {' '.join(said.split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+@contextmanager
+def live(quiet: bool) -> Iterator[Progress]:
+    """A bar for each of the last stages, with the time that is left and a note; gone when the work ends."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = [TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns += [TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+    console = Console(stderr=True)
+    console.quiet = quiet or not console.is_interactive  # a log is not full of bars
+    with Bars(*columns, console=console, transient=True) as bars:
+        stages: dict[str, TaskID] = {}
+
+        def progress(stage: str, done: int, total: int, note: str) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total, note=note)
+                for old in bars.task_ids[:-SHOWN]:
+                    bars.update(old, visible=False)
+            elif done < bars.tasks[stages[stage]].completed:  # the next part has a stage of the same name
+                bars.reset(stages[stage])
+            bars.update(stages[stage], completed=done, total=total, note=note)
+
+        yield progress

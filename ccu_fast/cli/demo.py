@@ -1,0 +1,130 @@
+"""``ccu-fast demo``: unlearn and protect real digits, then write ``report.html`` and ``results.json``.
+
+The work is cut into parts (one scenario of one seed, one protection method of one seed). A finished part is written to
+``parts/`` at once, so an interrupted demo goes on where it stopped; parts of another version, setting or FORMAT are
+redone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ccu_fast import check
+from ccu_fast.cli.console import live
+from ccu_fast.files import output_folder, write_whole
+from ccu_fast.mem.config import Settings
+from ccu_fast.mem.study.run import run_digit_strips
+from ccu_fast.mem.victim import Recipe
+from ccu_fast.runs import cache
+from ccu_fast.runs.progress import Progress
+from ccu_fast.unlearn.study.run import run_digits_halves
+from ccu_fast.unlearn.study.tasks import TASKS
+
+SCENARIOS = ("class", "instances")
+METHODS = ("clean", "random-3", "em", "mem")
+HALVES = ("unlearn", "protect")
+# Of the kept parts. Raise it whenever the same settings and versions give other figures, or figures of another form.
+FORMAT = 1
+# The threads too: how many of them add up decides the last bits of the protection.
+MADE_WITH = ("ccu_fast", "torch", "python", "machine", "threads")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of work: its name (also its file's) and what computes it."""
+
+    name: str
+    half: str
+    seed: int
+    variant: str
+
+
+def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Run the demo and write its report.
+
+    Args:
+        out: folder for ``report.html``, ``results.json``, ``parts/`` and ``protected/`` (the published data sets of
+            seed 0); made if needed.
+        seeds: how many, at least 1; the report shows mean and spread.
+        only: "unlearn" or "protect" runs that half alone.
+        quiet: no live progress and no closing table.
+
+    Returns:
+        What ``results.json`` holds: versions, settings, and every figure by half, variant and seed. All but the
+        seconds are the same for the same machine, version and thread count.
+
+    Raises:
+        ValueError: seeds below 1, an unknown half, a damaged part.
+        OSError: ``out`` cannot be written.
+    """
+    from rich.console import Console
+
+    from ccu_fast.cli.report.page import write_report
+    from ccu_fast.cli.report.tables import print_summary
+
+    check.integer("seeds", seeds, low=1)
+    if only is not None:
+        check.one_of("only", only, HALVES)
+    out = output_folder(Path(out))
+    console = Console(stderr=True, quiet=quiet)
+    parts = [part for part in _parts(seeds) if only in (None, part.half)]
+    results: dict[str, Any] = {
+        "versions": cache.versions(*MADE_WITH),
+        "seeds": seeds,
+        "unlearn": {},
+        "protect": {},
+    }
+    started = time.perf_counter()
+    with live(quiet) as progress:
+        for done, part in enumerate(parts):
+            progress("demo", done, len(parts), part.name)
+            path = out / "parts" / f"{part.name}.json"
+            value = cache.part(path, _key(part), partial(_compute, part, out, progress))
+            results[part.half].setdefault(part.variant, {})[str(part.seed)] = value
+    write_whole(out / "results.json", json.dumps(cache.without(results, "embeddings", "examples"), indent=1) + "\n")
+    write_report(results, out / "report.html")
+    if not quiet:
+        print_summary(results, Console())
+    console.print(f"{time.perf_counter() - started:.0f} s. Report: [bold]{out / 'report.html'}[/bold]")
+    return results
+
+
+def _parts(seeds: int) -> Iterator[Part]:
+    for seed in range(seeds):
+        for scenario in SCENARIOS:
+            yield Part(f"unlearn-{scenario}-seed{seed}", "unlearn", seed, scenario)
+    for seed in range(seeds):
+        for method in METHODS:
+            yield Part(f"protect-{method}-seed{seed}", "protect", seed, method)
+
+
+def _compute(part: Part, out: Path, progress: Progress) -> dict[str, Any]:
+    started = time.perf_counter()
+    if part.half == "unlearn":
+        value = run_digits_halves(part.seed, part.variant, progress=progress)
+    else:
+        published = out / "protected"
+        if part.seed == 0:
+            # Left by a run that was killed after the export and before its part was written.
+            shutil.rmtree(published / part.variant, ignore_errors=True)
+        value = run_digit_strips(
+            part.seed, (part.variant,), progress=progress, out=published if part.seed == 0 else None
+        )
+    value["seconds"] = time.perf_counter() - started
+    return value
+
+
+def _key(part: Part) -> str:
+    if part.half == "unlearn":
+        task = TASKS["digits-halves"]
+        settings = [asdict(task.ccu[part.variant]), asdict(task.training)]
+    else:
+        settings = [asdict(Settings()), asdict(Recipe())]
+    return cache.key_of({"demo": FORMAT}, cache.versions(*MADE_WITH), [part.name, settings])

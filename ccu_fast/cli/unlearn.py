@@ -1,0 +1,108 @@
+"""``ccu-fast unlearn``: a run on one's own model and data, or the comparison of all methods on the embedded tasks."""
+
+# No `from __future__ import annotations`: typer reads the annotations.
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ccu_fast import extras
+from ccu_fast.cli.console import live, one_sentence
+
+EXAMPLE = (
+    "Examples: ccu-fast unlearn settings.toml --out clean --steps 100    "
+    "ccu-fast unlearn --compare --task digits-halves --seeds 3"
+)
+
+
+@one_sentence("unlearn")
+def unlearn(
+    settings: Annotated[
+        Path | None, typer.Argument(help="TOML: model, data, what to forget (ccu_fast.unlearn.job shows one).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of what is written; made if needed.")] = Path("ccu_fast_unlearn"),
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Items of each set in a step.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the batches.", min=0)] = None,
+    neighbours: Annotated[
+        float | None, typer.Option(help="Weight of the pull to the retained item that looks most alike; 0 for none.")
+    ] = None,
+    trainable: Annotated[list[str] | None, typer.Option(help="Pattern of parameter names; may be repeated.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Compare all methods on the embedded tasks.")] = False,
+    task: Annotated[list[str] | None, typer.Option(help="With --compare: a task; may be repeated.")] = None,
+    scenario: Annotated[list[str] | None, typer.Option(help="With --compare: class or instances.")] = None,
+    seeds: Annotated[int, typer.Option(help="With --compare: how many.", min=1)] = 3,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No live progress, no table.")] = False,
+) -> None:
+    """Take the visual knowledge of a forget set out of a trained model; a killed run goes on where it was.
+
+    With torchrun, processes share a run.
+    """
+    if compare == (settings is not None):
+        print("ccu-fast unlearn: expected a settings file or --compare", file=sys.stderr)
+        raise SystemExit(2)
+    if compare and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print("ccu-fast unlearn: expected one process for --compare, got several by torchrun", file=sys.stderr)
+        raise SystemExit(2)
+    extras.require("rich", "safetensors", "sklearn", "matplotlib")
+    if settings is None:
+        _compare(out, task, scenario, seeds, quiet)
+    else:
+        ccu = _given(seed=seed, trainable=trainable, neighbours=neighbours)
+        budget = _given(steps=steps, learning_rate=learning_rate, batch=batch)
+        _run(settings, out, {"ccu": ccu, "budget": budget}, quiet)
+
+
+def _given(**flags: Any) -> dict[str, Any]:
+    """Those on the command line."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _run(settings: Path, out: Path, overrides: dict[str, dict[str, Any]], quiet: bool) -> None:
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from ccu_fast.cli.report.unlearning import write_run
+    from ccu_fast.files import write_whole
+    from ccu_fast.unlearn.job import read_job, run_job
+
+    job = read_job(settings, overrides)
+    with live(quiet or int(os.environ.get("RANK", "0")) > 0) as progress:
+        result = run_job(job, out, progress=progress)
+    if result is None:  # the first process has written it
+        return
+    figures = {key: result[key] for key in ("provenance", "sizes", "cost", "rows", "losses")}
+    write_whole(out / "results.json", json.dumps(figures, indent=1) + "\n")
+    write_run(result, out / "report.html")
+    if not quiet:
+        shown = Table("", "before", "after")
+        for name, before, after in result["rows"]:
+            shown.add_row(name, f"{before:.3f}", f"{after:.3f}")
+        Console().print(shown)
+    print(f"{out / 'model.safetensors'}  {out / 'report.html'}")
+
+
+def _compare(out: Path, tasks: list[str] | None, scenarios: list[str] | None, seeds: int, quiet: bool) -> None:
+    from rich.console import Console
+
+    from ccu_fast.cli.report.tables import show, unlearn_table
+    from ccu_fast.cli.report.unlearning import write_comparison
+    from ccu_fast.unlearn.study.compare import compare
+    from ccu_fast.unlearn.study.scenario import SCENARIOS
+    from ccu_fast.unlearn.study.tasks import TASKS
+
+    with live(quiet) as progress:
+        results = compare(
+            out, tasks=tasks or tuple(TASKS), scenarios=scenarios or SCENARIOS, seeds=range(seeds), progress=progress
+        )
+    write_comparison(results, out / "report.html")
+    if not quiet:
+        for by_scenario in results["unlearn"].values():
+            for name, by_seed in by_scenario.items():
+                show(unlearn_table(name, by_seed), Console())
+    print(f"{out / 'results.json'}  {out / 'report.html'}")

@@ -1,0 +1,255 @@
+"""ClipLoss and SigLipLoss: the losses of CLIP and SigLIP behind open_clip's signatures, on one process or several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ccu_fast import check
+from ccu_fast.distributed.losses import global_value
+from ccu_fast.distributed.ranks import Ranks
+from ccu_fast.distributed.similarity import reduce_shards
+from ccu_fast.losses import formulas
+from ccu_fast.losses.functional import info_nce, sigmoid_loss
+from ccu_fast.ops.reduce_similarity.api import normalize_pair
+
+SIGLIP_EXCHANGES = ("bidir", "shift", "reduce", "gather")
+
+
+class ClipLoss(nn.Module):
+    """The loss of CLIP behind the constructor and forward of open_clip's class of this name::
+
+        logits = logit_scale * image_features @ text_features.T + logit_bias
+        target = torch.arange(len(logits))
+        (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    On several processes every rank must hold the same number of pairs. Values and feature gradients on every rank are
+    open_clip's. So are those of scale and bias, but for one case: with ``local_loss`` and ``gather_with_grad`` their
+    sum over the ranks is, and hence what DistributedDataParallel makes of them, while a rank's share is another one.
+
+    Only the texts travel, and a rank multiplies its own images with them, once (:mod:`ccu_fast.distributed`): half of
+    open_clip's traffic and GEMMs. With ``local_loss`` and without ``gather_with_grad`` images travel too, because then
+    no gradient may come from another rank.
+
+    Args:
+        local_loss: a rank computes the loss of its own rows and columns only, not of the global batch.
+        gather_with_grad: gradients flow back to the ranks the features came from. Without it a rank's features get
+            gradients from its own loss alone.
+        cache_labels: accepted for the signature; there are no labels to cache.
+        rank: index of this process, in [0, world_size).
+        world_size: number of processes; more than 1 needs an initialised ``torch.distributed`` default group.
+        use_horovod: must be False.
+        normalize: make the features unit vectors first, before they are gathered.
+        backend: see :func:`ccu_fast.reduce_similarity`.
+        workspace: bytes of memory the loss may use beyond that of its inputs; see there.
+
+    Raises:
+        ValueError: a rank outside the world, use_horovod=True; in forward, a world size other than the group's.
+        RuntimeError: in forward, when world_size > 1 and no group is initialised.
+
+    Source: Radford et al. 2021 (arXiv 2103.00020), fig. 3.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        normalize: bool = False,
+        backend: str = "auto",
+        workspace: int | None = None,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise ValueError("use_horovod: expected False (only torch.distributed is supported), got True")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank, self.world_size = _place(rank, world_size)
+        self.use_horovod = use_horovod
+        self.normalize = check.boolean("normalize", normalize)
+        self.backend = backend
+        self.workspace = workspace
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, in a dictionary under "contrastive_loss" if ``output_dict``.
+
+        Args:
+            image_features: ``[N, D]`` fp32, fp16 or bf16; unit vectors, unless normalize=True.
+            text_features: ``[N, D]``, dtype and device of the image features.
+            logit_scale: number or one-element tensor, already exponentiated.
+            logit_bias: number or one-element tensor added to the logits.
+            output_dict: return a dictionary.
+
+        Returns:
+            fp32 scalar. open_clip's own is in the dtype of the logits.
+        """
+        if self.normalize:
+            image_features, text_features = normalize_pair(image_features, text_features, self.backend)
+        options = _options(self, logit_scale, logit_bias)
+        if self.world_size == 1:
+            loss = info_nce(image_features, text_features, **options)
+        elif self.local_loss and not self.gather_with_grad:
+            loss = self._own_rows_alone(image_features, text_features, options)
+        else:
+            loss = self._texts_travel(image_features, text_features, options)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _texts_travel(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
+        """Half of the GEMMs and of the traffic: columns are reduced where their images are and sent to their texts."""
+        ranks = _ranks(self.world_size)
+        if not self.local_loss:
+            # open_clip computes the global loss on every rank, with the whole gradient of scale and bias.
+            factor = self.world_size if self.gather_with_grad else 1
+            for name in ("scale", "bias"):
+                if isinstance(options[name], Tensor):
+                    options[name] = _SumGradient.apply(options[name], ranks, factor)
+        sides = formulas.info_nce(reduce_shards, images, texts, equal=True, **options)
+        if self.local_loss:
+            return (sides[0].raw.mean() + sides[1].raw.mean()) / 2
+        return global_value(ranks, sides, "mean", factor=factor)
+
+    def _own_rows_alone(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
+        """No gradient reaches another rank's features, so neither side can be computed elsewhere: both travel."""
+        ranks = _ranks(self.world_size)
+        for name, shard in (("image_features", images), ("text_features", texts)):
+            check.tensor(name, shard, ndim=2)
+        every_image, every_text = (
+            torch.cat(ranks.gather(shard.detach(), [len(shard)] * self.world_size)) for shard in (images, texts)
+        )
+        ids = torch.arange(len(every_text), device=images.device)
+        options |= {"row_ids": ids[self.rank * len(images) :][: len(images)], "col_ids": ids, "symmetric": False}
+        return (info_nce(images, every_text, **options) + info_nce(texts, every_image, **options)) / 2
+
+    def extra_repr(self) -> str:
+        return _repr(self, "local_loss", "gather_with_grad", "rank", "world_size", "normalize", "backend", "workspace")
+
+
+class SigLipLoss(nn.Module):
+    """The loss of SigLIP behind the constructor and forward of open_clip's class of this name::
+
+        logits = logit_scale * image_features @ text_features.T + logit_bias
+        sign = 2 * torch.eye(N) - 1
+        -F.logsigmoid(sign * logits).sum() / N
+
+    On several processes a rank computes the loss of its own images against the texts of all ranks, divided by its own
+    number of images; gradients flow back to the ranks the texts came from. Every rank must hold the same number.
+
+    Args:
+        cache_labels: accepted for the signature; there are no labels to cache.
+        rank: index of this process, in [0, world_size).
+        world_size: number of processes; more than 1 needs an initialised ``torch.distributed`` default group.
+        dist_impl: None, "bidir", "shift", "reduce" or "gather", open_clip's ways to exchange the texts. All give the
+            same numbers; this class chooses by size between gathering the texts and a ring, whichever is named.
+        normalize: make the features unit vectors first, before they are gathered.
+        backend: see :func:`ccu_fast.reduce_similarity`.
+        workspace: bytes of memory the loss may use beyond that of its inputs; see there.
+
+    Raises:
+        ValueError: a rank outside the world, an unknown dist_impl; in forward, a world size other than the group's.
+        RuntimeError: in forward, when world_size > 1 and no group is initialised.
+
+    Source: Zhai et al. 2023 (arXiv 2303.15343), algorithm 1.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        normalize: bool = False,
+        backend: str = "auto",
+        workspace: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.cache_labels = cache_labels
+        self.rank, self.world_size = _place(rank, world_size)
+        self.dist_impl = None if dist_impl is None else check.one_of("dist_impl", dist_impl, SIGLIP_EXCHANGES)
+        self.normalize = check.boolean("normalize", normalize)
+        self.backend = backend
+        self.workspace = workspace
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, in a dictionary under "contrastive_loss" if ``output_dict``.
+
+        Args:
+            image_features: ``[N, D]`` fp32, fp16 or bf16; unit vectors, unless normalize=True.
+            text_features: ``[N, D]``, dtype and device of the image features.
+            logit_scale: number or one-element tensor, already exponentiated.
+            logit_bias: number or one-element tensor added to the logits, or None.
+            output_dict: return a dictionary.
+
+        Returns:
+            fp32 scalar. open_clip's own is in the dtype of the logits.
+        """
+        if self.normalize:
+            image_features, text_features = normalize_pair(image_features, text_features, self.backend)
+        options = _options(self, logit_scale, logit_bias)
+        if self.world_size == 1:
+            loss = sigmoid_loss(image_features, text_features, **options)
+        else:
+            _ranks(self.world_size)
+            loss = formulas.sigmoid_loss(reduce_shards, image_features, text_features, equal=True, **options).raw.mean()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def extra_repr(self) -> str:
+        return _repr(self, "rank", "world_size", "dist_impl", "normalize", "backend", "workspace")
+
+
+class _SumGradient(torch.autograd.Function):
+    """A number that every rank has; its gradient is the sum of the ranks' shares, each ``factor`` times too large."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, ranks: Ranks, factor: int) -> Tensor:
+        ctx.ranks, ctx.factor = ranks, factor
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.ranks.total(grad) / ctx.factor, None, None
+
+
+def _ranks(world_size: int) -> Ranks:
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(f"world_size: expected an initialised torch.distributed group for {world_size}, got none")
+    if dist.get_world_size() != world_size:
+        raise ValueError(f"world_size: expected {dist.get_world_size()} (that of the group), got {world_size}")
+    return Ranks()
+
+
+def _options(module: ClipLoss | SigLipLoss, scale: float | Tensor, bias: float | Tensor | None) -> dict[str, Any]:
+    """What both losses hand to the function that computes them."""
+    options = {"scale": scale, "bias": bias, "backend": module.backend}
+    return options if module.workspace is None else {**options, "workspace": module.workspace}
+
+
+def _place(rank: int, world_size: int) -> tuple[int, int]:
+    world_size = check.integer("world_size", world_size, low=1)
+    return check.integer("rank", rank, low=0, high=world_size - 1), world_size
+
+
+def _repr(module: nn.Module, *names: str) -> str:
+    return ", ".join(f"{name}={getattr(module, name)!r}" for name in names)

@@ -1,0 +1,215 @@
+"""The contrastive losses of one process: :mod:`ccu_fast.losses.formulas` over :func:`ccu_fast.reduce_similarity`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.losses import formulas
+from ccu_fast.losses.formulas import INVERSE_KINDS
+from ccu_fast.ops.reduce_similarity.api import reduce_similarity
+from ccu_fast.ops.small_info_nce.api import served_by, small_info_nce
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def info_nce(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor | None = None,
+    symmetric: bool = True,
+    reduction: str = "mean",
+    **similarity: Any,
+) -> Tensor:
+    """InfoNCE, the loss of CLIP when symmetric::
+
+        logits = scale * x @ y.mT + bias
+        target = torch.arange(len(x))
+        loss = F.cross_entropy(logits, target)
+        if symmetric:
+            loss = (loss + F.cross_entropy(logits.mT, target)) / 2
+
+    With ids the positives of a row are all columns of its id (their mean logit is the target), and rows without a
+    positive do not count.
+
+    Args:
+        x: ``[..., N, D]`` fp32, fp16 or bf16; usually unit vectors.
+        y: ``[..., M, D]``; leading dimensions broadcast, one loss for each bank.
+        scale: number or one-element tensor; 1 / temperature.
+        bias: number or one-element tensor, added to the logits.
+        symmetric: average the losses over rows and over columns.
+        reduction: "mean" or "sum" over the items, or "none".
+        **similarity: row_ids, col_ids, row_labels and col_labels (only negative ones matter here), paired,
+            normalize, backend, workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
+
+    Returns:
+        fp32 ``[...]`` (one value per bank), or ``[..., N]`` for reduction="none".
+
+    Raises:
+        ValueError: N ≠ M without ids, or reduction="none" of a symmetric loss with N ≠ M.
+
+    Source: van den Oord et al. 2018 (arXiv 1807.03748), eq. 4; Radford et al. 2021 (arXiv 2103.00020), fig. 3.
+    """
+    check.one_of("reduction", reduction, REDUCTIONS)
+    small = None if bias is not None or reduction == "none" else served_by(x, y, similarity)
+    if small is not None:
+        return small_info_nce(x, y, scale, symmetric=symmetric, mean=reduction == "mean", backend=small)
+    _require_positives(x, y, similarity)
+    sides = formulas.info_nce(reduce_similarity, x, y, scale=scale, bias=bias, symmetric=symmetric, **similarity)
+    values = [_reduce(side, reduction) for side in sides]
+    if reduction == "none" and symmetric and values[0].shape != values[1].shape:
+        raise ValueError(
+            f"reduction: expected 'mean' or 'sum' for a symmetric loss of {values[0].shape[-1]} rows and "
+            f"{values[1].shape[-1]} columns, got 'none'"
+        )
+    return sum(values[1:], values[0]) / len(values)
+
+
+def inverse_info_nce(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor,
+    kind: str = "bounded",
+    reduction: str = "mean",
+    **similarity: Any,
+) -> Tensor:
+    """Push the rows of x away from what they should no longer match::
+
+        S = scale * x @ y.mT
+        "bounded":      mean_i( logsumexp(S[i, all]) - logsumexp(S[i, OTHER]) )      # = -log(1 - p_positive) >= 0
+        "contrastive":  mean_i( logsumexp(S[i, SAME]) - mean(S[i, OTHER]) )
+        "ascent":       -info_nce(x, y, symmetric=False)
+
+    The gradient of "bounded" on a positive is its own softmax probability, so it fades once the row is forgotten;
+    "ascent" has no floor. Without labels the positives of "bounded" are SELF alone; "contrastive" needs labels.
+
+    Args:
+        x: ``[..., N, D]``, the items to forget.
+        y: ``[..., M, D]``, the keys; join several banks with torch.cat.
+        scale: number or one-element tensor; 1 / temperature.
+        kind: "bounded", "contrastive" or "ascent".
+        reduction: "mean" or "sum" over the rows, or "none". Rows that have no positive or no OTHER (for
+            "contrastive": no SAME or no OTHER) contribute 0 and do not count in the mean.
+        **similarity: bias, row_labels, col_labels, row_ids, col_ids, paired, normalize, backend, workspace,
+            nan_policy: see :func:`ccu_fast.reduce_similarity`.
+
+    Returns:
+        fp32 ``[...]``, or ``[..., N]`` for reduction="none".
+
+    Raises:
+        ValueError: unknown kind or reduction; kind="contrastive" without labels; nothing that says what is positive.
+
+    Source: "bounded" is this project's definition for CCU (arXiv 2509.23895 publishes no formula); "contrastive" is
+    Contrastive Unlearning, Lee et al. 2024 (arXiv 2401.10458), eq. 1; "ascent" is the negated InfoNCE.
+    """
+    check.one_of("kind", kind, INVERSE_KINDS)
+    check.one_of("reduction", reduction, REDUCTIONS)
+    if kind != "contrastive":
+        _require_positives(x, y, similarity, labels=kind == "bounded")
+    return _reduce(formulas.inverse_info_nce(reduce_similarity, x, y, scale=scale, kind=kind, **similarity), reduction)
+
+
+def sup_con(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor,
+    row_labels: Tensor,
+    col_labels: Tensor | None = None,
+    reduction: str = "mean",
+    **similarity: Any,
+) -> Tensor:
+    """Supervised contrastive loss, the "outside" form::
+
+        S = scale * x @ y.mT, the pair (i, i) left out
+        mean_i( logsumexp(S[i, SAME or OTHER]) - mean(S[i, SAME]) )
+
+    For the usual one-bank form pass ``sup_con(z, z, ...)``. Rows without a positive contribute 0 and do not count.
+
+    Args:
+        x: ``[..., N, D]``; y: ``[..., M, D]``.
+        scale: number or one-element tensor; 1 / temperature.
+        row_labels: int64 ``[..., N]``; col_labels: int64 ``[..., M]``, by default the row labels.
+        reduction: "mean" or "sum" over the rows, or "none".
+        **similarity: see :func:`ccu_fast.reduce_similarity`.
+
+    Returns:
+        fp32 ``[...]``, or ``[..., N]`` for reduction="none".
+
+    Raises:
+        TypeError, ValueError: unknown reduction, no labels, labels of the wrong length.
+
+    Source: Khosla et al. 2020 (arXiv 2004.11362), eq. 2.
+    """
+    check.one_of("reduction", reduction, REDUCTIONS)
+    check.tensor("row_labels", row_labels, dtypes=check.INTEGERS)
+    side = formulas.sup_con(
+        reduce_similarity, x, y, scale=scale, row_labels=row_labels, col_labels=col_labels, **similarity
+    )
+    return _reduce(side, reduction)
+
+
+def sigmoid_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor | None = None,
+    reduction: str = "mean",
+    **similarity: Any,
+) -> Tensor:
+    """The pairwise sigmoid loss of SigLIP::
+
+        logits = scale * x @ y.mT + bias
+        sign = 2 * torch.eye(N) - 1
+        -F.logsigmoid(sign * logits).sum() / N
+
+    Args:
+        x: ``[..., N, D]``; y: ``[..., M, D]``.
+        scale, bias: numbers or one-element tensors (gradient flows).
+        reduction: "mean" (the sum over all pairs divided by N, rows with a negative label included), "sum", or "none"
+            (``[..., N]``).
+        **similarity: row_ids, col_ids (equal ids are positives), paired (False: every pair is a negative), normalize,
+            backend, workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
+
+    Returns:
+        fp32 ``[...]``, or ``[..., N]`` for reduction="none".
+
+    Raises:
+        ValueError: N ≠ M without ids or paired=False, unknown reduction.
+
+    Source: Zhai et al. 2023 (arXiv 2303.15343), algorithm 1.
+    """
+    check.one_of("reduction", reduction, REDUCTIONS)
+    _require_positives(x, y, similarity, negatives_only=True)
+    return _reduce(formulas.sigmoid_loss(reduce_similarity, x, y, scale=scale, bias=bias, **similarity), reduction)
+
+
+def _require_positives(
+    x: Tensor, y: Tensor, similarity: dict[str, Any], *, labels: bool = False, negatives_only: bool = False
+) -> None:
+    """Without ids (or labels, where they make positives) only a paired problem says which items belong together."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.ndim < 2 or y.ndim < 2:
+        return  # reduce_similarity says what is wrong
+    if similarity.get("row_ids") is not None or (labels and similarity.get("row_labels") is not None):
+        return
+    keys = "row_ids and col_ids or row_labels and col_labels" if labels else "row_ids and col_ids"
+    if similarity.get("paired") is False:
+        if not negatives_only:
+            raise ValueError(f"paired: expected True or {keys}, got False")
+    elif x.shape[-2] != y.shape[-2]:
+        raise ValueError(f"y: expected {x.shape[-2]} rows (those of x) or {keys}, got {y.shape[-2]} rows")
+
+
+def _reduce(side: formulas.Side, reduction: str) -> Tensor:
+    """Mean over the items that count; without any the result is 0, not NaN."""
+    values = side.values()
+    if reduction == "none":
+        return values
+    total = values.sum(-1)
+    return total if reduction == "sum" else total / side.divisor()

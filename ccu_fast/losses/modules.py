@@ -1,0 +1,185 @@
+"""One nn.Module for every loss of the package, with its options fixed and, if wanted, a scale of its own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ccu_fast import check
+from ccu_fast.losses.functional import INVERSE_KINDS, REDUCTIONS, info_nce, inverse_info_nce, sigmoid_loss, sup_con
+
+
+class _SimilarityLoss(nn.Module):
+    """A loss with its options fixed and, if it was given one, a scale of its own; :class:`SupCon` describes them."""
+
+    log_scale: nn.Parameter | None
+    bias: nn.Parameter | float | None
+    _show: tuple[str, ...] = ("reduction", "normalize", "backend", "workspace")
+
+    def __init__(
+        self,
+        scale: float | None = None,
+        *,
+        learnable: bool = False,
+        reduction: str = "mean",
+        normalize: bool = False,
+        backend: str = "auto",
+        workspace: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.learnable = learnable
+        self.reduction = check.one_of("reduction", reduction, REDUCTIONS)
+        self.normalize = check.boolean("normalize", normalize)
+        self.backend = backend
+        self.workspace = workspace
+        if scale is not None:
+            scale = check.number("scale", scale)
+        if not learnable:
+            self._fixed_scale = scale
+            self.register_parameter("log_scale", None)
+        elif scale is None or scale <= 0:
+            raise ValueError(f"scale: expected a positive number for learnable=True, got {scale}")
+        else:
+            self._fixed_scale = None
+            self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+
+    @property
+    def scale(self) -> float | Tensor | None:
+        """The module's own scale: a number, exp(log_scale), or None."""
+        return self._fixed_scale if self.log_scale is None else self.log_scale.exp()
+
+    def _options(self, scale: float | Tensor | None) -> dict[str, Any]:
+        own = self.scale
+        if own is None and scale is None:
+            raise ValueError("scale: expected a number or tensor because the module was built without one, got None")
+        if own is not None and scale is not None:
+            raise ValueError("scale: expected None because the module has its own scale, got a value")
+        return {
+            "scale": scale if own is None else own,
+            "reduction": self.reduction,
+            "normalize": self.normalize,
+            "backend": self.backend,
+            "workspace": self.workspace,
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={_shown(getattr(self, name))}" for name in ("scale", "learnable", *self._show))
+
+
+class InfoNCE(_SimilarityLoss):
+    """:func:`ccu_fast.info_nce` as a module.
+
+    Args:
+        scale: the inverse temperature; None when forward is to be given it.
+        symmetric: average the losses over rows and over columns.
+        **options: learnable, reduction, normalize, backend and workspace, as of :class:`SupCon`.
+    """
+
+    _show = ("symmetric", *_SimilarityLoss._show)
+
+    def __init__(self, scale: float | None = None, *, symmetric: bool = True, **options: Any) -> None:
+        super().__init__(scale, **options)
+        self.symmetric = symmetric
+
+    def forward(self, x: Tensor, y: Tensor, *, scale: float | Tensor | None = None, **similarity: Any) -> Tensor:
+        """``info_nce(x, y)`` with the options of the module.
+
+        Args:
+            x: ``[..., N, D]``; y: ``[..., M, D]``.
+            scale: required when the module has none of its own, refused when it has.
+            **similarity: bias, row_ids and the like: see :func:`ccu_fast.info_nce`.
+
+        Returns:
+            fp32 ``[...]``, or ``[..., N]`` for reduction="none".
+        """
+        return info_nce(x, y, symmetric=self.symmetric, **self._options(scale), **similarity)
+
+
+class InverseInfoNCE(_SimilarityLoss):
+    """:func:`ccu_fast.inverse_info_nce` as a module. Its scale is never learned: unlearning would just lower it.
+
+    Args:
+        scale: the inverse temperature; None when forward is to be given it.
+        kind: "bounded", "contrastive" or "ascent".
+        **options: reduction, normalize, backend and workspace, as of :class:`SupCon`.
+    """
+
+    _show = ("kind", *_SimilarityLoss._show)
+
+    def __init__(self, scale: float | None = None, *, kind: str = "bounded", **options: Any) -> None:
+        if "learnable" in options:
+            raise TypeError("learnable: expected no such option for InverseInfoNCE, got one")
+        super().__init__(scale, **options)
+        self.kind = check.one_of("kind", kind, INVERSE_KINDS)
+
+    def forward(self, x: Tensor, y: Tensor, *, scale: float | Tensor | None = None, **similarity: Any) -> Tensor:
+        """``inverse_info_nce(x, y)`` with the options of the module: x is forgotten, y are the keys.
+
+        Args and result as of :meth:`InfoNCE.forward`; see :func:`ccu_fast.inverse_info_nce`.
+        """
+        return inverse_info_nce(x, y, kind=self.kind, **self._options(scale), **similarity)
+
+
+class SupCon(_SimilarityLoss):
+    """:func:`ccu_fast.sup_con` as a module.
+
+    Args:
+        scale: the inverse temperature; None when forward is to be given it.
+        learnable: hold the scale as the parameter ``log_scale`` (its logarithm, so that it stays positive), which
+            starts at ``scale``. CLIP bounds it after each step: ``module.log_scale.data.clamp_(max=math.log(100))``.
+        reduction: "mean", "sum" or "none".
+        normalize: make the rows of x and y unit vectors first.
+        backend, workspace: see :func:`ccu_fast.reduce_similarity`.
+
+    Raises:
+        TypeError, ValueError: an option outside its range, a learnable scale that is not positive.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        row_labels: Tensor,
+        col_labels: Tensor | None = None,
+        *,
+        scale: float | Tensor | None = None,
+        **similarity: Any,
+    ) -> Tensor:
+        """``sup_con(x, y)`` with the options of the module.
+
+        Args and result as of :meth:`InfoNCE.forward`, and row_labels int64 ``[..., N]``, col_labels int64
+        ``[..., M]``, by default the row labels; see :func:`ccu_fast.sup_con`.
+        """
+        return sup_con(x, y, row_labels=row_labels, col_labels=col_labels, **self._options(scale), **similarity)
+
+
+class SigmoidLoss(_SimilarityLoss):
+    """:func:`ccu_fast.sigmoid_loss` as a module.
+
+    Args:
+        scale: the inverse temperature; None when forward is to be given it. SigLIP starts at 10.
+        bias: added to the logits, None for no bias; learned with the scale. SigLIP starts at −10.
+        **options: learnable, reduction, normalize, backend and workspace, as of :class:`SupCon`.
+    """
+
+    _show = ("bias", *_SimilarityLoss._show)
+
+    def __init__(self, scale: float | None = None, bias: float | None = None, **options: Any) -> None:
+        super().__init__(scale, **options)
+        if bias is not None:
+            bias = check.number("bias", bias)
+        self.bias = nn.Parameter(torch.tensor(bias)) if self.learnable and bias is not None else bias
+
+    def forward(self, x: Tensor, y: Tensor, *, scale: float | Tensor | None = None, **similarity: Any) -> Tensor:
+        """``sigmoid_loss(x, y)`` with the options of the module; ``bias`` takes the place of the module's.
+
+        Args and result as of :meth:`InfoNCE.forward`; see :func:`ccu_fast.sigmoid_loss`.
+        """
+        return sigmoid_loss(x, y, **{"bias": self.bias, **self._options(scale), **similarity})
+
+
+def _shown(value: Any) -> str:
+    return f"{value.item():.6g}" if isinstance(value, Tensor) else repr(value)

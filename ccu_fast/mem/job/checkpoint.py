@@ -1,0 +1,174 @@
+"""The folder of an unfinished run: what the run is, its checkpoints, and the dataset that is being written.
+
+run.json          what is being made; another run is not let in
+scan-R.pt         what process R found when it looked at its pictures
+checkpoint.json   the last finished round
+round-00003/      R.noise and R.pt of each process R after three rounds
+publish/          becomes the output when it is complete
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccu_fast.files import new_file, read_json, readable, write_whole
+from ccu_fast.mem.job.processes import barrier
+from ccu_fast.mem.protection import Protection
+from ccu_fast.ops.noise_store.api import NoiseStore
+from ccu_fast.ops.noise_store.file import NoiseFile, scratch
+from ccu_fast.runs.provenance import json_hash
+
+PUBLISH = "publish"
+
+
+class Workplace:
+    """One process's view of the folder; locked against a second run.
+
+    Args:
+        folder: made if needed.
+        run: JSON values that determine the output.
+        rank: of this process.
+
+    Raises:
+        ValueError: the folder is another run's; names what differs.
+        BlockingIOError: that run is going on.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any], rank: int = 0) -> None:
+        self.folder, self.rank = folder, rank
+        self.run = json.loads(json.dumps(run))
+        self.key = json_hash(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / f"lock-{rank}").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise BlockingIOError(f"out: expected no other process at work in {folder}, got one") from None
+        try:
+            self._admit()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _admit(self) -> None:
+        path = self.folder / "run.json"
+        if not path.exists():
+            others = [p.name for p in self.folder.iterdir() if not p.name.startswith(("lock-", "."))]
+            if others:
+                raise ValueError(f"out: expected the folder of an unfinished run in {self.folder}, got {others}")
+        barrier()  # before rank 0 writes what the others look for
+        if self.rank == 0 and not path.exists():
+            write_whole(path, json.dumps(self.run, indent=1) + "\n")
+        barrier()
+        there = read_json(path)
+        if there != self.run:
+            names = [n for n in sorted({*there, *self.run}) if there.get(n) != self.run.get(n)]
+            told = "; ".join(f"{n} {_short(there.get(n))} there, {_short(self.run.get(n))} here" for n in names)
+            raise ValueError(
+                f"out: expected the same run as the unfinished one in {self.folder}, got another ({told}). "
+                "Repeat its command to finish it, choose another output, or start anew (--fresh)"
+            )
+
+    @property
+    def publish(self) -> Path:
+        """Where the dataset is built."""
+        return self.folder / PUBLISH
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds of the last checkpoint; 0 without one."""
+        path = self.folder / "checkpoint.json"
+        return int(read_json(path)["round"]) if path.exists() else 0
+
+    def store(self, rows: int, shape: tuple[int, int, int], device: torch.device, *, on_disk: bool) -> NoiseStore:
+        """The noise of the last checkpoint, or zeros; in memory or, on a CPU, in a mapped file without a name.
+
+        It is lost when the process ends; :meth:`save` is what lasts.
+
+        Raises:
+            ValueError: the checkpoint is damaged or another dataset's.
+        """
+        done = self.rounds_done
+        saved = self._round(done) / f"{self.rank}.noise"
+        expected: dict[str, Any] = {"item_shape": shape, "dtype": torch.int8, "tag": self.key}
+        if not on_disk:
+            return NoiseStore.load(saved, device=device, **expected) if done else NoiseStore(rows, shape, device=device)
+        store = NoiseStore(0, shape)
+        if not done:
+            store.data = scratch(self.folder, (rows, *shape), torch.int8)
+            return store
+        file = NoiseFile.open(saved)
+        try:
+            file.expect(**expected)
+            store.data = file.copy()
+        finally:
+            file.close()  # the next checkpoint removes it
+        return store
+
+    def save(self, done: int, protection: Protection) -> None:
+        """Make round ``done`` the checkpoint: all of it, of all processes, or the one before."""
+        folder = self._round(done)
+        folder.mkdir(exist_ok=True)
+        protection.store.save(folder / f"{self.rank}.noise", tag=self.key)
+        with new_file(folder / f"{self.rank}.pt") as file:
+            torch.save(self._without_model(protection.state_dict()), file)
+        barrier()
+        if self.rank == 0:
+            write_whole(self.folder / "checkpoint.json", json.dumps({"round": done}) + "\n")
+            for old in self.folder.glob("round-*"):
+                if old != folder:
+                    shutil.rmtree(old)
+        barrier()
+
+    def load(self, protection: Protection) -> int:
+        """Bring a protection, made with :meth:`store`, to the last checkpoint; how many rounds that is."""
+        done = self.rounds_done
+        if done:
+            folder = self._round(done)
+            state = read_state(folder / f"{self.rank}.pt")
+            if self.rank:  # rank 0 keeps the surrogate, which is everybody's
+                first = read_state(folder / "0.pt")
+                state["worker"] |= {name: first["worker"][name] for name in ("model", "optimizer")}
+            protection.load_state_dict(state)
+        return done
+
+    def _without_model(self, state: dict[str, Any]) -> dict[str, Any]:
+        if self.rank:
+            state["worker"] = {k: v for k, v in state["worker"].items() if k not in ("model", "optimizer")}
+        return state
+
+    def _round(self, done: int) -> Path:
+        return self.folder / f"round-{done:05d}"
+
+    def finish(self, out: Path) -> None:
+        """The dataset takes its place and the folder goes. Rank 0 alone, when all have closed."""
+        os.replace(self.publish, out)
+        shutil.rmtree(self.folder)
+
+    def close(self) -> None:
+        """Let the next run in."""
+        self._lock.close()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What ``torch.save`` wrote, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with readable(path, "out"):
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,252 @@
+"""What a model learns from datasets on a disk: victims trained from scratch, measured on clean pairs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.files import read_json
+from ccu_fast.mem.data import DiskSource, Options, list_pairs
+from ccu_fast.mem.data.listing import MANIFEST
+from ccu_fast.mem.job.models import Model
+from ccu_fast.mem.job.protect import BadData
+from ccu_fast.mem.retrieval import guessing, retrieval
+from ccu_fast.mem.source import PairSource
+from ccu_fast.mem.study.robustness import treat
+from ccu_fast.mem.surrogate import generator, pixels
+from ccu_fast.mem.victim import Recipe, Victim, train_victim
+from ccu_fast.runs.progress import Progress, silent
+
+PICTURE_TREATMENTS = ("jpeg", "blur", "crop")
+TREATMENTS = (*PICTURE_TREATMENTS, "no-trigger")
+_CHUNK = 256
+# Names that no command line can give.
+_TEST, _CLASSES = "\0test", "\0classes"
+
+
+def evaluate_datasets(
+    train: Mapping[str, Path],
+    test: Path,
+    model: Callable[[Sequence[str]], Model],
+    *,
+    recipe: Recipe | None = None,
+    seeds: Sequence[int] = (0,),
+    treatments: Sequence[str] = (),
+    zero_shot: Path | None = None,
+    options: Options | None = None,
+    threads: int | None = None,
+    device: torch.device | str = "cpu",
+    samples: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Train a model from random weights on each dataset and let it retrieve among the test pairs after every epoch.
+
+    The vocabulary is that of all captions together, and a seed's victims begin with the same weights. Pictures are
+    held in memory.
+
+    Args:
+        train: name → dataset, see :func:`ccu_fast.mem.data.list_pairs`.
+        test: clean pairs.
+        model: all captions → the victim's architecture and tokenizer.
+        recipe: of the training.
+        seeds: one victim for each dataset and seed.
+        treatments: some of "jpeg" (quality 75), "blur" (1 px), "crop" (90 % of each side) and "no-trigger" (the trigger
+            words cut off, as many as the dataset's manifest names; datasets without triggers have no such victims):
+            for each, further victims are trained on what it leaves of a dataset, named "NAME, TREATMENT".
+        zero_shot: pictures whose captions name their class ("a photo of a dog"): each picks the nearest of the distinct
+            captions.
+        options: how to read the datasets that this package did not publish.
+        threads: decoders.
+        device: of the victims.
+        samples: how many pairs of each dataset to return.
+        progress: called as ``progress(stage, done, total, note)``.
+
+    Returns:
+        A dict that ``json.dumps`` takes: ``guessing`` (R@k of a random order, image to text and text to image, and
+        zero_shot of a random class) and ``datasets[name]``: ``seeds[seed]`` with ``last`` and ``best`` (epoch with the
+        highest R@1, mean of both directions: the protector's worst case), ``curve`` and ``train_loss``; ``mean`` and
+        ``spread`` (standard deviation; None for one seed) of last and best. An epoch has R@k as shares, median ranks
+        and, where asked for, ``zero_shot``, the share of pictures that pick their class. ``samples[name]``: pairs as
+        trained on, ``caption`` and ``png`` (base64).
+
+    Raises:
+        BadData: something in a dataset cannot be read.
+        ValueError: naming the argument.
+    """
+    recipe = recipe or Recipe()
+    for asked in treatments:
+        check.one_of("treatments", asked, TREATMENTS)
+    check.integer("samples", samples, low=0)
+    where = check.device("device", device)
+    prefixes = {name: trigger_words(path) for name, path in train.items()}
+    paths = {**train, _TEST: test, **({} if zero_shot is None else {_CLASSES: zero_shot})}
+    listings = {name: list_pairs(path, options) for name, path in paths.items()}
+    for listing in listings.values():
+        if listing.bad:
+            raise BadData(listing.bad)
+    victim = model([caption for listing in listings.values() for caption in listing.captions])
+    sources = {name: DiskSource(listing, victim.image_shape, threads=threads) for name, listing in listings.items()}
+    try:
+        exam = _Exam(sources.pop(_TEST), sources.pop(_CLASSES, None), victim, where)
+        result: dict[str, Any] = {
+            "test": {"path": str(test), "images": len(exam.image), "captions": len(exam.tokens)},
+            "recipe": asdict(recipe),
+            "model": victim.about,
+            "guessing": exam.guessing(),
+            "datasets": {},
+            "samples": {},
+        }
+        for name, source in sources.items():
+            published = _whole(source)
+            if samples:
+                result["samples"][name] = _samples(published, source, samples)
+            for treatment in (None, *treatments):
+                if treatment == "no-trigger":
+                    if not prefixes[name]:
+                        continue
+                    bare = [caption.split(" ", prefixes[name])[-1] for caption in source.captions]
+                    tokens = victim.tokenizer.encode(bare)
+                else:
+                    tokens = victim.tokenizer.encode(source.captions)
+                label = name if treatment is None else f"{name}, {treatment}"
+                runs: dict[str, dict[str, Any]] = {}
+                for seed in seeds:
+                    images = published
+                    if treatment in PICTURE_TREATMENTS:
+                        images, _ = treat(treatment, published, [], [], generator(seed, f"treat {treatment}"))
+                    trained = train_victim(
+                        images[source.image_of], tokens, victim.factory, exam.take, eot=victim.tokenizer.eot,
+                        recipe=recipe, seed=seed, stage=f"victim of {label}, seed {seed}", progress=progress,
+                        device=where,
+                    )  # fmt: skip
+                    runs[str(seed)] = _run(trained)
+                result["datasets"][label] = {
+                    "path": str(train[name]), "rows": len(tokens), "seeds": runs, **_summary(runs)
+                }  # fmt: skip
+    finally:
+        for source in sources.values():
+            source.close()
+    return result
+
+
+def _run(trained: Victim) -> dict[str, Any]:
+    curve = trained.curve
+    best = max(range(len(curve)), key=lambda i: curve[i]["i2t_r1"] + curve[i]["t2i_r1"])
+    return {
+        "last": {"epoch": len(curve), **curve[-1]},
+        "best": {"epoch": best + 1, **curve[best]},
+        "train_loss": trained.train_loss,
+        "curve": curve,
+    }
+
+
+class _Exam:
+    """The test pairs and, where there are any, pictures with classes; pictures wait on the CPU."""
+
+    def __init__(self, source: DiskSource, labelled: DiskSource | None, model: Model, device: torch.device) -> None:
+        self.device = device
+        self.image = pixels(_whole(source))
+        self.tokens = model.tokenizer.encode(source.captions)
+        self.text_group = groups(source.captions, source.image_of)
+        self.image_group = torch.zeros(source.n_images, dtype=torch.int64)
+        self.image_group[source.image_of] = self.text_group
+        source.close()
+        self.labelled: tuple[Tensor, Tensor, Tensor] | None = None
+        if labelled is not None:
+            classes = {caption: i for i, caption in enumerate(dict.fromkeys(labelled.captions))}
+            label = torch.full((labelled.n_images,), -1, dtype=torch.int64)
+            label[labelled.image_of] = torch.tensor([classes[caption] for caption in labelled.captions])
+            if len(labelled.captions) != labelled.n_images or len(classes) < 2:
+                raise ValueError(
+                    "zero_shot: expected one caption for each picture, of at least two classes, got "
+                    f"{len(labelled.captions)} captions of {labelled.n_images} pictures, {len(classes)} different ones"
+                )
+            self.labelled = (pixels(_whole(labelled)), model.tokenizer.encode(list(classes)), label)
+            labelled.close()
+
+    def take(self, model: Any) -> dict[str, Any]:
+        image, text = self._encode(model.encode_image, self.image), self._encode(model.encode_text, self.tokens)
+        figures = retrieval(image, text, self.image_group, self.text_group)
+        if self.labelled is not None:
+            shown, prompts, label = self.labelled
+            score = self._encode(model.encode_image, shown) @ self._encode(model.encode_text, prompts).mT
+            figures["zero_shot"] = float((score.argmax(1) == label).double().mean())
+        return figures
+
+    def _encode(self, encoder: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        return torch.cat([encoder(part.to(self.device)).float().cpu() for part in inputs.split(_CHUNK)])
+
+    def guessing(self) -> dict[str, float]:
+        sides = {"i2t": (self.image_group, self.text_group), "t2i": (self.text_group, self.image_group)}
+        found = {
+            side: guessing(*pair, ks=tuple(k for k in (1, 5, 10) if k <= len(pair[1]))) for side, pair in sides.items()
+        }
+        shares = {f"{side}_r{k}": share for side, by_k in found.items() for k, share in by_k.items()}
+        return shares | ({} if self.labelled is None else {"zero_shot": 1 / len(self.labelled[1])})
+
+
+def trigger_words(dataset: Path) -> int:
+    """How many words a dataset's manifest says stand in front of its captions; 0 without a manifest. and for triggers
+    by the authors' decisions (``compat``), which need not be words.
+    """
+    folder = dataset if dataset.is_dir() else dataset.parent
+    if not (folder / MANIFEST).is_file():
+        return 0
+    told = read_json(folder / MANIFEST, "train")
+    return 0 if told.get("settings", {}).get("compat") else int(told.get("method", {}).get("triggers", 0))
+
+
+def groups(captions: Sequence[str], image_of: Tensor) -> Tensor:
+    """Which captions are right for the same images: int64 ``[rows]``. Rows belong together that share an image or have
+    equal captions, also over others.
+    """
+    parent = list(range(len(captions)))
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    first: dict[object, int] = {}
+    for row, (caption, image) in enumerate(zip(captions, image_of.tolist(), strict=True)):
+        for key in (caption, image):
+            parent[root(row)] = root(first.setdefault(key, row))
+    return torch.tensor([root(row) for row in range(len(captions))], dtype=torch.int64)
+
+
+def _whole(source: PairSource) -> Tensor:
+    return torch.cat([source.images(part) for part in torch.arange(source.n_images).split(_CHUNK)])
+
+
+def _samples(images: Tensor, source: PairSource, count: int) -> list[dict[str, str]]:
+    """The first rows, as they were trained on."""
+    from PIL import Image
+
+    shown = []
+    for row in range(min(count, len(source.captions))):
+        array = images[int(source.image_of[row])].permute(1, 2, 0).numpy()
+        buffer = io.BytesIO()
+        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, "PNG")
+        shown.append({"caption": source.captions[row], "png": base64.b64encode(buffer.getvalue()).decode()})
+    return shown
+
+
+def _summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds of every figure of last and best."""
+    result: dict[str, Any] = {"mean": {}, "spread": {}}
+    for which in ("last", "best"):
+        names = next(iter(runs.values()))[which]
+        values = {name: [run[which][name] for run in runs.values()] for name in names}
+        result["mean"][which] = {name: statistics.fmean(v) for name, v in values.items()}
+        result["spread"][which] = {name: statistics.stdev(v) if len(v) > 1 else None for name, v in values.items()}
+    return result

@@ -1,0 +1,251 @@
+"""The generator: surrogate steps, trigger pass, noise pass, round by round; it can stop and go on between rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ccu_fast import check
+from ccu_fast.mem.compat import CompatRound
+from ccu_fast.mem.config import Execution, Method, Settings
+from ccu_fast.mem.noise import random_noise
+from ccu_fast.mem.round import Round
+from ccu_fast.mem.source import PairSource, TensorSource
+from ccu_fast.mem.surrogate import ModelFactory, generator
+from ccu_fast.mem.tokenizer import Tokenizer, survivors, with_triggers
+from ccu_fast.mem.triggers import first_triggers
+from ccu_fast.ops.noise_store.api import NoiseStore
+from ccu_fast.runs.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Protected:
+    """A protected dataset.
+
+    Attributes:
+        method, settings: what made it.
+        images: uint8 ``[N, C, H, W]``, ready to be published.
+        noise: int8 ``[N, C, H, W]``, images minus originals.
+        triggers: int64 ``[N, n]``.
+        captions: the captions with their triggers.
+        losses: the surrogate's mean loss in each round on the protected data: {"surrogate": after its steps,
+            "triggers": after the trigger pass, "noise": after the noise pass}.
+    """
+
+    method: Method
+    settings: Settings
+    images: Tensor
+    noise: Tensor
+    triggers: Tensor
+    captions: list[str]
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Protection:
+    """One run of a generator over a source of pairs (MEM; EM without triggers; the others of :meth:`Method.parse`).
+
+    Each round: the surrogate takes optimiser steps on the protected pairs; in the first rounds HotFlip improves every
+    row's trigger words; PGD improves every image's noise. All of them minimise the same symmetric InfoNCE, so noise
+    and trigger become each other's best predictors and a model trained on the pairs has no need of the pictures::
+
+        run = Protection(source, tokenizer, factory, method=Method.parse("mem"))
+        for i in range(run.next_round, run.rounds):
+            run.round(i)
+
+    Args:
+        source: the pairs; a :class:`ccu_fast.mem.source.Part` where processes share a dataset.
+        tokenizer: captions ↔ ids, and the ids triggers may use.
+        factory: makes a surrogate, with random weights or from a checkpoint.
+        method: what to make; "clean" returns the data as it is.
+        settings: budget and schedule.
+        seed: everything random depends on it alone.
+        noise_store: int8, one row for each image (for "uap" one row); where the noise lives and, when a run goes on,
+            where it was left. Default: a new one on ``device``.
+        device: of surrogate and noise.
+        execution: autocast, memory order, compilation.
+        shard: number of this process's part. Surrogates start alike in every shard; orders and captions differ.
+        average: called with the surrogate's parameters before each of its optimiser steps, to average gradients.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Source: Liu et al. 2024 (arXiv 2407.16307). Different from the authors' code unless ``settings.compat``: one noise
+    for an image however many captions it has, each row chooses its own trigger words, only words that come back from
+    publication as the same ids are chosen, the last batch is not dropped, cut captions keep EOT, trigger words may
+    come from a small alphabet, captions may be shuffled in all parts of a round, the surrogate may start anew.
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        tokenizer: Tokenizer,
+        factory: ModelFactory,
+        *,
+        method: Method,
+        settings: Settings | None = None,
+        seed: int = 0,
+        noise_store: NoiseStore | None = None,
+        device: torch.device | str | None = None,
+        execution: Execution | None = None,
+        shard: int = 0,
+        average: Callable[[Iterable[nn.Parameter]], None] | None = None,
+    ) -> None:
+        settings = Settings() if settings is None else settings
+        check.integer("seed", seed, low=0)
+        if source.n_images < 2:
+            raise ValueError(f"images: expected at least 2, got {source.n_images}")
+        self.source, self.tokenizer, self.method, self.settings = source, tokenizer, method, settings
+        self.universal = method.noise == "universal"
+        rows = 1 if self.universal else source.n_images
+        if settings.compat:
+            if method.noise not in ("none", "minimise"):
+                raise ValueError(f"method: expected clean, em, mem or trigger with compat, got {method.name!r}")
+            if len(source.image_of) < settings.batch:
+                raise ValueError(f"batch: expected at most the {len(source.image_of)} rows with compat, "
+                                 f"got {settings.batch}")  # fmt: skip
+            rows = len(source.image_of)
+        self.device = torch.device(device or (noise_store.device if noise_store is not None else "cpu"))
+        self.store = NoiseStore(rows, source.image_shape, device=self.device) if noise_store is None else noise_store
+        if (self.store.rows, self.store.item_shape, self.store.dtype) != (rows, source.image_shape, torch.int8):
+            raise ValueError(
+                f"noise_store: expected int8 with {rows} rows of {list(source.image_shape)}, got {self.store}"
+            )
+        self.tokens = tokenizer.encode(source.captions)
+        self.alphabet = self._alphabet(seed)
+        rng = generator(seed, "generate" if shard == 0 else f"generate {shard}")
+        self.triggers = first_triggers(len(self.tokens), method.triggers, self.alphabet, tokenizer, rng, settings)
+        self.next_round = 0
+        kind = CompatRound if settings.compat else Round
+        self.worker = kind(
+            source=source, tokenizer=tokenizer, factory=factory, method=method, settings=settings, seed=seed, rng=rng,
+            store=self.store, tokens=self.tokens, triggers=self.triggers, alphabet=self.alphabet, device=self.device,
+            execution=Execution() if execution is None else execution, average=average,
+        )  # fmt: skip
+        if method.noise == "random" and noise_store is None:
+            self._random_noise(seed, shard)
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds there are; 0 for methods without a surrogate."""
+        return self.settings.rounds if self.method.generates else 0
+
+    @property
+    def losses(self) -> dict[str, list[float]]:
+        """See :class:`Protected`."""
+        return self.worker.losses
+
+    def round(self, index: int) -> None:
+        """Advance by round ``index``, the next one.
+
+        Raises:
+            ValueError: another round is next.
+            FloatingPointError: the surrogate's loss is not finite: its gradients protected nothing.
+        """
+        if index != self.next_round or index >= self.rounds:
+            raise ValueError(f"index: expected the next round, {self.next_round} of {self.rounds}, got {index}")
+        self.worker.run(index)
+        self.next_round += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the noise, which the store holds; tensors are copies, on the CPU where torch allows."""
+        return {
+            "next_round": self.next_round,
+            "triggers": self.triggers.clone(),
+            "worker": self.worker.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, with the same source, method, settings and seed, and the noise of that time.
+
+        Raises:
+            ValueError: triggers of another number of rows or words.
+        """
+        check.shape("triggers", state["triggers"], tuple(self.triggers.shape))
+        self.worker.load_state_dict(state["worker"])
+        self.triggers.copy_(state["triggers"])
+        self.next_round = int(state["next_round"])
+
+    def published_images(self, index: Tensor) -> Tensor:
+        """int64 ``[n]`` image numbers (rows with compat) → uint8 ``[n, C, H, W]`` on the CPU, the noise added."""
+        images = self.source.images(self.source.image_of[index] if self.settings.compat else index)
+        return self.store.add_to(images, torch.zeros_like(index) if self.universal else index).cpu()
+
+    def published_captions(self, rows: Tensor) -> list[str]:
+        """int64 ``[n]`` row numbers → captions with triggers.
+
+        Raises:
+            RuntimeError: a caption whose ids are not those that were optimised (never with the tokenizers here).
+        """
+        captions = [self.source.captions[row] for row in rows.tolist()]
+        triggers = self.triggers[rows]
+        if triggers.shape[1] and not self.settings.compat:
+            lost = (~survivors(captions, self.tokens[rows], triggers, self.tokenizer)).nonzero()
+            if len(lost):
+                row = int(rows[lost[0, 0]])
+                raise RuntimeError(f"row {row}: its trigger does not come back from decode and encode")
+        return with_triggers(captions, triggers, self.tokenizer)
+
+    def _alphabet(self, seed: int) -> Tensor:
+        ids = self.tokenizer.allowed().nonzero()[:, 0]
+        if self.settings.compat:
+            ids = torch.arange(len(self.tokenizer))
+        elif self.settings.trigger_words is not None:
+            order = torch.randperm(len(ids), generator=generator(seed, "alphabet"))
+            ids = ids[order[: self.settings.trigger_words]]
+        if self.method.triggers and len(ids) < self.settings.candidates:
+            raise ValueError(
+                f"tokenizer: expected at least {self.settings.candidates} trigger words (candidates), got {len(ids)}"
+            )
+        if self.method.triggers + 3 > self.tokenizer.context:
+            raise ValueError(f"method: expected triggers that leave room for a caption in {self.tokenizer.context} "
+                             f"tokens, got {self.method.triggers}")  # fmt: skip
+        return ids
+
+    def _random_noise(self, seed: int, shard: int) -> None:
+        rng = generator(seed, "random noise" if shard == 0 else f"random noise {shard}")
+        for index in torch.arange(self.source.n_images).split(1024):
+            self.store.scatter_(index, random_noise(self.source.images(index), self.settings.eps, rng).to(self.device))
+
+
+def protect(
+    images: Tensor,
+    captions: list[str],
+    tokenizer: Tokenizer,
+    factory: ModelFactory,
+    *,
+    method: Method,
+    settings: Settings | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Protected:
+    """Make image-caption pairs in memory that teach a model less: a whole :class:`Protection`.
+
+    Args:
+        images: uint8 ``[N, C, H, W]``.
+        captions: N strings.
+        tokenizer, factory, method, settings, seed: see :class:`Protection`.
+        progress: called as ``progress(stage, done, total, note)``.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    run = Protection(
+        TensorSource(images, captions), tokenizer, factory, method=method, settings=settings, seed=seed
+    )  # fmt: skip
+    note = ""
+    for i in range(run.rounds):
+        progress(f"generate {method.name}", i, run.rounds, note)
+        run.round(i)
+        note = f"surrogate loss {run.losses['noise'][-1]:.3f}"
+    if run.rounds:
+        progress(f"generate {method.name}", run.rounds, run.rounds, note)
+    everything = torch.arange(len(images))
+    published = run.published_images(everything)
+    noise = (published.short() - images.short()).to(torch.int8)
+    return Protected(
+        method, run.settings, published, noise, run.triggers, run.published_captions(everything), run.losses
+    )  # fmt: skip

@@ -1,0 +1,194 @@
+"""digit-strips from data to report: protect with every method, train a victim on each, measure it on clean strips."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.data.strips import LENGTH, StripSet, caption, load_strips
+from ccu_fast.mem.config import Method, Settings
+from ccu_fast.mem.export import export, noise_size, psnr
+from ccu_fast.mem.protection import Protected, protect
+from ccu_fast.mem.retrieval import groups, guessing, reading, retrieval
+from ccu_fast.mem.study.robustness import TREATMENTS, treat
+from ccu_fast.mem.surrogate import ModelFactory, generator, pixels
+from ccu_fast.mem.tokenizer import WordTokenizer, insert_triggers
+from ccu_fast.mem.triggers import random_triggers
+from ccu_fast.mem.victim import Recipe, Victim, train_victim
+from ccu_fast.models.dual_encoder import DualEncoder, SmallDualEncoder
+from ccu_fast.runs.progress import Progress, silent
+
+EXAMPLES = 6
+
+
+def run_digit_strips(
+    seed: int = 0,
+    methods: Sequence[str] = ("clean", "em", "mem"),
+    progress: Progress | None = None,
+    out: str | Path | None = None,
+    *,
+    settings: Settings | None = None,
+    recipe: Recipe | None = None,
+    n_train: int = 2048,
+    n_test: int = 500,
+    width: int = 96,
+    transfer: bool = False,
+    treatments: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Protect digit-strips with each method, train a fresh victim on what is published, evaluate it on clean strips.
+
+    The victim has the surrogate's architecture but other random weights; its weights and batches are the same for
+    every method. The same arguments give the same figures (for the same number of threads).
+
+    Args:
+        seed: of everything: data split, surrogate, victim.
+        methods: names for :meth:`ccu_fast.mem.config.Method.parse`, each at most once.
+        progress: called as ``progress(stage, done, total, note)``.
+        out: when given, the datasets are also written to ``out/<method>`` (see :func:`ccu_fast.mem.export.export`).
+        settings: budget and schedule of the generator.
+        recipe: the victim's training.
+        n_train, n_test: numbers of strips.
+        width: of both towers.
+        transfer: also train a victim with another image tower (a vision transformer) and a deeper text tower.
+        treatments: of :data:`ccu_fast.mem.study.robustness.TREATMENTS`; for each a victim is trained on what it leaves.
+
+    Returns:
+        A dict that ``json.dumps`` takes. ``guessing``: R@k of a random order. ``methods[name]``:
+
+        - ``last``, ``best``: retrieval on clean test strips (R@k as shares, median ranks) after the last epoch and
+          after the epoch with the highest R@1 (mean of both directions; the protector's worst case), with ``epoch``
+        - ``reading``: zero-shot reading of the test strips after the last epoch
+        - ``prefixed``: retrieval after the last epoch when test captions carry random trigger words (None without
+          triggers): how much of the damage is owed to captions that look different
+        - ``transfer``: ``last`` and ``best`` of the victim of another architecture (None when not asked for)
+        - ``robustness[treatment]``: ``last`` and ``best`` of the victim that was trained on treated pairs
+        - ``train_loss``, ``curve``: of the victim, for each epoch; ``surrogate_loss``: of the generator, for each round
+        - ``noise``: ``eps_255`` (largest change, in 1/255) and ``psnr_db``
+        - ``examples``: ``caption``, ``published`` (caption with triggers) and ``clean``, ``protected``, ``noise`` as
+          nested lists ``[16][64]`` of ints
+
+    Raises:
+        ValueError: unknown or repeated method.
+    """
+    parsed = [Method.parse(name) for name in methods]
+    if len(set(methods)) != len(parsed):
+        raise ValueError(f"methods: expected each method once, got {list(methods)}")
+    check.integer("seed", seed, low=0)
+    progress = silent if progress is None else progress
+    settings = Settings() if settings is None else settings
+    recipe = Recipe() if recipe is None else recipe
+    train, test = load_strips(n_train, n_test, seed=seed)
+    tokenizer = WordTokenizer.for_strips()
+    factory = partial(SmallDualEncoder, len(tokenizer), tokenizer.eot, width=width, dim=width)
+    stranger = partial(factory, image_tower="patches", text_depth=3)
+    for name in treatments:
+        check.one_of("treatments", name, TREATMENTS)
+    exam = _Exam(test, tokenizer, seed)
+    result: dict[str, Any] = {
+        "task": "digit-strips",
+        "seed": seed,
+        "train": n_train,
+        "test": n_test,
+        "width": width,
+        "settings": asdict(settings),
+        "recipe": asdict(recipe),
+        "guessing": {f"r{k}": share for k, share in guessing(exam.groups, exam.groups).items()},
+        "methods": {},
+    }
+    for method in parsed:
+        protected = protect(
+            train.images, train.captions, tokenizer, factory,
+            method=method, settings=settings, seed=seed, progress=progress,
+        )  # fmt: skip
+        if out is not None:
+            export(protected, Path(out) / method.name, seed=seed)
+
+        def attack(
+            images: Tensor, captions: list[str], model: ModelFactory = factory, note: str = "", name: str = method.name
+        ) -> Victim:
+            return train_victim(
+                images, tokenizer.encode(captions), model, exam.retrieval, eot=tokenizer.eot, recipe=recipe,
+                seed=seed, stage=f"victim {name}{note}", progress=progress,
+            )  # fmt: skip
+
+        victim = attack(protected.images, protected.captions)
+        other = attack(protected.images, protected.captions, stranger, ", other towers") if transfer else None
+        robustness = {}
+        for name in treatments:
+            rng = generator(seed, f"treat {name}")
+            treated = treat(name, protected.images, protected.captions, train.captions, rng)
+            robustness[name] = _last_and_best(attack(*treated, note=f", {name}"))
+        result["methods"][method.name] = _summary(train, protected, victim, exam) | {
+            "transfer": None if other is None else _last_and_best(other),
+            "robustness": robustness,
+        }
+    return result
+
+
+class _Exam:
+    """The clean test strips, tokenised once."""
+
+    def __init__(self, test: StripSet, tokenizer: WordTokenizer, seed: int) -> None:
+        self.test, self.tokenizer, self.seed = test, tokenizer, seed
+        self.images = pixels(test.images)
+        self.tokens = tokenizer.encode(test.captions)
+        self.groups = groups(test.captions)
+
+    def retrieval(self, model: DualEncoder, tokens: Tensor | None = None) -> dict[str, float]:
+        text = self._encode(model.encode_text, self.tokens if tokens is None else tokens)
+        return retrieval(self._encode(model.encode_image, self.images), text, self.groups, self.groups)
+
+    def prefixed(self, model: DualEncoder, length: int) -> dict[str, float] | None:
+        if length == 0:
+            return None
+        rng = generator(self.seed, "test prefix")
+        words = random_triggers(len(self.tokens), length, self.tokenizer.trigger_ids, rng)
+        return self.retrieval(model, insert_triggers(self.tokens, words, self.tokenizer))
+
+    def reading(self, model: DualEncoder) -> dict[str, Any]:
+        every = self.tokenizer.encode([caption(list(d)) for d in itertools.product(range(10), repeat=LENGTH)])
+        classes = self._encode(model.encode_text, every)
+        return reading(self._encode(model.encode_image, self.images), classes, self.test.digits)
+
+    @staticmethod
+    @torch.no_grad()
+    def _encode(encoder: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        return torch.cat([encoder(part) for part in inputs.split(256)])
+
+
+def _last_and_best(victim: Victim) -> dict[str, Any]:
+    best = max(range(len(victim.curve)), key=lambda i: victim.curve[i]["i2t_r1"] + victim.curve[i]["t2i_r1"])
+    return {
+        "last": {"epoch": len(victim.curve), **victim.curve[-1]},
+        "best": {"epoch": best + 1, **victim.curve[best]},
+    }
+
+
+def _summary(train: StripSet, protected: Protected, victim: Victim, exam: _Exam) -> dict[str, Any]:
+    return {
+        **_last_and_best(victim),
+        "reading": exam.reading(victim.model),
+        "prefixed": exam.prefixed(victim.model, protected.method.triggers),
+        "train_loss": victim.train_loss,
+        "curve": victim.curve,
+        "surrogate_loss": protected.losses,
+        "noise": {"eps_255": noise_size(protected.noise), "psnr_db": psnr(protected.noise)},
+        "examples": [
+            {
+                "caption": train.captions[i],
+                "published": protected.captions[i],
+                "clean": train.images[i, 0].tolist(),
+                "protected": protected.images[i, 0].tolist(),
+                "noise": protected.noise[i, 0].tolist(),
+            }
+            for i in range(min(EXAMPLES, len(train)))
+        ],
+    }

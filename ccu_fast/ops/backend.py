@@ -1,0 +1,153 @@
+"""Which backend serves which operation, and why another one cannot."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import warnings
+from typing import Any
+
+import torch
+
+from ccu_fast.ops import compiling, machine
+
+log = logging.getLogger("ccu_fast")
+
+BACKENDS = ("triton", "native", "reference")
+
+# What has kernels of its own on cuda tensors, in CUDA C++ and in Triton; on cpu tensors the compiled module has all.
+NATIVE_CUDA = ("candidate_losses", "noise_store", "pgd_step_", "topk_flips")
+TRITON = ("reduce_similarity", "l2_normalize")
+OPERATIONS = (*TRITON, *NATIVE_CUDA)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+Key = tuple[str, str, torch.device, torch.dtype]
+
+# One look here is all that a choice costs at a call. A device may be another than its neighbour of the same type.
+_chosen: dict[Key, str] = {}
+_told = False
+
+
+def unavailable(backend: str) -> str | None:
+    """Why ``backend`` cannot be used in this process at all; None when it can."""
+    if backend == "reference":
+        return None
+    if backend == "native":
+        return machine.why_not_native()
+    if not machine.interpreting() and torch.version.hip is None and not torch.cuda.is_available():
+        return "no CUDA device is visible (set TRITON_INTERPRET=1 before import to run in the interpreter)"
+    return machine.why_no_triton()
+
+
+def has_kernel(backend: str, op: str, device_type: str) -> bool:
+    """Whether ``backend`` is written to run ``op`` on such tensors, whatever this machine lacks."""
+    if backend == "reference":
+        return True
+    if backend == "native":
+        return device_type == "cpu" or (device_type == "cuda" and op in NATIVE_CUDA)
+    return op in TRITON and (device_type == "cuda" or (device_type == "cpu" and machine.interpreting()))
+
+
+def cannot_serve(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot run ``op`` on tensors of this device and dtype; None when it can."""
+    if backend == "reference":
+        return None
+    reason = unavailable(backend)
+    if reason is not None:
+        return reason
+    if dtype not in KERNEL_DTYPES:
+        return f"it computes fp32, fp16 and bf16, not {dtype}"
+    if not has_kernel(backend, op, device.type):
+        if backend == "native":
+            return f"its {op} runs on cpu tensors, not {device.type}"
+        return f"it has no {op}" if op not in TRITON else f"it runs on cuda tensors, not {device.type}"
+    if device.type == "cuda":
+        gpu = _current_gpu() if device.index is None else device.index
+        return machine.why_no_cuda_kernels(gpu) if backend == "native" else machine.why_no_triton(gpu)
+    if backend == "triton" and dtype == torch.bfloat16:
+        return "Triton's interpreter has no correct bf16 dot"
+    return None
+
+
+def _current_gpu() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
+
+
+def candidates(device_type: str) -> tuple[str, ...]:
+    """What ``auto`` tries, in this order."""
+    # The interpreter is for tests: it is never what a user wants picked for them.
+    return ("native", "reference") if device_type == "cpu" else BACKENDS
+
+
+def pick(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+    """What ``auto`` picks, and why each that it would rather have cannot serve."""
+    reasons: dict[str, str] = {}
+    for name in candidates(device.type):
+        reason = cannot_serve(name, op, device, dtype)
+        if reason is None:
+            return name, reasons
+        reasons[name] = reason
+    raise AssertionError("unreachable: the reference serves everything")
+
+
+# Under torch.compile the choice is made while tracing and is a constant of the graph.
+@compiling.constant
+def choose(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that will run ``op``.
+
+    Warns, once a process, where ``auto`` leaves to plain torch on a GPU what there is a kernel for.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or named by the user and unable to serve; the message says why.
+    """
+    return _chosen.get((backend, op, device, dtype)) or _choose(backend, op, device, dtype)
+
+
+def _choose(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
+    if backend == "auto":
+        name, reasons = pick(op, device, dtype)
+        log.debug("%s on %s %s: %s%s", op, device, dtype, name, "".join(f"; not {b}: {r}" for b, r in reasons.items()))
+        if name == "reference":
+            _tell(op, device, dtype, reasons)
+    elif backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
+    else:
+        reason = cannot_serve(backend, op, device, dtype)
+        if reason is not None:
+            raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
+        name = backend
+    # "cuda" without an index is the current device, which changes.
+    if device.type != "cuda" or device.index is not None:
+        _chosen[backend, op, device, dtype] = name
+    return name
+
+
+@functools.cache
+def load(op: str, backend: str) -> Any:
+    """The module that runs ``op``: the file named after the backend, or a part of it, as "native.frozen_keys"."""
+    return importlib.import_module(f"ccu_fast.ops.{op.rstrip('_')}.{backend}")
+
+
+def _tell(op: str, device: torch.device, dtype: torch.dtype, reasons: dict[str, str]) -> None:
+    """One warning a process: a GPU is slower than it could be. That there are no kernels for fp64 is documented."""
+    global _told
+    # A compiler may trace for devices that are not there.
+    if _told or device.type != "cuda" or dtype not in KERNEL_DTYPES or not torch.cuda.is_available():
+        return
+    _told = True
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if has_kernel(name, op, device.type))
+    warnings.warn(
+        f"{op} on {device} ({torch.cuda.get_device_name(device)}) runs in plain torch, not in a kernel of ccu_fast: "
+        f"{why}. `ccu-fast info` lists what serves each device; this is said once.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def forget() -> None:
+    """Choose anew, and warn again: what this machine has is looked at once otherwise."""
+    global _told
+    _told = False
+    _chosen.clear()
+    machine.forget()

@@ -1,0 +1,96 @@
+"""The loss of a batch if one caption alone were another: candidate selection without running a model again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.ops.backend import choose, load
+from ccu_fast.ops.candidate_losses import reference
+from ccu_fast.ops.operator import operator
+
+
+def candidate_losses(
+    text_candidates: Tensor,
+    image: Tensor,
+    text: Tensor,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The symmetric InfoNCE loss of the batch with one caption replaced, for every caption and candidate::
+
+        for b, k:
+            t = text.clone(); t[b] = text_candidates[b, k]
+            s = scale * image @ t.T + bias
+            out[b, k] = (cross_entropy(s, arange(B)) + cross_entropy(s.T, arange(B))) / 2
+
+    at the cost of one similarity per candidate and image. A replaced caption changes one column of s: in that
+    direction its log-sum-exp is new, in the other every image's loses one term and gains one. The term is not
+    subtracted where it dominates, which would cancel; then the others are summed anew.
+
+    Args:
+        text_candidates: ``[B, K, D]`` features of K candidate captions for each of the B rows; fp32, fp16, bf16 or
+            fp64.
+        image: ``[B, D]`` image features.
+        text: ``[B, D]`` features of the captions as they are.
+        scale: number or one-element tensor: the inverse temperature.
+        bias: number or one-element tensor added to every similarity. It cancels; accepted for one signature with
+            :func:`ccu_fast.info_nce`.
+        backend: "auto", "native" or "reference"; a named one raises if it cannot serve. Where a gradient is asked for,
+            and in fp64, the reference serves: the kernels only compare candidates.
+
+    Returns:
+        ``[B, K]`` fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check.tensor("text_candidates", text_candidates, ndim=3)
+    check.tensor("image", image, ndim=2)
+    check.tensor("text", text, ndim=2)
+    for name, t in (("image", image), ("text", text)):
+        check.same(name, t, "text_candidates", text_candidates)
+        check.shape(name, t, (text_candidates.shape[0], text_candidates.shape[2]))
+    compute = torch.float64 if image.dtype == torch.float64 else torch.float32
+    factor = _scalar("scale", scale, image, compute)
+    if bias is not None:
+        _scalar("bias", bias, image, compute)
+    batch, candidates, _ = text_candidates.shape
+    if batch == 0 or candidates == 0:
+        return text_candidates.new_zeros((batch, candidates), dtype=compute)
+    follows = torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in (text_candidates, image, text, scale)
+    )
+    if follows and backend == "native":
+        raise ValueError("backend: 'native' has no gradient; call under torch.no_grad() or detach the inputs")
+    name = choose("reference" if follows else backend, "candidate_losses", image.device, image.dtype)
+    number, tensor = (1.0, factor) if isinstance(factor, Tensor) else (factor, None)
+    with torch.autocast(image.device.type, enabled=False):
+        if follows:  # in a graph too: torch has to see what it is to differentiate
+            return reference.solve(text_candidates, image, text, number, tensor)
+        return _solve(text_candidates, image, text, number, tensor, name)
+
+
+def _fake(candidates: Tensor, image: Tensor, *_: object) -> Tensor:
+    return image.new_empty(candidates.shape[:2], dtype=torch.promote_types(image.dtype, torch.float32))
+
+
+@operator(
+    "candidate_losses(Tensor text_candidates, Tensor image, Tensor text, float scale, Tensor? factor, str backend) "
+    "-> Tensor",
+    fake=_fake,
+)
+def _solve(
+    text_candidates: Tensor, image: Tensor, text: Tensor, scale: float, factor: Tensor | None, backend: str
+) -> Tensor:
+    solved: Tensor = load("candidate_losses", backend).solve(text_candidates, image, text, scale, factor)
+    return solved
+
+
+def _scalar(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> float | Tensor:
+    if not isinstance(value, Tensor):
+        return check.number(name, value)
+    return check.one_element(name, value, "image", like).to(dtype)

@@ -1,0 +1,93 @@
+"""l2_normalize: rows of unit length in one pass, as two torch operators with an autograd rule.
+
+ccu_fast::l2_normalize           x [R, D] → unit rows [R, D], inverse norms fp32 [R]
+ccu_fast::l2_normalize_backward  gradient of the rows → dx
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.ops.backend import choose, load
+from ccu_fast.ops.l2_normalize import reference
+from ccu_fast.ops.operator import once_differentiable, operator
+from ccu_fast.ops.reduce_similarity.operator import without_autocast
+
+EPS = 1e-12  # torch.nn.functional.normalize's
+
+
+def l2_normalize(x: Tensor, *, dtype: torch.dtype | None = None, backend: str = "auto") -> Tensor:
+    """Rows of unit length::
+
+        F.normalize(x.float(), dim=-1).to(dtype)          # x / max(‖x‖, 1e-12)
+
+    Computed in fp32 whatever the dtype and rounded once, where ``F.normalize`` of a half type rounds the norm and the
+    quotient. The gradient is ``(g − (u·g) u) / ‖x‖`` with the unrounded u. A row of zeros stays zero; its gradient is
+    that of ``x / 1e-12``, as with ``F.normalize`` in fp32.
+
+    Args:
+        x: ``[..., D]`` fp32, fp16 or bf16 (fp64 on the reference backend). Any strides.
+        dtype: of the result. Default: that of ``x``, or under autocast the one in which torch.matmul would multiply it.
+        backend: "auto", or one of "native", "triton", "reference"; a named one raises if it cannot serve.
+
+    Returns:
+        ``[..., D]``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check.tensor("x", x)
+    if x.ndim < 1:
+        raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
+    if dtype is None:
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    elif dtype not in check.FLOATS or (torch.float64 in (dtype, x.dtype) and dtype != x.dtype):
+        wanted = "torch.float64 (that of x)" if x.dtype == torch.float64 else check.names(check.FLOATS[:3])
+        raise TypeError(f"dtype: expected {wanted}, got {dtype}")
+    name = choose(backend, "l2_normalize", x.device, x.dtype)
+    if name == "reference":
+        with without_autocast(x.device):
+            return reference.normalize(x, dtype, EPS)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    unit: Tensor = _Normalize.apply(rows, dtype, name)
+    return unit.view(x.shape)
+
+
+@operator(
+    "l2_normalize(Tensor x, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    fake=lambda x, dtype, backend: (torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)),
+)
+def _forward(x: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, Tensor] = load("l2_normalize", backend).forward(x, dtype, EPS)
+    return out
+
+
+@operator(
+    "l2_normalize_backward(Tensor grad, Tensor x, Tensor inverse, str backend) -> Tensor",
+    fake=lambda grad, x, inverse, backend: torch.empty_like(x),
+)
+def _backward(grad: Tensor, x: Tensor, inverse: Tensor, backend: str) -> Tensor:
+    dx: Tensor = load("l2_normalize", backend).backward(grad, x, inverse, EPS)
+    return dx
+
+
+class _Normalize(torch.autograd.Function):
+    """Keeps the rows, which are there anyway, and one number for each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+        out, inverse = _forward(x, dtype, backend)
+        ctx.save_for_backward(x, inverse)
+        ctx.backend = backend
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, inverse = ctx.saved_tensors
+        return once_differentiable("l2_normalize", _backward, grad.contiguous(), x, inverse, ctx.backend), None, None

@@ -1,0 +1,1 @@
+"""One projected gradient step on noise."""

@@ -1,0 +1,228 @@
+"""pgd_step_: one projected gradient step on additive noise, in place, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.ops import backend as registry
+from ccu_fast.ops import machine
+from ccu_fast.ops.backend import choose, load
+from ccu_fast.ops.operator import in_place, operator
+from ccu_fast.ops.pgd_step.problem import BadGradient, NoiseStep
+
+NORMS = ("linf", "l2")
+NAN_POLICIES = ("raise", "zero")
+_NAMES = ("step", "eps", "lower", "upper")
+
+
+def pgd_step_(
+    delta: Tensor,
+    grad: Tensor,
+    image: Tensor,
+    *,
+    step: float | Tensor,
+    eps: float | Tensor,
+    lower: float | Tensor = 0.0,
+    upper: float | Tensor = 1.0,
+    norm: str = "linf",
+    nan_policy: str = "raise",
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One step of the noise against the gradient, projected to its ball and to valid images, in place::
+
+        delta = clamp(delta - step * sign(grad), -eps, eps)                       # linf; sign(0) = 0
+        delta = delta - step * grad / norm(grad); delta *= min(1, eps / norm(delta))   # l2, per sample; 0 / 0 = 0
+        out = clamp(delta + image, lower, upper)
+        delta = out - image
+
+    The loss goes down; a negative gradient (``-grad``) makes it go up. Computed in fp32 (fp64 for fp64 noise).
+
+    For an image within [lower, upper], |delta| <= eps and lower <= image + delta <= upper hold up to the rounding of
+    one operation: the subtraction of the image, which is of the size of the image's last place (2⁻²⁴ below 1 in
+    fp32), and for fp16 and bf16 noise the rounding to its dtype. An image outside is brought inside even where that
+    takes more than eps.
+
+    Args:
+        delta: ``[B, ...]`` fp32, fp16 or bf16 (fp64 on the reference backend); changed in place, also if it requires
+            grad or is not contiguous (then through a copy). Its memory must not overlap itself.
+        grad: gradient of the loss by the noise, shape of ``delta``, any floating dtype.
+        image: shape, dtype of ``delta``: the clean images, in the units of ``lower`` and ``upper``.
+        step: step length >= 0. A number, or a tensor per channel: one value along dimension 1 of ``delta``, such as
+            ``[C, 1, 1]``, for images in normalised units.
+        eps: radius >= 0, a number or per channel. For "l2" step and eps are numbers.
+        lower: least valid value of image + delta, a number or per channel.
+        upper: largest, not below ``lower``.
+        norm: "linf", or "l2" (norms over all of a sample).
+        nan_policy: "raise": look at grad first (one more read of it) and raise for NaN, for "l2" also for inf, with
+            nothing written. "zero": no step there, and no look; per-channel parameters on a GPU are then taken as
+            they are.
+        out: shape and dtype of ``delta``, contiguous: gets the noisy images in the same pass.
+        backend: "auto", or "native" or "reference"; a named one raises if it cannot serve.
+
+    Returns:
+        ``delta``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came. Then nothing was written.
+
+    On a GPU the kernels never make the host wait or copy from it, so a CUDA graph can hold the step, after one step
+    outside of it. With "raise" it is the kernel that looks at grad and at per-channel parameters: the step that meets
+    something wrong is not made, nor is any behind it on the stream, and the ValueError comes from the next call there
+    that finds it told, or from :func:`check_pgd_steps`, which waits; then steps are made again.
+
+    Source: PGD (arXiv 1706.06083), section 2.1; its descending form makes error-minimising noise (arXiv 2101.04898).
+    """
+    _check_tensors(delta, grad, image)
+    check.one_of("norm", norm, NORMS)
+    check.one_of("nan_policy", nan_policy, NAN_POLICIES)
+    numbers, channels = _parameters(delta, norm, (step, eps, lower, upper))
+    wide = torch.float64 in (delta.dtype, grad.dtype)
+    if out is not None:
+        _check_out(out, delta)
+    name = choose(backend, "pgd_step_", delta.device, torch.float64 if wide else delta.dtype)
+    rest: tuple[Any, ...] = (*numbers, channels, norm == "l2", nan_policy == "raise", name, out)
+    _step(delta.detach(), grad.detach(), image.detach(), *rest)
+    if not torch.compiler.is_compiling():  # in a graph the operator's schema says what it changes
+        torch.autograd.graph.increment_version(delta)
+        if out is not None:
+            torch.autograd.graph.increment_version(out)
+    return delta
+
+
+def _check_tensors(delta: Tensor, grad: Tensor, image: Tensor) -> None:
+    check.tensor("delta", delta)
+    if delta.ndim < 1:
+        raise ValueError("delta: expected shape [B, ...], got []")
+    if any(size > 1 and stride == 0 for size, stride in zip(delta.shape, delta.stride(), strict=True)):
+        raise ValueError("delta: expected memory that does not overlap itself, got an expanded tensor")
+    for name, value in (("grad", grad), ("image", image)):
+        check.tensor(name, value)
+        check.same(name, value, "delta", delta, dtype=name == "image")
+        check.shape(name, value, delta.shape)
+
+
+def _check_out(out: Tensor, delta: Tensor) -> None:
+    check.tensor("out", out)
+    check.same("out", out, "delta", delta)
+    check.shape("out", out, delta.shape)
+    if not out.is_contiguous() or out.requires_grad:
+        raise ValueError("out: expected contiguous memory that does not require grad")
+    if out.untyped_storage().data_ptr() == delta.untyped_storage().data_ptr():
+        raise ValueError("out: expected memory of its own, got that of delta")
+
+
+def _parameters(delta: Tensor, norm: str, values: tuple[Any, ...]) -> tuple[list[float], Tensor | None]:
+    """Four numbers, and where one of them is per channel, all four as ``[4, C]``."""
+    numbers = [0.0] * 4
+    tensors: dict[int, Tensor] = {}
+    for i, (name, value) in enumerate(zip(_NAMES, values, strict=True)):
+        if not isinstance(value, Tensor):
+            numbers[i] = check.number(name, value, low=0.0 if i < 2 else -torch.inf)
+            continue
+        if norm == "l2" and i < 2:
+            raise TypeError(f"{name}: expected a number for norm 'l2', got a tensor")
+        tensors[i] = per_channel(name, value, delta)
+    if not tensors:
+        _check_range(numbers[2], numbers[3])
+        return numbers, None
+    wide = delta.dtype == torch.float64
+    size = max(t.shape[0] for t in tensors.values())
+    like = torch.empty((), dtype=torch.float64 if wide else torch.float32, device=delta.device)
+    rows = [tensors[i].to(like).expand(size) if i in tensors else like.new_full((size,), numbers[i]) for i in range(4)]
+    return numbers, torch.stack(rows)
+
+
+def per_channel(name: str, value: Tensor, delta: Tensor) -> Tensor:
+    """``[1]`` or ``[C]`` from a tensor that varies along dimension 1 of delta only."""
+    check.tensor(name, value)
+    if value.device != delta.device and value.numel() > 1:
+        raise ValueError(f"{name}: expected device {delta.device} (that of delta), got {value.device}")
+    if value.numel() == 1:
+        return value.detach().reshape(1)
+    # Dimension 1 of [B, C, ...] counted from the right, as broadcasting does.
+    place = value.ndim - (delta.ndim - 1)
+    if delta.ndim < 2 or place < 0 or value.numel() != value.shape[place] or value.numel() != delta.shape[1]:
+        after = [1] * (delta.ndim - 2)
+        expected = f"a number or shape {[delta.shape[1], *after]}" if delta.ndim > 1 else "a number"
+        raise ValueError(f"{name}: expected {expected}, got shape {list(value.shape)}")
+    return value.detach().reshape(-1)
+
+
+def _check_range(lower: float, upper: float) -> None:
+    if lower > upper:
+        raise ValueError(f"lower: expected at most upper ({upper}), got {lower}")
+
+
+def _check_channels(channels: Tensor) -> None:
+    for i, name in enumerate(_NAMES):
+        row = channels[i].tolist()
+        for value in row:
+            check.number(name, value, low=0.0 if i < 2 else -torch.inf)
+    for lower, upper in zip(channels[2].tolist(), channels[3].tolist(), strict=True):
+        _check_range(lower, upper)
+
+
+@operator(
+    "pgd_step_(Tensor(a!) delta, Tensor grad, Tensor image, float step, float eps, float lower, float upper, "
+    "Tensor? channels, bool l2, bool raise_nan, str backend, Tensor(b!)? out=None) -> ()",
+    fake=in_place,
+)
+def _step(
+    delta: Tensor,
+    grad: Tensor,
+    image: Tensor,
+    step: float,
+    eps: float,
+    lower: float,
+    upper: float,
+    channels: Tensor | None,
+    l2: bool,
+    raise_nan: bool,
+    backend: str,
+    out: Tensor | None = None,
+) -> None:
+    # On a GPU a look would wait: there the kernel looks. Plain torch waits in any case.
+    if channels is not None and (machine.host_sees(channels.device) or (raise_nan and backend == "reference")):
+        _check_channels(channels)
+    if delta.numel() == 0:
+        return
+    with torch.no_grad():
+        work = delta.detach().contiguous()
+        channel = None if channels is None else channels.expand(4, work.shape[1] if work.ndim > 1 else 1).contiguous()
+        numbers = (step, eps, lower, upper)
+        problem = NoiseStep(work, grad.contiguous(), image.contiguous(), numbers, channel, out, l2, raise_nan)
+        try:
+            load("pgd_step_", backend).step(problem)
+        except BadGradient:
+            what = "finite values" if l2 else "no NaN"
+            raise ValueError(
+                f"grad: expected {what}, got {int((~torch.isfinite(grad)).sum() if l2 else torch.isnan(grad).sum())} "
+                "others (nan_policy='zero' makes no step there)"
+            ) from None
+        if work.data_ptr() != delta.data_ptr():
+            delta.detach().copy_(work)
+
+
+def check_pgd_steps(device: torch.device | str | None = None) -> None:
+    """Wait for the steps of :func:`pgd_step_` on a GPU and raise if one of them was not made.
+
+    To be called behind the last step with ``nan_policy="raise"``, whose error no later step can raise. Elsewhere than
+    in the CUDA kernels a step raises at once, and this does nothing.
+
+    Args:
+        device: a CUDA device; None: all that have made steps.
+
+    Raises:
+        ValueError: naming grad or the parameters, and the element or channel. It is raised once; ``delta`` is what the
+            last step before left, and steps are made again from now on.
+    """
+    where = None if device is None else torch.device(device)
+    if where is not None and where.type == "cuda" and where.index is None and torch.cuda.is_available():
+        where = torch.device("cuda", torch.cuda.current_device())
+    if registry.unavailable("native") is None:
+        load("pgd_step_", "native").raise_refused(where)

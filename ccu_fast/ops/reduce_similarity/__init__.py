@@ -1,0 +1,1 @@
+"""Reductions over a similarity matrix that is never stored."""

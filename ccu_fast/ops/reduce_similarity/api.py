@@ -1,0 +1,313 @@
+"""reduce_similarity: reductions over S = scale · x yᵀ + bias without keeping S.
+
+Validation, broadcasting, the choice of backend and the autograd rule live here; the arithmetic is in
+the files named after the backends. Every contrastive loss of the package is a short formula over this one operation.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.ops import compiling
+from ccu_fast.ops.backend import choose
+from ccu_fast.ops.l2_normalize.api import l2_normalize
+from ccu_fast.ops.reduce_similarity import reference
+from ccu_fast.ops.reduce_similarity.operator import SimilarityReduction, specialised, without_autocast
+from ccu_fast.ops.reduce_similarity.problem import KINDS, MAX_REDUCTIONS, SimilarityProblem, encode
+from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF, Relation, count_relations
+
+# On a CPU: all of a batch of 8192 in fp32, and a chunk of scratch.
+# A GPU's is at most this, and at most a sixteenth of its memory: E of 32768 pairs and G of as many, in one piece.
+DEFAULT_WORKSPACE = {"cpu": 288 << 20, "cuda": 4 << 30}
+
+Reduction = tuple[str, int]
+
+
+def reduce_similarity(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor | None = None,
+    row_labels: Tensor | None = None,
+    col_labels: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    paired: bool | None = None,
+    rows: Sequence[Reduction] = (),
+    cols: Sequence[Reduction] = (),
+    normalize: bool = False,
+    backend: str = "auto",
+    workspace: int | None = None,
+    nan_policy: str = "propagate",
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Reduce the rows and columns of a scaled similarity matrix over sets of relations::
+
+        S = scale * x @ y.mT + bias                                  # never stored whole
+        for ("lse", R):       out_i = logsumexp(S[i, j] for j with relation(i, j) in R)
+        for ("sum", R):       out_i = sum(S[i, j] for j with relation(i, j) in R)
+        for ("softplus", R):  out_i = sum(log(1 + exp(S[i, j])) for j with relation(i, j) in R)
+        for ("count", R):     out_i = number of j with relation(i, j) in R
+
+    ``rows`` reduce over j for every i, ``cols`` over i for every j; all of them come from one pass over S. An empty
+    set has lse −inf, sum 0 and count 0, and passes no gradient.
+
+    Args:
+        x: ``[..., N, D]`` fp32, fp16 or bf16 (fp64 on the reference backend). Any strides; N may be 0.
+        y: ``[..., M, D]``, dtype and device of ``x``. Leading dimensions broadcast: 17 text banks ``[17, N, D]``
+            against one image bank ``[M, D]`` give results of leading shape ``[17]``.
+        scale: number or one-element tensor (gradient flows); the inverse temperature.
+        bias: number or one-element tensor (gradient flows), added to every entry of S.
+        row_labels: int64 ``[N]`` or ``[..., N]``. Equal labels are SAME, a negative label takes the row out of
+            everything. With None nothing is SAME. For a paired problem ``col_labels`` defaults to it.
+        col_labels: int64 ``[M]`` or ``[..., M]``.
+        row_ids: int64 ``[N]`` or ``[..., N]``: who the item is. Equal ids are SELF, whatever the labels.
+            For a paired problem ``col_ids`` defaults to it.
+        col_ids: int64 ``[M]`` or ``[..., M]``.
+        paired: pairs (i, i) are SELF when no ids are given. Default: N == M. Pass False for two unrelated banks of
+            equal size.
+        rows: reductions along rows: pairs of "lse", "sum", "softplus" or "count" and a set of relations, e.g.
+            ``[("lse", ALL), ("sum", SELF)]``. At most 8 besides counts.
+        cols: reductions along columns.
+        normalize: make the rows of x and y unit vectors first (:func:`ccu_fast.l2_normalize`: in fp32, rounded once).
+        backend: "auto", or one of "native", "triton", "reference"; a named one raises if it cannot serve.
+        workspace: bytes the operation may use beyond O((N+M)·D). Default 288 MiB on a CPU, on a GPU a
+            sixteenth of its memory and at most 4 GiB. More of it means less recomputation in the backward pass.
+        nan_policy: "propagate" (NaN in, NaN out, as torch and GradScaler expect) or "raise" (checks x and y
+            first; synchronises a GPU).
+
+    Returns:
+        Two lists, in the order asked: row results ``[..., N]`` and column results ``[..., M]``. fp32 (fp64 for fp64
+        inputs); counts are int64 and have no gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Under autocast the inputs are cast to the autocast dtype, as torch.matmul does. Accumulation is in fp32. The
+    result is deterministic.
+    """
+    if check.boolean("normalize", normalize):
+        x, y = normalize_pair(x, y, backend)
+    p, lead, row_spec, col_spec = build_problem(
+        x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, paired, rows, cols, nan_policy
+    )
+    workspace = workspace_bytes(workspace, p.x.device)
+    name = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
+    if not p.rows and not p.cols:
+        tiles: tuple[list[Tensor], list[Tensor]] = ([], [])
+    elif name == "reference" or 0 in (p.banks, p.n, p.m, p.x.shape[-1]):
+        with without_autocast(p.x.device):
+            tiles = reference.reduce(p.without_ignored())
+    else:
+        keep = _needs_backward(p)
+        row_out, col_out = SimilarityReduction.apply(*p.flatten(), specialised(p, name, keep), workspace, keep)
+        # The leading dimensions first: one node of the graph for all results.
+        row_out, col_out = row_out.view(-1, *lead, p.n), col_out.view(-1, *lead, p.m)
+        tiles = list(row_out.unbind(0)), list(col_out.unbind(0))
+
+    row_results = assemble(row_spec, iter(tiles[0]), lambda: count(p, along_rows=True), (*lead, p.n))
+    col_results = assemble(col_spec, iter(tiles[1]), lambda: count(p, along_rows=False), (*lead, p.m))
+    return row_results, col_results
+
+
+def normalize_pair(x: Tensor, y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Both with unit rows; a bank that is compared with itself only once."""
+    check.tensor("x", x)
+    check.tensor("y", y)
+    unit = l2_normalize(x, backend=backend)
+    return unit, unit if y is x else l2_normalize(y, backend=backend)
+
+
+def build_problem(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    bias: float | Tensor | None,
+    row_labels: Tensor | None,
+    col_labels: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    paired: bool | None,
+    rows: Sequence[Reduction],
+    cols: Sequence[Reduction],
+    nan_policy: str,
+) -> tuple[SimilarityProblem, tuple[int, ...], list[Reduction], list[Reduction]]:
+    """The arguments of :func:`reduce_similarity`, checked: the problem, leading dimensions, the two specs as asked."""
+    check.tensor("x", x)
+    check.tensor("y", y)
+    check.same("y", y, "x", x, dtype=False)
+    x, y = _autocast(x), _autocast(y)
+    check.same("y", y, "x", x)
+    for name, t in (("x", x), ("y", y)):
+        if t.ndim < 2:
+            raise ValueError(f"{name}: expected shape [..., items, D], got {list(t.shape)}")
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(f"y: expected last dimension {x.shape[-1]} (that of x), got {y.shape[-1]}")
+    check.one_of("nan_policy", nan_policy, ("propagate", "raise"))
+    if nan_policy == "raise":
+        check.finite("x", x)
+        check.finite("y", y)
+    try:
+        # Torch's function takes longer than a small product.
+        lead = () if x.ndim == y.ndim == 2 else tuple(torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]))
+    except RuntimeError:
+        raise ValueError(
+            f"y: expected leading dimensions that broadcast with {list(x.shape[:-2])} (those of x), "
+            f"got {list(y.shape[:-2])}"
+        ) from None
+    n, m = x.shape[-2], y.shape[-2]
+    if paired not in (None, True, False):
+        raise TypeError(f"paired: expected True, False or None, got {paired!r}")
+    square = n == m if paired is None else paired
+    if paired and n != m:
+        raise ValueError(f"paired: expected as many rows in x as in y, got {n} and {m}")
+
+    def pair(what: str, row: Tensor | None, col: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if row is None and col is None:
+            return None, None
+        if row is None or (col is None and not square):
+            missing, given = (f"row_{what}", f"col_{what}") if row is None else (f"col_{what}", f"row_{what}")
+            raise ValueError(f"{missing}: expected a tensor because {given} is given, got None")
+        col = row if col is None else col
+        return (
+            _keys(f"row_{what}", row, lead, n, x.device),
+            _keys(f"col_{what}", col, lead, m, x.device),
+        )
+
+    row_labels, col_labels = pair("labels", row_labels, col_labels)
+    row_ids, col_ids = pair("ids", row_ids, col_ids)
+    row_spec, col_spec = _spec("rows", rows), _spec("cols", cols)
+
+    p = SimilarityProblem(
+        x=_banks(x, lead),
+        y=_banks(y, lead),
+        scale=as_scalar("scale", scale, x),
+        bias=None if bias is None else as_scalar("bias", bias, x),
+        row_labels=row_labels,
+        col_labels=col_labels,
+        row_ids=row_ids,
+        col_ids=col_ids,
+        diagonal=square and row_ids is None,
+        rows=tuple(encode(k, r) for k, r in row_spec if k != "count"),
+        cols=tuple(encode(k, r) for k, r in col_spec if k != "count"),
+    )
+    return p, lead, row_spec, col_spec
+
+
+def _needs_backward(p: SimilarityProblem) -> bool:
+    inputs = (p.x, p.y, p.scale, p.bias)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def _spec(name: str, values: Sequence[Reduction]) -> list[Reduction]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected a sequence of pairs such as ('lse', ALL), got {type(values).__name__}")
+    spec = [_reduction(name, value) for value in values]
+    tiled = sum(kind != "count" for kind, _ in spec)
+    if tiled > MAX_REDUCTIONS:
+        raise ValueError(f"{name}: expected at most {MAX_REDUCTIONS} reductions besides counts, got {tiled}")
+    return spec
+
+
+def _reduction(name: str, value: Any) -> Reduction:
+    kinds = (*KINDS, "count")
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"{name}: expected pairs such as ('lse', ALL), got {value!r}")
+    kind, relations = value
+    if kind not in kinds:
+        raise ValueError(f"{name}: expected a reduction in {kinds}, got {kind!r}")
+    if isinstance(relations, bool) or not isinstance(relations, int) or not 1 <= relations <= int(ALL):
+        raise ValueError(f"{name}: expected a set of SELF, SAME and OTHER, got {relations!r}")
+    return kind, int(relations)
+
+
+def _keys(name: str, value: Tensor, lead: tuple[int, ...], items: int, device: torch.device) -> Tensor:
+    """Labels or ids as int64 ``[1 or B, items]``."""
+    check.tensor(name, value, dtypes=check.INTEGERS)
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device} (that of x), got {value.device}")
+    if value.ndim < 1 or value.shape[-1] != items:
+        raise ValueError(f"{name}: expected shape [{items}] or [..., {items}], got {list(value.shape)}")
+    value = value.long()
+    if value.ndim == 1:
+        return value[None].contiguous()
+    try:
+        value = value.expand(*lead, items)
+    except RuntimeError:
+        raise ValueError(f"{name}: expected shape {[*lead, items]}, got {list(value.shape)}") from None
+    return value.reshape(math.prod(lead), items).contiguous()
+
+
+def _banks(t: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """``[1, N, D]`` when one bank serves all, else ``[B, N, D]``; contiguous."""
+    if t.shape[:-2].numel() == 1:
+        return t.reshape(1, *t.shape[-2:]).contiguous()
+    return t.expand(*lead, *t.shape[-2:]).reshape(math.prod(lead), *t.shape[-2:]).contiguous()
+
+
+def _autocast(t: Tensor) -> Tensor:
+    """What torch.matmul would multiply."""
+    kind = t.device.type
+    if torch.is_autocast_enabled(kind) and t.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return t.to(torch.get_autocast_dtype(kind))
+    return t
+
+
+def as_scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
+    """``value`` as a 0-dim tensor on the device of x, in the dtype of the sums."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if isinstance(value, Tensor):
+        if value.ndim == 0 and value.dtype == compute and value.device == x.device:
+            return value  # as it nearly always is: a small call feels every function that it enters
+        return check.one_element(name, value, "x", x).to(compute)
+    return torch.full((), check.number(name, value), dtype=compute, device=x.device)
+
+
+def workspace_bytes(value: int | None, device: torch.device) -> int:
+    """The workspace as given, or the default of the device."""
+    if value is not None:
+        return check.integer("workspace", value, low=0)
+    if device.type == "cuda" and torch.cuda.is_available():
+        return _gpu_workspace(torch.cuda.current_device() if device.index is None else device.index)
+    return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cpu"])
+
+
+@compiling.constant
+@functools.cache
+def _gpu_workspace(index: int) -> int:
+    return min(DEFAULT_WORKSPACE["cuda"], torch.cuda.get_device_properties(index).total_memory // 16)
+
+
+def count(p: SimilarityProblem, *, along_rows: bool) -> dict[Relation, Tensor]:
+    """For every row (or column) of a problem the number of pairs in each relation."""
+    row = (p.row_labels, p.col_labels, p.row_ids, p.col_ids)
+    if along_rows:
+        return count_relations(*row, diagonal=p.diagonal, n=p.n, m=p.m, device=p.x.device)
+    labels, ids = (p.col_labels, p.row_labels), (p.col_ids, p.row_ids)
+    return count_relations(*labels, *ids, diagonal=p.diagonal, n=p.m, m=p.n, device=p.x.device)
+
+
+def assemble(
+    spec: list[Reduction],
+    tiles: Iterator[Tensor],
+    counts: Callable[[], dict[Relation, Tensor]],
+    shape: tuple[int, ...],
+) -> list[Tensor]:
+    """The results in the order asked, tile reductions and counts interleaved."""
+    by_relation = counts() if any(kind == "count" for kind, _ in spec) else {}
+    results = []
+    for kind, relations in spec:
+        if kind == "count":
+            total = torch.stack([by_relation[r] for r in (SELF, SAME, OTHER) if r & relations]).sum(0)
+            results.append(total.expand(math.prod(shape[:-1]), -1).reshape(shape))
+        else:
+            result = next(tiles)
+            results.append(result if result.shape == shape else result.reshape(shape))
+    return results

@@ -1,0 +1,259 @@
+"""reduce_similarity on a CPU: torch's GEMM makes chunks of dot = x yᵀ, C++ does everything between the GEMMs.
+
+The workspace is elastic. Forward walks the chunks, reduces each, and keeps as many of them as fit; backward takes
+kept chunks as they are and recomputes the others, turns each into G, and feeds it to two GEMMs. With a fraction f
+kept that is (8 − 2f)·N·M·D FLOPs in all, 6 at best, against 12 for two cross-entropies over materialised logits.
+
+All of it is in fp32, with two exceptions where the CPU multiplies bf16: bf16 inputs, and fp32 inputs after
+``torch.set_float32_matmul_precision("medium")``. Then the GEMMs are bf16 throughout, as under autocast: dot is rounded
+to bf16 (but not the pairs (i, i) of a paired problem, the positives, which are recomputed in fp32), and G is rounded
+once, after all its terms were added in fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ccu_fast import _C
+from ccu_fast.ops.reduce_similarity.native.buffers import borrow
+from ccu_fast.ops.reduce_similarity.native.operands import FP32, Operands, gemm_dtype, has_bf16, of_banks
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
+
+# Larger chunks do not make the GEMMs faster, and the C library would map them anew at every call (see buffers).
+_LARGEST_CHUNK = 30 << 20
+_FEWEST_ROWS = 64
+_SKINNY_ROWS, _SKINNY_COLUMNS = 512, 1024
+# The stash opens with a word that says whether it holds bf16; 64 bytes keep what follows aligned.
+_HEADER = 16
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows [start, stop) of banks [first, last)."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+
+    @property
+    def banks(self) -> int:
+        return self.last - self.first
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def of_banks(self) -> slice:
+        return slice(self.first, self.last)
+
+    @property
+    def of_rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a problem is cut: chunks in order, the first ``kept`` of which stay for the backward pass."""
+
+    chunks: list[_Chunk]
+    kept: int
+    cols: int
+    dtype: torch.dtype
+
+    def size(self, chunk: _Chunk) -> int:
+        return chunk.banks * chunk.rows * self.cols
+
+    @property
+    def largest(self) -> int:
+        return max(self.size(c) for c in self.chunks)
+
+
+def _scratch(workspace: int) -> int:
+    """Bytes of a chunk: a quarter of the workspace at most."""
+    return min(workspace // 4, _LARGEST_CHUNK)
+
+
+def _layout(p: SimilarityProblem, workspace: int, keep: bool, dtype: torch.dtype) -> _Layout:
+    """One chunk of scratch; the rest of the workspace is for kept chunks."""
+    return _cut(p.banks, p.n, p.m, _scratch(workspace), stash_shape(p, workspace, keep)[0], dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _cut(banks: int, n: int, m: int, scratch_bytes: int, stash: int, dtype: torch.dtype) -> _Layout:
+    scratch = scratch_bytes // dtype.itemsize
+    if n * m <= scratch or n <= _FEWEST_ROWS:
+        group = max(1, scratch // (n * m))
+        chunks = [_Chunk(b, min(b + group, banks), 0, n) for b in range(0, banks, group)]
+    else:
+        rows = max(_FEWEST_ROWS, scratch // m // _FEWEST_ROWS * _FEWEST_ROWS)
+        chunks = [_Chunk(b, b + 1, start, min(start + rows, n)) for b in range(banks) for start in range(0, n, rows)]
+    layout = _Layout(chunks, 0, m, dtype)
+    room = (stash - _HEADER) * 4 // dtype.itemsize
+    kept = 0
+    while kept < len(chunks) and layout.size(chunks[kept]) <= room:
+        room -= layout.size(chunks[kept])
+        kept += 1
+    return _Layout(chunks, kept, m, dtype)
+
+
+def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
+    """Shape of what forward keeps for backward: what the scratch leaves of the workspace, and one chunk at least.
+
+    The sizes may be symbols of a compiled graph. The formula has no branch on them, so one graph serves all sizes; nor
+    does it depend on a setting that may change before the graph runs. fp32 inputs in bf16 GEMMs use half of it.
+    """
+    if not keep:
+        return (0,)
+    dtype = torch.bfloat16 if p.x.dtype == torch.bfloat16 and has_bf16() else torch.float32
+    all_pairs, fewest = p.banks * p.n * p.m, _FEWEST_ROWS * p.m
+    # Of symbols only torch's own minimum is no branch; of numbers it costs as much as a small problem's arithmetic.
+    least, most = (min, max) if isinstance(all_pairs, int) else (torch.sym_min, torch.sym_max)
+    pairs = least(all_pairs, most((workspace - _scratch(workspace)) // dtype.itemsize, fewest))
+    return (_HEADER + (pairs * dtype.itemsize + 3) // 4,)
+
+
+def _dot(native: Operands, chunk: _Chunk, out: Tensor) -> Tensor:
+    """x yᵀ of one chunk, ``[banks, rows, M]``, written to the flat buffer ``out``."""
+    m = native.p.m
+    dot = out[: chunk.banks * chunk.rows * m].view(chunk.banks, chunk.rows, m)
+    x = of_banks(native.x, chunk.of_banks)[:, chunk.of_rows]
+    if native.y.shape[0] == 1 and x.shape[0] == chunk.banks:
+        # A few rows against many columns: by blocks of columns that stay in the L2 cache the GEMM is up to 1.4 times as
+        # fast as at once.
+        rows, flat = x.reshape(-1, x.shape[-1]), dot.view(-1, m)
+        width = m if rows.shape[0] > _SKINNY_ROWS else _SKINNY_COLUMNS
+        for j in range(0, m, width):
+            torch.mm(rows, native.y[0, j : j + width].T, out=flat[:, j : j + width])
+    else:
+        torch.bmm(x.expand(chunk.banks, -1, -1), of_banks(native.y, chunk.of_banks).mT, out=dot)
+    return dot
+
+
+def _kept(layout: _Layout, stash: Tensor) -> Iterator[Tensor]:
+    stash, offset = stash[_HEADER:].view(layout.dtype), 0
+    for chunk in layout.chunks[: layout.kept]:
+        yield stash[offset : offset + layout.size(chunk)]
+        offset += layout.size(chunk)
+
+
+def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Row results ``[R, B, N]``, column results ``[C, B, M]`` and the kept chunks, flat."""
+    dtype = gemm_dtype(p)
+    layout = _layout(p, workspace, keep, dtype)
+    native = Operands(p, dtype)
+    stash = borrow(stash_shape(p, workspace, keep)[0])
+    stash[:_HEADER].fill_(dtype == torch.bfloat16)
+    # What no chunk fills has to be the same every time, too (but for the half that bf16 GEMMs of fp32 inputs leave).
+    filled = sum(map(layout.size, layout.chunks[: layout.kept]))
+    if _HEADER * 4 + filled * dtype.itemsize < stash.numel() * 4:
+        stash[_HEADER:].view(dtype)[filled : filled + layout.largest] = 0
+    scratch = torch.empty(layout.largest if layout.kept < len(layout.chunks) else 0, dtype=dtype, device="cpu")
+    row_out = torch.empty(len(p.rows), p.banks, p.n, **FP32)
+    col_max = torch.full((len(p.cols), p.banks, p.m), -torch.inf, **FP32)
+    col_sum = torch.zeros(len(p.cols), p.banks, p.m, dtype=torch.float64, device="cpu")
+    buffers = _kept(layout, stash)
+    for chunk in layout.chunks:
+        dot = _dot(native, chunk, next(buffers, scratch))
+        _C.similarity_forward(
+            native.tile(dot, chunk.of_banks, chunk.of_rows),
+            row_out[:, chunk.first :, chunk.start :].data_ptr(), row_out.stride(0), row_out.stride(1),
+            col_max[:, chunk.first :].data_ptr(), col_sum[:, chunk.first :].data_ptr(), col_max.stride(0),
+        )  # fmt: skip
+    col_out = torch.empty_like(col_max)
+    for c, code in enumerate(p.cols):
+        is_lse = decode(code)[0] == "lse"
+        col_out[c] = col_max[c] + col_sum[c].log() if is_lse else col_sum[c]
+    return row_out, col_out, stash
+
+
+def backward(
+    p: SimilarityProblem,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    row_out: Tensor,
+    col_out: Tensor,
+    stash: Tensor,
+    needs: Sequence[bool],
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, y, scale and bias; those not in ``needs`` are empty or zero.
+
+    An empty stash says that nothing was kept. ``row_out`` and ``col_out`` may then be results of a larger problem of
+    which this one is a block: E is relative to them.
+    """
+    kept = stash.numel() > 0
+    # Forward's choice, whatever the precision setting is by now.
+    dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if kept else gemm_dtype(p)
+    layout = _layout(p, workspace, kept, dtype)
+    native = Operands(p, dtype)
+    dx = _Sum(p.x, needs[0], once=p.x.shape[0] == p.banks)
+    dy = _Sum(p.y, needs[1], once=len(layout.chunks) == 1 or (layout.chunks[0].rows == p.n and p.y.shape[0] == p.banks))
+    scratch = torch.empty(layout.largest, dtype=dtype, device="cpu")
+    scale_sum = bias_sum = 0.0
+    buffers = _kept(layout, stash)
+    for chunk in layout.chunks:
+        buffer = next(buffers, None)
+        dot = (
+            _dot(native, chunk, scratch) if buffer is None else buffer[: layout.size(chunk)].view(chunk.banks, -1, p.m)
+        )
+        grad = scratch[: dot.numel()].view(dot.shape)
+        sums = torch.empty(2, chunk.banks * chunk.rows, dtype=torch.float64, device="cpu")
+        _C.similarity_backward(
+            native.tile(dot, chunk.of_banks, chunk.of_rows),
+            grad_rows[:, chunk.first :, chunk.start :].data_ptr(), row_out[:, chunk.first :, chunk.start :].data_ptr(),
+            row_out.stride(0), row_out.stride(1),
+            grad_cols[:, chunk.first :].data_ptr(), col_out[:, chunk.first :].data_ptr(), col_out.stride(0),
+            grad.data_ptr(), _C.BF16 if dtype == torch.bfloat16 else _C.F32, sums[0].data_ptr(), sums[1].data_ptr(),
+        )  # fmt: skip
+        for_scale, for_bias = sums.sum(1).tolist()
+        scale_sum += for_scale
+        bias_sum += for_bias
+        if needs[0]:
+            dx.add(chunk, chunk.of_rows, grad, of_banks(native.y, chunk.of_banks))
+        if needs[1]:
+            dy.add(chunk, slice(None), grad.mT, of_banks(native.x, chunk.of_banks)[:, chunk.of_rows])
+    return (
+        dx.total.to(p.x.dtype),
+        dy.total.to(p.y.dtype),
+        torch.full((), scale_sum, **FP32),
+        torch.full((), bias_sum, **FP32),
+    )
+
+
+class _Sum:
+    """The gradient of x or y in fp32: a sum of products over chunks and, where one bank serves all, over banks.
+
+    Args:
+        like: x or y.
+        once: every element gets all that it gets from one chunk, which therefore needs nothing to add to.
+    """
+
+    def __init__(self, like: Tensor, wanted: bool, *, once: bool) -> None:
+        self.once = once
+        make = torch.empty if once else torch.zeros
+        self.total = make(like.shape if wanted else (0,), **FP32)
+
+    def add(self, chunk: _Chunk, rows: slice, left: Tensor, right: Tensor) -> None:
+        """total[banks of the chunk, rows] += left @ right."""
+        out = of_banks(self.total, chunk.of_banks)[:, rows]
+        if out.shape[0] == 1 and chunk.banks > 1 and left.mT.is_contiguous():
+            # The sum over banks of Gᵀ X is one product, of all their rows.
+            left, right = left.mT.reshape(1, -1, left.shape[1]).mT, right.reshape(1, -1, right.shape[2])
+        elif out.shape[0] > 1 and right.shape[0] == 1 and left.is_contiguous() and out.is_contiguous():
+            # Nor do banks matter to what is multiplied from the right by the same.
+            left, out = left.reshape(1, -1, left.shape[2]), out.view(1, -1, out.shape[2])
+        for b in range(left.shape[0]):
+            slot, factor = out[b % out.shape[0]], right[b % right.shape[0]]
+            if left.dtype != torch.float32:
+                (slot.copy_ if self.once else slot.add_)(torch.mm(left[b], factor))
+            elif self.once:
+                torch.mm(left[b], factor, out=slot)
+            else:
+                slot.addmm_(left[b], factor)

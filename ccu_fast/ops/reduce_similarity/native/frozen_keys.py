@@ -1,0 +1,121 @@
+"""reduce_similarity on a CPU where y gets no gradient and only log-sum-exps of rows are asked: a bank of frozen keys.
+
+The derivative of such a log-sum-exp is known before the incoming gradient is, and small:
+
+    ∂lse_i / ∂x_i = scale · Σ_j softmax_ij y_j            the mean key of row i, [N, D]
+
+So it is made beside the forward pass, from the block of S that is in the cache anyway: a block of rows walks the keys
+once, a block of them at a time, as a running softmax. What the backward pass needs is [N, D] and not the N x M of S;
+there are 2 GEMMs and one exponential for a pair, whatever the workspace.
+
+Several log-sum-exps of a row, say over ALL and over OTHER, share their parts: relations that belong to the same
+reductions form a group, with a softmax and a mean key of its own, and every result is joined from those of its groups.
+The group that has OTHER is most of the pairs and goes through the GEMM; the keys of the few others are added one by
+one (csrc/cpu/similarity_softmax.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ccu_fast import _C
+from ccu_fast.ops.reduce_similarity.native.operands import FP32, Operands, gemm_dtype
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode, encode
+from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME, SELF
+
+# A block: its similarities take 1 MiB, its keys 2 MiB at D = 512.
+_ROWS, _KEYS = 256, 1024
+
+
+def _groups(p: SimilarityProblem) -> list[int]:
+    """Sets of relations that belong to the same reductions; first the one with OTHER, 0 if OTHER is in none."""
+    by_user: dict[tuple[int, ...], int] = {}
+    for relation in (OTHER, SAME, SELF):
+        users = tuple(r for r, code in enumerate(p.rows) if decode(code)[1] & relation)
+        if users:
+            by_user[users] = by_user.get(users, 0) | int(relation)
+    groups = list(by_user.values())
+    return groups if groups[0] & OTHER else [0, *groups]
+
+
+def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
+    """Of what :func:`_parts` finds in it."""
+    return (len(_groups(p)) * p.n * (2 + p.x.shape[2]),)
+
+
+def _parts(p: SimilarityProblem, stash: Tensor) -> tuple[Tensor, Tensor]:
+    """Per group the log-sum-exps, fp64 ``[G, N]``, and the mean keys, fp32 ``[G, N, D]``."""
+    groups = len(_groups(p))
+    lse, mean = stash[: 2 * groups * p.n], stash[2 * groups * p.n :]
+    return lse.view(torch.float64).view(groups, p.n), mean.view(groups, p.n, -1)
+
+
+def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Row results ``[R, 1, N]``, column results ``[0, 1, M]`` and the parts of all groups."""
+    groups, dtype = _groups(p), gemm_dtype(p)
+    codes = tuple(encode("lse", group) for group in groups)
+    native = Operands(p, dtype)
+    stash = torch.zeros(stash_shape(p, workspace, keep), **FP32)
+    total, mean = _parts(p, stash)
+    shift = torch.full(total.shape, -torch.inf, **FP32)
+    block = torch.empty(min(_ROWS, p.n) * min(_KEYS, p.m), dtype=dtype, device="cpu")
+    exponentials = block if dtype == torch.float32 else torch.empty(block.shape, **FP32)
+    for i in range(0, p.n, _ROWS):
+        rows = slice(i, min(i + _ROWS, p.n))
+        x, count = native.x[0, rows], rows.stop - i
+        for j in range(0, p.m, _KEYS):
+            cols = slice(j, min(j + _KEYS, p.m))
+            keys = p.y[0, cols].to(dtype)
+            wide = keys.float() if len(groups) > 1 else None
+            dot = block[: count * keys.shape[0]].view(1, count, -1)
+            e = exponentials[: dot.numel()].view(dot.shape[1:])
+            torch.mm(x, keys.T, out=dot[0])
+            _C.similarity_softmax(
+                native.tile(dot, slice(0, 1), rows, cols, codes), e.data_ptr(), 0 if wide is None else wide.data_ptr(),
+                p.x.shape[2], shift[:, i:].data_ptr(), total[:, i:].data_ptr(), mean[:, i:].data_ptr(), p.n,
+            )  # fmt: skip
+            if groups[0]:
+                if dtype == torch.float32:
+                    mean[0, rows].addmm_(e, keys)
+                else:
+                    mean[0, rows] += torch.mm(e.to(dtype), keys)
+    # An empty group has the mean key 0.
+    mean /= torch.where(total == 0, 1, total).float()[..., None]
+    total.log_().add_(shift)
+    row_out = torch.stack([total[_members(groups, code)].logsumexp(0, keepdim=True) for code in p.rows])
+    return row_out.float(), torch.empty(0, 1, p.m, **FP32), stash
+
+
+def backward(
+    p: SimilarityProblem,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    row_out: Tensor,
+    col_out: Tensor,
+    stash: Tensor,
+    needs: Sequence[bool],
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, scale and bias, without another look at the keys; that of y is empty."""
+    groups = _groups(p)
+    lse, mean = _parts(p, stash)
+    # In fp64: for lse(ALL) - lse(OTHER) the factors of a group nearly cancel.
+    factors = torch.zeros_like(lse)
+    for code, grad in zip(p.rows, grad_rows[:, 0], strict=True):
+        members = _members(groups, code)
+        out = lse[members].logsumexp(0)
+        # A row without a pair passes no gradient.
+        factors[members] += torch.where(out == -torch.inf, 0, grad * (lse[members] - out).exp())
+    # d loss / d (scale * x_i)
+    grad = torch.einsum("gn,gnd->nd", factors.float(), mean)
+    dx = (p.scale * grad)[None].to(p.x.dtype) if needs[0] else torch.empty(0, **FP32)
+    dscale = (p.x[0].float() * grad).sum(dtype=torch.float64) if needs[2] else torch.zeros(())
+    return dx, torch.empty(0, **FP32), dscale.float(), factors.sum().float()
+
+
+def _members(groups: list[int], code: int) -> list[int]:
+    """The groups whose relations a reduction wants."""
+    return [g for g, group in enumerate(groups) if group & decode(code)[1]]

@@ -1,0 +1,149 @@
+"""reduce_similarity as torch operators with an autograd rule.
+
+    ccu_fast::reduce_similarity           x, y, … → row results [R, B, N], column results [C, B, M], stash
+    ccu_fast::reduce_similarity_backward  their gradients → dx, dy, dscale, dbias
+
+The backend is chosen before and named by a string, inside the operator, so a compiled graph never breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast.ops.backend import load
+from ccu_fast.ops.operator import once_differentiable, operator
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
+
+_FIELDS = (
+    "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_labels, Tensor? col_labels, "
+    "Tensor? row_ids, Tensor? col_ids, bool diagonal, int[] rows, int[] cols"
+)
+_N_FIELDS = 11
+# With fewer frozen keys what has to be kept is small, and many rows or banks at a time make better GEMMs.
+MANY_KEYS = 4096
+# What one small kernel each way does sooner than the launches of the large ones: pairs in all, and of one item.
+SMALL_PAIRS, SMALL_SIDE, SMALL_DIM = 1 << 20, 2048, 1024
+HALF = (torch.float16, torch.bfloat16)
+_NOTHING = nullcontext()
+
+
+def specialised(p: SimilarityProblem, backend: str, keep: bool) -> str:
+    """The backend, or the module of it that is made for problems like this one.
+
+    That is on a CPU a large bank of frozen keys, on a GPU a small batch in half precision.
+    """
+    # Not asked of the module, whose import torch.compile would have to follow.
+    if backend == "triton":
+        few = p.banks * p.n * p.m <= SMALL_PAIRS and max(p.n, p.m) <= SMALL_SIDE and p.x.shape[2] <= SMALL_DIM
+        return "triton.small" if few and p.x.dtype in HALF else backend
+    frozen = backend == "native" and keep and not p.y.requires_grad
+    only_lse = not p.cols and all(decode(code)[0] == "lse" for code in p.rows)
+    # There the gradient of scale is a sum over mean keys, whose weights are rounded to bf16 when the GEMMs are.
+    exact = p.x.dtype != torch.bfloat16 or not p.scale.requires_grad
+    if frozen and only_lse and exact and p.banks == 1 and p.m >= MANY_KEYS:
+        return "native.frozen_keys"
+    return backend
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The dtypes were decided at the door; a GEMM inside must not be cast again."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING
+
+
+def run_forward(p: SimilarityProblem, backend: str, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Row results ``[R, B, N]``, column results ``[C, B, M]`` and, if ``keep``, what the backend wants to have back."""
+    if keep and p.x.device.type == "cpu":
+        p = p.without_ignored()  # what is kept there, S itself or mean keys, is multiplied in the backward pass
+    with without_autocast(p.x.device):
+        return load("reduce_similarity", backend).forward(p, workspace, keep)
+
+
+def run_backward(
+    p: SimilarityProblem,
+    backend: str,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    row_out: Tensor,
+    col_out: Tensor,
+    stash: Tensor,
+    needs: Sequence[bool],
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dy, dscale and dbias, those not in ``needs`` empty or zero.
+
+    With an empty stash S is computed again, and ``row_out`` and ``col_out`` may be results of a larger problem of which
+    this one is a block.
+    """
+    p = p.without_ignored()
+    with without_autocast(p.x.device):
+        backward = load("reduce_similarity", backend).backward
+        return backward(p, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
+
+
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    p = SimilarityProblem.unflatten(args[:_N_FIELDS])
+    backend, workspace, keep = args[_N_FIELDS:]
+    row_out = p.x.new_empty((len(p.rows), p.banks, p.n), dtype=torch.float32)
+    col_out = p.x.new_empty((len(p.cols), p.banks, p.m), dtype=torch.float32)
+    stash = p.x.new_empty(load("reduce_similarity", backend).stash_shape(p, workspace, keep), dtype=torch.float32)
+    return row_out, col_out, stash
+
+
+@operator(
+    f"reduce_similarity({_FIELDS}, str backend, int workspace, bool keep) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_forward,
+)
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return run_forward(SimilarityProblem.unflatten(args[:_N_FIELDS]), *args[_N_FIELDS:])
+
+
+def _fake_backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p = SimilarityProblem.unflatten(args[:_N_FIELDS])
+    needs = args[_N_FIELDS + 3]
+    return (
+        p.x.new_empty(p.x.shape if needs[0] else (0,)),
+        p.y.new_empty(p.y.shape if needs[1] else (0,)),
+        p.scale.new_empty(()),
+        p.scale.new_empty(()),
+    )
+
+
+@operator(
+    f"reduce_similarity_backward(Tensor grad_rows, Tensor grad_cols, {_FIELDS}, Tensor row_out, Tensor col_out, "
+    "Tensor stash, bool[] needs, str backend, int workspace) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+)
+def _backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p = SimilarityProblem.unflatten(args[:_N_FIELDS])
+    row_out, col_out, stash, needs, backend, workspace = args[_N_FIELDS:]
+    return run_backward(p, backend, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
+
+
+class SimilarityReduction(torch.autograd.Function):
+    """Row and column results of one problem; the stash is whatever the backend keeps for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        row_out, col_out, stash = _forward(*args)
+        # The stash is not marked as an input or output: it lives exactly as long as the graph.
+        ctx.save_for_backward(*args[:8], row_out, col_out, stash)
+        ctx.rest = args[8:]
+        return row_out, col_out
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, row_out, col_out, stash = ctx.saved_tensors
+        diagonal, rows, cols, backend, workspace, _ = ctx.rest
+        needs = list(ctx.needs_input_grad[:4])
+        problem = (*tensors, diagonal, rows, cols)
+        kept = (row_out, col_out, stash, needs, backend, workspace)
+        incoming = (grad_rows.contiguous(), grad_cols.contiguous())
+        grads = once_differentiable("reduce_similarity", _backward, *incoming, *problem, *kept)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 10)

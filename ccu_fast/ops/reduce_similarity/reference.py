@@ -1,0 +1,94 @@
+"""reduce_similarity in plain torch: stores S, differentiates by autograd, O(B·N·M) memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
+from ccu_fast.ops.reduce_similarity.relations import relation_matrix
+
+
+def reduce(p: SimilarityProblem) -> tuple[list[Tensor], list[Tensor]]:
+    """All reductions of one problem: rows ``[B, N]`` each, then columns ``[B, M]`` each.
+
+    Computes in fp64 for fp64 inputs, in fp32 otherwise.
+    """
+    compute = torch.float64 if p.x.dtype == torch.float64 else torch.float32
+    s = p.scale.to(compute) * torch.matmul(p.x.to(compute), p.y.to(compute).mT)
+    if p.bias is not None:
+        s = s + p.bias.to(compute)
+    relation = relation_matrix(
+        p.row_labels, p.col_labels, p.row_ids, p.col_ids, diagonal=p.diagonal, n=p.n, m=p.m, device=p.x.device
+    )
+    return (
+        [_reduce(s, relation, code, dim=-1) for code in p.rows],
+        [_reduce(s, relation, code, dim=-2) for code in p.cols],
+    )
+
+
+def _reduce(s: Tensor, relation: Tensor, code: int, dim: int) -> Tensor:
+    kind, relations = decode(code)
+    chosen = (relation & relations) != 0
+    if kind == "sum":
+        return torch.where(chosen, s, 0).sum(dim)
+    if kind == "softplus":
+        # Not torch's softplus: it is linear above 20 and loses 2e-9 there.
+        return torch.where(chosen, -torch.nn.functional.logsigmoid(-s), 0).sum(dim)
+    if s.shape[dim] == 0:
+        return s.sum(dim) - torch.inf
+    masked = torch.where(chosen, s, -torch.inf)
+    peak = masked.detach().amax(dim, keepdim=True)
+    empty = peak == -torch.inf
+    total = torch.exp(masked - torch.where(empty, 0, peak)).sum(dim, keepdim=True)
+    # An empty set is −inf with zero gradient: its log must not see the zero.
+    lse = torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1, total)) + peak)
+    return lse.squeeze(dim)
+
+
+def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What the fused backends' ``forward`` gives: results ``[R, B, N]`` and ``[C, B, M]``, no stash."""
+    with torch.no_grad():
+        rows, cols = reduce(p)
+    return _stack(rows, p, p.n), _stack(cols, p, p.m), p.x.new_empty((0,))
+
+
+def backward(
+    p: SimilarityProblem,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    row_out: Tensor,
+    col_out: Tensor,
+    stash: Tensor,
+    needs: Sequence[bool],
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the fused backends' ``backward`` gives: E is relative to ``row_out`` and ``col_out``."""
+    bias = torch.zeros_like(p.scale) if p.bias is None else p.bias
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (p.x, p.y, p.scale, bias)]
+        x, y, scale, bias = leaves
+        rows, cols = reduce(replace(p, x=x, y=y, scale=scale, bias=bias))
+    grads = [
+        _relative(code, own, shift, grad)
+        for codes, results, shifts, wanted in ((p.rows, rows, row_out, grad_rows), (p.cols, cols, col_out, grad_cols))
+        for code, own, shift, grad in zip(codes, results, shifts, wanted, strict=True)
+    ]
+    dx, dy, dscale, dbias = torch.autograd.grad([*rows, *cols], leaves, grads)
+    empty = x.new_empty((0,))
+    return dx if needs[0] else empty, dy if needs[1] else empty, dscale, dbias
+
+
+def _stack(results: list[Tensor], p: SimilarityProblem, items: int) -> Tensor:
+    return torch.stack(results) if results else p.scale.new_empty((0, p.banks, items))
+
+
+def _relative(code: int, own: Tensor, shift: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of ``own``, a log-sum-exp over a part of what ``shift`` is over."""
+    if decode(code)[0] != "lse":
+        return grad
+    own = own.detach()
+    return grad * torch.where(own == -torch.inf, 0, torch.exp(own - shift))

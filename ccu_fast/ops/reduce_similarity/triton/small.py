@@ -1,0 +1,146 @@
+"""reduce_similarity of small batches on a GPU: one launch forward, one backward and one for the gradient of scale.
+
+The arithmetic is in :mod:`.small_batch_kernels`. Nothing is kept for the backward pass but the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
+from ccu_fast.ops.reduce_similarity.triton import configs, plan
+from ccu_fast.ops.reduce_similarity.triton.passes import HALF_EXPONENT
+from ccu_fast.ops.reduce_similarity.triton.small_kernels import small_forward_kernel, small_gradient_kernel
+from ccu_fast.ops.triton.launch import Launch, specialised_on
+
+BLOCK_M = 16
+
+
+def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
+    """Nothing is kept."""
+    return (0,)
+
+
+def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Row results fp32 ``[R, B, N]``, column results fp32 ``[C, B, M]`` and an empty stash."""
+    new = p.x.new_empty
+    row_out = new((len(p.rows), p.banks, p.n), dtype=torch.float32)
+    col_out = new((len(p.cols), p.banks, p.m), dtype=torch.float32)
+    reduce_into(p, row_out, col_out)
+    return row_out, col_out, new((0,), dtype=torch.float32)
+
+
+def reduce_into(p: SimilarityProblem, row_out: Tensor, col_out: Tensor) -> None:
+    """The results of rows and columns into contiguous tensors."""
+    with configs.on_device(p.x):
+        device = configs.device()
+        operands = _operands(p)
+        signature = ("small forward", *_signature(p), specialised_on(*operands, row_out, col_out))
+        launch = device.plans.get(signature) or device.keep(signature, forward_launch(p, device))
+        launch(*operands, row_out, col_out)
+
+
+def forward_launch(p: SimilarityProblem, device: configs.Device) -> Launch:
+    """Of (x, y, scale, bias, keys, row results, column results) of problems like p."""
+    blocks = p.banks * (triton.cdiv(p.n, BLOCK_M) * bool(p.rows) + triton.cdiv(p.m, BLOCK_M) * bool(p.cols))
+    return Launch(
+        small_forward_kernel, blocks, (p.n, p.m, p.x.shape[2], p.banks, *_strides(p)),
+        index=device.index, **_constants(p),
+    )  # fmt: skip
+
+
+def backward(
+    p: SimilarityProblem,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    row_out: Tensor,
+    col_out: Tensor,
+    stash: Tensor,
+    needs: Sequence[bool],
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx and dy like x and y (empty where not needed), dscale and dbias 0-dim fp32."""
+    with configs.on_device(p.x):
+        device = configs.device()
+        operands = (*_operands(p), grad_rows, grad_cols, row_out, col_out)
+        signature = ("small backward", tuple(needs), *_signature(p), specialised_on(*operands))
+        made = device.plans.get(signature) or device.keep(signature, Backward(p, needs, device))
+        dx, dy, dscale, dbias = made(p.x, p.y, operands)
+        # Results must not share memory.
+        return (
+            p.x.new_empty((0,)) if dx is None else dx,
+            p.y.new_empty((0,)) if dy is None else dy,
+            p.scale.new_empty(()) if dscale is None else dscale,
+            p.scale.new_empty(()) if dbias is None else dbias,
+        )
+
+
+class Backward:
+    """The launch of a backward pass and the results it needs."""
+
+    def __init__(self, p: SimilarityProblem, needs: Sequence[bool], device: configs.Device) -> None:
+        want_x, want_y, self.want_scale, self.want_bias = needs
+        self.want_x, self.want_y = want_x, want_y
+        totals = self.want_scale or self.want_bias
+        row_programs = p.x.shape[0] * triton.cdiv(p.n, BLOCK_M) if want_x or totals else 0
+        self.parts = (2, row_programs if totals else 0)
+        programs = row_programs + (p.y.shape[0] * triton.cdiv(p.m, BLOCK_M) if want_y else 0)
+        self.launch = None
+        if programs:
+            self.launch = Launch(
+                small_gradient_kernel, programs,
+                (p.n, p.m, p.x.shape[2], p.banks, row_programs, *_strides(p)),
+                index=device.index, **_constants(p),
+                X_SHARED=p.x.shape[0] < p.banks, Y_SHARED=p.y.shape[0] < p.banks,
+                HALF=p.x.dtype == torch.float16, STORE=want_x, TOTALS=totals, EXPONENT=HALF_EXPONENT,
+            )  # fmt: skip
+
+    def __call__(self, x: Tensor, y: Tensor, operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """dx like x, dy like y, dscale and dbias; None where not wanted.
+
+        ``operands`` are the kernel's tensors before the results.
+        """
+        dx = torch.empty_like(x) if self.want_x else None
+        dy = torch.empty_like(y) if self.want_y else None
+        parts = x.new_empty(self.parts, dtype=torch.float32)
+        if self.launch is not None:
+            # Nothing is written where nothing is wanted.
+            self.launch(*operands, x if dx is None else dx, y if dy is None else dy, parts)
+        return dx, dy, parts[0].sum() if self.want_scale else None, parts[1].sum() if self.want_bias else None
+
+
+def _signature(p: SimilarityProblem) -> tuple[Hashable, ...]:
+    keys = (p.row_labels, p.col_labels, p.row_ids, p.col_ids)
+    return p.x.shape, p.y.shape, p.rows, p.cols, p.diagonal, *[None if key is None else key.shape for key in keys]
+
+
+def _operands(p: SimilarityProblem) -> tuple[Tensor | None, ...]:
+    return p.x, p.y, p.scale, p.bias, p.row_labels, p.col_labels, p.row_ids, p.col_ids
+
+
+def _strides(p: SimilarityProblem) -> tuple[int, ...]:
+    keys = (p.row_labels, p.col_labels, p.row_ids, p.col_ids)
+    return (
+        0 if p.x.shape[0] == 1 else p.n, 0 if p.y.shape[0] == 1 else p.m,
+        *(0 if k is None or k.shape[0] == 1 else k.shape[1] for k in keys),
+    )  # fmt: skip
+
+
+def _constants(p: SimilarityProblem) -> dict[str, Any]:
+    """What is compiled into both kernels."""
+    d = p.x.shape[2]
+    # A step of the other side is 32 KB: two fit beside each other in the shared memory of any of the GPUs.
+    block_d = max(triton.next_power_of_2(d), 16)
+    block_n, warps = (32, 4) if block_d <= 512 else (16, 16)
+    return {
+        "ROWS": plan.spec(p, p.rows), "COLS": plan.spec(p, p.cols), "HAS_BIAS": p.bias is not None,
+        "HAS_LABELS": p.row_labels is not None, "HAS_IDS": p.row_ids is not None, "DIAGONAL": p.diagonal,
+        "MASK_N": p.n % block_n != 0, "MASK_M": p.m % block_n != 0, "MASK_D": d != block_d,
+        "BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2,
+        **configs.OPTIONS,
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""InfoNCE of a small paired batch."""

@@ -1,0 +1,82 @@
+"""InfoNCE of a small paired batch as one operator, because there the calls take the time and not the arithmetic.
+
+The general way makes reductions, their differences, means and sums one after another, each with its node in the graph.
+Here one node holds all of it, and the loss and its gradient with respect to the logits come from constants:
+∂loss/∂S = w · (softmax of rows + softmax of columns − 2 · identity).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast.ops.backend import choose, load
+from ccu_fast.ops.operator import once_differentiable
+from ccu_fast.ops.precision import fp32_precision
+from ccu_fast.ops.reduce_similarity import operator
+from ccu_fast.ops.reduce_similarity.api import as_scalar
+from ccu_fast.ops.reduce_similarity.operator import HALF, SMALL_DIM, without_autocast
+
+
+def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
+    """The backend that has this for a call of :func:`ccu_fast.info_nce`; None: the general way, which also checks.
+
+    Two matrices of one shape and dtype without keys, fp32 on a CPU, half precision on a GPU.
+    """
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == 2 and x.shape == y.shape):
+        return None
+    if x.dtype != y.dtype or x.device != y.device or (options and any(map(_asks_for_more, options.items()))):
+        return None
+    items, dim = x.shape
+    if torch.compiler.is_compiling() or not 0 < items * items <= operator.SMALL_PAIRS or dim == 0:
+        return None
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
+        return None
+    if x.dtype in HALF and dim <= SMALL_DIM:
+        wanted = "triton"
+    elif x.dtype == torch.float32 and fp32_precision(kind) != "medium":
+        wanted = "native"
+    else:
+        return None
+    return wanted if choose(options.get("backend", "auto"), "reduce_similarity", x.device, x.dtype) == wanted else None
+
+
+def _asks_for_more(option: tuple[str, Any]) -> bool:
+    name, value = option
+    return not (value is None or name == "backend" or (name == "normalize" and value is False))
+
+
+def small_info_nce(x: Tensor, y: Tensor, scale: float | Tensor, *, symmetric: bool, mean: bool, backend: str) -> Tensor:
+    """The loss, fp32 0-dim, of arguments for which ``backend`` is what :func:`served_by` said."""
+    scale = as_scalar("scale", scale, x)
+    keep = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)
+    weight = (1 / x.shape[0] if mean else 1.0) / (2 if symmetric else 1)
+    # Torch looks at every argument of a function, and at every gradient: those that are no tensors come as one.
+    return _SmallInfoNCE.apply(x, y, scale, (symmetric, weight, keep, backend))
+
+
+class _SmallInfoNCE(torch.autograd.Function):
+    """The loss of (x, y, scale); what its backward pass needs is the backend's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, options: tuple[bool, float, bool, str]) -> Tensor:
+        symmetric, weight, keep, backend = options
+        ctx.rest = symmetric, weight, backend
+        with without_autocast(x.device):
+            loss, *saved = load("small_info_nce", backend).forward(x, y, scale, symmetric, weight, keep)
+        ctx.save_for_backward(x, y, scale, *saved)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rest = (grad, ctx.needs_input_grad[:3], *ctx.rest)
+        return (*once_differentiable("reduce_similarity", _backward, *ctx.saved_tensors, *rest), None)
+
+
+def _backward(x: Tensor, y: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    *saved, grad, needs, symmetric, weight, backend = rest
+    with without_autocast(x.device):
+        return load("small_info_nce", backend).backward(x, y, scale, saved, grad, needs, symmetric, weight)

@@ -1,0 +1,73 @@
+"""InfoNCE of a small batch on a CPU: one product, two calls of C++, two products; see api.py.
+
+The logits become their gradient in place, in the forward pass: N² · 4 bytes until the backward pass, which only
+multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ccu_fast import _C
+from ccu_fast.ops.reduce_similarity.native.operands import FP32, threads_for
+from ccu_fast.ops.small_info_nce.problem import COLS, ROWS, weights
+
+_NO_KEYS = ((0, 0),) * 4
+
+
+def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float, keep: bool) -> tuple[Tensor, ...]:
+    """The loss and, if ``keep``, its gradients with respect to ``scale`` and to x yᵀ ``[N, N]``."""
+    items = x.shape[0]
+    dot = torch.mm(x, y.T)
+    tile = _C.Tile(
+        dot.data_ptr(), _C.F32, 0, 1, items, items, 0, float(scale), 0.0, *_NO_KEYS, True,
+        ROWS, COLS if symmetric else (), threads_for(items * items),
+    )  # fmt: skip
+    rows = torch.empty(2, items, **FP32)
+    peaks = torch.full((items,), -torch.inf, **FP32)
+    sums = torch.zeros(items, dtype=torch.float64, device="cpu")
+    _C.similarity_forward(tile, rows.data_ptr(), items, items, peaks.data_ptr(), sums.data_ptr(), items)
+    lse, own = rows.unbind(0)
+    values = lse - own
+    cols = peaks
+    if symmetric:
+        cols = sums.log_().add_(peaks).float()
+        values += cols - own
+    loss = values.sum() * weight
+    if not keep:
+        return (loss,)
+    incoming = weights(items, symmetric, weight, x.device)  # without columns the last row is not read as theirs
+    totals = torch.empty(2, items, dtype=torch.float64, device="cpu")
+    _C.similarity_backward(
+        tile, incoming.data_ptr(), rows.data_ptr(), items, items, incoming[-items:].data_ptr(), cols.data_ptr(), items,
+        dot.data_ptr(), _C.F32, totals.data_ptr(), totals[1].data_ptr(),
+    )  # fmt: skip
+    return loss, totals[0].sum().float(), dot
+
+
+def backward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    saved: Sequence[Tensor],
+    grad: Tensor,
+    needs: Sequence[bool],
+    symmetric: bool,
+    weight: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, y and scale; None where not needed."""
+    by_scale, by_dot = saved
+    factor = float(grad)
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        out = torch.mm(left, right)
+        return out if factor == 1.0 else out.mul_(factor)
+
+    return (
+        product(by_dot, y) if needs[0] else None,
+        product(by_dot.T, x) if needs[1] else None,
+        by_scale * factor if needs[2] else None,
+    )

@@ -1,0 +1,92 @@
+"""topk_flips by the compiled module: one call on a CPU (csrc/cpu/topk_flips.cpp), tokens_cuda.py on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ccu_fast import _C
+from ccu_fast.ops.native import DTYPES, address, on_gpu
+from ccu_fast.ops.topk_flips import cuda, reference
+from ccu_fast.ops.topk_flips.cuda import per_row
+from ccu_fast.ops.topk_flips.problem import TokenProblem, TokenResult
+
+_PANEL = _C.TOKEN_PANEL
+_BITS = _C.TOKEN_BITS
+_PACK_ROWS = 512 * _PANEL
+
+
+def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the scan reads, and what it must know of its rounding."""
+    if on_gpu(embedding.device):
+        return cuda.pack(embedding, token_ids)
+    return pack_panels(embedding, token_ids)
+
+
+def pack_panels(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Panels of 16 tokens, int16 ``[ceil(T / 16), ceil(D / 2), 16, 2]``, and each token's fp32 step ``[.., 16]``.
+
+    A vector register then holds two dimensions of 16 tokens. A token's step is the power of two that brings its
+    largest element to 13 bits (or fp32's smallest normal number): an element is off by at most half of it, and the
+    product of a step and a sum is exact.
+    """
+    tokens = embedding.shape[0] if token_ids is None else token_ids.shape[0]
+    panels, dim = (tokens + _PANEL - 1) // _PANEL, embedding.shape[1]
+    packed = torch.zeros(panels, (dim + 1) // 2, _PANEL, 2, dtype=torch.int16, device="cpu")
+    steps = torch.zeros(panels, _PANEL, dtype=torch.float32, device="cpu")
+    for start in range(0, tokens, _PACK_ROWS):
+        part = slice(start, min(start + _PACK_ROWS, tokens))
+        rows = (embedding[part] if token_ids is None else embedding[token_ids[part]]).float()
+        # A little more than the largest, so that it does not round up to 2^13.
+        largest = rows.abs().amax(1).double() * (1 + 2.0**-_BITS)
+        exponent = torch.where(largest > 0, torch.frexp(largest).exponent - _BITS, -126).clamp(min=-126)
+        step = ((exponent + 127).int() << 23).view(torch.float32)
+        whole = torch.zeros(-(-len(rows) // _PANEL) * _PANEL, packed.shape[1] * 2, dtype=torch.int16, device="cpu")
+        whole[: len(rows), :dim] = (rows * step.reciprocal()[:, None]).round_()
+        whole = whole.unflatten(1, (-1, 2)).unflatten(0, (-1, _PANEL))
+        packed[start // _PANEL :][: len(whole)].copy_(whole.transpose(1, 2))
+        steps.view(-1)[part] = step
+    return packed, steps
+
+
+def topk(p: TokenProblem) -> TokenResult:
+    """The k best tokens of every row; memory O(N · (k + D)) beyond the packed table."""
+    if p.packed is None or p.coarse is None:
+        raise ValueError("table: expected one built for the native backend, got one built for the reference")
+    if on_gpu(p.grad.device):
+        # Beyond what a block can hold, as for a whole vocabulary sorted, the reference's sort is as good.
+        return cuda.topk(p) if p.k <= _C.CUDA_MOST_FLIPS else reference.topk(p)
+    size = (p.rows, p.k)
+    result = TokenResult(
+        ids=torch.empty(size, dtype=torch.int64, device="cpu"),
+        delta=torch.empty(size, dtype=torch.float32, device="cpu"),
+        score=torch.empty(size, dtype=torch.float64, device="cpu"),
+        count=torch.empty(p.rows, dtype=torch.int64, device="cpu"),
+        valid=torch.empty(p.rows, dtype=torch.bool, device="cpu"),
+    )
+    _C.topk_flips(
+        grad=p.grad.data_ptr(),
+        rows=p.rows,
+        dim=p.grad.shape[1],
+        packed=p.packed.data_ptr(),
+        steps=p.coarse.data_ptr(),
+        tokens=p.tokens,
+        token_ids=address(p.token_ids),
+        max_norm=p.max_norm,
+        embedding=p.embedding.data_ptr(),
+        embedding_strides=p.embedding.stride(),
+        embedding_dtype=DTYPES[p.embedding.dtype],
+        maximize=p.maximize,
+        current=address(p.current),
+        exclude_current=p.exclude_current,
+        allowed=per_row(p.allowed),
+        penalty=per_row(p.penalty),
+        k=p.k,
+        threads=torch.get_num_threads(),
+        ids=result.ids.data_ptr(),
+        delta=result.delta.data_ptr(),
+        score=result.score.data_ptr(),
+        count=result.count.data_ptr(),
+        valid=result.valid.data_ptr(),
+    )
+    return result

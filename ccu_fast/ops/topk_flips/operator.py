@@ -1,0 +1,70 @@
+"""topk_flips as a torch operator, so that a compiled graph never breaks on it.
+
+    ccu_fast::topk_flips    gradients, table, options → ids, delta, score, count, valid; not differentiable
+
+What depends on values (ids in range, a finite penalty, a table that is not stale) is checked inside the operator, where
+there are values also when a graph runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.ops import machine
+from ccu_fast.ops.backend import load
+from ccu_fast.ops.operator import operator
+from ccu_fast.ops.topk_flips.problem import TokenProblem, TokenResult
+
+STALE = (
+    "table: expected an embedding unchanged since the table was built, got one changed in place; call table.refresh()"
+)
+
+
+def version_of(embedding: Tensor) -> int:
+    """Counts in-place changes; −1 where torch does not (inference tensors)."""
+    return -1 if embedding.is_inference() else embedding._version
+
+
+def _fake(*args: Any) -> TokenResult:
+    p = TokenProblem(*args[:-2])
+    size = (p.rows, p.k)
+    return TokenResult(
+        ids=p.grad.new_empty(size, dtype=torch.int64),
+        delta=p.grad.new_empty(size, dtype=torch.float32),
+        score=p.grad.new_empty(size, dtype=torch.float64),
+        count=p.grad.new_empty(p.rows, dtype=torch.int64),
+        valid=p.grad.new_empty(p.rows, dtype=torch.bool),
+    )
+
+
+@operator(
+    "topk_flips(Tensor grad, Tensor embedding, Tensor? token_ids, Tensor? packed, Tensor? coarse, float max_norm, "
+    "int k, bool maximize, Tensor? current, bool exclude_current, Tensor? allowed, Tensor? penalty, bool certify, "
+    "int version, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+)
+def _topk(*args: Any) -> TokenResult:
+    *fields, version, backend = args
+    p = TokenProblem(*fields)
+    if version >= 0 and version_of(p.embedding) != version:
+        raise ValueError(STALE)
+    # On a GPU a look would wait for it: there the kernel fails for an id out of range, as torch's indexing does.
+    if p.current is not None and p.rows and machine.host_sees(p.current.device):
+        vocabulary = p.embedding.shape[0]
+        low, high = (int(v) for v in p.current.aminmax())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"current_ids: expected ids in [0, {vocabulary - 1}], got {low if low < 0 else high}")
+    if p.penalty is not None and machine.host_sees(p.penalty.device):
+        check.finite("penalty", p.penalty)
+    result: TokenResult = load("topk_flips", backend).topk(p)
+    return result
+
+
+def topk(p: TokenProblem, version: int, backend: str) -> TokenResult:
+    """Solve ``p``, of a table made when its embedding had been changed ``version`` times."""
+    fields = (getattr(p, name) for name in TokenProblem.__dataclass_fields__)
+    return TokenResult(*_topk(*fields, version, backend))

@@ -1,0 +1,1 @@
+"""What every operation's Triton kernels share."""

@@ -1,0 +1,225 @@
+"""The MEM authors' code (Liu et al. 2024): its loss, its token scoring, its candidate search and its noise steps.
+
+That code is not a package and copies its functions from file to file, so they are found by name and signature in every
+module that has been imported. The same decisions come out; what goes is the work: the vocabulary's scores on the host,
+the image tower and a host synchronisation for every candidate, and weight gradients in the noise steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ccu_fast.losses.functional import info_nce
+from ccu_fast.ops.topk_flips.api import TokenTable, topk_flips
+from ccu_fast.patch.site import Site
+
+LOSS = ("umodel", "outputs", "criterion", "options", "gather_backdoor_indices")
+HOTFLIP = (
+    "averaged_grad",
+    "embedding_matrix",
+    "increase_loss",
+    "num_candidates",
+    "num_trigger_tokens",
+    "no_zero_index",
+)
+SEARCH = (
+    "model", "input_ids", "attention_mask", "pixel_values", "trigger_token_ids", "cand_trigger_token_ids",
+    "num_trigger_tokens", "snli", "criterion", "beam_size", "increase_loss", "options",
+)  # fmt: skip
+NOISE = ("self", "batch", "model", "criterion", "batch_token", "random_noise", "options")
+
+
+def sites() -> list[Site]:
+    """What is replaced: whatever has been imported.
+
+    Raises:
+        ModuleNotFoundError: none of the functions is in any imported module.
+    """
+    functions: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
+        ("get_loss", LOSS, get_loss),
+        ("hotflip_attack", HOTFLIP, hotflip_attack),
+        ("get_best_candidates", SEARCH, get_best_candidates),
+    )
+    found = []
+    for module in _modules():
+        for name, parameters, replacement in functions:
+            if _parameters(vars(module).get(name)) == parameters:
+                found.append(Site(module, name, parameters, replacement))
+        tool = vars(module).get("PerturbationTool")
+        attack = getattr(tool, "min_min_attack", None)
+        if inspect.isclass(tool) and tool.__module__ == module.__name__ and _is_published(attack):
+            found.append(Site(tool, "min_min_attack", NOISE, min_min_attack))
+    if not found:
+        raise ModuleNotFoundError(
+            "mem_reference: expected the authors' modules (src.utils, src.attacks, src.poison_train) to be imported "
+            "before they are patched, found none of their functions",
+            name="mem_reference",
+        )
+    return found
+
+
+def get_loss(
+    original: Any, umodel: Any, outputs: Any, criterion: Any, options: Any, gather_backdoor_indices: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(loss, loss, 0)`` with the loss ``info_nce(image, text, scale=exp(logit_scale))``."""
+    if not _plain(criterion, options):
+        theirs: tuple[Tensor, Tensor, Tensor] = original(umodel, outputs, criterion, options, gather_backdoor_indices)
+        return theirs
+    loss = info_nce(outputs.image_embeds, outputs.text_embeds, scale=umodel.logit_scale.exp())
+    return loss, loss, torch.zeros((), dtype=torch.int64, device=loss.device)
+
+
+def hotflip_attack(
+    original: Any,
+    averaged_grad: Tensor,
+    embedding_matrix: Tensor,
+    increase_loss: bool = False,
+    num_candidates: int = 1,
+    num_trigger_tokens: int = 1,
+    no_zero_index: Any = None,
+) -> Any:
+    """The ``num_candidates`` best tokens at positions 1..n, scored where the embedding matrix is: a numpy array.
+
+    ``[B, n, k]``; for k = 1 ``[n]``, those of the first row, as the authors' function has it.
+    """
+    grad = averaged_grad.detach()[:, 1 : 1 + num_trigger_tokens].to(embedding_matrix.device)
+    # Not kept between calls: changes through .data, which that code makes, are not counted by torch.
+    table = TokenTable(embedding_matrix.detach())
+    ids = topk_flips(grad, table, num_candidates, maximize=increase_loss).ids
+    return (ids if num_candidates > 1 else ids[0, :, 0]).cpu().numpy()
+
+
+@torch.no_grad()
+def get_best_candidates(
+    original: Any,
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    pixel_values: Tensor,
+    trigger_token_ids: Tensor,
+    cand_trigger_token_ids: Any,
+    num_trigger_tokens: int,
+    snli: bool = False,
+    criterion: Any = None,
+    beam_size: int = 1,
+    increase_loss: bool = False,
+    options: Any = None,
+) -> Any:
+    """The triggers after one left-to-right pass, each candidate judged by the batch's mean loss.
+
+    The image tower runs once, the text tower once for each candidate and once for each position; a position's losses
+    are one batched :func:`ccu_fast.info_nce`. ``input_ids`` is written as the authors' function writes it.
+    """
+    if snli or beam_size != 1 or not _plain(criterion, options) or not hasattr(model, "get_text_features"):
+        return original(
+            model, input_ids, attention_mask, pixel_values, trigger_token_ids, cand_trigger_token_ids,
+            num_trigger_tokens, snli=snli, criterion=criterion, beam_size=beam_size, increase_loss=increase_loss,
+            options=options,
+        )  # fmt: skip
+    candidates = torch.as_tensor(cand_trigger_token_ids).to(input_ids.device)
+    triggers = trigger_token_ids.clone()
+    scale = model.logit_scale.exp()
+    image: Tensor | None = None
+    for position in range(num_trigger_tokens):
+        input_ids[:, 1 : 1 + num_trigger_tokens] = triggers.to(input_ids.device)
+        if image is None:
+            first = model(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values)
+            image, banks = first.image_embeds, [first.text_embeds]
+        else:
+            banks = [_text(model, input_ids, attention_mask)]
+        variant = input_ids.clone()
+        for words in candidates[:, position].unbind(1):
+            variant[:, position + 1] = words
+            banks.append(_text(model, variant, attention_mask))
+        losses = info_nce(image, torch.stack(banks), scale=scale)
+        best = int(losses.argmax() if increase_loss else losses.argmin())
+        if best > 0:
+            triggers[:, position] = candidates[:, position, best - 1].to(triggers)
+    return triggers
+
+
+def min_min_attack(
+    original: Any,
+    self: Any,
+    batch: Any,
+    model: Any,
+    criterion: Any,
+    batch_token: Tensor,
+    random_noise: Any = None,
+    options: Any = None,
+) -> Any:
+    """The noisy images and the noise before it is cut to valid pixels, after ``num_steps`` descending PGD steps.
+
+    Each step puts another permutation of the captions behind the triggers, drawn as the authors' function draws it.
+    Weights get no gradient; the authors' leave the last step's behind.
+    """
+    if not _plain(criterion, options) or not hasattr(model, "get_text_features"):
+        return original(self, batch, model, criterion, batch_token, random_noise=random_noise, options=options)
+    device = options.device
+    ids, mask, pixels = (batch[key].to(device) for key in ("input_ids", "attention_mask", "pixel_values"))
+    scale = model.logit_scale.exp().detach()
+    noise = random_noise
+    noisy = torch.clamp(pixels + noise, self.lower_limit, self.upper_limit)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in weights:
+            p.requires_grad_(False)
+        for _ in range(self.num_steps):
+            order = torch.randperm(len(ids))
+            captions = ids[order]
+            captions[:, 1 : 1 + self.num_trigger_tokens] = batch_token.to(captions)
+            text = _text(model, captions, mask)
+            leaf = noisy.detach().requires_grad_(True)
+            image = model.get_image_features(pixel_values=leaf)
+            loss = info_nce(image / image.norm(dim=-1, keepdim=True), text, scale=scale)
+            (grad,) = torch.autograd.grad(loss, leaf)
+            # The radius is a tensor of the image's shape there, so this is not pgd_step_.
+            noise = torch.clamp(noisy.detach() - self.step_size * grad.sign() - pixels, -self.epsilon, self.epsilon)
+            noisy = torch.clamp(pixels + noise, self.lower_limit, self.upper_limit)
+    finally:
+        for p in weights:
+            p.requires_grad_(True)
+    return noisy.requires_grad_(True), noise
+
+
+def _text(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    with torch.no_grad():
+        text = model.get_text_features(input_ids=ids, attention_mask=mask)
+        return text / text.norm(dim=-1, keepdim=True)
+
+
+def _plain(criterion: Any, options: Any) -> bool:
+    """The loss is CLIP's: no second views, no gathering, no constraint, torch's cross-entropy as it comes."""
+    return (
+        isinstance(criterion, nn.CrossEntropyLoss)
+        and criterion.weight is None
+        and (criterion.reduction, criterion.label_smoothing) == ("mean", 0.0)
+        and not any(getattr(options, name, False) for name in ("inmodal", "distributed", "unlearn"))
+    )
+
+
+def _modules() -> list[ModuleType]:
+    own = __name__.split(".")[0]
+    return [m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and name.split(".")[0] != own]
+
+
+def _parameters(function: Any) -> tuple[str, ...] | None:
+    return tuple(inspect.signature(function).parameters) if inspect.isfunction(function) else None
+
+
+def _is_published(attack: Any) -> bool:
+    """Whether this is the variant that the authors' command runs: captions shuffled in every step, get_loss alone.
+
+    Other files have variants with other losses under the same name.
+    """
+    if _parameters(attack) != NOISE:
+        return False
+    names = set(inspect.unwrap(attack).__code__.co_names)
+    return {"randperm", "get_loss", "step_size", "epsilon"} <= names and not names & {"image_loss", "KMeans"}

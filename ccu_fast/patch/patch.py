@@ -1,0 +1,157 @@
+"""Give existing libraries the kernels, by one line, and take them back::
+
+    import ccu_fast
+
+    with ccu_fast.patch.applied("open_clip"):       # or apply("open_clip") … revert("open_clip")
+        train()
+
+Importing this module changes nothing. What a patch cannot do with the same numbers (a subclass with logits of its own,
+an unusual option) goes to the library's own code, call by call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ccu_fast import check
+from ccu_fast.patch.site import Installed, Site
+
+
+@dataclass(frozen=True)
+class Target:
+    """A library that can be patched.
+
+    Attributes:
+        distribution: what ``pip`` calls it; None for code that is not installed but imported by the user.
+        since, before: the known versions: since ≤ version < before.
+        replaces: what is replaced, for people.
+    """
+
+    distribution: str | None
+    since: str
+    before: str
+    replaces: str
+
+
+TARGETS = {
+    "open_clip": Target(
+        "open_clip_torch", "2.24", "4", "ClipLoss and SigLipLoss (CoCaLoss inherits it), on one process or several"
+    ),
+    "transformers": Target(
+        "transformers", "4.40", "6", "the loss in the forward of CLIP, SigLIP, ALIGN and CLAP models (return_loss=True)"
+    ),
+    "sentence_transformers": Target(
+        "sentence-transformers",
+        "5",
+        "7",
+        "MultipleNegativesRankingLoss, also symmetric and with hard negatives, with cos_sim or dot_score",
+    ),
+    "pytorch_metric_learning": Target(
+        "pytorch-metric-learning", "2.3", "3", "NTXentLoss and SupConLoss over labels, with their default reducers"
+    ),
+    "nanogcg": Target("nanogcg", "0.2", "0.4", "the token gradient (no one-hot) and sample_ids_from_grad"),
+    "textattack": Target("textattack", "0.3.8", "0.4", "WordSwapGradientBased: no sort of words × vocabulary"),
+    "mem_reference": Target(
+        None,
+        "",
+        "",
+        "get_loss, hotflip_attack, get_best_candidates and min_min_attack of the MEM authors' code, in every module "
+        "imported so far",
+    ),
+}
+
+_installed: dict[str, list[Installed]] = {}
+
+
+def targets() -> dict[str, str]:
+    """The names :func:`apply` knows, and what each replaces."""
+    return {name: target.replaces for name, target in TARGETS.items()}
+
+
+def active() -> dict[str, list[str]]:
+    """What is replaced now: the dotted names of the functions, by target."""
+    return {name: [item.site.name for item in items] for name, items in _installed.items()}
+
+
+def apply(name: str) -> list[str]:
+    """Replace a library's losses or token scoring by ccu_fast's until :func:`revert`.
+
+    Applying what is applied changes nothing. Functions are replaced in the classes and modules that own them, so
+    objects that exist already are served too.
+
+    Args:
+        name: a key of :func:`targets`.
+
+    Returns:
+        The dotted names of what is replaced; empty, with a ``UserWarning``, when the version is not known or a function
+        is not the one expected: then nothing at all was changed.
+
+    Raises:
+        ValueError: unknown name.
+        ModuleNotFoundError: the library is not installed; for "mem_reference": its modules are not imported yet.
+    """
+    check.one_of("name", name, tuple(TARGETS))
+    if name not in _installed:
+        reason = _unknown_version(name)
+        if reason is None:
+            sites: list[Site] = importlib.import_module(f"ccu_fast.patch.{name}").sites()
+            reason = next(filter(None, (site.mismatch() for site in sites)), None)
+        if reason is not None:
+            warnings.warn(f"ccu_fast.patch: {name} is left alone: {reason}", stacklevel=2)
+            return []
+        _installed[name] = [Installed(site) for site in sites]
+    return active()[name]
+
+
+def revert(name: str) -> None:
+    """Give the library its own functions back, in any order with other patches; nothing to do is no error.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    check.one_of("name", name, tuple(TARGETS))
+    for item in reversed(_installed.pop(name, [])):
+        item.remove()
+
+
+@contextmanager
+def applied(*names: str) -> Iterator[list[str]]:
+    """:func:`apply` all ``names`` for the length of a block; what was applied before stays applied after it."""
+    ours: list[str] = []
+    replaced: list[str] = []
+    try:
+        for name in names:
+            before = name in _installed
+            replaced += apply(name)
+            if not before:
+                ours.append(name)
+        yield replaced
+    finally:
+        for name in reversed(ours):
+            revert(name)
+
+
+def _unknown_version(name: str) -> str | None:
+    target = TARGETS[name]
+    if target.distribution is None:
+        return None
+    try:
+        version = importlib.metadata.version(target.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise ModuleNotFoundError(f"{name}: {target.distribution} is not installed", name=name) from None
+    if _numbers(target.since) <= _numbers(version) < _numbers(target.before):
+        return None
+    return (
+        f"version {version} of {target.distribution} is not known (known: {target.since} ≤ version < {target.before})"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    release = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, release[0].split("."))) if release else ()

@@ -1,0 +1,1 @@
+"""What a run of hours needs, once for both systems."""

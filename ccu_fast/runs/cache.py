@@ -1,0 +1,96 @@
+"""Finished parts of long work, a JSON file each, so that a killed run goes on where it stopped.
+
+A part counts only under its key, which is made of what decides its figures: the settings, the versions that computed
+it, and a FORMAT number that stands beside the code and is raised when that code gives other figures. The source text
+is not in the key: a comment or a moved file costs nobody his finished work.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ccu_fast._version import __version__
+from ccu_fast.files import write_whole
+from ccu_fast.runs.provenance import json_hash
+
+
+def part(path: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The part from its file, if that has this key; else computed and written, all of it or nothing.
+
+    Args:
+        path: of the file; its folder is made if needed. A damaged or foreign file is replaced.
+        key: see :func:`key_of`.
+        compute: the part, of JSON values and NumPy arrays.
+
+    Returns:
+        JSON values.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        stored = None
+    if isinstance(stored, dict) and stored.get("key") == key and isinstance(stored.get("value"), dict):
+        return dict(stored["value"])
+    # Through JSON also when fresh, so that a resumed result cannot differ from an uninterrupted one.
+    text = json.dumps({"key": key, "value": compute()}, default=_plain)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+    return dict(json.loads(text)["value"])
+
+
+def key_of(formats: Mapping[str, int], made_with: Mapping[str, Any], settings: Any) -> str:
+    """A hash that changes with each of them.
+
+    Args:
+        formats: the FORMAT numbers of all code that the figures depend on, by a name for it.
+        made_with: see :func:`versions`.
+        settings: JSON values.
+    """
+    return json_hash([formats, made_with, settings])
+
+
+def versions(*names: str) -> dict[str, Any]:
+    """What made a figure or a model, by name: by default the package, torch, Python and the machine.
+
+    Args:
+        names: of "ccu_fast", "torch", "python", "machine", "pillow", "threads"; the result is in their order.
+    """
+    return {name: _VERSIONS[name]() for name in names or ("ccu_fast", "torch", "python", "machine")}
+
+
+def without(value: Any, *names: str) -> Any:
+    """JSON values without what stands under these names, at any depth: the figures alone, no pictures."""
+    if isinstance(value, dict):
+        return {name: without(item, *names) for name, item in value.items() if name not in names}
+    return [without(item, *names) for item in value] if isinstance(value, list) else value
+
+
+def _pillow() -> str:
+    import PIL
+
+    return PIL.__version__
+
+
+_VERSIONS: dict[str, Callable[[], Any]] = {
+    "ccu_fast": lambda: __version__,
+    "torch": lambda: str(torch.__version__),
+    "python": platform.python_version,
+    "machine": platform.machine,
+    "pillow": _pillow,
+    "threads": torch.get_num_threads,
+}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"not JSON: {type(value).__name__}")

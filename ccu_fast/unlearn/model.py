@@ -1,0 +1,205 @@
+"""What a model must offer to be unlearned, and the checks at the door."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ccu_fast.data.paired import PairedData
+from ccu_fast.losses.functional import info_nce
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class TwoTowerModel(Protocol):
+    """An ``nn.Module`` with two towers into one space, such as CLIP.
+
+    "Visual" is the modality to forget, "other" the one to keep, whatever they are.
+    """
+
+    training: bool
+
+    def train(self, mode: bool = True) -> Self:
+        """As of ``nn.Module``."""
+
+    def eval(self) -> Self:
+        """As of ``nn.Module``."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of ``nn.Module``."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of ``nn.Module``."""
+
+    def buffers(self) -> Iterator[Tensor]:
+        """As of ``nn.Module``."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As of ``nn.Module``."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> Any:
+        """As of ``nn.Module``."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of ``nn.Module``."""
+
+    def to(self, device: torch.device) -> Self:
+        """As of ``nn.Module``."""
+
+    def embed_visual(self, visual: Tensor) -> Tensor:
+        """Inputs → unit vectors ``[N, D]``."""
+
+    def embed_other(self, other: Tensor) -> Tensor:
+        """Inputs → unit vectors ``[N, D]``."""
+
+
+class TwoModalityModel(TwoTowerModel, Protocol):
+    """Two towers with heads on their embeddings; ``ccu_fast.models.fusion.FusionModel`` is one.
+
+    A model may leave out heads it has no use for: :func:`heads` tells which it has.
+    """
+
+    def classify_visual(self, visual: Tensor) -> Tensor:
+        """Visual embeddings → logits ``[N, classes]``."""
+
+    def classify_other(self, other: Tensor) -> Tensor:
+        """Other embeddings → logits ``[N, classes]``."""
+
+    def classify_fused(self, visual: Tensor, other: Tensor) -> Tensor:
+        """Embeddings of both → logits ``[N, classes]``."""
+
+
+Model = TypeVar("Model", bound=TwoTowerModel)
+
+TOWERS = ("embed_visual", "embed_other")
+HEADS = ("visual", "other", "fused")
+CLIP_SCALE = 1 / 0.07  # CLIP's initial inverse temperature, for models that bring none of their own
+
+
+def heads(model: TwoTowerModel) -> tuple[str, ...]:
+    """The heads the model has, of "visual", "other" and "fused"."""
+    return tuple(name for name in HEADS if callable(getattr(model, f"classify_{name}", None)))
+
+
+def logits_of(model: TwoModalityModel, head: str, visual: Tensor, other: Tensor) -> Tensor:
+    """The logits ``[N, classes]`` of one of the heads from the embeddings ``[N, D]`` of both modalities."""
+    if head == "fused":
+        return model.classify_fused(visual, other)
+    return model.classify_visual(visual) if head == "visual" else model.classify_other(other)
+
+
+def task_loss(model: TwoModalityModel, visual: Tensor, other: Tensor, labels: Tensor) -> Tensor:
+    """What the model is trained on, from the embeddings ``[N, D]`` of both modalities.
+
+    The sum of its heads' cross-entropies; for a model without heads, and for items without labels, the symmetric
+    InfoNCE of the pairs at the model's ``scale``.
+    """
+    own = heads(model)
+    if not own or not len(labels) or int(labels[0]) < 0:
+        return pair_loss(model, visual, other)
+    first, *rest = (F.cross_entropy(logits_of(model, head, visual, other), labels) for head in own)
+    return first + sum(rest) if rest else first
+
+
+def pair_loss(model: TwoTowerModel, visual: Tensor, other: Tensor) -> Tensor:
+    """Symmetric InfoNCE of the pairs at the model's ``scale`` (CLIP's initial one without)."""
+    return info_nce(visual, other, scale=getattr(model, "scale", CLIP_SCALE))
+
+
+def forget_loss(model: TwoModalityModel, data: PairedData) -> Tensor:
+    """What the model loses when it forgets these items: the cross-entropy of the heads that see the visual modality.
+
+    Without heads or labels the InfoNCE of the pairs.
+    """
+    visual, other = model.embed_visual(data.visual), model.embed_other(data.other)
+    own = [head for head in heads(model) if head != "other"]
+    if not own or not data.labelled:
+        return pair_loss(model, visual, other)
+    return torch.stack([F.cross_entropy(logits_of(model, head, visual, other), data.labels) for head in own]).sum()
+
+
+def check_problem(model: Any, forget: PairedData, retain: PairedData, roles: str) -> None:
+    """Raise what is wrong with a model and its forget and retain sets, by name, before anything runs."""
+    _check_module(model)
+    missing = [name for name in TOWERS if not callable(getattr(model, name, None))]
+    if missing:
+        raise TypeError(f"model: expected the methods embed_visual and embed_other, got a {type(model).__name__} "
+                        f"without {', '.join(missing)}")  # fmt: skip
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model: expected at least one parameter that requires a gradient, got none")
+    for name, data in (("forget", forget), ("retain", retain)):
+        if not isinstance(data, PairedData):
+            raise TypeError(f"{name}: expected a PairedData, got {type(data).__name__}")
+        if len(data) == 0:
+            raise ValueError(f"{name}: expected at least one item, got none")
+    device = next(model.parameters()).device
+    for name, data in (("forget", forget), ("retain", retain)):
+        if data.labels.device != device:
+            raise ValueError(f"{name}: expected device {device} (that of model), got {data.labels.device}")
+    overlap = forget.ids[torch.isin(forget.ids, retain.ids)]
+    if len(overlap):
+        raise ValueError(
+            f"retain: expected no item of the forget set, got {len(overlap)} of them (first id {int(overlap[0])})"
+        )
+    if roles != "pairs":
+        _check_labels(forget, retain, roles)
+    _check_outputs(model, forget, retain, roles)
+
+
+def _check_labels(forget: PairedData, retain: PairedData, roles: str) -> None:
+    for name, data in (("forget", forget), ("retain", retain)):
+        if not data.labelled:
+            raise ValueError(
+                f"{name}: expected labels for forget={roles!r}, got items without; to forget pairs without labels use "
+                "forget='pairs'"
+            )
+    shared = forget.labels[torch.isin(forget.labels, retain.labels)]
+    if roles == "class" and len(shared):
+        raise ValueError(
+            f"retain: expected no item of a class to forget, got class {int(shared[0])}; "
+            "to forget some items of a class use forget='instances'"
+        )
+    if roles == "instances" and len(shared) < len(forget):
+        absent = forget.labels[~torch.isin(forget.labels, retain.labels)]
+        raise ValueError(
+            f"retain: expected items of every class in the forget set, got none of class {int(absent[0])}; "
+            "to forget a whole class use forget='class'"
+        )
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check_outputs(model: TwoModalityModel, forget: PairedData, retain: PairedData, roles: str) -> None:
+    sample = torch.zeros(1, dtype=torch.long, device=forget.labels.device)
+    item = forget.batch(sample)
+    # On a copy: switching modes back and forth would lose those of single layers.
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        visual, other = model.embed_visual(item.visual), model.embed_other(item.other)
+        if visual.ndim != 2 or visual.shape != other.shape:
+            raise ValueError(
+                "model: expected embed_visual and embed_other to share one space [N, D], got shapes "
+                f"{list(visual.shape)} and {list(other.shape)}"
+            )
+        for name, z in (("embed_visual", visual), ("embed_other", other)):
+            length = float(z.float().norm())
+            if not abs(length - 1) < 1e-2:
+                raise ValueError(f"model: expected unit vectors from {name}, got one of length {length:.4g}")
+        if roles == "pairs":
+            return
+        classes = 1 + int(max(forget.labels.max(), retain.labels.max()))
+        for head in heads(model):
+            logits = logits_of(model, head, visual, other)
+            if logits.ndim != 2 or logits.shape[1] < classes:
+                raise ValueError(
+                    f"model: expected [N, {classes} or more] logits from classify_{head}, got {list(logits.shape)}"
+                )

@@ -1,0 +1,107 @@
+"""Every method on every task, scenario and seed, in parts that a kill cannot lose: what the published table is made of.
+
+A part (one scenario of one seed on one task) is a file in ``parts/``, written when it is done; the models it trains are
+kept in ``models/``. What another version, setting or FORMAT made is made anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ccu_fast import check
+from ccu_fast.files import output_folder, write_whole
+from ccu_fast.runs import cache
+from ccu_fast.runs.progress import Progress
+from ccu_fast.unlearn.audit import most_accurate
+from ccu_fast.unlearn.baselines.registry import BASELINES
+from ccu_fast.unlearn.study.models import FORMAT as TRAINED_FORMAT
+from ccu_fast.unlearn.study.run import METHODS, run_task
+from ccu_fast.unlearn.study.scenario import SCENARIOS
+from ccu_fast.unlearn.study.tasks import TASKS, Task
+
+DEEP = ("gold_mask", "ccu")
+# Of the kept parts. Raise it whenever a method or the audit gives other figures with the same settings and versions, or
+# figures of another form. What changes the trained models has a number of its own, in trained.py.
+FORMAT = 1
+
+
+def compare(
+    out: Path,
+    *,
+    tasks: Sequence[str] = tuple(TASKS),
+    scenarios: Sequence[str] = SCENARIOS,
+    seeds: Sequence[int] = (0, 1, 2),
+    methods: Sequence[str] | None = None,
+    deep: Sequence[str] = DEEP,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run what is missing and gather all of it.
+
+    Args:
+        out: folder of ``parts/``, ``models/`` and ``results.json``; made if needed.
+        tasks, scenarios, seeds: what to run, every combination.
+        methods: keys of :data:`ccu_fast.unlearn.study.run.METHODS`; default all but what the task leaves out.
+        deep: those whose features are probed and whose relearning is timed.
+        progress: called as progress(stage, done, total, note).
+
+    Returns:
+        What ``results.json`` holds, with the embeddings: "versions", and under "unlearn" by task, scenario and seed
+        what :func:`ccu_fast.unlearn.study.run.run_task` returns, with "best_baseline" – the published method with the
+        smallest average gap in this part.
+
+    Raises:
+        ValueError: an unknown task, scenario or method; a damaged part.
+        OSError: ``out`` cannot be written.
+    """
+    for name in tasks:
+        check.one_of("tasks", name, tuple(TASKS))
+    for name in scenarios:
+        check.one_of("scenarios", name, SCENARIOS)
+    output_folder(out)
+    results: dict[str, Any] = {"versions": cache.versions(), "seeds": list(seeds), "unlearn": {}}
+    for task in tasks:
+        for seed in seeds:
+            for scenario in scenarios:
+                value = _part(out, task, scenario, seed, methods, deep, progress)
+                results["unlearn"].setdefault(task, {}).setdefault(scenario, {})[str(seed)] = value
+    write_whole(out / "results.json", json.dumps(cache.without(results, "embeddings"), indent=1) + "\n")
+    return results
+
+
+def _part(
+    out: Path,
+    task: str,
+    scenario: str,
+    seed: int,
+    methods: Sequence[str] | None,
+    deep: Sequence[str],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    path = out / "parts" / f"{task}-{scenario}-seed{seed}.json"
+    chosen = TASKS[task]
+    methods = methods or [name for name in METHODS if name not in chosen.left_out]
+
+    def named(stage: str, done: int, total: int, note: str) -> None:
+        if progress is not None:
+            progress(f"{task}, {scenario}, seed {seed}: {stage}", done, total, note)
+
+    def compute() -> dict[str, Any]:
+        value = run_task(chosen, seed, scenario, methods=methods, deep=deep, models=out / "models", progress=named)
+        gaps = {name: values["average_gap"] for name, values in value["metrics"].items() if name in BASELINES}
+        value["best_baseline"] = most_accurate(gaps, gaps) if gaps else None
+        return value
+
+    return cache.part(path, _key(chosen, scenario, seed, methods, deep), compute)
+
+
+def _key(task: Task, scenario: str, seed: int, methods: Sequence[str], deep: Sequence[str]) -> str:
+    settings = [asdict(task.ccu[scenario]), asdict(task.training), task.group]
+    return cache.key_of(
+        {"compare": FORMAT, "trained": TRAINED_FORMAT},
+        cache.versions(),
+        [task.name, scenario, seed, list(methods), list(deep), settings],
+    )
