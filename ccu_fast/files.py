@@ -58,15 +58,15 @@ def output_folder(path: Path, name: str = "out") -> Path:
     return path
 
 
-def output_file(path: Path, name: str = "out") -> Path:
-    """The path, its folder made if needed, if a file can be written there.
+def output_file(path: Path, name: str) -> None:
+    """Make the folder of a file that will be written.
 
     Raises:
-        OSError: none can; names the argument.
+        OSError: no file can be written there; names the argument.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{name}: expected a file, got the folder {path}")
-    return output_folder(path.parent, name) / path.name
+    output_folder(path.parent, name)
 
 
 @contextmanager

@@ -265,7 +265,7 @@ def test_damaged_files(ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     out = tmp_path / "out"
     out.mkdir()
     (out / "checkpoint.pt").write_bytes(b"half")
-    assert "checkpoint: expected a file that an unlearning run wrote" in ends(WORK["unlearn"])
+    assert "checkpoint: expected an undamaged file" in ends(WORK["unlearn"])
     monkeypatch.setattr("ccu_fast.mem.job.protect.Publisher", _interrupted)
     ends(WORK["protect"], tmp_path / "copy", 130)
     for name in ("round-00002/0.pt", "checkpoint.json", "scan-0.pt", "run.json"):

@@ -361,7 +361,7 @@ def test_foreign_checkpoints(tmp_path: Path) -> None:
     source = made.write_csv(tmp_path / "in")
     (tmp_path / "text.pt").write_text("no tensors")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
-    for name, message in {"text.pt": "expected a file of tensors", "other.pt": "got others"}.items():
+    for name, message in {"text.pt": "expected an undamaged file", "other.pt": "got others"}.items():
         model = partial(small, image_shape=SHAPE, width=32, checkpoint=tmp_path / name)
         with pytest.raises(ValueError, match=f"checkpoint: .*{message}"):
             protect_dataset(Job(source, tmp_path / name.replace(".", ""), model, settings=TINY, threads=1))

@@ -342,7 +342,7 @@ class TestCheckpoint:
         with pytest.raises(ValueError, match="another model, other data or other settings"):
             unlearn(model, forget, retain[torch.arange(20)], config, checkpoint=checkpoint)
         checkpoint.path.write_bytes(b"no")
-        with pytest.raises(ValueError, match="checkpoint: expected a file that an unlearning run wrote"):
+        with pytest.raises(ValueError, match="checkpoint: expected an undamaged file"):
             unlearn(model, forget, retain, config, checkpoint=checkpoint)
         with pytest.raises(ValueError, match="existing folder"):
             Checkpoint(tmp_path / "missing" / "state.pt")

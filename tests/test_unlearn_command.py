@@ -164,7 +164,7 @@ class TestCommand:
         (folder / "weights.safetensors").write_bytes(whole[:-4] + bytes(4 * [7]))
         with pytest.raises(ValueError, match="changed ones"):
             load_model(folder / "weights.safetensors")
-        with pytest.raises(ValueError, match="expected a safetensors file"):
+        with pytest.raises(ValueError, match="expected an undamaged file"):
             load_model(folder / "settings.toml")
 
 

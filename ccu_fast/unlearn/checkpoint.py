@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
-from ccu_fast.files import new_file
+from ccu_fast.files import new_file, readable
 from ccu_fast.runs.provenance import json_hash, tensors_hash
 
 
@@ -69,14 +69,9 @@ class Keeper:
         path = self.checkpoint.path
         if not path.exists():
             return None
-        try:
+        with readable(path, "checkpoint"):
             state = torch.load(path, map_location=self.device, weights_only=True)
             stored = state["key"]
-        except Exception as error:
-            raise ValueError(
-                f"checkpoint: expected a file that an unlearning run wrote, got {path} "
-                f"({type(error).__name__}: {error})"
-            ) from error
         if stored != self.key:
             raise ValueError(
                 f"checkpoint: expected the state of this run in {path}, got that of one with another model, "

@@ -160,11 +160,7 @@ class Workplace:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What ``torch.save`` wrote, on the CPU.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """What ``torch.save`` wrote, on the CPU; a ValueError where it is damaged."""
     with readable(path, "out"):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
 
