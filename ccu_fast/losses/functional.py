@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.losses import formulas
 from ccu_fast.losses.formulas import INVERSE_KINDS
+from ccu_fast.ops.reduce_similarity import operator
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.small_info_nce.api import served_by, small_info_nce
 
@@ -55,7 +57,10 @@ def info_nce(
     Source: van den Oord et al. 2018 (arXiv 1807.03748), eq. 4; Radford et al. 2021 (arXiv 2103.00020), fig. 3.
     """
     check.one_of("reduction", reduction, REDUCTIONS)
-    small = None if bias is not None or reduction == "none" else served_by(x, y, similarity)
+    small = None
+    # A graph must not depend on the size; outside of one a large batch, as most are, is not looked at any further.
+    if not torch.compiler.is_compiling() and isinstance(x, Tensor) and x.shape[:1].numel() ** 2 <= operator.SMALL_PAIRS:
+        small = None if bias is not None or reduction == "none" else served_by(x, y, similarity)
     if small is not None:
         return small_info_nce(x, y, scale, symmetric=symmetric, mean=reduction == "mean", backend=small)
     _require_positives(x, y, similarity)

@@ -1,4 +1,4 @@
-"""Which backend serves which operation, and why another one cannot."""
+"""What runs an operation: which backend, why another one cannot, and under which of torch's settings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 import importlib
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ Key = tuple[str, str, torch.device, torch.dtype]
 # One look here is all that a choice costs at a call. A device may be another than its neighbour of the same type.
 _chosen: dict[Key, str] = {}
 _told = False
+_NOTHING = nullcontext()
 
 
 def unavailable(backend: str) -> str | None:
@@ -143,6 +146,40 @@ def _tell(op: str, device: torch.device, dtype: torch.dtype, reasons: dict[str, 
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The dtypes were decided at the door; a GEMM inside must not be cast again."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING
+
+
+def fp32_precision(device_type: str) -> str:
+    """The name that ``torch.set_float32_matmul_precision`` has for it: "highest", "high" (TF32) or "medium" (bf16)."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer, per-backend setting was used, which forbids the older question
+        backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+        names = {"tf32": "high", "bf16": "medium"}
+        return names.get(backend.matmul.fp32_precision, "highest")
+
+
+@contextmanager
+def fp32_sums() -> Iterator[None]:
+    """GEMMs of fp16 in here add in fp32, although the user allowed cuBLAS to add in fp16.
+
+    Ours have operands scaled to the top of fp16's range, whose sums would overflow, or a bound that counts on fp32.
+    """
+    matmul = torch.backends.cuda.matmul
+    if not matmul.allow_fp16_accumulation:
+        yield
+        return
+    matmul.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_accumulation = True
 
 
 def forget() -> None:

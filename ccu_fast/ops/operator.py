@@ -16,8 +16,10 @@ _LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
     """Register a function as ``torch.ops.ccu_fast.NAME``, so that a compiled graph never breaks on it.
 
-    Called by its own name, the function runs directly in eager mode, where the dispatcher would cost more than a small
-    problem's arithmetic, and as the operator only while a graph is being made.
+    The function itself stays as it is. Who calls it takes the operator only while a graph is made: in eager mode the
+    dispatcher would cost more than a small problem's arithmetic. ::
+
+        call = torch.ops.ccu_fast.NAME if torch.compiler.is_compiling() else function
 
     Args:
         schema: ``"NAME(Tensor x, …) -> Tensor"``. Arguments are positional.
@@ -29,13 +31,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ccu_fast::{name}", fake, lib=_LIBRARY)
-        registered = getattr(torch.ops.ccu_fast, name)
-
-        @functools.wraps(function)
-        def call(*args: Any) -> Any:
-            return registered(*args) if torch.compiler.is_compiling() else function(*args)
-
-        return call  # type: ignore[return-value]
+        return function
 
     return register
 
@@ -44,15 +40,13 @@ def in_place(*_: Any) -> None:
     """The ``fake`` of an operator that returns nothing."""
 
 
-def once_differentiable(op: str, gradient: Callable[..., Any], *args: Any) -> Any:
-    """``gradient(*args)``; whoever differentiates it, under create_graph=True, gets an error that names ``op``.
+def once_differentiable(op: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """``gradient``, for create_graph=True: whoever differentiates what it returns gets an error that names ``op``.
 
     torch's decorator of this name raises only when the incoming gradient requires grad. That of a loss does not, and
     the second derivative would silently be zero.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _OnceDifferentiable.apply(op, gradient, *args)
-    return gradient(*args)
+    return functools.partial(_OnceDifferentiable.apply, op, gradient)
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.ops.backend import choose, load
+from ccu_fast.ops.backend import choose, load, without_autocast
 from ccu_fast.ops.l2_normalize import reference
 from ccu_fast.ops.operator import once_differentiable, operator
-from ccu_fast.ops.reduce_similarity.operator import without_autocast
 
 EPS = 1e-12  # torch.nn.functional.normalize's
 
@@ -82,7 +81,8 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-        out, inverse = _forward(x, dtype, backend)
+        call = torch.ops.ccu_fast.l2_normalize if torch.compiler.is_compiling() else _forward
+        out, inverse = call(x, dtype, backend)
         ctx.save_for_backward(x, inverse)
         ctx.backend = backend
         return out
@@ -90,4 +90,9 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, inverse = ctx.saved_tensors
-        return once_differentiable("l2_normalize", _backward, grad.contiguous(), x, inverse, ctx.backend), None, None
+        call: Any = _backward
+        if torch.compiler.is_compiling():
+            call = torch.ops.ccu_fast.l2_normalize_backward
+        elif torch.is_grad_enabled():
+            call = once_differentiable("l2_normalize", _backward)
+        return call(grad.contiguous(), x, inverse, ctx.backend), None, None

@@ -49,8 +49,7 @@ def _add(
 
 
 @operator(f"noise_add({_ADD}) -> Tensor", fake=lambda images, *_: torch.empty_like(images))
-def added(images: Tensor, *rest: Any) -> Tensor:
-    """A new tensor for the noisy images; arguments as the fields of :class:`NoiseAddition`, then the backend."""
+def _added(images: Tensor, *rest: Any) -> Tensor:
     out = torch.empty_like(images)
     arguments = (images, *rest, out)
     _add(*arguments)
@@ -58,18 +57,32 @@ def added(images: Tensor, *rest: Any) -> Tensor:
 
 
 @operator(f"noise_add_out({_ADD}, Tensor(a!) out) -> ()", fake=in_place)
-def add_out(*arguments: Any) -> None:
-    """The same into ``out``, the last argument."""
+def _add_out(*arguments: Any) -> None:
     _add(*arguments)
 
 
 @operator("noise_update_(Tensor(a!) noise, Tensor index, Tensor delta, float eps, str backend) -> ()", fake=in_place)
-def update(noise: Tensor, index: Tensor, delta: Tensor, eps: float, backend: str) -> None:
-    """``noise`` in place."""
+def _update(noise: Tensor, index: Tensor, delta: Tensor, eps: float, backend: str) -> None:
     check_range("index", index, noise.shape[0])
     if delta.numel():
         rows, order = index.sort(stable=True)
         load("noise_store", backend).update(NoiseUpdate(noise, rows, order, delta, eps))
+
+
+def added(*arguments: Any) -> Tensor:
+    """A new tensor for the noisy images; arguments as the fields of :class:`NoiseAddition`, then the backend."""
+    out: Tensor = (torch.ops.ccu_fast.noise_add if torch.compiler.is_compiling() else _added)(*arguments)
+    return out
+
+
+def add_out(*arguments: Any) -> None:
+    """The same into ``out``, the last argument."""
+    (torch.ops.ccu_fast.noise_add_out if torch.compiler.is_compiling() else _add_out)(*arguments)
+
+
+def update(*arguments: Any) -> None:
+    """``noise`` in place: noise, index, delta, eps, backend."""
+    (torch.ops.ccu_fast.noise_update_ if torch.compiler.is_compiling() else _update)(*arguments)
 
 
 def first_wrong(values: Tensor, slack: float | None, backend: str) -> int | None:

@@ -86,8 +86,10 @@ def pgd_step_(
         _check_out(out, delta)
     name = choose(backend, "pgd_step_", delta.device, torch.float64 if wide else delta.dtype)
     rest: tuple[Any, ...] = (*numbers, channels, norm == "l2", nan_policy == "raise", name, out)
-    _step(delta.detach(), grad.detach(), image.detach(), *rest)
-    if not torch.compiler.is_compiling():  # in a graph the operator's schema says what it changes
+    compiling = torch.compiler.is_compiling()
+    call = torch.ops.ccu_fast.pgd_step_ if compiling else _step
+    call(delta.detach(), grad.detach(), image.detach(), *rest)
+    if not compiling:  # in a graph the operator's schema says what it changes
         torch.autograd.graph.increment_version(delta)
         if out is not None:
             torch.autograd.graph.increment_version(out)

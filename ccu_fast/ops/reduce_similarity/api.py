@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.ops import compiling
-from ccu_fast.ops.backend import choose
+from ccu_fast.ops.backend import choose, without_autocast
 from ccu_fast.ops.l2_normalize.api import l2_normalize
 from ccu_fast.ops.reduce_similarity import reference
-from ccu_fast.ops.reduce_similarity.operator import SimilarityReduction, specialised, without_autocast
-from ccu_fast.ops.reduce_similarity.problem import KINDS, MAX_REDUCTIONS, SimilarityProblem, encode
+from ccu_fast.ops.reduce_similarity.operator import SimilarityReduction, flat, specialised
+from ccu_fast.ops.reduce_similarity.problem import CODES, KINDS, MAX_REDUCTIONS, SimilarityProblem
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF, Relation, count_relations
 
 # On a CPU: all of a batch of 8192 in fp32, and a chunk of scratch.
@@ -98,22 +98,23 @@ def reduce_similarity(
     p, lead, row_spec, col_spec = build_problem(
         x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, paired, rows, cols, nan_policy
     )
+    n, m = p.x.shape[1], p.y.shape[1]
     workspace = workspace_bytes(workspace, p.x.device)
     name = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
     if not p.rows and not p.cols:
         tiles: tuple[list[Tensor], list[Tensor]] = ([], [])
-    elif name == "reference" or 0 in (p.banks, p.n, p.m, p.x.shape[-1]):
+    elif name == "reference" or not (p.x.numel() and p.y.numel()):
         with without_autocast(p.x.device):
             tiles = reference.reduce(p.without_ignored())
     else:
         keep = _needs_backward(p)
-        row_out, col_out = SimilarityReduction.apply(*p.flatten(), specialised(p, name, keep), workspace, keep)
+        row_out, col_out = SimilarityReduction.apply(*flat(p), specialised(p, name, keep), workspace, keep)
         # The leading dimensions first: one node of the graph for all results.
-        row_out, col_out = row_out.view(-1, *lead, p.n), col_out.view(-1, *lead, p.m)
+        row_out, col_out = row_out.view(-1, *lead, n), col_out.view(-1, *lead, m)
         tiles = list(row_out.unbind(0)), list(col_out.unbind(0))
 
-    row_results = assemble(row_spec, iter(tiles[0]), lambda: count(p, along_rows=True), (*lead, p.n))
-    col_results = assemble(col_spec, iter(tiles[1]), lambda: count(p, along_rows=False), (*lead, p.m))
+    row_results = assemble(row_spec, iter(tiles[0]), lambda: count(p, along_rows=True), (*lead, n))
+    col_results = assemble(col_spec, iter(tiles[1]), lambda: count(p, along_rows=False), (*lead, m))
     return row_results, col_results
 
 
@@ -195,8 +196,8 @@ def build_problem(
         row_ids=row_ids,
         col_ids=col_ids,
         diagonal=square and row_ids is None,
-        rows=tuple(encode(k, r) for k, r in row_spec if k != "count"),
-        cols=tuple(encode(k, r) for k, r in col_spec if k != "count"),
+        rows=tuple(CODES[k] + r for k, r in row_spec if k != "count"),
+        cols=tuple(CODES[k] + r for k, r in col_spec if k != "count"),
     )
     return p, lead, row_spec, col_spec
 

@@ -9,13 +9,12 @@ The backend is chosen before and named by a string, inside the operator, so a co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ccu_fast.ops.backend import load
+from ccu_fast.ops.backend import load, without_autocast
 from ccu_fast.ops.operator import once_differentiable, operator
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
 
@@ -29,7 +28,6 @@ MANY_KEYS = 4096
 # What one small kernel each way does sooner than the launches of the large ones: pairs in all, and of one item.
 SMALL_PAIRS, SMALL_SIDE, SMALL_DIM = 1 << 20, 2048, 1024
 HALF = (torch.float16, torch.bfloat16)
-_NOTHING = nullcontext()
 
 
 def specialised(p: SimilarityProblem, backend: str, keep: bool) -> str:
@@ -50,16 +48,21 @@ def specialised(p: SimilarityProblem, backend: str, keep: bool) -> str:
     return backend
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The dtypes were decided at the door; a GEMM inside must not be cast again."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return _NOTHING
+def flat(p: SimilarityProblem) -> tuple[Any, ...]:
+    """The fields in order, in the types an operator schema knows."""
+    tensors = (p.x, p.y, p.scale, p.bias, p.row_labels, p.col_labels, p.row_ids, p.col_ids)
+    return (*tensors, p.diagonal, list(p.rows), list(p.cols))
+
+
+def _problem(args: Sequence[Any]) -> SimilarityProblem:
+    """The inverse of :func:`flat`, of an operator's first arguments."""
+    *head, rows, cols = args[:_N_FIELDS]
+    return SimilarityProblem(*(*head, tuple(rows), tuple(cols)))
 
 
 def run_forward(p: SimilarityProblem, backend: str, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row results ``[R, B, N]``, column results ``[C, B, M]`` and, if ``keep``, what the backend wants to have back."""
-    if keep and p.x.device.type == "cpu":
+    if keep and p.x.device.type == "cpu" and p.row_labels is not None:
         p = p.without_ignored()  # what is kept there, S itself or mean keys, is multiplied in the backward pass
     with without_autocast(p.x.device):
         return load("reduce_similarity", backend).forward(p, workspace, keep)
@@ -81,14 +84,15 @@ def run_backward(
     With an empty stash S is computed again, and ``row_out`` and ``col_out`` may be results of a larger problem of which
     this one is a block.
     """
-    p = p.without_ignored()
+    if p.row_labels is not None:
+        p = p.without_ignored()
     with without_autocast(p.x.device):
         backward = load("reduce_similarity", backend).backward
         return backward(p, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    p = SimilarityProblem.unflatten(args[:_N_FIELDS])
+    p = _problem(args)
     backend, workspace, keep = args[_N_FIELDS:]
     row_out = p.x.new_empty((len(p.rows), p.banks, p.n), dtype=torch.float32)
     col_out = p.x.new_empty((len(p.cols), p.banks, p.m), dtype=torch.float32)
@@ -101,11 +105,11 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     fake=_fake_forward,
 )
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return run_forward(SimilarityProblem.unflatten(args[:_N_FIELDS]), *args[_N_FIELDS:])
+    return run_forward(_problem(args), *args[_N_FIELDS:])
 
 
 def _fake_backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p = SimilarityProblem.unflatten(args[:_N_FIELDS])
+    p = _problem(args)
     needs = args[_N_FIELDS + 3]
     return (
         p.x.new_empty(p.x.shape if needs[0] else (0,)),
@@ -121,7 +125,7 @@ def _fake_backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Te
     fake=_fake_backward,
 )
 def _backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p = SimilarityProblem.unflatten(args[:_N_FIELDS])
+    p = _problem(args)
     row_out, col_out, stash, needs, backend, workspace = args[_N_FIELDS:]
     return run_backward(p, backend, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
 
@@ -131,7 +135,8 @@ class SimilarityReduction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        row_out, col_out, stash = _forward(*args)
+        call = torch.ops.ccu_fast.reduce_similarity if torch.compiler.is_compiling() else _forward
+        row_out, col_out, stash = call(*args)
         # The stash is not marked as an input or output: it lives exactly as long as the graph.
         ctx.save_for_backward(*args[:8], row_out, col_out, stash)
         ctx.rest = args[8:]
@@ -145,5 +150,10 @@ class SimilarityReduction(torch.autograd.Function):
         problem = (*tensors, diagonal, rows, cols)
         kept = (row_out, col_out, stash, needs, backend, workspace)
         incoming = (grad_rows.contiguous(), grad_cols.contiguous())
-        grads = once_differentiable("reduce_similarity", _backward, *incoming, *problem, *kept)
+        call: Any = _backward
+        if torch.compiler.is_compiling():
+            call = torch.ops.ccu_fast.reduce_similarity_backward
+        elif torch.is_grad_enabled():
+            call = once_differentiable("reduce_similarity", _backward)
+        grads = call(*incoming, *problem, *kept)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 10)

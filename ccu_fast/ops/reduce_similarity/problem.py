@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +12,13 @@ KINDS = ("lse", "sum", "softplus")
 MAX_REDUCTIONS = 8
 
 
+# A reduction as one integer, by its kind: add the relations. So it crosses an operator schema and the C ABI.
+CODES = {kind: 8 * place for place, kind in enumerate(KINDS)}
+
+
 def encode(kind: str, relations: int) -> int:
-    """A reduction as one integer, so that it can cross an operator schema and the C ABI."""
-    return KINDS.index(kind) * 8 + int(relations)
+    """A reduction as one integer."""
+    return CODES[kind] + int(relations)
 
 
 def decode(code: int) -> tuple[str, int]:
@@ -50,20 +52,6 @@ class SimilarityProblem:
     diagonal: bool
     rows: tuple[int, ...]
     cols: tuple[int, ...]
-
-    def flatten(self) -> tuple[Any, ...]:
-        """The fields in order, in the types an operator schema knows."""
-        return (
-            self.x, self.y, self.scale, self.bias,
-            self.row_labels, self.col_labels, self.row_ids, self.col_ids,
-            self.diagonal, list(self.rows), list(self.cols),
-        )  # fmt: skip
-
-    @staticmethod
-    def unflatten(fields: Sequence[Any]) -> SimilarityProblem:
-        """The inverse of :meth:`flatten`."""
-        *head, rows, cols = fields
-        return SimilarityProblem(*(*head, tuple(rows), tuple(cols)))
 
     def without_ignored(self) -> SimilarityProblem:
         """The same problem with the items that no pair counts set to zero.

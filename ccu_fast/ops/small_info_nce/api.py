@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccu_fast.ops.backend import choose, load
+from ccu_fast.ops.backend import choose, fp32_precision, load, without_autocast
 from ccu_fast.ops.operator import once_differentiable
-from ccu_fast.ops.precision import fp32_precision
 from ccu_fast.ops.reduce_similarity import operator
 from ccu_fast.ops.reduce_similarity.api import as_scalar
-from ccu_fast.ops.reduce_similarity.operator import HALF, SMALL_DIM, without_autocast
+from ccu_fast.ops.reduce_similarity.operator import HALF, SMALL_DIM
+from ccu_fast.ops.reduce_similarity.problem import encode
+from ccu_fast.ops.reduce_similarity.relations import ALL, SELF
+
+# The loss as reductions of rows and of columns.
+ROWS = (encode("lse", int(ALL)), encode("sum", int(SELF)))
+COLS = ROWS[:1]
 
 
 def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
@@ -51,7 +56,8 @@ def _asks_for_more(option: tuple[str, Any]) -> bool:
 
 def small_info_nce(x: Tensor, y: Tensor, scale: float | Tensor, *, symmetric: bool, mean: bool, backend: str) -> Tensor:
     """The loss, fp32 0-dim, of arguments for which ``backend`` is what :func:`served_by` said."""
-    scale = as_scalar("scale", scale, x)
+    if not isinstance(scale, Tensor) or (scale.ndim, scale.dtype, scale.device) != (0, torch.float32, x.device):
+        scale = as_scalar("scale", scale, x)
     keep = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)
     weight = (1 / x.shape[0] if mean else 1.0) / (2 if symmetric else 1)
     # Torch looks at every argument of a function, and at every gradient: those that are no tensors come as one.
@@ -72,8 +78,18 @@ class _SmallInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rest = (grad, ctx.needs_input_grad[:3], *ctx.rest)
-        return (*once_differentiable("reduce_similarity", _backward, *ctx.saved_tensors, *rest), None)
+        call = once_differentiable("reduce_similarity", _backward) if torch.is_grad_enabled() else _backward
+        return (*call(*ctx.saved_tensors, grad, ctx.needs_input_grad[:3], *ctx.rest), None)
+
+
+def weights(items: int, symmetric: bool, weight: float, device: torch.device) -> Tensor:
+    """``∂loss/∂result``, fp32 ``[3N or 2N]``: of the rows' lse and positives and, if symmetric, of the columns' lse.
+
+    Made at every call and kept for no other: a CUDA graph or another stream must not read what it has not written.
+    """
+    each = torch.full(((3 if symmetric else 2) * items,), weight, dtype=torch.float32, device=device)
+    each[items : 2 * items].fill_(-2 * weight if symmetric else -weight)
+    return each
 
 
 def _backward(x: Tensor, y: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ccu_fast import _C
 from ccu_fast.ops.reduce_similarity.native.operands import FP32, threads_for
-from ccu_fast.ops.small_info_nce.problem import COLS, ROWS, weights
+from ccu_fast.ops.small_info_nce.api import COLS, ROWS, weights
 
 _NO_KEYS = ((0, 0),) * 4
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
 from ccu_fast.ops.reduce_similarity.triton import configs, small
-from ccu_fast.ops.small_info_nce.problem import COLS, ROWS, weights
+from ccu_fast.ops.small_info_nce.api import COLS, ROWS, weights
 from ccu_fast.ops.triton.launch import specialised_on
 
 _NO_BIAS_NO_KEYS = (None,) * 5

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
-from ccu_fast.ops.native import DTYPES, address, on_gpu
+from ccu_fast.ops.native import DTYPES, on_gpu
 from ccu_fast.ops.topk_flips import cuda, reference
-from ccu_fast.ops.topk_flips.cuda import per_row
 from ccu_fast.ops.topk_flips.problem import TokenProblem, TokenResult
 
 _PANEL = _C.TOKEN_PANEL
@@ -53,34 +52,35 @@ def topk(p: TokenProblem) -> TokenResult:
     """The k best tokens of every row; memory O(N · (k + D)) beyond the packed table."""
     if p.packed is None or p.coarse is None:
         raise ValueError("table: expected one built for the native backend, got one built for the reference")
-    if on_gpu(p.grad.device):
+    if p.grad.is_cuda:
         # Beyond what a block can hold, as for a whole vocabulary sorted, the reference's sort is as good.
         return cuda.topk(p) if p.k <= _C.CUDA_MOST_FLIPS else reference.topk(p)
-    size = (p.rows, p.k)
+    rows, dim = p.grad.shape
+    size = (rows, p.k)
     result = TokenResult(
         ids=torch.empty(size, dtype=torch.int64, device="cpu"),
         delta=torch.empty(size, dtype=torch.float32, device="cpu"),
         score=torch.empty(size, dtype=torch.float64, device="cpu"),
-        count=torch.empty(p.rows, dtype=torch.int64, device="cpu"),
-        valid=torch.empty(p.rows, dtype=torch.bool, device="cpu"),
+        count=torch.empty(rows, dtype=torch.int64, device="cpu"),
+        valid=torch.empty(rows, dtype=torch.bool, device="cpu"),
     )
     _C.topk_flips(
         grad=p.grad.data_ptr(),
-        rows=p.rows,
-        dim=p.grad.shape[1],
+        rows=rows,
+        dim=dim,
         packed=p.packed.data_ptr(),
         steps=p.coarse.data_ptr(),
-        tokens=p.tokens,
-        token_ids=address(p.token_ids),
+        tokens=len(p.embedding if p.token_ids is None else p.token_ids),
+        token_ids=0 if p.token_ids is None else p.token_ids.data_ptr(),
         max_norm=p.max_norm,
         embedding=p.embedding.data_ptr(),
         embedding_strides=p.embedding.stride(),
         embedding_dtype=DTYPES[p.embedding.dtype],
         maximize=p.maximize,
-        current=address(p.current),
+        current=0 if p.current is None else p.current.data_ptr(),
         exclude_current=p.exclude_current,
-        allowed=per_row(p.allowed),
-        penalty=per_row(p.penalty),
+        allowed=_per_row(p.allowed),
+        penalty=_per_row(p.penalty),
         k=p.k,
         threads=torch.get_num_threads(),
         ids=result.ids.data_ptr(),
@@ -90,3 +90,8 @@ def topk(p: TokenProblem) -> TokenResult:
         valid=result.valid.data_ptr(),
     )
     return result
+
+
+def _per_row(t: Tensor | None) -> tuple[int, int]:
+    """Address of a ``[1 or N, T]`` tensor, and the stride from row to row."""
+    return (0, 0) if t is None else (t.data_ptr(), 0 if t.shape[0] == 1 else t.shape[1])

@@ -53,7 +53,7 @@ def _topk(*args: Any) -> TokenResult:
     if version >= 0 and version_of(p.embedding) != version:
         raise ValueError(STALE)
     # On a GPU a look would wait for it: there the kernel fails for an id out of range, as torch's indexing does.
-    if p.current is not None and p.rows and machine.host_sees(p.current.device):
+    if p.current is not None and p.current.numel() and machine.host_sees(p.current.device):
         vocabulary = p.embedding.shape[0]
         low, high = (int(v) for v in p.current.aminmax())
         if low < 0 or high >= vocabulary:
@@ -67,4 +67,5 @@ def _topk(*args: Any) -> TokenResult:
 def topk(p: TokenProblem, version: int, backend: str) -> TokenResult:
     """Solve ``p``, of a table made when its embedding had been changed ``version`` times."""
     fields = (getattr(p, name) for name in TokenProblem.__dataclass_fields__)
-    return TokenResult(*_topk(*fields, version, backend))
+    call = torch.ops.ccu_fast.topk_flips if torch.compiler.is_compiling() else _topk
+    return TokenResult(*call(*fields, version, backend))

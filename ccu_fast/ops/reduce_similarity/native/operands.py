@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
-from ccu_fast.ops.precision import fp32_precision
+from ccu_fast.ops.backend import fp32_precision
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
 
 # Below this many pairs another thread costs more than it does.

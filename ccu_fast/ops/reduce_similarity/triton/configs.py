@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ccu_fast.ops.precision import fp32_precision
+from ccu_fast.ops.backend import fp32_precision
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
 
 # Of every launch. A multiplication and the addition after it are one rounding: left to itself, Triton 3.9 warns that a

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ccu_fast.ops.precision import fp32_sums
+from ccu_fast.ops.backend import fp32_sums
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
 from ccu_fast.ops.reduce_similarity.triton.plan import Chunk
 
