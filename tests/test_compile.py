@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ccu_fast import ALL, OTHER, SAME, SELF, ClipLoss, InfoNCE, SigLipLoss, SigmoidLoss, info_nce
-from ccu_fast.ops import compiling
+from ccu_fast.ops import operator
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,7 +65,7 @@ def test_a_constant_is_marked_as_torch_marks_it() -> None:
     def theirs() -> int:
         return 1
 
-    assert vars(compiling.constant(ours)) == vars(torch.compiler.assume_constant_result(theirs))
+    assert vars(operator.constant(ours)) == vars(torch.compiler.assume_constant_result(theirs))
 
 
 def test_what_is_never_compiled_leaves_one_break_and_nothing_to_compile() -> None:
@@ -89,7 +89,7 @@ def test_what_is_never_compiled_leaves_one_break_and_nothing_to_compile() -> Non
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert graphs(compiling.never(total)) == graphs(torch.compiler.disable(total)) > 5
+        assert graphs(operator.never(total)) == graphs(torch.compiler.disable(total)) > 5
 
 
 def test_the_compiler_is_not_imported_by_those_who_do_not_compile() -> None:

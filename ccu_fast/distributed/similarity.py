@@ -15,8 +15,8 @@ from ccu_fast.distributed import agreement
 from ccu_fast.distributed.agreement import MODES, Sizes, agree
 from ccu_fast.distributed.blocks import Blocks, Plan
 from ccu_fast.distributed.ranks import Ranks, offsets
-from ccu_fast.ops import compiling
 from ccu_fast.ops.backend import choose
+from ccu_fast.ops.operator import never
 from ccu_fast.ops.reduce_similarity.api import (
     Reduction,
     assemble,
@@ -106,7 +106,7 @@ class _Prepared(NamedTuple):
     workspace: int
 
 
-@compiling.never
+@never
 def reduce_shards(
     x: Tensor, y: Tensor, *, scale: Any, bias: Any = None,
     row_labels: Tensor | None = None, col_labels: Tensor | None = None,

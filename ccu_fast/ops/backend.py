@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ccu_fast.ops import compiling, machine
+from ccu_fast.ops import machine
+from ccu_fast.ops.operator import constant
 
 log = logging.getLogger("ccu_fast")
 
@@ -95,7 +96,7 @@ def pick(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[s
 
 
 # Under torch.compile the choice is made while tracing and is a constant of the graph.
-@compiling.constant
+@constant
 def choose(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that will run ``op``.
 

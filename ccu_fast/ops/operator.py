@@ -1,4 +1,9 @@
-"""Operators of torch made of Python functions: one decorator for what every operation of the package needs."""
+"""What torch has to know of our functions: which are operators, which are constants of a graph, which stay out of it.
+
+``torch.compiler.disable`` and ``assume_constant_result`` import the compiler when a function is decorated, which takes
+longer than the rest of ``import torch``. :func:`never` and :func:`constant` do the same and leave that to whoever
+compiles.
+"""
 
 from __future__ import annotations
 
@@ -58,3 +63,18 @@ class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         raise RuntimeError(f"{ctx.op}: second derivatives need backend='reference'")
+
+
+def constant(function: F) -> F:
+    """Called while tracing; its result is a constant of the graph. As ``torch.compiler.assume_constant_result``."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def never(function: F) -> F:
+    """Runs between two graphs. As ``torch.compiler.disable``, in the form that torch uses for its own functions.
+
+    It imports the compiler at the first call, as any of torch's optimizers does.
+    """
+    disable: Callable[[F], F] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+    return disable(function)

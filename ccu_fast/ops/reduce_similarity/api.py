@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.ops import compiling
 from ccu_fast.ops.backend import choose, without_autocast
 from ccu_fast.ops.l2_normalize.api import l2_normalize
+from ccu_fast.ops.operator import constant
 from ccu_fast.ops.reduce_similarity import reference
 from ccu_fast.ops.reduce_similarity.operator import SimilarityReduction, flat, specialised
 from ccu_fast.ops.reduce_similarity.problem import CODES, KINDS, MAX_REDUCTIONS, SimilarityProblem
@@ -280,7 +280,7 @@ def workspace_bytes(value: int | None, device: torch.device) -> int:
     return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cpu"])
 
 
-@compiling.constant
+@constant
 @functools.cache
 def _gpu_workspace(index: int) -> int:
     return min(DEFAULT_WORKSPACE["cuda"], torch.cuda.get_device_properties(index).total_memory // 16)
