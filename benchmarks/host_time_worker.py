@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import cProfile
 import gc
+import importlib
 import json
 import pstats
 import sys
@@ -26,24 +27,36 @@ CAPABILITY = 90
 HERE = Path(__file__).resolve().parent
 
 
+def found(*names: str) -> Any:
+    """The first of the package's modules that this checkout has."""
+    for name in names[:-1]:
+        try:
+            return importlib.import_module(f"ccu_fast.{name}")
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("ccu_fast"):
+                raise
+    return importlib.import_module(f"ccu_fast.{names[-1]}")
+
+
 def prepare() -> Any:
     """Put the stand-ins in place; the driver."""
     sys.path.remove(str(HERE))  # its registry.py and results.py are not what an import of the checkout means
-    import importlib.util
+    from importlib.util import module_from_spec, spec_from_file_location
 
     import torch
     import triton
 
-    spec = importlib.util.spec_from_file_location("no_launch", HERE / "no_launch.py")
+    spec = spec_from_file_location("no_launch", HERE / "no_launch.py")
     assert spec is not None and spec.loader is not None
-    no_launch = importlib.util.module_from_spec(spec)
+    no_launch = module_from_spec(spec)
     spec.loader.exec_module(no_launch)
     driver = no_launch.TargetOnly(CAPABILITY)
     triton.runtime.driver.set_active(driver)
 
-    from ccu_fast.ops import backend as registry
-    from ccu_fast.ops.reduce_similarity import api as similarity
-    from ccu_fast.ops.reduce_similarity.triton import gemm
+    # Each by its place today, and before the operations had folders.
+    registry = found("ops.backend", "backends.registry")
+    similarity = found("ops.reduce_similarity.api", "similarity")
+    gemm = found("ops.reduce_similarity.triton.gemm", "backends.triton.gemm")
 
     cannot_serve = registry.cannot_serve
     registry.candidates = lambda *_: ("triton", "reference")

@@ -14,8 +14,8 @@ import torch
 
 from ccu_fast._version import __version__
 from ccu_fast.extras import EXTRAS
-from ccu_fast.ops import backend as registry
 from ccu_fast.ops import machine
+from ccu_fast.ops.backend import OPERATIONS, has_kernel, pick, unavailable
 
 # The backends as a report calls them.
 NAMES = {"triton": "Triton", "native": "C++", "reference": "plain torch"}
@@ -38,7 +38,7 @@ def collect() -> dict[str, Any]:
             "why_no_devices": machine.why_no_devices(),
             "why_no_kernels": machine.why_no_cuda_kernels(),
         },
-        "operations": {op: {device: _choice(op, device) for device in _where()} for op in registry.OPERATIONS},
+        "operations": {op: {device: _choice(op, device) for device in _where()} for op in OPERATIONS},
         "extras": {
             extra: {distribution: _version(distribution) for distribution in modules.values()}
             for extra, modules in EXTRAS.items()
@@ -86,7 +86,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _cpu_isa() -> str | None:
-    if registry.unavailable("native") is not None:
+    if unavailable("native") is not None:
         return None
     return str(importlib.import_module("ccu_fast._C").cpu_isa())
 
@@ -112,8 +112,8 @@ def _devices() -> list[dict[str, Any]]:
 def _choice(op: str, device: str) -> dict[str, Any]:
     """The backend that ``auto`` picks for fp32 tensors, and what speaks against those it would rather have."""
     where = torch.device(device)
-    chosen, reasons = registry.pick(op, where, torch.float32)
-    why_not = {name: reason for name, reason in reasons.items() if registry.has_kernel(name, op, where.type)}
+    chosen, reasons = pick(op, where, torch.float32)
+    why_not = {name: reason for name, reason in reasons.items() if has_kernel(name, op, where.type)}
     return {"backend": chosen, "why_not": why_not}
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.ops import backend as registry
 from ccu_fast.ops import machine
-from ccu_fast.ops.backend import choose, load
+from ccu_fast.ops.backend import choose, load, unavailable
 from ccu_fast.ops.operator import in_place, operator
 from ccu_fast.ops.pgd_step.problem import BadGradient, NoiseStep
 
@@ -226,5 +225,5 @@ def check_pgd_steps(device: torch.device | str | None = None) -> None:
     where = None if device is None else torch.device(device)
     if where is not None and where.type == "cuda" and where.index is None and torch.cuda.is_available():
         where = torch.device("cuda", torch.cuda.current_device())
-    if registry.unavailable("native") is None:
+    if unavailable("native") is None:
         load("pgd_step_", "native").raise_refused(where)
