@@ -110,7 +110,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _choice(op: str, device: str) -> dict[str, Any]:
-    """The backend that ``auto`` picks for fp32 tensors, and what speaks against those it would rather have."""
+    """The backend that ``auto`` picks for fp32 tensors, and why each backend it tried before that cannot serve."""
     where = torch.device(device)
     chosen, reasons = pick(op, where, torch.float32)
     why_not = {name: reason for name, reason in reasons.items() if has_kernel(name, op, where.type)}

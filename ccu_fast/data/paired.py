@@ -19,10 +19,14 @@ class PairedData:
         other: ``[N, ...]`` what the other tower takes.
         labels: int64 ``[N]``, class indices ≥ 0; None for pairs without classes, which is stored as −1 everywhere
             (see :attr:`labelled`).
-        ids: int64 ``[N]``, unique: who the item is. Default 0 … N−1; give your own as soon as two sets are compared.
+        ids: int64 ``[N]``, unique: who the item is. Default 0 … N−1; give your own where two sets are compared.
 
     Raises:
         TypeError, ValueError: the first dimensions differ, a label is negative, an id occurs twice.
+
+    >>> data = ccu_fast.unlearn.PairedData(torch.zeros(4, 8), torch.zeros(4, 6), torch.tensor([0, 0, 1, 1]))
+    >>> data[data.labels == 1].ids
+    tensor([2, 3])
     """
 
     visual: Tensor

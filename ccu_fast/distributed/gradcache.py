@@ -23,7 +23,7 @@ def cached_step(
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
     wrapped: Sequence[nn.Module] = (),
 ) -> Tensor:
-    """Forward and backward in two passes over chunks::
+    """Run forward and backward in two passes over chunks, so that a large batch fits in memory::
 
         loss = loss_fn(*(tower(inputs) for tower, inputs in towers))
         loss.backward()
@@ -55,6 +55,11 @@ def cached_step(
     :func:`ccu_fast.distributed.average_gradients`.
 
     Source: Gao et al. 2021 (arXiv 2101.06983).
+
+    >>> tower, x, y = torch.nn.Linear(3, 2), torch.ones(4, 3), torch.ones(4, 2)
+    >>> loss = ccu_fast.distributed.cached_step(lambda a: (a - y).square().mean(), [(tower, x)], chunk=2)
+    >>> loss.shape, tower.weight.grad.shape
+    (torch.Size([]), torch.Size([2, 3]))
     """
     check.integer("chunk", chunk, low=1)
     if not towers:

@@ -1,4 +1,4 @@
-"""The contrastive losses over a process group: the global batch's value on every rank, each rank its gradients."""
+"""The contrastive losses over a process group: the global batch's value, and each rank's gradients of it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def info_nce(
     gradients: str = "mean",
     **similarity: Any,
 ) -> Tensor:
-    """:func:`ccu_fast.info_nce` of the global batch::
+    """Compute :func:`ccu_fast.info_nce` of the batch that lies on all ranks together::
 
         X, Y = (torch.cat([v of rank 0, v of rank 1, ...]) for v in (x, y))
         loss = ccu_fast.info_nce(X, Y, ...)                                     # the same value on every rank
@@ -49,9 +49,9 @@ def info_nce(
         symmetric: average the losses over rows and over columns.
         reduction: "mean" or "sum" over the items of all ranks, or "none": this rank's items.
         gradients: how the ranks' parameter gradients will be put together. "mean": DistributedDataParallel or FSDP
-            averages them; each rank's gradient is made (number of ranks) times larger, so that the average is the
+            averages them; each rank's gradient is multiplied by the number of ranks, so that the average is the
             gradient of the loss. "sum": they will be added, and ``x.grad`` is exactly the slice of the one-process
-            gradient. For reduction="none" this says nothing: the gradient is that of all ranks' values, added.
+            gradient. Without effect for reduction="none": the gradient is that of the sum of all ranks' values.
         **similarity: row_ids, col_ids, row_labels, col_labels, paired, normalize, backend, workspace, nan_policy,
             group, mode, equal: see :func:`ccu_fast.distributed.reduce_similarity`.
 
@@ -62,6 +62,10 @@ def info_nce(
         TypeError, ValueError, RuntimeError: see :func:`ccu_fast.distributed.reduce_similarity`.
 
     Source: van den Oord et al. 2018 (arXiv 1807.03748), eq. 4; Radford et al. 2021 (arXiv 2103.00020), fig. 3.
+
+    Example, in an initialised process group (here of one rank):
+        >>> ccu_fast.distributed.info_nce(torch.eye(4), torch.eye(4), scale=2.0)
+        tensor(0.3408)
     """
     _check(reduction, gradients)
     sides = formulas.info_nce(PAIRS_OR_IDS, x, y, scale=scale, bias=bias, symmetric=symmetric, **similarity)
@@ -78,22 +82,25 @@ def inverse_info_nce(
     gradients: str = "mean",
     **similarity: Any,
 ) -> Tensor:
-    """:func:`ccu_fast.inverse_info_nce` of the global batch; arguments as in :func:`info_nce` here.
+    """Compute :func:`ccu_fast.inverse_info_nce`, which has the formula, of the batch on all ranks together.
 
     Args:
         x: ``[n, D]``, this rank's items to forget; y: ``[m, D]``, this rank's keys.
         scale: number or one-element tensor; 1 / temperature.
         kind: "bounded", "contrastive" or "ascent".
-        reduction: "mean" or "sum" over the rows of all ranks, or "none".
-        gradients: "mean" or "sum"; see :func:`info_nce`.
-        **similarity: see :func:`ccu_fast.distributed.reduce_similarity`.
+        reduction, gradients, **similarity: as of :func:`info_nce` here.
 
     Returns:
         fp32 scalar, or ``[n]`` for reduction="none".
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`ccu_fast.inverse_info_nce` and
-            :func:`ccu_fast.distributed.reduce_similarity`.
+        TypeError, ValueError, RuntimeError: as :func:`ccu_fast.inverse_info_nce` and :func:`reduce_similarity` here.
+
+    Source: that of :func:`ccu_fast.inverse_info_nce`.
+
+    Example, in an initialised process group (here of one rank):
+        >>> ccu_fast.distributed.inverse_info_nce(torch.eye(4), torch.eye(4), scale=2.0)
+        tensor(1.2421)
     """
     check.one_of("kind", kind, INVERSE_KINDS)
     _check(reduction, gradients)
@@ -115,22 +122,26 @@ def sup_con(
     gradients: str = "mean",
     **similarity: Any,
 ) -> Tensor:
-    """:func:`ccu_fast.sup_con` of the global batch; arguments as in :func:`info_nce` here.
+    """Compute :func:`ccu_fast.sup_con`, which has the formula, of the batch on all ranks together.
 
     Args:
         x: ``[n, D]``; y: ``[m, D]``.
         scale: number or one-element tensor; 1 / temperature.
         row_labels: int64 ``[n]``; col_labels: int64 ``[m]``, by default the row labels.
-        reduction: "mean" or "sum" over the rows of all ranks, or "none".
-        gradients: "mean" or "sum"; see :func:`info_nce`.
-        **similarity: see :func:`ccu_fast.distributed.reduce_similarity`.
+        reduction, gradients, **similarity: as of :func:`info_nce` here.
 
     Returns:
         fp32 scalar, or ``[n]`` for reduction="none".
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`ccu_fast.sup_con` and
-            :func:`ccu_fast.distributed.reduce_similarity`.
+        TypeError, ValueError, RuntimeError: as :func:`ccu_fast.sup_con` and :func:`reduce_similarity` here.
+
+    Source: Khosla et al. 2020 (arXiv 2004.11362), eq. 2.
+
+    Example, in an initialised process group (here of one rank):
+        >>> z, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
+        >>> ccu_fast.distributed.sup_con(z, z, scale=2.0, row_labels=labels)
+        tensor(1.0986)
     """
     _check(reduction, gradients)
     check.tensor("row_labels", row_labels, dtypes=check.INTEGERS)
@@ -150,21 +161,25 @@ def sigmoid_loss(
     gradients: str = "mean",
     **similarity: Any,
 ) -> Tensor:
-    """:func:`ccu_fast.sigmoid_loss` of the global batch; arguments as in :func:`info_nce` here.
+    """Compute :func:`ccu_fast.sigmoid_loss`, which has the formula, of the batch on all ranks together.
 
     Args:
         x: ``[n, D]``; y: ``[m, D]``.
         scale, bias: numbers or one-element tensors (gradient flows).
         reduction: "mean" (all pairs' sum divided by the number of rows), "sum", or "none".
-        gradients: "mean" or "sum"; see :func:`info_nce`.
-        **similarity: see :func:`ccu_fast.distributed.reduce_similarity`.
+        gradients, **similarity: as of :func:`info_nce` here.
 
     Returns:
         fp32 scalar, or ``[n]`` for reduction="none".
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`ccu_fast.sigmoid_loss` and
-            :func:`ccu_fast.distributed.reduce_similarity`.
+        TypeError, ValueError, RuntimeError: as :func:`ccu_fast.sigmoid_loss` and :func:`reduce_similarity` here.
+
+    Source: Zhai et al. 2023 (arXiv 2303.15343), algorithm 1.
+
+    Example, in an initialised process group (here of one rank):
+        >>> ccu_fast.distributed.sigmoid_loss(torch.eye(4), torch.eye(4), scale=2.0)
+        tensor(2.2064)
     """
     _check(reduction, gradients)
     reduce = reduce_similarity if similarity.get("paired") is False else PAIRS_OR_IDS

@@ -1,4 +1,4 @@
-"""ClipLoss and SigLipLoss: the losses of CLIP and SigLIP behind open_clip's signatures, on one process or several."""
+"""ClipLoss and SigLipLoss: the losses of CLIP and SigLIP with open_clip's signatures, on one process or several."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ SIGLIP_EXCHANGES = ("bidir", "shift", "reduce", "gather")
 
 
 class ClipLoss(nn.Module):
-    """The loss of CLIP behind the constructor and forward of open_clip's class of this name::
+    """The loss of CLIP, with the constructor and forward of open_clip's class of this name::
 
         logits = logit_scale * image_features @ text_features.T + logit_bias
         target = torch.arange(len(logits))
         (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     On several processes every rank must hold the same number of pairs. Values and feature gradients on every rank are
-    open_clip's. So are those of scale and bias, but for one case: with ``local_loss`` and ``gather_with_grad`` their
-    sum over the ranks is, and hence what DistributedDataParallel makes of them, while a rank's share is another one.
+    open_clip's. So are the gradients of scale and bias, with one exception: with ``local_loss`` and
+    ``gather_with_grad`` a rank's share differs, but the sum over the ranks is open_clip's, and so is what
+    DistributedDataParallel makes of it.
 
     Only the texts travel, and a rank multiplies its own images with them, once (:mod:`ccu_fast.distributed`): half of
     open_clip's traffic and GEMMs. With ``local_loss`` and without ``gather_with_grad`` images travel too, because then
@@ -42,15 +43,17 @@ class ClipLoss(nn.Module):
         rank: index of this process, in [0, world_size).
         world_size: number of processes; more than 1 needs an initialised ``torch.distributed`` default group.
         use_horovod: must be False.
-        normalize: make the features unit vectors first, before they are gathered.
-        backend: see :func:`ccu_fast.reduce_similarity`.
-        workspace: bytes of memory the loss may use beyond that of its inputs; see there.
+        normalize: make the features unit vectors before they are gathered.
+        backend, workspace: see :func:`ccu_fast.reduce_similarity`.
 
     Raises:
         ValueError: a rank outside the world, use_horovod=True; in forward, a world size other than the group's.
         RuntimeError: in forward, when world_size > 1 and no group is initialised.
 
     Source: Radford et al. 2021 (arXiv 2103.00020), fig. 3.
+
+    >>> ccu_fast.ClipLoss()(torch.eye(4), torch.eye(4), logit_scale=2.0)
+    tensor(0.3408)
     """
 
     def __init__(
@@ -140,7 +143,7 @@ class ClipLoss(nn.Module):
 
 
 class SigLipLoss(nn.Module):
-    """The loss of SigLIP behind the constructor and forward of open_clip's class of this name::
+    """The loss of SigLIP, with the constructor and forward of open_clip's class of this name::
 
         logits = logit_scale * image_features @ text_features.T + logit_bias
         sign = 2 * torch.eye(N) - 1
@@ -150,20 +153,18 @@ class SigLipLoss(nn.Module):
     number of images; gradients flow back to the ranks the texts came from. Every rank must hold the same number.
 
     Args:
-        cache_labels: accepted for the signature; there are no labels to cache.
-        rank: index of this process, in [0, world_size).
-        world_size: number of processes; more than 1 needs an initialised ``torch.distributed`` default group.
+        cache_labels, rank, world_size, normalize, backend, workspace: as of :class:`ClipLoss`.
         dist_impl: None, "bidir", "shift", "reduce" or "gather", open_clip's ways to exchange the texts. All give the
             same numbers; this class chooses by size between gathering the texts and a ring, whichever is named.
-        normalize: make the features unit vectors first, before they are gathered.
-        backend: see :func:`ccu_fast.reduce_similarity`.
-        workspace: bytes of memory the loss may use beyond that of its inputs; see there.
 
     Raises:
         ValueError: a rank outside the world, an unknown dist_impl; in forward, a world size other than the group's.
         RuntimeError: in forward, when world_size > 1 and no group is initialised.
 
     Source: Zhai et al. 2023 (arXiv 2303.15343), algorithm 1.
+
+    >>> ccu_fast.SigLipLoss()(torch.eye(4), torch.eye(4), logit_scale=2.0, logit_bias=None)
+    tensor(2.2064)
     """
 
     def __init__(
@@ -193,18 +194,7 @@ class SigLipLoss(nn.Module):
         logit_bias: float | Tensor | None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, in a dictionary under "contrastive_loss" if ``output_dict``.
-
-        Args:
-            image_features: ``[N, D]`` fp32, fp16 or bf16; unit vectors, unless normalize=True.
-            text_features: ``[N, D]``, dtype and device of the image features.
-            logit_scale: number or one-element tensor, already exponentiated.
-            logit_bias: number or one-element tensor added to the logits, or None.
-            output_dict: return a dictionary.
-
-        Returns:
-            fp32 scalar. open_clip's own is in the dtype of the logits.
-        """
+        """The loss; arguments and result as of :meth:`ClipLoss.forward`."""
         if self.normalize:
             image_features, text_features = normalize_pair(image_features, text_features, self.backend)
         options = _options(self, logit_scale, logit_bias)

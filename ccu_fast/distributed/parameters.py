@@ -18,8 +18,8 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
         for p in parameters:
             p.grad = sum(p.grad of each rank) / ranks
 
-    What DistributedDataParallel does, for parameters outside of it: the scale of a loss, or a small model that is not
-    wrapped. One all-reduce for each dtype and device.
+    This does for parameters outside DistributedDataParallel what it does for its own: for the scale of a loss, or a
+    small model that is not wrapped. It takes one all-reduce for each dtype and device.
 
     Args:
         parameters: the same ones in the same order on every rank. A parameter that needs no gradient is passed over;
@@ -28,6 +28,13 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
 
     Raises:
         RuntimeError: torch.distributed is not initialised; a rank failed or did not answer in time.
+
+    Example, in an initialised process group (here of one rank):
+        >>> scale = torch.nn.Parameter(torch.tensor(2.0))
+        >>> scale.square().backward()
+        >>> ccu_fast.distributed.average_gradients([scale])
+        >>> scale.grad
+        tensor(4.)
     """
     ranks = Ranks(group)
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}

@@ -49,7 +49,7 @@ def reduce_similarity(
     mode: str = "auto",
     equal: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """:func:`ccu_fast.reduce_similarity` of x and y whose rows lie on several ranks::
+    """Compute :func:`ccu_fast.reduce_similarity` of x and y whose rows lie on several ranks::
 
         X, Y = (torch.cat([v of rank 0, v of rank 1, ...]) for v in (x, y))     # nowhere built (Y is, by "gather")
         row_results, col_results = ccu_fast.reduce_similarity(X, Y, ...)
@@ -87,6 +87,13 @@ def reduce_similarity(
             the process group was made with.
 
     Runs between two graphs under torch.compile, hence not with ``fullgraph=True``. No second derivatives.
+
+    Source: this project's definition, as :func:`ccu_fast.reduce_similarity`.
+
+    Example, in an initialised process group (here of one rank):
+        >>> (lse,), _ = ccu_fast.distributed.reduce_similarity(torch.eye(3), torch.eye(3), rows=[("lse", ccu_fast.ALL)])
+        >>> lse
+        tensor([1.5514, 1.5514, 1.5514])
     """
     return reduce_shards(
         x, y, scale=scale, bias=bias, row_labels=row_labels, col_labels=col_labels, row_ids=row_ids, col_ids=col_ids,

@@ -70,12 +70,18 @@ class _SimilarityLoss(nn.Module):
 
 
 class InfoNCE(_SimilarityLoss):
-    """:func:`ccu_fast.info_nce` as a module.
+    """InfoNCE as a module: :func:`ccu_fast.info_nce`, which has formula and source, with its options fixed.
 
     Args:
         scale: the inverse temperature; None when forward is to be given it.
         symmetric: average the losses over rows and over columns.
         **options: learnable, reduction, normalize, backend and workspace, as of :class:`SupCon`.
+
+    Raises:
+        TypeError, ValueError: as of :class:`SupCon`.
+
+    >>> ccu_fast.InfoNCE(scale=2.0)(torch.eye(4), torch.eye(4))
+    tensor(0.3408)
     """
 
     _show = ("symmetric", *_SimilarityLoss._show)
@@ -99,12 +105,20 @@ class InfoNCE(_SimilarityLoss):
 
 
 class InverseInfoNCE(_SimilarityLoss):
-    """:func:`ccu_fast.inverse_info_nce` as a module. Its scale is never learned: unlearning would just lower it.
+    """The inverse of InfoNCE as a module: :func:`ccu_fast.inverse_info_nce`, which has formula and source.
+
+    Its scale is never learned: unlearning would just lower it.
 
     Args:
         scale: the inverse temperature; None when forward is to be given it.
         kind: "bounded", "contrastive" or "ascent".
         **options: reduction, normalize, backend and workspace, as of :class:`SupCon`.
+
+    Raises:
+        TypeError, ValueError: as of :class:`SupCon`; an unknown kind, the option learnable.
+
+    >>> ccu_fast.InverseInfoNCE(scale=2.0)(torch.eye(4), torch.eye(4))
+    tensor(1.2421)
     """
 
     _show = ("kind", *_SimilarityLoss._show)
@@ -124,7 +138,7 @@ class InverseInfoNCE(_SimilarityLoss):
 
 
 class SupCon(_SimilarityLoss):
-    """:func:`ccu_fast.sup_con` as a module.
+    """The supervised contrastive loss as a module: :func:`ccu_fast.sup_con`, which has formula and source.
 
     Args:
         scale: the inverse temperature; None when forward is to be given it.
@@ -136,6 +150,10 @@ class SupCon(_SimilarityLoss):
 
     Raises:
         TypeError, ValueError: an option outside its range, a learnable scale that is not positive.
+
+    >>> loss = ccu_fast.SupCon(scale=2.0, learnable=True)
+    >>> loss(torch.eye(4), torch.eye(4), torch.tensor([0, 0, 1, 1])).item()
+    1.0986...
     """
 
     def forward(
@@ -157,12 +175,18 @@ class SupCon(_SimilarityLoss):
 
 
 class SigmoidLoss(_SimilarityLoss):
-    """:func:`ccu_fast.sigmoid_loss` as a module.
+    """The sigmoid loss as a module: :func:`ccu_fast.sigmoid_loss`, which has formula and source.
 
     Args:
         scale: the inverse temperature; None when forward is to be given it. SigLIP starts at 10.
         bias: added to the logits, None for no bias; learned with the scale. SigLIP starts at −10.
         **options: learnable, reduction, normalize, backend and workspace, as of :class:`SupCon`.
+
+    Raises:
+        TypeError, ValueError: as of :class:`SupCon`.
+
+    >>> ccu_fast.SigmoidLoss(scale=2.0)(torch.eye(4), torch.eye(4))
+    tensor(2.2064)
     """
 
     _show = ("bias", *_SimilarityLoss._show)

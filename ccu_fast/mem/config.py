@@ -21,8 +21,11 @@ class Method:
         name: what reports call it.
         noise: "none"; "random" (uniform within ±eps, the control; its triggers are random too); "minimise"
             (error-minimising PGD); "universal" (the same, one noise for all images); "maximise" and "mislead" (PGD
-            against a surrogate trained on the clean pairs: away from the own caption, or towards another image's).
+            against a surrogate trained on the clean pairs: away from the image's caption, or towards another's).
         triggers: trigger words in front of each caption, 0 for none.
+
+    >>> ccu_fast.mem.Method.parse("mem-5")
+    Method(name='mem-5', noise='minimise', triggers=5)
     """
 
     name: str
@@ -86,8 +89,8 @@ class Settings:
         pgd_steps: PGD steps for each batch and round.
         rounds: surrogate steps, then a trigger pass, then a noise pass.
         trigger_rounds: the first rounds, in which triggers are still changed.
-        trigger_words: size of the alphabet that the run draws from the tokenizer's trigger words. A small one is the
-            easier lesson: each word and the noise that goes with it then occur often. None: all of them.
+        trigger_words: size of the alphabet that the run draws from the tokenizer's trigger words. A small one is
+            easier to learn: each word and the noise that goes with it then occur often. None: all of them.
         candidates: words tried at each trigger position.
         surrogate_steps: optimiser steps of the surrogate in each round.
         restart: rounds after which the surrogate starts again from new random weights; 0 for never. A victim starts
@@ -99,6 +102,9 @@ class Settings:
         weight_decay: of the surrogate's matrices.
         beta2: AdamW's second decay rate.
         compat: decide as the authors' code does, see :mod:`ccu_fast.mem.compat`.
+
+    >>> ccu_fast.mem.Settings(eps=16).rounds
+    9
     """
 
     eps: int = 8
@@ -141,6 +147,9 @@ class Execution:
         autocast: dtype of the encoders' matrix products, bf16 or fp16; None for full precision. Losses stay fp32.
         channels_last: memory order of the images and of the surrogate's convolutions.
         compile: None, or the mode of ``torch.compile`` for the image tower; "reduce-overhead" replays CUDA graphs.
+
+    >>> ccu_fast.mem.Execution(autocast=torch.bfloat16).channels_last
+    False
     """
 
     autocast: torch.dtype | None = None

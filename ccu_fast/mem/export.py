@@ -66,6 +66,13 @@ def export(protected: Protected, out: str | Path, *, seed: int | None = None) ->
     Raises:
         FileExistsError: ``out`` has contents.
         ValueError: images of another number of channels.
+
+    >>> import tempfile
+    >>> images, noise = torch.full((2, 1, 4, 4), 9, dtype=torch.uint8), torch.ones(2, 1, 4, 4, dtype=torch.int8)
+    >>> method, no_triggers = ccu_fast.mem.Method.parse("em"), torch.zeros(2, 0, dtype=torch.int64)
+    >>> made = ccu_fast.mem.Protected(method, ccu_fast.mem.Settings(), images, noise, no_triggers, ["one", "two"])
+    >>> sorted(path.name for path in ccu_fast.mem.export(made, tempfile.mkdtemp()).iterdir())
+    ['captions.csv', 'images', 'manifest.json']
     """
     out = Path(out)
     channels = protected.images.shape[1]

@@ -24,7 +24,7 @@ from ccu_fast.runs.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Protected:
-    """A protected dataset.
+    """A protected dataset, as :func:`protect` returns it.
 
     Attributes:
         method, settings: what made it.
@@ -34,6 +34,11 @@ class Protected:
         captions: the captions with their triggers.
         losses: the surrogate's mean loss in each round on the protected data: {"surrogate": after its steps,
             "triggers": after the trigger pass, "noise": after the noise pass}.
+
+    >>> images, no_triggers = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2, 0, dtype=torch.int64)
+    >>> method, settings = ccu_fast.mem.Method.parse("clean"), ccu_fast.mem.Settings()
+    >>> ccu_fast.mem.Protected(method, settings, images, images.char(), no_triggers, ["one", "two"]).losses
+    {}
     """
 
     method: Method
@@ -63,8 +68,8 @@ class Protection:
         method: what to make; "clean" returns the data as it is.
         settings: budget and schedule.
         seed: everything random depends on it alone.
-        noise_store: int8, one row for each image (for "uap" one row); where the noise lives and, when a run goes on,
-            where it was left. Default: a new one on ``device``.
+        noise_store: int8, one row for each image (for "uap" one row): where the noise is kept, and what a continued
+            run starts from. Default: a new one on ``device``.
         device: of surrogate and noise.
         execution: autocast, memory order, compilation.
         shard: number of this process's part. Surrogates start alike in every shard; orders and captions differ.
@@ -73,10 +78,16 @@ class Protection:
     Raises:
         TypeError, ValueError: naming the argument.
 
-    Source: Liu et al. 2024 (arXiv 2407.16307). Different from the authors' code unless ``settings.compat``: one noise
-    for an image however many captions it has, each row chooses its own trigger words, only words that come back from
+    Source: Liu et al. 2024 (arXiv 2407.16307). Unlike the authors' code, unless ``settings.compat``: an image has one
+    noise however many captions it has, each row chooses its own trigger words, only words that are read back from
     publication as the same ids are chosen, the last batch is not dropped, cut captions keep EOT, trigger words may
-    come from a small alphabet, captions may be shuffled in all parts of a round, the surrogate may start anew.
+    come from a small alphabet, captions may be shuffled in all parts of a round, the surrogate may start again.
+
+    >>> source = ccu_fast.mem.protection.TensorSource(torch.zeros(3, 1, 16, 64, dtype=torch.uint8), ["one"] * 3)
+    >>> words = ccu_fast.mem.WordTokenizer.for_strips()
+    >>> run = ccu_fast.mem.Protection(source, words, None, method=ccu_fast.mem.Method.parse("random"))
+    >>> run.rounds, run.published_images(torch.arange(3)).shape
+    (0, torch.Size([3, 1, 16, 64]))
     """
 
     def __init__(
@@ -230,8 +241,20 @@ def protect(
         tokenizer, factory, method, settings, seed: see :class:`Protection`.
         progress: called as ``progress(stage, done, total, note)``.
 
+    Returns:
+        :class:`Protected`.
+
     Raises:
         TypeError, ValueError: naming the argument.
+        FloatingPointError: the surrogate's loss is not finite.
+
+    Source: Liu et al. 2024 (arXiv 2407.16307); see :class:`Protection`.
+
+    >>> images, captions = torch.full((3, 1, 16, 64), 128, dtype=torch.uint8), ["one", "two", "three"]
+    >>> words = ccu_fast.mem.WordTokenizer.for_strips()
+    >>> made = ccu_fast.mem.protect(images, captions, words, None, method=ccu_fast.mem.Method.parse("random-2"))
+    >>> int(made.noise.abs().max()), [len(caption.split()) for caption in made.captions]
+    (8, [3, 3, 3])
     """
     run = Protection(
         TensorSource(images, captions), tokenizer, factory, method=method, settings=settings, seed=seed

@@ -43,7 +43,10 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, query_group: Tensor, gallery
 
 
 def retrieval(image: Tensor, text: Tensor, image_group: Tensor, text_group: Tensor) -> dict[str, float]:
-    """R@1, R@5, R@10 (shares in [0, 1]) and the median rank, image to text and text to image.
+    """Measure retrieval: R@1, R@5, R@10 (shares in [0, 1]) and the median rank, in both directions::
+
+        ranks = retrieval_ranks(image, text, ...)          # image to text; then text to image
+        R@k = (ranks <= k).mean()
 
     Args:
         image: ``[N, D]`` and text: ``[M, D]``, unit vectors.
@@ -51,6 +54,13 @@ def retrieval(image: Tensor, text: Tensor, image_group: Tensor, text_group: Tens
 
     Returns:
         ``i2t_r1, i2t_r5, i2t_r10, i2t_medr, t2i_r1, …``; see :func:`retrieval_ranks` for ties.
+
+    Raises:
+        TypeError, ValueError: shapes that do not fit, an item that belongs to nothing.
+
+    >>> found = ccu_fast.mem.retrieval(torch.eye(3), torch.eye(3)[[1, 0, 2]], torch.arange(3), torch.arange(3))
+    >>> round(found["i2t_r1"], 3), found["i2t_r5"], found["t2i_medr"]
+    (0.333, 1.0, 2.5)
     """
     result: dict[str, float] = {}
     sides = {"i2t": (image, text, image_group, text_group), "t2i": (text, image, text_group, image_group)}
@@ -69,7 +79,7 @@ def groups(captions: list[str]) -> Tensor:
 
 
 def reading(image: Tensor, classes: Tensor, digits: Tensor) -> dict[str, Any]:
-    """Zero-shot reading: of all possible captions each image picks the nearest; how much of it is right?
+    """Measure zero-shot reading: each image picks the nearest of all possible captions, and some of it is right.
 
     Args:
         image: ``[N, D]``, unit vectors.
@@ -79,6 +89,13 @@ def reading(image: Tensor, classes: Tensor, digits: Tensor) -> dict[str, Any]:
     Returns:
         ``digit`` (share of right digits, guessing .1), ``position`` (the same for each of the P positions), ``strip``
         (share of images with all digits right, guessing 10**−P).
+
+    Raises:
+        ValueError: classes of another shape.
+
+    >>> classes = torch.eye(10)
+    >>> ccu_fast.mem.reading(classes[[3, 7]], classes, torch.tensor([[3], [8]]))
+    {'digit': 0.5, 'position': [0.5], 'strip': 0.5}
     """
     places = digits.shape[1]
     check.shape("classes", classes, (10**places, image.shape[1]))

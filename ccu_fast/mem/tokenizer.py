@@ -41,11 +41,15 @@ NEUTRAL = tuple(_NEUTRAL.split())
 
 
 class Tokenizer(Protocol):
-    """Captions ↔ ids.
+    """What the generator asks of a tokenizer: captions ↔ ids.
 
     Attributes:
-        sot, eot, pad: ids that start a caption, end it, and fill the row behind it.
+        sot, eot, pad: ids that start a caption, end it, and fill the row after it.
         context: the longest row, SOT and EOT included.
+
+    >>> words = ccu_fast.mem.WordTokenizer(["one", "two"])  # is one
+    >>> words.decode(words.encode(["two one"]))
+    ['two one']
     """
 
     @property
@@ -78,7 +82,7 @@ class Tokenizer(Protocol):
 
 
 class WordTokenizer:
-    """Words ↔ ids. Ids: PAD 0, SOT 1, EOT 2, then the words in order.
+    """A tokenizer of whole words. Ids: PAD 0, SOT 1, EOT 2, then the words in order.
 
     Every token is one word and words are separated by spaces, so decode → encode is the identity on any sequence of
     word ids: a trigger that is published as text comes back as the ids that were optimised.
@@ -90,6 +94,10 @@ class WordTokenizer:
 
     Raises:
         ValueError: repeated, empty or unknown words.
+
+    >>> ccu_fast.mem.WordTokenizer(["one", "two"], triggers=["two"]).encode(["two one", "one"])
+    tensor([[1, 4, 3, 2],
+            [1, 3, 2, 0]])
     """
 
     pad, sot, eot = 0, 1, 2

@@ -19,7 +19,17 @@ from ccu_fast.runs.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a victim is trained: AdamW, linear warm-up of one epoch, then cosine to zero, no augmentation."""
+    """How a victim is trained: AdamW, linear warm-up of one epoch, then cosine to zero, no augmentation.
+
+    Attributes:
+        epochs: passes over the pairs, at least 1.
+        batch: pairs in a batch, at least 2.
+        lr: the highest learning rate, ≥ 0.
+        weight_decay: of the matrices, ≥ 0.
+
+    >>> ccu_fast.mem.Recipe(epochs=3).batch
+    128
+    """
 
     epochs: int = 15
     batch: int = 128
@@ -41,6 +51,10 @@ class Victim:
         model: after the last epoch.
         train_loss: mean InfoNCE of each epoch.
         curve: what ``evaluate`` returned after each epoch.
+
+    >>> victim = ccu_fast.mem.Victim(torch.nn.Identity(), [2.0, 1.5], [{"i2t_r1": 0.1}, {"i2t_r1": 0.4}])
+    >>> max(epoch["i2t_r1"] for epoch in victim.curve)
+    0.4
     """
 
     model: DualEncoder
@@ -76,6 +90,20 @@ def train_victim(
         stage: what progress calls it.
         progress: called as ``progress(stage, done, total, note)``.
         device: of the model; images and tokens stay where they are and go there batch by batch.
+
+    Returns:
+        :class:`Victim`.
+
+    Raises:
+        TypeError, ValueError: images of another dtype, fewer than two of them, or tokens that do not fit them.
+
+    Source: the training of CLIP, Radford et al. 2021 (arXiv 2103.00020), fig. 3.
+
+    >>> from ccu_fast.models.dual_encoder import SmallDualEncoder
+    >>> images, tokens = torch.zeros(2, 1, 16, 64, dtype=torch.uint8), torch.tensor([[1, 3, 2], [1, 4, 2]])
+    >>> new, recipe = lambda: SmallDualEncoder(5, eot=2, width=32), ccu_fast.mem.Recipe(epochs=2)
+    >>> len(ccu_fast.mem.train_victim(images, tokens, new, lambda model: {}, eot=2, recipe=recipe).curve)
+    2
     """
     recipe = Recipe() if recipe is None else recipe
     check.tensor("images", images, dtypes=(torch.uint8,), ndim=4)

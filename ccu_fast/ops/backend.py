@@ -85,7 +85,7 @@ def candidates(device_type: str) -> tuple[str, ...]:
 
 
 def pick(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
-    """What ``auto`` picks, and why each that it would rather have cannot serve."""
+    """The backend that ``auto`` picks, and why each backend it tried before that cannot serve."""
     reasons: dict[str, str] = {}
     for name in candidates(device.type):
         reason = cannot_serve(name, op, device, dtype)

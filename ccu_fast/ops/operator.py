@@ -46,7 +46,7 @@ def in_place(*_: Any) -> None:
 
 
 def once_differentiable(op: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
-    """``gradient``, for create_graph=True: whoever differentiates what it returns gets an error that names ``op``.
+    """``gradient``, for create_graph=True: differentiating what it returns raises an error that names ``op``.
 
     torch's decorator of this name raises only when the incoming gradient requires grad. That of a loss does not, and
     the second derivative would silently be zero.

@@ -72,7 +72,7 @@ def sites() -> list[Site]:
 
 
 def _loss(attack: Any, leaf: Tensor, mellowmax: Any) -> Tensor:
-    """GCG's loss of the target behind the prompt with ``leaf`` in it."""
+    """GCG's loss of the target after the prompt with ``leaf`` in it."""
     behind = [leaf, attack.after_embeds, attack.target_embeds]
     if attack.prefix_cache:
         inputs = torch.cat(behind, 1)

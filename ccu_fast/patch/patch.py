@@ -70,12 +70,26 @@ _installed: dict[str, list[Installed]] = {}
 
 
 def targets() -> dict[str, str]:
-    """The names :func:`apply` knows, and what each replaces."""
+    """List the libraries that :func:`apply` knows.
+
+    Returns:
+        By name what is replaced, for people.
+
+    >>> ccu_fast.patch.targets()["pytorch_metric_learning"]
+    'NTXentLoss and SupConLoss over labels, with their default reducers'
+    """
     return {name: target.replaces for name, target in TARGETS.items()}
 
 
 def active() -> dict[str, list[str]]:
-    """What is replaced now: the dotted names of the functions, by target."""
+    """List what is replaced now.
+
+    Returns:
+        By target the dotted names of the functions.
+
+    >>> ccu_fast.patch.active()
+    {}
+    """
     return {name: [item.site.name for item in items] for name, items in _installed.items()}
 
 
@@ -95,6 +109,10 @@ def apply(name: str) -> list[str]:
     Raises:
         ValueError: unknown name.
         ModuleNotFoundError: the library is not installed; for "mem_reference": its modules are not imported yet.
+
+    >>> ccu_fast.patch.apply("pytorch_metric_learning")[0]
+    'pytorch_metric_learning.losses.ntxent_loss.NTXentLoss.compute_loss'
+    >>> ccu_fast.patch.revert("pytorch_metric_learning")
     """
     check.one_of("name", name, tuple(TARGETS))
     if name not in _installed:
@@ -110,10 +128,15 @@ def apply(name: str) -> list[str]:
 
 
 def revert(name: str) -> None:
-    """Give the library its own functions back, in any order with other patches; nothing to do is no error.
+    """Give the library its own functions back, in any order with other patches; without a patch it does nothing.
+
+    Args:
+        name: a key of :func:`targets`.
 
     Raises:
         ValueError: unknown name.
+
+    >>> ccu_fast.patch.revert("open_clip")
     """
     check.one_of("name", name, tuple(TARGETS))
     for item in reversed(_installed.pop(name, [])):
@@ -122,7 +145,21 @@ def revert(name: str) -> None:
 
 @contextmanager
 def applied(*names: str) -> Iterator[list[str]]:
-    """:func:`apply` all ``names`` for the length of a block; what was applied before stays applied after it."""
+    """Keep libraries patched for the length of a block; what was applied before stays applied after it.
+
+    Args:
+        names: keys of :func:`targets`.
+
+    Returns:
+        A context manager that gives the dotted names of what is replaced.
+
+    Raises:
+        ValueError, ModuleNotFoundError: as :func:`apply`.
+
+    >>> with ccu_fast.patch.applied("pytorch_metric_learning") as replaced:
+    ...     len(replaced) > 0
+    True
+    """
     ours: list[str] = []
     replaced: list[str] = []
     try:

@@ -63,17 +63,18 @@ def unlearn(
     progress: Progress | None = None,
     group: ProcessGroup | None = None,
 ) -> Model:
-    """A copy of ``model`` without the visual knowledge of the forget set.
+    """Make a copy of a model that lacks the visual knowledge of the forget set::
+
+        loss = forgetting_loss + retention_loss + separation_loss + task_loss      # each with its weight of config
 
     Args:
         model: an ``nn.Module`` with the methods of :class:`TwoTowerModel`, on the device of the data; unchanged. The
-            heads of :class:`TwoModalityModel` are used where it has them.
-            Parameters that do not require a gradient stay as they are.
+            heads of :class:`TwoModalityModel` are used where it has them. Parameters that require no gradient stay.
         forget: the items to forget. Their other modality is kept.
         retain: the items to keep, disjoint from ``forget``.
         config: defaults to forgetting a class.
-        held_out: when to stop before the budget is spent; needed for and used with ``config.early_stop``.
-        checkpoint: where the state is written now and then; a run that finds one there goes on from it.
+        held_out: when to stop before the budget is spent; goes with ``config.early_stop``.
+        checkpoint: where the state is written at intervals; a run that finds one there continues from it.
         progress: called every few steps as progress("unlearn", done, total, note).
         group: processes that share the run, each called with the same arguments (:mod:`ccu_fast.unlearn.parallel`); the
             result is that of one process but for rounding, on all of them. None: this one alone.
@@ -86,6 +87,15 @@ def unlearn(
             lack a class; a set is empty; the sets overlap; a class to forget is still in ``retain`` (or, for
             instances, has left it); early_stop without held_out.
         FloatingPointError: the loss is not finite; the message names the step.
+
+    Source: Cross-modal Contrastive Unlearning (arXiv 2509.23895); the formulas of its three parts are this project's.
+
+    >>> from ccu_fast.models.fusion import FusionModel
+    >>> data = ccu_fast.unlearn.PairedData(torch.rand(8, 3), torch.rand(8, 3), torch.arange(8) % 4)
+    >>> config = ccu_fast.unlearn.UnlearnConfig(budget=ccu_fast.unlearn.Budget(steps=2))
+    >>> model, parts = FusionModel(3, 3, classes=4), (data[data.labels == 0], data[data.labels > 0])
+    >>> ccu_fast.unlearn(model, *parts, config).embed_visual(data.visual).shape
+    torch.Size([8, 64])
     """
     config = UnlearnConfig() if config is None else config
     if not isinstance(config, UnlearnConfig):

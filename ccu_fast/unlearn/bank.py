@@ -12,7 +12,7 @@ from ccu_fast import check
 
 @dataclass(frozen=True)
 class KeyBank:
-    """Frozen embeddings with what decides their role.
+    """Frozen embeddings, with the labels and ids that decide their role.
 
     A queue that replaces its oldest keys serves encoders that move; these keys come from the frozen model and never go
     stale, so they are drawn once and stay.
@@ -24,6 +24,10 @@ class KeyBank:
 
     Raises:
         TypeError, ValueError: labels or ids of another length.
+
+    >>> ids = torch.arange(4)
+    >>> len(ccu_fast.unlearn.KeyBank(keys=torch.eye(4), labels=ids % 2, ids=ids).draw(2, seed=0))
+    2
     """
 
     keys: Tensor

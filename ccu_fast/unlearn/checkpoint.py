@@ -23,8 +23,14 @@ class Checkpoint:
     Attributes:
         path: the file, written whole or not at all; its folder must exist.
         every: steps between two writes, at least 1.
-        settings: what else, besides the model, the data, the budget and the seed, decides the outcome; JSON. A file of
-            other settings is an error, not a start.
+        settings: what else decides the outcome, besides the model, the data, the budget and the seed; JSON. A file of
+            other settings is an error.
+
+    Raises:
+        TypeError, ValueError: every is below 1, the folder of path is missing.
+
+    >>> ccu_fast.unlearn.Checkpoint("run.pt", every=50).every
+    50
     """
 
     path: Path

@@ -19,6 +19,9 @@ class Budget:
         learning_rate: of Adam, > 0.
         batch: items of the forget set, and as many of the retain set, in a step (fewer where a set is smaller).
         retain_per_forget: steps, each with a fresh retain batch, before the forget batch changes.
+
+    >>> ccu_fast.unlearn.Budget(steps=100).batch
+    128
     """
 
     steps: int = 60
@@ -58,6 +61,9 @@ class UnlearnConfig:
         early_stop: with a held-out set, stop at the first check where the items to forget are treated as unseen
             and the rest is intact; see :class:`ccu_fast.unlearn.loop.HeldOut`.
         seed: of the batches, the bank and the sample for dampening, at least 0.
+
+    >>> ccu_fast.unlearn.UnlearnConfig(forget="instances").temperature
+    0.2
     """
 
     forget: str = "class"

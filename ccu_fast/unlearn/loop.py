@@ -62,14 +62,20 @@ class StatefulStep(Protocol):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """When to stop: at the first check (every 5 steps) where the visual accuracy on the forget set is at most
-    ``level`` and each of the accuracies on ``retain`` is at most ``slack`` below the original's (:func:`accuracies`).
+    """When to stop: as soon as the forget set looks unseen and the rest is intact.
+
+    That is the first check (every 5 steps) where the visual accuracy on the forget set is at most ``level`` and each
+    of the accuracies on ``retain`` is at most ``slack`` below the original's (:func:`accuracies`).
 
     Attributes:
         retain: held-out items of the classes that stay.
         level: 0 for a class; for instances the original's visual accuracy on held-out items, which is how it treats
             what it has not seen.
         slack: ≥ 0.
+
+    >>> data = ccu_fast.unlearn.PairedData(torch.rand(8, 3), torch.rand(8, 3), torch.arange(8) % 4)
+    >>> ccu_fast.unlearn.HeldOut(retain=data, level=0.0).slack
+    0.01
     """
 
     retain: PairedData

@@ -21,6 +21,10 @@ class TwoTowerModel(Protocol):
     """An ``nn.Module`` with two towers into one space, such as CLIP.
 
     "Visual" is the modality to forget, "other" the one to keep, whatever they are.
+
+    >>> from ccu_fast.models.fusion import FusionModel
+    >>> FusionModel(visual_dim=8, other_dim=6, classes=3).embed_visual(torch.ones(2, 8)).shape
+    torch.Size([2, 64])
     """
 
     training: bool
@@ -63,6 +67,10 @@ class TwoModalityModel(TwoTowerModel, Protocol):
     """Two towers with heads on their embeddings; ``ccu_fast.models.fusion.FusionModel`` is one.
 
     A model may leave out heads it has no use for: :func:`heads` tells which it has.
+
+    >>> from ccu_fast.models.fusion import FusionModel
+    >>> FusionModel(visual_dim=8, other_dim=6, classes=3).classify_visual(torch.ones(2, 64)).shape
+    torch.Size([2, 3])
     """
 
     def classify_visual(self, visual: Tensor) -> Tensor:

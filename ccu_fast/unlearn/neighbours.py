@@ -31,6 +31,9 @@ def neighbour_loss(u: Tensor, neighbours: Tensor) -> Tensor:
         ValueError: neighbours is not shaped like u.
 
     Source: this project's definition (see :mod:`ccu_fast.unlearn.objective`).
+
+    >>> ccu_fast.unlearn.neighbour_loss(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    tensor(0.5000)
     """
     check.tensor("u", u, ndim=2)
     check.tensor("neighbours", neighbours)

@@ -37,15 +37,15 @@ def forgetting_loss(
     bank: KeyBank | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """(a) Push the visual embeddings to forget away from what they meant::
+    """Push the visual embeddings to forget away from what they meant, part (a)::
 
         keys = torch.cat([r.detach(), b0, a0, u0])                           # and those of the bank
         S = scale * u @ keys.T
         mean_i( logsumexp(S[i, all]) - logsumexp(S[i, not positive]) )       # >= 0, fades once forgotten
 
     Positive is a key of the same label (to forget a class) or of the same id (to forget instances: label roles would
-    make the model forget the rest of their class too). The frozen a0 and u0 are what makes the loss work when a whole
-    class goes: among the retained keys no row would have a positive, and the loss would be 0.
+    make the model forget the rest of their class too). The frozen a0 and u0 make the loss work when a whole class goes:
+    among the retained keys alone no row would have a positive, and the loss would be 0.
 
     Args:
         u: ``[N_u, D]`` live visual embeddings of the forget batch; the only argument that gets a gradient here.
@@ -56,8 +56,7 @@ def forgetting_loss(
         forget_labels, retain_labels: int64 ``[N_u]`` and ``[N_r]``: roles by class. A negative label takes its row
             and its keys out.
         forget_ids, retain_ids: int64 ``[N_u]`` and ``[N_r]``: roles by instance.
-        bank: further frozen keys with their labels and ids.
-        backend: see :func:`ccu_fast.reduce_similarity`.
+        bank: further frozen keys with their labels and ids. backend: see :func:`ccu_fast.reduce_similarity`.
 
     Returns:
         fp32 scalar (fp64 for fp64 inputs).
@@ -67,6 +66,11 @@ def forgetting_loss(
 
     Source: this project's definition (see the module's first lines); the bounded form is that of
     :func:`ccu_fast.inverse_info_nce`.
+
+    >>> z, kept = torch.eye(4)[:2], torch.eye(4)[2:]
+    >>> ids = {"forget_ids": torch.tensor([0, 1]), "retain_ids": torch.tensor([2, 3])}
+    >>> ccu_fast.unlearn.forgetting_loss(z, kept, u0=z, a0=z, b0=kept, scale=2.0, **ids)  # log((2e² + 6) / 6)
+    tensor(1.2421)
     """
     by_label = _both("forget_labels", forget_labels, "retain_labels", retain_labels)
     by_id = _both("forget_ids", forget_ids, "retain_ids", retain_ids)
@@ -105,7 +109,7 @@ def retention_loss(
     scale: float | Tensor,
     backend: str = "auto",
 ) -> Tensor:
-    """(b) Keep how the other modality's embeddings relate to the frozen ones::
+    """Keep how the other modality's embeddings relate to the frozen ones, part (b)::
 
         T = softmax(scale * frozen_rows @ keys.T, dim=1)                     # the frozen relations
         S = scale * rows @ keys.T
@@ -118,8 +122,7 @@ def retention_loss(
         rows: ``[N, D]`` live embeddings, [a; b] in CCU.
         frozen_rows: ``[N, D]`` the same items under the frozen model.
         keys: ``[M, D]`` frozen embeddings, [a0; b0] in CCU.
-        scale: number or one-element tensor; 1 / temperature.
-        backend: see :func:`ccu_fast.reduce_similarity`.
+        scale: number or one-element tensor; 1 / temperature. backend: see :func:`ccu_fast.reduce_similarity`.
 
     Returns:
         fp32 scalar (fp64 for fp64 inputs); its least value is the mean entropy of T. 0 for no rows.
@@ -128,6 +131,10 @@ def retention_loss(
         ValueError: frozen_rows is not shaped like rows.
 
     Source: this project's definition (see the module's first lines).
+
+    >>> z = torch.eye(4)
+    >>> ccu_fast.unlearn.retention_loss(z, z, z, scale=0.0)  # log(4), the entropy of a uniform T
+    tensor(1.3863)
     """
     check.tensor("rows", rows, ndim=2)
     check.tensor("frozen_rows", frozen_rows)
@@ -141,7 +148,7 @@ def retention_loss(
 
 
 def anchor_loss(rows: Tensor, frozen_rows: Tensor) -> Tensor:
-    """(b) Keep embeddings where the frozen model has them::
+    """Keep embeddings where the frozen model has them, part (b)::
 
         mean_i( 1 - rows_i . frozen_rows_i )
 
@@ -156,6 +163,9 @@ def anchor_loss(rows: Tensor, frozen_rows: Tensor) -> Tensor:
         ValueError: frozen_rows is not shaped like rows.
 
     Source: this project's definition (see the module's first lines).
+
+    >>> ccu_fast.unlearn.anchor_loss(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    tensor(0.5000)
     """
     check.tensor("rows", rows, ndim=2)
     check.tensor("frozen_rows", frozen_rows)
@@ -164,7 +174,7 @@ def anchor_loss(rows: Tensor, frozen_rows: Tensor) -> Tensor:
 
 
 def unclassify_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """(a) at a head, whose classes are its keys: push the true class out::
+    """Push the true class out at a head, whose classes are its keys, part (a)::
 
         mean_i( logsumexp(logits[i]) - logsumexp(logits[i, not labels[i]]) )      # = -log(1 - p_true) >= 0
 
@@ -179,6 +189,9 @@ def unclassify_loss(logits: Tensor, labels: Tensor) -> Tensor:
         ValueError: fewer than two classes, labels of the wrong length.
 
     Source: this project's definition (see the module's first lines).
+
+    >>> ccu_fast.unlearn.unclassify_loss(torch.zeros(3, 4), torch.tensor([0, 1, 2]))  # log(4 / 3)
+    tensor(0.2877)
     """
     check.tensor("logits", logits, ndim=2)
     check.tensor("labels", labels, dtypes=check.INTEGERS)
@@ -201,7 +214,7 @@ def separation_loss(
     weight: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """(c) Hold the retained visual embeddings to their own frozen class, apart from the forgotten ones::
+    """Hold the retained visual embeddings to their own frozen class, apart from the forgotten ones, part (c)::
 
         P = scale * r @ r0.T
         Q = scale * r @ u.T
@@ -229,6 +242,10 @@ def separation_loss(
         ValueError: weight is not positive, labels of the wrong length, not exactly one of labels and ids.
 
     Source: this project's definition (see the module's first lines).
+
+    >>> r, u = torch.eye(3)[:2], torch.eye(3)[2:]
+    >>> ccu_fast.unlearn.separation_loss(r, r, u, scale=2.0, retain_ids=torch.arange(2))  # log(e² + 2) − 2
+    tensor(0.2395)
     """
     if check.number("weight", weight, low=0) == 0:
         raise ValueError("weight: expected a positive number, got 0")

@@ -65,11 +65,10 @@ def run_digit_strips(
 
         - ``last``, ``best``: retrieval on clean test strips (R@k as shares, median ranks) after the last epoch and
           after the epoch with the highest R@1 (mean of both directions; the protector's worst case), with ``epoch``
-        - ``reading``: zero-shot reading of the test strips after the last epoch
-        - ``prefixed``: retrieval after the last epoch when test captions carry random trigger words (None without
-          triggers): how much of the damage is owed to captions that look different
-        - ``transfer``: ``last`` and ``best`` of the victim of another architecture (None when not asked for)
-        - ``robustness[treatment]``: ``last`` and ``best`` of the victim that was trained on treated pairs
+        - ``reading``, ``prefixed``: after the last epoch zero-shot reading, and retrieval when test captions carry
+          random trigger words (None without triggers): how much of the damage comes from captions that look different
+        - ``transfer``, ``robustness[treatment]``: ``last`` and ``best`` of the victim of another architecture (None
+          when not asked for), and of the one trained on treated pairs
         - ``train_loss``, ``curve``: of the victim, for each epoch; ``surrogate_loss``: of the generator, for each round
         - ``noise``: ``eps_255`` (largest change, in 1/255) and ``psnr_db``
         - ``examples``: ``caption``, ``published`` (caption with triggers) and ``clean``, ``protected``, ``noise`` as
@@ -77,6 +76,12 @@ def run_digit_strips(
 
     Raises:
         ValueError: unknown or repeated method.
+
+    Source: the protocol of Liu et al. 2024 (arXiv 2407.16307) on this project's small task.
+
+    >>> small = {"n_train": 32, "n_test": 10, "recipe": ccu_fast.mem.Recipe(epochs=1)}  # some seconds
+    >>> list(ccu_fast.mem.run_digit_strips(methods=["clean"], **small)["methods"])  # doctest: +SKIP
+    ['clean']
     """
     parsed = [Method.parse(name) for name in methods]
     if len(set(methods)) != len(parsed):

@@ -20,16 +20,16 @@ def candidate_losses(
     bias: float | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The symmetric InfoNCE loss of the batch with one caption replaced, for every caption and candidate::
+    """Compute a batch's symmetric InfoNCE with one caption replaced, for every caption and candidate::
 
         for b, k:
             t = text.clone(); t[b] = text_candidates[b, k]
             s = scale * image @ t.T + bias
             out[b, k] = (cross_entropy(s, arange(B)) + cross_entropy(s.T, arange(B))) / 2
 
-    at the cost of one similarity per candidate and image. A replaced caption changes one column of s: in that
-    direction its log-sum-exp is new, in the other every image's loses one term and gains one. The term is not
-    subtracted where it dominates, which would cancel; then the others are summed anew.
+    This costs one similarity per candidate and image. A replaced caption changes one column of s: the column's
+    log-sum-exp is computed again, and that of every row loses one term and gains one. Where the lost term dominates,
+    subtracting it would cancel; there the others are summed again.
 
     Args:
         text_candidates: ``[B, K, D]`` features of K candidate captions for each of the B rows; fp32, fp16, bf16 or
@@ -47,6 +47,14 @@ def candidate_losses(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: Radford et al. 2021 (arXiv 2103.00020), fig. 3, for the loss, by which Liu et al. 2024 (arXiv 2407.16307)
+    choose among candidate words; computing it from one column is this project's.
+
+    >>> image = text = torch.eye(2)
+    >>> ccu_fast.candidate_losses(torch.eye(2)[None].expand(2, 2, 2), image, text, scale=2.0)
+    tensor([[0.1269, 0.9100],
+            [0.9100, 0.1269]])
     """
     check.tensor("text_candidates", text_candidates, ndim=3)
     check.tensor("image", image, ndim=2)

@@ -37,7 +37,7 @@ def scaled(image: Tensor, scale: float, factor: Tensor | None) -> Tensor:
 
 
 def _leave_one_out(s: Tensor) -> Tensor:
-    """out[i, b] = logsumexp of row i without its element b: what is before it joined with what is behind it."""
+    """out[i, b] = logsumexp of row i without its element b: what is before it joined with what is after it."""
     # In float64: sums along a row accumulate B roundings. B² elements are few beside B²·K.
     s64 = s.double()
     empty = s64.new_full((s.shape[0], 1), -torch.inf)

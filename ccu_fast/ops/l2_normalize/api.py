@@ -20,7 +20,7 @@ EPS = 1e-12  # torch.nn.functional.normalize's
 
 
 def l2_normalize(x: Tensor, *, dtype: torch.dtype | None = None, backend: str = "auto") -> Tensor:
-    """Rows of unit length::
+    """Scale the rows of a tensor to unit length::
 
         F.normalize(x.float(), dim=-1).to(dtype)          # x / max(‖x‖, 1e-12)
 
@@ -30,7 +30,7 @@ def l2_normalize(x: Tensor, *, dtype: torch.dtype | None = None, backend: str = 
 
     Args:
         x: ``[..., D]`` fp32, fp16 or bf16 (fp64 on the reference backend). Any strides.
-        dtype: of the result. Default: that of ``x``, or under autocast the one in which torch.matmul would multiply it.
+        dtype: of the result. Default: that of ``x``; under autocast the one that torch.matmul would multiply it in.
         backend: "auto", or one of "native", "triton", "reference"; a named one raises if it cannot serve.
 
     Returns:
@@ -38,6 +38,12 @@ def l2_normalize(x: Tensor, *, dtype: torch.dtype | None = None, backend: str = 
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: ``torch.nn.functional.normalize``, its eps of 1e-12 included; no paper.
+
+    >>> ccu_fast.l2_normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
     """
     check.tensor("x", x)
     if x.ndim < 1:

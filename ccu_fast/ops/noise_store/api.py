@@ -26,7 +26,7 @@ _SLACK = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.13}
 
 
 class NoiseStore:
-    """Additive noise for ``rows`` images, zero at first::
+    """Keep additive noise for a number of images, zero at first::
 
         store.add_to(images, index)                    == (images + noise[index]).clamp(lower, upper)
         store.scatter_(index, values)                  == noise[index] = values
@@ -55,6 +55,11 @@ class NoiseStore:
     Attributes:
         data: the noise itself, ``[rows, *item_shape]``; changes of it in place bypass every check.
         progress: what the last :meth:`commit` noted, ``{}`` at first.
+
+    >>> store = ccu_fast.NoiseStore(rows=4, item_shape=[1, 2, 2])
+    >>> store.scatter_(torch.tensor([2]), torch.full((1, 1, 2, 2), 8, dtype=torch.int8))
+    >>> store.gather(torch.tensor([2]), dtype=torch.int8).unique()
+    tensor([8], dtype=torch.int8)
     """
 
     def __init__(

@@ -32,7 +32,7 @@ def pgd_step_(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """One step of the noise against the gradient, projected to its ball and to valid images, in place::
+    """Take one step of the noise against the gradient, projected to its ball and to valid images, in place::
 
         delta = clamp(delta - step * sign(grad), -eps, eps)                       # linf; sign(0) = 0
         delta = delta - step * grad / norm(grad); delta *= min(1, eps / norm(delta))   # l2, per sample; 0 / 0 = 0
@@ -57,9 +57,8 @@ def pgd_step_(
         lower: least valid value of image + delta, a number or per channel.
         upper: largest, not below ``lower``.
         norm: "linf", or "l2" (norms over all of a sample).
-        nan_policy: "raise": look at grad first (one more read of it) and raise for NaN, for "l2" also for inf, with
-            nothing written. "zero": no step there, and no look; per-channel parameters on a GPU are then taken as
-            they are.
+        nan_policy: "raise": read grad first and raise for NaN, for "l2" also for inf, with nothing written. "zero":
+            take no step there and read nothing first; per-channel parameters on a GPU are then used unchecked.
         out: shape and dtype of ``delta``, contiguous: gets the noisy images in the same pass.
         backend: "auto", or "native" or "reference"; a named one raises if it cannot serve.
 
@@ -69,12 +68,16 @@ def pgd_step_(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. Then nothing was written.
 
-    On a GPU the kernels never make the host wait or copy from it, so a CUDA graph can hold the step, after one step
-    outside of it. With "raise" it is the kernel that looks at grad and at per-channel parameters: the step that meets
-    something wrong is not made, nor is any behind it on the stream, and the ValueError comes from the next call there
-    that finds it told, or from :func:`check_pgd_steps`, which waits; then steps are made again.
+    On a GPU the kernels never make the host wait or copy from it, so a CUDA graph can hold the step, once one step was
+    taken outside of it. With "raise" the kernel itself checks grad and per-channel parameters. A step that finds an
+    error changes nothing, nor does any later step on the stream, until the ValueError is raised: by a later call that
+    sees the error reported, or by :func:`check_pgd_steps`, which waits for it.
 
     Source: PGD (arXiv 1706.06083), section 2.1; its descending form makes error-minimising noise (arXiv 2101.04898).
+
+    >>> delta, grad = torch.zeros(1, 3), torch.tensor([[1.0, -2.0, 0.0]])
+    >>> ccu_fast.pgd_step_(delta, grad, torch.full((1, 3), 0.5), step=0.1, eps=0.25)
+    tensor([[-0.1000,  0.1000,  0.0000]])
     """
     _check_tensors(delta, grad, image)
     check.one_of("norm", norm, NORMS)
@@ -210,17 +213,19 @@ def _step(
 
 
 def check_pgd_steps(device: torch.device | str | None = None) -> None:
-    """Wait for the steps of :func:`pgd_step_` on a GPU and raise if one of them was not made.
+    """Wait for the steps of :func:`pgd_step_` on a GPU and raise if one of them was refused.
 
-    To be called behind the last step with ``nan_policy="raise"``, whose error no later step can raise. Elsewhere than
-    in the CUDA kernels a step raises at once, and this does nothing.
+    Call it after the last step with ``nan_policy="raise"``, whose error no later step can raise. Outside the CUDA
+    kernels a step raises at once, and this does nothing.
 
     Args:
-        device: a CUDA device; None: all that have made steps.
+        device: a CUDA device; None: all that steps were taken on.
 
     Raises:
-        ValueError: naming grad or the parameters, and the element or channel. It is raised once; ``delta`` is what the
-            last step before left, and steps are made again from now on.
+        ValueError: naming grad or the parameters, and the element or channel. It is raised once; ``delta`` is as the
+            last good step left it, and the next step is taken again.
+
+    >>> ccu_fast.check_pgd_steps()  # nothing was refused
     """
     where = None if device is None else torch.device(device)
     if where is not None and where.type == "cuda" and where.index is None and torch.cuda.is_available():

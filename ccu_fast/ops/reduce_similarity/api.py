@@ -92,6 +92,13 @@ def reduce_similarity(
 
     Under autocast the inputs are cast to the autocast dtype, as torch.matmul does. Accumulation is in fp32. The
     result is deterministic.
+
+    Source: this project's definition; each loss over it names its paper.
+
+    >>> from ccu_fast import ALL, SELF
+    >>> rows, _ = ccu_fast.reduce_similarity(torch.eye(3), torch.eye(3), rows=[("lse", ALL), ("sum", SELF)])
+    >>> rows
+    [tensor([1.5514, 1.5514, 1.5514]), tensor([1., 1., 1.])]
     """
     if check.boolean("normalize", normalize):
         x, y = normalize_pair(x, y, backend)
@@ -119,7 +126,7 @@ def reduce_similarity(
 
 
 def normalize_pair(x: Tensor, y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Both with unit rows; a bank that is compared with itself only once."""
+    """Scale the rows of both to unit length; a bank that is compared with itself is scaled once."""
     check.tensor("x", x)
     check.tensor("y", y)
     unit = l2_normalize(x, backend=backend)

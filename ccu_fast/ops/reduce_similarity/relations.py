@@ -18,7 +18,17 @@ from torch import Tensor
 
 
 class Relation(IntFlag):
-    """A set of relations; combine with ``|``."""
+    """A set of relations; combine with ``|``.
+
+    Attributes:
+        SELF: the same item.
+        SAME: another item of the same label.
+        OTHER: an item of another label, or another item where there are no labels.
+
+    >>> from ccu_fast import ALL, OTHER, SAME, SELF
+    >>> ALL == SELF | SAME | OTHER
+    True
+    """
 
     SELF = 1
     SAME = 2

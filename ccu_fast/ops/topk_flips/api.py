@@ -25,7 +25,7 @@ _GRAM_ROWS = 1 << 16
 
 
 class Flips(NamedTuple):
-    """The best replacements.
+    """The best replacements, as :func:`topk_flips` returns them.
 
     Attributes:
         ids: int64 ``[..., k]``, best first; −1 where fewer than k tokens could be chosen from.
@@ -33,6 +33,10 @@ class Flips(NamedTuple):
         count: int64 ``[...]``, how many of the k are real.
         valid: bool ``[...]`` (scope "global": ``[..., n]``), False for a row whose gradient has NaN or inf.
         rows: scope "global" only: int64 ``[..., k]``, the row of the group that the flip belongs to; −1 as in ids.
+
+    >>> table = ccu_fast.TokenTable(torch.eye(3), allowed=torch.tensor([0, 2]))
+    >>> ccu_fast.topk_flips(torch.ones(3), table, k=2, current_ids=torch.tensor(2), exclude_current=True).ids
+    tensor([ 0, -1])
     """
 
     ids: Tensor
@@ -45,8 +49,9 @@ class Flips(NamedTuple):
 class TokenTable:
     """An embedding matrix prepared for :func:`topk_flips`.
 
-    With the compiled kernels this holds a copy of the allowed rows in the order the kernel reads them: on a CPU fp32
-    (4·D bytes each), on a GPU centred and scaled fp16 (2·D bytes); the embedding itself is referenced, not copied.
+    With the compiled kernels this holds a copy of the allowed rows in the order the kernel reads them: on a CPU 16-bit
+    integers and a step (2·D + 4 bytes a row), on a GPU centred and scaled fp16 (2·D bytes). The embedding itself is
+    referenced, not copied.
 
     Args:
         embedding: ``[V, D]`` fp32, fp16 or bf16 (fp64 on the reference backend), finite, any strides.
@@ -57,15 +62,19 @@ class TokenTable:
     Raises:
         TypeError, ValueError: naming the argument; also for NaN or inf in an allowed row of the embedding.
 
-    An in-place change of the embedding (an optimiser step, say) makes the table stale: :func:`topk_flips` then
-    raises, and :meth:`refresh` prepares it anew. Torch does not count changes through ``.data`` or of tensors made
-    under inference mode; those are not noticed.
+    An in-place change of the embedding (an optimiser step, say) makes the table stale: :func:`topk_flips` then raises
+    until :meth:`refresh` is called. Torch does not count changes through ``.data`` or of tensors made under inference
+    mode; those go unnoticed.
 
     Attributes:
         embedding: the matrix, detached.
         ids: int64 ``[T]`` the allowed tokens in ascending order, or None for all.
         vocabulary: V.
         dim: D.
+
+    >>> table = ccu_fast.TokenTable(torch.eye(4), allowed=torch.tensor([0, 2]))
+    >>> len(table), table.vocabulary, table.dim
+    (2, 4, 4)
     """
 
     def __init__(self, embedding: Tensor, allowed: Tensor | None = None, *, backend: str = "auto") -> None:
@@ -142,13 +151,13 @@ def topk_flips(
     precision: str = "certified",
     backend: str = "auto",
 ) -> Flips:
-    """The k tokens whose substitution lowers (or raises) the loss most, to first order::
+    """Find the k tokens whose substitution lowers (or raises) the loss most, to first order::
 
         delta[..., v] = (embedding[v] - embedding[current]) @ grad       # without current_ids: embedding[v] @ grad
         score = delta + penalty                                          # maximize: -delta + penalty
         ids = score.double().sort(stable=True).indices[..., :k]          # ties: the lowest id; -0 equals +0
 
-    exactly, whatever the backend and the number of threads, without a rows × tokens matrix.
+    The result is exact whatever the backend and the number of threads, and no rows × tokens matrix is made.
 
     Args:
         grad: ``[..., D]`` gradient of the loss by the embedding at a position; fp32, fp16 or bf16 (fp64 on the
@@ -166,18 +175,24 @@ def topk_flips(
         scope: "row": k for every row. "global": k for each group of rows ``[n, D]``, the best (row, token) flips
             together; ties: the lowest row, then the lowest id.
         precision: "certified": the float64 order. "fp32": fp32 dot products may decide; on every backend of today
-            it is the same as "certified". "fast": on a GPU fp16 decides which k tokens survive; they are still
-            sorted, and their delta computed, in float64. On a CPU it too is the same as "certified".
+            it is the same as "certified". "fast": on a GPU fp16 decides which k tokens survive, float64 their order
+            and delta; on a CPU it is the same as "certified".
         backend: "auto", or "native" or "reference"; a named one raises if it cannot serve.
 
     Returns:
         :class:`Flips`. Nothing in it carries a gradient.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. On a GPU, where a look would wait,
-            an id in ``current_ids`` out of range fails the kernel, and a penalty that is not finite forbids its token.
+        TypeError, ValueError: naming the argument, what was expected and what came. On a GPU, where reading the
+            values would wait for it, an id in ``current_ids`` out of range fails the kernel, and a penalty that is
+            not finite forbids its token.
 
-    Source: HotFlip (arXiv 1712.06751), equation 10 and universal triggers (arXiv 1908.07125), equation 3.
+    Source: HotFlip (arXiv 1712.06751), eq. 10, and universal triggers (arXiv 1908.07125), eq. 3.
+
+    >>> table = ccu_fast.TokenTable(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]]))
+    >>> flips = ccu_fast.topk_flips(torch.tensor([1.0, -1.0]), table, k=2)
+    >>> flips.ids, flips.delta
+    (tensor([2, 0]), tensor([-2.,  0.]))
     """
     p, lead, version, name = _problem(
         grad, table, k, maximize, current_ids, exclude_current, allowed, penalty, scope, precision, backend

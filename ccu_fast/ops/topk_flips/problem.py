@@ -55,9 +55,9 @@ class TokenProblem:
 class TokenResult(NamedTuple):
     """Attributes as an operator returns them.
 
-    ids: int64 ``[N, k]`` rows of the embedding, −1 behind the last.
-    delta: fp32 ``[N, k]`` (embedding[id] − embedding[current]) · grad, NaN behind the last.
-    score: fp64 ``[N, k]`` the score less that of the current token, +inf behind the last.
+    ids: int64 ``[N, k]`` rows of the embedding, −1 after the last.
+    delta: fp32 ``[N, k]`` (embedding[id] − embedding[current]) · grad, NaN after the last.
+    score: fp64 ``[N, k]`` the score less that of the current token, +inf after the last.
     count: int64 ``[N]``.
     valid: bool ``[N]``: the gradient is finite.
     """

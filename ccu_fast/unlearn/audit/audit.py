@@ -24,22 +24,34 @@ def audit(
     forget_test: PairedData | None = None,
     deep: bool = False,
 ) -> dict[str, object]:
-    """Accuracies, attacks and, when asked, what is left below the heads.
+    """Measure a model's accuracies, attack it and, when asked, look for what is left below its heads.
 
     Args:
         model: the model to judge, with or without heads; not changed.
         forget, retain: the two parts of the training set.
         retain_test: unseen items of the classes that stay.
         forget_test: unseen items of the forgotten class; None when instances or pairs are forgotten.
-        deep: also the linear probe and the relearning time; needs labels and scikit-learn.
+        deep: also measure the linear probe and the relearning time; needs labels and scikit-learn.
 
     Returns:
         For each modality whose head the model has, the accuracies "forget_train", "forget_test" (None without such
         items), "retain_train" and "retain_test" in [0, 1]; without heads or labels the share of pairs whose partner is
         the nearest. ``"mia_auc"`` and ``"mia_entropy_auc"`` (None without labels): :func:`membership_auc` of the
-        forget set against unseen items alike, forget_test, else retain_test. When deep ``"probe"``
+        forget set against forget_test, or retain_test where there is none. When deep ``"probe"``
         (:func:`linear_probe`) and ``"relearn_steps"`` (:func:`relearn_steps`). Without labels ``"retrieval"``:
         :func:`recall` of the forget and the retain set among both. Each is to be compared with a retrained model's.
+
+    Raises:
+        ValueError: an empty set.
+        ImportError: deep without scikit-learn.
+
+    Source: :func:`membership_auc` and :func:`linear_probe` name theirs.
+
+    >>> from ccu_fast.models.fusion import FusionModel
+    >>> data = ccu_fast.unlearn.PairedData(torch.rand(8, 3), torch.rand(8, 3), torch.arange(8) % 4)
+    >>> parts = {"forget": data[data.labels == 0], "retain": data[data.labels > 0], "retain_test": data}
+    >>> sorted(ccu_fast.unlearn.audit(FusionModel(3, 3, classes=4), **parts))
+    ['fused', 'mia_auc', 'mia_entropy_auc', 'other', 'visual']
     """
     parts = {
         "forget_train": forget,

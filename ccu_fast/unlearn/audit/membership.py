@@ -18,22 +18,32 @@ ATTACKS = ("confidence", "entropy")
 def membership_auc(
     model: TwoModalityModel, members: PairedData, unseen: PairedData, *, attack: str = "confidence"
 ) -> float:
-    """How well an attack on the visual head tells members from unseen items: the area under the ROC curve.
+    """Measure how well an attack on the visual head tells members from unseen items::
 
-    0.5 is not at all. Judge a model by its distance from a retrained one's, not by how low it is: far below 0.5 tells
-    the items apart as well as far above.
+        P(score of a member > score of an unseen item) + P(equal) / 2            # the area under the ROC curve
+
+    0.5 is not at all. Compare with a retrained model's value, not with 0: far below 0.5 tells the items apart as well
+    as far above.
 
     Args:
         model: the model under attack. Without a visual head the confidence is the cosine of the pair's two embeddings.
         members: items that may have been trained on.
-        unseen: items alike that were not.
+        unseen: similar items that were not.
         attack: "confidence" (the probability of the true class) or "entropy" (:func:`modified_entropy`, negated).
+
+    Returns:
+        A number in [0, 1].
 
     Raises:
         ValueError: unknown attack; an empty set; "entropy" without a visual head or labels.
 
     Source: Yeom et al. 2018 (arXiv 1709.01604), Song & Mittal 2021 (arXiv 2003.10595), as rankings; for pairs Ko et
     al. 2023 (arXiv 2310.00108).
+
+    >>> from ccu_fast.models.fusion import FusionModel
+    >>> data = ccu_fast.unlearn.PairedData(torch.rand(8, 3), torch.rand(8, 3), torch.arange(8) % 4)
+    >>> ccu_fast.unlearn.membership_auc(FusionModel(3, 3, classes=4), data, data)
+    0.5
     """
     check.one_of("attack", attack, ATTACKS)
     if attack == "entropy":

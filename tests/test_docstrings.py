@@ -1,0 +1,107 @@
+"""Docstrings of the public names: a plain first sentence, the sections that their kind has, examples that run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from presence import absent
+
+import ccu_fast
+
+CONTRIBUTING = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
+MODULES = ("ccu_fast", "ccu_fast.distributed", "ccu_fast.unlearn", "ccu_fast.mem", "ccu_fast.patch")
+
+# What no paper says how to do.
+WITHOUT_SOURCE = {"average_gradients", "check_pgd_steps", "export", "reading", "retrieval"}
+# They list what there is.
+WITHOUT_ERRORS = {"ccu_fast.patch.active", "ccu_fast.patch.targets"}
+# Packages that an example imports.
+NEEDS = {"ccu_fast.patch.apply": "pytorch_metric_learning", "ccu_fast.patch.applied": "pytorch_metric_learning"}
+# It takes seconds, for it reads all 10,000 captions.
+NOT_RUN = {"ccu_fast.mem.run_digit_strips"}
+
+
+def public() -> dict[str, Any]:
+    """Functions and classes by their full public name."""
+    names = {
+        f"{m}.{n}": getattr(importlib.import_module(m), n) for m in MODULES for n in importlib.import_module(m).__all__
+    }
+    return {name: value for name, value in names.items() if inspect.isfunction(value) or inspect.isclass(value)}
+
+
+PUBLIC = public()
+
+
+def sections(name: str, value: Any) -> set[str]:
+    """The sections that a name of this kind has."""
+    if inspect.isclass(value):
+        if getattr(value, "_is_protocol", False):
+            return set()
+        data = issubclass(value, tuple) or hasattr(value, "__dataclass_fields__")
+        if not data and (issubclass(value, torch.nn.Module) or "__init__" in vars(value)):
+            return {"Args", "Raises"}
+        return {"Attributes"}  # which give the ranges
+    wanted: set[str] = set()
+    signature = inspect.signature(value)
+    if signature.parameters:
+        wanted.add("Args")
+    if signature.return_annotation not in (None, "None"):
+        wanted.add("Returns")
+    if name not in WITHOUT_ERRORS:
+        wanted.add("Raises")
+    if not name.startswith("ccu_fast.patch.") and value.__name__ not in WITHOUT_SOURCE:
+        wanted.add("Source")
+    return wanted
+
+
+@pytest.fixture(scope="module")
+def _a_group_of_one() -> Iterator[None]:
+    """What the losses over ranks ask for."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_sections(name: str) -> None:
+    text = inspect.cleandoc(PUBLIC[name].__doc__ or "")
+    found = set(re.findall(r"^(Args|Attributes|Returns|Raises|Source)\b[^\n]*:", text, re.MULTILINE))
+    assert sections(name, PUBLIC[name]) <= found
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_first_sentence(name: str) -> None:
+    first = inspect.cleandoc(PUBLIC[name].__doc__ or "").split("\n\n")[0]
+    assert first[0].isupper()
+    assert first.endswith((".", "::"))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.usefixtures("_a_group_of_one")
+def test_examples(name: str) -> None:
+    package = NEEDS.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        absent(package, "not installed")
+    [test] = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs={"torch": torch, "ccu_fast": ccu_fast})
+    assert test.examples
+    skipped = [example for example in test.examples if example.options.get(doctest.SKIP)]
+    assert bool(skipped) == (name in NOT_RUN)
+    said: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
+    assert result.failed == 0, "".join(said)
+
+
+def test_the_loss_of_contributing() -> None:
+    result = doctest.testfile(str(CONTRIBUTING), module_relative=False)
+    assert result.failed == 0
+    assert result.attempted > 5
