@@ -1,4 +1,4 @@
-"""Fused kernels for contrastive losses and gradient token scoring, and the two systems that live on them."""
+"""Fused kernels for contrastive losses and gradient token scoring, and two systems built on them."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

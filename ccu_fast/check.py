@@ -26,7 +26,7 @@ def tensor(name: str, value: Any, *, dtypes: Sequence[torch.dtype] | None = FLOA
 
 
 def same(name: str, value: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
-    """``value`` lives where ``other`` lives (and has its dtype)."""
+    """``value`` is on the device of ``other`` (and has its dtype)."""
     if value.device != other.device:
         raise ValueError(f"{name}: expected device {other.device} (that of {other_name}), got {value.device}")
     if dtype and value.dtype != other.dtype:
@@ -51,7 +51,7 @@ def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.
 
 
 def one_element(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
-    """``value`` is one floating-point number in a tensor where ``other`` lives; returned without dimensions."""
+    """``value`` is one floating-point number in a tensor on the device of ``other``; returned without dimensions."""
     tensor(name, value)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one element, got shape {list(value.shape)}")
@@ -98,7 +98,7 @@ def device(name: str, value: str | torch.device) -> torch.device:
 
 
 def finite(name: str, value: Tensor) -> None:
-    """Every element is finite. Reads the tensor on the host's behalf: synchronises a GPU."""
+    """Every element is finite. The host reads the tensor, which synchronises a GPU."""
     bad = ~torch.isfinite(value)
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()

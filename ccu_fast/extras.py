@@ -1,4 +1,4 @@
-"""Packages that the losses do without: which extra brings them, and what is said where one is missing."""
+"""Optional packages: which extra installs them, and the message where one is missing."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def extra_of(module: str) -> str | None:
 
 
 def missing(module: str, why: ImportError) -> str:
-    """What to say of a module of an extra that cannot be imported."""
+    """The message for a module of an extra that cannot be imported."""
     top, extra = module.split(".")[0], extra_of(module) or "apps"
     return f"{EXTRAS[extra].get(top, top)} is needed and cannot be imported ({why}): pip install 'ccu-fast[{extra}]'"
 
 
 def require(*modules: str) -> None:
-    """Import what will be needed, before the work that leads there.
+    """Import what will be needed before the work begins.
 
     Raises:
         ImportError: one is missing or broken; says what to install.

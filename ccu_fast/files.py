@@ -71,7 +71,7 @@ def output_file(path: Path, name: str) -> None:
 
 @contextmanager
 def readable(path: Path, name: str) -> Iterator[None]:
-    """For the block that takes a file's bytes apart: damaged ones raise whatever they lead to.
+    """For a block that parses a file: a damaged one may raise anything.
 
     Raises:
         ValueError: it raised; names the argument and the file.

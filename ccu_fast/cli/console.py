@@ -1,4 +1,4 @@
-"""What all commands share at the terminal: how they end and what they show while they work."""
+"""What all commands share at the terminal: how they report errors and show progress."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHOWN = 12
 
 @contextmanager
 def one_sentence(command: str, *, goes_on: bool = True) -> Iterator[None]:
-    """End with one sentence on stderr where a user can mend what is wrong; a bug shows its traceback.
+    """End with one sentence on stderr for an error that the user can fix; a bug shows its traceback.
 
     Args:
         command: "unlearn" of ``ccu-fast unlearn``.

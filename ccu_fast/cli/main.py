@@ -1,4 +1,4 @@
-"""The command ``ccu-fast``: ``info`` needs torch alone, the other commands (:mod:`.commands`) the extra ``apps``."""
+"""The command ``ccu-fast``: ``info`` needs torch alone, the other commands (:mod:`.app`) the extra ``apps``."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class PairedData:
         return PairedData(self.visual[index], self.other[index], labels, self.ids[index])  # type: ignore[arg-type]
 
     def batch(self, index: Tensor) -> PairedData:
-        """Like indexing, without the checks: for the inner loop, where the whole has passed them."""
+        """Like indexing, without the checks: for inner loops over data that passed them."""
         part = object.__new__(PairedData)
         for name in ("visual", "other", "labels", "ids"):
             object.__setattr__(part, name, getattr(self, name)[index])

@@ -1,4 +1,4 @@
-"""What the ranks have to know of each other before features travel, and the errors if they do not fit together."""
+"""What the ranks must know of each other before features travel, and the errors if they do not match."""
 
 from __future__ import annotations
 

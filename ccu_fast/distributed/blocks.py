@@ -186,7 +186,7 @@ def _ring_backward(
 
 
 def _blocks(y: Tensor, plan: Plan) -> Iterator[tuple[Tensor, Pending]]:
-    """Each block of y with the arrival of the next one, which is on its way while this one is used."""
+    """Each block of y, with the transfer of the next one, which runs while this one is used."""
     block = y.contiguous()
     for owner in plan.owners[1:]:
         following = block.new_empty((plan.sizes[owner], block.shape[1]))

@@ -1,4 +1,4 @@
-"""Parameter gradients of all ranks, where neither DistributedDataParallel nor FSDP puts them together."""
+"""Parameter gradients of all ranks, where neither DistributedDataParallel nor FSDP averages them."""
 
 from __future__ import annotations
 

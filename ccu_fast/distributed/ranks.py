@@ -1,4 +1,4 @@
-"""The ranks of a process group and what they send each other: the only file that calls collectives.
+"""The ranks of a process group and what they send each other: the only file of this folder that calls collectives.
 
 Everything is in the order of the group's ranks, and sums are taken in that order, so the same inputs give the same
 bits. A rank that died or does not answer is noticed by the process group: its error, or its timeout, comes out here.

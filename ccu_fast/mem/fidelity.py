@@ -1,4 +1,4 @@
-"""How far published pictures are from the originals: largest change, PSNR, SSIM, summed up batch by batch."""
+"""How far published pictures are from the originals: largest change, PSNR, SSIM, accumulated batch by batch."""
 
 from __future__ import annotations
 

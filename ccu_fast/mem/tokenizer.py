@@ -1,4 +1,4 @@
-"""What the generator asks of a tokenizer, and a word-level one for captions whose words are known."""
+"""What the generator needs of a tokenizer, and a word-level one for captions whose words are known."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NEUTRAL = tuple(_NEUTRAL.split())
 
 
 class Tokenizer(Protocol):
-    """What the generator asks of a tokenizer: captions ↔ ids.
+    """What the generator needs of a tokenizer: captions ↔ ids.
 
     Attributes:
         sot, eot, pad: ids that start a caption, end it, and fill the row after it.

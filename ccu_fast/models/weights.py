@@ -1,4 +1,4 @@
-"""Weights of a checkpoint file for a model that somebody else makes."""
+"""Weights of a checkpoint file for a model that the caller makes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def from_checkpoint(make: Callable[[], M], checkpoint: Path | str) -> Callable[[
 
 
 def _brief(error: RuntimeError) -> str:
-    """torch names every tensor; a line of it tells which model it is not."""
+    """The start of the error, in which torch lists a mismatch for every tensor."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:300]} …"
 

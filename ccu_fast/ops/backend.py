@@ -27,7 +27,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Key = tuple[str, str, torch.device, torch.dtype]
 
-# One look here is all that a choice costs at a call. A device may be another than its neighbour of the same type.
+# A call costs one look-up here. Devices of one type may differ, so the key holds the device.
 _chosen: dict[Key, str] = {}
 _told = False
 _NOTHING = nullcontext()
@@ -45,7 +45,7 @@ def unavailable(backend: str) -> str | None:
 
 
 def has_kernel(backend: str, op: str, device_type: str) -> bool:
-    """Whether ``backend`` is written to run ``op`` on such tensors, whatever this machine lacks."""
+    """Whether ``backend`` has a kernel of ``op`` for such tensors, even if this machine cannot run it."""
     if backend == "reference":
         return True
     if backend == "native":
@@ -134,7 +134,7 @@ def load(op: str, backend: str) -> Any:
 
 
 def _tell(op: str, device: torch.device, dtype: torch.dtype, reasons: dict[str, str]) -> None:
-    """One warning a process: a GPU is slower than it could be. That there are no kernels for fp64 is documented."""
+    """Warn once a process that a GPU is slower than it could be; fp64, which has no kernels, does not warn."""
     global _told
     # A compiler may trace for devices that are not there.
     if _told or device.type != "cuda" or dtype not in KERNEL_DTYPES or not torch.cuda.is_available():
@@ -184,7 +184,7 @@ def fp32_sums() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Choose anew, and warn again: what this machine has is looked at once otherwise."""
+    """Forget all choices and the warning, so that both are made again; otherwise a machine is examined once."""
     global _told
     _told = False
     _chosen.clear()

@@ -1,4 +1,4 @@
-"""Products of a library that the kernels go on from: fp32 results, and fp32 sums, of operands of any dtype."""
+"""Matrix products of the library that the kernels continue from: fp32 sums and results for operands of any dtype."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def interpreting() -> bool:
 
 
 def forget() -> None:
-    """Look anew at what was looked at once; for tests that change it."""
+    """Forget what was found, so that it is looked for again; for tests that change it."""
     why_no_triton.cache_clear()
 
 
@@ -194,7 +194,7 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 def host_sees(device: torch.device) -> bool:
-    """Whether the host can look at values there without waiting for what is still to be computed."""
+    """Whether the host can read values there without waiting for pending work."""
     return device.type == "cpu"
 
 

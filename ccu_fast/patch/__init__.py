@@ -1,4 +1,4 @@
-"""ccu_fast inside the libraries that people use, without a change to their code: a file for each library."""
+"""ccu_fast inside other libraries, without a change to their code: a file for each library."""
 
 from ccu_fast.patch.patch import TARGETS, active, applied, apply, revert, targets
 

@@ -1,4 +1,4 @@
-"""Give existing libraries the kernels, by one line, and take them back::
+"""Put the kernels into existing libraries by one line, and take them out again::
 
     import ccu_fast
 

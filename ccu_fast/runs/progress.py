@@ -1,4 +1,4 @@
-"""What long work tells while it goes on."""
+"""How long work reports its progress."""
 
 from __future__ import annotations
 

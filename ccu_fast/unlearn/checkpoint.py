@@ -1,4 +1,4 @@
-"""Where a run is written down while it goes, so that a killed one goes on where it was."""
+"""The saved state of a run, from which a killed run continues."""
 
 from __future__ import annotations
 

@@ -17,5 +17,5 @@ class Clock:
         self._start = (self._start[0] - spent[0], self._start[1] - spent[1])
 
     def read(self) -> tuple[float, float]:
-        """Seconds by the clock on the wall, and seconds that the process computed (all its threads together)."""
+        """Wall time and processor time (all threads together), in seconds."""
         return time.perf_counter() - self._start[0], time.process_time() - self._start[1]

@@ -1,4 +1,4 @@
-"""What a user can set."""
+"""The settings of an unlearning run."""
 
 from __future__ import annotations
 

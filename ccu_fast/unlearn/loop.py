@@ -57,7 +57,7 @@ class StatefulStep(Protocol):
         """What the next step depends on besides the model and the batch: tensors and plain values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where ``state_dict`` was called."""
+        """Continue from where ``state_dict`` was called."""
 
 
 @dataclass(frozen=True)

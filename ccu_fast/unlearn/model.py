@@ -1,4 +1,4 @@
-"""What a model must offer to be unlearned, and the checks at the door."""
+"""What a model must offer to be unlearned, and the checks before a run."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def forget_loss(model: TwoModalityModel, data: PairedData) -> Tensor:
 
 
 def check_problem(model: Any, forget: PairedData, retain: PairedData, roles: str) -> None:
-    """Raise what is wrong with a model and its forget and retain sets, by name, before anything runs."""
+    """Raise an error that names what is wrong with a model or its forget and retain sets, before anything runs."""
     _check_module(model)
     missing = [name for name in TOWERS if not callable(getattr(model, name, None))]
     if missing:

@@ -12,7 +12,7 @@ from ccu_fast.unlearn.model import TwoModalityModel
 
 
 def neighbour_loss(u: Tensor, neighbours: Tensor) -> Tensor:
-    """Draw each embedding to forget to the retained item it resembles::
+    """Draw each embedding to forget towards the retained item it resembles::
 
         mean_i( 1 - u_i . neighbours_i.detach() )
 

@@ -1,4 +1,4 @@
-"""Pairs on a disk as the generator reads them: pictures are decoded when they are asked for, and only then alive."""
+"""Pairs on a disk as the generator reads them: pictures are decoded when they are asked for and not kept."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class DiskSource:
         return batch
 
     def each(self, work: Callable[[int], None], n: int) -> None:
-        """``work(0) … work(n − 1)`` in the decoding threads; the first exception comes out when all have ended."""
+        """``work(0) … work(n − 1)`` in the decoding threads; the first exception is raised when all have ended."""
         waiting = [self._pool.submit(work, i) for i in range(n)]
         errors = [error for future in waiting if (error := future.exception()) is not None]
         if errors:

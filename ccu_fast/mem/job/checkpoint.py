@@ -150,7 +150,7 @@ class Workplace:
         return self.folder / f"round-{done:05d}"
 
     def finish(self, out: Path) -> None:
-        """The dataset takes its place and the folder goes. Rank 0 alone, when all have closed."""
+        """Move the dataset into place and remove the folder. Called on rank 0 alone, after all have closed."""
         os.replace(self.publish, out)
         shutil.rmtree(self.folder)
 

@@ -1,4 +1,4 @@
-"""The processes that share one run: which images are whose, and the surrogate that all of them train."""
+"""The processes that share one run: which images each has, and the surrogate that all of them train."""
 
 from __future__ import annotations
 

@@ -89,8 +89,9 @@ class Job:
 
 
 def protect_dataset(job: Job, progress: Progress = silent) -> dict[str, Any]:
-    """Protect a dataset; called again after an interruption it goes on and ends with the same bits (on a CPU, with the
-    same versions and number of threads).
+    """Protect a dataset; called again after an interruption it continues and ends with the same bits.
+
+    So it does on a CPU, with the same versions and number of threads.
 
     Under ``torchrun`` each process protects its share of the images, with batches of its own; the surrogate is one, its
     gradients are averaged. That is one process's run up to the composition of batches: an image meets only images of

@@ -195,8 +195,9 @@ class _Exam:
 
 
 def trigger_words(dataset: Path) -> int:
-    """How many words a dataset's manifest says stand in front of its captions; 0 without a manifest. and for triggers
-    by the authors' decisions (``compat``), which need not be words.
+    """The number of trigger words in front of a dataset's captions, by its manifest.
+
+    0 without a manifest, and for triggers by the authors' decisions (``compat``), which need not be words.
     """
     folder = dataset if dataset.is_dir() else dataset.parent
     if not (folder / MANIFEST).is_file():

@@ -1,4 +1,4 @@
-"""The files of a protected dataset, written chunk by chunk so that a killed run goes on where it stopped.
+"""The files of a protected dataset, written chunk by chunk so that a killed run continues where it stopped.
 
 A chunk is a tar shard, or some pictures with their sidecar captions. A finished chunk is one line of the journal, with
 the hash of every file: what a later run finds on the disk with that hash is not made again. Files are written elsewhere

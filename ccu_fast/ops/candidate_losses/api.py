@@ -1,4 +1,4 @@
-"""The loss of a batch if one caption alone were another: candidate selection without running a model again."""
+"""The loss of a batch with one caption replaced: choosing candidates without running a model again."""
 
 from __future__ import annotations
 

@@ -121,10 +121,10 @@ class NoiseStore:
         tag: str | None = None,
         backend: str = "auto",
     ) -> NoiseStore:
-        """A copy of a file, mapped into memory; :meth:`commit` puts what it has become in the place of the file.
+        """A copy of a file, mapped into memory; :meth:`commit` replaces the file by it.
 
-        The copy has no name, lies beside the file, and is gone when the process ends, however it ends: what was not
-        committed is lost.
+        The copy is an unnamed file in the same folder and vanishes when the process ends, however it ends: what was
+        not committed is lost.
 
         Args:
             path: of a file that :meth:`create` or :meth:`save` made.
@@ -175,7 +175,7 @@ class NoiseStore:
         NoiseFile.write_whole(Path(path), self.data, tag, self.progress)
 
     def commit(self, **progress: Any) -> None:
-        """Make what was written permanent, together with a note of how far the caller is.
+        """Make what was written permanent, together with a note of the caller's progress.
 
         Writes all of the noise to a new file that takes the place of the old one: after a kill at any moment the file
         is that of the last commit, with its note in :attr:`progress`. Without a file this only keeps the note.
@@ -287,8 +287,8 @@ class NoiseStore:
             index: int64 ``[B]``.
             values: ``[B, *item_shape]``: fp32, fp16 or fp64 (units), or int8 (steps). An int8 store takes only whole
                 steps, within −128..127; a floating-point store only finite values.
-            checked: look at the values first (on a GPU this waits for them), so that nothing is written if one is
-                wrong. Without, an int8 store rounds and clips, and NaN is 0. A compiled graph never looks.
+            checked: check the values first (on a GPU this waits for them), so that nothing is written if one is
+                wrong. If False, an int8 store rounds and clips, and NaN is 0. A compiled graph never checks.
 
         Raises:
             ValueError: a value that the store cannot hold. Then nothing was written.

@@ -1,4 +1,4 @@
-"""What every backend of the noise store receives: validated rows of noise and what is to happen with them."""
+"""What every backend of the noise store receives: validated rows of noise and the operation on them."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def _step(
     backend: str,
     out: Tensor | None = None,
 ) -> None:
-    # On a GPU a look would wait: there the kernel looks. Plain torch waits in any case.
+    # Reading values of a GPU would wait for it: there the kernel checks them. Plain torch waits in any case.
     if channels is not None and (machine.host_sees(channels.device) or (raise_nan and backend == "reference")):
         _check_channels(channels)
     if delta.numel() == 0:

@@ -52,7 +52,7 @@ def _topk(*args: Any) -> TokenResult:
     p = TokenProblem(*fields)
     if version >= 0 and version_of(p.embedding) != version:
         raise ValueError(STALE)
-    # On a GPU a look would wait for it: there the kernel fails for an id out of range, as torch's indexing does.
+    # Reading values of a GPU would wait for it: there an id out of range fails the kernel, as in torch's indexing.
     if p.current is not None and p.current.numel() and machine.host_sees(p.current.device):
         vocabulary = p.embedding.shape[0]
         low, high = (int(v) for v in p.current.aminmax())

@@ -47,7 +47,7 @@ def _chunk(p: TokenProblem, table: Tensor, part: slice, result: TokenResult) -> 
 
     nominated = sign * (grad @ table.T)
     if penalty is not None:
-        # On a GPU nobody has looked at it: what is not finite forbids its token, as in the kernels.
+        # On a GPU it was not checked: a value that is not finite forbids its token, as in the kernels.
         usable = torch.isfinite(penalty)
         penalty = torch.where(usable, penalty, 0)
         nominated = torch.where(usable, nominated + penalty, torch.inf)

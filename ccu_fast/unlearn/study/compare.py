@@ -25,7 +25,7 @@ from ccu_fast.unlearn.study.tasks import TASKS, Task
 
 DEEP = ("gold_mask", "ccu")
 # Of the kept parts. Raise it whenever a method or the audit gives other figures with the same settings and versions, or
-# figures of another form. What changes the trained models has a number of its own, in trained.py.
+# figures of another form. What changes the trained models has a number of its own, in models.py.
 FORMAT = 1
 
 

@@ -1,4 +1,4 @@
-"""The trained models of a comparison, each trained once and kept: the original and those that never saw."""
+"""The models of a comparison, each trained once and kept: the original and those retrained without the forget set."""
 
 from __future__ import annotations
 
