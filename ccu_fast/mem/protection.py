@@ -84,7 +84,7 @@ class Protection:
     come from a small alphabet, captions may be shuffled in all parts of a round, the surrogate may start again.
 
     >>> source = ccu_fast.mem.protection.TensorSource(torch.zeros(3, 1, 16, 64, dtype=torch.uint8), ["one"] * 3)
-    >>> words = ccu_fast.mem.WordTokenizer.for_strips()
+    >>> words = ccu_fast.mem.WordTokenizer.for_strips()  # random noise needs no surrogate, hence no factory
     >>> run = ccu_fast.mem.Protection(source, words, None, method=ccu_fast.mem.Method.parse("random"))
     >>> run.rounds, run.published_images(torch.arange(3)).shape
     (0, torch.Size([3, 1, 16, 64]))
@@ -251,7 +251,7 @@ def protect(
     Source: Liu et al. 2024 (arXiv 2407.16307); see :class:`Protection`.
 
     >>> images, captions = torch.full((3, 1, 16, 64), 128, dtype=torch.uint8), ["one", "two", "three"]
-    >>> words = ccu_fast.mem.WordTokenizer.for_strips()
+    >>> words = ccu_fast.mem.WordTokenizer.for_strips()  # random noise needs no surrogate, hence no factory
     >>> made = ccu_fast.mem.protect(images, captions, words, None, method=ccu_fast.mem.Method.parse("random-2"))
     >>> int(made.noise.abs().max()), [len(caption.split()) for caption in made.captions]
     (8, [3, 3, 3])

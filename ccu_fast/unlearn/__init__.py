@@ -65,7 +65,10 @@ def unlearn(
 ) -> Model:
     """Make a copy of a model that lacks the visual knowledge of the forget set::
 
-        loss = forgetting_loss + retention_loss + separation_loss + task_loss      # each with its weight of config
+        loss = config.forgetting * (a) + config.retention * (b) + config.separation * (c) + config.task * task_loss
+
+    (a), (b) and (c) are :func:`forgetting_loss`, :func:`retention_loss` and :func:`separation_loss`. With heads and
+    labels (a) and (b) have parts there too; ``config.anchor`` and ``config.neighbours`` weigh further losses.
 
     Args:
         model: an ``nn.Module`` with the methods of :class:`TwoTowerModel`, on the device of the data; unchanged. The
