@@ -1,4 +1,4 @@
-"""topk_flips by the compiled module: one call on a CPU (csrc/cpu/topk_flips.cpp), tokens_cuda.py on a GPU."""
+"""topk_flips by the compiled module: one call on a CPU (csrc/cpu/topk_flips.cpp), cuda.py on a GPU."""
 
 from __future__ import annotations
 
