@@ -95,11 +95,11 @@ def describe(value: Any) -> Any:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     import triton
 
-    from ccu_fast.ops.reduce_similarity.triton import configs
-    from ccu_fast.ops.reduce_similarity.triton import passes as similarity
+    from ccu_fast.ops.reduce_similarity.triton import backward_pass, configs, forward_pass
     from ccu_fast.ops.reduce_similarity.triton import small as small_batch
 
-    kernels = [value for home in (similarity, small_batch) for name, value in vars(home).items() if "_kernel" in name]
+    homes = (forward_pass, backward_pass, small_batch)
+    kernels = [value for home in homes for name, value in vars(home).items() if name.endswith("_kernel")]
 
     def forget() -> None:
         configs._device.cache_clear()
@@ -135,12 +135,12 @@ def both(p: SimilarityProblem, backend: Any) -> None:
 PROBLEMS = [(32, 32, 0, False), (32, 32, 1, False), (17, 1, 0, False), (32, 32, 0, False), (33, 32, 2, True)]
 
 
-@pytest.mark.parametrize("name", ["passes", "small"])
+@pytest.mark.parametrize("name", ["triton", "triton.small"])
 def test_a_reused_launch_is_the_launch_that_triton_would_make(name: str, recorder: Recorder, monkeypatch: Any) -> None:
     from ccu_fast.ops.reduce_similarity.triton import configs
     from ccu_fast.ops.triton import launch
 
-    backend = importlib.import_module(f"ccu_fast.ops.reduce_similarity.triton.{name}")
+    backend = importlib.import_module(f"ccu_fast.ops.reduce_similarity.{name}")
 
     def calls() -> list[tuple[Any, ...]]:
         recorder.calls = []
@@ -174,8 +174,8 @@ def launches(value: Any) -> Iterator[Any]:
 
 def test_a_plan_keeps_no_tensor(recorder: Recorder) -> None:
     """It would be memory that nobody frees, and that a CUDA graph or another stream could read too early."""
+    from ccu_fast.ops.reduce_similarity import triton as similarity
     from ccu_fast.ops.reduce_similarity.triton import configs
-    from ccu_fast.ops.reduce_similarity.triton import passes as similarity
     from ccu_fast.ops.reduce_similarity.triton import small as small_batch
     from ccu_fast.ops.small_info_nce import triton as small_info_nce
     from ccu_fast.ops.triton import launch
@@ -236,7 +236,7 @@ def test_what_compiled_otherwise_is_asked_anew(recorder: Recorder, monkeypatch: 
 
 
 def test_a_compiled_kernel_that_is_no_longer_what_it_was_is_launched_plainly() -> None:
-    from ccu_fast.ops.triton.launch import Launch
+    from ccu_fast.ops.triton.launch import OPTIONS, Launch
 
     class Kernel:
         arg_names = ("x", "n", "BLOCK")
@@ -250,7 +250,7 @@ def test_a_compiled_kernel_that_is_no_longer_what_it_was_is_launched_plainly() -
     launch = Launch(kernel, 3, (5,), index=0, BLOCK=16)
     for _ in range(2):
         launch("x")
-    assert kernel.seen == [((3,), ("x", 5), {"BLOCK": 16})] * 2
+    assert kernel.seen == [((3,), ("x", 5), {"BLOCK": 16, **OPTIONS})] * 2
 
 
 def test_plans_do_not_pile_up() -> None:

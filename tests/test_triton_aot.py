@@ -101,19 +101,20 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ca
     import triton
 
     from ccu_fast.ops.l2_normalize import triton as normalize
-    from ccu_fast.ops.reduce_similarity.triton import passes as similarity
+    from ccu_fast.ops.reduce_similarity.triton import backward_pass, configs, forward_pass
     from ccu_fast.ops.reduce_similarity.triton import small as small_batch
 
     # So that a launch that leaves the choice to Triton shows, whatever this release would choose.
     monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
-    homes = {similarity: (*PRODUCTS, *OTHERS), small_batch: SMALL, normalize: NORMALIZE}
-    kernels = [getattr(home, name) for home, names in homes.items() for name in names]
+    homes = [vars(home) for home in (forward_pass, backward_pass, small_batch, normalize)]
+    names = (*PRODUCTS, *OTHERS, *SMALL, *NORMALIZE)
+    kernels = [next(home[name] for home in homes if name in home) for name in names]
 
     def forget() -> None:
         for kernel in kernels:
             for capability in MATRIX_INSTRUCTION:
                 kernel.device_caches.pop(capability, None)
-        similarity.configs._device.cache_clear()
+        configs._device.cache_clear()
 
     def start(capability: int) -> Callable[[], dict[str, Any]]:
         forget()
@@ -179,7 +180,7 @@ def test_resources(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ccu_fast.ops.reduce_similarity.triton import passes as similarity
+    from ccu_fast.ops.reduce_similarity import triton as similarity
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest" if precision == "ieee" else "high")
     compiled = compiled_for(capability)

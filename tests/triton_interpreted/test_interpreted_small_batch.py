@@ -43,7 +43,7 @@ from ccu_fast.ops.reduce_similarity.triton import small
 
 @pytest.fixture(autouse=True)
 def always_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccu_fast.ops.reduce_similarity.api.specialised", lambda p, backend, keep: "triton.small_batch")
+    monkeypatch.setattr("ccu_fast.ops.reduce_similarity.api.specialised", lambda p, backend, keep: "triton.small")
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_which_batches_are_small() -> None:
         return specialised(problem(Case(unit(n, d), unit(m, d)), dtype), backend, True)
 
     half = torch.float16
-    assert name(1024, 1024, 512, half) == name(512, 2048, 1024, torch.bfloat16) == "triton.small_batch"
+    assert name(1024, 1024, 512, half) == name(512, 2048, 1024, torch.bfloat16) == "triton.small"
     assert name(8, 8, 8, torch.float32) == name(1024, 1025, 8, half) == name(8, 2049, 8, half) == "triton"
     assert name(8, 8, 1025, half) == "triton"
     assert name(8, 8, 8, half, "native") == "native"

@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccu_fast import ALL, SELF
 from ccu_fast.ops.l2_normalize import triton as normalize
+from ccu_fast.ops.reduce_similarity import triton as similarity
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
-from ccu_fast.ops.reduce_similarity.triton import configs, gemm, passes, small
+from ccu_fast.ops.reduce_similarity.triton import backward_pass, configs, forward_pass, gemm, plan, small
 from ccu_fast.ops.small_info_nce import triton as small_info_nce
 
 CLIP = (encode("lse", int(ALL)), encode("sum", int(SELF)))
-KERNELS = [name for name in vars(passes) if name.endswith("_kernel")]
+KERNELS = [(home, name) for home in (forward_pass, backward_pass) for name in vars(home) if name.endswith("_kernel")]
 # What makes the host wait for a GPU.
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "unique", "masked_select")
 
@@ -44,8 +45,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
             return launch
 
-    for name in KERNELS:
-        monkeypatch.setattr(passes, name, Recorder(name))
+    for home, name in KERNELS:
+        monkeypatch.setattr(home, name, Recorder(name))
     for name in ("small_forward_kernel", "small_gradient_kernel"):
         monkeypatch.setattr(small, name, Recorder(name))
     for name in ("normalize_kernel", "normalize_backward_kernel"):
@@ -118,9 +119,9 @@ def problem(
 
 def run(p: SimilarityProblem, workspace: int, needs: tuple[bool, ...] = (True, True, True, False)) -> Watch:
     with Watch(p.x, p.y) as watch:
-        row_out, col_out, stash = passes.forward(p, workspace, True)
+        row_out, col_out, stash = similarity.forward(p, workspace, True)
         incoming = torch.empty_like(row_out), torch.empty_like(col_out)
-        grads = passes.backward(p, *incoming, row_out, col_out, stash, list(needs), workspace)
+        grads = similarity.backward(p, *incoming, row_out, col_out, stash, list(needs), workspace)
         assert len(grads) == 4
         del grads, incoming
     return watch
@@ -148,8 +149,8 @@ def test_more_workspace_means_less_recomputation(launches: Counter[str]) -> None
     kept = []
     for workspace in (0, 512 << 20, GIB, 3 * GIB):
         p = problem(32768, 512)
-        words = passes.stash_shape(p, workspace, True)[0]
-        pieces = passes.plan.chunks(p, 128, workspace, words)
+        words = plan.stash_shape(p, workspace, True)[0]
+        pieces = plan.chunks(p, 128, workspace, words)
         assert sum(c.rows for c in pieces) == p.n
         assert [c.kept for c in pieces] == sorted((c.kept for c in pieces), reverse=True)
         kept.append(sum(c.rows for c in pieces if c.kept) / p.n)
@@ -157,7 +158,7 @@ def test_more_workspace_means_less_recomputation(launches: Counter[str]) -> None
     assert kept[-1] == 1
     assert kept == sorted(kept)
     assert kept[2] >= 0.25
-    assert passes.stash_shape(problem(262144, 512), GIB, True) == (16,)  # 0.6 % of it is not worth its memory
+    assert plan.stash_shape(problem(262144, 512), GIB, True) == (16,)  # 0.6 % of it is not worth its memory
 
 
 def test_launches_of_a_call(launches: Counter[str]) -> None:

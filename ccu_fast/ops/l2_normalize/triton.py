@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ccu_fast.ops.reduce_similarity.triton.configs import OPTIONS, on_device
+from ccu_fast.ops.reduce_similarity.triton.configs import on_device
+from ccu_fast.ops.triton.launch import OPTIONS
 
 ROWS = 4
 WIDEST = 1024  # columns a program holds at a time: 32 values for each of its 128 threads

@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ccu_fast.ops.reduce_similarity.triton.configs import OPTIONS
+from ccu_fast.ops.triton.launch import OPTIONS
 
 
 @triton.jit

@@ -18,9 +18,6 @@ from torch import Tensor
 from ccu_fast.ops.backend import fp32_precision
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
 
-# Of every launch. A multiplication and the addition after it are one rounding: left to itself, Triton 3.9 warns that a
-# later release will round twice, which would be other bits and a quarter more instructions in a tile.
-OPTIONS = {"enable_fp_fusion": True}
 # A few kilobytes each. Where every batch has another size none is worth keeping, so all of them go at once.
 MOST_PLANS = 256
 _NOTHING = nullcontext()
@@ -58,7 +55,6 @@ class Tile:
             "BLOCK_K": self.block_k,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            **OPTIONS,
         }
 
 

@@ -39,8 +39,10 @@ from ccu_fast.ops.reduce_similarity.triton.tile import (
     LSE,
     SUM,
     crosses_diagonal,
+    empty_online,
     empty_state,
     exponential,
+    load_bias,
     load_keys,
     products,
     reduce_online,
@@ -99,8 +101,7 @@ def _shift(squares, scale, top, PROGRAMS: tl.constexpr):
 def own_kernel(
     x, y, scale_ptr, bias_ptr, row_labels, col_labels, row_out, col_out,
     N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank,
-    ROWS: tl.constexpr, COLS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LABELS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """S[i, i] of a paired problem into its row and column results number ROWS and COLS: no tiles are needed."""
     blocks = tl.cdiv(tl.maximum(N, M), BLOCK_M)
@@ -116,9 +117,9 @@ def own_kernel(
         a = tl.load(x + k[None, :], mask=mask, other=0.0).to(tl.float32)
         dots += a * tl.load(y + k[None, :], mask=mask, other=0.0).to(tl.float32)
     value = tl.sum(dots, 1) * tl.load(scale_ptr)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         value += tl.load(bias_ptr)
-    if HAS_LABELS:
+    if row_labels is not None:
         row_label = tl.load(row_labels + bank * row_label_bank + index, mask=inside, other=-1)
         col_label = tl.load(col_labels + bank * col_label_bank + index, mask=inside, other=-1)
         inside = (row_label >= 0) & (col_label >= 0)
@@ -130,16 +131,6 @@ def own_kernel(
 
 
 @triton.jit
-def _reduce_both(
-    t, e, relation, row_ok, col_ok, state, col_state,
-    ROWS: tl.constexpr, COLS: tl.constexpr, MASK_N: tl.constexpr, MASK_M: tl.constexpr,
-):  # fmt: skip
-    """One tile into the states of its rows and of its columns."""
-    state = reduce_tile(t, e, relation, state, ROWS, 1, col_ok, MASK_M)
-    return state, reduce_tile(t, e, relation, col_state, COLS, 0, row_ok, MASK_N)
-
-
-@triton.jit
 def forward_kernel(
     x, y, squares, scale_ptr, bias_ptr, row_labels, col_labels, row_ids, col_ids,
     row_parts, col_parts, header, kept,
@@ -147,8 +138,7 @@ def forward_kernel(
     groups, group_tiles, strips, strip_tiles, kept_rows, kept_stride,
     ROWS: tl.constexpr, ROWS_ALWAYS: tl.constexpr, ROWS_NEAR: tl.constexpr, ROWS_FAR: tl.constexpr,
     COLS: tl.constexpr, COLS_ALWAYS: tl.constexpr, COLS_NEAR: tl.constexpr, COLS_FAR: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
-    MASK_N: tl.constexpr, MASK_M: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    DIAGONAL: tl.constexpr, MASK_N: tl.constexpr, MASK_M: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     PROGRAMS: tl.constexpr, KEEP: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -167,9 +157,7 @@ def forward_kernel(
     shift = _shift(squares, scale, top, PROGRAMS)
     if pid == 0:
         tl.store(header + SHIFT, shift)
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr) * LOG2E
+    bias = load_bias(bias_ptr)
     first_row_tile = group * group_tiles
     last_row_tile = tl.minimum(first_row_tile + group_tiles, tl.cdiv(N, BLOCK_M))
     first_col_tile = strip * strip_tiles
@@ -178,28 +166,23 @@ def forward_kernel(
     col_slot = groups * tl.cast(banks, tl.int64) * M
     row_parts += (strip * banks + bank) * N
     col_parts += (group * banks + bank) * M
+    row_keys = row_labels, row_ids, row_label_bank, row_id_bank
+    col_keys = col_labels, col_ids, col_label_bank, col_id_bank
 
     for row_tile in range(first_row_tile, last_row_tile):
-        rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = row_tile * BLOCK_M
+        rows = row + tl.arange(0, BLOCK_M)
         row_ok = rows < N
-        row_label, row_id = load_keys(
-            row_labels + bank * row_label_bank if HAS_LABELS else row_labels,
-            row_ids + bank * row_id_bank if HAS_IDS else row_ids,
-            rows, row_ok, HAS_LABELS, HAS_IDS,
-        )  # fmt: skip
+        row_names = load_keys(row_keys, bank, rows, row_ok)
         state = empty_state(ROWS, BLOCK_M)
         for col_tile in range(first_col_tile, last_col_tile):
-            cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            col = col_tile * BLOCK_N
+            cols = col + tl.arange(0, BLOCK_N)
             col_ok = cols < M
-            col_label, col_id = load_keys(
-                col_labels + bank * col_label_bank if HAS_LABELS else col_labels,
-                col_ids + bank * col_id_bank if HAS_IDS else col_ids,
-                cols, col_ok, HAS_LABELS, HAS_IDS,
-            )  # fmt: skip
+            col_names = load_keys(col_keys, bank, cols, col_ok)
             dots = products(
-                x, y, row_tile * BLOCK_M, col_tile * BLOCK_N, bank * x_bank, bank * y_bank, N, M, D,
-                TMA, False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-            )  # fmt: skip
+                x, y, row, col, bank * x_bank, bank * y_bank, N, M, D, TMA, False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+            )
             t = dots * scale + bias
             e = exponential(dots, scale, shift)
             if KEEP:
@@ -211,30 +194,20 @@ def forward_kernel(
                     mask = mask & (cols < kept_stride)[None, :]
                 tl.store(at, e.to(kept.dtype.element_ty), mask=mask)
             if MASK_N or MASK_M:  # noqa: SIM102
-                if ((row_tile + 1) * BLOCK_M > N) | ((col_tile + 1) * BLOCK_N > M):
+                if (row + BLOCK_M > N) | (col + BLOCK_N > M):
                     e = tl.where(row_ok[:, None] & col_ok[None, :], e, 0.0)
-            relation = relate(
-                rows, cols, N, M, row_label, col_label, row_id, col_id,
-                HAS_LABELS, HAS_IDS, False, False, False, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-            row_state = state
+            relation = relate(rows, cols, M, row_names, col_names, row_keys, False, False)
             col_state = empty_state(COLS, BLOCK_N)
-            row_state, col_state = _reduce_both(
-                t, e, relation, row_ok, col_ok, row_state, col_state, ROWS_ALWAYS, COLS_ALWAYS, MASK_N, MASK_M
-            )
+            row_state = reduce_tile(t, e, relation, state, ROWS_ALWAYS, 1, col_ok, MASK_M)
+            col_state = reduce_tile(t, e, relation, col_state, COLS_ALWAYS, 0, row_ok, MASK_N)
             if DIAGONAL:
-                if crosses_diagonal(row_tile * BLOCK_M, col_tile * BLOCK_N, BLOCK_M, BLOCK_N):
-                    relation = relate(
-                        rows, cols, N, M, row_label, col_label, row_id, col_id,
-                        HAS_LABELS, HAS_IDS, True, False, False, BLOCK_M, BLOCK_N,
-                    )  # fmt: skip
-                    row_state, col_state = _reduce_both(
-                        t, e, relation, row_ok, col_ok, row_state, col_state, ROWS_NEAR, COLS_NEAR, MASK_N, MASK_M
-                    )
+                if crosses_diagonal(row, col, BLOCK_M, BLOCK_N):
+                    relation = relate(rows, cols, M, row_names, col_names, row_keys, True, False)
+                    row_state = reduce_tile(t, e, relation, row_state, ROWS_NEAR, 1, col_ok, MASK_M)
+                    col_state = reduce_tile(t, e, relation, col_state, COLS_NEAR, 0, row_ok, MASK_N)
                 else:
-                    row_state, col_state = _reduce_both(
-                        t, e, relation, row_ok, col_ok, row_state, col_state, ROWS_FAR, COLS_FAR, MASK_N, MASK_M
-                    )
+                    row_state = reduce_tile(t, e, relation, row_state, ROWS_FAR, 1, col_ok, MASK_M)
+                    col_state = reduce_tile(t, e, relation, col_state, COLS_FAR, 0, row_ok, MASK_N)
             if len(ROWS) > 0:  # Triton 3.4 cannot carry an empty tuple, and nothing else, through a loop
                 state = row_state
 
@@ -279,13 +252,11 @@ def _merge(parts, out, flags, block, shift, bias, banks, items, count, least, SP
 @triton.jit
 def merge_kernel(
     row_parts, col_parts, row_out, col_out, flags, header, bias_ptr, banks, N, M, strips, groups,
-    ROWS: tl.constexpr, COLS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Partial sums → row and column results in natural units, and a flag for every block that needs another look."""
     shift = tl.load(header + SHIFT)
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr) * LOG2E
+    bias = load_bias(bias_ptr)
     row_blocks = banks * tl.cdiv(N, BLOCK) if len(ROWS) > 0 else 0
     pid = tl.program_id(0)
     least = 1.9721522630525295e-31  # 2^-102
@@ -298,40 +269,28 @@ def merge_kernel(
 
 @triton.jit
 def _online(
-    x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, out, block,
-    N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
-    SPEC: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
-    MASK_M: tl.constexpr, MASK_K: tl.constexpr, PRECISION: tl.constexpr,
+    side, other, common, block,
+    SPEC: tl.constexpr, DIAGONAL: tl.constexpr, MASK_M: tl.constexpr, MASK_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """One block of one side's items; ``side`` and ``other`` are what the caller knows of either side."""
+    x, row_keys, x_bank, N, out = side
+    y, col_keys, y_bank, M, _ = other
+    scale, bias, D, banks = common
     blocks = tl.cdiv(N, BLOCK_M)
     bank = (block // blocks).to(tl.int64)
-    first = block % blocks * BLOCK_M
-    rows = first + tl.arange(0, BLOCK_M)
+    row = block % blocks * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
     row_ok = rows < N
-    row_label, row_id = load_keys(
-        row_labels + bank * row_label_bank if HAS_LABELS else row_labels,
-        row_ids + bank * row_id_bank if HAS_IDS else row_ids,
-        rows, row_ok, HAS_LABELS, HAS_IDS,
-    )  # fmt: skip
-    state = ()
-    for _ in tl.static_range(len(SPEC)):
-        state = state + ((tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32)),)
-    for start in range(0, M, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        col_label, col_id = load_keys(
-            col_labels + bank * col_label_bank if HAS_LABELS else col_labels,
-            col_ids + bank * col_id_bank if HAS_IDS else col_ids,
-            cols, cols < M, HAS_LABELS, HAS_IDS,
-        )  # fmt: skip
+    row_names = load_keys(row_keys, bank, rows, row_ok)
+    state = empty_online(SPEC, BLOCK_M)
+    for col in range(0, M, BLOCK_N):
+        cols = col + tl.arange(0, BLOCK_N)
+        col_names = load_keys(col_keys, bank, cols, cols < M)
         dots = products(
-            x, y, first, start, bank * x_bank, bank * y_bank, N, M, D,
-            False, MASK_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
-        relation = relate(
-            rows, cols, N, M, row_label, col_label, row_id, col_id,
-            HAS_LABELS, HAS_IDS, DIAGONAL, False, MASK_M, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+            x, y, row, col, bank * x_bank, bank * y_bank, N, M, D, False, MASK_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )
+        relation = relate(rows, cols, M, row_names, col_names, row_keys, DIAGONAL, MASK_M)
         if len(SPEC) > 0:  # as in forward_kernel
             state = reduce_online(dots * scale + bias, relation, state, SPEC)
     for r in tl.static_range(len(SPEC)):
@@ -345,8 +304,7 @@ def _online(
 def online_kernel(
     x, y, scale_ptr, bias_ptr, row_labels, col_labels, row_ids, col_ids, row_out, col_out, flags, header,
     N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DIAGONAL: tl.constexpr,
     MASK_N: tl.constexpr, MASK_M: tl.constexpr, MASK_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -364,21 +322,17 @@ def online_kernel(
     if tl.program_id(0) == 0:
         tl.store(header + ONLINE, online.to(tl.float32))
     if online != 0:
-        scale = tl.load(scale_ptr) * LOG2E
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr) * LOG2E
+        common = tl.load(scale_ptr) * LOG2E, load_bias(bias_ptr), D, banks
+        rows = x, (row_labels, row_ids, row_label_bank, row_id_bank), x_bank, N, row_out
+        cols = y, (col_labels, col_ids, col_label_bank, col_id_bank), y_bank, M, col_out
         for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             if tl.load(flags + block) != 0:
                 if block < row_blocks:
                     _online(
-                        x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, row_out, block,
-                        N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
-                        ROWS, HAS_LABELS, HAS_IDS, DIAGONAL, MASK_M, MASK_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-                    )  # fmt: skip
+                        rows, cols, common, block, ROWS, DIAGONAL, MASK_M, MASK_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+                    )
                 else:
+                    column = block - row_blocks
                     _online(
-                        y, x, scale, bias, col_labels, row_labels, col_ids, row_ids, col_out, block - row_blocks,
-                        M, N, D, banks, y_bank, x_bank, col_label_bank, row_label_bank, col_id_bank, row_id_bank,
-                        COLS, HAS_LABELS, HAS_IDS, DIAGONAL, MASK_N, MASK_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-                    )  # fmt: skip
+                        cols, rows, common, column, COLS, DIAGONAL, MASK_N, MASK_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+                    )

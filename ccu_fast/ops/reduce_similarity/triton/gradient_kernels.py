@@ -39,6 +39,7 @@ from ccu_fast.ops.reduce_similarity.triton.tile import (
     gradient_online,
     gradient_tile,
     largest,
+    load_bias,
     load_gradients,
     load_keys,
     power_of_two,
@@ -49,15 +50,13 @@ from ccu_fast.ops.reduce_similarity.triton.tile import (
 
 
 @triton.jit
-def _has_own(
-    row, col, relation, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
+def _has_own(row, col, relation, ids, DIAGONAL: tl.constexpr, BLOCK_M: tl.constexpr):
     """Whether the tile at (row, col) holds a SELF pair."""
     found = False
-    if HAS_IDS:
+    if ids is not None:
         found = tl.max(tl.max((relation == SELF).to(tl.int32), 1), 0) != 0
     elif DIAGONAL:
-        found = crosses_diagonal(row, col, BLOCK_M, BLOCK_N)
+        found = crosses_diagonal(row, col, BLOCK_M, relation.shape[1])
     return found
 
 
@@ -67,9 +66,8 @@ def scale_kernel(
     grad_rows, grad_cols, row_out, col_out, g_out,
     N, M, banks, first_bank, first_row, chunk_rows, g_stride, col_items,
     row_label_bank, col_label_bank, row_id_bank, col_id_bank,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
-    HAS_NORM: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DIAGONAL: tl.constexpr,
+    WHOLE: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of G from E, for the rows [first_row, first_row + chunk_rows) of some banks; there is no bias.
 
@@ -87,27 +85,15 @@ def scale_kernel(
     rows = first_row + local
     cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = local < chunk_rows
-    col_ok = cols < M
-    row_label, row_id = load_keys(
-        row_labels + bank * row_label_bank if HAS_LABELS else row_labels,
-        row_ids + bank * row_id_bank if HAS_IDS else row_ids,
-        rows, row_ok, HAS_LABELS, HAS_IDS,
-    )  # fmt: skip
-    col_label, col_id = load_keys(
-        col_labels + bank * col_label_bank if HAS_LABELS else col_labels,
-        col_ids + bank * col_id_bank if HAS_IDS else col_ids,
-        cols, col_ok, HAS_LABELS, HAS_IDS,
-    )  # fmt: skip
-    relation = relate(
-        rows, cols, first_row + chunk_rows, M, row_label, col_label, row_id, col_id,
-        HAS_LABELS, HAS_IDS, False, False, False, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+    row_keys = row_labels, row_ids, row_label_bank, row_id_bank
+    col_keys = col_labels, col_ids, col_label_bank, col_id_bank
+    row_names = load_keys(row_keys, bank, rows, row_ok)
+    col_names = load_keys(col_keys, bank, cols, cols < M)
+    relation = relate(rows, cols, M, row_names, col_names, row_keys, False, False)
     left_out = tl.load(header + ONLINE) != 0.0
-    if HAS_IDS or DIAGONAL:
-        left_out = left_out | _has_own(
-            first_row + row_tile // PARTS * PARTS * BLOCK_M, col_tile * BLOCK_N, relation,
-            HAS_IDS, DIAGONAL, PARTS * BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+    if row_ids is not None or DIAGONAL:
+        row = first_row + row_tile // PARTS * PARTS * BLOCK_M
+        left_out = left_out | _has_own(row, col_tile * BLOCK_N, relation, row_ids, DIAGONAL, PARTS * BLOCK_M)
     if not left_out:
         shift = tl.load(header + SHIFT)
         at = (slab * chunk_rows + local)[:, None] * g_stride + cols[None, :]
@@ -115,27 +101,27 @@ def scale_kernel(
         if not WHOLE:
             mask = mask & (cols < g_stride)[None, :]
         e = tl.load(kept + at, mask=mask, other=0.0).to(tl.float32)
-        row_sources = load_gradients(grad_rows, row_out, bank * N + rows, row_ok, tl.cast(banks, tl.int64) * N, ROWS)
-        col_sources = load_gradients(
-            grad_cols, col_out, bank * col_items + cols, cols < col_items, tl.cast(banks, tl.int64) * col_items, COLS
-        )
+        row_slot = tl.cast(banks, tl.int64) * N
+        col_slot = tl.cast(banks, tl.int64) * col_items
+        row_sources = load_gradients((grad_rows, row_out, bank * N + rows, row_ok, row_slot), ROWS)
+        col_at = bank * col_items + cols
+        col_sources = load_gradients((grad_cols, col_out, col_at, cols < col_items, col_slot), COLS)
         g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         # Where a softplus is asked for no E is kept, so nothing here reads t.
         g = gradient_tile(e, e, relation, g, row_sources, shift, ROWS, 1)
         g = gradient_tile(e, e, relation, g, col_sources, shift, COLS, 0)
-        if HAS_NORM:
+        if norm_ptr is not None:
             g = g * tl.load(norm_ptr)
         tl.store(g_out + at, g.to(g_out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _send_back(
-    dots, scale, shift, bias, relation, g, grad_rows, row_out, row_at, row_ok, row_stride,
-    grad_cols, col_out, col_at, col_ok, col_stride, ROWS: tl.constexpr, COLS: tl.constexpr, AGAIN: tl.constexpr,
-):  # fmt: skip
+    dots, scale, shift, bias, relation, g, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, AGAIN: tl.constexpr
+):
     """g plus what rows and columns send back. Only the product and g live across calls, or registers would run out."""
-    row_sources = load_gradients(grad_rows, row_out, row_at, row_ok, row_stride, ROWS)
-    col_sources = load_gradients(grad_cols, col_out, col_at, col_ok, col_stride, COLS)
+    row_sources = load_gradients(rows, ROWS)
+    col_sources = load_gradients(cols, COLS)
     t = dots * scale + bias
     if AGAIN:
         g = gradient_online(t, relation, g, row_sources, ROWS, 1)
@@ -155,8 +141,7 @@ def gradient_kernel(
     x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
     ROWS: tl.constexpr, ROWS_ALWAYS: tl.constexpr, ROWS_NEAR: tl.constexpr, ROWS_FAR: tl.constexpr,
     COLS: tl.constexpr, COLS_ALWAYS: tl.constexpr, COLS_NEAR: tl.constexpr, COLS_FAR: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
-    HAS_NORM: tl.constexpr, STORE: tl.constexpr, TOTALS: tl.constexpr, FIX: tl.constexpr, AGAIN: tl.constexpr,
+    DIAGONAL: tl.constexpr, STORE: tl.constexpr, TOTALS: tl.constexpr, FIX: tl.constexpr, AGAIN: tl.constexpr,
     MASK_N: tl.constexpr, MASK_M: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -174,72 +159,44 @@ def gradient_kernel(
     tiles = chunk_banks * row_tiles * col_tiles
     if (tl.load(header + ONLINE) != 0.0) != AGAIN:
         tiles = 0
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr) * LOG2E
-    # A chunk may end inside a tile whose next rows exist: they belong to the next chunk.
-    end = first_row + chunk_rows
+    bias = load_bias(bias_ptr)
+    row_keys = row_labels, row_ids, row_label_bank, row_id_bank
+    col_keys = col_labels, col_ids, col_label_bank, col_id_bank
     weighted = 0.0
     plain = 0.0
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         slab = (tile // (row_tiles * col_tiles)).to(tl.int64)
         bank = slab + first_bank
         row_tile, col_tile = swizzle(tile % (row_tiles * col_tiles), row_tiles, col_tiles, BAND)
-        first = first_row + row_tile * BLOCK_M
+        row = first_row + row_tile * BLOCK_M
+        col = col_tile * BLOCK_N
         local = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         rows = first_row + local
-        cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        cols = col + tl.arange(0, BLOCK_N)
         row_ok = local < chunk_rows
         col_ok = cols < M
-        row_label, row_id = load_keys(
-            row_labels + bank * row_label_bank if HAS_LABELS else row_labels,
-            row_ids + bank * row_id_bank if HAS_IDS else row_ids,
-            rows, row_ok, HAS_LABELS, HAS_IDS,
-        )  # fmt: skip
-        col_label, col_id = load_keys(
-            col_labels + bank * col_label_bank if HAS_LABELS else col_labels,
-            col_ids + bank * col_id_bank if HAS_IDS else col_ids,
-            cols, col_ok, HAS_LABELS, HAS_IDS,
-        )  # fmt: skip
-        relation = relate(
-            rows, cols, end, M, row_label, col_label, row_id, col_id,
-            HAS_LABELS, HAS_IDS, False, False, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        row_names = load_keys(row_keys, bank, rows, row_ok)
+        col_names = load_keys(col_keys, bank, cols, col_ok)
+        relation = relate(rows, cols, M, row_names, col_names, row_keys, False, False)
         wanted = True
         if FIX and not AGAIN:
-            wanted = _has_own(first, col_tile * BLOCK_N, relation, HAS_IDS, DIAGONAL, BLOCK_M, BLOCK_N)
+            wanted = _has_own(row, col, relation, row_ids, DIAGONAL, BLOCK_M)
         if wanted:
             dots = products(
-                x, y, first, col_tile * BLOCK_N, bank * x_bank, bank * y_bank, N, M, D,
-                TMA, False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-            )  # fmt: skip
-            row_at = bank * N + rows
-            col_at = bank * col_items + cols
-            col_in = cols < col_items
-            row_stride = tl.cast(banks, tl.int64) * N
-            col_stride = tl.cast(banks, tl.int64) * col_items
-            g = _send_back(
-                dots, scale, shift, bias, relation, tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-                grad_rows, row_out, row_at, row_ok, row_stride, grad_cols, col_out, col_at, col_in, col_stride,
-                ROWS_ALWAYS, COLS_ALWAYS, AGAIN,
-            )  # fmt: skip
+                x, y, row, col, bank * x_bank, bank * y_bank, N, M, D, TMA, False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+            )
+            row_slot = tl.cast(banks, tl.int64) * N
+            col_slot = tl.cast(banks, tl.int64) * col_items
+            by_row = grad_rows, row_out, bank * N + rows, row_ok, row_slot
+            by_col = grad_cols, col_out, bank * col_items + cols, cols < col_items, col_slot
+            g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            g = _send_back(dots, scale, shift, bias, relation, g, by_row, by_col, ROWS_ALWAYS, COLS_ALWAYS, AGAIN)
             if DIAGONAL:
-                if crosses_diagonal(first, col_tile * BLOCK_N, BLOCK_M, BLOCK_N):
-                    near = relate(
-                        rows, cols, end, M, row_label, col_label, row_id, col_id,
-                        HAS_LABELS, HAS_IDS, True, False, False, BLOCK_M, BLOCK_N,
-                    )  # fmt: skip
-                    g = _send_back(
-                        dots, scale, shift, bias, near, g,
-                        grad_rows, row_out, row_at, row_ok, row_stride, grad_cols, col_out, col_at, col_in, col_stride,
-                        ROWS_NEAR, COLS_NEAR, AGAIN,
-                    )  # fmt: skip
+                if crosses_diagonal(row, col, BLOCK_M, BLOCK_N):
+                    near = relate(rows, cols, M, row_names, col_names, row_keys, True, False)
+                    g = _send_back(dots, scale, shift, bias, near, g, by_row, by_col, ROWS_NEAR, COLS_NEAR, AGAIN)
                 else:
-                    g = _send_back(
-                        dots, scale, shift, bias, relation, g,
-                        grad_rows, row_out, row_at, row_ok, row_stride, grad_cols, col_out, col_at, col_in, col_stride,
-                        ROWS_FAR, COLS_FAR, AGAIN,
-                    )  # fmt: skip
+                    g = _send_back(dots, scale, shift, bias, relation, g, by_row, by_col, ROWS_FAR, COLS_FAR, AGAIN)
             if TOTALS:
                 if MASK_N or MASK_M:
                     g = tl.where(row_ok[:, None] & col_ok[None, :], g, 0.0)
@@ -247,7 +204,7 @@ def gradient_kernel(
                     weighted += tl.sum(g * dots)
                 plain += tl.sum(g)
             if STORE:
-                if HAS_NORM:
+                if norm_ptr is not None:
                     g = g * tl.load(norm_ptr)
                 at = g_out + (slab * chunk_rows + local)[:, None] * g_stride + cols[None, :]
                 mask = row_ok[:, None]
@@ -261,25 +218,22 @@ def gradient_kernel(
 
 @triton.jit
 def norm_kernel(
-    grad_rows, grad_cols, norm, row_count, col_count, EXPONENT: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad_rows, grad_cols, norm, row_count, col_count, ROWS: tl.constexpr, COLS: tl.constexpr, EXPONENT: tl.constexpr
+):
     """The power of two that brings the largest possible |G| below 2^EXPONENT: ``norm`` is it and its inverse.
 
     |G| is at most the sum over the reductions of their largest incoming gradient. One program: (N + M)·4 bytes.
     """
-    up, down = power_of_two(
-        largest(grad_rows, row_count, ROWS, BLOCK) + largest(grad_cols, col_count, COLS, BLOCK), EXPONENT
-    )
+    bound = largest(grad_rows, row_count, ROWS) + largest(grad_cols, col_count, COLS)
+    up, down = power_of_two(bound, EXPONENT)
     tl.store(norm, up)
     tl.store(norm + 1, down)
 
 
 @triton.jit
 def finish_kernel(
-    total, like, out, factor, scale_ptr, dots, size,
-    HAS_NORM: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    total, like, out, norm_ptr, scale_ptr, dots, size, DOT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
     """fp32 sums → a gradient in its dtype, times scale and what undoes the norm; and Σ like∘sums for dscale.
 
     ``total`` is fp32 ``[PARTS, size]``, ``dots`` fp32 ``[programs]``.
@@ -289,8 +243,8 @@ def finish_kernel(
     value = tl.load(total + index, mask=inside, other=0.0)
     for part in tl.static_range(1, PARTS):
         value += tl.load(total + tl.cast(size, tl.int64) * part + index, mask=inside, other=0.0)
-    if HAS_NORM:
-        value = value * tl.load(factor + 1)
+    if norm_ptr is not None:
+        value = value * tl.load(norm_ptr + 1)
     if DOT:
         other = tl.load(like + index, mask=inside, other=0.0).to(tl.float32)
         tl.store(dots + tl.program_id(0), tl.sum(value * other))

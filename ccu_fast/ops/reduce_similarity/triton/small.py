@@ -1,11 +1,11 @@
 """reduce_similarity of small batches on a GPU: one launch forward, one backward and one for the gradient of scale.
 
-The arithmetic is in :mod:`.small_batch_kernels`. Nothing is kept for the backward pass but the results.
+The arithmetic is in :mod:`.small_kernels`. Nothing is kept for the backward pass but the results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
 from ccu_fast.ops.reduce_similarity.triton import configs, plan
-from ccu_fast.ops.reduce_similarity.triton.passes import HALF_EXPONENT
+from ccu_fast.ops.reduce_similarity.triton.arguments import HALF_EXPONENT, Keys, shapes, strides
 from ccu_fast.ops.reduce_similarity.triton.small_kernels import small_forward_kernel, small_gradient_kernel
 from ccu_fast.ops.triton.launch import Launch, specialised_on
 
@@ -40,7 +40,7 @@ def reduce_into(p: SimilarityProblem, row_out: Tensor, col_out: Tensor) -> None:
     with configs.on_device(p.x):
         device = configs.device()
         operands = _operands(p)
-        signature = ("small forward", *_signature(p), specialised_on(*operands, row_out, col_out))
+        signature = ("small forward", *shapes(p, _keys(p)), specialised_on(*operands, row_out, col_out))
         launch = device.plans.get(signature) or device.keep(signature, forward_launch(p, device))
         launch(*operands, row_out, col_out)
 
@@ -48,10 +48,8 @@ def reduce_into(p: SimilarityProblem, row_out: Tensor, col_out: Tensor) -> None:
 def forward_launch(p: SimilarityProblem, device: configs.Device) -> Launch:
     """Of (x, y, scale, bias, keys, row results, column results) of problems like p."""
     blocks = p.banks * (triton.cdiv(p.n, BLOCK_M) * bool(p.rows) + triton.cdiv(p.m, BLOCK_M) * bool(p.cols))
-    return Launch(
-        small_forward_kernel, blocks, (p.n, p.m, p.x.shape[2], p.banks, *_strides(p)),
-        index=device.index, **_constants(p),
-    )  # fmt: skip
+    numbers = (p.n, p.m, p.x.shape[2], p.banks, *strides(p, _keys(p)))
+    return Launch(small_forward_kernel, blocks, numbers, index=device.index, **_constants(p))
 
 
 def backward(
@@ -68,7 +66,7 @@ def backward(
     with configs.on_device(p.x):
         device = configs.device()
         operands = (*_operands(p), grad_rows, grad_cols, row_out, col_out)
-        signature = ("small backward", tuple(needs), *_signature(p), specialised_on(*operands))
+        signature = ("small backward", tuple(needs), *shapes(p, _keys(p)), specialised_on(*operands))
         made = device.plans.get(signature) or device.keep(signature, Backward(p, needs, device))
         dx, dy, dscale, dbias = made(p.x, p.y, operands)
         # Results must not share memory.
@@ -92,13 +90,11 @@ class Backward:
         programs = row_programs + (p.y.shape[0] * triton.cdiv(p.m, BLOCK_M) if want_y else 0)
         self.launch = None
         if programs:
-            self.launch = Launch(
-                small_gradient_kernel, programs,
-                (p.n, p.m, p.x.shape[2], p.banks, row_programs, *_strides(p)),
-                index=device.index, **_constants(p),
-                X_SHARED=p.x.shape[0] < p.banks, Y_SHARED=p.y.shape[0] < p.banks,
-                HALF=p.x.dtype == torch.float16, STORE=want_x, TOTALS=totals, EXPONENT=HALF_EXPONENT,
-            )  # fmt: skip
+            numbers = (p.n, p.m, p.x.shape[2], p.banks, row_programs, *strides(p, _keys(p)))
+            constants = _constants(p) | {"X_SHARED": p.x.shape[0] < p.banks, "Y_SHARED": p.y.shape[0] < p.banks}
+            constants |= {"STORE": want_x, "TOTALS": totals}
+            constants["EXPONENT"] = HALF_EXPONENT if p.x.dtype == torch.float16 else None
+            self.launch = Launch(small_gradient_kernel, programs, numbers, index=device.index, **constants)
 
     def __call__(self, x: Tensor, y: Tensor, operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """dx like x, dy like y, dscale and dbias; None where not wanted.
@@ -114,21 +110,12 @@ class Backward:
         return dx, dy, parts[0].sum() if self.want_scale else None, parts[1].sum() if self.want_bias else None
 
 
-def _signature(p: SimilarityProblem) -> tuple[Hashable, ...]:
-    keys = (p.row_labels, p.col_labels, p.row_ids, p.col_ids)
-    return p.x.shape, p.y.shape, p.rows, p.cols, p.diagonal, *[None if key is None else key.shape for key in keys]
+def _keys(p: SimilarityProblem) -> Keys:
+    return p.row_labels, p.col_labels, p.row_ids, p.col_ids
 
 
 def _operands(p: SimilarityProblem) -> tuple[Tensor | None, ...]:
-    return p.x, p.y, p.scale, p.bias, p.row_labels, p.col_labels, p.row_ids, p.col_ids
-
-
-def _strides(p: SimilarityProblem) -> tuple[int, ...]:
-    keys = (p.row_labels, p.col_labels, p.row_ids, p.col_ids)
-    return (
-        0 if p.x.shape[0] == 1 else p.n, 0 if p.y.shape[0] == 1 else p.m,
-        *(0 if k is None or k.shape[0] == 1 else k.shape[1] for k in keys),
-    )  # fmt: skip
+    return p.x, p.y, p.scale, p.bias, *_keys(p)
 
 
 def _constants(p: SimilarityProblem) -> dict[str, Any]:
@@ -137,10 +124,7 @@ def _constants(p: SimilarityProblem) -> dict[str, Any]:
     # A step of the other side is 32 KB: two fit beside each other in the shared memory of any of the GPUs.
     block_d = max(triton.next_power_of_2(d), 16)
     block_n, warps = (32, 4) if block_d <= 512 else (16, 16)
-    return {
-        "ROWS": plan.spec(p, p.rows), "COLS": plan.spec(p, p.cols), "HAS_BIAS": p.bias is not None,
-        "HAS_LABELS": p.row_labels is not None, "HAS_IDS": p.row_ids is not None, "DIAGONAL": p.diagonal,
-        "MASK_N": p.n % block_n != 0, "MASK_M": p.m % block_n != 0, "MASK_D": d != block_d,
-        "BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2,
-        **configs.OPTIONS,
-    }  # fmt: skip
+    constants = {"ROWS": plan.spec(p, p.rows), "COLS": plan.spec(p, p.cols), "DIAGONAL": p.diagonal}
+    constants |= {"MASK_N": p.n % block_n != 0, "MASK_M": p.m % block_n != 0, "MASK_D": d != block_d}
+    constants |= {"BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "BLOCK_D": block_d}
+    return constants | {"num_warps": warps, "num_stages": 2}

@@ -29,8 +29,10 @@ from ccu_fast.ops.reduce_similarity.triton.tile import (
     LSE,
     SOFTPLUS,
     SUM,
+    empty_online,
     gradient_online,
     largest,
+    load_bias,
     load_gradients,
     load_keys,
     power_of_two,
@@ -51,41 +53,27 @@ def _items(t, index, items, D, BLOCK_D: tl.constexpr, MASK_D: tl.constexpr):
 
 
 @triton.jit
-def _keys(labels, ids, bank, label_bank, id_bank, index, items, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr):
-    return load_keys(
-        labels + bank * label_bank if HAS_LABELS else labels, ids + bank * id_bank if HAS_IDS else ids,
-        index, index < items, HAS_LABELS, HAS_IDS,
-    )  # fmt: skip
-
-
-@triton.jit
 def _reduce(
-    x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, out, block,
-    N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
-    SPEC: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
-    MASK_M: tl.constexpr, MASK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    side, other, common, block,
+    SPEC: tl.constexpr, DIAGONAL: tl.constexpr, MASK_M: tl.constexpr, MASK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The results of one block of one side's items; ``side`` and ``other`` are what the caller knows of either side."""
+    x, row_keys, x_bank, N, out = side
+    y, col_keys, y_bank, M, _ = other
+    scale, bias, D, banks = common
     blocks = tl.cdiv(N, BLOCK_M)
     bank = (block // blocks).to(tl.int64)
     rows = block % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_label, row_id = _keys(
-        row_labels, row_ids, bank, row_label_bank, row_id_bank, rows, N, HAS_LABELS, HAS_IDS
-    )  # fmt: skip
+    row_names = load_keys(row_keys, bank, rows, rows < N)
     a = _items(x + bank * x_bank * D, rows, N, D, BLOCK_D, MASK_D)
-    state = ()
-    for _ in tl.static_range(len(SPEC)):
-        state = state + ((tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32)),)
+    state = empty_online(SPEC, BLOCK_M)
     for start in range(0, M, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        col_label, col_id = _keys(
-            col_labels, col_ids, bank, col_label_bank, col_id_bank, cols, M, HAS_LABELS, HAS_IDS
-        )  # fmt: skip
+        col_names = load_keys(col_keys, bank, cols, cols < M)
         b = _items(y + bank * y_bank * D, cols, M, D, BLOCK_D, MASK_D)
         t = tl.dot(a, b.T) * scale + bias
-        relation = relate(
-            rows, cols, N, M, row_label, col_label, row_id, col_id,
-            HAS_LABELS, HAS_IDS, DIAGONAL, False, MASK_M, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        relation = relate(rows, cols, M, row_names, col_names, row_keys, DIAGONAL, MASK_M)
         online = reduce_online(t, relation, state, SPEC)
         others = ()
         for r in tl.static_range(len(SPEC)):
@@ -111,8 +99,7 @@ def _reduce(
 def small_forward_kernel(
     x, y, scale_ptr, bias_ptr, row_labels, col_labels, row_ids, col_ids, row_out, col_out,
     N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DIAGONAL: tl.constexpr,
     MASK_N: tl.constexpr, MASK_M: tl.constexpr, MASK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -121,36 +108,28 @@ def small_forward_kernel(
     ``x_bank`` and ``y_bank`` are rows from one bank to the next, the other ``_bank`` arguments are elements; 0 if
     shared. MASK_N and MASK_M: the side is no multiple of BLOCK_N.
     """
-    scale = tl.load(scale_ptr) * LOG2E
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr) * LOG2E
+    common = tl.load(scale_ptr) * LOG2E, load_bias(bias_ptr), D, banks
+    rows = x, (row_labels, row_ids, row_label_bank, row_id_bank), x_bank, N, row_out
+    cols = y, (col_labels, col_ids, col_label_bank, col_id_bank), y_bank, M, col_out
     row_blocks = banks * tl.cdiv(N, BLOCK_M) if len(ROWS) > 0 else 0
     pid = tl.program_id(0)
     if pid < row_blocks:
-        _reduce(
-            x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, row_out, pid,
-            N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
-            ROWS, HAS_LABELS, HAS_IDS, DIAGONAL, MASK_M, MASK_D, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        _reduce(rows, cols, common, pid, ROWS, DIAGONAL, MASK_M, MASK_D, BLOCK_M, BLOCK_N, BLOCK_D)
     else:
-        _reduce(
-            y, x, scale, bias, col_labels, row_labels, col_ids, row_ids, col_out, pid - row_blocks,
-            M, N, D, banks, y_bank, x_bank, col_label_bank, row_label_bank, col_id_bank, row_id_bank,
-            COLS, HAS_LABELS, HAS_IDS, DIAGONAL, MASK_N, MASK_D, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        _reduce(cols, rows, common, pid - row_blocks, COLS, DIAGONAL, MASK_N, MASK_D, BLOCK_M, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
 def _gradient(
-    x, y, scale_ptr, bias, row_labels, col_labels, row_ids, col_ids,
-    grad_rows, grad_cols, row_out, col_out, dx, totals, block,
-    N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
-    ROWS: tl.constexpr, COLS: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
-    SHARED: tl.constexpr, HALF: tl.constexpr, STORE: tl.constexpr, TOTALS: tl.constexpr, EXPONENT: tl.constexpr,
-    MASK_M: tl.constexpr, MASK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    side, other, common, block,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DIAGONAL: tl.constexpr, SHARED: tl.constexpr, STORE: tl.constexpr,
+    TOTALS: tl.constexpr, EXPONENT: tl.constexpr, MASK_M: tl.constexpr, MASK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    natural = tl.load(scale_ptr)
+    """The gradient of one block of one side's items, and the block's totals."""
+    x, row_keys, x_bank, N, grad_rows, row_out, dx = side
+    y, col_keys, y_bank, M, grad_cols, col_out, _ = other
+    natural, bias, D, banks, totals = common
     scale = natural * LOG2E
     blocks = tl.cdiv(N, BLOCK_M)
     # One x for all banks: its gradient is the sum over them.
@@ -164,7 +143,7 @@ def _gradient(
     a = _items(x, rows, N, D, BLOCK_D, MASK_D)
     up = 1.0
     down = 1.0
-    if HALF:
+    if EXPONENT is not None:
         bound = largest(grad_rows, row_slot, len(ROWS)) + largest(grad_cols, col_slot, len(COLS))
         up, down = power_of_two(bound, EXPONENT)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -172,23 +151,16 @@ def _gradient(
     plain = tl.zeros((BLOCK_M,), tl.float32)
     for index in range(first_bank, last_bank):
         bank = tl.cast(index, tl.int64)
-        row_label, row_id = _keys(
-            row_labels, row_ids, bank, row_label_bank, row_id_bank, rows, N, HAS_LABELS, HAS_IDS
-        )  # fmt: skip
-        row_sources = load_gradients(grad_rows, row_out, bank * N + rows, row_ok, row_slot, ROWS)
+        row_names = load_keys(row_keys, bank, rows, row_ok)
+        row_sources = load_gradients((grad_rows, row_out, bank * N + rows, row_ok, row_slot), ROWS)
         for start in range(0, M, BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)
-            col_label, col_id = _keys(
-                col_labels, col_ids, bank, col_label_bank, col_id_bank, cols, M, HAS_LABELS, HAS_IDS
-            )  # fmt: skip
+            col_names = load_keys(col_keys, bank, cols, cols < M)
             b = _items(y + bank * y_bank * D, cols, M, D, BLOCK_D, MASK_D)
             dots = tl.dot(a, b.T)
-            relation = relate(
-                rows, cols, N, M, row_label, col_label, row_id, col_id,
-                HAS_LABELS, HAS_IDS, DIAGONAL, False, MASK_M, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+            relation = relate(rows, cols, M, row_names, col_names, row_keys, DIAGONAL, MASK_M)
             relation = tl.where(row_ok[:, None], relation, 0)
-            col_sources = load_gradients(grad_cols, col_out, bank * M + cols, cols < M, col_slot, COLS)
+            col_sources = load_gradients((grad_cols, col_out, bank * M + cols, cols < M, col_slot), COLS)
             t = dots * scale + bias
             g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             g = gradient_online(t, relation, g, row_sources, ROWS, 1)
@@ -215,10 +187,9 @@ def small_gradient_kernel(
     x, y, scale_ptr, bias_ptr, row_labels, col_labels, row_ids, col_ids,
     grad_rows, grad_cols, row_out, col_out, dx, dy, totals,
     N, M, D, banks, row_programs, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
-    X_SHARED: tl.constexpr, Y_SHARED: tl.constexpr, HALF: tl.constexpr, STORE: tl.constexpr, TOTALS: tl.constexpr,
-    EXPONENT: tl.constexpr, MASK_N: tl.constexpr, MASK_M: tl.constexpr, MASK_D: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DIAGONAL: tl.constexpr, X_SHARED: tl.constexpr, Y_SHARED: tl.constexpr,
+    STORE: tl.constexpr, TOTALS: tl.constexpr, EXPONENT: tl.constexpr,
+    MASK_N: tl.constexpr, MASK_M: tl.constexpr, MASK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx by the first ``row_programs`` programs, dy by the rest.
@@ -226,23 +197,17 @@ def small_gradient_kernel(
     The first also make the sums for dscale and dbias, fp32 ``[2, row_programs]``. ``STORE``: dx is wanted, ``TOTALS``:
     the sums are.
     """
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr) * LOG2E
+    common = tl.load(scale_ptr), load_bias(bias_ptr), D, banks, totals
+    rows = x, (row_labels, row_ids, row_label_bank, row_id_bank), x_bank, N, grad_rows, row_out, dx
+    cols = y, (col_labels, col_ids, col_label_bank, col_id_bank), y_bank, M, grad_cols, col_out, dy
     pid = tl.program_id(0)
     if pid < row_programs:
         _gradient(
-            x, y, scale_ptr, bias, row_labels, col_labels, row_ids, col_ids,
-            grad_rows, grad_cols, row_out, col_out, dx, totals, pid,
-            N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
-            ROWS, COLS, HAS_LABELS, HAS_IDS, DIAGONAL, X_SHARED, HALF, STORE, TOTALS, EXPONENT,
+            rows, cols, common, pid, ROWS, COLS, DIAGONAL, X_SHARED, STORE, TOTALS, EXPONENT,
             MASK_M, MASK_D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         _gradient(
-            y, x, scale_ptr, bias, col_labels, row_labels, col_ids, row_ids,
-            grad_cols, grad_rows, col_out, row_out, dy, totals, pid - row_programs,
-            M, N, D, banks, y_bank, x_bank, col_label_bank, row_label_bank, col_id_bank, row_id_bank,
-            COLS, ROWS, HAS_LABELS, HAS_IDS, DIAGONAL, Y_SHARED, HALF, True, False, EXPONENT,
+            cols, rows, common, pid - row_programs, COLS, ROWS, DIAGONAL, Y_SHARED, True, False, EXPONENT,
             MASK_N, MASK_D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip

@@ -46,28 +46,27 @@ def swizzle(pid, n_rows, n_cols, WIDTH: tl.constexpr):
 
 @triton.jit
 def products(
-    x, y, first_row, first_col, x_start, y_start, N, M, D,
-    TMA: tl.constexpr, MASK_K: tl.constexpr,
+    x, y, row, col, x_start, y_start, N, M, D, TMA: tl.constexpr, MASK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The tile of x yᵀ at (first_row, first_col) of one bank, in fp32.
+    """The tile of x yᵀ at (row, col) of one bank, in fp32.
 
     ``x_start`` and ``y_start`` are the rows where the bank begins. With TMA x and y are descriptors of
-    ``[banks · items, D]``, else pointers; without MASK_K they need a D that is a multiple of BLOCK_K. What lies beyond
-    the last row or column is that of another item: the caller masks it.
+    ``[banks · items, D]``, otherwise pointers; without MASK_K they need a D that is a multiple of BLOCK_K. What lies
+    beyond the last row or column belongs to some other item: the caller masks it.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:
-        row = (x_start + first_row).to(tl.int32)
-        col = (y_start + first_col).to(tl.int32)
+        x_row = (x_start + row).to(tl.int32)
+        y_row = (y_start + col).to(tl.int32)
         for k in range(0, D, BLOCK_K):
-            a = x.load([row, k])
-            b = y.load([col, k])
+            a = x.load([x_row, k])
+            b = y.load([y_row, k])
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     else:
         k = tl.arange(0, BLOCK_K)
-        rows = x_start + tl.minimum(first_row + tl.arange(0, BLOCK_M), N - 1)
-        cols = y_start + tl.minimum(first_col + tl.arange(0, BLOCK_N), M - 1)
+        rows = x_start + tl.minimum(row + tl.arange(0, BLOCK_M), N - 1)
+        cols = y_start + tl.minimum(col + tl.arange(0, BLOCK_N), M - 1)
         x_ptrs = x + rows[:, None] * D + k[None, :]
         y_ptrs = y + cols[None, :] * D + k[:, None]
         for start in range(0, D, BLOCK_K):
@@ -90,14 +89,27 @@ def exponential(dots, scale, shift):
 
 
 @triton.jit
-def load_keys(labels, ids, index, in_range, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr):
-    """Names of the labels and ids of some rows or columns; out of range the label is negative, so it is ignored."""
+def load_bias(bias_ptr):
+    """The bias times log2(e); 0 if there is none."""
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr) * LOG2E
+    return bias
+
+
+@triton.jit
+def load_keys(keys, bank, index, in_range):
+    """The labels and the ids of some rows or columns; out of range the label is negative, so the pair is ignored.
+
+    ``keys`` is (labels, ids, and for each the elements from one bank to the next), where None stands for no keys.
+    """
+    labels, ids, label_bank, id_bank = keys
     label = index
-    if HAS_LABELS:
-        label = tl.load(labels + index, mask=in_range, other=-1)
+    if labels is not None:
+        label = tl.load(labels + bank * label_bank + index, mask=in_range, other=-1)
     name = index
-    if HAS_IDS:
-        name = tl.load(ids + index, mask=in_range, other=-1)
+    if ids is not None:
+        name = tl.load(ids + bank * id_bank + index, mask=in_range, other=-1)
     return label, name
 
 
@@ -108,29 +120,25 @@ def crosses_diagonal(row, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def relate(
-    rows, cols, N, M, row_label, col_label, row_id, col_id,
-    HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, DIAGONAL: tl.constexpr,
-    MASK_N: tl.constexpr, MASK_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def relate(rows, cols, M, row_names, col_names, keys, DIAGONAL: tl.constexpr, MASK_M: tl.constexpr):
     """The relation of every pair of a tile, 0 where it takes no part: one register each, not one for each mask.
 
-    What does not apply is a constant, which the compiler folds away.
+    The names are what ``load_keys`` returns, ``keys`` those of either side. What does not apply is a constant, which
+    the compiler folds away.
     """
-    relation = tl.full((BLOCK_M, BLOCK_N), OTHER, tl.int32)
-    if HAS_LABELS:
+    row_label, row_id = row_names
+    col_label, col_id = col_names
+    relation = tl.full((rows.shape[0], cols.shape[0]), OTHER, tl.int32)
+    if keys[0] is not None:
         relation = tl.where(row_label[:, None] == col_label[None, :], SAME, relation)
-    if HAS_IDS:
+    if keys[1] is not None:
         relation = tl.where(row_id[:, None] == col_id[None, :], SELF, relation)
     elif DIAGONAL:
         relation = tl.where(rows[:, None] == cols[None, :], SELF, relation)
-    if HAS_LABELS:
+    if keys[0] is not None:
         relation = tl.where((row_label >= 0)[:, None] & (col_label >= 0)[None, :], relation, 0)
-    else:
-        if MASK_N:
-            relation = tl.where((rows < N)[:, None], relation, 0)
-        if MASK_M:
-            relation = tl.where((cols < M)[None, :], relation, 0)
+    elif MASK_M:
+        relation = tl.where((cols < M)[None, :], relation, 0)
     return relation
 
 
@@ -187,6 +195,15 @@ def reduce_tile(t, e, relation, state, SPEC: tl.constexpr, AXIS: tl.constexpr, i
 
 
 @triton.jit
+def empty_online(SPEC: tl.constexpr, ITEMS: tl.constexpr):
+    """The state of ``reduce_online`` before any tile."""
+    state = ()
+    for _ in tl.static_range(len(SPEC)):
+        state = state + ((tl.zeros((ITEMS,), tl.float32), tl.full((ITEMS,), float("-inf"), tl.float32)),)
+    return state
+
+
+@triton.jit
 def reduce_online(t, relation, state, SPEC: tl.constexpr):
     """The (total, peak) of every lse along rows after one more tile, each relative to its own maximum so far."""
     result = ()
@@ -203,11 +220,13 @@ def reduce_online(t, relation, state, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_gradients(grads, outs, index, in_range, stride, SPEC: tl.constexpr):
+def load_gradients(source, SPEC: tl.constexpr):
     """For each reduction its incoming gradient and, for lse, its result times log2(e).
 
+    ``source`` is (gradients, results, index, whether that is in range, elements from one reduction to the next).
     An empty set passes no gradient: exp2(t − inf) is 0 and so is its factor. What no relation uses is not loaded.
     """
+    grads, outs, index, in_range, stride = source
     result = ()
     for r in tl.static_range(len(SPEC)):
         if SPEC[r][1] != 0:

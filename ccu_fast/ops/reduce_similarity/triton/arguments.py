@@ -1,0 +1,113 @@
+"""What the kernels of both passes are launched with: operands, sizes and constants."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
+from ccu_fast.ops.reduce_similarity.triton import configs, plan
+from ccu_fast.ops.triton.launch import Descriptor, specialised_on
+
+# fp16 gradients are stored times a power of two that brings the largest possible one below 2^14: a factor 2 under
+# fp16's largest for each of rows and columns, and 2^28 above its smallest normal number.
+HALF_EXPONENT = 14
+
+Keys = tuple[Tensor | None, ...]  # row labels, column labels, row ids, column ids
+
+
+class Operands:
+    """x, y and the keys as the kernels want them."""
+
+    __slots__ = ("keys", "x", "y")
+
+    def __init__(self, p: SimilarityProblem, device: configs.Device) -> None:
+        # Descriptors need rows of whole 16 bytes, pointers whole steps along D: aligned loads without a mask.
+        multiple = 16 // p.x.element_size() if device.tma else device.largest_step
+        self.x, self.y = _padded(p.x, multiple), _padded(p.y, multiple)
+        # int32 takes half the registers of int64 and one comparison.
+        self.keys = (*_names(p.row_labels, p.col_labels, signed=True), *_names(p.row_ids, p.col_ids, signed=False))
+
+    def signature(self, p: SimilarityProblem, *others: Tensor) -> tuple[Hashable, ...]:
+        """What the launches depend on: equal for problems that differ only in values."""
+        specialised = specialised_on(self.x, self.y, p.scale, p.bias, *self.keys, *others)
+        return *shapes(p, self.keys), configs.arithmetic(p.x.dtype), specialised
+
+
+def shapes(p: SimilarityProblem, keys: Keys) -> tuple[Hashable, ...]:
+    """The sizes and the reductions of a problem with these keys."""
+    return p.x.shape, p.y.shape, p.rows, p.cols, p.diagonal, *[None if key is None else key.shape for key in keys]
+
+
+def key_strides(keys: Keys) -> tuple[int, ...]:
+    """Elements from one bank of the keys to the next; 0 if shared."""
+    return tuple(0 if key is None or key.shape[0] == 1 else key.shape[1] for key in keys)
+
+
+def strides(p: SimilarityProblem, keys: Keys) -> tuple[int, ...]:
+    """Rows from one bank of x and of y to the next, and the strides of the keys."""
+    return 0 if p.x.shape[0] == 1 else p.n, 0 if p.y.shape[0] == 1 else p.m, *key_strides(keys)
+
+
+class Pass:
+    """What the launches of a problem have in common, made from sizes and types alone. No tensor is kept."""
+
+    def __init__(self, p: SimilarityProblem, operands: Operands, device: configs.Device) -> None:
+        self.arithmetic = configs.arithmetic(p.x.dtype)
+        self.precision = "tf32" if self.arithmetic == "tf32" else "ieee"
+        self.d, self.tma = operands.x.shape[2], device.tma
+        # What is beyond an edge needs no mask where there are labels: its label is negative, so it is ignored.
+        self.edges = p.row_labels is None
+        self.key_strides, self.strides = key_strides(operands.keys), strides(p, operands.keys)
+        self.kept_dtype = plan.kept_dtype(p)
+
+    def constants(
+        self, p: SimilarityProblem, tile: configs.Tile, items: int, rows: plan.Spec, cols: plan.Spec
+    ) -> dict[str, Any]:
+        """Of a kernel that tells tiles near the diagonal from others and whose rows are ``items`` of each bank."""
+        found = {"ROWS": rows, "COLS": cols, "DIAGONAL": p.diagonal, "PRECISION": self.precision, "TMA": self.tma}
+        for name, spec in (("ROWS", rows), ("COLS", cols)):
+            parts = plan.by_distance(p, spec)
+            found |= {f"{name}_{where}": part for where, part in zip(("ALWAYS", "NEAR", "FAR"), parts, strict=True)}
+        found["MASK_N"] = self.edges and items % tile.block_m != 0
+        found["MASK_M"] = self.edges and p.m % tile.block_n != 0
+        return {**found, "WHOLE": plan.stride(p) % tile.block_n == 0, **tile.options()}
+
+    def kept(self, stash: Tensor) -> Tensor:
+        """E, after the stash's header."""
+        return stash[plan.HEADER :].view(self.kept_dtype)
+
+
+class Readers:
+    """How one tile reads x and y: through pointers, or through descriptors."""
+
+    def __init__(self, device: configs.Device, tile: configs.Tile) -> None:
+        blocks = (tile.block_m, tile.block_k), (tile.block_n, tile.block_k)
+        self.descriptors = tuple(map(Descriptor, blocks)) if device.tma else None
+
+    def __call__(self, operands: Operands) -> tuple[Any, Any]:
+        if self.descriptors is None:
+            return operands.x, operands.y
+        return self.descriptors[0](operands.x), self.descriptors[1](operands.y)
+
+
+def _padded(t: Tensor, multiple: int) -> Tensor:
+    missing = -t.shape[2] % multiple
+    if missing:
+        return torch.nn.functional.pad(t, (0, missing))
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _names(row: Tensor | None, col: Tensor | None, *, signed: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Equal keys get equal names, the place of their first occurrence in sorted order; negative labels get −1."""
+    if row is None or col is None:
+        return None, None
+    banks = max(row.shape[0], col.shape[0])
+    keys = torch.cat([row.expand(banks, -1), col.expand(banks, -1)], 1)
+    names = torch.searchsorted(keys.sort(dim=1).values, keys, out_int32=True)
+    if signed:
+        names = names.masked_fill(keys < 0, -1)
+    return names[:, : row.shape[1]].contiguous(), names[:, row.shape[1] :].contiguous()
