@@ -2,12 +2,12 @@
 
 ``kernel[grid](*arguments)`` binds its arguments by name, asks of each what the compiled code depends on (its dtype,
 whether an address or a size is a multiple of 16, whether a size is 1) and looks the answers up: that is most of what
-the host does in a call. A :class:`Launch` does it once. Whoever keeps one answers for it that everything of this kind
-stays as it was: sizes and types by keeping one for each, the rest by :func:`specialised_on`.
+the host does in a call. A :class:`Launch` does it once. Whoever keeps one has to see to it that none of this changes:
+sizes and types by keeping one launch for each, the rest through :func:`specialised_on`.
 
-What is used of Triton beyond ``kernel[grid]`` is here: what its launch returns, the compiled kernel, with ``run``,
-``function``, ``packed_metadata`` and ``launch_metadata``. Where that is something else (the interpreter, a later
-Triton) every launch is the plain one.
+All that relies on Triton beyond ``kernel[grid]`` is here: a launch returns the compiled kernel, which has ``run``,
+``function``, ``packed_metadata`` and ``launch_metadata``. Where it does not (the interpreter, a later Triton) every
+launch is a plain one.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Launch:
 
 
 class Descriptor:
-    """Tensor descriptors of one shape and one block after another; they are checked once."""
+    """Tensor descriptors, one after another, of one shape and one block; only the first is checked."""
 
     __slots__ = ("_fields", "block")
 

@@ -1,4 +1,4 @@
-"""On a GPU: Triton kernels, and library GEMMs for the gradients."""
+"""reduce_similarity on a GPU: Triton kernels, and library GEMMs for the gradients."""
 
 from ccu_fast.ops.reduce_similarity.triton.backward_pass import backward
 from ccu_fast.ops.reduce_similarity.triton.forward_pass import forward

@@ -77,7 +77,8 @@ class _Backward(Pass):
         self.norm = _norm(p, device) if self.store and p.x.dtype == torch.float16 else None
         totals = self.want_bias or (self.want_scale and not self.store)
         self.x_dot, self.y_dot = self.want_scale, self.want_scale and not self.want_x
-        # Of long rows, as G: what the columns get is loaded in whole packs, or its addresses fill the registers.
+        # Long rows are padded like those of G, so that what columns get is loaded in whole packs: the addresses of
+        # single elements would fill the registers.
         self.missing = -p.m % 16 if tile.block_n == device.gradient[self.arithmetic].block_n else 0
         self.col_items = p.m + self.missing
         chunks = plan.chunks(p, tile.block_m, workspace, stash_words)
@@ -238,6 +239,6 @@ def _total(terms: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _norm(p: SimilarityProblem, device: configs.Device) -> Launch:
-    """Of gradients of rows and columns: the power of two that G is stored with, and what undoes it."""
+    """Given the gradients of rows and columns: the power of two that G is stored with, and its inverse."""
     constants = {"ROWS": len(p.rows), "COLS": len(p.cols), "EXPONENT": HALF_EXPONENT, "num_warps": 8}
     return Launch(norm_kernel, 1, (p.banks * p.n, p.banks * p.m), index=device.index, **constants)

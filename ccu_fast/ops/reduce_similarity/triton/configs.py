@@ -18,12 +18,12 @@ from torch import Tensor
 from ccu_fast.ops.backend import fp32_precision
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
 
-# A few kilobytes each. Where every batch has another size none is worth keeping, so all of them go at once.
+# A plan takes a few kilobytes. Where every batch has a different size none is worth keeping, so all go at once.
 MOST_PLANS = 256
 _NOTHING = nullcontext()
-# From how many columns on a row of E or G holds whole tiles of any width: an eighth more at most.
+# From LONG columns on, a row of E or G is padded to whole tiles of any width: at most an eighth more.
 LONG, WIDEST = 2048, 256
-# It is decided when a kernel is defined.
+# Triton decides this when a kernel is defined.
 _IN_INTERPRETER = triton.knobs.runtime.interpret
 
 
@@ -31,10 +31,10 @@ _IN_INTERPRETER = triton.knobs.runtime.interpret
 class Tile:
     """What one program holds: rows × columns of S, and the step along D.
 
-    With labels or ids every pair has a relation in a register, which a full tile would spill: then it is ``keyed_n``
-    columns wide and has ``keyed_stages``; with labels alone and nothing but log-sum-exps, ``labels_n`` columns, or
-    ``keyed_n`` if that is 0. Where short rows of S end inside of a full tile it is as narrow. Where S ends inside of
-    one at all it is ``ragged_n`` columns wide, or full if that is 0.
+    With labels or ids every pair holds its relation in a register, and a full tile would spill: the tile is then
+    ``keyed_n`` columns wide and has ``keyed_stages``; with labels alone and nothing but log-sum-exps it is ``labels_n``
+    columns wide, or ``keyed_n`` if that is 0. Where short rows of S end inside a full tile, it is just as narrow. In
+    all other cases where S ends inside a tile it is ``ragged_n`` columns wide, or full if that is 0.
     """
 
     block_m: int
@@ -70,7 +70,7 @@ class Device:
         forward, gradient, online: tiles by arithmetic: "half" (fp16 and bf16), "tf32", "ieee" (fp32 without tensor
             cores).
         index: its number for CUDA.
-        plans: what the launchers made for the problems they met, by what their launches depend on.
+        plans: the launches made so far, by what they depend on.
     """
 
     processors: int
@@ -109,7 +109,7 @@ class Device:
         return full
 
 
-# Of the compilers of Triton 3.4 to 3.9 that of 3.7 alone holds edges in a forward tile of 128 × 256 without spills.
+# Among the compilers of Triton 3.4 to 3.9 only that of 3.7 masks edges in a forward tile of 128 × 256 without spills.
 _RAGGED = 0 if triton.__version__.startswith("3.7.") else 128
 _IEEE = Tile(64, 64, 16, 4, 3, 32)
 _TILES: dict[str, tuple[dict[str, Tile], dict[str, Tile]]] = {
@@ -142,10 +142,10 @@ _TILES: dict[str, tuple[dict[str, Tile], dict[str, Tile]]] = {
         {"half": Tile(128, 64, 64, 8, 3, 32), "tf32": Tile(128, 64, 32, 8, 3, 32), "ieee": _IEEE},
     ),
 }
-# One for all: it rarely runs, so it is the tile that spills nowhere. BLOCK_N divides BLOCK_M, because rows and columns
-# change places and what is masked is told by multiples of BLOCK_M.
+# One for every GPU: it rarely runs, so it is a tile that spills nowhere. BLOCK_N divides BLOCK_M, because rows and
+# columns change places and the masks are decided by multiples of BLOCK_M.
 _ONLINE = {name: Tile(64, 32, 32, 8, 2, 32) for name in ("half", "tf32", "ieee")}
-# Rows of E and G end inside of a tile, or with one.
+# Rows of E and G end inside a tile, or with one.
 _INTERPRETED = {name: Tile(16, 32, 16, 1, 1, 32) for name in ("half", "tf32", "ieee")}
 _INTERPRETED_ONLINE = {name: Tile(16, 16, 16, 1, 1, 16) for name in ("half", "tf32", "ieee")}
 
@@ -189,13 +189,13 @@ def row_stride(columns: int) -> int:
     """Elements from one row of E or G to the next: whole tiles of long rows, a multiple of 16 for short ones.
 
     So rows start on 16 bytes, or the GEMMs would take their slow path, and Triton, which asks whether a number is a
-    multiple of 16, loads and stores whole packs; where a row holds whole tiles no element of one needs a test. What is
-    beyond the last column is nobody's. The columns may be a symbol of a compiled graph, so there is no branch on them.
+    multiple of 16, loads and stores whole packs; where a row holds whole tiles no element needs a test. What lies
+    past the last column is never used. The columns may be a symbol of a compiled graph, so there is no branch on them.
     """
     multiple = 16 + (WIDEST - 16) * torch.sym_min(1, columns // LONG)
     return (columns + multiple - 1) // multiple * multiple
 
 
 def on_device(t: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device; make it that of the data."""
+    """Triton launches on the current device; make that the device of the data."""
     return torch.cuda.device(t.device) if t.is_cuda and t.device.index != torch.cuda.current_device() else _NOTHING

@@ -20,8 +20,8 @@ stays in L2 (and is not read at all when the group is one row tile). Partial sum
 both counts bounded however large N·M is; the merge adds them in a fixed order: no atomics, the same bits every time.
 Programs walk in bands of rows so that those running together share x and y in L2.
 
-The shift makes overflow impossible: no e is above 2^120 / max(N, M). Underflow is possible where |S| is bounded by more
-than about 60, and is seen by the merge: a sum below count · 2^-102 could miss more than 2^-24 of itself. The merge
+The shift makes overflow impossible: no e is above 2^120 / max(N, M). Underflow is possible where the bound of |S| is
+more than about 60, and the merge detects it: a sum below count · 2^-102 could miss more than 2^-24 of itself. The merge
 raises the flag of such a block of rows, and online_kernel, which is always launched, returns at once if no flag is up.
 Nothing waits for the host.
 """
@@ -147,8 +147,8 @@ def forward_kernel(
     ``row_parts`` is fp32 ``[len(ROWS), strips, banks, N]``, ``col_parts`` ``[len(COLS), groups, banks, M]``. ``kept``
     takes E of the first ``kept_rows`` rows, counted through all banks. ``x_bank`` and ``y_bank`` are rows from one bank
     to the next, the other ``_bank`` arguments are elements; 0 if shared. Where pairs are SELF by position
-    (``DIAGONAL``) the reductions over everything are ``_ALWAYS`` alike; the others are ``_NEAR`` the diagonal and
-    without SELF ``_FAR`` from it.
+    (``DIAGONAL``) reductions over everything are in ``_ALWAYS``; the others are in ``_NEAR`` for tiles that cross the
+    diagonal and, without SELF, in ``_FAR`` for the rest.
     """
     pid = tl.program_id(0)
     bank = (pid // (groups * strips)).to(tl.int64)
@@ -211,7 +211,7 @@ def forward_kernel(
             if len(ROWS) > 0:  # Triton 3.4 cannot carry an empty tuple, and nothing else, through a loop
                 state = row_state
 
-            # Compared in a vector: an interpreter makes no mask of a scalar that is a vector elsewhere.
+            # Compared as vectors, because the interpreter makes no mask of a scalar.
             seen = col_ok & (tl.full((BLOCK_N,), row_tile, tl.int32) > first_row_tile)
             for c in tl.static_range(len(COLS)):
                 totals = col_parts + c * col_slot + cols

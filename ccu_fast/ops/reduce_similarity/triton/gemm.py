@@ -26,7 +26,7 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
 
 
 class RowGradient:
-    """dX = G Y in fp32, chunk by chunk: final at once, but for a bank of x that serves several banks of y."""
+    """dX = G Y in fp32, chunk by chunk: final at once, except for a bank of x that serves several banks of y."""
 
     def __init__(self, p: SimilarityProblem) -> None:
         self.p = p
@@ -81,5 +81,5 @@ class ColumnGradient:
 
 
 def _columns(g: Tensor, m: int) -> Tensor:
-    """G without what fills up its rows."""
+    """G without the padding of its rows."""
     return g if g.shape[-1] == m else g[..., :m]

@@ -8,14 +8,15 @@ In plain torch, for one bank, CLIP's reductions and a chunk of rows:
     between them     dx = scale * G @ y;  dy += scale * G.T @ x                                      # two library GEMMs
     finish_kernel    dx = (factor * sum).to(dtype);  dscale = (x * sum).sum()
 
-Work. A chunk of rows whose E was kept: 2 bytes per pair are read and 2 written. Another: 2·N·M·D FLOPs to have S again,
-one exponential per pair, 2 bytes per pair written. The GEMMs take 4·N·M·D. With a fraction f kept the whole operation,
-forward included, is (8 − 2f)·N·M·D FLOPs. G goes to a scratch chunk and not over E: a graph may be walked twice.
+Work. For a chunk of rows whose E was kept 2 bytes per pair are read and 2 written. Any other takes 2·N·M·D FLOPs to
+compute S again, one exponential per pair, and 2 bytes per pair written. The GEMMs take 4·N·M·D. With a fraction f kept
+the whole operation, forward included, is (8 − 2f)·N·M·D FLOPs. G goes to a scratch chunk and does not overwrite E: a
+graph may be walked twice.
 
 E kept in bf16 has a relative error of 2^-9 at any size. Where a pair is SELF its gradient is a difference of nearly
-equal numbers, p − 1, which that error would fill. Tiles that hold a SELF pair (N/128 tiles of a paired problem) are
+equal numbers, p − 1, which that error would swamp. Tiles that hold a SELF pair (N/128 tiles of a paired problem) are
 therefore left out by scale_kernel and made by gradient_kernel from fp32 products (``FIX``). If online_kernel had to
-work, E may have underflowed: a second launch (``AGAIN``), which else returns at once, makes all of G with an
+work, E may have underflowed: a second launch (``AGAIN``), which otherwise returns at once, makes all of G with an
 exponential for each reduction.
 
 The grids. scale_kernel: one program for each tile, or part of one, nothing is shared. gradient_kernel: a few programs

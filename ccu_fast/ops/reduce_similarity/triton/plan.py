@@ -21,10 +21,8 @@ RECTANGLES_PER_PROCESSOR = 8
 HEADER = 16
 # A smaller part of E saves less time than the smaller chunks beside it cost.
 SMALLEST_KEPT_PART = 16
-# Of dX's sum: parts at most, the columns of the shortest, and the tile of the library's GEMM.
+# Of the sum of dX: the most parts, the fewest columns of a part, and the tile of the library's GEMM.
 MOST_PARTS, SHORTEST_PART, GEMM_TILE = 8, 4096, (128, 256)
-
-
 _SELF, _SAME, _OTHER, _ALL = int(SELF), int(SAME), int(OTHER), int(ALL)
 
 
@@ -47,7 +45,7 @@ def spec(p: SimilarityProblem, codes: tuple[int, ...]) -> Spec:
     return _spec(codes, _available(p))
 
 
-# Decided at every launch, from a handful of different values: on small problems the host is what takes the time.
+# Asked in every call, with a handful of different values: on small problems it is the host that takes the time.
 @functools.lru_cache(maxsize=1024)
 def _spec(codes: tuple[int, ...], available: int) -> Spec:
     return tuple((code // 8, _simplest(code % 8, available), place) for place, code in enumerate(codes))

@@ -5,7 +5,7 @@ exponential per pair,
 
     e = exp2(t − bias − shift),    2^-126 <= e <= 2^120 / max(N, M)
 
-with one ``shift`` for the whole problem, so a tile gives plain sums to its rows and to its columns. The lower clamp
+with one ``shift`` for the whole problem, so that a tile adds plain sums to its rows and to its columns. The lower clamp
 leaves 0 to mean "nothing was summed". A row or column whose sum is so small that clamped terms could show in it
 is computed again with its own maximum (``reduce_online``), and the backward pass then uses ``gradient_online``.
 
@@ -105,11 +105,13 @@ def load_keys(keys, bank, index, in_range):
     """
     labels, ids, label_bank, id_bank = keys
     label = index
-    if labels is not None:
-        label = tl.load(labels + bank * label_bank + index, mask=in_range, other=-1)
     name = index
     if ids is not None:
-        name = tl.load(ids + bank * id_bank + index, mask=in_range, other=-1)
+        ids += bank * id_bank  # before the labels are loaded: the other order takes more registers
+    if labels is not None:
+        label = tl.load(labels + bank * label_bank + index, mask=in_range, other=-1)
+    if ids is not None:
+        name = tl.load(ids + index, mask=in_range, other=-1)
     return label, name
 
 
@@ -123,8 +125,8 @@ def crosses_diagonal(row, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def relate(rows, cols, M, row_names, col_names, keys, DIAGONAL: tl.constexpr, MASK_M: tl.constexpr):
     """The relation of every pair of a tile, 0 where it takes no part: one register each, not one for each mask.
 
-    The names are what ``load_keys`` returns, ``keys`` those of either side. What does not apply is a constant, which
-    the compiler folds away.
+    The names are what ``load_keys`` returns, ``keys`` what it is given for either side. What does not apply is a
+    constant, which the compiler folds away.
     """
     row_label, row_id = row_names
     col_label, col_id = col_names
