@@ -1,4 +1,4 @@
-"""The compile graph of ccu_fast._C as a ninja file: every kernel file found under csrc, nothing listed by hand."""
+"""The compile graph of ccu_fast._C as a ninja file. It takes every kernel file under csrc; none is listed by hand."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from pathlib import Path
 from build_support.cuda import Toolkit
 from build_support.probe import ISA_FLAGS
 
-CXX_FLAGS = [
-    "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
-    # No fast-math: infinities, NaN and the order of additions mean something here. These three change no finite result.
-    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
-    "-Wall", "-Wextra",
-]  # fmt: skip
+# No -ffast-math: infinities, NaN and the order of additions mean something here.
+_MATH_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+_HIDDEN = ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", *_HIDDEN, *_MATH_FLAGS, "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-lineinfo"]
 ONCE = ("dispatch.cpp",)
 
@@ -56,7 +54,7 @@ class Plan:
 
     @property
     def defines(self) -> list[str]:
-        """What the files compiled once are told about the others."""
+        """What tells the files that are compiled once about the others."""
         have = [f"-DCCU_HAVE_{isa.upper()}=1" for isa in self.isas]
         return have + (["-DCCU_HAVE_CUDA=1"] if self.toolkit else [])
 
@@ -92,8 +90,8 @@ class Plan:
         return "\n".join(lines)
 
 
-# libstdc++ stays a shared library, as in every other extension module: manylinux allows it, torch has loaded it
-# already, and two copies in one process do not share exceptions.
+# libstdc++ stays a shared library, as in every other extension module: manylinux allows it, torch has already loaded
+# it, and two copies in one process do not share exceptions.
 _LINK_FLAGS = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-lpthread", "-ldl"]
 
 

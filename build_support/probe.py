@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-# Widest last: the order of linking, see build_support/graph.py.
+# Widest last, which is the order of linking: see build_support/graph.py.
 ISA_FLAGS = {
     "base": (),
     "neon": (),
@@ -23,7 +23,7 @@ class Unavailable(Exception):
 
 
 def run(command: list[str], cwd: str | None = None) -> str:
-    """The output of a command, stdout and stderr together.
+    """The output of a command, with stdout and stderr together.
 
     Raises:
         Unavailable: it cannot be started or fails; the message holds the command and the end of what it printed.
@@ -31,9 +31,15 @@ def run(command: list[str], cwd: str | None = None) -> str:
     shown = shlex.join(command)
     try:
         done = subprocess.run(
-            command, cwd=cwd, text=True, errors="replace", stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-        )  # fmt: skip
+            command,
+            cwd=cwd,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=300,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"`{shown}` cannot be run: {error}") from error
     if done.returncode != 0:
@@ -54,7 +60,7 @@ def compiles(compiler: list[str], source: str, flags: tuple[str, ...] = ()) -> N
 
 
 def find_cxx() -> list[str]:
-    """The command of a working C++17 compiler: $CXX, or the first of c++, g++, clang++.
+    """The command of a working C++17 compiler: $CXX, or else the first of c++, g++ and clang++.
 
     Raises:
         Unavailable: there is none.
@@ -71,7 +77,7 @@ def find_cxx() -> list[str]:
 
 
 def find_isas(cxx: list[str], machine: str) -> tuple[list[str], dict[str, str]]:
-    """The instruction sets to compile every CPU kernel for, and why others of this machine type are left out."""
+    """The instruction sets to compile every CPU kernel for, and why the others of this machine type are left out."""
     if machine in ("x86_64", "amd64"):
         wanted = ["base", "avx2", "avx512"]
     elif machine in ("aarch64", "arm64"):

@@ -1,7 +1,323 @@
-"""The compiled module, see csrc/bindings: called by ccu_fast.ops alone, which checks its arguments."""
+"""The compiled module, whose sources are in csrc/bindings. Only ccu_fast.ops calls it, after checking the arguments.
 
-from typing import Any
+An address is that of contiguous memory, 0 for none. Sizes and strides count elements. csrc/ccu_fast.h says what each
+argument holds. A build without CUDA lacks the classes and functions whose names start with "Cuda" and "cuda_".
+"""
 
-def cpu_isa() -> str: ...
-def largest_team() -> int: ...
-def __getattr__(name: str) -> Any: ...
+from collections.abc import Sequence
+
+# Dtypes, as the arguments named dtype give them.
+F32: int
+F16: int
+BF16: int
+U8: int
+I8: int
+F64: int
+
+# Whether this build has the CUDA kernels.
+CUDA: bool
+# The most reductions a side that a Tile takes.
+MAX_REDUCTIONS: int
+# The parts of a sample whose sums pgd_step keeps on a GPU.
+PGD_SLICES: int
+# The tokens of a packed panel, and the bits of a packed element.
+TOKEN_PANEL: int
+TOKEN_BITS: int
+# How topk_flips settles a row on a GPU: by coarse scores, by exact scores, not at all, or by its penalties alone.
+TOPK_SCAN: int
+TOPK_EXACT: int
+TOPK_INVALID: int
+TOPK_ZERO: int
+# On a GPU: the largest k of topk_flips, and the most rows that its own scan takes.
+CUDA_MOST_FLIPS: int
+CUDA_FEW_ROWS: int
+# That scan reports on at most so many groups of tokens, whose size is a multiple of the step.
+CUDA_TOPK_GROUPS: int
+CUDA_GROUP_STEP: int
+# The largest batch whose candidate_losses take a single kernel on a GPU.
+CUDA_ALONE: int
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use."""
+
+def largest_team() -> int:
+    """The largest number of threads that an operation has used since the last call."""
+
+class Relations:
+    """The labels and ids that decide which pairs are SELF, SAME or OTHER."""
+
+    def __init__(
+        self,
+        row_labels: tuple[int, int],
+        col_labels: tuple[int, int],
+        row_ids: tuple[int, int],
+        col_ids: tuple[int, int],
+        diagonal: bool,
+    ) -> None:
+        """Each of the four is an address and a stride from bank to bank, (0, 0) for none."""
+
+class Reductions:
+    """The codes of the reductions over rows and over columns."""
+
+    def __init__(self, rows: Sequence[int], cols: Sequence[int]) -> None:
+        """At most MAX_REDUCTIONS codes a side."""
+
+class Tile:
+    """A part of the similarities, and what its rows and columns are."""
+
+    def __init__(
+        self,
+        *,
+        dot: tuple[int, int],
+        self_dot: int,
+        shape: tuple[int, ...],
+        row0: int,
+        scale: float,
+        bias: float,
+        relations: Relations,
+        reductions: Reductions,
+        threads: int,
+    ) -> None:
+        """``dot`` is (address, dtype), ``shape`` is (banks, rows, cols)."""
+
+def similarity_forward(tile: Tile, rows: tuple[int, int, int], cols: tuple[int, int, int]) -> None:
+    """Write the results of rows, and update the running results of columns.
+
+    Args:
+        rows: their address, and the strides from reduction to reduction and from bank to bank.
+        cols: the addresses of their maxima and sums, and the stride from reduction to reduction.
+    """
+
+def similarity_backward(
+    tile: Tile,
+    rows: tuple[int, int, int, int],
+    cols: tuple[int, int, int],
+    grad: tuple[int, int],
+    sums: tuple[int, int],
+) -> None:
+    """Write the gradient of a tile's products, and its sums for scale and bias.
+
+    Args:
+        rows: the addresses of gradients and results, and the strides from reduction to reduction and bank to bank.
+        cols: the addresses of gradients and results, and the stride from reduction to reduction.
+        grad: the address and dtype of the gradient.
+        sums: the addresses of the sums for scale and for bias.
+    """
+
+def similarity_softmax(
+    *, tile: Tile, e: int, keys: int, dim: int, shift: int, sum: int, mean: int, group_stride: int
+) -> None:
+    """Add one block of keys to the running softmax of each group of relations."""
+
+def candidate_rest(*, s: int, batch: int, rest: int, fixed: int, threads: int) -> None:
+    """Compute what all candidates of a batch share, on a CPU."""
+
+def candidate_losses(
+    *,
+    similarity: int,
+    rest: int,
+    fixed: int,
+    batch: int,
+    candidates: int,
+    first: int,
+    rows: int,
+    out: int,
+    threads: int,
+) -> None:
+    """Compute the losses of the candidates of some texts, on a CPU."""
+
+class CudaCandidates:
+    """The arguments of both kernels of candidate_losses."""
+
+    def __init__(
+        self,
+        *,
+        s: int,
+        similarity: int,
+        scale: float,
+        factor: int,
+        batch: int,
+        candidates: int,
+        first: int,
+        rows: int,
+        rest: int,
+        columns: int,
+        out: int,
+        stream: int,
+    ) -> None:
+        """An address that a kernel does not use is 0."""
+
+def cuda_candidate_rest(problem: CudaCandidates) -> None:
+    """Compute what all candidates of a large batch share, on a GPU."""
+
+def cuda_candidate_losses(problem: CudaCandidates) -> None:
+    """Compute the losses of the candidates of some texts, on a GPU."""
+
+def l2_normalize(
+    *,
+    x: int,
+    dtype: int,
+    rows: int,
+    dim: int,
+    eps: float,
+    grad: int,
+    out: int,
+    other_dtype: int,
+    inverse: int,
+    threads: int,
+) -> None:
+    """Write rows of unit length or, given a gradient, the gradient of ``x``."""
+
+def topk_flips(
+    *,
+    grad: int,
+    rows: int,
+    dim: int,
+    packed: int,
+    steps: int,
+    tokens: int,
+    token_ids: int,
+    max_norm: float,
+    embedding: int,
+    embedding_strides: tuple[int, ...],
+    embedding_dtype: int,
+    maximize: bool,
+    current: int,
+    exclude_current: bool,
+    allowed: tuple[int, int],
+    penalty: tuple[int, int],
+    k: int,
+    threads: int,
+    ids: int,
+    delta: int,
+    score: int,
+    count: int,
+    valid: int,
+) -> None:
+    """Find the k best tokens of each gradient row, on a CPU."""
+
+def topk_describe(
+    *,
+    grad: int,
+    rows: int,
+    dim: int,
+    padded: int,
+    coarse: int,
+    maximize: bool,
+    certify: bool,
+    half: bool,
+    operand: int,
+    about: int,
+    cuda: bool,
+    stream: int,
+) -> None:
+    """Prepare gradient rows for the coarse scan of a GPU."""
+
+def cuda_topk(
+    *,
+    table: int,
+    operand: int,
+    padded: int,
+    lowest: int,
+    group: int,
+    scores: int,
+    first: int,
+    rows: int,
+    tokens: int,
+    about: int,
+    grad: int,
+    dim: int,
+    token_ids: int,
+    embedding: int,
+    embedding_strides: tuple[int, ...],
+    vocabulary: int,
+    embedding_dtype: int,
+    maximize: bool,
+    current: int,
+    exclude_current: bool,
+    allowed: tuple[int, int],
+    penalty: tuple[int, int],
+    k: int,
+    ids: int,
+    delta: int,
+    score: int,
+    count: int,
+    valid: int,
+    redo: int,
+    stream: int,
+) -> None:
+    """Find the k best tokens of each gradient row, on a GPU."""
+
+def select_candidates(scores: Sequence[float], k: int, err: float, groups: int) -> list[int]:
+    """The sorted candidates that csrc/cuda/topk_select.cu selects from a row of scores, found on a CPU."""
+
+def pgd_step(
+    *,
+    delta: int,
+    grad: int,
+    image: int,
+    out: int,
+    dtype: int,
+    grad_dtype: int,
+    samples: int,
+    channels: int,
+    inner: int,
+    step: float,
+    eps: float,
+    lower: float,
+    upper: float,
+    channel: int,
+    l2: bool,
+    check: bool,
+    parts: int,
+    refused: int,
+    told: int,
+    threads: int,
+    cuda: bool,
+    stream: int,
+) -> bool:
+    """Make one step in place and, on a CPU, say whether a check failed and nothing was written."""
+
+def noise_add(
+    *,
+    images: int,
+    image_dtype: int,
+    noise: int,
+    noise_dtype: int,
+    index: int,
+    items: int,
+    channels: int,
+    inner: int,
+    rows: int,
+    lower: float,
+    upper: float,
+    limits: int,
+    out: int,
+    threads: int,
+    cuda: bool,
+    stream: int,
+) -> None:
+    """Add a row of the noise to each image and clamp the sum."""
+
+def noise_update(
+    *,
+    noise: int,
+    noise_dtype: int,
+    rows: int,
+    order: int,
+    count: int,
+    total: int,
+    size: int,
+    delta: int,
+    delta_dtype: int,
+    eps: float,
+    threads: int,
+    cuda: bool,
+    stream: int,
+) -> None:
+    """Add each delta to its row of the noise and clamp the row."""
+
+def cuda_noise_check(
+    *, values: int, dtype: int, whole: bool, slack: float, count: int, found: int, stream: int
+) -> None:
+    """Find the first value that a noise store cannot hold."""

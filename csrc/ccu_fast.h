@@ -138,7 +138,7 @@ int ccu_topk_flips(const ccu_topk_flips_args* args);
 
 // On a GPU: what is to be known of the gradients, coarse scores of a table in fp16, by ccu_cuda_topk_scores for few
 // rows or by a library GEMM, then the selection, which rescores from the embedding.
-enum { CCU_CUDA_MOST_FLIPS = 1024, CCU_CUDA_FEW_ROWS = 6, CCU_CUDA_TOPK_GROUPS = 4096 };
+enum { CCU_CUDA_MOST_FLIPS = 1024, CCU_CUDA_FEW_ROWS = 6, CCU_CUDA_TOPK_GROUPS = 4096, CCU_CUDA_GROUP_STEP = 4 };
 // How a row is settled: by its coarse scores and their bound; by float64 scores of all tokens, because there is no
 // bound; not at all; by the penalty alone, because the gradient is zero.
 enum ccu_topk_path { CCU_TOPK_SCAN = 0, CCU_TOPK_EXACT = 1, CCU_TOPK_INVALID = 2, CCU_TOPK_ZERO = 3 };
@@ -166,7 +166,7 @@ typedef struct {
   float* scores;         // [rows, tokens] of rows first, first + 1, ..
   int64_t first, rows, tokens;
   // [rows, ceil(tokens / group)]: the lowest key of each group of tokens, at most CCU_CUDA_TOPK_GROUPS of them; a group
-  // is a multiple of 4. NULL where a GEMM made the scores.
+  // is a multiple of CCU_CUDA_GROUP_STEP. NULL where a GEMM made the scores.
   uint32_t* lowest;
   int64_t group;
   // [all rows, 4]: score in units of its own = [0] * coarse score + [1] * penalty, off by at most [2]; [3] is the path

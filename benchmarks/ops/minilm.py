@@ -97,7 +97,7 @@ def scan_report(grad: Tensor, table: Tensor, k: int) -> tuple[float, int]:
     operand, about = tokens_cuda.describe(problem, few=False)
     scores = about[:, :1] * (operand.float() @ packed.float().T)
     counts = [
-        len(_C.select_candidates(row.tolist(), k, float(err), 4096))
+        len(_C.select_candidates(row.tolist(), k, float(err), _C.CUDA_TOPK_GROUPS))
         for row, err in zip(scores, about[:, 2], strict=True)
     ]
     most = 2 * _C.CUDA_MOST_FLIPS

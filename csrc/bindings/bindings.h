@@ -1,4 +1,5 @@
-// What the bindings share: raw addresses in, the GIL released around the work, a status out as an exception.
+// What the bindings share: they take raw addresses, release the GIL around the work, and turn a status into an
+// exception.
 #ifndef CCU_FAST_BINDINGS_BINDINGS_H_
 #define CCU_FAST_BINDINGS_BINDINGS_H_
 
@@ -18,6 +19,7 @@ namespace py = pybind11;
 namespace ccu {
 
 using Address = uintptr_t;
+using Strided = std::pair<Address, int64_t>;  // an address and a stride
 
 template <class T>
 T* pointer(Address address) {
@@ -50,7 +52,8 @@ void call(const char* name, int (*op)(const Args*), const Args& args) {
   throw std::runtime_error(std::string(name) + ": failed with status " + std::to_string(status));
 }
 
-// On tensors of a CPU or of a GPU. Args are deduced from cpu_op alone: without CUDA the other one is nullptr.
+// Runs an operation on the CPU or on a GPU. Args is deduced from cpu_op alone, since cuda_op is nullptr in a build
+// without CUDA.
 template <class Args>
 void call_on(bool cuda, const char* name, int (*cpu_op)(const Args*),
              [[maybe_unused]] std::common_type_t<int (*)(const Args*)> cuda_op, const Args& args) {

@@ -5,7 +5,6 @@ namespace ccu {
 
 void bind_noise(py::module_& m) {
   m.attr("PGD_SLICES") = static_cast<int>(CCU_PGD_SLICES);
-  // On a CPU: whether the check found something, and therefore nothing was written.
   m.def(
       "pgd_step",
       [](Address delta, Address grad, Address image, Address out, int dtype, int grad_dtype, int64_t samples,
@@ -38,10 +37,11 @@ void bind_noise(py::module_& m) {
         call_on(cuda, "pgd_step", ccu_pgd_step, CCU_CUDA(ccu_cuda_pgd_step), a);
         return found != 0;
       },
-      py::kw_only(), py::arg("delta"), py::arg("grad"), py::arg("image"), py::arg("out"), py::arg("dtype"),
-      py::arg("grad_dtype"), py::arg("samples"), py::arg("channels"), py::arg("inner"), py::arg("step"), py::arg("eps"),
-      py::arg("lower"), py::arg("upper"), py::arg("channel"), py::arg("l2"), py::arg("check"), py::arg("parts"),
-      py::arg("refused"), py::arg("told"), py::arg("threads"), py::arg("cuda"), py::arg("stream"));
+      "Makes one step in place and, on a CPU, returns whether a check failed and nothing was written.", py::kw_only(),
+      py::arg("delta"), py::arg("grad"), py::arg("image"), py::arg("out"), py::arg("dtype"), py::arg("grad_dtype"),
+      py::arg("samples"), py::arg("channels"), py::arg("inner"), py::arg("step"), py::arg("eps"), py::arg("lower"),
+      py::arg("upper"), py::arg("channel"), py::arg("l2"), py::arg("check"), py::arg("parts"), py::arg("refused"),
+      py::arg("told"), py::arg("threads"), py::arg("cuda"), py::arg("stream"));
 
   m.def(
       "noise_add",
@@ -66,9 +66,10 @@ void bind_noise(py::module_& m) {
         a.stream = pointer<void>(stream);
         call_on(cuda, "noise_add", ccu_noise_add, CCU_CUDA(ccu_cuda_noise_add), a);
       },
-      py::kw_only(), py::arg("images"), py::arg("image_dtype"), py::arg("noise"), py::arg("noise_dtype"),
-      py::arg("index"), py::arg("items"), py::arg("channels"), py::arg("inner"), py::arg("rows"), py::arg("lower"),
-      py::arg("upper"), py::arg("limits"), py::arg("out"), py::arg("threads"), py::arg("cuda"), py::arg("stream"));
+      "Adds a row of the noise to each image and clamps the sum.", py::kw_only(), py::arg("images"),
+      py::arg("image_dtype"), py::arg("noise"), py::arg("noise_dtype"), py::arg("index"), py::arg("items"),
+      py::arg("channels"), py::arg("inner"), py::arg("rows"), py::arg("lower"), py::arg("upper"), py::arg("limits"),
+      py::arg("out"), py::arg("threads"), py::arg("cuda"), py::arg("stream"));
 
   m.def(
       "noise_update",
@@ -89,9 +90,9 @@ void bind_noise(py::module_& m) {
         a.stream = pointer<void>(stream);
         call_on(cuda, "noise_update", ccu_noise_update, CCU_CUDA(ccu_cuda_noise_update), a);
       },
-      py::kw_only(), py::arg("noise"), py::arg("noise_dtype"), py::arg("rows"), py::arg("order"), py::arg("count"),
-      py::arg("total"), py::arg("size"), py::arg("delta"), py::arg("delta_dtype"), py::arg("eps"), py::arg("threads"),
-      py::arg("cuda"), py::arg("stream"));
+      "Adds each delta to its row of the noise and clamps the row.", py::kw_only(), py::arg("noise"),
+      py::arg("noise_dtype"), py::arg("rows"), py::arg("order"), py::arg("count"), py::arg("total"), py::arg("size"),
+      py::arg("delta"), py::arg("delta_dtype"), py::arg("eps"), py::arg("threads"), py::arg("cuda"), py::arg("stream"));
 
 #if CCU_HAVE_CUDA
   m.def(
@@ -107,8 +108,8 @@ void bind_noise(py::module_& m) {
         a.stream = pointer<void>(stream);
         call("noise_check", ccu_cuda_noise_check, a);
       },
-      py::kw_only(), py::arg("values"), py::arg("dtype"), py::arg("whole"), py::arg("slack"), py::arg("count"),
-      py::arg("found"), py::arg("stream"));
+      "Finds the first value that a noise store cannot hold.", py::kw_only(), py::arg("values"), py::arg("dtype"),
+      py::arg("whole"), py::arg("slack"), py::arg("count"), py::arg("found"), py::arg("stream"));
 #endif
 }
 

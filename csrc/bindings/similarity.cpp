@@ -1,10 +1,22 @@
 // reduce_similarity, candidate_losses and l2_normalize for Python.
 #include <algorithm>
+#include <tuple>
 
 #include "bindings.h"
 
 namespace ccu {
 namespace {
+
+// What decides the relation of a pair: labels and ids, each an address and a stride from bank to bank.
+struct Relations {
+  Strided row_labels, col_labels, row_ids, col_ids;
+  bool diagonal;
+};
+
+struct Reductions {
+  int32_t row_codes[CCU_MAX_REDUCTIONS], col_codes[CCU_MAX_REDUCTIONS];
+  int32_t n_row, n_col;
+};
 
 void copy_codes(const std::vector<int32_t>& from, int32_t* to, int32_t* count) {
   if (from.size() > CCU_MAX_REDUCTIONS)
@@ -14,88 +26,122 @@ void copy_codes(const std::vector<int32_t>& from, int32_t* to, int32_t* count) {
   *count = static_cast<int32_t>(from.size());
 }
 
-}  // namespace
-
-void bind_similarity(py::module_& m) {
+void bind_tile(py::module_& m) {
   m.attr("MAX_REDUCTIONS") = static_cast<int>(CCU_MAX_REDUCTIONS);
-  py::class_<ccu_tile>(m, "Tile").def(py::init(
-      [](Address dot, int dot_dtype, Address self_dot, int64_t banks, int64_t rows, int64_t cols, int64_t row0,
-         float scale, float bias, std::pair<Address, int64_t> row_labels, std::pair<Address, int64_t> col_labels,
-         std::pair<Address, int64_t> row_ids, std::pair<Address, int64_t> col_ids, bool diagonal,
-         const std::vector<int32_t>& row_codes, const std::vector<int32_t>& col_codes, int threads) {
-        ccu_tile t{};
-        t.dot = pointer<void>(dot);
-        t.dot_dtype = dot_dtype;
-        t.self_dot = pointer<float>(self_dot);
-        t.banks = banks;
-        t.rows = rows;
-        t.cols = cols;
-        t.row0 = row0;
-        t.scale = scale;
-        t.bias = bias;
-        t.row_labels = pointer<int32_t>(row_labels.first);
-        t.col_labels = pointer<int32_t>(col_labels.first);
-        t.row_ids = pointer<int32_t>(row_ids.first);
-        t.col_ids = pointer<int32_t>(col_ids.first);
-        t.row_label_stride = row_labels.second;
-        t.col_label_stride = col_labels.second;
-        t.row_id_stride = row_ids.second;
-        t.col_id_stride = col_ids.second;
-        t.diagonal = diagonal;
-        copy_codes(row_codes, t.row_codes, &t.n_row);
-        copy_codes(col_codes, t.col_codes, &t.n_col);
-        t.threads = threads;
-        return t;
-      }));
+  py::class_<Relations>(m, "Relations", "The labels and ids that decide which pairs are SELF, SAME or OTHER.")
+      .def(py::init([](Strided row_labels, Strided col_labels, Strided row_ids, Strided col_ids, bool diagonal) {
+             return Relations{row_labels, col_labels, row_ids, col_ids, diagonal};
+           }),
+           "Takes an address and a stride from bank to bank for each of the four, (0, 0) for none.",
+           py::arg("row_labels"), py::arg("col_labels"), py::arg("row_ids"), py::arg("col_ids"), py::arg("diagonal"));
 
-  m.def("similarity_forward",
-        [](const ccu_tile& tile, Address row_out, int64_t row_reduction_stride, int64_t row_bank_stride,
-           Address col_max, Address col_sum, int64_t col_reduction_stride) {
-          ccu_similarity_forward_args a{};
-          a.tile = tile;
-          a.row_out = pointer<float>(row_out);
-          a.row_reduction_stride = row_reduction_stride;
-          a.row_bank_stride = row_bank_stride;
-          a.col_max = pointer<float>(col_max);
-          a.col_sum = pointer<double>(col_sum);
-          a.col_reduction_stride = col_reduction_stride;
-          call("similarity_forward", ccu_similarity_forward, a);
-        });
+  py::class_<Reductions>(m, "Reductions", "The codes of the reductions over rows and over columns.")
+      .def(py::init([](const std::vector<int32_t>& rows, const std::vector<int32_t>& cols) {
+             Reductions r{};
+             copy_codes(rows, r.row_codes, &r.n_row);
+             copy_codes(cols, r.col_codes, &r.n_col);
+             return r;
+           }),
+           "Takes at most MAX_REDUCTIONS codes a side.", py::arg("rows"), py::arg("cols"));
 
-  m.def("similarity_backward",
-        [](const ccu_tile& tile, Address row_grad, Address row_out, int64_t row_reduction_stride,
-           int64_t row_bank_stride, Address col_grad, Address col_out, int64_t col_reduction_stride, Address grad,
-           int grad_dtype, Address scale_sums, Address bias_sums) {
-          ccu_similarity_backward_args a{};
-          a.tile = tile;
-          a.row_grad = pointer<float>(row_grad);
-          a.row_out = pointer<float>(row_out);
-          a.row_reduction_stride = row_reduction_stride;
-          a.row_bank_stride = row_bank_stride;
-          a.col_grad = pointer<float>(col_grad);
-          a.col_out = pointer<float>(col_out);
-          a.col_reduction_stride = col_reduction_stride;
-          a.grad = pointer<void>(grad);
-          a.grad_dtype = grad_dtype;
-          a.scale_sums = pointer<double>(scale_sums);
-          a.bias_sums = pointer<double>(bias_sums);
-          call("similarity_backward", ccu_similarity_backward, a);
-        });
+  // Relations and reductions are objects of their own because a small problem, whose time is that of its calls, builds
+  // them once.
+  py::class_<ccu_tile>(m, "Tile", "A part of the similarities, and what its rows and columns are.")
+      .def(py::init([](std::pair<Address, int32_t> dot, Address self_dot, std::tuple<int64_t, int64_t, int64_t> shape,
+                       int64_t row0, float scale, float bias, const Relations& relations, const Reductions& reductions,
+                       int threads) {
+             ccu_tile t{};
+             t.dot = pointer<void>(dot.first);
+             t.dot_dtype = dot.second;
+             t.self_dot = pointer<float>(self_dot);
+             std::tie(t.banks, t.rows, t.cols) = shape;
+             t.row0 = row0;
+             t.scale = scale;
+             t.bias = bias;
+             t.row_labels = pointer<int32_t>(relations.row_labels.first);
+             t.col_labels = pointer<int32_t>(relations.col_labels.first);
+             t.row_ids = pointer<int32_t>(relations.row_ids.first);
+             t.col_ids = pointer<int32_t>(relations.col_ids.first);
+             t.row_label_stride = relations.row_labels.second;
+             t.col_label_stride = relations.col_labels.second;
+             t.row_id_stride = relations.row_ids.second;
+             t.col_id_stride = relations.col_ids.second;
+             t.diagonal = relations.diagonal;
+             t.n_row = reductions.n_row;
+             t.n_col = reductions.n_col;
+             std::copy(std::begin(reductions.row_codes), std::end(reductions.row_codes), t.row_codes);
+             std::copy(std::begin(reductions.col_codes), std::end(reductions.col_codes), t.col_codes);
+             t.threads = threads;
+             return t;
+           }),
+           "Takes the products by address and dtype, and their shape as (banks, rows, cols).", py::kw_only(),
+           py::arg("dot"), py::arg("self_dot"), py::arg("shape"), py::arg("row0"), py::arg("scale"), py::arg("bias"),
+           py::arg("relations"), py::arg("reductions"), py::arg("threads"));
+}
 
-  m.def("similarity_softmax", [](const ccu_tile& tile, Address e, Address keys, int64_t dim, Address shift, Address sum,
-                                 Address mean, int64_t group_stride) {
-    ccu_similarity_softmax_args a{};
-    a.tile = tile;
-    a.e = pointer<float>(e);
-    a.keys = pointer<float>(keys);
-    a.dim = dim;
-    a.shift = pointer<float>(shift);
-    a.sum = pointer<double>(sum);
-    a.mean = pointer<float>(mean);
-    a.group_stride = group_stride;
-    call("similarity_softmax", ccu_similarity_softmax, a);
-  });
+void bind_reduce_similarity(py::module_& m) {
+  m.def(
+      "similarity_forward",
+      [](const ccu_tile& tile, std::tuple<Address, int64_t, int64_t> rows, std::tuple<Address, Address, int64_t> cols) {
+        ccu_similarity_forward_args a{};
+        a.tile = tile;
+        a.row_out = pointer<float>(std::get<0>(rows));
+        a.row_reduction_stride = std::get<1>(rows);
+        a.row_bank_stride = std::get<2>(rows);
+        a.col_max = pointer<float>(std::get<0>(cols));
+        a.col_sum = pointer<double>(std::get<1>(cols));
+        a.col_reduction_stride = std::get<2>(cols);
+        call("similarity_forward", ccu_similarity_forward, a);
+      },
+      "Writes rows = (results, stride of reductions, stride of banks) and updates cols = (maxima, sums, stride of "
+      "reductions).",
+      py::arg("tile"), py::arg("rows"), py::arg("cols"));
 
+  m.def(
+      "similarity_backward",
+      [](const ccu_tile& tile, std::tuple<Address, Address, int64_t, int64_t> rows,
+         std::tuple<Address, Address, int64_t> cols, std::pair<Address, int32_t> grad,
+         std::pair<Address, Address> sums) {
+        ccu_similarity_backward_args a{};
+        a.tile = tile;
+        a.row_grad = pointer<float>(std::get<0>(rows));
+        a.row_out = pointer<float>(std::get<1>(rows));
+        a.row_reduction_stride = std::get<2>(rows);
+        a.row_bank_stride = std::get<3>(rows);
+        a.col_grad = pointer<float>(std::get<0>(cols));
+        a.col_out = pointer<float>(std::get<1>(cols));
+        a.col_reduction_stride = std::get<2>(cols);
+        a.grad = pointer<void>(grad.first);
+        a.grad_dtype = grad.second;
+        a.scale_sums = pointer<double>(sums.first);
+        a.bias_sums = pointer<double>(sums.second);
+        call("similarity_backward", ccu_similarity_backward, a);
+      },
+      "Writes grad = (address, dtype) and sums = (for scale, for bias) from rows = (gradients, results, stride of "
+      "reductions, stride of banks) and cols = (gradients, results, stride of reductions).",
+      py::arg("tile"), py::arg("rows"), py::arg("cols"), py::arg("grad"), py::arg("sums"));
+
+  m.def(
+      "similarity_softmax",
+      [](const ccu_tile& tile, Address e, Address keys, int64_t dim, Address shift, Address sum, Address mean,
+         int64_t group_stride) {
+        ccu_similarity_softmax_args a{};
+        a.tile = tile;
+        a.e = pointer<float>(e);
+        a.keys = pointer<float>(keys);
+        a.dim = dim;
+        a.shift = pointer<float>(shift);
+        a.sum = pointer<double>(sum);
+        a.mean = pointer<float>(mean);
+        a.group_stride = group_stride;
+        call("similarity_softmax", ccu_similarity_softmax, a);
+      },
+      "Adds one block of keys to the running softmax of each group of relations.", py::kw_only(), py::arg("tile"),
+      py::arg("e"), py::arg("keys"), py::arg("dim"), py::arg("shift"), py::arg("sum"), py::arg("mean"),
+      py::arg("group_stride"));
+}
+
+void bind_candidates(py::module_& m) {
   m.def(
       "candidate_rest",
       [](Address s, int64_t batch, Address rest, Address fixed, int threads) {
@@ -107,7 +153,8 @@ void bind_similarity(py::module_& m) {
         a.threads = threads;
         call("candidate_rest", ccu_candidate_rest, a);
       },
-      py::kw_only(), py::arg("s"), py::arg("batch"), py::arg("rest"), py::arg("fixed"), py::arg("threads"));
+      "Computes what all candidates of a batch share, on a CPU.", py::kw_only(), py::arg("s"), py::arg("batch"),
+      py::arg("rest"), py::arg("fixed"), py::arg("threads"));
 
   m.def(
       "candidate_losses",
@@ -125,12 +172,13 @@ void bind_similarity(py::module_& m) {
         a.threads = threads;
         call("candidate_losses", ccu_candidate_losses, a);
       },
-      py::kw_only(), py::arg("similarity"), py::arg("rest"), py::arg("fixed"), py::arg("batch"), py::arg("candidates"),
-      py::arg("first"), py::arg("rows"), py::arg("out"), py::arg("threads"));
+      "Computes the losses of the candidates of some texts, on a CPU.", py::kw_only(), py::arg("similarity"),
+      py::arg("rest"), py::arg("fixed"), py::arg("batch"), py::arg("candidates"), py::arg("first"), py::arg("rows"),
+      py::arg("out"), py::arg("threads"));
 
   m.attr("CUDA_ALONE") = static_cast<int>(CCU_CUDA_ALONE);
 #if CCU_HAVE_CUDA
-  py::class_<ccu_cuda_candidate_args>(m, "CudaCandidates")
+  py::class_<ccu_cuda_candidate_args>(m, "CudaCandidates", "The arguments of both kernels of candidate_losses.")
       .def(py::init([](Address s, Address similarity, float scale, Address factor, int64_t batch, int64_t candidates,
                        int64_t first, int64_t rows, Address rest, Address columns, Address out, Address stream) {
              ccu_cuda_candidate_args a{};
@@ -148,16 +196,21 @@ void bind_similarity(py::module_& m) {
              a.stream = pointer<void>(stream);
              return a;
            }),
-           py::kw_only(), py::arg("s"), py::arg("similarity"), py::arg("scale"), py::arg("factor"), py::arg("batch"),
-           py::arg("candidates"), py::arg("first"), py::arg("rows"), py::arg("rest"), py::arg("columns"),
-           py::arg("out"), py::arg("stream"));
-  m.def("cuda_candidate_rest",
-        [](const ccu_cuda_candidate_args& a) { call("candidate_losses", ccu_cuda_candidate_rest, a); });
-  m.def("cuda_candidate_losses",
-        [](const ccu_cuda_candidate_args& a) { call("candidate_losses", ccu_cuda_candidate_losses, a); });
+           "Takes 0 for each address that a kernel does not use.", py::kw_only(), py::arg("s"), py::arg("similarity"),
+           py::arg("scale"), py::arg("factor"), py::arg("batch"), py::arg("candidates"), py::arg("first"),
+           py::arg("rows"), py::arg("rest"), py::arg("columns"), py::arg("out"), py::arg("stream"));
+  m.def(
+      "cuda_candidate_rest",
+      [](const ccu_cuda_candidate_args& problem) { call("candidate_losses", ccu_cuda_candidate_rest, problem); },
+      "Computes what all candidates of a large batch share, on a GPU.", py::arg("problem"));
+  m.def(
+      "cuda_candidate_losses",
+      [](const ccu_cuda_candidate_args& problem) { call("candidate_losses", ccu_cuda_candidate_losses, problem); },
+      "Computes the losses of the candidates of some texts, on a GPU.", py::arg("problem"));
 #endif
+}
 
-  // Forward without a gradient, backward with one.
+void bind_normalize(py::module_& m) {
   m.def(
       "l2_normalize",
       [](Address x, int dtype, int64_t rows, int64_t dim, float eps, Address grad, Address out, int other_dtype,
@@ -175,8 +228,18 @@ void bind_similarity(py::module_& m) {
         a.threads = threads;
         call("l2_normalize", a.grad == nullptr ? ccu_l2_normalize : ccu_l2_normalize_backward, a);
       },
-      py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("dim"), py::arg("eps"), py::arg("grad"),
-      py::arg("out"), py::arg("other_dtype"), py::arg("inverse"), py::arg("threads"));
+      "Writes rows of unit length or, given a gradient, the gradient of x.", py::kw_only(), py::arg("x"),
+      py::arg("dtype"), py::arg("rows"), py::arg("dim"), py::arg("eps"), py::arg("grad"), py::arg("out"),
+      py::arg("other_dtype"), py::arg("inverse"), py::arg("threads"));
+}
+
+}  // namespace
+
+void bind_similarity(py::module_& m) {
+  bind_tile(m);
+  bind_reduce_similarity(m);
+  bind_candidates(m);
+  bind_normalize(m);
 }
 
 }  // namespace ccu

@@ -56,9 +56,8 @@ void bind_tokens(py::module_& m) {
       "topk_flips",
       [](Address grad, int64_t rows, int64_t dim, Address packed, Address steps, int64_t tokens, Address token_ids,
          double max_norm, Address embedding, std::pair<int64_t, int64_t> embedding_strides, int embedding_dtype,
-         bool maximize, Address current, bool exclude_current, std::pair<Address, int64_t> allowed,
-         std::pair<Address, int64_t> penalty, int64_t k, int threads, Address ids, Address delta, Address score,
-         Address count, Address valid) {
+         bool maximize, Address current, bool exclude_current, Strided allowed, Strided penalty, int64_t k, int threads,
+         Address ids, Address delta, Address score, Address count, Address valid) {
         ccu_topk_flips_args a{};
         a.grad = pointer<float>(grad);
         a.rows = rows;
@@ -88,11 +87,11 @@ void bind_tokens(py::module_& m) {
         a.valid = pointer<uint8_t>(valid);
         call("topk_flips", ccu_topk_flips, a);
       },
-      py::kw_only(), py::arg("grad"), py::arg("rows"), py::arg("dim"), py::arg("packed"), py::arg("steps"),
-      py::arg("tokens"), py::arg("token_ids"), py::arg("max_norm"), py::arg("embedding"), py::arg("embedding_strides"),
-      py::arg("embedding_dtype"), py::arg("maximize"), py::arg("current"), py::arg("exclude_current"),
-      py::arg("allowed"), py::arg("penalty"), py::arg("k"), py::arg("threads"), py::arg("ids"), py::arg("delta"),
-      py::arg("score"), py::arg("count"), py::arg("valid"));
+      "Finds the k best tokens of each gradient row, on a CPU.", py::kw_only(), py::arg("grad"), py::arg("rows"),
+      py::arg("dim"), py::arg("packed"), py::arg("steps"), py::arg("tokens"), py::arg("token_ids"), py::arg("max_norm"),
+      py::arg("embedding"), py::arg("embedding_strides"), py::arg("embedding_dtype"), py::arg("maximize"),
+      py::arg("current"), py::arg("exclude_current"), py::arg("allowed"), py::arg("penalty"), py::arg("k"),
+      py::arg("threads"), py::arg("ids"), py::arg("delta"), py::arg("score"), py::arg("count"), py::arg("valid"));
 
   // ---- topk_flips on a GPU
 
@@ -101,7 +100,10 @@ void bind_tokens(py::module_& m) {
   m.attr("TOPK_INVALID") = static_cast<int>(CCU_TOPK_INVALID);
   m.attr("TOPK_ZERO") = static_cast<int>(CCU_TOPK_ZERO);
   m.attr("CUDA_MOST_FLIPS") = static_cast<int>(CCU_CUDA_MOST_FLIPS);
-  // On a CPU with the GPU's arithmetic, one row after the other, for tests and reports, which have no GPU.
+  m.attr("CUDA_FEW_ROWS") = static_cast<int>(CCU_CUDA_FEW_ROWS);
+  m.attr("CUDA_TOPK_GROUPS") = static_cast<int>(CCU_CUDA_TOPK_GROUPS);
+  m.attr("CUDA_GROUP_STEP") = static_cast<int>(CCU_CUDA_GROUP_STEP);
+  // Also runs on a CPU, row by row with the same arithmetic as the GPU, for tests and reports on machines without one.
   m.def(
       "topk_describe",
       [](Address grad, int64_t rows, int64_t dim, int64_t padded, Address coarse, bool maximize, bool certify,
@@ -120,22 +122,19 @@ void bind_tokens(py::module_& m) {
         a.stream = pointer<void>(stream);
         call_on(cuda, "topk_flips", describe, CCU_CUDA(ccu_cuda_topk_describe), a);
       },
-      py::kw_only(), py::arg("grad"), py::arg("rows"), py::arg("dim"), py::arg("padded"), py::arg("coarse"),
-      py::arg("maximize"), py::arg("certify"), py::arg("half"), py::arg("operand"), py::arg("about"), py::arg("cuda"),
-      py::arg("stream"));
+      "Prepares gradient rows for the coarse scan of a GPU.", py::kw_only(), py::arg("grad"), py::arg("rows"),
+      py::arg("dim"), py::arg("padded"), py::arg("coarse"), py::arg("maximize"), py::arg("certify"), py::arg("half"),
+      py::arg("operand"), py::arg("about"), py::arg("cuda"), py::arg("stream"));
 
 #if CCU_HAVE_CUDA
-  m.attr("CUDA_FEW_ROWS") = static_cast<int>(CCU_CUDA_FEW_ROWS);
-  m.attr("CUDA_TOPK_GROUPS") = static_cast<int>(CCU_CUDA_TOPK_GROUPS);
-  // Without a table the caller has computed the scores.
+  // Without a table, the caller has already computed the scores.
   m.def(
       "cuda_topk",
       [](Address table, Address operand, int64_t padded, Address lowest, int64_t group, Address scores, int64_t first,
          int64_t rows, int64_t tokens, Address about, Address grad, int64_t dim, Address token_ids, Address embedding,
          std::pair<int64_t, int64_t> embedding_strides, int64_t vocabulary, int embedding_dtype, bool maximize,
-         Address current, bool exclude_current, std::pair<Address, int64_t> allowed,
-         std::pair<Address, int64_t> penalty, int64_t k, Address ids, Address delta, Address score, Address count,
-         Address valid, Address redo, Address stream) {
+         Address current, bool exclude_current, Strided allowed, Strided penalty, int64_t k, Address ids, Address delta,
+         Address score, Address count, Address valid, Address redo, Address stream) {
         ccu_cuda_topk_args a{};
         a.table = pointer<void>(table);
         a.operand = pointer<float>(operand);
@@ -173,19 +172,23 @@ void bind_tokens(py::module_& m) {
         if (a.table != nullptr) call("topk_flips", ccu_cuda_topk_scores, a);
         call("topk_flips", ccu_cuda_topk_select, a);
       },
-      py::kw_only(), py::arg("table"), py::arg("operand"), py::arg("padded"), py::arg("lowest"), py::arg("group"),
-      py::arg("scores"), py::arg("first"), py::arg("rows"), py::arg("tokens"), py::arg("about"), py::arg("grad"),
-      py::arg("dim"), py::arg("token_ids"), py::arg("embedding"), py::arg("embedding_strides"), py::arg("vocabulary"),
-      py::arg("embedding_dtype"), py::arg("maximize"), py::arg("current"), py::arg("exclude_current"),
-      py::arg("allowed"), py::arg("penalty"), py::arg("k"), py::arg("ids"), py::arg("delta"), py::arg("score"),
-      py::arg("count"), py::arg("valid"), py::arg("redo"), py::arg("stream"));
+      "Finds the k best tokens of each gradient row, on a GPU.", py::kw_only(), py::arg("table"), py::arg("operand"),
+      py::arg("padded"), py::arg("lowest"), py::arg("group"), py::arg("scores"), py::arg("first"), py::arg("rows"),
+      py::arg("tokens"), py::arg("about"), py::arg("grad"), py::arg("dim"), py::arg("token_ids"), py::arg("embedding"),
+      py::arg("embedding_strides"), py::arg("vocabulary"), py::arg("embedding_dtype"), py::arg("maximize"),
+      py::arg("current"), py::arg("exclude_current"), py::arg("allowed"), py::arg("penalty"), py::arg("k"),
+      py::arg("ids"), py::arg("delta"), py::arg("score"), py::arg("count"), py::arg("valid"), py::arg("redo"),
+      py::arg("stream"));
 #endif
 
-  // The selection of csrc/cuda/topk_select.cu with its own arithmetic, one thread after the other: the candidates of a
-  // row, sorted; for tests, which have no GPU.
-  m.def("select_candidates", [](const std::vector<float>& scores, int64_t k, double err, int64_t groups) {
-    return select(scores.data(), static_cast<int64_t>(scores.size()), k, err, groups);
-  });
+  // For tests on machines without a GPU.
+  m.def(
+      "select_candidates",
+      [](const std::vector<float>& scores, int64_t k, double err, int64_t groups) {
+        return select(scores.data(), static_cast<int64_t>(scores.size()), k, err, groups);
+      },
+      "Returns the sorted candidates that csrc/cuda/topk_select.cu selects from a row of scores.", py::arg("scores"),
+      py::arg("k"), py::arg("err"), py::arg("groups"));
 }
 
 }  // namespace ccu

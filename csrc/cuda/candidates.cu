@@ -1,4 +1,4 @@
-// candidate_losses on a GPU, behind its two GEMMs; the formulas stand in csrc/cpu/candidates.cpp.
+// candidate_losses on a GPU, after its two GEMMs; csrc/cpu/candidates.cpp explains the formulas.
 //
 //     s = scale * image @ text.T;  n = scale * image @ text_candidates[b].T
 //     rest[b, i]  = s[i, all but b].logsumexp()                           of one text and image
@@ -6,10 +6,11 @@
 //     sum[b, k]   = columns[all but b].sum() + logaddexp(rest[b], n[:, k]).sum() + n[:, k].logsumexp() - 2 n[b, k]
 //     out[b, k]   = sum[b, k] / (2 B)
 //
-// A block takes a text and its K candidates, a warp one of them. Up to a batch of CCU_CUDA_ALONE it finds rest and
-// columns by itself, which is 2 B^2 exponentials in each of B blocks and no launch: 4 million at B = 128 are less than
-// a microsecond of the device, and nothing has to be taken away from a sum. Beyond, `rest_and_columns` makes them once,
-// B^2 of each. Differences and exponentials are fp32, sums fp64 in a fixed order: the same bits every time.
+// A block takes a text and its K candidates, and each of its warps one candidate at a time. Up to a batch of
+// CCU_CUDA_ALONE the block computes rest and columns itself. That costs 2 B^2 exponentials in each of B blocks but
+// saves a launch: 4 million exponentials at B = 128 take the device less than a microsecond, and nothing has to be
+// subtracted from a sum. For larger batches `rest_and_columns` computes both once, with B^2 exponentials each.
+// Differences and exponentials are fp32, sums are fp64 in a fixed order, so the bits are the same every time.
 #include <cmath>
 
 #include "launch.cuh"
@@ -25,12 +26,6 @@ struct Largest {
     return x > y ? x : y;
   }
 };
-struct Sum {
-  template <class T>
-  __device__ T operator()(T x, T y) const {
-    return x + y;
-  }
-};
 
 struct Lse {
   float peak;
@@ -38,7 +33,8 @@ struct Lse {
   __device__ double value() const { return peak > -INFINITY ? peak + log(sum) : -INFINITY; }
 };
 
-// log sum exp of value(j), j != skip (-1: all), by the threads from `first` on, every `step`-th number each.
+// The parts of a log-sum-exp over value(j) for all j != skip (-1 skips none); a thread takes every `step`-th j from
+// `first` on.
 template <class Value>
 __device__ __forceinline__ float peak_of(int64_t n, int64_t skip, int first, int step, const Value& value) {
   float peak = -INFINITY;
@@ -57,20 +53,21 @@ template <class Value>
 __device__ __forceinline__ Lse warp_lse(int64_t n, int64_t skip, const Value& value) {
   const int lane = threadIdx.x % 32;
   const float peak = over_warp(peak_of(n, skip, lane, 32, value), Largest());
-  return {peak, over_warp(sum_of(n, skip, lane, 32, peak, value), Sum())};
+  return {peak, over_warp(sum_of(n, skip, lane, 32, peak, value), Add())};
 }
 template <class Value>
 __device__ __forceinline__ Lse block_lse(int64_t n, int64_t skip, const Value& value) {
   const int thread = threadIdx.x;
   const float peak = over_block<kThreads>(peak_of(n, skip, thread, kThreads, value), Largest());
-  return {peak, over_block<kThreads>(sum_of(n, skip, thread, kThreads, peak, value), Sum())};
+  return {peak, over_block<kThreads>(sum_of(n, skip, thread, kThreads, peak, value), Add())};
 }
 
 __device__ __forceinline__ float scale_of(const ccu_cuda_candidate_args& a) {
   return a.factor != nullptr ? a.scale * __ldg(a.factor) : a.scale;
 }
 
-// A block an image (its row of s: rest of every text) and one a text (its column of s).
+// One block for each image, which computes the rest of every text from its row of s, and one for each text, which
+// reduces its column of s.
 __global__ void __launch_bounds__(kThreads) rest_and_columns(ccu_cuda_candidate_args a) {
   const int64_t n = a.batch;
   const float scale = scale_of(a);
@@ -83,14 +80,14 @@ __global__ void __launch_bounds__(kThreads) rest_and_columns(ccu_cuda_candidate_
   const int64_t i = blockIdx.x;
   const auto row = [&](int64_t j) { return scale * a.s[i * n + j]; };
   const Lse all = block_lse(n, -1, row);
-  // Where one term is more than half of the sum nothing is taken away from it: the others are added up by themselves.
+  // A term that is more than half of the sum is not subtracted from it; instead the others are added up separately.
   __shared__ int64_t dominant;
   if (threadIdx.x == 0) dominant = -1;
   __syncthreads();
   for (int64_t b = threadIdx.x; b < n; b += kThreads) {
     const double term = expf(row(b) - all.peak);
     if (term > 0.5 * all.sum)
-      dominant = b;  // one at most
+      dominant = b;  // at most one term is
     else
       a.rest[b * n + i] = static_cast<float>(all.peak + log(all.sum - term));
   }
@@ -114,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) losses(ccu_cuda_candidate_args a) {
       const Lse row = warp_lse(n, b, [&](int64_t j) { return scale * a.s[i * n + j]; });
       if (lane == 0) own[i] = static_cast<float>(row.value());
     }
-    // A column a thread: neighbours read neighbours.
+    // Each thread takes a column, so that neighbouring threads read neighbouring elements.
     for (int64_t j = threadIdx.x; j < n; j += kThreads) {
       if (j == b) continue;
       const auto column = [&](int64_t i) { return scale * a.s[i * n + j]; };
@@ -125,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) losses(ccu_cuda_candidate_args a) {
     rest = a.rest + b * n;
     for (int64_t j = threadIdx.x; j < n; j += kThreads) fixed += j == b ? 0.0 : a.columns[j];
   }
-  fixed = over_block<kThreads>(fixed, Sum());  // behind it all of `own` is there
+  fixed = over_block<kThreads>(fixed, Add());  // also waits until all of `own` is written
   for (int64_t k = warp; k < a.candidates; k += kWarps) {
     const float* x = a.similarity + (blockIdx.x * a.candidates + k) * n;
     const auto value = [&](int64_t i) { return scale * x[i]; };
@@ -134,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) losses(ccu_cuda_candidate_args a) {
       const float high = fmaxf(rest[i], value(i)), low = fminf(rest[i], value(i));
       images += static_cast<double>(high) + log1pf(expf(low - high));
     }
-    images = over_warp(images, Sum());
+    images = over_warp(images, Add());
     const Lse text = warp_lse(n, -1, value);
     if (lane == 0)
       a.out[b * a.candidates + k] = static_cast<float>((fixed + images + text.value() - 2.0 * value(b)) / (2.0 * n));

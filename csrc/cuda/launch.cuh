@@ -1,4 +1,5 @@
-// What the bytes-bound kernels share: packs of elements that move as one access, and a grid that fills the device.
+// What the kernels share: packs of elements that move as one access, a grid that fills the device, and reductions over
+// a warp or a block.
 #ifndef CCU_FAST_CUDA_LAUNCH_CUH_
 #define CCU_FAST_CUDA_LAUNCH_CUH_
 
@@ -13,8 +14,8 @@ namespace ccu {
 constexpr int kThreads = 256;
 constexpr int kBlocksPerProcessor = 8;
 
-// N elements that move as one access, or as several of 16 bytes: nvcc makes one of 32 where the type promises that
-// much, on the GPUs that have it, and tensors promise no more than 16.
+// N elements that move as one access, or as several of 16 bytes. A larger alignment would let nvcc emit accesses of 32
+// bytes on GPUs that have them, but tensors are only aligned to 16.
 template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T item[N];
@@ -25,7 +26,7 @@ bool aligned_for(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % alignof(P) == 0;
 }
 
-// Blocks for `tasks` grid-stride tasks of one thread each; 0 if the device does not answer.
+// The number of blocks for `tasks` grid-stride tasks of one thread each; 0 if the device does not answer.
 inline unsigned blocks_for(int64_t tasks) {
   int device = 0, processors = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
@@ -35,7 +36,7 @@ inline unsigned blocks_for(int64_t tasks) {
   return static_cast<unsigned>(wanted < most ? (wanted > 0 ? wanted : 1) : most);
 }
 
-// The status of what was launched last, and of a question to the device that got no answer.
+// The status of the last launch, and the status to return when the device does not answer.
 inline int launched() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? CCU_OK : CCU_CUDA_ERROR + static_cast<int>(error);
@@ -44,6 +45,14 @@ inline int no_device() {
   const int status = launched();
   return status == CCU_OK ? CCU_CUDA_ERROR : status;
 }
+
+// Joins two values into their sum, for over_warp and over_block.
+struct Add {
+  template <class T>
+  __device__ __forceinline__ T operator()(T x, T y) const {
+    return x + y;
+  }
+};
 
 // Joins `value` over the lanes of a warp, in a fixed order; every lane gets the same result.
 template <class T, class Join>
@@ -58,7 +67,7 @@ __device__ T over_block(T value, Join join) {
   constexpr int kParts = kBlock / 32;
   __shared__ T parts[kParts];
   value = over_warp(value, join);
-  __syncthreads();  // those of the last time have been read
+  __syncthreads();  // every thread has read the parts of the previous call
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
   __syncthreads();
   T all = parts[0];
@@ -66,7 +75,8 @@ __device__ T over_block(T value, Join join) {
   return all;
 }
 
-// For what the host did not look at: the kernel ends, and with it the process's use of the GPU, as in torch.
+// Ends the kernel over an error that the host did not check for. As in torch, the process can then no longer use the
+// GPU.
 [[noreturn]] __device__ __forceinline__ void end_kernel() {
   __trap();
   __builtin_unreachable();

@@ -3,16 +3,16 @@
 //   linf:  delta = clamp(clamp(delta - step * sign(grad), -eps, eps) + image, lower, upper) - image
 //   l2:    delta = delta - step * grad / |grad|;  delta *= min(1, eps / |delta|);
 //          delta = clamp(delta + image, lower, upper) - image                        |.| over a sample
-//   and, if asked for, out = delta + image, before the image is taken away again
+//   and, on request, out = delta + image, from the sum before the image is subtracted
 //
-// Bytes bound: three reads and one write of the tensor (two with out), 3 FLOP-like operations for every 4 bytes. So the
-// grid is only as large as it takes to keep the memory busy, and each thread moves 16 bytes of delta at a time;
-// grid-stride, so that one launch serves any size. Numbers travel as kernel arguments: nothing is copied, and a graph
-// can hold the step. l2 reads grad once more for its norm, and both once more for that of the moved noise; partial sums
-// are fp64, of fixed slices of a sample, added in their order.
+// Memory bandwidth is the limit: three reads and one write of the tensor (two with out), and about 3 operations for
+// every 4 bytes. So the grid is only as large as it takes to keep the memory busy, and each thread moves 16 bytes of
+// delta at a time, in a grid-stride loop, so that one launch serves any size. Numbers travel as kernel arguments:
+// nothing is copied, and a CUDA graph can hold the step. l2 reads grad once more for its norm, and both tensors once
+// more for the norm of the moved noise. It adds fp64 sums of fixed slices of a sample in a fixed order.
 //
-// If it is to be checked, linf reads grad once more, in a launch of its own before anything is written; l2 looks where
-// it reads grad for its norm. What is wrong is told to the host, which does not wait for it, and no step is made.
+// With a check, linf reads grad once more, in a separate launch before anything is written, and l2 checks grad where it
+// reads it for the norm. The kernel tells the host what is wrong, without making it wait, and makes no step.
 #include <math.h>
 
 #include "../common/pgd.h"
@@ -34,7 +34,7 @@ struct Tensors {
         image(static_cast<const Pack<T, N>*>(a.image)),
         out(static_cast<Pack<T, N>*>(a.out)) {}
 
-  // Both results of a pack from what the step made of it.
+  // Writes both results of a pack from its moved noise.
   __device__ __forceinline__ void finish(int64_t i, const float (&moved)[N], const PgdParameters& p) const {
     const Pack<T, N> x = image[i];
     Pack<T, N> d, y;
@@ -49,7 +49,7 @@ struct Tensors {
   }
 };
 
-// What is wrong keeps this step and those behind it on the stream from being made until the host has looked.
+// Records what is wrong. Neither this step nor later ones on the stream are made until the host has looked at it.
 __device__ __noinline__ void refuse(unsigned long long* refused, unsigned long long* told, int64_t what) {
   const auto said = static_cast<unsigned long long>(what);
   if (atomicCAS(refused, 0ull, said) != 0ull) return;
@@ -57,10 +57,10 @@ __device__ __noinline__ void refuse(unsigned long long* refused, unsigned long l
   __threadfence_system();
 }
 
-// The same for all threads: it was decided by the launch before.
+// The same in all threads, because the previous launch has decided it.
 __device__ __forceinline__ bool is_refused(const ccu_pgd_step_args& a) { return a.check && *a.refused != 0ull; }
 
-// The parameters of all channels, by the first block.
+// Checks the parameters of all channels, in the first block.
 __device__ __forceinline__ void check_channels(const ccu_pgd_step_args& a) {
   if (a.channel == nullptr || blockIdx.x != 0) return;
   for (int64_t c = threadIdx.x; c < a.channels; c += kThreads) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) check_packs(ccu_pgd_step_args a, con
   }
 }
 
-// N elements a time; a channel is a multiple of N, so that a pack lies within one.
+// Moves N elements at a time. The size of a channel is a multiple of N, so that a pack lies within one channel.
 template <class T, class G, int N>
 __global__ void __launch_bounds__(kThreads)
     linf_packs(ccu_pgd_step_args a, Tensors<T, G, N> t, int64_t packs, int64_t packs_per_channel) {
@@ -102,9 +102,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The sum of a slice's squares to parts[block]; blocks of a sample stand together.
+// Writes the sum of a slice's squares to parts[block]; the blocks of a sample are neighbours.
 __device__ __forceinline__ void store_sum(double sum, double* parts) {
-  sum = over_block<kThreads>(sum, [](double x, double y) { return x + y; });
+  sum = over_block<kThreads>(sum, Add());
   if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 

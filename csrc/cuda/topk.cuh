@@ -1,4 +1,4 @@
-// A block of topk_flips on a GPU: it holds candidates, scores and sorts them.
+// How a block of topk_flips on a GPU holds candidates, scores them and sorts them.
 #ifndef CCU_FAST_CUDA_TOPK_CUH_
 #define CCU_FAST_CUDA_TOPK_CUH_
 
@@ -32,7 +32,7 @@ __device__ __forceinline__ bool may_use(const ccu_cuda_topk_args& a, int64_t row
   return !a.exclude_current || id_of(a, token) != a.current[row];
 }
 
-// The coarse scores of a row in its own unit, as numbers to compare.
+// Turns the coarse scores of a row, in the row's own unit, into keys to compare.
 struct Keys {
   const ccu_cuda_topk_args& a;
   int64_t row;
@@ -41,13 +41,13 @@ struct Keys {
   __device__ __forceinline__ Keys(const ccu_cuda_topk_args& a, int64_t row)
       : a(a), row(row), factor(__ldg(a.about + 4 * row)), penalty_scale(__ldg(a.about + 4 * row + 1)) {}
 
-  // kNever for a token that may not be used; unfiltered where nothing forbids or moves one.
+  // kNever for a token that may not be used. Without a filter, every token may be used and has no penalty.
   template <bool kFiltered = true>
   __device__ __forceinline__ uint32_t of(int64_t token, float coarse) const {
     const float score = factor * coarse;
     if constexpr (!kFiltered) return ordered(score);
     if (!may_use(a, row, token)) return kNever;
-    // fmaf, so that the scan and the selection make the same key of a score.
+    // An explicit fmaf, so that the scan and the selection derive the same key from a score.
     return ordered(a.penalty == nullptr ? score : fmaf(penalty_scale, penalty_of(a, row, token), score));
   }
 };
@@ -67,14 +67,15 @@ __device__ __forceinline__ float element(const ccu_cuda_topk_args& a, int64_t at
   }
 }
 
-// Float64 dot product of an embedding row and a gradient by one warp, always in the same order; the same in every lane.
+// The float64 dot product of an embedding row and a gradient, computed by one warp in a fixed order. Every lane gets
+// it.
 __device__ __forceinline__ double dot(const ccu_cuda_topk_args& a, int64_t id, int64_t row) {
   const float* g = a.grad + row * a.dim;
   const int64_t e = id * a.embedding_stride;
   double sum = 0.0;
   for (int64_t d = threadIdx.x % 32; d < a.dim; d += 32)
     sum += static_cast<double>(element(a, e + d * a.embedding_step)) * g[d];
-  return over_warp(sum, [](double x, double y) { return x + y; });
+  return over_warp(sum, Add());
 }
 
 __device__ __forceinline__ double score(const ccu_cuda_topk_args& a, int64_t row, int64_t token) {
@@ -82,7 +83,7 @@ __device__ __forceinline__ double score(const ccu_cuda_topk_args& a, int64_t row
   return (a.maximize ? -value : value) + penalty_of(a, row, token);
 }
 
-// By (score, token); what is behind the last sorts to the end.
+// Sorts by (score, token), after padding to a power of two with entries that sort to the end.
 __device__ inline void sort(Candidates& c) {
   const int n = c.count;
   int size = 2;
@@ -109,7 +110,8 @@ __device__ inline void sort(Candidates& c) {
     }
 }
 
-// Float64 scores of the candidates from number `first` on. Sorting them begins with a barrier.
+// Computes float64 scores of the candidates from number `first` on. It ends without a barrier, since sort starts with
+// one.
 __device__ inline void score_from(const ccu_cuda_topk_args& a, int64_t row, int first, Candidates& c) {
   for (int at = first + threadIdx.x / 32; at < c.count; at += kWarps) {
     const double exact = score(a, row, c.token[at]);
@@ -117,7 +119,7 @@ __device__ inline void score_from(const ccu_cuda_topk_args& a, int64_t row, int 
   }
 }
 
-// The first k of sorted candidates.
+// Writes the first k of the sorted candidates.
 __device__ inline void write(const ccu_cuda_topk_args& a, int64_t row, const Candidates& c, bool valid) {
   const int n = c.count < a.k ? c.count : static_cast<int>(a.k);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

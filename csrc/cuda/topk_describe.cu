@@ -1,7 +1,7 @@
-// What topk_flips on a GPU must know of its gradients before it scans the table; the formulas stand in
-// csrc/common/topk_row.h. Torch does the same in some 40 launches of a microsecond or two.
+// What topk_flips on a GPU must know about its gradients before it scans the table; csrc/common/topk_row.h has the
+// formulas. Torch would need some 40 launches of a microsecond or two for this.
 //
-// Work: the gradient is read twice, the second time from the cache, and written once; a block a row.
+// Work: each block reads one row of the gradient twice, the second time from the cache, and writes it once.
 #include "../common/topk_row.h"
 #include "launch.cuh"
 
@@ -16,9 +16,8 @@ __global__ void __launch_bounds__(kThreads) describe(ccu_topk_describe_args a) {
   TopkRow about(over_block<kThreads>(largest, [](float x, float y) { return fmaxf(x, y); }));
   for (int64_t d = threadIdx.x; d < a.padded; d += kThreads)
     about.put(d < a.dim ? grad[d] : 0.0f, a, row * a.padded + d);
-  const auto add = [](double x, double y) { return x + y; };
-  about.norm = over_block<kThreads>(about.norm, add);
-  about.off = over_block<kThreads>(about.off, add);
+  about.norm = over_block<kThreads>(about.norm, Add());
+  about.off = over_block<kThreads>(about.off, Add());
   if (threadIdx.x == 0) about.tell(a, a.about + 4 * row);
 }
 

@@ -1,13 +1,13 @@
-// The coarse scores of few gradient rows against a table in fp16, and the lowest of every group of tokens:
+// The coarse scores of a few gradient rows against a table in fp16, and the lowest key of every group of tokens:
 //
 //     scores[r, t] = sum_d table[t, d] * operand[r, d]         fp32 products and sums
-//     lowest[r, g] = min over the tokens of group g that may be used of their key, which is ordered as
+//     lowest[r, g] = min of the keys of the usable tokens in group g; a key has the order of
 //                    factor[r] * scores[r, t] + penalty_scale[r] * penalty[r, t]
 //
-// Bound by the one read of the table, 2 * tokens * dim bytes. A warp takes a group, 4 of its tokens at a time; a lane 8
-// dimensions of each at a time, 16 bytes, so that 2 KB are on their way for every warp. The 4 x 8 sums are then added
-// over the lanes by halving: 31 shuffles leave sum number l in lane l, where reducing each by itself would take 160.
-// More rows than registers hold sums for go to a library GEMM.
+// The time is that of one read of the table, 2 * tokens * dim bytes. A warp takes a group, 4 tokens at a time, and a
+// lane takes 8 dimensions of each at a time, 16 bytes, so that every warp has 2 KB in flight. The 4 x 8 sums are then
+// added over the lanes by halving: 31 shuffles leave sum number l in lane l, where separate reductions would take 160.
+// A library GEMM serves calls with more rows than registers can hold sums for.
 #include <cuda_fp16.h>
 
 #include "topk.cuh"
@@ -15,12 +15,14 @@
 namespace ccu {
 namespace {
 
-constexpr int kTokens = 4;
-constexpr int kRows = 8;  // for which the sums are laid out; to use all eight would spill registers
+constexpr int kTokens = CCU_CUDA_GROUP_STEP;
+constexpr int kRows = 8;  // the layout of the sums; using all eight would spill registers
 constexpr int kDims = 8;
 static_assert(CCU_CUDA_FEW_ROWS == 6 && CCU_CUDA_FEW_ROWS <= kRows);
+static_assert(kTokens * kRows == 32);  // a sum for each lane
 
-// Number l of 2 * Width sums over groups of 2 * Width lanes to lane l of each; templates, so that v stays in registers.
+// Adds 2 * Width numbers over groups of 2 * Width lanes and gives sum number l to lane l of each group. A template, so
+// that v stays in registers.
 template <int Width>
 __device__ __forceinline__ float scatter_sums(const float (&v)[2 * Width], int lane) {
   const bool upper = lane & Width;
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) few_rows(ccu_cuda_topk_args a) {
       float e[kTokens][kDims];
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        // Behind the last token the last one is read again, and not written.
+        // Past the end, the last token is read again and its sum is not written.
         const int64_t token = first + t < tokens ? first + t : tokens - 1;
         const uint4 bits = __ldg(reinterpret_cast<const uint4*>(table + token * a.padded + d));
         const __half2* pairs = reinterpret_cast<const __half2*>(&bits);
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) few_rows(ccu_cuda_topk_args a) {
       lowest = key < lowest ? key : lowest;
     }
   }
-  // Of a row's four lanes.
+  // The lowest of a row's four lanes.
 #pragma unroll
   for (int other = kRows; other < 32; other *= 2) {
     const uint32_t key = __shfl_xor_sync(0xffffffffu, lowest, other);

@@ -2,16 +2,17 @@
 //
 //     select    per row the k tokens of lowest score in float64 order, from coarse scores and a bound of their error
 //
-// A block a row. The tokens form at most 4096 groups, and the lowest score of each group is needed: the scan of few
-// rows has written it, otherwise one read of the scores finds it. The k-th lowest of those, found bit by bit from
-// registers, is at or above the k-th lowest of all, because k groups hold one token each at or below it. What is within
-// the bound of it is then collected from the groups that reach so low, a few: k = 16 of 49408 tokens typically leaves
-// 17 candidates, k = 1024 about 1200. They are scored in float64 from the embedding and sorted. Where more than 2048
-// are within the bound, or there is no bound, they are settled a part at a time: the best k of one part stay for the
-// next. A row whose gradient is zero has its penalties for scores, and no products are made.
+// Each block takes one row. The tokens form at most 4096 groups, and the block needs the lowest score of each: the scan
+// of few rows has written it, otherwise one read of the scores finds it. The k-th lowest of those, found bit by bit
+// from registers, is at or above the k-th lowest of all, because k groups hold one token each at or below it. The
+// tokens within the error bound of it are then collected from the few groups that reach so low: k = 16 of 49408 tokens
+// typically leaves 17 candidates, k = 1024 about 1200. They are scored in float64 from the embedding and sorted. If
+// more than 2048 are within the bound, or there is no bound, they are settled one part at a time, and the best k of
+// each part stay for the next. If the gradient of a row is zero, its scores are its penalties and there are no
+// products.
 //
-// Work: 4 bytes read for each score, or for each group where the scan has written it, and the scores of the groups that
-// reach low; 2 D FLOP in fp64 for each candidate. No pass over the scores sorts anything.
+// Work: reads 4 bytes for each score, or for each group if the scan has written its lowest, and the scores of the
+// groups that reach low; 2 D FLOP in fp64 for each candidate. No pass over the scores sorts anything.
 #include "topk.cuh"
 
 namespace ccu {
@@ -20,14 +21,14 @@ namespace {
 constexpr int kMine = 8;  // groups of a thread
 constexpr int kGroups = CCU_CUDA_TOPK_GROUPS;
 static_assert(kGroups == kMine * kSelectThreads);
-constexpr float kLargest = 1e37f;  // beyond it a coarse score may be near to overflow
+constexpr float kLargest = 1e37f;  // a larger coarse score may be close to overflow
 
-// The best k of all tokens that `take` lets through, in sorted order. Tokens come in ascending order, so that of equal
-// ones the earlier stay.
+// Finds the best k of all tokens that `take` accepts, sorted. It visits tokens in ascending order, so that the earlier
+// ones win ties.
 template <class Take>
 __device__ void settle_by_parts(const ccu_cuda_topk_args& a, int64_t row, bool zero, const Take& take,
                                 Candidates& best) {
-  double cutoff = INFINITY;  // the score of the k-th so far; an equal one that comes later has the higher token
+  double cutoff = INFINITY;  // the score of the k-th so far; a later token with an equal score loses the tie
   int settled = 0;
   if (threadIdx.x == 0) best.count = 0;
   __syncthreads();
@@ -54,8 +55,8 @@ __device__ void settle_by_parts(const ccu_cuda_topk_args& a, int64_t row, bool z
   }
 }
 
-// The lowest key of each of a thread's groups. Group m holds every kGroups-th token from m * kSelectThreads +
-// threadIdx.x on. Without a filter a thread has kMine scores on their way at a time.
+// Finds the lowest key of each of a thread's groups. Group m holds every kGroups-th token from m * kSelectThreads +
+// threadIdx.x on. Without a filter, a thread has kMine loads of scores in flight at a time.
 template <bool kFiltered>
 __device__ __forceinline__ void lowest_of_groups(const Keys& keys, const float* scores, uint32_t (&lowest)[kMine]) {
 #pragma unroll
@@ -94,9 +95,8 @@ __global__ void __launch_bounds__(kSelectThreads) select(ccu_cuda_topk_args a) {
   }
   const Keys keys(a, row);
   const float* scores = a.scores + static_cast<int64_t>(blockIdx.x) * a.tokens;
-  const auto add = [](int x, int y) { return x + y; };
   uint32_t lowest[kMine];
-  bool known = false;  // whether a group is `a.group` neighbouring tokens, as the scan left it
+  bool known = false;  // whether groups are those of the scan, `a.group` neighbouring tokens each
   if (a.lowest != nullptr) {
     const int64_t groups = (a.tokens + a.group - 1) / a.group;
     int usable = 0;
@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(kSelectThreads) select(ccu_cuda_topk_args a) {
       lowest[m] = group < groups ? __ldg(a.lowest + blockIdx.x * groups + group) : kNever;
       usable += lowest[m] != kNever;
     }
-    // With fewer usable groups nearly all of them would reach below the bound.
-    known = over_block<kSelectThreads>(usable, add) >= 2 * a.k;
+    // With fewer usable groups than that, nearly all of them would reach below the bound.
+    known = over_block<kSelectThreads>(usable, Add()) >= 2 * a.k;
   }
   if (!known) {
     if (is_filtered(a))
@@ -119,12 +119,12 @@ __global__ void __launch_bounds__(kSelectThreads) select(ccu_cuda_topk_args a) {
     int at_most = 0;
 #pragma unroll
     for (int m = 0; m < kMine; ++m) at_most += lowest[m] <= bound;
-    return over_block<kSelectThreads>(at_most, add);
+    return over_block<kSelectThreads>(at_most, Add());
   });
-  // Fewer than k groups have a token that may be used: all of them are candidates.
+  // If fewer than k groups have a usable token, all usable tokens are candidates.
   const bool all = kth == kNever;
   const uint32_t cutoff = all ? kNever - 1 : ordered(cutoff_above(unordered(kth), about[2]));
-  // A penalty that overflows in the units of the scores: the bound holds below that alone.
+  // A penalty may overflow in the units of the scores, and the bound holds only below that.
   const bool bounded = all || fabsf(unordered(kth)) < kLargest;
   if (bounded) {
 #pragma unroll
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kSelectThreads) select(ccu_cuda_topk_args a) {
   }
   if (!bounded || found.count > kCandidates) {
     if (threadIdx.x == 0) a.redo[row] = 1;
-    __syncthreads();  // all have seen how many there are
+    __syncthreads();  // every thread has read the count
     if (bounded)
       settle_by_parts(a, row, false, [&](int64_t token) { return keys.of(token, scores[token]) <= cutoff; }, found);
     else

@@ -107,7 +107,8 @@ void topk(int64_t rows, int64_t tokens, int64_t dim, int64_t k, ccu_topk_path pa
   a.table = table;
   a.operand = operand;
   a.padded = padded;
-  a.group = 4 * ((tokens + 4 * CCU_CUDA_TOPK_GROUPS - 1) / (4 * CCU_CUDA_TOPK_GROUPS));
+  const int64_t most = int64_t{CCU_CUDA_GROUP_STEP} * CCU_CUDA_TOPK_GROUPS;  // tokens in groups of one step
+  a.group = CCU_CUDA_GROUP_STEP * ((tokens + most - 1) / most);
   a.lowest = memory<uint32_t>(rows * ((tokens + a.group - 1) / a.group));
   expect_ok("topk_scores", ccu_cuda_topk_scores(&a));
   if (!use_lowest) a.lowest = nullptr;

@@ -1,19 +1,18 @@
-"""candidate_losses: torch's GEMMs, and csrc/cpu/candidates.cpp or csrc/cuda/candidates.cu for all between and behind.
+"""candidate_losses: torch's GEMMs, and csrc/cpu/candidates.cpp or csrc/cuda/candidates.cu for everything else.
 
-The similarities of candidates and images are made a chunk at a time in one buffer that stays in the cache.
+The similarities of candidates and images are computed one chunk at a time, in one buffer that stays in the cache.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ccu_fast import _C
 from ccu_fast.ops.candidate_losses.reference import scaled
-from ccu_fast.ops.gemm import multiply
-from ccu_fast.ops.native import address, on, on_gpu
+from ccu_fast.ops.native import address, multiply, on, on_gpu
 
 _CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
 
@@ -45,9 +44,12 @@ class _Cpu:
         self.fixed = self.image.new_empty(batch, dtype=torch.float64)
         s = self.image @ text.float().T
         _C.candidate_rest(
-            s=s.data_ptr(), batch=batch, rest=self.rest.data_ptr(), fixed=self.fixed.data_ptr(),
+            s=s.data_ptr(),
+            batch=batch,
+            rest=self.rest.data_ptr(),
+            fixed=self.fixed.data_ptr(),
             threads=torch.get_num_threads(),
-        )  # fmt: skip
+        )
 
     def losses(self, similarity: Tensor, candidates: int, first: int, rows: int, out: Tensor) -> None:
         _C.candidate_losses(
@@ -64,7 +66,7 @@ class _Cpu:
 
 
 class _Gpu:
-    """The same on a GPU, where the kernels multiply by the scale, and those of a small batch share nothing."""
+    """The same on a GPU, where the kernels multiply by the scale and share nothing if the batch is small."""
 
     def __init__(self, image: Tensor, text: Tensor, scale: float, factor: Tensor | None) -> None:
         batch = len(image)
@@ -81,9 +83,14 @@ class _Gpu:
         self._launch(_C.cuda_candidate_losses, similarity, candidates, first, rows, out)
 
     def _launch(
-        self, kernel: Any, similarity: Tensor | None = None, candidates: int = 0, first: int = 0, rows: int = 0,
+        self,
+        kernel: Callable[[_C.CudaCandidates], None],
+        similarity: Tensor | None = None,
+        candidates: int = 0,
+        first: int = 0,
+        rows: int = 0,
         out: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         guard, where = on(self.image.device)
         with guard:
             kernel(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
+from ccu_fast.ops.native import DTYPES, address
 
-_DTYPES = {torch.float32: _C.F32, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
-# Below this many elements another thread costs more than it does.
+# With fewer elements than this, another thread costs more than it saves.
 _SERIAL = 1 << 16
 
 
@@ -32,7 +32,14 @@ def _call(x: Tensor, grad: Tensor | None, out: Tensor, dtype: torch.dtype, inver
         inverse.fill_(1 / eps)
         return
     _C.l2_normalize(
-        x=x.data_ptr(), dtype=_DTYPES[x.dtype], rows=x.shape[0], dim=x.shape[1], eps=eps,
-        grad=0 if grad is None else grad.data_ptr(), out=out.data_ptr(), other_dtype=_DTYPES[dtype],
-        inverse=inverse.data_ptr(), threads=torch.get_num_threads() if x.numel() > _SERIAL else 1,
-    )  # fmt: skip
+        x=x.data_ptr(),
+        dtype=DTYPES[x.dtype],
+        rows=x.shape[0],
+        dim=x.shape[1],
+        eps=eps,
+        grad=address(grad),
+        out=out.data_ptr(),
+        other_dtype=DTYPES[dtype],
+        inverse=inverse.data_ptr(),
+        threads=torch.get_num_threads() if x.numel() > _SERIAL else 1,
+    )

@@ -1,7 +1,7 @@
-"""InfoNCE of a small batch on a CPU: one product, two calls of C++, two products; see api.py.
+"""InfoNCE of a small batch on a CPU: one product, two calls into C++, two products; see api.py.
 
-The logits become their gradient in place, in the forward pass: N² · 4 bytes until the backward pass, which only
-multiplies.
+The forward pass turns the logits into their gradient in place, which takes N² · 4 bytes until the backward pass. The
+backward pass only multiplies.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
-from ccu_fast.ops.reduce_similarity.native.operands import FP32, threads_for
+from ccu_fast.ops.reduce_similarity.native.operands import FP32, UNLABELLED, reductions, threads_for
 from ccu_fast.ops.small_info_nce.api import COLS, ROWS, weights
-
-_NO_KEYS = ((0, 0),) * 4
 
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float, keep: bool) -> tuple[Tensor, ...]:
@@ -23,13 +21,20 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float,
     items = x.shape[0]
     dot = torch.mm(x, y.T)
     tile = _C.Tile(
-        dot.data_ptr(), _C.F32, 0, 1, items, items, 0, float(scale), 0.0, *_NO_KEYS, True,
-        ROWS, COLS if symmetric else (), threads_for(items * items),
-    )  # fmt: skip
+        dot=(dot.data_ptr(), _C.F32),
+        self_dot=0,
+        shape=(1, items, items),
+        row0=0,
+        scale=float(scale),
+        bias=0.0,
+        relations=UNLABELLED[True],
+        reductions=reductions(ROWS, COLS if symmetric else ()),
+        threads=threads_for(items * items),
+    )
     rows = torch.empty(2, items, **FP32)
     peaks = torch.full((items,), -torch.inf, **FP32)
     sums = torch.zeros(items, dtype=torch.float64, device="cpu")
-    _C.similarity_forward(tile, rows.data_ptr(), items, items, peaks.data_ptr(), sums.data_ptr(), items)
+    _C.similarity_forward(tile, (rows.data_ptr(), items, items), (peaks.data_ptr(), sums.data_ptr(), items))
     lse, own = rows.unbind(0)
     values = lse - own
     cols = peaks
@@ -39,12 +44,15 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float,
     loss = values.sum() * weight
     if not keep:
         return (loss,)
-    incoming = weights(items, symmetric, weight, x.device)  # without columns the last row is not read as theirs
+    incoming = weights(items, symmetric, weight, x.device)  # C++ reads the last row only if there are columns
     totals = torch.empty(2, items, dtype=torch.float64, device="cpu")
     _C.similarity_backward(
-        tile, incoming.data_ptr(), rows.data_ptr(), items, items, incoming[-items:].data_ptr(), cols.data_ptr(), items,
-        dot.data_ptr(), _C.F32, totals.data_ptr(), totals[1].data_ptr(),
-    )  # fmt: skip
+        tile,
+        (incoming.data_ptr(), rows.data_ptr(), items, items),
+        (incoming[-items:].data_ptr(), cols.data_ptr(), items),
+        (dot.data_ptr(), _C.F32),
+        (totals.data_ptr(), totals[1].data_ptr()),
+    )
     return loss, totals[0].sum().float(), dot
 
 
@@ -58,7 +66,7 @@ def backward(
     symmetric: bool,
     weight: float,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, y and scale; None where not needed."""
+    """The gradients of x, y and scale; None where none is needed."""
     by_scale, by_dot = saved
     factor = float(grad)
 

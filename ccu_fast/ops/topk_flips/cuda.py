@@ -1,13 +1,13 @@
-"""topk_flips on a GPU: csrc/cuda/topk_describe.cu, coarse fp16 scores, csrc/cuda/topk_select.cu. Nothing waits for it.
+"""topk_flips on a GPU: csrc/cuda/topk_describe.cu, coarse fp16 scores, csrc/cuda/topk_select.cu. The host never waits.
 
-Up to six rows are scored by a kernel of our own, in one read of the table; it leaves the lowest score of every few
-tokens, so that the selection need not read them all. More go to the library's fp16 GEMM with fp32 results: at N = 2560,
-V = 49408, D = 512 the scores of a chunk are written and read at memory speed in about the time of that GEMM, so what
-fusing both could save is less than a hand-written GEMM loses to the library's.
+Up to six rows are scored by a kernel of this package, in one read of the table. It also writes the lowest score of each
+group of tokens, so that the selection need not read all scores. More rows go to the library's fp16 GEMM with fp32
+results: at N = 2560, V = 49408, D = 512 writing and reading the scores of a chunk at memory speed takes about as long
+as that GEMM, so that fusing both would save less than a hand-written GEMM loses to the library's.
 
-The table is centred, which moves a row's scores by a constant, and scaled to fp16's range. How far a coarse score may
-be off is bounded row by row from what rounding did, measured, not assumed: to the table when it was packed, to the
-gradient in each call, and (D + 2) fp32 roundings of the sum.
+The table is centred, which moves the scores of a row by a constant, and scaled to the range of fp16. The error of the
+coarse scores is bounded row by row. The bound rests on the rounding errors of the table, measured when it is packed,
+and of the gradient, measured in each call, and on (D + 2) fp32 roundings of the sum.
 """
 
 from __future__ import annotations
@@ -16,18 +16,15 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
-from ccu_fast.ops.gemm import multiply
-from ccu_fast.ops.native import DTYPES, address, on
+from ccu_fast.ops.native import DTYPES, address, multiply, on
 from ccu_fast.ops.topk_flips.problem import TokenProblem, TokenResult
 
-# The scan of few rows writes the lowest score of every group of neighbouring tokens, 4 or a multiple.
-_SMALLEST_GROUP = 4
 _CHUNK_BYTES = 256 << 20
 _PACK_ROWS = 8192
 
 
 def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The table in fp16, ``[T, D rounded up to 8]``, and fp64 ``[3]``: 1 / scale, largest error and norm of a row."""
+    """The table in fp16, ``[T, D rounded up to 8]``, and fp64 ``[3]``: 1 / scale, a row's largest error and norm."""
     tokens = embedding.shape[0] if token_ids is None else token_ids.shape[0]
     dim = embedding.shape[1]
     parts = range(0, tokens, _PACK_ROWS)
@@ -53,7 +50,7 @@ def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def describe(p: TokenProblem, few: bool) -> tuple[Tensor, Tensor]:
-    """What the scan multiplies, and fp32 ``[N, 4]`` that says how to read its scores: see ccu_cuda_topk_args."""
+    """The operand of the scan, and fp32 ``[N, 4]`` that says how to read its scores: see ccu_cuda_topk_args."""
     assert p.coarse is not None and p.packed is not None
     padded = p.packed.shape[1]
     operand = p.grad.new_empty(p.rows, padded, dtype=torch.float32 if few else torch.float16)
@@ -78,13 +75,13 @@ def describe(p: TokenProblem, few: bool) -> tuple[Tensor, Tensor]:
 
 
 def topk(p: TokenProblem) -> TokenResult:
-    """The k best tokens of every row, k at most 1024."""
+    """The k best tokens of every row, for k up to 1024."""
     result, _ = topk_and_redone(p)
     return result
 
 
 def topk_and_redone(p: TokenProblem) -> tuple[TokenResult, Tensor]:
-    """The result, and bool ``[N]``: the rows whose candidates were too many to be settled at once."""
+    """The result, and bool ``[N]`` for the rows with too many candidates to settle at once."""
     assert p.packed is not None
     device, size = p.grad.device, (p.rows, p.k)
     result = TokenResult(
@@ -101,8 +98,9 @@ def topk_and_redone(p: TokenProblem) -> tuple[TokenResult, Tensor]:
     operand, about = describe(p, few)
     chunk = min(p.rows, max(1, _CHUNK_BYTES // (4 * p.tokens)))
     buffer = torch.empty(chunk, p.tokens, dtype=torch.float32, device=device)
-    group = _SMALLEST_GROUP * -(-p.tokens // (_SMALLEST_GROUP * _C.CUDA_TOPK_GROUPS))
-    # The keys are unsigned numbers of 32 bits.
+    # The scan of few rows writes the lowest score of every group of neighbouring tokens.
+    group = _C.CUDA_GROUP_STEP * -(-p.tokens // (_C.CUDA_GROUP_STEP * _C.CUDA_TOPK_GROUPS))
+    # The kernels store unsigned 32-bit keys in it.
     lowest = torch.empty(chunk, -(-p.tokens // group), dtype=torch.int32, device=device) if few else None
     guard, where = on(device)
     stream = where["stream"]
@@ -148,5 +146,5 @@ def topk_and_redone(p: TokenProblem) -> tuple[TokenResult, Tensor]:
 
 
 def per_row(t: Tensor | None) -> tuple[int, int]:
-    """Address of a ``[1 or N, T]`` tensor, and the stride from row to row."""
+    """The address of a ``[1 or N, T]`` tensor, and the stride from row to row."""
     return (0, 0) if t is None else (t.data_ptr(), 0 if t.shape[0] == 1 else t.shape[1])

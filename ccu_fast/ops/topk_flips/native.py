@@ -16,7 +16,7 @@ _PACK_ROWS = 512 * _PANEL
 
 
 def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the scan reads, and what it must know of its rounding."""
+    """The table that the scan reads, and what the scan must know about its rounding."""
     if on_gpu(embedding.device):
         return cuda.pack(embedding, token_ids)
     return pack_panels(embedding, token_ids)
@@ -52,8 +52,8 @@ def topk(p: TokenProblem) -> TokenResult:
     """The k best tokens of every row; memory O(N · (k + D)) beyond the packed table."""
     if p.packed is None or p.coarse is None:
         raise ValueError("table: expected one built for the native backend, got one built for the reference")
-    if p.grad.is_cuda:
-        # Beyond what a block can hold, as for a whole vocabulary sorted, the reference's sort is as good.
+    if p.packed.dtype == torch.float16:  # as pack makes it for the kernels of a GPU
+        # For more flips than a block can hold, say a whole vocabulary sorted, the reference's sort is as good.
         return cuda.topk(p) if p.k <= _C.CUDA_MOST_FLIPS else reference.topk(p)
     rows, dim = p.grad.shape
     size = (rows, p.k)

@@ -1,13 +1,14 @@
-"""reduce_similarity on a CPU: torch's GEMM makes chunks of dot = x yᵀ, C++ does everything between the GEMMs.
+"""reduce_similarity on a CPU: torch's GEMM makes chunks of dot = x yᵀ, and C++ does everything between the GEMMs.
 
-The workspace is elastic. Forward walks the chunks, reduces each, and keeps as many of them as fit; backward takes
-kept chunks as they are and recomputes the others, turns each into G, and feeds it to two GEMMs. With a fraction f
-kept that is (8 − 2f)·N·M·D FLOPs in all, 6 at best, against 12 for two cross-entropies over materialised logits.
+The workspace is elastic. The forward pass reduces one chunk after the other and keeps as many as fit. The backward pass
+takes the kept chunks as they are and recomputes the others, turns each into G, and multiplies it in two GEMMs. If a
+fraction f is kept, both passes take (8 − 2f)·N·M·D FLOPs, 6 at best, against 12 for two cross-entropies over
+materialised logits.
 
-All of it is in fp32, with two exceptions where the CPU multiplies bf16: bf16 inputs, and fp32 inputs after
-``torch.set_float32_matmul_precision("medium")``. Then the GEMMs are bf16 throughout, as under autocast: dot is rounded
-to bf16 (but not the pairs (i, i) of a paired problem, the positives, which are recomputed in fp32), and G is rounded
-once, after all its terms were added in fp32.
+Everything is fp32, except on a CPU that multiplies bf16, if the inputs are bf16 or if they are fp32 and
+``torch.set_float32_matmul_precision("medium")`` is set. Then all GEMMs are bf16, as under autocast: dot is rounded to
+bf16, apart from the pairs (i, i) of a paired problem, the positives, which are recomputed in fp32; and G is rounded
+once, after all its terms are added in fp32.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
+from ccu_fast.ops.native import DTYPES
 from ccu_fast.ops.reduce_similarity.native.buffers import borrow
 from ccu_fast.ops.reduce_similarity.native.operands import FP32, Operands, gemm_dtype, has_bf16, of_banks
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
@@ -28,7 +30,7 @@ from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
 _LARGEST_CHUNK = 30 << 20
 _FEWEST_ROWS = 64
 _SKINNY_ROWS, _SKINNY_COLUMNS = 512, 1024
-# The stash opens with a word that says whether it holds bf16; 64 bytes keep what follows aligned.
+# The stash starts with a word that says whether it holds bf16; 64 bytes keep the rest aligned.
 _HEADER = 16
 
 
@@ -57,6 +59,14 @@ class _Chunk:
     def of_rows(self) -> slice:
         return slice(self.start, self.stop)
 
+    def rows_of(self, results: Tensor) -> int:
+        """Where the chunk's rows start in ``[R, B, N]``."""
+        return results[:, self.first :, self.start :].data_ptr()
+
+    def cols_of(self, results: Tensor) -> int:
+        """Where the chunk's banks start in ``[C, B, M]``."""
+        return results[:, self.first :].data_ptr()
+
 
 @dataclass(frozen=True)
 class _Layout:
@@ -81,7 +91,7 @@ def _scratch(workspace: int) -> int:
 
 
 def _layout(p: SimilarityProblem, workspace: int, keep: bool, dtype: torch.dtype) -> _Layout:
-    """One chunk of scratch; the rest of the workspace is for kept chunks."""
+    """One chunk of scratch; the rest of the workspace holds kept chunks."""
     return _cut(p.banks, p.n, p.m, _scratch(workspace), stash_shape(p, workspace, keep)[0], dtype)
 
 
@@ -113,7 +123,7 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
         return (0,)
     dtype = torch.bfloat16 if p.x.dtype == torch.bfloat16 and has_bf16() else torch.float32
     all_pairs, fewest = p.banks * p.n * p.m, _FEWEST_ROWS * p.m
-    # Of symbols only torch's own minimum is no branch; of numbers it costs as much as a small problem's arithmetic.
+    # For symbols only torch's minimum avoids a branch; for numbers it costs as much as a small problem's arithmetic.
     least, most = (min, max) if isinstance(all_pairs, int) else (torch.sym_min, torch.sym_max)
     pairs = least(all_pairs, most((workspace - _scratch(workspace)) // dtype.itemsize, fewest))
     return (_HEADER + (pairs * dtype.itemsize + 3) // 4,)
@@ -125,8 +135,8 @@ def _dot(native: Operands, chunk: _Chunk, out: Tensor) -> Tensor:
     dot = out[: chunk.banks * chunk.rows * m].view(chunk.banks, chunk.rows, m)
     x = of_banks(native.x, chunk.of_banks)[:, chunk.of_rows]
     if native.y.shape[0] == 1 and x.shape[0] == chunk.banks:
-        # A few rows against many columns: by blocks of columns that stay in the L2 cache the GEMM is up to 1.4 times as
-        # fast as at once.
+        # With few rows and many columns, the GEMM is up to 1.4 times as fast in blocks of columns that stay in the L2
+        # cache as in one piece.
         rows, flat = x.reshape(-1, x.shape[-1]), dot.view(-1, m)
         width = m if rows.shape[0] > _SKINNY_ROWS else _SKINNY_COLUMNS
         for j in range(0, m, width):
@@ -150,7 +160,8 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     native = Operands(p, dtype)
     stash = borrow(stash_shape(p, workspace, keep)[0])
     stash[:_HEADER].fill_(dtype == torch.bfloat16)
-    # What no chunk fills has to be the same every time, too (but for the half that bf16 GEMMs of fp32 inputs leave).
+    # The part that no chunk fills must also be the same every time (except the half that bf16 GEMMs of fp32 inputs
+    # leave unused).
     filled = sum(map(layout.size, layout.chunks[: layout.kept]))
     if _HEADER * 4 + filled * dtype.itemsize < stash.numel() * 4:
         stash[_HEADER:].view(dtype)[filled : filled + layout.largest] = 0
@@ -163,9 +174,9 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
         dot = _dot(native, chunk, next(buffers, scratch))
         _C.similarity_forward(
             native.tile(dot, chunk.of_banks, chunk.of_rows),
-            row_out[:, chunk.first :, chunk.start :].data_ptr(), row_out.stride(0), row_out.stride(1),
-            col_max[:, chunk.first :].data_ptr(), col_sum[:, chunk.first :].data_ptr(), col_max.stride(0),
-        )  # fmt: skip
+            (chunk.rows_of(row_out), row_out.stride(0), row_out.stride(1)),
+            (chunk.cols_of(col_max), chunk.cols_of(col_sum), col_max.stride(0)),
+        )
     col_out = torch.empty_like(col_max)
     for c, code in enumerate(p.cols):
         is_lse = decode(code)[0] == "lse"
@@ -189,7 +200,7 @@ def backward(
     which this one is a block: E is relative to them.
     """
     kept = stash.numel() > 0
-    # Forward's choice, whatever the precision setting is by now.
+    # The choice of the forward pass, even if the precision setting has changed since.
     dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if kept else gemm_dtype(p)
     layout = _layout(p, workspace, kept, dtype)
     native = Operands(p, dtype)
@@ -207,11 +218,11 @@ def backward(
         sums = torch.empty(2, chunk.banks * chunk.rows, dtype=torch.float64, device="cpu")
         _C.similarity_backward(
             native.tile(dot, chunk.of_banks, chunk.of_rows),
-            grad_rows[:, chunk.first :, chunk.start :].data_ptr(), row_out[:, chunk.first :, chunk.start :].data_ptr(),
-            row_out.stride(0), row_out.stride(1),
-            grad_cols[:, chunk.first :].data_ptr(), col_out[:, chunk.first :].data_ptr(), col_out.stride(0),
-            grad.data_ptr(), _C.BF16 if dtype == torch.bfloat16 else _C.F32, sums[0].data_ptr(), sums[1].data_ptr(),
-        )  # fmt: skip
+            (chunk.rows_of(grad_rows), chunk.rows_of(row_out), row_out.stride(0), row_out.stride(1)),
+            (chunk.cols_of(grad_cols), chunk.cols_of(col_out), col_out.stride(0)),
+            (grad.data_ptr(), DTYPES[dtype]),
+            (sums[0].data_ptr(), sums[1].data_ptr()),
+        )
         for_scale, for_bias = sums.sum(1).tolist()
         scale_sum += for_scale
         bias_sum += for_bias
@@ -232,7 +243,7 @@ class _Sum:
 
     Args:
         like: x or y.
-        once: every element gets all that it gets from one chunk, which therefore needs nothing to add to.
+        once: one chunk contributes everything to an element, so that there is nothing to add to.
     """
 
     def __init__(self, like: Tensor, wanted: bool, *, once: bool) -> None:
@@ -247,7 +258,7 @@ class _Sum:
             # The sum over banks of Gᵀ X is one product, of all their rows.
             left, right = left.mT.reshape(1, -1, left.shape[1]).mT, right.reshape(1, -1, right.shape[2])
         elif out.shape[0] > 1 and right.shape[0] == 1 and left.is_contiguous() and out.is_contiguous():
-            # Nor do banks matter to what is multiplied from the right by the same.
+            # Nor do banks matter if all are multiplied from the right by the same matrix.
             left, out = left.reshape(1, -1, left.shape[2]), out.view(1, -1, out.shape[2])
         for b in range(left.shape[0]):
             slot, factor = out[b % out.shape[0]], right[b % right.shape[0]]

@@ -1,17 +1,17 @@
-"""reduce_similarity on a CPU where y gets no gradient and only log-sum-exps of rows are asked: a bank of frozen keys.
+"""reduce_similarity on a CPU for a bank of frozen keys: y gets no gradient, and only log-sum-exps of rows are wanted.
 
-The derivative of such a log-sum-exp is known before the incoming gradient is, and small:
+The derivative of such a log-sum-exp is small, and known before the incoming gradient is:
 
     ∂lse_i / ∂x_i = scale · Σ_j softmax_ij y_j            the mean key of row i, [N, D]
 
-So it is made beside the forward pass, from the block of S that is in the cache anyway: a block of rows walks the keys
-once, a block of them at a time, as a running softmax. What the backward pass needs is [N, D] and not the N x M of S;
-there are 2 GEMMs and one exponential for a pair, whatever the workspace.
+So the forward pass computes it too, from the block of S that is in the cache anyway: for each block of rows it walks
+the keys once, one block at a time, with a running softmax. The backward pass then needs [N, D] numbers instead of the
+N x M of S. Each pair takes part in 2 GEMMs and one exponential, whatever the workspace.
 
 Several log-sum-exps of a row, say over ALL and over OTHER, share their parts: relations that belong to the same
-reductions form a group, with a softmax and a mean key of its own, and every result is joined from those of its groups.
-The group that has OTHER is most of the pairs and goes through the GEMM; the keys of the few others are added one by
-one (csrc/cpu/similarity_softmax.cpp).
+reductions form a group, with its own softmax and mean key, and each result is joined from those of its groups. The
+group that has OTHER holds most pairs and goes through the GEMM; the keys of the other groups are added one by one
+(csrc/cpu/similarity_softmax.cpp).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
+from ccu_fast.ops.native import address
 from ccu_fast.ops.reduce_similarity.native.operands import FP32, Operands, gemm_dtype
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode, encode
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME, SELF
@@ -31,7 +32,7 @@ _ROWS, _KEYS = 256, 1024
 
 
 def _groups(p: SimilarityProblem) -> list[int]:
-    """Sets of relations that belong to the same reductions; first the one with OTHER, 0 if OTHER is in none."""
+    """Sets of relations that belong to the same reductions. The first has OTHER, or is 0 if none wants OTHER."""
     by_user: dict[tuple[int, ...], int] = {}
     for relation in (OTHER, SAME, SELF):
         users = tuple(r for r, code in enumerate(p.rows) if decode(code)[1] & relation)
@@ -42,7 +43,7 @@ def _groups(p: SimilarityProblem) -> list[int]:
 
 
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
-    """Of what :func:`_parts` finds in it."""
+    """The shape of the stash that :func:`_parts` splits."""
     return (len(_groups(p)) * p.n * (2 + p.x.shape[2]),)
 
 
@@ -56,8 +57,7 @@ def _parts(p: SimilarityProblem, stash: Tensor) -> tuple[Tensor, Tensor]:
 def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row results ``[R, 1, N]``, column results ``[0, 1, M]`` and the parts of all groups."""
     groups, dtype = _groups(p), gemm_dtype(p)
-    codes = tuple(encode("lse", group) for group in groups)
-    native = Operands(p, dtype)
+    native = Operands(p, dtype, tuple(encode("lse", group) for group in groups))
     stash = torch.zeros(stash_shape(p, workspace, keep), **FP32)
     total, mean = _parts(p, stash)
     shift = torch.full(total.shape, -torch.inf, **FP32)
@@ -74,9 +74,15 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
             e = exponentials[: dot.numel()].view(dot.shape[1:])
             torch.mm(x, keys.T, out=dot[0])
             _C.similarity_softmax(
-                native.tile(dot, slice(0, 1), rows, cols, codes), e.data_ptr(), 0 if wide is None else wide.data_ptr(),
-                p.x.shape[2], shift[:, i:].data_ptr(), total[:, i:].data_ptr(), mean[:, i:].data_ptr(), p.n,
-            )  # fmt: skip
+                tile=native.tile(dot, slice(0, 1), rows, cols),
+                e=e.data_ptr(),
+                keys=address(wide),
+                dim=p.x.shape[2],
+                shift=shift[:, i:].data_ptr(),
+                sum=total[:, i:].data_ptr(),
+                mean=mean[:, i:].data_ptr(),
+                group_stride=p.n,
+            )
             if groups[0]:
                 if dtype == torch.float32:
                     mean[0, rows].addmm_(e, keys)
@@ -107,7 +113,7 @@ def backward(
     for code, grad in zip(p.rows, grad_rows[:, 0], strict=True):
         members = _members(groups, code)
         out = lse[members].logsumexp(0)
-        # A row without a pair passes no gradient.
+        # A row without pairs passes no gradient.
         factors[members] += torch.where(out == -torch.inf, 0, grad * (lse[members] - out).exp())
     # d loss / d (scale * x_i)
     grad = torch.einsum("gn,gnd->nd", factors.float(), mean)
