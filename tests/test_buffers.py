@@ -12,7 +12,7 @@ import ccu_fast
 from ccu_fast.ops.reduce_similarity.native import buffers
 
 pytestmark = pytest.mark.usefixtures("native", "fresh")
-LARGE = buffers._WORTH_KEEPING // 4
+LARGE = buffers.WORTH_KEEPING // 4
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
-from ccu_fast.ops.reduce_similarity.native.operands import FP32, UNLABELLED, reductions, threads_for
+from ccu_fast.ops.reduce_similarity.native.chunks import FP32, SERIAL_PAIRS, UNLABELLED, reductions
 from ccu_fast.ops.small_info_nce.api import COLS, ROWS, weights
 
 
@@ -29,7 +29,7 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float,
         bias=0.0,
         relations=UNLABELLED[True],
         reductions=reductions(ROWS, COLS if symmetric else ()),
-        threads=threads_for(items * items),
+        threads=torch.get_num_threads() if items * items > SERIAL_PAIRS else 1,
     )
     rows = torch.empty(2, items, **FP32)
     peaks = torch.full((items,), -torch.inf, **FP32)

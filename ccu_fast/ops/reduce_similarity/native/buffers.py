@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_WORTH_KEEPING = 32 << 20
+WORTH_KEEPING = 32 << 20
 _MOST = 320 << 20  # what the default workspace comes to, and some
 _lock = threading.Lock()
 _kept: Tensor | None = None
@@ -30,7 +30,7 @@ def _is_free(buffer: Tensor) -> bool:
 def borrow(size: int) -> Tensor:
     """``size`` uninitialised fp32 values on the CPU, flat; given back by letting go of them."""
     global _kept
-    if size * 4 < _WORTH_KEEPING or _references is None:
+    if size * 4 < WORTH_KEEPING or _references is None:
         return torch.empty(size, dtype=torch.float32, device="cpu")
     with _lock:
         if _kept is not None and _is_free(_kept):

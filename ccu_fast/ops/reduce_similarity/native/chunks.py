@@ -13,19 +13,27 @@ once, after all its terms are added in fp32.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ccu_fast import _C
+from ccu_fast.ops.backend import fp32_precision
 from ccu_fast.ops.native import DTYPES
-from ccu_fast.ops.reduce_similarity.native.buffers import borrow
-from ccu_fast.ops.reduce_similarity.native.operands import FP32, Operands, gemm_dtype, has_bf16, of_banks
-from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
+from ccu_fast.ops.reduce_similarity.native.buffers import WORTH_KEEPING, borrow
+from ccu_fast.ops.reduce_similarity.problem import KINDS, SimilarityProblem
 
+# With fewer pairs than this, another thread costs more than it saves.
+SERIAL_PAIRS = 1 << 14
+# For every buffer whose address C++ gets: the defaults of the process may be others.
+FP32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+# Relations without labels and ids, by whether the pairs (i, i) are SELF.
+UNLABELLED = {diagonal: _C.Relations((0, 0), (0, 0), (0, 0), (0, 0), diagonal) for diagonal in (False, True)}
 # Larger chunks do not make the GEMMs faster, and the C library would map them anew at every call (see buffers).
 _LARGEST_CHUNK = 30 << 20
 _FEWEST_ROWS = 64
@@ -90,12 +98,17 @@ def _scratch(workspace: int) -> int:
     return min(workspace // 4, _LARGEST_CHUNK)
 
 
+def _sizes(p: SimilarityProblem) -> tuple[int, int, int]:
+    """Banks, N and M, looked at once."""
+    return p.y.shape[0] if p.x.shape[0] == 1 else p.x.shape[0], p.x.shape[1], p.y.shape[1]
+
+
 def _layout(p: SimilarityProblem, workspace: int, keep: bool, dtype: torch.dtype) -> _Layout:
     """One chunk of scratch; the rest of the workspace holds kept chunks."""
-    return _cut(p.banks, p.n, p.m, _scratch(workspace), stash_shape(p, workspace, keep)[0], dtype)
+    return _cut(*_sizes(p), _scratch(workspace), stash_shape(p, workspace, keep)[0], dtype)
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def _cut(banks: int, n: int, m: int, scratch_bytes: int, stash: int, dtype: torch.dtype) -> _Layout:
     scratch = scratch_bytes // dtype.itemsize
     if n * m <= scratch or n <= _FEWEST_ROWS:
@@ -122,16 +135,121 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
     if not keep:
         return (0,)
     dtype = torch.bfloat16 if p.x.dtype == torch.bfloat16 and has_bf16() else torch.float32
-    all_pairs, fewest = p.banks * p.n * p.m, _FEWEST_ROWS * p.m
+    banks, n, m = _sizes(p)
+    all_pairs, fewest = banks * n * m, _FEWEST_ROWS * m
     # For symbols only torch's minimum avoids a branch; for numbers it costs as much as a small problem's arithmetic.
     least, most = (min, max) if isinstance(all_pairs, int) else (torch.sym_min, torch.sym_max)
     pairs = least(all_pairs, most((workspace - _scratch(workspace)) // dtype.itemsize, fewest))
     return (_HEADER + (pairs * dtype.itemsize + 3) // 4,)
 
 
+def gemm_dtype(p: SimilarityProblem) -> torch.dtype:
+    """What the GEMMs multiply: bf16 if the CPU has it and the inputs' dtype or the matmul precision asks for it."""
+    wanted = p.x.dtype == torch.bfloat16 or (p.x.dtype == torch.float32 and fp32_precision("cpu") == "medium")
+    return torch.bfloat16 if wanted and has_bf16() else torch.float32
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 natively."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def threads_for(pairs: int) -> int:
+    """How many threads may share this many pairs."""
+    return torch.get_num_threads() if pairs > SERIAL_PAIRS else 1
+
+
+@lru_cache(maxsize=64)
+def reductions(rows: tuple[int, ...], cols: tuple[int, ...]) -> _C.Reductions:
+    """Codes of reductions in the form that C++ takes."""
+    return _C.Reductions(rows, cols)
+
+
+class Operands:
+    """x and y in the dtype of the GEMMs, labels and ids in int32, scale and bias as numbers of the host.
+
+    Args:
+        codes: reductions of rows. Default: all that the problem asks for, of rows and of columns.
+    """
+
+    def __init__(self, p: SimilarityProblem, dtype: torch.dtype, codes: tuple[int, ...] | None = None) -> None:
+        self.p, self.dtype = p, dtype
+        self.self_dot: Tensor | None = None
+        if dtype == torch.bfloat16 and p.diagonal:
+            banks, n, m = _sizes(p)
+            pairs = min(n, m)
+            own = (p.x[:, :pairs].float() * p.y[:, :pairs].float()).sum(-1)
+            self.self_dot = torch.nn.functional.pad(own, (0, n - pairs)).expand(banks, -1)
+        self.scale = float(p.scale)
+        self.bias = 0.0 if p.bias is None else float(p.bias)
+        self.row_labels, self.col_labels = _narrow(p.row_labels, p.col_labels)
+        self.row_ids, self.col_ids = _narrow(p.row_ids, p.col_ids)
+        self.reductions = reductions(p.rows, p.cols) if codes is None else reductions(codes, ())
+        self.threads = threads_for(math.prod(_sizes(p)))
+
+    @cached_property
+    def x(self) -> Tensor:
+        return self.p.x.to(self.dtype)
+
+    @cached_property
+    def y(self) -> Tensor:
+        return self.p.y.to(self.dtype)
+
+    def tile(self, dot: Tensor, banks: slice, rows: slice, cols: slice = slice(0, None)) -> _C.Tile:
+        """What C++ has to know about a part of S whose products are ``dot``, ``[banks, rows, cols]``."""
+        # self holds it until the next tile, because C++ reads it through an address.
+        self.own = None if self.self_dot is None else self.self_dot[banks, rows].contiguous()
+        return _C.Tile(
+            dot=(dot.data_ptr(), DTYPES[dot.dtype]),
+            self_dot=0 if self.own is None else self.own.data_ptr(),
+            shape=dot.shape,
+            row0=rows.start - cols.start,  # row i and column j of the part are the same item if row0 + i == j
+            scale=self.scale,
+            bias=self.bias,
+            relations=self._relations(banks, rows, cols),
+            reductions=self.reductions,
+            threads=self.threads,
+        )
+
+    def _relations(self, banks: slice, rows: slice, cols: slice) -> _C.Relations:
+        if self.row_labels is None and self.row_ids is None:
+            return UNLABELLED[self.p.diagonal]
+        return _C.Relations(
+            row_labels=_strided(self.row_labels, banks, rows),
+            col_labels=_strided(self.col_labels, banks, cols),
+            row_ids=_strided(self.row_ids, banks, rows),
+            col_ids=_strided(self.col_ids, banks, cols),
+            diagonal=self.p.diagonal,
+        )
+
+
+def of_banks(t: Tensor, banks: slice) -> Tensor:
+    """The part that belongs to some banks; the whole if all banks share one."""
+    return t if t.shape[0] == 1 else t[banks]
+
+
+def _strided(keys: Tensor | None, banks: slice, items: slice) -> tuple[int, int]:
+    """Where a part's labels or ids start, and the stride from bank to bank."""
+    if keys is None:
+        return 0, 0
+    return of_banks(keys, banks)[:, items].data_ptr(), 0 if keys.shape[0] == 1 else keys.stride(0)
+
+
+def _narrow(row: Tensor | None, col: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Labels or ids in int32 that have the same equalities and signs."""
+    if row is None or col is None:
+        return None, None
+    both = torch.cat([row.flatten(), col.flatten()])
+    if both.numel() and (both.max() > 2**31 - 1 or both.min() < -(2**31)):
+        names = both.unique(return_inverse=True)[1]
+        both = torch.where(both < 0, -1 - names, names)
+    both = both.to(torch.int32)
+    return both[: row.numel()].view(row.shape), both[row.numel() :].view(col.shape)
+
+
 def _dot(native: Operands, chunk: _Chunk, out: Tensor) -> Tensor:
     """x yᵀ of one chunk, ``[banks, rows, M]``, written to the flat buffer ``out``."""
-    m = native.p.m
+    m = native.y.shape[1]
     dot = out[: chunk.banks * chunk.rows * m].view(chunk.banks, chunk.rows, m)
     x = of_banks(native.x, chunk.of_banks)[:, chunk.of_rows]
     if native.y.shape[0] == 1 and x.shape[0] == chunk.banks:
@@ -158,7 +276,8 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     dtype = gemm_dtype(p)
     layout = _layout(p, workspace, keep, dtype)
     native = Operands(p, dtype)
-    stash = borrow(stash_shape(p, workspace, keep)[0])
+    size = stash_shape(p, workspace, keep)[0]
+    stash = borrow(size) if 4 * size >= WORTH_KEEPING else torch.empty(size, **FP32)
     stash[:_HEADER].fill_(dtype == torch.bfloat16)
     # The part that no chunk fills must also be the same every time (except the half that bf16 GEMMs of fp32 inputs
     # leave unused).
@@ -166,9 +285,10 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     if _HEADER * 4 + filled * dtype.itemsize < stash.numel() * 4:
         stash[_HEADER:].view(dtype)[filled : filled + layout.largest] = 0
     scratch = torch.empty(layout.largest if layout.kept < len(layout.chunks) else 0, dtype=dtype, device="cpu")
-    row_out = torch.empty(len(p.rows), p.banks, p.n, **FP32)
-    col_max = torch.full((len(p.cols), p.banks, p.m), -torch.inf, **FP32)
-    col_sum = torch.zeros(len(p.cols), p.banks, p.m, dtype=torch.float64, device="cpu")
+    banks, n, m = _sizes(p)
+    row_out = torch.empty(len(p.rows), banks, n, **FP32)
+    col_max = torch.full((len(p.cols), banks, m), -torch.inf, **FP32)
+    col_sum = torch.zeros(len(p.cols), banks, m, dtype=torch.float64, device="cpu")
     buffers = _kept(layout, stash)
     for chunk in layout.chunks:
         dot = _dot(native, chunk, next(buffers, scratch))
@@ -179,7 +299,7 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
         )
     col_out = torch.empty_like(col_max)
     for c, code in enumerate(p.cols):
-        is_lse = decode(code)[0] == "lse"
+        is_lse = KINDS[code // 8] == "lse"
         col_out[c] = col_max[c] + col_sum[c].log() if is_lse else col_sum[c]
     return row_out, col_out, stash
 
@@ -204,16 +324,15 @@ def backward(
     dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if kept else gemm_dtype(p)
     layout = _layout(p, workspace, kept, dtype)
     native = Operands(p, dtype)
-    dx = _Sum(p.x, needs[0], once=p.x.shape[0] == p.banks)
-    dy = _Sum(p.y, needs[1], once=len(layout.chunks) == 1 or (layout.chunks[0].rows == p.n and p.y.shape[0] == p.banks))
+    banks, n, m = _sizes(p)
+    dx = _Sum(p.x, needs[0], once=p.x.shape[0] == banks)
+    dy = _Sum(p.y, needs[1], once=len(layout.chunks) == 1 or (layout.chunks[0].rows == n and p.y.shape[0] == banks))
     scratch = torch.empty(layout.largest, dtype=dtype, device="cpu")
     scale_sum = bias_sum = 0.0
     buffers = _kept(layout, stash)
     for chunk in layout.chunks:
         buffer = next(buffers, None)
-        dot = (
-            _dot(native, chunk, scratch) if buffer is None else buffer[: layout.size(chunk)].view(chunk.banks, -1, p.m)
-        )
+        dot = _dot(native, chunk, scratch) if buffer is None else buffer[: layout.size(chunk)].view(chunk.banks, -1, m)
         grad = scratch[: dot.numel()].view(dot.shape)
         sums = torch.empty(2, chunk.banks * chunk.rows, dtype=torch.float64, device="cpu")
         _C.similarity_backward(
