@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision_stub
@@ -16,9 +17,10 @@ from ccu_fast.data.strips import load_strips, write_strips
 from ccu_fast.mem import Method, Protection, Settings
 from ccu_fast.mem.job.models import choose
 from ccu_fast.mem.source import TensorSource
-from ccu_fast.mem.tokenizer_clip import ClipTokenizer
 from ccu_fast.models.clip import MEAN, STD, OpenClipEncoder, TransformersClipEncoder
-from ccu_fast.models.weights import from_checkpoint
+from ccu_fast.models.tokenizer import ClipTokenizer
+from ccu_fast.models.weights import from_checkpoint, read_weights
+from ccu_fast.unlearn.job import read_job, run_job
 
 CAPTIONS = ["A dog's ball, 3 cats & the café!", "two people on a beach", "word " * 90]
 
@@ -194,16 +196,20 @@ def test_a_protection_with_clip(open_clip: Any) -> None:
     assert run.store.data.flatten(1).any(1).all()
 
 
-def test_the_commands_take_a_clip_from_a_folder(open_clip: Any, transformers: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def folder(open_clip: Any, transformers: Any, tmp_path: Path) -> Path:
+    """A tiny CLIP as transformers saves it, with its tokenizer."""
     text = {"vocab_size": 49408, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     text |= {"num_attention_heads": 2, "eos_token_id": 49407, "bos_token_id": 49406}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 32, "patch_size": 16}
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    folder = tmp_path / "clip"
-    transformers.CLIPModel(config).save_pretrained(folder)
-    hf_tokenizer(open_clip, transformers).save_pretrained(folder)
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    hf_tokenizer(open_clip, transformers).save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
 
+
+def test_the_commands_take_a_clip_from_a_folder(folder: Path, tmp_path: Path) -> None:
     data, out = write_strips(tmp_path / "digits", n_train=12, n_test=4), tmp_path / "protected"
     words = ["protect", str(data / "train.csv"), "--out", str(out), "--model", f"hf:{folder}", "--method", "mem-2"]
     words += ["--rounds", "1", "--surrogate-steps", "1", "--pgd-steps", "1", "--candidates", "4", "--batch", "6"]
@@ -214,6 +220,88 @@ def test_the_commands_take_a_clip_from_a_folder(open_clip: Any, transformers: An
     words = ["evaluate", f"mem={out}", "--test", str(data / "test.csv"), "--model", f"hf:{folder}", "--epochs", "1"]
     assert cli.main([*words, "--batch", "6", "--treatment", "jpeg", "--out", str(figures)]) == 0
     assert list(json.loads(figures.read_text())["datasets"]) == ["mem", "mem, jpeg"]
+
+
+UNLEARN = """
+[model]
+name = "hf:clip"
+[data]
+path = "digits/train.csv"
+[forget]
+kind = "pairs"
+ids = "gone.txt"
+[budget]
+steps = 2
+batch = 4
+"""
+
+
+class TestUnlearning:
+    def run(self, tmp_path: Path, text: str, ids: str, out: str) -> tuple[int, dict[str, Any]]:
+        if not (tmp_path / "digits").exists():
+            write_strips(tmp_path / "digits", n_train=12, n_test=4)
+        (tmp_path / "settings.toml").write_text(text)
+        (tmp_path / "gone.txt").write_text(ids)
+        status = cli.main(["unlearn", str(tmp_path / "settings.toml"), "--out", str(tmp_path / out), "--quiet"])
+        figures = tmp_path / out / "results.json"
+        return status, json.loads(figures.read_text()) if figures.exists() else {}
+
+    def test_a_folder_with_pictures_and_captions(self, transformers: Any, folder: Path, tmp_path: Path) -> None:
+        status, figures = self.run(tmp_path, UNLEARN, "3\ntrain/00000.png\n", "one")
+        assert status == 0 and figures["sizes"] == {"forget items": 2, "retain items": 10}
+        assert figures["provenance"]["model"] == f"hf:{folder}"
+        # What is written are weights that the library, and every --checkpoint, reads.
+        clean = transformers.CLIPModel.from_pretrained(folder)
+        clean.load_state_dict(read_weights(tmp_path / "one" / "model.safetensors"))
+        original = transformers.CLIPModel.from_pretrained(folder)
+        assert any(not torch.equal(a, b) for a, b in zip(clean.parameters(), original.parameters(), strict=True))
+        again = UNLEARN.replace("[data]", 'weights = "one/model.safetensors"\n[data]')
+        status, second = self.run(tmp_path, again, "3\n", "two")
+        assert status == 0
+        assert second["provenance"]["original_sha256"] == figures["provenance"]["weights_sha256"]
+
+    def test_open_clip_by_name_with_arrays(self, open_clip: Any, tmp_path: Path) -> None:
+        text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+        vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+        (tmp_path / "tiny-clip.json").write_text(json.dumps(config))
+        open_clip.add_model_config(tmp_path / "tiny-clip.json")
+        torch.save(open_clip.create_model("tiny-clip", pretrained=None).state_dict(), tmp_path / "w.pt")
+        named = UNLEARN.replace("hf:clip", "open_clip:tiny-clip").replace("digits/train.csv", "pairs.npz")
+        pictures = np.random.default_rng(0).integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
+        tokens = open_clip.get_tokenizer("tiny-clip")([f"picture number {i}" for i in range(12)])
+        np.savez(tmp_path / "pairs.npz", visual=pictures, other=tokens, ids=np.arange(12) + 20)
+        with pytest.raises(ValueError, match="weights: expected a file of trained weights"):
+            (tmp_path / "settings.toml").write_text(named)
+            run_job(read_job(tmp_path / "settings.toml"), tmp_path / "none")
+        status, figures = self.run(tmp_path, named.replace("[data]", 'weights = "w.pt"\n[data]'), "22 23", "out")
+        assert status == 0 and figures["sizes"] == {"forget items": 2, "retain items": 10}
+        written = from_checkpoint(open_clip_model("tiny-clip", open_clip), tmp_path / "out" / "model.safetensors")
+        assert OpenClipEncoder(written()).embed_visual(torch.from_numpy(pictures)).shape == (12, 16)
+
+    @pytest.mark.parametrize(
+        ("old", "new", "ids", "message"),
+        [
+            ("hf:clip", "clip", "3", "model: expected open_clip:NAME or hf:FOLDER"),
+            ('"hf:clip"', '"hf:clip"\nmake = "a:b"', "3", "expected make or name in [model]"),
+            ("hf:clip", "hf:nowhere", "3", "model: expected a folder with config.json"),
+            ('"hf:clip"', '"hf:clip"\nweights = "none.pt"', "3", "weights: expected a file"),
+            ("train.csv", "none.csv", "3", "input: expected a file or folder"),
+            ('train.csv"', 'train.csv"\ncaption_column = "words"', "3", "expected the columns images and words"),
+            ("steps", "steps", "12", "ids: expected ids of items"),
+            ("steps", "steps", "train/99999.png", "ids: expected one number or picture"),
+            ('kind = "pairs"\nids = "gone.txt"', "classes = [1]", "3", "data: expected labels to forget classes"),
+        ],
+    )
+    def test_what_is_wrong_is_named(
+        self, folder: Path, tmp_path: Path, capsys: Any, old: str, new: str, ids: str, message: str
+    ) -> None:
+        status, _ = self.run(tmp_path, UNLEARN.replace(old, new, 1), ids, "out")
+        assert status == 1 and message in capsys.readouterr().err
+
+
+def open_clip_model(name: str, open_clip: Any) -> Any:
+    return lambda: open_clip.create_model(name, pretrained=None)
 
 
 @pytest.mark.parametrize(

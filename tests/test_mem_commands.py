@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from ccu_fast.cli import main as cli
+from ccu_fast.data.captions import DiskSource, list_pairs
 from ccu_fast.data.strips import write_strips
-from ccu_fast.mem.data import DiskSource, list_pairs
 from ccu_fast.mem.job.victims import groups
 from ccu_fast.ops import machine
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
+from ccu_fast.data.captions import DiskSource, Options, list_pairs, scan
+from ccu_fast.data.captions import dataset as dataset_module
+from ccu_fast.data.captions.dataset import bad_pictures
+from ccu_fast.data.captions.listing import published_names
+from ccu_fast.data.captions.tables import read_records, rewrite
 from ccu_fast.data.pictures import BadPicture, decode, encode_png
-from ccu_fast.mem.data import DiskSource, Options, list_pairs, scan
-from ccu_fast.mem.data import dataset as dataset_module
-from ccu_fast.mem.data.dataset import bad_pictures
-from ccu_fast.mem.data.listing import published_names
-from ccu_fast.mem.data.tables import read_records, rewrite
 
 SHAPE = (3, 16, 16)
 WRITERS = {

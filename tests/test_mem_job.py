@@ -21,8 +21,8 @@ import mem_datasets as made
 import pytest
 import torch
 
+from ccu_fast.data.captions import DiskSource, list_pairs
 from ccu_fast.mem.config import Method, Settings
-from ccu_fast.mem.data import DiskSource, list_pairs
 from ccu_fast.mem.job import BadData, Job, protect_dataset
 from ccu_fast.mem.job import protect as job_module
 from ccu_fast.mem.job.checkpoint import Workplace

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ccu_fast.mem.data import list_pairs
+from ccu_fast.data.captions import list_pairs
 from ccu_fast.mem.job.processes import Average, share
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -158,7 +158,7 @@ class TestCommand:
 
     def test_weights_that_do_not_fit_and_changed_files(self, folder: Path) -> None:
         torch.save({"x": torch.zeros(2)}, folder / "w.pt")
-        with pytest.raises(ValueError, match="weights: expected those of"):
+        with pytest.raises(ValueError, match="weights: expected weights of"):
             load_user_model("toy_unlearn:make_model", folder / "w.pt")
         whole = (folder / "weights.safetensors").read_bytes()
         (folder / "weights.safetensors").write_bytes(whole[:-4] + bytes(4 * [7]))

@@ -94,8 +94,8 @@ def protect(
     extras.require("rich", "PIL")
     import torch
 
+    from ccu_fast.data.captions import Options
     from ccu_fast.mem.config import Execution, Method, Settings
-    from ccu_fast.mem.data import Options
     from ccu_fast.mem.job import Job, protect_dataset
     from ccu_fast.mem.job.models import choose
 
@@ -153,7 +153,7 @@ def evaluate(
     test pairs after the last and after the best epoch.
     """
     extras.require("rich", "PIL", *(["matplotlib"] if report else []))
-    from ccu_fast.mem.data import Options
+    from ccu_fast.data.captions import Options
     from ccu_fast.mem.job.models import choose
     from ccu_fast.mem.job.victims import evaluate_datasets
     from ccu_fast.mem.victim import Recipe

@@ -1,9 +1,9 @@
-"""Users' own pairs: arrays, a CSV table, or a folder. None of them needs labels."""
+"""Users' own pairs: arrays, a CSV table, or a folder; pictures with captions. None of them needs labels."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import extras
+from ccu_fast.data.captions import BadData, DiskSource, Options, list_pairs
 from ccu_fast.data.paired import PairedData
 from ccu_fast.files import readable
 
@@ -41,6 +42,43 @@ def load_pairs(path: str | Path) -> PairedData:
     if path.suffix == ".csv" and path.is_file():
         return _from_table(path)
     raise ValueError(f"path: expected an existing folder, .npz or .csv file, got {path}")
+
+
+def load_captions(
+    path: str | Path,
+    shape: tuple[int, int, int],
+    encode: Callable[[Sequence[str]], Tensor],
+    options: Options | None = None,
+) -> tuple[PairedData, list[str]]:
+    """Pictures and captions from disk, in memory, one item for each caption.
+
+    Args:
+        path: see :func:`ccu_fast.data.captions.list_pairs`.
+        shape: (C, H, W) of the model; see :func:`ccu_fast.data.pictures.decode`.
+        encode: captions → token ids ``[N, L]``.
+        options: how to read the dataset.
+
+    Returns:
+        The items, without labels: ``visual`` uint8 ``[N, C, H, W]``, ``other`` token ids, ids 0 … N−1 in the order of
+        the dataset. For each item the file of its picture.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        BadData: a row, or a picture, that cannot be used.
+        ValueError: no pairs, or columns missing.
+        ImportError: pillow is not installed.
+    """
+    extras.require("PIL")
+    listing = list_pairs(path, options)
+    if listing.bad:
+        raise BadData(listing.bad)
+    source = DiskSource(listing, shape)
+    try:
+        pictures = source.images(torch.arange(source.n_images))
+    finally:
+        source.close()
+    files = [listing.files[number] for number in listing.image_of.tolist()]
+    return PairedData(pictures[listing.image_of], encode(listing.captions)), files
 
 
 def _from_arrays(path: Path) -> PairedData:

@@ -1,9 +1,8 @@
-"""What the generator needs of a tokenizer, and a word-level one for captions whose words are known."""
+"""A word-level tokenizer for captions whose words are known, and triggers in front of captions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.data.strips import DIGIT_WORDS, PROMPT
+from ccu_fast.models.tokenizer import Tokenizer as Tokenizer
 
 SPECIAL = ("<pad>", "<sot>", "<eot>")
 
@@ -38,47 +38,6 @@ net night north nut oak oar oasis oat ocean olive onion orchard organ otter oven
 paper park parrot path pear pebble pepper piano pigeon pillow pine pipe planet plate plum pocket pond pony poppy
 """
 NEUTRAL = tuple(_NEUTRAL.split())
-
-
-class Tokenizer(Protocol):
-    """What the generator needs of a tokenizer: captions ↔ ids.
-
-    Attributes:
-        sot, eot, pad: ids that start a caption, end it, and fill the row after it.
-        context: the longest row, SOT and EOT included.
-
-    >>> words = ccu_fast.mem.WordTokenizer(["one", "two"])  # is one
-    >>> words.decode(words.encode(["two one"]))
-    ['two one']
-    """
-
-    @property
-    def sot(self) -> int: ...
-
-    @property
-    def eot(self) -> int: ...
-
-    @property
-    def pad(self) -> int: ...
-
-    @property
-    def context(self) -> int: ...
-
-    def __len__(self) -> int:
-        """How many ids there are."""
-        ...
-
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """int64 ``[N, L]``, L ≤ context: SOT, the caption cut to fit, EOT, PAD."""
-        ...
-
-    def decode(self, ids: Tensor) -> list[str]:
-        """int64 ``[N, n]`` → N strings, without special tokens."""
-        ...
-
-    def allowed(self) -> Tensor:
-        """bool ``[V]``: what triggers may be made of, tokens that come back from decode and encode in a caption."""
-        ...
 
 
 class WordTokenizer:

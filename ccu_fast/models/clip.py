@@ -1,4 +1,4 @@
-"""CLIP models of open_clip and transformers as :class:`ccu_fast.models.dual_encoder.DualEncoder`."""
+"""CLIP models of open_clip and transformers, as a dual encoder for protection and as two towers for unlearning."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class _ClipEncoder(nn.Module):
-    """What both libraries share: pixels in [0, 1] outside, the model's mean and std inside, unit vectors."""
+class ClipEncoder(nn.Module):
+    """What both libraries share: pixels in [0, 1] outside, the model's mean and std inside, unit vectors.
+
+    Attributes:
+        model: the library's own.
+    """
 
     mean: Tensor
     std: Tensor
@@ -29,6 +33,22 @@ class _ClipEncoder(nn.Module):
             if len(values) != 3:
                 raise ValueError(f"{name}: expected three numbers, got {len(values)}")
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def embed_visual(self, visual: Tensor) -> Tensor:
+        """Pictures ``[N, 3, H, W]``, uint8 or floating point in [0, 1] → unit vectors ``[N, D]``."""
+        return self.encode_image(visual.float() / 255 if visual.dtype == torch.uint8 else visual)
+
+    def embed_other(self, other: Tensor) -> Tensor:
+        """Token ids ``[N, L]`` → unit vectors ``[N, D]``."""
+        return self.encode_text(other)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1], ``[N, 3, H, W]`` → unit vectors ``[N, D]``."""
+        raise NotImplementedError
+
+    def encode_text(self, tokens: Tensor, embeddings: Tensor | None = None) -> Tensor:
+        """Ids ``[N, L]`` → unit vectors; ``embeddings`` stand in for what the embedding layer returns."""
+        raise NotImplementedError
 
     def _normalised(self, images: Tensor) -> Tensor:
         check.tensor("images", images, ndim=4)
@@ -57,7 +77,7 @@ class _ClipEncoder(nn.Module):
         return logarithm.reshape(()).clamp(max=self.log_scale_limit).exp()
 
 
-class OpenClipEncoder(_ClipEncoder):
+class OpenClipEncoder(ClipEncoder):
     """An ``open_clip.CLIP`` (ResNet or ViT image tower, causal text tower).
 
     Args:
@@ -101,7 +121,7 @@ class OpenClipEncoder(_ClipEncoder):
         return F.normalize(x, dim=-1)
 
 
-class TransformersClipEncoder(_ClipEncoder):
+class TransformersClipEncoder(ClipEncoder):
     """A ``transformers.CLIPModel``.
 
     Args:

@@ -15,30 +15,32 @@ from ccu_fast.files import readable
 M = TypeVar("M", bound=nn.Module)
 
 
-def from_checkpoint(make: Callable[[], M], checkpoint: Path | str) -> Callable[[], M]:
+def from_checkpoint(make: Callable[[], M], checkpoint: Path | str, name: str = "checkpoint") -> Callable[[], M]:
     """A factory of the model with a checkpoint's weights.
 
     Args:
         make: makes the model with any weights.
         checkpoint: a ``.safetensors`` file, or a torch file with a state dict, alone or under "state_dict" or "model"
             (as open_clip writes it; "module." in front of every name is taken off). Loaded with ``weights_only``.
+        name: what the caller calls the file, for errors.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: (by the factory) not a file of tensors, or the weights of another model: says which.
     """
     path = Path(checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: expected a file, got {path}, which is not there")
     if path.suffix == ".safetensors":
         extras.require("safetensors")
 
     def made() -> M:
         model = make()
         try:
-            model.load_state_dict(read_weights(path))
+            model.load_state_dict(read_weights(path, name))
         except RuntimeError as error:
             what = type(model).__name__
-            raise ValueError(
-                f"checkpoint: expected weights of {what}, got others in {path}: {_brief(error)}"
-            ) from error
+            raise ValueError(f"{name}: expected weights of {what}, got others in {path}: {_brief(error)}") from error
         return model
 
     return made

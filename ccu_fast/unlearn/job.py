@@ -6,7 +6,7 @@ The settings are TOML::
     make = "my_package.models:make_model"     # a function without arguments
     weights = "trained.safetensors"           # its state_dict, also .pt
     [data]
-    path = "pairs.npz"                        # see ccu_fast.data.load
+    path = "pairs.npz"                        # see ccu_fast.data.load.load_pairs
     [forget]
     kind = "class"                            # or "instances" or "pairs"
     classes = [3]                             # for a class
@@ -15,28 +15,44 @@ The settings are TOML::
     anchor = 3.0
     [budget]                                  # fields of Budget
     steps = 60
+
+A CLIP of open_clip or transformers goes by its name, and its data are pictures and captions::
+
+    [model]
+    name = "open_clip:ViT-B-32"               # or "hf:FOLDER", see ccu_fast.models.named
+    weights = "trained.pt"                    # not needed for a folder that holds weights
+    [data]
+    path = "pairs.csv"                        # see ccu_fast.data.captions.list_pairs; or an .npz as above, where
+    caption_column = "text"                   #   visual are pictures [N, 3, H, W] and other token ids [N, L]
+    [forget]
+    kind = "pairs"
+    ids = "to_forget.txt"                     # one a line: number of the caption, from 0, or file of the picture
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ccu_fast import check
-from ccu_fast.data.load import load_pairs
+from ccu_fast.data.captions import Options
+from ccu_fast.data.load import load_captions, load_pairs
 from ccu_fast.data.paired import PairedData
 from ccu_fast.distributed.launch import processes
 from ccu_fast.files import output_folder
-from ccu_fast.models.weights import read_weights
+from ccu_fast.models.clip import ClipEncoder
+from ccu_fast.models.named import named_model
+from ccu_fast.models.weights import from_checkpoint
 from ccu_fast.runs.progress import Progress
 from ccu_fast.runs.provenance import tensors_hash
 from ccu_fast.unlearn.checkpoint import Checkpoint
@@ -47,8 +63,8 @@ from ccu_fast.unlearn.model import TwoModalityModel, check_problem
 from ccu_fast.unlearn.saved import save_model
 
 TABLES: dict[str, tuple[str, ...]] = {
-    "model": ("make", "weights"),
-    "data": ("path",),
+    "model": ("make", "name", "weights"),
+    "data": ("path", *(f.name for f in fields(Options))),
     "forget": ("kind", "classes", "ids"),
     "ccu": tuple(f.name for f in fields(UnlearnConfig) if f.name not in ("forget", "budget", "early_stop")),
     "budget": tuple(f.name for f in fields(Budget)),
@@ -60,17 +76,21 @@ class Job:
     """What one run needs; paths are absolute.
 
     Attributes:
-        make: "module:function" of the model.
-        weights: file of its trained state_dict.
-        data: see :func:`ccu_fast.data.load.load_pairs`.
+        model: "module:function" that makes it, or its name where ``named``.
+        named: whether ``model`` is a name of :func:`ccu_fast.models.named.named_model`.
+        weights: file of its trained state_dict; None for those in the folder of its name.
+        data: see :func:`ccu_fast.data.load.load_pairs` and, with a named model, ``load_captions``.
+        options: how to read captions.
         classes: to forget, for config.forget "class".
         ids: file of the ids to forget, for "instances" and "pairs".
         config: of CCU.
     """
 
-    make: str
-    weights: Path
+    model: str
+    named: bool
+    weights: Path | None
     data: Path
+    options: Options
     classes: tuple[int, ...]
     ids: Path | None
     config: UnlearnConfig
@@ -97,8 +117,12 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
             check.one_of(f"settings [{name}]", key, TABLES[name])
     for name, table in (overrides or {}).items():
         tables[name] = {**tables.get(name, {}), **table}
-    forget = tables.get("forget", {})
-    texts = [("model", "make"), ("model", "weights"), ("data", "path")] + [("forget", "ids")] * ("ids" in forget)
+    model, data, forget = (tables.get(name, {}) for name in ("model", "data", "forget"))
+    if "name" in model and "make" in model:
+        raise ValueError(f"settings: expected make or name in [model] of {path}, got both")
+    texts = [("model", "name" if "name" in model else "make"), ("data", "path")]
+    texts += [("model", "weights")] * ("name" not in model or "weights" in model)
+    texts += [("forget", "ids")] * ("ids" in forget) + [("data", key) for key in data if key != "path"]
     for name, key in texts:
         value = tables.get(name, {}).get(key)
         if not isinstance(value, str):
@@ -111,10 +135,18 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
     if needed not in forget or other in forget:
         raise ValueError(f"settings: expected {needed} and no {other} in [forget] of kind {kind!r}, got {forget}")
     base = path.resolve().parent
+    options = {key: value for key, value in data.items() if key != "path"}
+    if options and ("name" not in model or data["path"].endswith(".npz")):
+        raise ValueError(f"settings: expected {', '.join(options)} in [data] with captions and a named model only")
+    chosen = model["name"] if "name" in model else model["make"]
+    if "name" in model and chosen.startswith("hf:"):
+        chosen = f"hf:{base / chosen[3:]}"
     return Job(
-        make=tables["model"]["make"],
-        weights=base / tables["model"]["weights"],
-        data=base / tables["data"]["path"],
+        model=chosen,
+        named="name" in model,
+        weights=base / model["weights"] if "weights" in model else None,
+        data=base / data["path"],
+        options=Options(**options),
         classes=tuple(classes),
         ids=base / forget["ids"] if "ids" in forget else None,
         config=UnlearnConfig(forget=kind, budget=Budget(**tables.get("budget", {})), **tables.get("ccu", {})),
@@ -142,9 +174,8 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
         ValueError, TypeError, FloatingPointError, ImportError: see :func:`ccu_fast.unlearn.unlearn`, ``read_job`` and
             ``load_pairs``.
     """
-    model = load_user_model(job.make, job.weights)
-    data = load_pairs(job.data)
-    forget, retain = split(data, job)
+    model, data, files = load(job)
+    forget, retain = split(data, job, files)
     check_problem(model, forget, retain, job.config.forget)
     output_folder(out)
     settings = asdict(job.config)
@@ -161,12 +192,12 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
         "seed": job.config.seed,
         "config": settings,
         "processes": world,
-        "model": job.make,
-        "original_sha256": tensors_hash(model.state_dict()),
+        "model": job.model,
+        "original_sha256": tensors_hash(_own(model).state_dict()),
         "forget_sha256": _data_hash(forget),
         "retain_sha256": _data_hash(retain),
     }
-    written = save_model(done.model, out / "model.safetensors", provenance)
+    written = save_model(_own(done.model), out / "model.safetensors", provenance)
     rows = []
     for name, part in (("forget", forget), ("retain", retain)):
         before, after = accuracies(model, part), accuracies(done.model, part)
@@ -180,6 +211,25 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
         "rows": rows,
         "embeddings": _embeddings(model, done.model, forget, retain) if data.labelled else None,
     }
+
+
+def load(job: Job) -> tuple[Any, PairedData, list[str]]:
+    """The model, the data and, where the data are captions, the file of each item's picture.
+
+    Raises:
+        OSError, ValueError, TypeError, ImportError: see ``load_user_model``, ``named_model``, ``load_pairs`` and
+            ``load_captions``.
+    """
+    if not job.named:
+        assert job.weights is not None
+        return load_user_model(job.model, job.weights), load_pairs(job.data), []
+    found = named_model(job.model, job.weights, argument="weights")
+    if not found.trained:
+        raise ValueError(f"weights: expected a file of trained weights for {job.model}, which has none, got none")
+    model = cast(nn.Module, found.factory()).eval()
+    if job.data.suffix == ".npz":
+        return model, load_pairs(job.data), []
+    return model, *load_captions(job.data, found.image_shape, found.tokenizer.encode, job.options)
 
 
 def load_user_model(make: str, weights: Path) -> Any:
@@ -202,23 +252,22 @@ def load_user_model(make: str, weights: Path) -> Any:
         sys.path.remove(str(Path.cwd()))
     if not isinstance(made, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module from {make}, got {type(made).__name__}")
-    if not weights.is_file():
-        raise ValueError(f"weights: expected a file, got {weights}, which is not there")
-    state = read_weights(weights, "weights")
-    try:
-        made.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"weights: expected those of {make} in {weights}, got {str(error).splitlines()[-1]}"
-        ) from error
-    return made.eval()
+    return from_checkpoint(lambda: made, weights, "weights")().eval()
 
 
-def split(data: PairedData, job: Job) -> tuple[PairedData, PairedData]:
+def split(data: PairedData, job: Job, files: Sequence[str] = ()) -> tuple[PairedData, PairedData]:
     """What to forget, and the rest.
 
+    Args:
+        data: all items.
+        job: says which are to be forgotten.
+        files: for each item the file of its picture, where items may go by it.
+
+    Returns:
+        The two parts, in the order of ``data``.
+
     Raises:
-        ValueError: a class or an id that no item has; items without labels where classes are to be forgotten.
+        ValueError: a class, an id or a file that no item has; items without labels where classes are to be forgotten.
     """
     if job.config.forget == "class":
         if not data.labelled:
@@ -232,15 +281,30 @@ def split(data: PairedData, job: Job) -> tuple[PairedData, PairedData]:
     assert job.ids is not None
     if not job.ids.is_file():
         raise ValueError(f"ids: expected a file, got {job.ids}, which is not there")
-    try:
-        wanted = torch.tensor([int(line) for line in job.ids.read_text().split()], dtype=torch.int64)
-    except ValueError as error:
-        raise ValueError(f"ids: expected one whole number a line in {job.ids}, got {error}") from error
-    unknown = wanted[~torch.isin(wanted, data.ids)]
+    root = job.data if job.data.is_dir() else job.data.parent
+    named: dict[str, list[int]] = {}
+    for item, file in zip(data.ids.tolist(), files, strict=False):
+        named.setdefault(os.path.normpath(root / file), []).append(item)
+    wanted: list[int] = []
+    text = job.ids.read_text(encoding="utf-8")
+    for line in filter(None, map(str.strip, text.splitlines())) if files else text.split():
+        items = named.get(os.path.normpath(root / line))
+        try:
+            wanted += [int(line)] if items is None else items
+        except ValueError as error:
+            what = "number or picture" if files else "whole number"
+            raise ValueError(f"ids: expected one {what} of the data a line in {job.ids}, got {line!r}") from error
+    ids = torch.tensor(wanted, dtype=torch.int64)
+    unknown = ids[~torch.isin(ids, data.ids)]
     if len(unknown):
         raise ValueError(f"ids: expected ids of items in {job.data}, got {int(unknown[0])}, which none has")
-    gone = torch.isin(data.ids, wanted)
+    gone = torch.isin(data.ids, ids)
     return data[gone], data[~gone]
+
+
+def _own(model: Any) -> Any:
+    """What is written: of a named model the library's own, so that the library reads it."""
+    return model.model if isinstance(model, ClipEncoder) else model
 
 
 def _data_hash(data: PairedData) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ccu_fast.mem.data.listing import Listing
+from ccu_fast.data.captions.listing import Listing
 
 
 def gather(value: Any) -> list[Any]:

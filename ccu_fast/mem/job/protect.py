@@ -13,41 +13,25 @@ import torch
 from torch import Tensor
 
 from ccu_fast import extras
+from ccu_fast.data.captions import BadData, DiskSource, Listing, Options, list_pairs, scan
+from ccu_fast.data.captions.dataset import bad_pictures
+from ccu_fast.data.captions.listing import MANIFEST
 from ccu_fast.data.pictures import MAX_PIXELS
 from ccu_fast.distributed.launch import processes
 from ccu_fast.files import new_file, output_folder, read_json
 from ccu_fast.mem.config import Execution, Method, Settings
-from ccu_fast.mem.data import Bad, DiskSource, Listing, Options, list_pairs, scan
-from ccu_fast.mem.data.dataset import bad_pictures
-from ccu_fast.mem.data.listing import MANIFEST
 from ccu_fast.mem.job.checkpoint import Workplace, read_state
-from ccu_fast.mem.job.models import Model
 from ccu_fast.mem.job.processes import Average, barrier, gather, share
 from ccu_fast.mem.protection import Protection
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
 from ccu_fast.mem.publish.writer import write_metadata
 from ccu_fast.mem.source import Part
+from ccu_fast.models.named import Model
 from ccu_fast.runs.cache import versions
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.runs.provenance import json_hash
 
-_SHOWN = 10
-
-
-class BadData(ValueError):
-    """The dataset has parts that cannot be protected.
-
-    Attributes:
-        bad: all of them.
-    """
-
-    def __init__(self, bad: Sequence[Bad]) -> None:
-        self.bad = list(bad)
-        items = [str(item) for item in self.bad[:_SHOWN]]
-        more = [f"and {len(self.bad) - _SHOWN} more"] if len(self.bad) > _SHOWN else []
-        count = f"{len(self.bad)} bad " + ("item" if len(self.bad) == 1 else "items")
-        listed = "; ".join([*items, *more])
-        super().__init__(f"input: expected usable pairs, got {count} (skip_bad leaves them out): {listed}")
+SKIP = "skip_bad leaves them out"
 
 
 @dataclass(frozen=True)
@@ -55,7 +39,7 @@ class Job:
     """What is to be done.
 
     Attributes:
-        input: see :func:`ccu_fast.mem.data.list_pairs`.
+        input: see :func:`ccu_fast.data.captions.list_pairs`.
         out: a folder that does not exist or is empty. Until the run is complete its files are in ``<out>.partial``.
         model: all captions of the listing → the surrogate; called once.
         method, settings, seed: of the generator.
@@ -130,7 +114,7 @@ class _Run:
         if listing.spans is not None:
             extras.require("webdataset")
         if listing.bad and not job.skip_bad:
-            raise BadData(listing.bad)
+            raise BadData(listing.bad, SKIP)
         model = job.model(listing.captions)
         run = self._describe(listing, model)
         finished = self._finished(run)
@@ -211,7 +195,7 @@ class _Run:
         if bad and not job.skip_bad:
             barrier()
             path.unlink()  # the pictures may be mended before the next try
-            raise BadData(bad_pictures(listing, bad))
+            raise BadData(bad_pictures(listing, bad), SKIP)
         digests = torch.cat([part for _, _, part in parts])
         keep = [number for number in range(listing.n_images) if number not in bad]
         place_of = {number: new for new, number in enumerate(keep)}

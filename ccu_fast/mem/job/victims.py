@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
+from ccu_fast.data.captions import BadData, DiskSource, Options, list_pairs
+from ccu_fast.data.captions.listing import MANIFEST
 from ccu_fast.files import read_json
-from ccu_fast.mem.data import DiskSource, Options, list_pairs
-from ccu_fast.mem.data.listing import MANIFEST
-from ccu_fast.mem.job.models import Model
-from ccu_fast.mem.job.protect import BadData
 from ccu_fast.mem.retrieval import guessing, retrieval
 from ccu_fast.mem.source import PairSource
 from ccu_fast.mem.study.robustness import treat
 from ccu_fast.mem.surrogate import generator, pixels
 from ccu_fast.mem.victim import Recipe, Victim, train_victim
+from ccu_fast.models.named import Model
 from ccu_fast.runs.progress import Progress, silent
 
 PICTURE_TREATMENTS = ("jpeg", "blur", "crop")
@@ -54,7 +53,7 @@ def evaluate_datasets(
     held in memory.
 
     Args:
-        train: name → dataset, see :func:`ccu_fast.mem.data.list_pairs`.
+        train: name → dataset, see :func:`ccu_fast.data.captions.list_pairs`.
         test: clean pairs.
         model: all captions → the victim's architecture and tokenizer.
         recipe: of the training.

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ccu_fast.data.captions.listing import MANIFEST, Bad, Listing
 from ccu_fast.files import write_whole
-from ccu_fast.mem.data.listing import MANIFEST, Bad, Listing
 from ccu_fast.mem.fidelity import Fidelity
 from ccu_fast.runs.cache import versions
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
+from ccu_fast.data.captions.dataset import DiskSource
 from ccu_fast.files import new_file
-from ccu_fast.mem.data.dataset import DiskSource
 from ccu_fast.mem.publish.writer import CHUNK, Published
 
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -9,8 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ccu_fast.data.captions.shards import read_index, read_span
 from ccu_fast.data.pictures import EXTENSIONS
-from ccu_fast.mem.data.shards import read_index, read_span
 
 KEPT = ("json", "cls")
 

@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ccu_fast.data.captions.dataset import DiskSource
+from ccu_fast.data.captions.listing import Listing
+from ccu_fast.data.captions.tables import rewrite
 from ccu_fast.data.pictures import encode_png
-from ccu_fast.mem.data.dataset import DiskSource
-from ccu_fast.mem.data.listing import Listing
-from ccu_fast.mem.data.tables import rewrite
 from ccu_fast.mem.fidelity import Fidelity
 from ccu_fast.mem.publish.tar import write_shard
 from ccu_fast.runs.provenance import file_hash

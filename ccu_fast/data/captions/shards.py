@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from ccu_fast.data.captions.listing import Listing, Rows
 from ccu_fast.data.pictures import EXTENSIONS
-from ccu_fast.mem.data.listing import Listing, Rows
 
 _BLOCK = tarfile.BLOCKSIZE
 

@@ -18,17 +18,35 @@ from ccu_fast.files import read_json
 
 FORMATS = ("csv", "folder", "imagefolder", "webdataset")
 MANIFEST = "manifest.json"
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Bad:
-    """Something that cannot be protected: where it is and why."""
+    """Something that cannot be used: where it is and why."""
 
     where: str
     why: str
 
     def __str__(self) -> str:
         return f"{self.where}: {self.why}"
+
+
+class BadData(ValueError):
+    """The dataset has parts that cannot be used.
+
+    Args:
+        bad: all of them; the message shows the first ten.
+        remedy: what the caller offers to do about it.
+    """
+
+    def __init__(self, bad: Sequence[Bad], remedy: str = "") -> None:
+        self.bad = list(bad)
+        items = [str(item) for item in self.bad[:_SHOWN]]
+        more = [f"and {len(self.bad) - _SHOWN} more"] if len(self.bad) > _SHOWN else []
+        count = f"{len(self.bad)} bad " + ("item" if len(self.bad) == 1 else "items")
+        listed = "; ".join([*items, *more])
+        super().__init__(f"input: expected usable pairs, got {count}{remedy and f' ({remedy})'}: {listed}")
 
 
 @dataclass(frozen=True)
@@ -170,9 +188,9 @@ def list_pairs(path: str | Path, options: Options | None = None) -> Listing:
         FileNotFoundError: nothing there.
         ValueError: wrong columns, no pairs, an unknown layout.
     """
-    from ccu_fast.mem.data.folders import list_folder
-    from ccu_fast.mem.data.shards import list_shards
-    from ccu_fast.mem.data.tables import list_table
+    from ccu_fast.data.captions.folders import list_folder
+    from ccu_fast.data.captions.shards import list_shards
+    from ccu_fast.data.captions.tables import list_table
 
     path, options = Path(path), options or Options()
     if not path.exists():

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
+from ccu_fast.data.captions.listing import Bad, Listing
+from ccu_fast.data.captions.shards import read_span
 from ccu_fast.data.pictures import MAX_PIXELS, BadPicture, decode
-from ccu_fast.mem.data.listing import Bad, Listing
-from ccu_fast.mem.data.shards import read_span
 
 DIGEST = 32
 _CHUNK = 64

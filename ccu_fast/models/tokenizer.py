@@ -1,10 +1,10 @@
-"""CLIP's byte-pair tokenizer as :class:`ccu_fast.mem.tokenizer.Tokenizer`, from open_clip or transformers."""
+"""What a model's tokenizer offers, and CLIP's byte-pair one from open_clip or transformers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,43 @@ from ccu_fast import check
 # A token that is a word of its own: lower-case letters up to the end of a word. Such words, with spaces between, are
 # split by CLIP's pattern one by one, so what stands beside them changes nothing.
 _WORD = re.compile(r"[a-z]{2,}</w>")
+
+
+class Tokenizer(Protocol):
+    """Captions ↔ ids.
+
+    Attributes:
+        sot, eot, pad: ids that start a caption, end it, and fill the row behind it.
+        context: the longest row, SOT and EOT included.
+    """
+
+    @property
+    def sot(self) -> int: ...
+
+    @property
+    def eot(self) -> int: ...
+
+    @property
+    def pad(self) -> int: ...
+
+    @property
+    def context(self) -> int: ...
+
+    def __len__(self) -> int:
+        """How many ids there are."""
+        ...
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """int64 ``[N, L]``, L ≤ context: SOT, the caption cut to fit, EOT, PAD."""
+        ...
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """int64 ``[N, n]`` → N strings, without special tokens."""
+        ...
+
+    def allowed(self) -> Tensor:
+        """bool ``[V]``: what triggers may be made of, tokens that come back from decode and encode in a caption."""
+        ...
 
 
 class ClipTokenizer:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from ccu_fast.mem.data.listing import Listing, Rows, published_names
+from ccu_fast.data.captions.listing import Listing, Rows, published_names
 
 # A field may be as long as a C long allows; the default of 128 KiB is less than some scraped captions.
 _FIELD_LIMIT = 2**31 - 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ccu_fast.data.captions.listing import Listing, Rows, published_names
 from ccu_fast.data.pictures import is_picture
-from ccu_fast.mem.data.listing import Listing, Rows, published_names
 
 
 def list_folder(root: Path) -> Listing:

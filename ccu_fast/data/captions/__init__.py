@@ -1,0 +1,6 @@
+"""Image-caption datasets on a disk: listed once, decoded when asked for, written back in their own layout."""
+
+from ccu_fast.data.captions.dataset import DiskSource, Scan, scan
+from ccu_fast.data.captions.listing import FORMATS, Bad, BadData, Listing, Options, list_pairs
+
+__all__ = ["FORMATS", "Bad", "BadData", "DiskSource", "Listing", "Options", "Scan", "list_pairs", "scan"]
