@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from ccu_fast.mem.retrieval import groups, guessing, reading, retrieval, retrieval_ranks
+from ccu_fast.mem.retrieval import groups, guessing, reading, retrieval
+from ccu_fast.runs.retrieval import recall_at, retrieval_ranks
 
 EYE = torch.eye(3)
 
@@ -17,23 +18,26 @@ def test_ranks_by_hand() -> None:
     query = torch.tensor([[3.0, 2, 1], [3, 2, 1], [1, 1, 1]])
     own = torch.arange(3)
     ranks = retrieval_ranks(query, EYE, own, own)
-    # Row 2 ties with two wrong answers, and half of a tie counts.
-    assert ranks.tolist() == [1.0, 2.0, 2.0]
+    # Row 2 ties with two wrong answers, and both count against it.
+    assert ranks.tolist() == [1, 2, 3]
+    assert recall_at(ranks, (1, 2)) == {1: pytest.approx(1 / 3), 2: pytest.approx(2 / 3)}
+    with pytest.raises(ValueError, match="ks"):
+        recall_at(ranks, (0,))
 
 
 def test_equal_captions_are_equally_right() -> None:
     query = torch.tensor([[1.0, 3, 2], [1, 3, 2]])
     # Items 0 and 2 of the gallery both belong to group 5: the better of them counts, and the other is not wrong.
     ranks = retrieval_ranks(query, EYE, torch.tensor([5, 9]), torch.tensor([5, 9, 5]))
-    assert ranks.tolist() == [2.0, 1.0]
+    assert ranks.tolist() == [2, 1]
 
 
-def test_a_model_that_says_nothing_is_no_better_than_guessing() -> None:
+def test_a_model_that_says_nothing_finds_nothing() -> None:
     flat = torch.ones(101, 4)
     own = torch.arange(101)
     result = retrieval(flat, flat, own, own)
     assert result["i2t_r1"] == result["t2i_r10"] == 0.0
-    assert result["i2t_medr"] == 51.0
+    assert result["i2t_medr"] == 101.0
 
 
 def test_retrieval_in_both_directions_with_five_captions_an_image() -> None:
@@ -47,11 +51,10 @@ def test_retrieval_in_both_directions_with_five_captions_an_image() -> None:
     text = image[torch.where(owner == 0, 1, owner)]
     wrong = retrieval(image, text, torch.arange(4), owner)
     assert wrong["t2i_r1"] == 15 / 20
-    # Image 0 scores 0 with everything: 1 + 15/2. Image 1's own five captions are right, five others tie: 1 + 5/2.
-    assert wrong["i2t_r1"] == 2 / 4
-    assert wrong["i2t_r5"] == 3 / 4
-    assert wrong["i2t_r10"] == 1.0
-    assert wrong["i2t_medr"] == (1 + 3.5) / 2
+    # Image 0 scores 0 with everything: 1 + 15. Image 1's own five captions are right, five others tie: 1 + 5.
+    assert wrong["i2t_r1"] == wrong["i2t_r5"] == 2 / 4
+    assert wrong["i2t_r10"] == 3 / 4
+    assert wrong["i2t_medr"] == (1 + 6) / 2
 
 
 def test_groups_and_guessing() -> None:

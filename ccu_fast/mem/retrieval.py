@@ -9,37 +9,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-
-
-def retrieval_ranks(query: Tensor, gallery: Tensor, query_group: Tensor, gallery_group: Tensor) -> Tensor:
-    """The rank of the best right answer for each query: 1 + wrong answers that score higher + half of those that tie.
-
-    Right are all gallery items of the query's group, so equal captions are equally right and several captions an image
-    need no special case. The half makes a model that scores everything alike as good as guessing, neither perfect nor
-    hopeless.
-
-    Args:
-        query: ``[N, D]``; gallery: ``[M, D]``. Scores are dot products, computed in fp64.
-        query_group: int64 ``[N]``; gallery_group: int64 ``[M]``. Every query has a right answer.
-
-    Returns:
-        fp64 ``[N]``, at least 1.
-
-    Raises:
-        ValueError: a query without a right answer, or shapes that do not fit.
-    """
-    check.tensor("query", query, ndim=2)
-    check.tensor("gallery", gallery, ndim=2)
-    check.shape("query_group", query_group, (len(query),))
-    check.shape("gallery_group", gallery_group, (len(gallery),))
-    score = query.double() @ gallery.double().mT
-    right = query_group[:, None] == gallery_group
-    if not bool(right.any(1).all()):
-        lonely = int((~right.any(1)).nonzero()[0])
-        raise ValueError(f"query_group: expected each query's group in gallery_group, got none for query {lonely}")
-    best = score.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-    wrong = score.masked_fill(right, -torch.inf)
-    return 1 + (wrong > best).sum(1) + 0.5 * (wrong == best).sum(1)
+from ccu_fast.runs.retrieval import recall_at, retrieval_ranks
 
 
 def retrieval(image: Tensor, text: Tensor, image_group: Tensor, text_group: Tensor) -> dict[str, float]:
@@ -53,7 +23,7 @@ def retrieval(image: Tensor, text: Tensor, image_group: Tensor, text_group: Tens
         image_group: int64 ``[N]``; text_group: int64 ``[M]``. Equal numbers belong together.
 
     Returns:
-        ``i2t_r1, i2t_r5, i2t_r10, i2t_medr, t2i_r1, …``; see :func:`retrieval_ranks` for ties.
+        ``i2t_r1, i2t_r5, i2t_r10, i2t_medr, t2i_r1, …``; see :func:`~ccu_fast.runs.retrieval.retrieval_ranks` for ties.
 
     Raises:
         TypeError, ValueError: shapes that do not fit, an item that belongs to nothing.
@@ -66,9 +36,8 @@ def retrieval(image: Tensor, text: Tensor, image_group: Tensor, text_group: Tens
     sides = {"i2t": (image, text, image_group, text_group), "t2i": (text, image, text_group, image_group)}
     for name, side in sides.items():
         ranks = retrieval_ranks(*side)
-        for k in (1, 5, 10):
-            result[f"{name}_r{k}"] = float((ranks <= k).double().mean())
-        result[f"{name}_medr"] = float(ranks.quantile(0.5))
+        result |= {f"{name}_r{k}": share for k, share in recall_at(ranks).items()}
+        result[f"{name}_medr"] = float(ranks.double().quantile(0.5))
     return result
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from ccu_fast import check
 from ccu_fast.data.paired import PairedData
+from ccu_fast.runs.retrieval import recall_at, retrieval_ranks
 from ccu_fast.unlearn.loop import embed
 from ccu_fast.unlearn.model import TwoTowerModel
-
-CHUNK = 1024
 
 
 def recall(
@@ -28,36 +25,20 @@ def recall(
         ks: numbers ≥ 1.
 
     Returns:
-        ``{"i2t@1": …, "t2i@1": …, …}`` in [0, 1], where i is the visual and t the other modality. Candidates of equal
-        similarity share the places they take, so a model that maps everything to one point is at chance.
+        ``{"i2t@1": …, "t2i@1": …, …}`` in [0, 1], where i is the visual and t the other modality. A candidate
+        as similar as the partner counts against it, see :func:`~ccu_fast.runs.retrieval.retrieval_ranks`.
 
     Raises:
         ValueError: an item of data is not among the candidates.
     """
-    for k in ks:
-        check.integer("ks", k, low=1)
     pool = data if among is None else among
-    positions = {item: position for position, item in enumerate(pool.ids.tolist())}
-    absent = [item for item in data.ids.tolist() if item not in positions]
-    if absent:
-        raise ValueError(f"among: expected the items of data, got none with id {absent[0]}")
-    own = torch.tensor([positions[item] for item in data.ids.tolist()], device=data.ids.device)
+    absent = data.ids[~torch.isin(data.ids, pool.ids)]
+    if len(absent):
+        raise ValueError(f"among: expected the items of data, got none with id {int(absent[0])}")
     visual, other = embed(model, data)  # type: ignore[arg-type]
     keys_visual, keys_other = embed(model, pool)  # type: ignore[arg-type]
     result: dict[str, float] = {}
     for name, queries, keys in (("i2t", visual, keys_other), ("t2i", other, keys_visual)):
-        above, equal = _places(queries, keys, own)
-        for k in ks:
-            result[f"{name}@{k}"] = ((k - above) / equal).clamp(0, 1).mean().item()
+        found = recall_at(retrieval_ranks(queries, keys, data.ids, pool.ids), ks)
+        result |= {f"{name}@{k}": share for k, share in found.items()}
     return result
-
-
-def _places(queries: Tensor, keys: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Candidates more similar than the partner, and those as similar, the partner included; fp64."""
-    above, equal = [], []
-    for part, mine in zip(queries.split(CHUNK), own.split(CHUNK), strict=True):
-        similarity = part @ keys.T
-        partner = similarity.gather(1, mine[:, None])
-        above.append((similarity > partner).sum(1))
-        equal.append((similarity == partner).sum(1))
-    return torch.cat(above).double(), torch.cat(equal).double()
