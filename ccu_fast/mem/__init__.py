@@ -1,8 +1,8 @@
 """MEM: publish image-caption pairs that teach a model less (Liu et al. 2024, arXiv 2407.16307)."""
 
 from ccu_fast.mem.config import Execution, Method, Settings
-from ccu_fast.mem.export import export
 from ccu_fast.mem.protection import Protected, Protection, protect
+from ccu_fast.mem.publish.memory import export
 from ccu_fast.mem.retrieval import reading, retrieval
 from ccu_fast.mem.study.run import run_digit_strips
 from ccu_fast.mem.tokenizer import Tokenizer, WordTokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,6 +53,22 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return (top / bottom).mean((1, 2, 3))
 
 
+def psnr(mean_square: float) -> float | None:
+    """Peak signal-to-noise ratio in dB of a mean squared change of pixel values; None without a change::
+
+    10 log10(255**2 / mean_square)                                       # in fp32
+    """
+    return float(10 * torch.log10(torch.tensor(255.0**2 / mean_square))) if mean_square else None
+
+
+def noise_report(noise: Tensor) -> dict[str, float | int | None]:
+    """``eps_255`` (the largest change) and ``psnr_db`` over all pixel values of int8 noise."""
+    check.tensor("noise", noise, dtypes=(torch.int8,))
+    if not len(noise):
+        return {"eps_255": 0, "psnr_db": None}
+    return {"eps_255": int(noise.short().abs().max()), "psnr_db": psnr(float(noise.double().square().mean()))}
+
+
 @dataclass
 class Fidelity:
     """Sums over the pictures seen so far.
@@ -95,9 +110,8 @@ class Fidelity:
 
     def report(self) -> dict[str, float | int | None]:
         """``eps_255``, ``psnr_db`` over all pixel values (None without a change), mean ``ssim`` (None below 11 px)."""
-        mean_square = self.squares / self.values if self.values else 0.0
         return {
             "eps_255": self.largest,
-            "psnr_db": 10 * math.log10(255.0**2 / mean_square) if mean_square else None,
+            "psnr_db": psnr(self.squares / self.values if self.values else 0.0),
             "ssim": self.ssim / self.compared if self.compared else None,
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.data.captions import BadData, DiskSource, Options, list_pairs
 from ccu_fast.data.captions.listing import MANIFEST
+from ccu_fast.data.pictures import encode_png
 from ccu_fast.files import read_json
 from ccu_fast.mem.retrieval import guessing, retrieval
 from ccu_fast.mem.source import PairSource
@@ -230,15 +230,9 @@ def _whole(source: PairSource) -> Tensor:
 
 def _samples(images: Tensor, source: PairSource, count: int) -> list[dict[str, str]]:
     """The first rows, as they were trained on."""
-    from PIL import Image
-
-    shown = []
-    for row in range(min(count, len(source.captions))):
-        array = images[int(source.image_of[row])].permute(1, 2, 0).numpy()
-        buffer = io.BytesIO()
-        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, "PNG")
-        shown.append({"caption": source.captions[row], "png": base64.b64encode(buffer.getvalue()).decode()})
-    return shown
+    rows = range(min(count, len(source.captions)))
+    pictures = [encode_png(images[int(source.image_of[row])]) for row in rows]
+    return [{"caption": source.captions[row], "png": base64.b64encode(pictures[row]).decode()} for row in rows]
 
 
 def _summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

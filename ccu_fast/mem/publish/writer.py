@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ccu_fast.data.captions.dataset import DiskSource
 from ccu_fast.data.captions.listing import Listing
 from ccu_fast.data.captions.tables import rewrite
 from ccu_fast.data.pictures import encode_png
@@ -29,6 +28,21 @@ from ccu_fast.mem.publish.tar import write_shard
 from ccu_fast.runs.provenance import file_hash
 
 CHUNK = 64
+
+
+class Originals(Protocol):
+    """What is protected; :class:`ccu_fast.data.captions.DiskSource` is one."""
+
+    listing: Listing
+    image_shape: tuple[int, int, int]
+
+    def images(self, index: Tensor) -> Tensor:
+        """int64 ``[n]`` image numbers → uint8 ``[n, C, H, W]``."""
+        ...
+
+    def each(self, work: Callable[[int], None], n: int) -> None:
+        """``work(0) … work(n − 1)``, in threads where there are some."""
+        ...
 
 
 class Published(Protocol):
@@ -64,7 +78,7 @@ class Publisher:
     """
 
     def __init__(
-        self, source: DiskSource, made: Published, folder: Path, work: Path, images: Sequence[int], rank: int = 0
+        self, source: Originals, made: Published, folder: Path, work: Path, images: Sequence[int], rank: int = 0
     ) -> None:
         self.source, self.made, self.folder = source, made, folder
         self.listing = source.listing

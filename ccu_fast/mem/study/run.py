@@ -15,8 +15,9 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.data.strips import LENGTH, StripSet, caption, load_strips
 from ccu_fast.mem.config import Method, Settings
-from ccu_fast.mem.export import export, noise_size, psnr
+from ccu_fast.mem.fidelity import noise_report
 from ccu_fast.mem.protection import Protected, protect
+from ccu_fast.mem.publish.memory import export
 from ccu_fast.mem.retrieval import groups, guessing, reading, retrieval
 from ccu_fast.mem.study.robustness import TREATMENTS, treat
 from ccu_fast.mem.surrogate import ModelFactory, generator, pixels
@@ -52,7 +53,7 @@ def run_digit_strips(
         seed: of everything: data split, surrogate, victim.
         methods: names for :meth:`ccu_fast.mem.config.Method.parse`, each at most once.
         progress: called as ``progress(stage, done, total, note)``.
-        out: when given, the datasets are also written to ``out/<method>`` (see :func:`ccu_fast.mem.export.export`).
+        out: when given, the datasets are also written to ``out/<method>`` (see :func:`ccu_fast.mem.export`).
         settings: budget and schedule of the generator.
         recipe: the victim's training.
         n_train, n_test: numbers of strips.
@@ -185,7 +186,7 @@ def _summary(train: StripSet, protected: Protected, victim: Victim, exam: _Exam)
         "train_loss": victim.train_loss,
         "curve": victim.curve,
         "surrogate_loss": protected.losses,
-        "noise": {"eps_255": noise_size(protected.noise), "psnr_db": psnr(protected.noise)},
+        "noise": noise_report(protected.noise),
         "examples": [
             {
                 "caption": train.captions[i],

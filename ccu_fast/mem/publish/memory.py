@@ -1,4 +1,4 @@
-"""Write a protected dataset: lossless PNGs, the captions, a manifest. All of it or nothing."""
+"""A dataset that was protected in memory, written by the writer of all others."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ccu_fast import check
+from ccu_fast.data.captions.listing import MANIFEST, Listing
+from ccu_fast.mem.fidelity import noise_report
 from ccu_fast.mem.protection import Protected
+from ccu_fast.mem.publish.writer import Publisher
 from ccu_fast.runs.cache import versions
-from ccu_fast.runs.provenance import file_hash
 
 CAPTIONS = "captions.csv"
-MANIFEST = "manifest.json"
-IMAGES = "images"
 
 
 @contextmanager
@@ -48,6 +47,26 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+class _Memory:
+    """What is published, as the writer asks for it; the originals are not kept, only their distance (the noise)."""
+
+    def __init__(self, protected: Protected, listing: Listing) -> None:
+        self.listing, self._protected = listing, protected
+        self.image_shape = cast("tuple[int, int, int]", tuple(protected.images.shape[1:]))
+
+    def images(self, index: Tensor) -> Tensor:
+        return self._protected.images[index]
+
+    published_images = images
+
+    def published_captions(self, rows: Tensor) -> list[str]:
+        return [self._protected.captions[row] for row in rows.tolist()]
+
+    def each(self, work: Callable[[int], None], n: int) -> None:
+        for number in range(n):
+            work(number)
 
 
 def export(protected: Protected, out: str | Path, *, seed: int | None = None) -> Path:
@@ -75,49 +94,26 @@ def export(protected: Protected, out: str | Path, *, seed: int | None = None) ->
     ['captions.csv', 'images', 'manifest.json']
     """
     out = Path(out)
-    channels = protected.images.shape[1]
+    n, channels = protected.images.shape[:2]
     if channels not in (1, 3):
         raise ValueError(f"protected: expected images of 1 or 3 channels, got {channels}")
-    with atomic_folder(out) as folder:
-        (folder / IMAGES).mkdir()
-        names = [f"{IMAGES}/{i:05d}.png" for i in range(len(protected.images))]
-        hashes = {}
-        for name, image in zip(names, protected.images, strict=True):
-            _picture(image).save(folder / name, optimize=False)
-            hashes[name] = file_hash(folder / name)
+    names = [f"images/{i:05d}.png" for i in range(n)]
+    listing = Listing("csv", out, names, names, protected.captions, torch.arange(n), list(range(n)))
+    made = _Memory(protected, listing)
+    with atomic_folder(out) as folder, tempfile.TemporaryDirectory(prefix=".", dir=folder) as work:
+        publisher = Publisher(made, made, folder, Path(work), range(n))
+        publisher.write()
         with (folder / CAPTIONS).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["images", "caption"])
-            writer.writerows(zip(names, protected.captions, strict=True))
+            writer.writerows([("images", "caption"), *zip(names, protected.captions, strict=True)])
         manifest = {
             "method": asdict(protected.method),
             "settings": asdict(protected.settings),
             "seed": seed,
             "versions": versions("ccu_fast", "torch"),
-            "eps_255": noise_size(protected.noise),
-            "psnr_db": psnr(protected.noise),
+            **noise_report(protected.noise),
             "losses": protected.losses,
-            "sha256": hashes,
+            "sha256": publisher.hashes,
         }
-        text = json.dumps(manifest, indent=1)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return out
-
-
-def noise_size(noise: Tensor) -> int:
-    """The largest change of a pixel, in 1/255."""
-    check.tensor("noise", noise, dtypes=(torch.int8,))
-    return int(noise.short().abs().max()) if noise.numel() else 0
-
-
-def psnr(noise: Tensor) -> float | None:
-    """Peak signal-to-noise ratio in dB over all images; None when there is no noise."""
-    mean_square = float(noise.double().square().mean()) if noise.numel() else 0.0
-    return None if mean_square == 0 else float(10 * torch.log10(torch.tensor(255.0**2 / mean_square)))
-
-
-def _picture(image: Tensor) -> Any:
-    from PIL import Image
-
-    array = image.permute(1, 2, 0).contiguous().numpy()
-    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
