@@ -19,7 +19,7 @@ import toy_unlearn
 from ccu_fast import check, files, info
 from ccu_fast.cli import console, demo
 from ccu_fast.cli import main as cli
-from ccu_fast.unlearn.saved import save_model
+from ccu_fast.runs.provenance import save_model
 
 SETTINGS = """
 [model]

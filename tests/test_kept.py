@@ -19,7 +19,7 @@ from ccu_fast.cli import demo
 from ccu_fast.mem.config import Settings
 from ccu_fast.ops.machine import PACKAGE
 from ccu_fast.runs import cache
-from ccu_fast.runs.provenance import file_hash, json_hash, tensors_hash
+from ccu_fast.runs.provenance import file_hash, json_hash, tensors_hash, versions
 from ccu_fast.unlearn.study import compare as comparing
 from ccu_fast.unlearn.study import models as training
 from ccu_fast.unlearn.study.scenario import make_scenario
@@ -173,9 +173,9 @@ def test_a_trained_model_is_kept_under_its_settings_versions_and_format(
 
 
 def test_versions_in_the_order_asked_for() -> None:
-    assert list(cache.versions()) == ["ccu_fast", "torch", "python", "machine"]
-    assert list(cache.versions("pillow", "threads")) == ["pillow", "threads"]
-    assert cache.versions("threads") == {"threads": torch.get_num_threads()}
+    assert list(versions()) == ["ccu_fast", "torch", "python", "machine"]
+    assert list(versions("pillow", "threads")) == ["pillow", "threads"]
+    assert versions("threads") == {"threads": torch.get_num_threads()}
 
 
 def test_without() -> None:

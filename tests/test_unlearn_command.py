@@ -21,10 +21,10 @@ import ccu_fast
 from ccu_fast.cli.app import app
 from ccu_fast.data.load import load_pairs
 from ccu_fast.data.views import STRIDE, load_views
+from ccu_fast.runs.provenance import load_model, save_model
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.job import load_user_model, read_job, run_job
 from ccu_fast.unlearn.loop import accuracies
-from ccu_fast.unlearn.saved import load_model, save_model
 from ccu_fast.unlearn.study import compare as comparing
 from ccu_fast.unlearn.study.scenario import make_scenario
 from ccu_fast.unlearn.study.tasks import TASKS

@@ -19,9 +19,9 @@ from toy_unlearn import TwoTowers, double, weights
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.models.fusion import FusionModel
+from ccu_fast.runs.checkpoint import Keeper
 from ccu_fast.unlearn import Budget, Checkpoint, HeldOut, UnlearnConfig, unlearn
 from ccu_fast.unlearn.baselines.registry import BASELINES
-from ccu_fast.unlearn.checkpoint import Keeper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BUDGET = Budget(steps=9, batch=7)

@@ -24,6 +24,7 @@ from ccu_fast.mem.study.run import run_digit_strips
 from ccu_fast.mem.victim import Recipe
 from ccu_fast.runs import cache
 from ccu_fast.runs.progress import Progress
+from ccu_fast.runs.provenance import versions
 from ccu_fast.unlearn.study.run import run_digits_halves
 from ccu_fast.unlearn.study.tasks import TASKS
 
@@ -76,7 +77,7 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
     console = Console(stderr=True, quiet=quiet)
     parts = [part for part in _parts(seeds) if only in (None, part.half)]
     results: dict[str, Any] = {
-        "versions": cache.versions(*MADE_WITH),
+        "versions": versions(*MADE_WITH),
         "seeds": seeds,
         "unlearn": {},
         "protect": {},
@@ -127,4 +128,4 @@ def _key(part: Part) -> str:
         settings = [asdict(task.ccu[part.variant]), asdict(task.training)]
     else:
         settings = [asdict(Settings()), asdict(Recipe())]
-    return cache.key_of({"demo": FORMAT}, cache.versions(*MADE_WITH), [part.name, settings])
+    return cache.key_of({"demo": FORMAT}, versions(*MADE_WITH), [part.name, settings])

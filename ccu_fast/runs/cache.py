@@ -8,15 +8,12 @@ is not in the key: a comment or a moved file costs nobody his finished work.
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ccu_fast._version import __version__
 from ccu_fast.files import write_whole
 from ccu_fast.runs.provenance import json_hash
 
@@ -50,19 +47,10 @@ def key_of(formats: Mapping[str, int], made_with: Mapping[str, Any], settings: A
 
     Args:
         formats: the FORMAT numbers of all code that the figures depend on, by a name for it.
-        made_with: see :func:`versions`.
+        made_with: see :func:`~ccu_fast.runs.provenance.versions`.
         settings: JSON values.
     """
     return json_hash([formats, made_with, settings])
-
-
-def versions(*names: str) -> dict[str, Any]:
-    """What made a figure or a model, by name: by default the package, torch, Python and the machine.
-
-    Args:
-        names: of "ccu_fast", "torch", "python", "machine", "pillow", "threads"; the result is in their order.
-    """
-    return {name: _VERSIONS[name]() for name in names or ("ccu_fast", "torch", "python", "machine")}
 
 
 def without(value: Any, *names: str) -> Any:
@@ -70,22 +58,6 @@ def without(value: Any, *names: str) -> Any:
     if isinstance(value, dict):
         return {name: without(item, *names) for name, item in value.items() if name not in names}
     return [without(item, *names) for item in value] if isinstance(value, list) else value
-
-
-def _pillow() -> str:
-    import PIL
-
-    return PIL.__version__
-
-
-_VERSIONS: dict[str, Callable[[], Any]] = {
-    "ccu_fast": lambda: __version__,
-    "torch": lambda: str(torch.__version__),
-    "python": platform.python_version,
-    "machine": platform.machine,
-    "pillow": _pillow,
-    "threads": torch.get_num_threads,
-}
 
 
 def _plain(value: Any) -> Any:

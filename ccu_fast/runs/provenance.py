@@ -1,15 +1,20 @@
-"""SHA-256 of what decides a result: files, tensors, settings."""
+"""What made a result: versions, SHA-256 of files, tensors and settings; models that carry it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import platform
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from ccu_fast import extras
+from ccu_fast._version import __version__
+from ccu_fast.files import new_file
 
 
 def file_hash(path: Path) -> str:
@@ -38,3 +43,81 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 def json_hash(value: Any) -> str:
     """Of JSON values, whatever the order of the keys of a dict."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def versions(*names: str) -> dict[str, Any]:
+    """What made a figure or a model, by name: by default the package, torch, Python and the machine.
+
+    Args:
+        names: of "ccu_fast", "torch", "python", "machine", "pillow", "threads"; the result is in their order.
+    """
+    return {name: _VERSIONS[name]() for name in names or ("ccu_fast", "torch", "python", "machine")}
+
+
+def _pillow() -> str:
+    import PIL
+
+    return PIL.__version__
+
+
+_VERSIONS: dict[str, Callable[[], Any]] = {
+    "ccu_fast": lambda: __version__,
+    "torch": lambda: str(torch.__version__),
+    "python": platform.python_version,
+    "machine": platform.machine,
+    "pillow": _pillow,
+    "threads": torch.get_num_threads,
+}
+
+
+class Weights(Protocol):
+    """What has weights: any ``nn.Module``."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As of ``nn.Module``."""
+
+
+def save_model(model: Weights, path: str | Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the weights and, in the file's metadata, what made them; all of it or nothing.
+
+    Args:
+        model: its ``state_dict`` is written.
+        path: ends in ``.safetensors``; its folder must exist.
+        provenance: JSON: seed, settings, hashes of what went in. Versions and the hash of the weights are added.
+
+    Returns:
+        The provenance as written: with "versions" and "weights_sha256".
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    extras.require("safetensors")
+    from safetensors.torch import save
+
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    written = {**provenance, "versions": versions(), "weights_sha256": tensors_hash(state)}
+    with new_file(Path(path)) as file:
+        file.write(save(state, metadata={"ccu_fast": json.dumps(written)}))
+    return written
+
+
+def load_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The ``state_dict`` and the provenance that :func:`save_model` wrote.
+
+    Raises:
+        ValueError: not a file of ours, or its weights are not those it was written with.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise ValueError(f"path: expected a safetensors file, got {path} ({error})") from error
+    if "ccu_fast" not in metadata:
+        raise ValueError(f"path: expected a model that ccu_fast saved, got {path} without its metadata")
+    provenance = dict(json.loads(metadata["ccu_fast"]))
+    if tensors_hash(state) != provenance["weights_sha256"]:
+        raise ValueError(f"path: expected the weights that were written, got changed ones in {path}")
+    return state, provenance

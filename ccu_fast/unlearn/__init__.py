@@ -17,10 +17,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from ccu_fast.data.paired import PairedData
+from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.progress import Progress
 from ccu_fast.unlearn.audit import audit, membership_auc
 from ccu_fast.unlearn.bank import KeyBank
-from ccu_fast.unlearn.checkpoint import Checkpoint
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.loop import HeldOut
 from ccu_fast.unlearn.method import run_ccu

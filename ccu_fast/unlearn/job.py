@@ -53,14 +53,13 @@ from ccu_fast.files import output_folder
 from ccu_fast.models.clip import ClipEncoder
 from ccu_fast.models.named import named_model
 from ccu_fast.models.weights import from_checkpoint
+from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.progress import Progress
-from ccu_fast.runs.provenance import tensors_hash
-from ccu_fast.unlearn.checkpoint import Checkpoint
+from ccu_fast.runs.provenance import save_model, tensors_hash
 from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
 from ccu_fast.unlearn.loop import accuracies, embed
 from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.model import TwoModalityModel, check_problem
-from ccu_fast.unlearn.saved import save_model
 
 TABLES: dict[str, tuple[str, ...]] = {
     "model": ("make", "name", "weights"),

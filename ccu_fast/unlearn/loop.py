@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ccu_fast.data.paired import PairedData
+from ccu_fast.runs.checkpoint import Checkpoint, Keeper, fingerprint
 from ccu_fast.runs.progress import Progress
-from ccu_fast.unlearn.checkpoint import Checkpoint, Keeper, fingerprint
 from ccu_fast.unlearn.clock import Clock
 from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of

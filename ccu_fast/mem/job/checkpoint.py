@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from ccu_fast.files import new_file, read_json, readable, write_whole
+from ccu_fast.files import read_json, write_whole
 from ccu_fast.mem.job.processes import barrier
 from ccu_fast.mem.protection import Protection
 from ccu_fast.ops.noise_store.api import NoiseStore
 from ccu_fast.ops.noise_store.file import NoiseFile, scratch
+from ccu_fast.runs.checkpoint import read_state, write_state
 from ccu_fast.runs.provenance import json_hash
 
 PUBLISH = "publish"
@@ -119,8 +120,7 @@ class Workplace:
         folder = self._round(done)
         folder.mkdir(exist_ok=True)
         protection.store.save(folder / f"{self.rank}.noise", tag=self.key)
-        with new_file(folder / f"{self.rank}.pt") as file:
-            torch.save(self._without_model(protection.state_dict()), file)
+        write_state(folder / f"{self.rank}.pt", self._without_model(protection.state_dict()))
         barrier()
         if self.rank == 0:
             write_whole(self.folder / "checkpoint.json", json.dumps({"round": done}) + "\n")
@@ -134,9 +134,9 @@ class Workplace:
         done = self.rounds_done
         if done:
             folder = self._round(done)
-            state = read_state(folder / f"{self.rank}.pt")
+            state = read_state(folder / f"{self.rank}.pt", "out")
             if self.rank:  # rank 0 keeps the surrogate, which is everybody's
-                first = read_state(folder / "0.pt")
+                first = read_state(folder / "0.pt", "out")
                 state["worker"] |= {name: first["worker"][name] for name in ("model", "optimizer")}
             protection.load_state_dict(state)
         return done
@@ -157,12 +157,6 @@ class Workplace:
     def close(self) -> None:
         """Let the next run in."""
         self._lock.close()
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """What ``torch.save`` wrote, on the CPU; a ValueError where it is damaged."""
-    with readable(path, "out"):
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _short(value: Any) -> str:

@@ -18,18 +18,18 @@ from ccu_fast.data.captions.dataset import bad_pictures
 from ccu_fast.data.captions.listing import MANIFEST
 from ccu_fast.data.pictures import MAX_PIXELS
 from ccu_fast.distributed.launch import processes
-from ccu_fast.files import new_file, output_folder, read_json
+from ccu_fast.files import output_folder, read_json
 from ccu_fast.mem.config import Execution, Method, Settings
-from ccu_fast.mem.job.checkpoint import Workplace, read_state
+from ccu_fast.mem.job.checkpoint import Workplace
 from ccu_fast.mem.job.processes import Average, barrier, gather, share
 from ccu_fast.mem.protection import Protection
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
 from ccu_fast.mem.publish.writer import write_metadata
 from ccu_fast.mem.source import Part
 from ccu_fast.models.named import Model
-from ccu_fast.runs.cache import versions
+from ccu_fast.runs.checkpoint import read_state, write_state
 from ccu_fast.runs.progress import Progress, silent
-from ccu_fast.runs.provenance import json_hash
+from ccu_fast.runs.provenance import json_hash, versions
 
 SKIP = "skip_bad leaves them out"
 
@@ -180,7 +180,7 @@ class _Run:
         mine = share(listing, self.rank, self.world)
         path = place.folder / f"scan-{self.rank}.pt"
         if path.exists():
-            found = read_state(path)
+            found = read_state(path, "out")
         else:
             source = DiskSource(listing, model.image_shape, threads=job.threads, max_pixels=job.max_pixels)
             try:
@@ -188,8 +188,7 @@ class _Run:
             finally:
                 source.close()
             found = {"digests": seen.digests[mine], "bad": seen.bad}
-            with new_file(path) as file:
-                torch.save(found, file)
+            write_state(path, found)
         parts = gather((mine, found["bad"], found["digests"]))
         bad = {number: why for _, items, _ in parts for number, why in items.items()}
         if bad and not job.skip_bad:

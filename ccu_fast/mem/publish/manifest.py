@@ -11,7 +11,7 @@ from typing import Any
 from ccu_fast.data.captions.listing import MANIFEST, Bad, Listing
 from ccu_fast.files import write_whole
 from ccu_fast.mem.fidelity import Fidelity
-from ccu_fast.runs.cache import versions
+from ccu_fast.runs.provenance import versions
 
 
 def write_manifest(

@@ -20,7 +20,7 @@ from ccu_fast.data.captions.listing import MANIFEST, Listing
 from ccu_fast.mem.fidelity import noise_report
 from ccu_fast.mem.protection import Protected
 from ccu_fast.mem.publish.writer import Publisher
-from ccu_fast.runs.cache import versions
+from ccu_fast.runs.provenance import versions
 
 CAPTIONS = "captions.csv"
 

@@ -16,6 +16,7 @@ from ccu_fast import check
 from ccu_fast.files import output_folder, write_whole
 from ccu_fast.runs import cache
 from ccu_fast.runs.progress import Progress
+from ccu_fast.runs.provenance import versions
 from ccu_fast.unlearn.audit import most_accurate
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.study.models import FORMAT as TRAINED_FORMAT
@@ -62,7 +63,7 @@ def compare(
     for name in scenarios:
         check.one_of("scenarios", name, SCENARIOS)
     output_folder(out)
-    results: dict[str, Any] = {"versions": cache.versions(), "seeds": list(seeds), "unlearn": {}}
+    results: dict[str, Any] = {"versions": versions(), "seeds": list(seeds), "unlearn": {}}
     for task in tasks:
         for seed in seeds:
             for scenario in scenarios:
@@ -102,6 +103,6 @@ def _key(task: Task, scenario: str, seed: int, methods: Sequence[str], deep: Seq
     settings = [asdict(task.ccu[scenario]), asdict(task.training), task.group]
     return cache.key_of(
         {"compare": FORMAT, "trained": TRAINED_FORMAT},
-        cache.versions(),
+        versions(),
         [task.name, scenario, seed, list(methods), list(deep), settings],
     )

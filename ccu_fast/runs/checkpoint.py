@@ -1,4 +1,4 @@
-"""The saved state of a run, from which a killed run continues."""
+"""Where a run is written down while it goes on, so that a killed one continues where it was."""
 
 from __future__ import annotations
 
@@ -63,24 +63,42 @@ class Keeper:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the state, all of it or nothing."""
-        with new_file(self.checkpoint.path) as file:
-            torch.save({"key": self.key, **state}, file)
+        write_state(self.checkpoint.path, {"key": self.key, **state})
 
     def load(self) -> dict[str, Any] | None:
         """The state, or None where no file is.
 
         Raises:
-            ValueError: the file is of another run, or not a checkpoint.
+            ValueError: the file is another run's, or damaged.
         """
         path = self.checkpoint.path
         if not path.exists():
             return None
-        with readable(path, "checkpoint"):
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            stored = state["key"]
-        if stored != self.key:
+        state = read_state(path, "checkpoint", self.device)
+        if state.get("key") != self.key:
             raise ValueError(
                 f"checkpoint: expected the state of this run in {path}, got that of one with another model, "
                 "other data or other settings; remove the file to start anew"
             )
-        return dict(state)
+        return state
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write tensors and plain values to a file: all of it or nothing, also when the process is killed."""
+    with new_file(path) as file:
+        torch.save(dict(state), file)
+
+
+def read_state(path: Path, name: str, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What :func:`write_state` wrote.
+
+    Args:
+        path: of the file.
+        name: the argument it belongs to, for the error.
+        device: where its tensors go.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with readable(path, name):
+        return dict(torch.load(path, map_location=device, weights_only=True))
