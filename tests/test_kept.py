@@ -18,7 +18,7 @@ import torch
 from ccu_fast.cli import demo
 from ccu_fast.mem.config import Settings
 from ccu_fast.ops.machine import PACKAGE
-from ccu_fast.runs import cache
+from ccu_fast.runs import cache, provenance
 from ccu_fast.runs.provenance import file_hash, json_hash, tensors_hash, versions
 from ccu_fast.unlearn.study import compare as comparing
 from ccu_fast.unlearn.study import models as training
@@ -28,8 +28,8 @@ from ccu_fast.unlearn.study.train import TrainConfig
 
 KEYS = """
 import json, sys
-from ccu_fast import demo
-from ccu_fast.unlearn import compare
+from ccu_fast.cli import demo
+from ccu_fast.unlearn.study import compare
 from ccu_fast.unlearn.study.tasks import TASKS
 import torch
 torch.set_num_threads(1)
@@ -90,7 +90,7 @@ def test_a_key_changes_with_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["ccu_fast", "torch", "python", "machine"])
 def test_a_key_changes_with_a_version(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = demo._key(PART), key_of_comparison()
-    monkeypatch.setitem(cache._VERSIONS, name, lambda: "another")
+    monkeypatch.setitem(provenance._VERSIONS, name, lambda: "another")
     assert all(old != new for old, new in zip(before, (demo._key(PART), key_of_comparison()), strict=True))
 
 
@@ -160,7 +160,7 @@ def test_a_trained_model_is_kept_under_its_settings_versions_and_format(
     assert stages
     get()
     assert not stages
-    monkeypatch.setitem(cache._VERSIONS, "torch", lambda: "another")
+    monkeypatch.setitem(provenance._VERSIONS, "torch", lambda: "another")
     get()
     assert stages
     (path,) = tmp_path.iterdir()
