@@ -24,9 +24,8 @@ from ccu_fast.models.fusion import ConvFusionModel, FusionModel
 from ccu_fast.unlearn import Budget, Checkpoint, HeldOut, KeyBank, UnlearnConfig, unlearn
 from ccu_fast.unlearn.baselines.bad_teacher import reinitialised
 from ccu_fast.unlearn.loop import accuracies, run
-from ccu_fast.unlearn.method import ccu_method
-from ccu_fast.unlearn.neighbours import nearest_retained, neighbour_loss
-from ccu_fast.unlearn.objective import anchor_loss, forgetting_loss, separation_loss, unclassify_loss
+from ccu_fast.unlearn.method import ccu_method, nearest_retained
+from ccu_fast.unlearn.objective import anchor_loss, forgetting_loss, neighbour_loss, separation_loss, unclassify_loss
 from ccu_fast.unlearn.parameters import saliency
 from ccu_fast.unlearn.study.train import TrainConfig, train
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from benchmarks.gate import relative_errors
 from benchmarks.ops.common import build, build_compiled, leaf, our_backend, step, unit
 from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors
-from ccu_fast.unlearn.bank import KeyBank
-from ccu_fast.unlearn.objective import forgetting_loss, retention_loss
+from ccu_fast.unlearn.objective import KeyBank, forgetting_loss, retention_loss
 
 SCALE, CLASSES = 5.0, 100
 

@@ -36,14 +36,29 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
         >>> scale.grad
         tensor(4.)
     """
+    parameters = [p for p in parameters if p.requires_grad]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    average_([p.grad for p in parameters if p.grad is not None], group)
+
+
+@torch.no_grad()
+def average_(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replace each tensor by its mean over the ranks, in place; one all-reduce for each dtype and device.
+
+    Args:
+        tensors: of the same dtypes and shapes in the same order on every rank.
+        group: None for the default group.
+
+    Raises:
+        RuntimeError: as :func:`average_gradients`.
+    """
     ranks = Ranks(group)
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for p in parameters:
-        if p.requires_grad:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            kinds.setdefault((p.grad.dtype, p.grad.device), []).append(p.grad)
-    for grads in kinds.values():
-        mean = ranks.total(torch.cat([g.flatten() for g in grads])) / ranks.size
-        for g, part in zip(grads, mean.split([g.numel() for g in grads]), strict=True):
-            g.copy_(part.view_as(g))
+    for t in tensors:
+        kinds.setdefault((t.dtype, t.device), []).append(t)
+    for same in kinds.values():
+        mean = ranks.total(torch.cat([t.flatten() for t in same])) / ranks.size
+        for t, part in zip(same, mean.split([t.numel() for t in same]), strict=True):
+            t.copy_(part.view_as(t))

@@ -1,6 +1,8 @@
 """MEM: publish image-caption pairs that teach a model less (Liu et al. 2024, arXiv 2407.16307)."""
 
 from ccu_fast.mem.config import Execution, Method, Settings
+from ccu_fast.mem.job.protect import protect_dataset
+from ccu_fast.mem.job.victims import evaluate_datasets
 from ccu_fast.mem.protection import Protected, Protection, protect
 from ccu_fast.mem.publish.memory import export
 from ccu_fast.mem.retrieval import reading, retrieval
@@ -18,8 +20,10 @@ __all__ = [
     "Tokenizer",
     "Victim",
     "WordTokenizer",
+    "evaluate_datasets",
     "export",
     "protect",
+    "protect_dataset",
     "reading",
     "retrieval",
     "run_digit_strips",

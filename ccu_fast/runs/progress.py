@@ -1,8 +1,9 @@
-"""How long work reports its progress."""
+"""What long work tells while it goes on, and what it costs in time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 Progress = Callable[[str, int, int, str], None]
 """Called as progress(stage, done, total, note)."""
@@ -10,3 +11,18 @@ Progress = Callable[[str, int, int, str], None]
 
 def silent(stage: str, done: int, total: int, note: str) -> None:
     """The progress callback that says nothing."""
+
+
+class Clock:
+    """Wall time and processor time since it was made."""
+
+    def __init__(self) -> None:
+        self._start = (time.perf_counter(), time.process_time())
+
+    def add(self, spent: Sequence[float]) -> None:
+        """Count what ``read`` gave before a run was interrupted."""
+        self._start = (self._start[0] - spent[0], self._start[1] - spent[1])
+
+    def read(self) -> tuple[float, float]:
+        """Seconds by the clock on the wall, and seconds that the process computed (all its threads together)."""
+        return time.perf_counter() - self._start[0], time.process_time() - self._start[1]

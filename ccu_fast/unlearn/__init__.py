@@ -20,13 +20,19 @@ from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.progress import Progress
 from ccu_fast.unlearn.audit import audit, membership_auc
-from ccu_fast.unlearn.bank import KeyBank
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.loop import HeldOut
 from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.model import Model, TwoModalityModel, TwoTowerModel, check_problem
-from ccu_fast.unlearn.neighbours import neighbour_loss
-from ccu_fast.unlearn.objective import anchor_loss, forgetting_loss, retention_loss, separation_loss, unclassify_loss
+from ccu_fast.unlearn.objective import (
+    KeyBank,
+    anchor_loss,
+    forgetting_loss,
+    neighbour_loss,
+    retention_loss,
+    separation_loss,
+    unclassify_loss,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -47,7 +47,7 @@ class UnlearnConfig:
         anchor: weight ≥ 0 of the part of (b) that holds embeddings to the frozen ones: the other modality's of all
             items and the visual ones of the retain set.
         neighbours: weight ≥ 0 of the pull of each forgotten item towards the retained item that looks most like it
-            (:mod:`ccu_fast.unlearn.neighbours`); 0 for none.
+            (:func:`ccu_fast.unlearn.neighbour_loss`); 0 for none.
         temperature: > 0, of the three losses.
         forgotten_weight: > 0, how much forgotten items count among the negatives of (c).
         group: items with equal ``ids // group`` are views of one thing: in (a), where instances or pairs are forgotten,

@@ -48,7 +48,7 @@ from ccu_fast import check
 from ccu_fast.data.captions import Options
 from ccu_fast.data.load import load_captions, load_pairs
 from ccu_fast.data.paired import PairedData
-from ccu_fast.distributed.launch import processes
+from ccu_fast.distributed.ranks import processes
 from ccu_fast.files import output_folder
 from ccu_fast.models.clip import ClipEncoder
 from ccu_fast.models.named import named_model

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.checkpoint import Checkpoint, Keeper, fingerprint
-from ccu_fast.runs.progress import Progress
-from ccu_fast.unlearn.clock import Clock
+from ccu_fast.runs.progress import Clock, Progress
 from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of
 from ccu_fast.unlearn.parallel import Alone, Shared

@@ -22,15 +22,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn.bank import KeyBank
+from ccu_fast.unlearn.baselines.bad_teacher import reinitialised
 from ccu_fast.unlearn.baselines.ssd import ssd
 from ccu_fast.unlearn.config import UnlearnConfig
-from ccu_fast.unlearn.loop import Batch, Prepare, Run, Step, embed, embed_visual, run
+from ccu_fast.unlearn.loop import Batch, Prepare, Run, Step, embed, embed_visual, nearest, run
 from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of, task_loss
-from ccu_fast.unlearn.neighbours import nearest_retained, neighbour_loss
 from ccu_fast.unlearn.objective import (
+    KeyBank,
     anchor_loss,
     forgetting_loss,
+    neighbour_loss,
     retention_loss,
     separation_loss,
     unclassify_loss,
@@ -136,3 +137,27 @@ def _sampled(data: PairedData, forget: PairedData, retain: PairedData, config: U
     count = max(1, round(config.dampen_items * len(data) / (len(forget) + len(retain))))
     generator = torch.Generator().manual_seed(config.seed)
     return data.batch(torch.randperm(len(data), generator=generator)[:count].to(data.labels.device))
+
+
+def nearest_retained(model: TwoModalityModel, forget: PairedData, retain: PairedData, seed: int) -> Tensor:
+    """For each item to forget the retained item that looks most like it to a network that has learned nothing::
+
+        fresh = reinitialised(model, seed)
+        (fresh.embed_visual(forget.visual) @ fresh.embed_visual(retain.visual).T).argmax(1)
+
+    Nearness is measured before any training because the trained model's is what must go.
+
+    Args:
+        model: not changed; its architecture is what matters. Parameters outside of layers with a ``reset_parameters``
+            stay as they were trained.
+        forget, retain: on the device of the model.
+        seed: of the fresh weights.
+
+    Returns:
+        int64 ``[len(forget)]``, rows of ``retain``.
+
+    Raises:
+        ValueError: no layer can be initialised anew.
+    """
+    fresh = reinitialised(model, seed)
+    return nearest(embed_visual(fresh, forget.visual), embed_visual(fresh, retain.visual))

@@ -10,6 +10,7 @@ the frozen original model. All are unit vectors of one space, rows of ``[N, D]``
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,48 @@ from ccu_fast import check
 from ccu_fast.losses.functional import inverse_info_nce
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF
-from ccu_fast.unlearn.bank import KeyBank
+
+
+@dataclass(frozen=True)
+class KeyBank:
+    """Frozen embeddings, with the labels and ids that decide their role.
+
+    A queue that replaces its oldest keys serves encoders that move; these keys come from the frozen model and never go
+    stale, so they are drawn once and stay.
+
+    Attributes:
+        keys: ``[K, D]`` unit vectors, without gradients.
+        labels: int64 ``[K]``; negative = none.
+        ids: int64 ``[K]``.
+
+    Raises:
+        TypeError, ValueError: labels or ids of another length.
+
+    >>> ids = torch.arange(4)
+    >>> len(ccu_fast.unlearn.KeyBank(keys=torch.eye(4), labels=ids % 2, ids=ids).draw(2, seed=0))
+    2
+    """
+
+    keys: Tensor
+    labels: Tensor
+    ids: Tensor
+
+    def __post_init__(self) -> None:
+        check.tensor("keys", self.keys, ndim=2)
+        for name in ("labels", "ids"):
+            check.tensor(name, getattr(self, name), dtypes=check.INTEGERS)
+            check.shape(name, getattr(self, name), [len(self.keys)])
+        object.__setattr__(self, "keys", self.keys.detach())
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def draw(self, size: int, seed: int) -> KeyBank:
+        """``size`` of the keys at random, each at most once; all of them where there are fewer."""
+        check.integer("size", size, low=0)
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:size]
+        rows = order.sort().values.to(self.keys.device)
+        return KeyBank(self.keys[rows], self.labels[rows], self.ids[rows])
 
 
 def forgetting_loss(
@@ -270,6 +312,36 @@ def separation_loss(
     everything = torch.logaddexp(torch.where(has_positive, own, 0), forgotten + math.log(weight))
     per_row = torch.where(has_positive, everything - positive / count.clamp(min=1), 0)
     return per_row.sum() / has_positive.sum().clamp(min=1)
+
+
+def neighbour_loss(u: Tensor, neighbours: Tensor) -> Tensor:
+    """Draw each embedding to forget towards the retained item it resembles::
+
+        mean_i( 1 - u_i . neighbours_i.detach() )
+
+    An inverse loss alone leaves the forgotten items as a cluster of their own, which a linear probe finds. A model
+    that never saw them has them where their inputs look like retained ones.
+
+    Args:
+        u: ``[N, D]`` live visual unit vectors of the forget batch; the only argument that gets a gradient.
+        neighbours: ``[N, D]`` live visual unit vectors of a retained item for each, in the same order: those of
+            :func:`ccu_fast.unlearn.method.nearest_retained`.
+
+    Returns:
+        Scalar in [0, 2], of the dtype of u; 0 for no rows.
+
+    Raises:
+        ValueError: neighbours is not shaped like u.
+
+    Source: this project's definition (see the module's first lines).
+
+    >>> ccu_fast.unlearn.neighbour_loss(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    tensor(0.5000)
+    """
+    check.tensor("u", u, ndim=2)
+    check.tensor("neighbours", neighbours)
+    check.shape("neighbours", neighbours, u.shape)
+    return (1 - (u * neighbours.detach()).sum(-1)).sum() / max(len(u), 1)
 
 
 def _mean_key(frozen_rows: Tensor, keys: Tensor, scale: float | Tensor, backend: str) -> Tensor:

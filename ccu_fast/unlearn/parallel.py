@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ccu_fast.distributed.parameters import average_gradients
+from ccu_fast.distributed.parameters import average_, average_gradients
 from ccu_fast.distributed.ranks import Ranks, Value, offsets
 from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.model import TwoModalityModel
@@ -79,9 +79,8 @@ class Shared(Alone):
     @torch.no_grad()
     def average_gradients(self, model: TwoModalityModel) -> None:
         average_gradients(model.parameters(), self.ranks.group)
-        for statistics in model.buffers():  # of a normalisation layer, of its process's rows
-            if statistics.is_floating_point():
-                statistics.copy_(self.ranks.total(statistics) / self.ranks.size)
+        # The statistics of a normalisation layer are those of its process's rows.
+        average_([statistics for statistics in model.buffers() if statistics.is_floating_point()], self.ranks.group)
 
     @torch.no_grad()
     def agree(self, model: TwoModalityModel) -> None:

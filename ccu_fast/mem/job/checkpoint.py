@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from ccu_fast.distributed.ranks import barrier
 from ccu_fast.files import read_json, write_whole
-from ccu_fast.mem.job.processes import barrier
 from ccu_fast.mem.protection import Protection
 from ccu_fast.ops.noise_store.api import NoiseStore
 from ccu_fast.ops.noise_store.file import NoiseFile, scratch

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ccu_fast.data.captions.listing import Listing
-
-
-def gather(value: Any) -> list[Any]:
-    """The value of every process, in the order of ranks."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    gather(None)
+from ccu_fast.distributed.parameters import average_
 
 
 def share(listing: Listing, rank: int, world: int) -> list[int]:
@@ -63,15 +48,3 @@ class Average:
     def __call__(self, parameters: Iterable[nn.Parameter]) -> None:
         statistics = [b for b in self.buffers() if b.is_floating_point()]
         average_([*(p.grad for p in parameters if p.grad is not None), *statistics])
-
-
-def average_(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its mean over the processes, in one message for each dtype."""
-    world = dist.get_world_size()
-    for dtype in sorted({t.dtype for t in tensors}, key=str):
-        same = [t for t in tensors if t.dtype == dtype]
-        flat = torch.cat([t.reshape(-1) for t in same])
-        dist.all_reduce(flat)
-        flat /= world
-        for t, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
-            t.copy_(part.view_as(t))

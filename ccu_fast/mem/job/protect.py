@@ -17,11 +17,11 @@ from ccu_fast.data.captions import BadData, DiskSource, Listing, Options, list_p
 from ccu_fast.data.captions.dataset import bad_pictures
 from ccu_fast.data.captions.listing import MANIFEST
 from ccu_fast.data.pictures import MAX_PIXELS
-from ccu_fast.distributed.launch import processes
+from ccu_fast.distributed.ranks import barrier, gather_objects, processes
 from ccu_fast.files import output_folder, read_json
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.job.checkpoint import Workplace
-from ccu_fast.mem.job.processes import Average, barrier, gather, share
+from ccu_fast.mem.job.processes import Average, share
 from ccu_fast.mem.protection import Protection
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
 from ccu_fast.mem.publish.writer import write_metadata
@@ -189,7 +189,7 @@ class _Run:
                 source.close()
             found = {"digests": seen.digests[mine], "bad": seen.bad}
             write_state(path, found)
-        parts = gather((mine, found["bad"], found["digests"]))
+        parts = gather_objects((mine, found["bad"], found["digests"]))
         bad = {number: why for _, items, _ in parts for number, why in items.items()}
         if bad and not job.skip_bad:
             barrier()
@@ -200,8 +200,9 @@ class _Run:
         place_of = {number: new for new, number in enumerate(keep)}
         usable = listing.without(list(bad), bad_pictures(listing, bad))
         kept = [place_of[number] for number in mine if number in place_of]
-        if min(gather(len(kept))) < 2:
-            raise ValueError(f"input: expected at least two usable images for each process, got {gather(len(kept))}")
+        counts = gather_objects(len(kept))
+        if min(counts) < 2:
+            raise ValueError(f"input: expected at least two usable images for each process, got {counts}")
         return usable, kept, digests[keep]
 
     def _check_compat(self, listing: Listing) -> None:
@@ -242,7 +243,7 @@ class _Run:
         publisher.write(lambda done, total: self.progress("writing", done, total, ""))
         mine_rows = made.rows.tolist()
         captions = dict(zip(mine_rows, made.published_captions(made.rows), strict=True))
-        parts = gather((publisher.hashes, publisher.fidelity.sums(), publisher.dropped, captions, made.losses))
+        parts = gather_objects((publisher.hashes, publisher.fidelity.sums(), publisher.dropped, captions, made.losses))
         if self.rank:
             barrier()
             return dict(read_json(place.publish / MANIFEST))

@@ -10,9 +10,8 @@
 """
 
 from ccu_fast.unlearn.audit.audit import MODALITIES, audit
-from ccu_fast.unlearn.audit.maps import embedding_map
 from ccu_fast.unlearn.audit.membership import auc, membership_auc, modified_entropy
-from ccu_fast.unlearn.audit.probe import linear_probe
+from ccu_fast.unlearn.audit.probe import embedding_map, linear_probe
 from ccu_fast.unlearn.audit.relearn import relearn_steps
 from ccu_fast.unlearn.audit.retrieval import recall
 from ccu_fast.unlearn.audit.summary import average_gap, mean_and_spread, most_accurate, over_seeds

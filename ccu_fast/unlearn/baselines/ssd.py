@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn.clock import Clock
+from ccu_fast.runs.progress import Clock
 from ccu_fast.unlearn.loop import Run
 from ccu_fast.unlearn.model import TwoModalityModel, forget_loss
 

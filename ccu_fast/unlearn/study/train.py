@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
-from ccu_fast.runs.progress import Progress
-from ccu_fast.unlearn.clock import Clock
+from ccu_fast.runs.progress import Clock, Progress
 from ccu_fast.unlearn.loop import Run, epochs_of_rows
 from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of, task_loss
 
