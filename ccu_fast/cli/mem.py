@@ -105,15 +105,32 @@ def protect(
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     job = Job(
-        input, out, choose(model, size=size, grey=grey, checkpoint=checkpoint), Method.parse(method),
+        input,
+        out,
+        choose(model, size=size, grey=grey, checkpoint=checkpoint),
+        Method.parse(method),
         Settings(
-            eps=eps, step=step, pgd_steps=pgd_steps, rounds=rounds, surrogate_steps=surrogate_steps,
-            trigger_rounds=trigger_rounds, candidates=candidates, batch=batch, lr=lr,
+            eps=eps,
+            step=step,
+            pgd_steps=pgd_steps,
+            rounds=rounds,
+            surrogate_steps=surrogate_steps,
+            trigger_rounds=trigger_rounds,
+            candidates=candidates,
+            batch=batch,
+            lr=lr,
         ),
-        seed, Options(format, image_column, caption_column), skip_bad=skip_bad, fresh=fresh,
-        noise_on_disk=noise_on_disk, reference_files=reference_files, threads=threads, max_pixels=max_pixels,
-        device=check.device("device", device), execution=Execution(precisions[autocast], channels_last, compile),
-    )  # fmt: skip
+        seed,
+        Options(format, image_column, caption_column),
+        skip_bad=skip_bad,
+        fresh=fresh,
+        noise_on_disk=noise_on_disk,
+        reference_files=reference_files,
+        threads=threads,
+        max_pixels=max_pixels,
+        device=check.device("device", device),
+        execution=Execution(precisions[autocast], channels_last, compile),
+    )
     quiet = quiet or os.environ.get("RANK", "0") != "0"
     with live(quiet) as progress:
         manifest = protect_dataset(job, progress)
@@ -172,11 +189,19 @@ def evaluate(
             raise ValueError(f"{option}: expected a file or folder, got {data}, which is not there")
     with live(quiet) as progress:
         result = evaluate_datasets(
-            named, test, choose(model, size=size, grey=grey), recipe=Recipe(epochs=epochs, batch=batch, lr=lr),
-            seeds=range(seeds), treatments=treatment or (), zero_shot=zero_shot, device=device,
-            samples=0 if report is None else 6, options=Options(format, image_column, caption_column),
-            threads=threads, progress=progress,
-        )  # fmt: skip
+            named,
+            test,
+            choose(model, size=size, grey=grey),
+            recipe=Recipe(epochs=epochs, batch=batch, lr=lr),
+            seeds=range(seeds),
+            treatments=treatment or (),
+            zero_shot=zero_shot,
+            device=device,
+            samples=0 if report is None else 6,
+            options=Options(format, image_column, caption_column),
+            threads=threads,
+            progress=progress,
+        )
     # What cost most is told first: a full disk then loses no figure.
     if not quiet:
         _table(result)

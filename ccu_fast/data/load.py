@@ -91,9 +91,10 @@ def _from_arrays(path: Path) -> PairedData:
         if name in found and not np.issubdtype(found[name].dtype, np.integer):
             raise ValueError(f"path: expected whole numbers as {name} in {path}, got {found[name].dtype}")
     return PairedData(
-        _tensor(found["visual"]), _tensor(found["other"]),
+        _tensor(found["visual"]),
+        _tensor(found["other"]),
         *(torch.from_numpy(found[n].astype(np.int64)) if n in found else None for n in ("labels", "ids")),  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
 
 
 def _from_table(path: Path) -> PairedData:

@@ -82,10 +82,16 @@ def agree(
 
 
 AGREED = (
-    "x and y's last dimension", "dtype (its place in fp32, fp16, bf16, fp64)", "mode", "whether labels are given",
-    "whether ids are given", "whether x needs a gradient", "whether y needs a gradient",
-    "whether scale or bias needs a gradient", "reductions",
-)  # fmt: skip
+    "x and y's last dimension",
+    "dtype (its place in fp32, fp16, bf16, fp64)",
+    "mode",
+    "whether labels are given",
+    "whether ids are given",
+    "whether x needs a gradient",
+    "whether y needs a gradient",
+    "whether scale or bias needs a gradient",
+    "reductions",
+)
 _MUST_MATCH = len(AGREED)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -77,9 +77,15 @@ class Plan:
             return None if keys is None else keys[None, first : first + y.shape[0]].contiguous()
 
         return replace(
-            self.local, x=x[None], y=y[None], scale=scale, bias=bias, col_labels=cut(self.col_labels),
-            col_ids=cut(self.col_ids), diagonal=self.local.diagonal and first == 0,
-        )  # fmt: skip
+            self.local,
+            x=x[None],
+            y=y[None],
+            scale=scale,
+            bias=bias,
+            col_labels=cut(self.col_labels),
+            col_ids=cut(self.col_ids),
+            diagonal=self.local.diagonal and first == 0,
+        )
 
     def engine(self, p: SimilarityProblem) -> str:
         """Only the reference handles problems without items."""
@@ -142,9 +148,17 @@ def _ring_forward(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan
 
 
 def _ring_backward(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, rows: Tensor, cols: Tensor,
-    grad_rows: Tensor, grad_cols: Tensor, needs: list[bool], plan: Plan,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    cols: Tensor,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    needs: list[bool],
+    plan: Plan,
+) -> tuple[Tensor, ...]:
     """The blocks come by once more. The gradient of one starts where it meets a stranger's rows first and follows it.
 
     It is home after the last step; the own rows' share waits there.
@@ -160,9 +174,16 @@ def _ring_backward(
         first, last = starts[step], starts[step + 1]
         p = plan.problem(x, block, scale, bias, first)
         block_dx, block_dy, block_dscale, block_dbias = run_backward(
-            p, plan.engine(p), grad_rows, grad_cols[:, :, first:last].contiguous(), rows,
-            cols[:, :, first:last].contiguous(), x.new_empty((0,)), needs, plan.workspace,
-        )  # fmt: skip
+            p,
+            plan.engine(p),
+            grad_rows,
+            grad_cols[:, :, first:last].contiguous(),
+            rows,
+            cols[:, :, first:last].contiguous(),
+            x.new_empty((0,)),
+            needs,
+            plan.workspace,
+        )
         dscale += block_dscale
         dbias += block_dbias
         if needs[0]:

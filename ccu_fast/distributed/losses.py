@@ -105,8 +105,10 @@ def inverse_info_nce(
     check.one_of("kind", kind, INVERSE_KINDS)
     _check(reduction, gradients)
     reduces: dict[str, formulas.Reduce] = {
-        "contrastive": reduce_similarity, "bounded": PAIRS_IDS_OR_LABELS, "ascent": PAIRS_OR_IDS,
-    }  # fmt: skip
+        "contrastive": reduce_similarity,
+        "bounded": PAIRS_IDS_OR_LABELS,
+        "ascent": PAIRS_OR_IDS,
+    }
     side = formulas.inverse_info_nce(reduces[kind], x, y, scale=scale, kind=kind, **similarity)
     return _finish([side], reduction, gradients, similarity)
 

@@ -96,11 +96,25 @@ def reduce_similarity(
         tensor([1.5514, 1.5514, 1.5514])
     """
     return reduce_shards(
-        x, y, scale=scale, bias=bias, row_labels=row_labels, col_labels=col_labels, row_ids=row_ids, col_ids=col_ids,
-        paired=paired, normalize=normalize,
-        rows=rows, cols=cols, backend=backend, workspace=workspace, nan_policy=nan_policy,
-        group=group, mode=mode, equal=equal,
-    )  # fmt: skip
+        x,
+        y,
+        scale=scale,
+        bias=bias,
+        row_labels=row_labels,
+        col_labels=col_labels,
+        row_ids=row_ids,
+        col_ids=col_ids,
+        paired=paired,
+        normalize=normalize,
+        rows=rows,
+        cols=cols,
+        backend=backend,
+        workspace=workspace,
+        nan_policy=nan_policy,
+        group=group,
+        mode=mode,
+        equal=equal,
+    )
 
 
 class _Prepared(NamedTuple):
@@ -115,13 +129,27 @@ class _Prepared(NamedTuple):
 
 @never
 def reduce_shards(
-    x: Tensor, y: Tensor, *, scale: Any, bias: Any = None,
-    row_labels: Tensor | None = None, col_labels: Tensor | None = None,
-    row_ids: Tensor | None = None, col_ids: Tensor | None = None, paired: bool | None = None,
-    normalize: bool = False, rows: Sequence[Reduction] = (), cols: Sequence[Reduction] = (),
-    backend: str = "auto", workspace: int | None = None, nan_policy: str = "propagate",
-    group: dist.ProcessGroup | None = None, mode: str = "auto", equal: bool = False, positives: str | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: Any,
+    bias: Any = None,
+    row_labels: Tensor | None = None,
+    col_labels: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    paired: bool | None = None,
+    normalize: bool = False,
+    rows: Sequence[Reduction] = (),
+    cols: Sequence[Reduction] = (),
+    backend: str = "auto",
+    workspace: int | None = None,
+    nan_policy: str = "propagate",
+    group: dist.ProcessGroup | None = None,
+    mode: str = "auto",
+    equal: bool = False,
+    positives: str | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
     """:func:`reduce_similarity`, for a loss that needs positives: a paired problem, or the named keys."""
     ranks = Ranks(group)
     check.one_of("mode", mode, MODES)
@@ -148,10 +176,21 @@ def reduce_shards(
         p = prepared.problem
         spec = zlib.crc32(repr((prepared.rows, prepared.cols, p.bias is None, paired, normalize)).encode())
         scalars = p.scale.requires_grad or (p.bias is not None and p.bias.requires_grad)
-        return p.n, p.m, (
-            p.x.shape[-1], agreement.DTYPES.index(p.x.dtype), MODES.index(mode), p.row_labels is not None,
-            p.row_ids is not None, p.x.requires_grad, p.y.requires_grad, scalars, spec,
-        )  # fmt: skip
+        return (
+            p.n,
+            p.m,
+            (
+                p.x.shape[-1],
+                agreement.DTYPES.index(p.x.dtype),
+                MODES.index(mode),
+                p.row_labels is not None,
+                p.row_ids is not None,
+                p.x.requires_grad,
+                p.y.requires_grad,
+                scalars,
+                spec,
+            ),
+        )
 
     (p, row_spec, col_spec, engine, room), sizes = agree(ranks, prepare, describe, x, equal=equal)
     if positives and not keyed and sum(sizes.x) != sum(sizes.y):

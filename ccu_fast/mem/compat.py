@@ -103,7 +103,8 @@ class CompatRound(Round):
             loss = info_nce(self.encode_image((base + delta).clamp(0, 255) / 255), text, scale=scale)
             (grad,) = torch.autograd.grad(loss, delta)
             delta, loss = delta.detach(), loss.detach()
-            pgd_step_(delta, grad, free, step=float(s.step), eps=float(s.eps), lower=-255.0, upper=255.0,
-                      nan_policy="zero")  # fmt: skip
+            pgd_step_(
+                delta, grad, free, step=float(s.step), eps=float(s.eps), lower=-255.0, upper=255.0, nan_policy="zero"
+            )
         self.store.scatter_(rows, delta.to(torch.int8))
         return loss

@@ -74,9 +74,15 @@ class Method:
 
 
 _NOISE = {
-    "clean": "none", "trigger": "none", "random": "random", "em": "minimise", "mem": "minimise", "uap": "universal",
-    "tap": "maximise", "tap-targeted": "mislead",
-}  # fmt: skip
+    "clean": "none",
+    "trigger": "none",
+    "random": "random",
+    "em": "minimise",
+    "mem": "minimise",
+    "uap": "universal",
+    "tap": "maximise",
+    "tap-targeted": "mislead",
+}
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ def pgd(
             (grad,) = torch.autograd.grad(-loss if maximise else loss, delta)
             delta = delta.detach()
             # "zero": looking for NaN would wait for the device at every step; the round's loss shows it.
-            pgd_step_(delta, grad, anchor, step=float(step), eps=float(eps), lower=lower, upper=upper,
-                      nan_policy="zero")  # fmt: skip
+            pgd_step_(
+                delta, grad, anchor, step=float(step), eps=float(eps), lower=lower, upper=upper, nan_policy="zero"
+            )
     return delta.to(torch.int8)

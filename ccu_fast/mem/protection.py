@@ -116,8 +116,9 @@ class Protection:
             if method.noise not in ("none", "minimise"):
                 raise ValueError(f"method: expected clean, em, mem or trigger with compat, got {method.name!r}")
             if len(source.image_of) < settings.batch:
-                raise ValueError(f"batch: expected at most the {len(source.image_of)} rows with compat, "
-                                 f"got {settings.batch}")  # fmt: skip
+                raise ValueError(
+                    f"batch: expected at most the {len(source.image_of)} rows with compat, got {settings.batch}"
+                )
             rows = len(source.image_of)
         self.device = torch.device(device or (noise_store.device if noise_store is not None else "cpu"))
         self.store = NoiseStore(rows, source.image_shape, device=self.device) if noise_store is None else noise_store
@@ -132,10 +133,21 @@ class Protection:
         self.next_round = 0
         kind = CompatRound if settings.compat else Round
         self.worker = kind(
-            source=source, tokenizer=tokenizer, factory=factory, method=method, settings=settings, seed=seed, rng=rng,
-            store=self.store, tokens=self.tokens, triggers=self.triggers, alphabet=self.alphabet, device=self.device,
-            execution=Execution() if execution is None else execution, average=average,
-        )  # fmt: skip
+            source=source,
+            tokenizer=tokenizer,
+            factory=factory,
+            method=method,
+            settings=settings,
+            seed=seed,
+            rng=rng,
+            store=self.store,
+            tokens=self.tokens,
+            triggers=self.triggers,
+            alphabet=self.alphabet,
+            device=self.device,
+            execution=Execution() if execution is None else execution,
+            average=average,
+        )
         if method.noise == "random" and noise_store is None:
             self._random_noise(seed, shard)
 
@@ -212,8 +224,10 @@ class Protection:
                 f"tokenizer: expected at least {self.settings.candidates} trigger words (candidates), got {len(ids)}"
             )
         if self.method.triggers + 3 > self.tokenizer.context:
-            raise ValueError(f"method: expected triggers that leave room for a caption in {self.tokenizer.context} "
-                             f"tokens, got {self.method.triggers}")  # fmt: skip
+            raise ValueError(
+                f"method: expected triggers that leave room for a caption in {self.tokenizer.context} "
+                f"tokens, got {self.method.triggers}"
+            )
         return ids
 
     def _random_noise(self, seed: int, shard: int) -> None:
@@ -256,9 +270,7 @@ def protect(
     >>> int(made.noise.abs().max()), [len(caption.split()) for caption in made.captions]
     (8, [3, 3, 3])
     """
-    run = Protection(
-        TensorSource(images, captions), tokenizer, factory, method=method, settings=settings, seed=seed
-    )  # fmt: skip
+    run = Protection(TensorSource(images, captions), tokenizer, factory, method=method, settings=settings, seed=seed)
     note = ""
     for i in range(run.rounds):
         progress(f"generate {method.name}", i, run.rounds, note)
@@ -271,4 +283,4 @@ def protect(
     noise = (published.short() - images.short()).to(torch.int8)
     return Protected(
         method, run.settings, published, noise, run.triggers, run.published_captions(everything), run.losses
-    )  # fmt: skip
+    )

@@ -104,9 +104,14 @@ class Round:
             with torch.no_grad(), frozen(self.surrogate):
                 image = self.encode_image(self._pixels(images, self.source.image_of[rows]))
             found, steps = improve_triggers(
-                self.surrogate, image, self._text(rows), self.method.triggers,
-                table=table, candidates=self.settings.candidates, eot=self.tokenizer.eot,
-            )  # fmt: skip
+                self.surrogate,
+                image,
+                self._text(rows),
+                self.method.triggers,
+                table=table,
+                candidates=self.settings.candidates,
+                eot=self.tokenizer.eot,
+            )
             waiting.append((rows, found))
             losses.append(steps[-1])
         for rows, found in waiting:
@@ -127,9 +132,16 @@ class Round:
             target = text.roll(1, 0) if self.method.noise == "mislead" else text
             images = moved(images, self.device)
             noise = pgd(
-                self.surrogate, images, self.store.gather(where, dtype=torch.int8), target, eps=s.eps, step=s.step,
-                steps=steps, maximise=self.method.noise == "maximise", encode=self.encode_image,
-            )  # fmt: skip
+                self.surrogate,
+                images,
+                self.store.gather(where, dtype=torch.int8),
+                target,
+                eps=s.eps,
+                step=s.step,
+                steps=steps,
+                maximise=self.method.noise == "maximise",
+                encode=self.encode_image,
+            )
             if steps:
                 self.store.scatter_(where, noise)
             with torch.no_grad(), frozen(self.surrogate):

@@ -114,8 +114,9 @@ class SmallDualEncoder(nn.Module):
     def encode_image(self, images: Tensor) -> Tensor:
         check.tensor("images", images, ndim=4)
         if tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(f"images: expected shape [N, {', '.join(map(str, self.image_shape))}], "
-                             f"got {list(images.shape)}")  # fmt: skip
+            raise ValueError(
+                f"images: expected shape [N, {', '.join(map(str, self.image_shape))}], got {list(images.shape)}"
+            )
         return F.normalize(self.image_tower(images), dim=-1)
 
     def encode_text(self, tokens: Tensor, embeddings: Tensor | None = None) -> Tensor:

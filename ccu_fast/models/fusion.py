@@ -137,8 +137,13 @@ def _conv(size: tuple[int, int], channels: int, hidden: int) -> nn.Sequential:
     one, two, three = channels, 2 * channels, 3 * channels
     cells = (size[0] // 4) * (size[1] // 4)
     return nn.Sequential(
-        nn.Conv2d(1, one, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(one, two, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Conv2d(two, three, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(three * cells, hidden), nn.ReLU(),
-    )  # fmt: skip
+        nn.Conv2d(1, one, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(one, two, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(two, three, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(three * cells, hidden),
+        nn.ReLU(),
+    )

@@ -30,9 +30,19 @@ HOTFLIP = (
     "no_zero_index",
 )
 SEARCH = (
-    "model", "input_ids", "attention_mask", "pixel_values", "trigger_token_ids", "cand_trigger_token_ids",
-    "num_trigger_tokens", "snli", "criterion", "beam_size", "increase_loss", "options",
-)  # fmt: skip
+    "model",
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "trigger_token_ids",
+    "cand_trigger_token_ids",
+    "num_trigger_tokens",
+    "snli",
+    "criterion",
+    "beam_size",
+    "increase_loss",
+    "options",
+)
 NOISE = ("self", "batch", "model", "criterion", "batch_token", "random_noise", "options")
 
 
@@ -119,10 +129,19 @@ def get_best_candidates(
     """
     if snli or beam_size != 1 or not _plain(criterion, options) or not hasattr(model, "get_text_features"):
         return original(
-            model, input_ids, attention_mask, pixel_values, trigger_token_ids, cand_trigger_token_ids,
-            num_trigger_tokens, snli=snli, criterion=criterion, beam_size=beam_size, increase_loss=increase_loss,
+            model,
+            input_ids,
+            attention_mask,
+            pixel_values,
+            trigger_token_ids,
+            cand_trigger_token_ids,
+            num_trigger_tokens,
+            snli=snli,
+            criterion=criterion,
+            beam_size=beam_size,
+            increase_loss=increase_loss,
             options=options,
-        )  # fmt: skip
+        )
     candidates = torch.as_tensor(cand_trigger_token_ids).to(input_ids.device)
     triggers = trigger_token_ids.clone()
     scale = model.logit_scale.exp()

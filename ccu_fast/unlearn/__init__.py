@@ -116,9 +116,15 @@ def unlearn(
         )
     check_problem(model, forget, retain, config.forget)
     done = run_ccu(
-        cast("TwoModalityModel", model), forget, retain, config,
-        held_out=held_out, checkpoint=checkpoint, progress=progress, group=group,
-    )  # fmt: skip
+        cast("TwoModalityModel", model),
+        forget,
+        retain,
+        config,
+        held_out=held_out,
+        checkpoint=checkpoint,
+        progress=progress,
+        group=group,
+    )
     return cast("Model", done.model)
 
 

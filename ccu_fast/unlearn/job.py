@@ -181,9 +181,14 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
     checkpoint = Checkpoint(out / "checkpoint.pt", settings=settings)
     with processes(forget.labels.device) as (rank, world):
         done = run_ccu(
-            model, forget, retain, job.config, checkpoint=checkpoint, progress=progress,
+            model,
+            forget,
+            retain,
+            job.config,
+            checkpoint=checkpoint,
+            progress=progress,
             group=dist.group.WORLD if world > 1 else None,
-        )  # fmt: skip
+        )
     if rank:
         return None
     provenance = {

@@ -45,9 +45,16 @@ def run_ccu(
     """CCU in the loop with all that its configuration says; the options are those of :func:`.loop.run`."""
     mask = None if config.saliency == 1 else saliency(config.saliency)
     return run(
-        original, forget, retain, ccu_method(config), config.budget,
-        seed=config.seed, trainable=config.trainable, mask=mask, **options,
-    )  # fmt: skip
+        original,
+        forget,
+        retain,
+        ccu_method(config),
+        config.budget,
+        seed=config.seed,
+        trainable=config.trainable,
+        mask=mask,
+        **options,
+    )
 
 
 def ccu_method(config: UnlearnConfig) -> Prepare:

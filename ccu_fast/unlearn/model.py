@@ -137,8 +137,10 @@ def check_problem(model: Any, forget: PairedData, retain: PairedData, roles: str
     _check_module(model)
     missing = [name for name in TOWERS if not callable(getattr(model, name, None))]
     if missing:
-        raise TypeError(f"model: expected the methods embed_visual and embed_other, got a {type(model).__name__} "
-                        f"without {', '.join(missing)}")  # fmt: skip
+        raise TypeError(
+            f"model: expected the methods embed_visual and embed_other, got a {type(model).__name__} "
+            f"without {', '.join(missing)}"
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: expected at least one parameter that requires a gradient, got none")
     for name, data in (("forget", forget), ("retain", retain)):

@@ -216,14 +216,24 @@ class _Run:
         job, average = self.job, Average()
         rows = 1 if job.method.noise == "universal" else part.n_images
         # Random noise is drawn by the protection itself; it is the same every time.
-        store = None if job.method.noise == "random" else place.store(
-            rows, model.image_shape, job.device, on_disk=job.noise_on_disk
-        )  # fmt: skip
+        store = (
+            None
+            if job.method.noise == "random"
+            else place.store(rows, model.image_shape, job.device, on_disk=job.noise_on_disk)
+        )
         protection = Protection(
-            part, model.tokenizer, model.factory, method=job.method, settings=job.settings, seed=job.seed,
-            noise_store=store, device=job.device, execution=job.execution, shard=self.rank,
+            part,
+            model.tokenizer,
+            model.factory,
+            method=job.method,
+            settings=job.settings,
+            seed=job.seed,
+            noise_store=store,
+            device=job.device,
+            execution=job.execution,
+            shard=self.rank,
             average=average if self.world > 1 else None,
-        )  # fmt: skip
+        )
         average.buffers = lambda: cast(torch.nn.Module, protection.worker.surrogate).buffers()
         stage, note = f"generate {job.method.name}", ""
         for index in range(place.load(protection), protection.rounds):
@@ -261,9 +271,15 @@ class _Run:
             folder.mkdir(parents=True, exist_ok=True)
             write_reference_files(source, made, made.triggers, folder)
         write_manifest(
-            place.publish, source.listing, run={**run, "run": place.key}, fidelity=publisher.fidelity,
-            losses=parts[0][4], hashes=hashes, dropped=dropped, skipped=source.listing.bad,
-        )  # fmt: skip
+            place.publish,
+            source.listing,
+            run={**run, "run": place.key},
+            fidelity=publisher.fidelity,
+            losses=parts[0][4],
+            hashes=hashes,
+            dropped=dropped,
+            skipped=source.listing.bad,
+        )
         self._complete(place.publish, {MANIFEST, *hashes})
         barrier()
         return dict(read_json(place.publish / MANIFEST))

@@ -123,14 +123,24 @@ def evaluate_datasets(
                     if treatment in PICTURE_TREATMENTS:
                         images, _ = treat(treatment, published, [], [], generator(seed, f"treat {treatment}"))
                     trained = train_victim(
-                        images[source.image_of], tokens, victim.factory, exam.take, eot=victim.tokenizer.eot,
-                        recipe=recipe, seed=seed, stage=f"victim of {label}, seed {seed}", progress=progress,
+                        images[source.image_of],
+                        tokens,
+                        victim.factory,
+                        exam.take,
+                        eot=victim.tokenizer.eot,
+                        recipe=recipe,
+                        seed=seed,
+                        stage=f"victim of {label}, seed {seed}",
+                        progress=progress,
                         device=where,
-                    )  # fmt: skip
+                    )
                     runs[str(seed)] = _run(trained)
                 result["datasets"][label] = {
-                    "path": str(train[name]), "rows": len(tokens), "seeds": runs, **_summary(runs)
-                }  # fmt: skip
+                    "path": str(train[name]),
+                    "rows": len(tokens),
+                    "seeds": runs,
+                    **_summary(runs),
+                }
     finally:
         for source in sources.values():
             source.close()

@@ -111,9 +111,15 @@ def run_digit_strips(
     }
     for method in parsed:
         protected = protect(
-            train.images, train.captions, tokenizer, factory,
-            method=method, settings=settings, seed=seed, progress=progress,
-        )  # fmt: skip
+            train.images,
+            train.captions,
+            tokenizer,
+            factory,
+            method=method,
+            settings=settings,
+            seed=seed,
+            progress=progress,
+        )
         if out is not None:
             export(protected, Path(out) / method.name, seed=seed)
 
@@ -121,9 +127,16 @@ def run_digit_strips(
             images: Tensor, captions: list[str], model: ModelFactory = factory, note: str = "", name: str = method.name
         ) -> Victim:
             return train_victim(
-                images, tokenizer.encode(captions), model, exam.retrieval, eot=tokenizer.eot, recipe=recipe,
-                seed=seed, stage=f"victim {name}{note}", progress=progress,
-            )  # fmt: skip
+                images,
+                tokenizer.encode(captions),
+                model,
+                exam.retrieval,
+                eot=tokenizer.eot,
+                recipe=recipe,
+                seed=seed,
+                stage=f"victim {name}{note}",
+                progress=progress,
+            )
 
         victim = attack(protected.images, protected.captions)
         other = attack(protected.images, protected.captions, stranger, ", other towers") if transfer else None

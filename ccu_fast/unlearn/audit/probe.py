@@ -40,12 +40,14 @@ def linear_probe(
 
     Source: Alain & Bengio 2016 (arXiv 1610.01644); on forgetting that is only in the head arXiv 2604.08271.
     """
-    x = {name: embed(model, data)[0].double().cpu().numpy() for name, data in (
-        ("forget", forget), ("retain", retain), ("retain_test", retain_test)
-    )}  # fmt: skip
-    y = {name: data.labels.cpu().numpy() for name, data in (
-        ("forget", forget), ("retain", retain), ("retain_test", retain_test)
-    )}  # fmt: skip
+    x = {
+        name: embed(model, data)[0].double().cpu().numpy()
+        for name, data in (("forget", forget), ("retain", retain), ("retain_test", retain_test))
+    }
+    y = {
+        name: data.labels.cpu().numpy()
+        for name, data in (("forget", forget), ("retain", retain), ("retain_test", retain_test))
+    }
     if forget_test is None:
         probe = _fit(x["retain"], y["retain"])
         return {

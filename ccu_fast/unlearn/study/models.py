@@ -53,9 +53,14 @@ def trained(
         done = train(task.make_model, split.train, config, progress=progress, stage=kind)
     else:
         done = retrain(
-            task.make_model, split.train, split.forget.ids, config,
-            kind=kind.removeprefix("gold_"), progress=progress, stage=kind,
-        )  # fmt: skip
+            task.make_model,
+            split.train,
+            split.forget.ids,
+            config,
+            kind=kind.removeprefix("gold_"),
+            progress=progress,
+            stage=kind,
+        )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         cost = {field.name: getattr(done, field.name) for field in fields(done) if field.name != "model"}

@@ -62,9 +62,15 @@ def run_digits_halves(
     """:func:`run_task` on digits-halves, with the training it should have (default: the task's)."""
     task = TASKS["digits-halves"]
     return run_task(
-        replace(task, training=training or task.training), seed, scenario, methods=methods, forget_class=forget_class,
-        forget_share=forget_share, config=config, progress=progress,
-    )  # fmt: skip
+        replace(task, training=training or task.training),
+        seed,
+        scenario,
+        methods=methods,
+        forget_class=forget_class,
+        forget_share=forget_share,
+        config=config,
+        progress=progress,
+    )
 
 
 def run_task(
@@ -185,14 +191,26 @@ def _run_all(
             runs[name] = trained(task, split, name, config.seed, folder=models, progress=progress)
         elif name in BASELINES:
             runs[name] = BASELINES[name].run(
-                original, split.forget, split.retain, split.name, config.budget,
-                seed=config.seed, held_out=held_out, progress=progress, stage=name,
-            )  # fmt: skip
+                original,
+                split.forget,
+                split.retain,
+                split.name,
+                config.budget,
+                seed=config.seed,
+                held_out=held_out,
+                progress=progress,
+                stage=name,
+            )
         else:
             runs[name] = run_ccu(
-                original, split.forget, split.retain, ABLATIONS[name](config),
-                held_out=held_out, progress=progress, stage=name,
-            )  # fmt: skip
+                original,
+                split.forget,
+                split.retain,
+                ABLATIONS[name](config),
+                held_out=held_out,
+                progress=progress,
+                stage=name,
+            )
     return runs
 
 

@@ -52,10 +52,14 @@ def make_scenario(
             raise ValueError(f"forget_class: expected one of {known}, got {forget_class}")
         gone, gone_test, gone_held_out = (part.labels == forget_class for part in (train, test, held_out))
         return Scenario(
-            name, train, train[gone], train[~gone],
-            retain_test=test[~gone_test], retain_held_out=held_out[~gone_held_out],
+            name,
+            train,
+            train[gone],
+            train[~gone],
+            retain_test=test[~gone_test],
+            retain_held_out=held_out[~gone_held_out],
             forget_test=test[gone_test],
-        )  # fmt: skip
+        )
     things, thing_of = torch.unique(train.ids // group, return_inverse=True)
     count = round(check.number("forget_share", forget_share, low=0, high=1) * len(things))
     if not 0 < count < len(things):
