@@ -35,7 +35,7 @@ class Scan:
 
 
 class DiskSource:
-    """A :class:`~ccu_fast.mem.source.PairSource` over a listing.
+    """The pairs of a listing with random access; protection reads them as a ``PairSource``.
 
     Decoding runs in threads that live as long as the source (Pillow's decoders and resizing release the interpreter).
     A call of :meth:`images` keeps its own batch alive and at most one picture for each thread.
@@ -67,7 +67,7 @@ class DiskSource:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def images(self, index: Tensor) -> Tensor:
-        """See :class:`~ccu_fast.mem.source.PairSource`.
+        """int64 ``[n]`` image numbers (not rows) → uint8 ``[n, C, H, W]`` on the CPU; the same bits at every call.
 
         Raises:
             BadPicture: with its path: unreadable, or changed since it was scanned.
