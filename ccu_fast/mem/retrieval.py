@@ -30,7 +30,7 @@ def retrieval(image: Tensor, text: Tensor, image_group: Tensor, text_group: Tens
 
     >>> found = ccu_fast.mem.retrieval(torch.eye(3), torch.eye(3)[[1, 0, 2]], torch.arange(3), torch.arange(3))
     >>> round(found["i2t_r1"], 3), found["i2t_r5"], found["t2i_medr"]
-    (0.333, 1.0, 2.5)
+    (0.333, 1.0, 3.0)
     """
     result: dict[str, float] = {}
     sides = {"i2t": (image, text, image_group, text_group), "t2i": (text, image, text_group, image_group)}

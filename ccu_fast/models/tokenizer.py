@@ -17,11 +17,15 @@ _WORD = re.compile(r"[a-z]{2,}</w>")
 
 
 class Tokenizer(Protocol):
-    """Captions ↔ ids.
+    """What a model needs of a tokenizer: captions ↔ ids.
 
     Attributes:
-        sot, eot, pad: ids that start a caption, end it, and fill the row behind it.
+        sot, eot, pad: ids that start a caption, end it, and fill the row after it.
         context: the longest row, SOT and EOT included.
+
+    >>> words = ccu_fast.mem.WordTokenizer(["one", "two"])  # is one
+    >>> words.decode(words.encode(["two one"]))
+    ['two one']
     """
 
     @property

@@ -93,6 +93,15 @@ def protect_dataset(job: Job, progress: Progress = silent) -> dict[str, Any]:
         FileExistsError: ``out`` has contents that are not this run's.
         ValueError: naming the argument.
         OSError: the disk. What was done stays in ``<out>.partial``.
+
+    Source: Liu et al. 2024 (arXiv 2407.16307).
+
+    >>> from pathlib import Path
+    >>> from ccu_fast.mem.job import Job
+    >>> from ccu_fast.mem.job.models import choose
+    >>> job = Job(Path("train.csv"), Path("protected"), choose("small"))  # doctest: +SKIP
+    >>> ccu_fast.mem.protect_dataset(job)["measured"]["eps_255"]  # doctest: +SKIP
+    8
     """
     with processes(job.device) as (rank, world):
         return _Run(job, rank, world, progress).go()

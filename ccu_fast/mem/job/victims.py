@@ -80,6 +80,13 @@ def evaluate_datasets(
     Raises:
         BadData: something in a dataset cannot be read.
         ValueError: naming the argument.
+
+    Source: Liu et al. 2024 (arXiv 2407.16307).
+
+    >>> from pathlib import Path
+    >>> from ccu_fast.mem.job.models import choose
+    >>> train = {"clean": Path("train.csv"), "mem": Path("protected")}
+    >>> found = ccu_fast.mem.evaluate_datasets(train, Path("test.csv"), choose("small"))  # doctest: +SKIP
     """
     recipe = recipe or Recipe()
     for asked in treatments:

@@ -318,9 +318,7 @@ class NoiseStore:
         index = self._local(index)
         if self.dtype == torch.int8:
             eps = float(min(math.floor(eps * STEPS + 1e-3), 127))
-            delta = delta.float() if delta.dtype == torch.float64 else delta
-        elif delta.dtype == torch.float64:
-            delta = delta.float()
+        delta = delta.float() if delta.dtype == torch.float64 else delta
         with torch.no_grad():
             size = math.prod(self.item_shape)
             update(self.data.view(self.rows, size), index, delta.reshape(len(index), size), eps, self._backend)
@@ -363,12 +361,11 @@ class NoiseStore:
             return
         where = [int(i) for i in torch.unravel_index(torch.tensor(first), values.shape)]
         value = values[tuple(where)].item()
-        if slack is None:
-            raise ValueError(f"{name}: expected finite values, got {value} at index {where}")
-        raise ValueError(
-            f"{name}: expected whole steps of 1/255 within -128/255..127/255 for an int8 store, got {value} "
-            f"({value * STEPS:.6g}/255) at index {where}"
-        )
+        wanted, in_steps = "finite values", ""
+        if slack is not None:
+            wanted = "whole steps of 1/255 within -128/255..127/255 for an int8 store"
+            in_steps = f" ({value * STEPS:.6g}/255)"
+        raise ValueError(f"{name}: expected {wanted}, got {value}{in_steps} at index {where}")
 
     def _stored(self, values: Tensor) -> Tensor:
         if self.dtype == torch.int8:
