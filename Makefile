@@ -45,7 +45,7 @@ test-newest: export PYTHONPATH = $(abspath $(NEWEST))
 test-newest: export OMP_WAIT_POLICY = passive
 test-newest: $(NEWEST)/.$(subst *,x,$(NEWEST_TRITON))
 	@$(PY) -c "import triton; print('Triton', triton.__version__, 'from', triton.__file__)"
-	$(PY) -m pytest -q -p no:cacheprovider -n $(WORKERS) tests/test_triton_interpreter.py tests/test_triton_aot.py \
+	$(PY) -m pytest -q -p no:cacheprovider -n $(WORKERS) tests/ops/triton/test_interpreter.py tests/ops/triton/test_ahead_of_time.py \
 	  -k 'interpreter or normalize or (bf16 and not 100)'
 
 # Nothing but Triton: a folder that is searched before the environment, whose torch it meets.

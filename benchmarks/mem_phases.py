@@ -2,8 +2,8 @@
 
 Providers, on one batch, the same weights and the same ids:
 
-- authors: the plain transcription in tests/mem_transcription.py, which makes the authors' decisions with the authors'
-  work: the image tower again for every candidate, 77 positions, scores on the host, gradients of all weights
+- authors: the plain transcription in tests/support/mem_transcription.py, which makes the authors' decisions with the
+  authors' work: the image tower again for every candidate, 77 positions, scores on the host, gradients of all weights
 - compat: the same decisions, by ccu_fast
 - default: ccu_fast's own decisions (a choice for each row, a gradient for each position)
 
@@ -75,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=12, help="of both towers; fewer for a quick look")
     parser.add_argument("--out", type=Path, help="default: protection/phases.json")
     a = parser.parse_args(argv)
-    sys.path.insert(0, str(environment.REPOSITORY / "tests"))
     result = measure(a)
     facts = environment.describe(torch.device("cpu"))
     path = a.out or Path(__file__).parent / "protection" / "phases.json"
@@ -91,8 +90,9 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     Raises:
         RuntimeError: compat and the authors' way do not agree; no figure is given then.
     """
-    import mem_transcription as authors  # type: ignore[import-not-found]  # of tests/
     from transformers import CLIPConfig, CLIPModel
+
+    from tests.support import mem_transcription as authors
 
     def make() -> Any:
         config = CLIPConfig(

@@ -7,25 +7,29 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from presence import require_backend
+
+from tests.support.paths import TESTS
+from tests.support.presence import require_backend
 
 # The files that take longest. A file is run by one process: started last, it would keep the others waiting.
 FIRST = (
-    "test_packaging.py",
-    "test_triton_interpreter.py",
-    "test_emulation.py",
-    "test_triton_aot.py",
-    "test_visit.py",
-    "test_distributed.py",
-    "test_unlearn.py",
-    "test_unlearn_ccu.py",
-    "test_demo.py",
-    "test_emulation_races.py",
+    "build_support/test_packaging.py",
+    "ops/triton/test_interpreter.py",
+    "csrc/test_emulation.py",
+    "ops/triton/test_ahead_of_time.py",
+    "benchmarks/visit/test_visit.py",
+    "distributed/test_on_ranks.py",
+    "unlearn/test_ccu.py",
+    "unlearn/test_ccu_options.py",
+    "cli/test_demo.py",
+    "csrc/test_emulation_races.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+    names = [item.path.relative_to(TESTS).as_posix() for item in items]
+    place = {id(item): FIRST.index(name) for item, name in zip(items, names, strict=True) if name in FIRST}
+    items.sort(key=lambda item: place.get(id(item), len(FIRST)))
     if torch.cuda.is_available() or "CCU_FAST_EMULATED_GPU" in os.environ:
         return
     for item in items:

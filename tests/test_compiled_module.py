@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from presence import require_backend
+
+from tests.support.presence import require_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 STUB = ROOT / "ccu_fast" / "_C.pyi"

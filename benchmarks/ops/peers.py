@@ -1,7 +1,8 @@
 """Fused losses of other projects, called as their own documentation does on one GPU.
 
 All are Triton kernels for CUDA tensors. Where they cannot run, the reason is what the table shows;
-tests/test_peers.py runs them in Triton's interpreter, so that what is called here is known to be the same loss.
+tests/benchmarks/ops/test_peers.py runs them in Triton's interpreter, so that what is called here is known to be the
+same loss.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ SANITIZED = (
     "pgd_step",
     "noise_add",
 )
-TINY_TESTS = ("tests/test_noise.py", "tests/test_smoke.py")
+TINY_TESTS = ("tests/ops/pgd_step/test_pgd_step.py", "tests/ops/test_smoke.py")
 TINY_OPS = ("pgd_step",)
 LATE = 30.0  # seconds at the end in which no case starts
 TIMED = "1.5"  # seconds a case
@@ -135,7 +135,7 @@ def _prepare(now: Visit, plan: Plan) -> None:
 
 
 def _smoke(plan: Plan, backend: str) -> Step:
-    command = [plan.python, "tests/smoke.py", "--backend", backend, *_size(plan)]
+    command = [plan.python, "-m", "tests.support.smoke", "--backend", backend, *_size(plan)]
     environment = {"OMP_NUM_THREADS": "1", **(_interpreted(plan) if backend == "triton" else {})}
     return Step(
         f"smoke {backend}", _in_parts(plan, command), most=plan.limit(150), judge=add_counts, environment=environment
@@ -172,7 +172,7 @@ def _test(now: Visit, plan: Plan) -> None:
 
 def gpu_tests() -> list[str]:
     """The files that have tests for a GPU: others may need packages that are not there, and end the collection."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [file.relative_to(ROOT).as_posix() for file in files if "mark.gpu" in file.read_text()]
 
 

@@ -1,4 +1,6 @@
-"""Tile shapes for each class of GPU, chosen so that nothing spills (tests/test_triton_aot.py holds them to it).
+"""Tile shapes for each class of GPU, chosen so that nothing spills.
+
+tests/ops/triton/test_ahead_of_time.py holds them to it.
 
 No autotuning: the same inputs take the same tiles, hence the same bits, in every process.
 """

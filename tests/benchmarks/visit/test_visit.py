@@ -1,0 +1,304 @@
+"""The script for a visit to a GPU, on a machine without one: every step has its line, whatever becomes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks import results
+from benchmarks.ops import OPS
+from benchmarks.registry import label, select
+from benchmarks.visit import __main__ as command
+from benchmarks.visit import archive, program, steps
+from benchmarks.visit.steps import ROOT, Done, Step, Visit
+
+MIB = 1 << 20
+PYTHON = [sys.executable, "-c"]
+
+
+def members(packed: Path) -> dict[str, bytes]:
+    with tarfile.open(packed) as tar:
+        return {m.name: file.read() for m in tar if (file := tar.extractfile(m)) is not None}
+
+
+def row(op: str = "clip_loss", b: int = 128, **more: object) -> results.Row:
+    values: dict[str, object] = {"dtype": "bfloat16", "device": "cuda", "provider": "ccu_fast", "role": "ours"}
+    values |= {"arithmetic": "working", "p50_ms": 1.0, "environment": {"device": "a GPU", "git_sha": "abc"}}
+    return results.Row(op=op, shape={"B": b, "D": 512}, **{**values, **more})  # type: ignore[arg-type]
+
+
+# --- from the command line to what comes back, and home --------------------------------------------------------------
+
+
+def test_a_tiny_visit_comes_back_as_two_files_and_goes_into_the_repository(tmp_path: Path, native: str) -> None:
+    out = tmp_path / "out"
+    words = [
+        "--out",
+        out,
+        "--tiny",
+        "--python",
+        sys.executable,
+        "--only",
+        "bench",
+        "--ops",
+        "pgd_step",
+        "--commit",
+        "c0ffee",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.visit", *words], cwd=ROOT, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["summary.md", "visit.tgz"]
+    found = members(out / "visit.tgz")
+    said = {line["step"]: line for line in json.loads(found["summary.json"])}
+    assert list(said) == ["commit", "peers", "info", "build", "warm bench", "bench 1", "report"]
+    assert said["warm bench"]["said"] == "1 of 1 cases called"
+    assert "pgd_step B=3,H=17" in said["bench 1"]["said"] and said["bench 1"]["status"] == "ok"
+    assert (out / "summary.md").read_text() in done.stdout and len(done.stdout) < 12_000
+    (name,) = (name for name in found if name.endswith("pgd_step.json"))
+    device = Path(name).parent.name
+    assert json.loads(found[name])[0]["environment"]["git_sha"] == "c0ffee"
+    home = tmp_path / "benchmarks"
+    written = archive.unpack(out / "visit.tgz", home)
+    assert home / "results" / device / "pgd_step.json" in written
+    assert {path.name for path in (home / "visits" / device).iterdir()} == {"info.txt", "summary.json", "summary.md"}
+    assert any(r.role == "ours" and r.p50_ms for r in results.read(home / "results" / device))
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Path:
+    """In place of Python: says that all is right, and notes how it was called."""
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho "3 right, 0 wrong, 0 not run"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return script
+
+
+def run_recorded(tmp_path: Path, recorder: Path, minutes: float = 9, **more: object) -> tuple[list[Done], list[str]]:
+    now = Visit(tmp_path / "out", 60 * minutes)
+    asked = {"tiny": False, "python": recorder, "build": True, "ops": (), "only": None, **more}
+    program.execute(now, program.Plan(**asked))  # type: ignore[arg-type]
+    return now.done, (tmp_path / "calls").read_text().splitlines()
+
+
+def test_what_matters_most_comes_first(tmp_path: Path, recorder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program.shutil, "which", lambda *_, **__: None)
+    done, calls = run_recorded(tmp_path, recorder)
+    names = [d.step for d in done]
+    first = names.index("smoke native")
+    assert names[0] == "info" and set(names[1:first]) == {"build", "smoke triton", "warm bench"}
+    benches = [name for name in names if name.startswith("bench")]
+    assert names[first + 1 :] == [
+        *benches[:4],
+        "info built",
+        "tests",
+        "sanitizer",
+        "exercise",
+        *benches[4:],
+        "tune",
+        "report",
+    ]
+    assert len(benches) == len(program.MAIN) + len(program.LABELS) + len(program.REST) + 1
+    assert sum("tests.support.smoke --backend triton" in call for call in calls) == max(1, (os.cpu_count() or 2) // 2)
+    assert sum("build_ext --inplace" in call for call in calls) == 1
+    measured = [call for call in calls if "--seconds" in call]
+    assert "--shapes B=32768,D=512 --ops clip_loss" in measured[0] and "bounded_inverse" in measured[3]
+    assert not any(word in call.split() for call in calls for word in ("make", "pip"))
+
+
+@pytest.mark.parametrize(
+    ("only", "ran", "not_run"),
+    [
+        ("smoke", {"smoke triton", "smoke native"}, {"warm bench", "tests", "bench 1", "tune", "report"}),
+        ("bench", {"warm bench", "bench 1", "report"}, {"smoke triton", "tests", "tune"}),
+        ("tests", {"tests", "sanitizer", "exercise"}, {"smoke native", "bench 1", "tune", "warm bench"}),
+        ("tune", {"warm tune", "tune"}, {"smoke native", "bench 1", "tests", "report", "warm bench"}),
+    ],
+)
+def test_only_one_part(only: str, ran: set[str], not_run: set[str], tmp_path: Path, recorder: Path) -> None:
+    names = {d.step for d in run_recorded(tmp_path, recorder, only=only)[0]}
+    assert names >= ran | {"info", "build"} and not names & not_run
+
+
+def test_only_files_with_tests_for_a_gpu_are_collected() -> None:
+    """On a machine that lacks what other tests import pytest would stop before the first test."""
+    files = program.gpu_tests()
+    assert {
+        "tests/ops/reduce_similarity/test_on_a_gpu.py",
+        "tests/ops/test_smoke.py",
+        "tests/ops/topk_flips/test_cuda.py",
+    } <= set(files)
+    assert "tests/benchmarks/visit/test_visit.py" not in files
+    assert len(files) < 30
+
+
+def test_what_does_not_fit_says_so(tmp_path: Path, recorder: Path) -> None:
+    done, calls = run_recorded(tmp_path, recorder, minutes=0.5)
+    late = {d.step: d.said for d in done if d.status == "not run"}
+    assert late["tests"].startswith("needs 30 s, ") and late["tune"].startswith("needs 60 s, ")
+    assert not any("pytest" in call for call in calls)
+    assert [d.step for d in done][-1] == "report" and done[-1].status == "ok"
+
+
+def test_the_end_of_the_output_fits_where_only_the_end_comes_back(tmp_path: Path) -> None:
+    now = Visit(tmp_path, 60)
+    for number in range(200):
+        now.note(Done(f"step {number}", "failed", said="x" * 160))
+    assert len(command.ending(now)) <= command.PRINTED
+    assert command.ending(now).endswith("the rest is in the archive\n")
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_step_is_a_line_and_the_next_one_runs(tmp_path: Path) -> None:
+    now = Visit(tmp_path, seconds=60)
+    assert not now.run(Step("breaks", [[*PYTHON, "print('it'); raise SystemExit(3)"]]))
+    assert not now.run(Step("missing", [["/no/such/command"]]))
+    assert now.run(Step("works", [[*PYTHON, "print('one'); print('two')"]]))
+    assert not now.run(Step("says no", [[*PYTHON, ""]], judge=lambda logs: ("not run", "nothing was there")))
+    assert [(d.step, d.status) for d in now.done] == [
+        ("breaks", "failed"),
+        ("missing", "failed"),
+        ("works", "ok"),
+        ("says no", "not run"),
+    ]
+    assert [d.said for d in now.done][2:] == ["two", "nothing was there"]
+    assert "No such file" in now.done[1].said
+    assert [line["status"] for line in json.loads((now.work / "summary.json").read_text())][:2] == ["failed"] * 2
+
+
+def test_a_step_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> None:
+    now = Visit(tmp_path / "out", seconds=60)
+    pulse = tmp_path / "pulse"
+    child = f"import time\nwhile True: open({str(pulse)!r}, 'a').write('.'); time.sleep(0.05)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert not now.run(Step("hangs", [[*PYTHON, parent]], most=4))
+    assert now.done[0].status == "out of time"
+    beats = pulse.stat().st_size
+    assert beats > 0
+    time.sleep(0.3)
+    assert pulse.stat().st_size == beats
+
+
+def test_a_visit_that_is_told_to_end_leaves_nothing_running(tmp_path: Path) -> None:
+    recorder = tmp_path / "python"
+    recorder.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 100\n")
+    recorder.chmod(0o755)
+    words = ["--out", tmp_path / "out", "--python", recorder]
+    visit = subprocess.Popen([sys.executable, "-m", "benchmarks.visit", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert visit.poll() is None
+            time.sleep(0.05)
+    finally:
+        visit.terminate()
+    assert visit.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert (tmp_path / "out" / archive.NAME).exists()
+
+
+def test_steps_side_by_side_wait_for_each_other(tmp_path: Path) -> None:
+    """Each waits for a file that the other one makes; what one of them says wrong is in its line."""
+    now = Visit(tmp_path / "out", seconds=60)
+    meet = (
+        "import sys, time; from pathlib import Path\nown, other = map(Path, sys.argv[1:3]); own.touch()\n"
+        "while not other.exists(): time.sleep(0.01)\nprint(sys.argv[3])"
+    )
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    right, wrong = "5 right, 0 wrong, 0 not run", "2 right, 1 wrong, 0 not run: lse"
+    commands = [[*PYTHON, meet, a, c, right], [*PYTHON, meet, b, a, wrong]]
+    together = Step("many", commands, judge=steps.add_counts)
+    assert not now.run(together, Step("one", [[*PYTHON, meet, c, b, "met"]]))
+    lines = {d.step: (d.status, d.said) for d in now.done}
+    assert lines == {"many": ("failed", "7 right, 1 wrong, 0 not run: lse"), "one": ("ok", "met")}
+    assert {path.name for path in (now.work / "logs").iterdir()} == {"many.1.log", "many.2.log", "one.log"}
+
+
+def test_no_step_starts_after_the_deadline(tmp_path: Path) -> None:
+    now = Visit(tmp_path, seconds=steps.RESERVE + 1)
+    assert not now.run(Step("late", [[*PYTHON, "print('started')"]]))
+    assert (now.done[0].status, now.done[0].said[:9]) == ("not run", "needs 3 s")
+    assert now.run(Step("the page", [[*PYTHON, "print('made')"]]), reserve=0)
+
+
+def test_a_part_that_died_is_not_right(tmp_path: Path) -> None:
+    for name, text in (("1.log", "4 right, 0 wrong, 0 not run"), ("2.log", "Segmentation fault")):
+        (tmp_path / name).write_text(text + "\n")
+    status, said = steps.add_counts([tmp_path / "1.log", tmp_path / "2.log"])
+    assert (status, said) == ("failed", "4 right, 0 wrong, 0 not run: 2.log: Segmentation fault")
+    assert steps.add_counts([tmp_path / "1.log"]) == ("ok", "4 right, 0 wrong, 0 not run")
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (
+            "tests/test_a.py::test_b PASSED [ 50%]\ntests/test_a.py::test_c[x - y] SKIPPED (no GPU) [100%]",
+            ("ok", "1 passed, 1 skipped"),
+        ),
+        (
+            "tests/test_a.py::test_c SKIPPED (no GPU) [100%]\nSKIPPED [1] tests/test_a.py:3: no GPU",
+            ("not run", "1 skipped"),
+        ),
+        (
+            "[gw0] [ 50%] PASSED tests/test_a.py::test_b\n[gw1] [ 75%] FAILED tests/test_a.py::test_c",
+            ("failed", "1 passed, 1 failed"),
+        ),
+        ("tests/test_a.py::test_b FAILED [ 50%]\nFAILED tests/test_a.py::test_b - assert 1", ("failed", "1 failed")),
+        ("collected 0 items", ("not run", "no tests")),
+    ],
+)
+def test_tests_are_counted_also_where_pytest_was_stopped(log: str, expected: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(log + "\n")
+    assert steps.count_tests([tmp_path / "log"]) == expected
+
+
+def test_a_group_of_which_ours_is_wrong_has_failed(tmp_path: Path) -> None:
+    now = Visit(tmp_path, 60)
+    assert program.judge_rows(now, ["clip_loss"], [], []) == ("failed", "nothing of ours was measured")
+    folder = now.work / "results" / "cuda-a"
+    results.write(folder, [row(speedup_over={"a": 2.0, "b": 1.5}), row(b=256, status="wrong", reason="dx is off")])
+    assert program.judge_rows(now, ["clip_loss"], ["B=128"], []) == ("ok", "clip_loss B=128,D=512 1 ms, 1.50 × b")
+    status, said = program.judge_rows(now, ["clip_loss"], [], [])
+    assert status == "failed" and said.startswith("ccu_fast B=256,D=512 wrong: dx is off; ")
+
+
+def test_peers_come_from_wheels_without_pip(tmp_path: Path) -> None:
+    wheels, now = tmp_path / "wheels", Visit(tmp_path / "out", 60)
+    wheels.mkdir()
+    assert program.unpack_wheels(wheels, now.site).status == "failed"
+    with zipfile.ZipFile(wheels / "a_peer-1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("a_peer.py", "")
+        wheel.writestr("a_peer-1.2.dist-info/METADATA", "Name: a-peer\nVersion: 1.2\n")
+    done = program.unpack_wheels(wheels, now.site)
+    assert (done.status, done.said) == ("ok", "a_peer-1.2")
+    asks = "import a_peer, importlib.metadata as m; print(m.version('a-peer'))"
+    assert now.run(Step("peer", [[*PYTHON, asks]])) and now.done[-1].said == "1.2"
+    (wheels / "c-1-cp312-cp312-linux_x86_64.whl").touch()
+    assert "holds compiled code" in program.unpack_wheels(wheels, now.site).said
+
+
+def test_every_case_of_a_gpu_is_measured_and_warmed_once() -> None:
+    groups = [*program.MAIN, *program.LABELS, *program.REST, *program.others()]
+    planned = [
+        (op, label(shape))
+        for ops, patterns in program.chosen(groups, ())
+        for op in ops
+        for shape in select(OPS[op], patterns, "cuda", quick=False)
+    ]
+    assert sorted(planned) == sorted((name, label(s)) for name, op in OPS.items() for s in op.shapes["cuda"])
+    assert planned[0] == ("clip_loss", "B=32768,D=512")
+    assert [(case.op.name, label(case.shape)) for case in program.cases("cuda", (), quick=False)] == planned
+    assert program.chosen(groups, ["pgd_step"]) == [(("pgd_step",), ())]

@@ -1,0 +1,336 @@
+"""The build: under isolation, without a compiler, with a broken nvcc, with a real one; and what the wheel holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ccu_fast import extras
+from ccu_fast.ops import machine
+from tests.support.paths import ROOT
+from tests.support.presence import absent
+
+OFFLINE = os.environ.get("CCU_FAST_TEST_OFFLINE") == "1"
+sys.path.append(str(ROOT))
+
+from build_support import cuda, probe  # noqa: E402
+
+KERNEL = """
+#include <cuda_runtime.h>
+namespace { __global__ void fill(float* p) { p[threadIdx.x] = 1.0f; } }
+extern "C" int ccu_packaging_probe(float* p) { fill<<<1, 32>>>(p); return static_cast<int>(cudaGetLastError()); }
+"""
+
+
+def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("CCU_FAST_")}
+    # Nothing built here has to be fast, and half of a compiler's time is spent on that.
+    flags = f"{os.environ.get('CXXFLAGS', '')} -O0"
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env={**inherited, "CXXFLAGS": flags, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        absent(name, "it is not on PATH")
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, with nothing built; the tests of this file share its build folder."""
+    copy = tmp_path_factory.mktemp("packaging") / "checkout"
+    copy.mkdir()
+    for name in ("ccu_fast", "csrc", "build_support"):
+        shutil.copytree(
+            ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
+        )
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path) -> Path:
+    """The unpacked wheel that ``pip wheel .`` makes, under build isolation where there is a network."""
+    out = checkout.parent / "wheel"
+    offline = ["--no-index", "--no-build-isolation"] if OFFLINE else []
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--wheel-dir", out, *offline]
+    done = run(*command, cwd=checkout, CCU_FAST_CUDA="0", CCU_FAST_NATIVE="1")
+    assert done.returncode == 0, done.stdout
+    [archive] = out.glob("*.whl")
+    with zipfile.ZipFile(archive) as opened:
+        opened.extractall(out / "unpacked")
+    return out / "unpacked"
+
+
+@pytest.fixture
+def cuda_kernel(checkout: Path) -> Iterator[None]:
+    """One more CUDA file, so that these tests do not depend on which kernels there are."""
+    path = checkout / "csrc" / "cuda" / "packaging_probe.cu"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(KERNEL)
+    yield
+    path.unlink()
+
+
+def module_of(folder: Path) -> Path:
+    [found] = (folder / "ccu_fast").glob("_C.*.so")
+    return found
+
+
+def build(checkout: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], dict]:
+    record = checkout / "ccu_fast" / "_build_info.json"
+    record.unlink(missing_ok=True)
+    done = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=checkout, **environment)
+    return done, json.loads(record.read_text()) if record.exists() else {}
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path, checkout: Path) -> None:
+    held = {str(path.relative_to(wheel)) for path in wheel.rglob("*") if path.is_file()}
+    sources = {str(path.relative_to(checkout)) for path in (checkout / "ccu_fast").rglob("*.py*")}
+    sources = {path for path in sources if path.endswith((".py", ".pyi"))}
+    built = {"ccu_fast/py.typed", "ccu_fast/_build_info.json", f"ccu_fast/{module_of(wheel).name}"}
+    assert {path for path in held if ".dist-info/" not in path} == sources | built
+
+
+def test_wheel_says_what_it_needs(wheel: Path) -> None:
+    [metadata] = wheel.glob("*.dist-info/METADATA")
+    text = metadata.read_text()
+    # What an older Python needs beside the others (tomli) is nothing to report.
+    requires = [r for r in re.findall(r"^Requires-Dist: (.*)$", text, re.MULTILINE) if "python_version" not in r]
+    core = [line for line in requires if "extra ==" not in line]
+    assert [re.match(r"[\w-]+", line)[0] for line in core] == ["torch", "numpy", "triton"]  # type: ignore[index]
+    assert "torch>=2.8" in core
+    assert "License-Expression: MIT" in text
+    assert "ccu-fast = ccu_fast.cli.main:main" in (metadata.parent / "entry_points.txt").read_text()
+    for extra, modules in extras.EXTRAS.items():
+        listed = {re.match(r"[\w-]+", line)[0] for line in requires if re.search(rf"extra == .{extra}.", line)}  # type: ignore[index]
+        assert listed == set(modules.values())
+
+
+def test_module_links_the_system_alone(wheel: Path) -> None:
+    dynamic = run(tool("readelf"), "-d", module_of(wheel), cwd=wheel).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.+?)\.so", dynamic))
+    system = {"libstdc++", "libm", "libgcc_s", "libc", "libpthread", "libdl", "librt"}
+    assert needed, dynamic
+    assert {name for name in needed if not name.startswith("ld-linux")} <= system
+
+
+def test_module_loads_without_torch(wheel: Path) -> None:
+    program = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("ccu_fast._C", {str(module_of(wheel))!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert "torch" not in sys.modules
+print(module.cpu_isa())
+"""
+    done = run(sys.executable, "-I", "-c", program, cwd=wheel)
+    assert done.returncode == 0, done.stdout
+    record = json.loads((wheel / "ccu_fast" / "_build_info.json").read_text())
+    assert done.stdout.strip() in record["native"]["isas"]
+    assert record["skipped"]["cuda"] == "switched off by CCU_FAST_CUDA=0"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instructions looked for are those of x86-64")
+def test_no_cpu_is_given_the_code_of_a_wider_one() -> None:
+    """Templates of the standard library are in many object files: the copy linked must be the narrowest.
+
+    Of the module that is used here, compiled with the flags that users get.
+    """
+    folder = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
+    record = machine.build_info()
+    if not (folder / "build.ninja").exists() or record is None or record["native"] is None:
+        absent("object files of the module", "it was not built in this folder by `pip install -e`")
+    width = {"base": 0, "avx2": 1, "avx512": 2}
+    narrowest: dict[str, int] = {}
+    [linked] = re.findall(r"^build \S+: link (.*)$", (folder / "build.ninja").read_text(), re.MULTILINE)
+    for path in (folder / name for name in linked.split()):
+        isa = path.suffixes[0].lstrip(".")
+        for line in run(tool("nm"), "--defined-only", path, cwd=ROOT).stdout.splitlines():
+            _, kind, name = line.split(maxsplit=2)
+            if kind in "WV":
+                narrowest[name] = min(width.get(isa, 0), narrowest.get(name, 2))
+    used: dict[str, int] = {}
+    name = ""
+    for line in run(tool("objdump"), "-d", "--no-show-raw-insn", module_of(ROOT), cwd=ROOT).stdout.splitlines():
+        if heading := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            name = heading[1]
+        elif instruction := re.match(r" *[0-9a-f]+:\t(.*)", line):
+            # VEX and EVEX mnemonics, and only they, begin with v.
+            wide = 2 if "%zmm" in line else int(instruction[1].startswith("v"))
+            used[name] = max(wide, used.get(name, 0))
+    assert max(used.values()) == max(width[isa] for isa in record["native"]["isas"])
+    shared = narrowest.keys() & used.keys()
+    assert shared
+    assert {name for name in shared if used[name] > narrowest[name]} == set()
+
+
+def test_sdist_holds_what_the_build_reads(checkout: Path) -> None:
+    done = run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", checkout.parent, cwd=checkout)
+    assert done.returncode == 0, done.stdout
+    [archive] = checkout.parent.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    folders = [path for name in ("csrc", "build_support", "ccu_fast") for path in (checkout / name).rglob("*")]
+    wanted = {str(path.relative_to(checkout)) for path in folders if path.suffix in (".h", ".cpp", ".cu", ".py")}
+    assert wanted | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= held
+    assert not [name for name in held if name.endswith((".so", "_build_info.json"))]
+
+
+def test_no_compiler_leaves_python_and_the_reason(checkout: Path) -> None:
+    missing = "/nonexistent/c++"
+    done, record = build(checkout, CXX=missing)
+    assert done.returncode == 0, done.stdout
+    assert record["native"] is None
+    assert missing in record["skipped"]["native"]
+    assert not list((checkout / "ccu_fast").glob("_C.*.so"))
+
+
+@pytest.mark.parametrize("package", ["pybind11", "ninja"])
+def test_without_the_build_tools_python_and_the_reason_are_left(checkout: Path, package: str, tmp_path: Path) -> None:
+    """As without build isolation in an environment that lacks them."""
+    (tmp_path / f"{package}.py").write_text(f"raise ImportError('no {package} here')\n")
+    hidden = {"PYTHONPATH": str(tmp_path)} | ({"PATH": str(tmp_path)} if package == "ninja" else {})
+    done, record = build(checkout, **hidden)
+    assert done.returncode == 0, done.stdout
+    assert record["native"] is None
+    assert f"pip install {package}" in record["skipped"]["native"]
+    done, _ = build(checkout, CCU_FAST_NATIVE="1", **hidden)
+    assert done.returncode != 0
+    assert "CCU_FAST_NATIVE=1, but " in done.stdout
+
+
+def test_no_compiler_fails_when_asked_to_be_strict(checkout: Path) -> None:
+    done, _ = build(checkout, CXX="/nonexistent/c++", CCU_FAST_NATIVE="1")
+    assert done.returncode != 0
+    assert "CCU_FAST_NATIVE=1, but `/nonexistent/c++" in done.stdout
+
+
+def test_unknown_switch_is_refused(checkout: Path) -> None:
+    done, _ = build(checkout, CCU_FAST_CUDA="yes")
+    assert done.returncode != 0
+    assert "CCU_FAST_CUDA: expected auto, 1 or 0, got 'yes'" in done.stdout
+
+
+@pytest.fixture
+def broken_nvcc(tmp_path: Path) -> dict[str, str]:
+    """An nvcc that knows its version and its architectures and compiles nothing."""
+    script = tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(
+        "#!/bin/sh\n"
+        'case "$1" in\n'
+        "  --version) echo 'Cuda compilation tools, release 12.4, V12.4.131' ;;\n"
+        "  *) echo 'nvcc: a part of me is missing' >&2; exit 1 ;;\n"
+        "esac\n"
+    )
+    script.chmod(0o755)
+    return {"CUDA_HOME": str(tmp_path)}
+
+
+@pytest.mark.usefixtures("wheel", "cuda_kernel")  # the wheel's objects are there to be reused
+def test_broken_nvcc_is_survived_and_recorded(checkout: Path, broken_nvcc: dict[str, str]) -> None:
+    done, record = build(checkout, **broken_nvcc)
+    assert done.returncode == 0, done.stdout
+    assert record["cuda"] is None
+    assert "a part of me is missing" in record["skipped"]["cuda"]
+    assert record["native"]["isas"]
+    assert module_of(checkout).exists()
+
+
+@pytest.mark.usefixtures("cuda_kernel")
+def test_broken_nvcc_fails_when_asked_to_be_strict(checkout: Path, broken_nvcc: dict[str, str]) -> None:
+    done, _ = build(checkout, CCU_FAST_CUDA="1", **broken_nvcc)
+    assert done.returncode != 0
+    assert "CCU_FAST_CUDA=1, but" in done.stdout
+    assert "a part of me is missing" in done.stdout
+
+
+@pytest.mark.usefixtures("wheel", "cuda_kernel")
+def test_real_nvcc_builds_what_loads_without_a_driver(checkout: Path) -> None:
+    try:
+        cuda.find_toolkit(probe.find_cxx())
+    except probe.Unavailable as reason:
+        pytest.skip(f"no working CUDA toolkit: {reason}")
+    done, record = build(checkout, CCU_FAST_CUDA="1", CCU_FAST_CUDA_ARCHS="9.0")
+    assert done.returncode == 0, done.stdout
+    assert record["cuda"]["archs"] == ["90"]
+    module = module_of(checkout)
+    assert "ccu_packaging_probe" in run(tool("nm"), module, cwd=checkout).stdout
+    assert ".nv_fatbin" in run(tool("readelf"), "-SW", module, cwd=checkout).stdout
+    assert "libcuda" not in run(tool("readelf"), "-d", module, cwd=checkout).stdout
+    load = f"""
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+loader = ExtensionFileLoader("ccu_fast._C", {str(module)!r})
+loader.exec_module(module_from_spec(spec_from_loader("ccu_fast._C", loader)))
+"""
+    loaded = run(sys.executable, "-I", "-c", load, cwd=checkout)
+    assert loaded.returncode == 0, loaded.stdout
+
+
+def test_missing_nvcc_names_the_places_looked_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(probe.Unavailable, match="CUDA_HOME, CUDA_PATH, PATH"):
+        cuda.find_toolkit(["c++"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [("90;80", ("80", "90")), ("8.0 9.0a,9.0", ("80", "90", "90a")), ("100f", ("100f",))]
+)
+def test_architectures_that_are_asked_for(
+    asked: str, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CCU_FAST_CUDA_ARCHS", asked)
+    assert cuda._choose_archs({75, 80, 90, 100}) == expected
+
+
+@pytest.mark.parametrize("asked", ["70", "sm_90", "90;native"])
+def test_architectures_that_cannot_be(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CCU_FAST_CUDA_ARCHS", asked)
+    with pytest.raises(probe.Unavailable, match="CCU_FAST_CUDA_ARCHS names"):
+        cuda._choose_archs({75, 80, 90})
+
+
+def test_architectures_follow_the_visible_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CCU_FAST_CUDA_ARCHS", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf '9.0\\n8.0\\n9.0\\n'\n")
+    smi.chmod(0o755)
+    assert cuda._choose_archs({80, 86, 90, 100}) == ("80", "90")
+    with pytest.raises(probe.Unavailable, match=r"the visible GPUs are \['80', '90'\]"):
+        cuda._choose_archs({100, 120})
+    smi.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
+    assert cuda._choose_archs({75, 80, 90, 103}) == ("80", "90")
+
+
+def test_ptx_is_that_of_the_highest_architecture() -> None:
+    toolkit = cuda.Toolkit("nvcc", "/", "13.0", "/", ("80", "90a"))
+    assert toolkit.gencode == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]

@@ -1,0 +1,140 @@
+"""The demo as a whole, small: what it writes, that it repeats itself, and that an interruption costs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ccu_fast
+from ccu_fast.cli import demo
+from ccu_fast.cli.report.tables import all_tables, spread
+from ccu_fast.files import write_whole
+from tests.support import small_demo
+from tests.support.mem_datasets import read_export
+
+PARTS = 6  # two scenarios, four methods
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, value in small_demo.REPLACEMENTS:
+        monkeypatch.setattr(module, name, value)
+
+
+def without_times(value: Any) -> Any:
+    """Everything but the seconds and what is computed from them."""
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "cpu_seconds", "ratio")}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def half_written(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.name.startswith(".") or ".tmp" in p.name]
+
+
+@pytest.mark.usefixtures("small")
+def test_writes_a_report_with_everything_in_it_and_the_same_figures_twice(tmp_path: Path) -> None:
+    first = demo.run(tmp_path / "a", quiet=True)
+    demo.run(tmp_path / "b", quiet=True)
+    stored = [json.loads((tmp_path / name / "results.json").read_text()) for name in "ab"]
+    assert without_times(stored[0]) == without_times(stored[1])
+    assert set(stored[0]["unlearn"]) == {"class", "instances"}
+    assert set(stored[0]["protect"]) == {"clean", "random-3", "em", "mem"}
+    assert stored[0]["versions"]["ccu_fast"] == ccu_fast.__version__
+
+    page = (tmp_path / "a" / "report.html").read_text()
+    pictures = re.findall(r"src='([^']*)'", page)
+    assert len(pictures) == 2 * 2 + 1 + 3 and all(p.startswith("data:image/png;base64,") for p in pictures)
+    assert not re.search(r"(src|href)=['\"](?!data:)", page)
+    for table in all_tables(first):
+        for cell in (cell for row in table.rows for cell in row):
+            assert cell.replace("&", "&amp;") in page
+    images, captions = read_export(tmp_path / "a" / "protected" / "mem")
+    assert len(images) == len(captions) == 64
+    assert half_written(tmp_path) == []
+
+
+@pytest.mark.usefixtures("small")
+def test_a_finished_part_is_not_computed_again_unless_its_format_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[str] = []
+    compute = demo._compute
+
+    def counting(part: demo.Part, out: Path, progress: Any) -> dict[str, Any]:
+        computed.append(part.name)
+        return compute(part, out, progress)
+
+    monkeypatch.setattr(demo, "_compute", counting)
+    first = demo.run(tmp_path, only="unlearn", quiet=True)
+    assert computed == ["unlearn-class-seed0", "unlearn-instances-seed0"]
+    again = demo.run(tmp_path, only="unlearn", quiet=True)
+    assert len(computed) == 2 and again == first
+    monkeypatch.setattr(demo, "FORMAT", demo.FORMAT + 1)
+    demo.run(tmp_path, only="unlearn", quiet=True)
+    assert len(computed) == 4
+
+
+def test_kill_9_loses_at_most_the_part_that_was_running(tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    command = [sys.executable, small_demo.__file__, str(out)]
+    process = subprocess.Popen(command, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(list((out / "parts").glob("[!.]*.json"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, "the demo ended or stalled before two parts"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {p.name: p.stat().st_mtime_ns for p in (out / "parts").glob("[!.]*.json")}
+    for path in before:
+        json.loads((out / "parts" / path).read_text())
+    assert 2 <= len(before) < PARTS and not (out / "results.json").exists()
+
+    subprocess.run(command, check=True)
+    subprocess.run([*command[:2], str(tmp_path / "whole")], check=True)
+    after = {p.name: p.stat().st_mtime_ns for p in (out / "parts").glob("[!.]*.json")}
+    assert before.items() <= after.items() and len(after) == PARTS
+    resumed, whole = (json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / "whole"))
+    assert without_times(resumed) == without_times(whole)
+
+
+@pytest.mark.usefixtures("small")
+def test_ctrl_c_leaves_no_half_written_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(tmp_path, only="unlearn", quiet=True)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_whole(path, "old")
+    write_whole(path, "new")
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o644
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"), [({"seeds": 0}, "seeds"), ({"only": "everything"}, "only: expected one of")]
+)
+def test_bad_input(tmp_path: Path, arguments: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        demo.run(tmp_path, quiet=True, **arguments)
+
+
+def test_spread() -> None:
+    assert spread([0.5]) == "0.500"
+    assert spread([0.4, 0.6]) == "0.500 ± 0.141"
+    assert spread([None]) == "–"

@@ -1,0 +1,336 @@
+"""How every command ends when a user can mend what is wrong: one sentence that names it, status 1, nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ccu_fast import check, files, info
+from ccu_fast.cli import console, demo
+from ccu_fast.cli import main as cli
+from ccu_fast.runs.provenance import save_model
+from tests.support import mem_datasets as made
+from tests.support import toy_unlearn
+from tests.support.paths import ROOT
+
+SETTINGS = """
+[model]
+make = "tests.support.toy_unlearn:make_model"
+weights = "weights.safetensors"
+[data]
+path = "pairs.npz"
+[forget]
+classes = [1]
+[budget]
+steps = 2
+batch = 4
+"""
+WORK = {
+    "unlearn": ["unlearn", "settings.toml", "--out", "{out}", "--quiet"],
+    "compare": ["unlearn", "--compare", "--task", "digits-halves", "--seeds", "1", "--out", "{out}", "--quiet"],
+    "demo": ["demo", "--out", "{out}", "--quiet"],
+    "protect": [
+        "protect", "in/train.csv", "--out", "{out}", "--size", "16x16", "--model", "small:32", "--batch", "4",
+        "--rounds", "2", "--pgd-steps", "1", "--surrogate-steps", "1", "--method", "em", "--quiet",
+    ],
+    "evaluate": [
+        "evaluate", "in/train.csv", "--test", "in/train.csv", "--out", "{out}/figures.json", "--size", "16x16",
+        "--model", "small:32", "--batch", "4", "--epochs", "1", "--quiet",
+    ],
+    "bench": ["bench", "--ops", "clip_loss", "--shapes", "B=8,D=8", "--device", "cpu", "--out", "{out}"],
+}  # fmt: skip
+# What does the work of each command; it must not begin when something is wrong that could be seen before.
+WORKERS = {
+    "unlearn": "ccu_fast.unlearn.job.run_ccu",
+    "compare": "ccu_fast.unlearn.study.compare.run_task",
+    "demo": "ccu_fast.cli.demo._compute",
+    "protect": "ccu_fast.mem.job.protect.Protection",
+    "evaluate": "ccu_fast.mem.job.victims.train_victim",
+    "bench": "benchmarks.__main__.run",
+}
+WRITERS = [name for name in WORK if name != "bench"]
+Ends = Callable[..., str]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small inputs of every command."""
+    folder = tmp_path_factory.mktemp("inputs")
+    data = toy_unlearn.toy()
+    np.savez(folder / "pairs.npz", visual=data.visual, other=data.other, labels=data.labels, ids=data.ids)
+    save_model(toy_unlearn.make_model(), folder / "weights.safetensors", {})
+    (folder / "settings.toml").write_text(SETTINGS)
+    made.write_csv(folder / "in")
+    return folder
+
+
+@pytest.fixture
+def ends(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Ends]:
+    """Runs a command line and gives its one sentence."""
+    monkeypatch.syspath_prepend(str(ROOT))  # the benchmarks of this checkout
+    monkeypatch.chdir(place)
+
+    def run(words: list[str], out: Path | None = None, status: int = 1) -> str:
+        assert cli.main([word.replace("{out}", str(out or tmp_path / "out")) for word in words]) == status
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "Traceback" not in told, told
+        command = words[0]
+        assert told.startswith(f"ccu-fast {command}: "), told
+        return told.strip()
+
+    yield run
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, BaseException | None], None]:
+    """Replaces the work of a command by an error; by default by a failure of the test, for it must not begin."""
+
+    def replace(name: str, error: BaseException | None = None) -> None:
+        def worker(*_: Any, **__: Any) -> None:
+            raise error or AssertionError(f"the work of {name} began")
+
+        monkeypatch.setattr(
+            importlib.import_module(WORKERS[name].rpartition(".")[0]), WORKERS[name].split(".")[-1], worker
+        )
+
+    return replace
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_an_output_under_a_file(name: str, ends: Ends, idle: Any, tmp_path: Path) -> None:
+    idle(name)
+    (tmp_path / "afile").write_text("mine")
+    assert "out: expected" in ends(WORK[name], tmp_path / "afile" / "x")
+    assert (tmp_path / "afile").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_an_output_that_is_of_the_other_kind(name: str, ends: Ends, idle: Any, tmp_path: Path) -> None:
+    idle(name)
+    if name == "evaluate":
+        (tmp_path / "out" / "figures.json").mkdir(parents=True)
+    else:
+        (tmp_path / "out").write_text("mine")
+    assert "out: expected" in ends(WORK[name])
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("name", WORK)
+def test_an_output_that_cannot_be_written(
+    name: str, code: int, ends: Ends, idle: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    idle(name)
+    mkdir = os.mkdir
+
+    def refused(path: Any, *rest: Any, **more: Any) -> None:
+        if str(path).startswith(str(tmp_path)):
+            raise OSError(code, os.strerror(code), str(path))
+        mkdir(path, *rest, **more)
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    told = ends(WORK[name])
+    assert "out: expected a folder that can be written" in told and os.strerror(code) in told
+    assert ("make room" in told) == (code in console.FULL)
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_a_full_disk_and_memory_and_ctrl_c_while_it_works(name: str, ends: Ends, idle: Any) -> None:
+    idle(name, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there"))
+    told = ends(WORK[name])
+    assert "there: No space left on device; make room and give the same command again" in told
+    assert told.endswith("goes on") == (name not in ("evaluate", "bench"))
+    idle(name, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nGPU 0 has 2 GiB"))
+    assert "CUDA out of memory; choose a smaller batch" in ends(WORK[name])
+    idle(name, FloatingPointError("loss: expected finite values, got nan"))
+    assert "loss: expected" in ends(WORK[name])
+    idle(name, KeyboardInterrupt())
+    assert ends(WORK[name], status=130).endswith(": interrupted")
+
+
+@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize(
+    "bug", [KeyError("x"), AssertionError("x"), RuntimeError("shapes"), ValueError("not enough values to unpack")]
+)
+def test_a_bug_shows_its_traceback(name: str, bug: Exception, idle: Any, ends: Ends, tmp_path: Path) -> None:
+    idle(name, bug)
+    with pytest.raises(type(bug)):
+        cli.main([word.replace("{out}", str(tmp_path / "out")) for word in WORK[name]])
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [
+        *(("unlearn", m, p) for m, p in (("sklearn", "scikit-learn"), ("safetensors", "safetensors"))),
+        *(("unlearn", m, p) for m, p in (("matplotlib", "matplotlib"), ("rich", "rich"))),
+        ("compare", "sklearn", "scikit-learn"), ("compare", "safetensors", "safetensors"),
+        ("demo", "sklearn", "scikit-learn"), ("demo", "PIL", "pillow"), ("demo", "matplotlib", "matplotlib"),
+        ("protect", "PIL", "pillow"), ("protect", "rich", "rich"),
+        ("evaluate", "PIL", "pillow"), ("evaluate", "rich", "rich"),
+    ],
+)  # fmt: skip
+def test_a_missing_package_is_named_before_the_work(
+    name: str, module: str, package: str, ends: Ends, idle: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    idle(name)
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    told = ends(WORK[name])
+    assert f"{package} is needed" in told and "pip install 'ccu-fast[apps]'" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_packages_that_only_some_inputs_need(
+    ends: Ends, idle: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shards = made.write_shards(tmp_path / "shards")
+    idle("protect")
+    idle("evaluate")
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    assert "webdataset is needed" in ends(["protect", str(shards), *WORK["protect"][2:]])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "matplotlib is needed" in ends([*WORK["evaluate"], "--report", str(tmp_path / "page.html")])
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert "safetensors is needed" in ends([*WORK["protect"], "--checkpoint", "weights.safetensors"])
+    monkeypatch.setitem(sys.modules, "typer", None)
+    assert "typer is needed" in ends(WORK["protect"])
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_a_package_that_is_there_but_broken(name: str, ends: Ends, idle: Any) -> None:
+    idle(name, ImportError("libjpeg.so.8: cannot open shared object file", name="PIL._imaging"))
+    assert "pillow is needed and cannot be imported (libjpeg.so.8" in ends(WORK[name])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["unlearn", "none.toml"], "settings: expected a TOML file, got none.toml"),
+        (["unlearn", "pairs.npz"], "settings: expected TOML in pairs.npz"),
+        (["unlearn", "--compare", "--task", "mnist", "--out", "{out}"], "tasks: expected one of"),
+        (["protect", "nowhere", "--out", "{out}"], "input: expected a file or folder"),
+        (["protect", "in/train.csv", "--out", "{out}", "--config", "none.toml"], "config: expected a TOML file"),
+        (["protect", "in/train.csv", "--out", "{out}", "--config", "pairs.npz"], "config: expected a TOML file"),
+        (["protect", "in/train.csv", "--out", "{out}", "--checkpoint", "none.pt"], "checkpoint: expected a file"),
+        (["evaluate", "nowhere", "--test", "in/train.csv"], "train: expected a file or folder"),
+        (["evaluate", "in/train.csv", "--test", "nowhere"], "test: expected a file or folder"),
+        (["evaluate", "in/train.csv", "in/train.csv", "--test", "in/train.csv"], "train: expected datasets with diff"),
+        *(
+            ([*WORK[name], "--device", device], "device: expected cpu or a GPU that is here")
+            for name in ("protect", "evaluate")
+            for device in ("cuda:77", "nonsense", "meta", *(() if torch.cuda.is_available() else ("cuda",)))
+        ),
+    ],
+)
+def test_bad_input_is_named(words: list[str], message: str, ends: Ends, idle: Any) -> None:
+    for name in ("unlearn", "protect", "evaluate"):
+        idle(name)
+    assert message in ends(words)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[budget]", 'device = "cuda"\n[budget]', "settings [forget]: expected one of"),
+        ("[budget]", '[device]\nname = "cuda"\n[budget]', "settings: expected one of"),
+        ('"weights.safetensors"', "3", "settings: expected text as weights in [model]"),
+        ("[1]", "1", "settings: expected whole numbers as classes in [forget]"),
+        ("[budget]", "[ccu]\ntrainable = 3\n[budget]", "trainable: expected a sequence of patterns"),
+        ("weights.safetensors", "pairs.npz", "weights: expected an undamaged file"),
+        ("weights.safetensors", "damaged.safetensors", "weights: expected an undamaged file"),
+        ("pairs.npz", "damaged.npz", "path: expected an undamaged file"),
+    ],
+)
+def test_bad_settings_are_named(old: str, new: str, message: str, ends: Ends, place: Path, idle: Any) -> None:
+    idle("unlearn")
+    for name in ("damaged.safetensors", "damaged.npz"):
+        (place / name).write_bytes(b"PK nothing of the kind")
+    (place / "other.toml").write_text(SETTINGS.replace(old, new, 1))
+    assert message in ends(["unlearn", "other.toml", *WORK["unlearn"][2:]])
+
+
+def test_damaged_files(ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = ends([*WORK["protect"], "--checkpoint", "settings.toml"])
+    assert "checkpoint: expected an undamaged file, got settings.toml" in told
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "checkpoint.pt").write_bytes(b"half")
+    assert "checkpoint: expected an undamaged file" in ends(WORK["unlearn"])
+    monkeypatch.setattr("ccu_fast.mem.job.protect.Publisher", _interrupted)
+    ends(WORK["protect"], tmp_path / "copy", 130)
+    for name in ("round-00002/0.pt", "checkpoint.json", "scan-0.pt", "run.json"):
+        (tmp_path / "copy.partial" / name).write_bytes(b"half")
+        told = ends(WORK["protect"], tmp_path / "copy")
+        assert "out: expected an undamaged file" in told and name in told
+    (out / "parts").mkdir()
+    for name, part in (("demo", "unlearn-class-seed0"), ("compare", "digits-halves-class-seed0")):
+        (out / "parts" / f"{part}.json").write_text("{")
+        told = ends(WORK[name])
+        assert "out: expected" in told and part in told
+
+
+def _interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_was_finished_stays(ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full after the first part of the demo, and after the training of unlearn."""
+    written: list[str] = []
+
+    def part(part: demo.Part, out: Path, progress: Any) -> dict[str, Any]:
+        if written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(part.name)
+        return {}
+
+    monkeypatch.setattr(demo, "_compute", part)
+    assert ends(WORK["demo"]).endswith("goes on")
+    assert [p.stem for p in (tmp_path / "out" / "parts").iterdir()] == written
+    monkeypatch.setattr("ccu_fast.unlearn.job.save_model", _full)
+    assert ends(WORK["unlearn"], tmp_path / "model").endswith("goes on")
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["checkpoint.pt"]
+
+
+def _full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_torch_on_a_full_disk_tells_of_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "fdopen", lambda handle, mode: open("/dev/full", mode))  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"), files.new_file(tmp_path / "x") as file:
+        torch.save({"x": torch.zeros(100_000)}, file)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_info_ends_as_the_others_do(monkeypatch: pytest.MonkeyPatch, ends: Ends) -> None:
+    for error, said in ((KeyboardInterrupt(), "interrupted"), (OSError(errno.EIO, "no"), "no")):
+        monkeypatch.setattr(info, "collect", lambda error=error: (_ for _ in ()).throw(error))
+        assert ends(["info"], status=130 if said == "interrupted" else 1).endswith(said)
+
+
+@pytest.mark.parametrize("words", [["unlearn"], ["unlearn", "x.toml", "--compare"]])
+def test_a_wrong_command_line_is_2(words: list[str], ends: Ends) -> None:
+    assert "expected a settings file or --compare" in ends(words, status=2)
+
+
+def test_the_device_that_is_there() -> None:
+    assert check.device("device", "cpu") == torch.device("cpu")
+
+
+def test_the_display_takes_stages_that_come_again_and_many_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.live(quiet=False) as progress:
+        for stage in range(2 * console.SHOWN):
+            for done in (0, 2, 1, 2):
+                progress(f"stage {stage}", done, 2, "note")
+    assert capsys.readouterr().err == ""

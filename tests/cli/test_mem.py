@@ -1,0 +1,190 @@
+"""``ccu-fast protect`` and ``ccu-fast evaluate``, from the command line to the files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ccu_fast.cli import main as cli
+from ccu_fast.data.captions import DiskSource, list_pairs
+from ccu_fast.data.strips import write_strips
+from ccu_fast.mem.job.victims import groups
+from ccu_fast.ops import machine
+from tests.support import mem_datasets as made
+
+TINY = ["--size", "16x16", "--model", "small:32", "--rounds", "2", "--pgd-steps", "2", "--step", "4"]
+TINY += ["--surrogate-steps", "2", "--trigger-rounds", "1", "--candidates", "4", "--batch", "4"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def start(*arguments: object, module: str = "ccu_fast", processes: int = 1) -> subprocess.Popen[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    words = [sys.executable, *(torchrun if processes > 1 else []), "-m", module, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(machine.PACKAGE.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_protect_and_evaluate_real_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_strips(tmp_path / "digits", n_train=96, n_test=20)
+    options = [*TINY, "--size", "16x64", "--grey", "--batch", "32"]
+    out = tmp_path / "protected"
+    assert cli.main(["protect", str(data / "train.csv"), "--out", str(out), *options]) == 0
+    told = capsys.readouterr().out.replace("\n", " ")
+    assert "96 images, 96 captions" in told and "largest change 8/255" in told
+    figures = tmp_path / "figures.json"
+    arguments = [f"clean={data / 'train.csv'}", f"mem={out}", "--test", str(data / "test.csv"), "--out", str(figures)]
+    arguments += ["--model", "small:32", "--size", "16x64", "--grey", "--epochs", "2", "--batch", "32", "--seeds", "2"]
+    arguments += ["--treatment", "no-trigger", "--zero-shot", str(data / "test.csv")]
+    page = tmp_path / "page.html"
+    assert cli.main(["evaluate", *arguments, "--report", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert "clean" in shown and "mem" in shown and "guessing" in shown and "zero-shot" in shown
+    result = json.loads(figures.read_text())
+    assert set(result["datasets"]) == {"clean", "mem", "mem, no-trigger"}
+    assert set(result["datasets"]["mem"]["seeds"]) == {"0", "1"} and "samples" not in result
+    # What is cut off is the trigger and nothing else: the same victims as of the pictures with the clean captions.
+    published, plain = list_pairs(out).captions, list_pairs(data / "train.csv").captions
+    bare = tmp_path / "bare"
+    shutil.copytree(out, bare)
+    table = next(bare.glob("*.csv"))
+    text = table.read_text()
+    for long, short in zip(published, plain, strict=True):
+        assert len(long.split()) == len(short.split()) + 3
+        text = text.replace(long, short)
+    table.write_text(text)
+    (bare / "manifest.json").unlink()
+    again = tmp_path / "again.json"
+    options = [
+        "--test",
+        str(data / "test.csv"),
+        "--out",
+        str(again),
+        "--model",
+        "small:32",
+        "--size",
+        "16x64",
+        "--grey",
+    ]
+    options += ["--epochs", "1", "--batch", "32", "--treatment", "no-trigger", "--quiet"]
+    assert cli.main(["evaluate", f"mem={out}", f"bare={bare}", *options]) == 0
+    trained = {name: d["seeds"]["0"] for name, d in json.loads(again.read_text())["datasets"].items()}
+    assert trained["mem, no-trigger"] == trained["bare"] != trained["mem"]
+    html = page.read_text()
+    assert html.count("<figure>") == 12 and html.count("data:image/png") == 13 and published[0] in html
+    for dataset in result["datasets"].values():
+        for run in dataset["seeds"].values():
+            assert all(0 <= epoch["zero_shot"] <= 1 for epoch in run["curve"])
+            assert len(run["curve"]) == len(run["train_loss"]) == run["last"]["epoch"] == 2
+            assert run["train_loss"][1] < run["train_loss"][0]
+        assert dataset["mean"]["best"]["i2t_r1"] + dataset["mean"]["best"]["t2i_r1"] >= (
+            dataset["mean"]["last"]["i2t_r1"] + dataset["mean"]["last"]["t2i_r1"]
+        )
+    assert result["guessing"]["i2t_r1"] == pytest.approx(1 / 20, rel=0.3)
+
+
+def test_a_config_file_gives_defaults_and_flags_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = made.write_csv(tmp_path / "in")
+    config = tmp_path / "run.toml"
+    config.write_text(f'out = "{tmp_path / "out"}"\nmethod = "em"\neps = 5\nsize = "16x16"\nrounds = 1\nquiet = true\n')
+    flags = ["--eps", "3", "--model", "small:32", "--batch", "4", "--surrogate-steps", "1"]
+    assert cli.main(["protect", str(source), "--config", str(config), *flags]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["method"]["name"], manifest["settings"]["eps"], manifest["settings"]["rounds"]) == ("em", 3, 1)
+    config.write_text("epsilon = 8\n")
+    assert cli.main(["protect", str(source), "--config", str(config), "--out", str(tmp_path / "b")]) == 1
+    assert "epsilon" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "input: expected a file or folder, got nowhere"),
+        (["{in}", "--method", "best"], "method: expected clean"),
+        (["{in}", "--model", "large"], "model: expected small"),
+        (["{in}", "--size", "64"], "size: expected HEIGHTxWIDTH"),
+        (["{in}", "--checkpoint", "none.pt"], "checkpoint: expected a file"),
+        (["{in}", "--caption-column", "text"], "expected the columns images and text"),
+        (["{in}", "--format", "parquet"], "format: expected one of"),
+        (["{in}", "--autocast", "int8"], "autocast: expected bf16 or fp16"),
+        (["{in}", "--compile", "fast"], "compile: expected one of"),
+    ],
+)
+def test_what_can_be_mended_is_one_message_and_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    source = str(made.write_csv(tmp_path / "in"))
+    words = [word.replace("{in}", source) for word in arguments]
+    assert cli.main(["protect", *words, "--out", str(tmp_path / "out"), "--quiet"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("ccu-fast protect: ") and message in told and "Traceback" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_items_are_listed_and_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = made.write_folder(tmp_path / "in")
+    (source / "2.png").write_bytes(b"no picture")
+    command = ["protect", str(source), "--out", str(tmp_path / "out"), *TINY]
+    assert cli.main(command) == 1
+    assert "2.png: not a picture" in capsys.readouterr().err
+    assert cli.main([*command, "--skip-bad", "--fresh"]) == 0
+    assert "1 items left out" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "2.png").exists() and not (tmp_path / "out" / "2.txt").exists()
+
+
+def test_kill_9_and_the_same_command(tmp_path: Path) -> None:
+    """A real process, killed from outside as soon as its first checkpoint is there."""
+    source = made.write_csv(tmp_path / "in", n=40)
+    command = ["protect", source, "--out", tmp_path / "out", *TINY, "--rounds", "30", "--quiet"]
+    running = start(*command)
+    until = time.monotonic() + 600  # imports alone take long on a busy machine
+    while not (tmp_path / "out.partial" / "checkpoint.json").exists():
+        assert running.poll() is None and time.monotonic() < until, running.communicate()[0]
+        time.sleep(0.005)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    assert running.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    done = json.loads((tmp_path / "out.partial" / "checkpoint.json").read_text())["round"]
+    assert 1 <= done < 30
+    assert cli.main([str(word) for word in command]) == 0
+    command[3] = tmp_path / "whole"
+    assert cli.main([str(word) for word in command]) == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_two_processes_share_a_dataset_and_train_one_surrogate(tmp_path: Path) -> None:
+    source = made.write_shards(tmp_path / "in", n=16, shard=4)
+    command = ["protect", source, "--out", tmp_path / "out", *TINY, "--quiet"]
+    running = start(*command, processes=2)
+    told = running.communicate()[0]
+    assert running.returncode == 0, told
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["processes"], manifest["images"], manifest["measured"]["eps_255"]) == (2, 16, 8)
+    assert sorted(manifest["sha256"]) == [f"{i:05d}.tar" for i in range(4)]
+    original, published = list_pairs(source), list_pairs(tmp_path / "out")
+    assert [text.endswith(clean) for text, clean in zip(published.captions, original.captions, strict=True)] == [
+        True
+    ] * 16
+    every = torch.arange(16)
+    change = (
+        DiskSource(published, (3, 16, 16), threads=1).images(every).short()
+        - DiskSource(original, (3, 16, 16), threads=1).images(every).short()
+    )
+    assert bool((change.abs().amax((1, 2, 3)) > 0).all()), "every image of both processes is protected"
+
+
+def test_groups_join_equal_captions_and_shared_images() -> None:
+    got = groups(["a", "b", "a", "c", "d"], torch.tensor([0, 0, 1, 2, 1]))
+    assert got.unique(return_inverse=True)[1].tolist() in ([0, 0, 0, 1, 0], [1, 1, 1, 0, 1])

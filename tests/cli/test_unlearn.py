@@ -1,0 +1,277 @@
+"""ccu-fast unlearn: settings, users' data, what is written; the comparison in parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ccu_fast.cli.app import app
+from ccu_fast.data.load import load_pairs
+from ccu_fast.data.views import STRIDE, load_views
+from ccu_fast.runs.provenance import load_model, save_model
+from ccu_fast.unlearn.config import Budget, UnlearnConfig
+from ccu_fast.unlearn.job import load_user_model, read_job, run_job
+from ccu_fast.unlearn.loop import accuracies
+from ccu_fast.unlearn.study import compare as comparing
+from ccu_fast.unlearn.study.scenario import make_scenario
+from ccu_fast.unlearn.study.tasks import TASKS
+from ccu_fast.unlearn.study.train import TrainConfig
+from tests.support import toy_unlearn
+from tests.support.paths import ROOT
+from tests.support.toy_unlearn import toy, weights
+
+TOML = """
+[model]
+make = "tests.support.toy_unlearn:make_model"
+weights = "weights.safetensors"
+[data]
+path = "pairs.npz"
+[forget]
+classes = [1]
+[budget]
+steps = 30
+learning_rate = 5e-3
+batch = 20
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    data = toy()
+    np.savez(tmp_path / "pairs.npz", visual=data.visual, other=data.other, labels=data.labels, ids=data.ids + 7)
+    save_model(toy_unlearn.trained(), tmp_path / "weights.safetensors", {"seed": 0})
+    (tmp_path / "settings.toml").write_text(TOML)
+    return tmp_path
+
+
+def run(*words: str) -> str:
+    done = CliRunner().invoke(app, ["unlearn", *words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return f"{done.exit_code} {done.output} {done.stderr}"
+
+
+class TestCommand:
+    def test_writes_a_model_with_its_provenance_and_a_report(self, folder: Path) -> None:
+        out = folder / "out"
+        assert run(str(folder / "settings.toml"), "--out", str(out), "--seed", "3", "--quiet").startswith("0 ")
+        assert sorted(p.name for p in out.iterdir()) == [
+            "checkpoint.pt", "model.safetensors", "report.html", "results.json"
+        ]  # fmt: skip
+        state, provenance = load_model(out / "model.safetensors")
+        assert provenance["seed"] == 3 and provenance["config"]["budget"]["steps"] == 30
+        assert provenance["versions"]["torch"] == torch.__version__
+        clean = toy_unlearn.make_model()
+        clean.load_state_dict(state)
+        data = toy()
+        assert accuracies(clean, data[data.labels == 1])["visual"] <= 0.1
+        assert min(accuracies(clean, data[data.labels != 1]).values()) >= 0.9
+        page = (out / "report.html").read_text()
+        assert page.count("data:image/png;base64,") == 2 and provenance["weights_sha256"] in page
+        stored = json.loads((out / "results.json").read_text())
+        assert dict((name, after) for name, _, after in stored["rows"])["forget: other, accuracy"] >= 0.9
+        # A second call finds the run finished; other settings are not mixed in.
+        assert run(str(folder / "settings.toml"), "--out", str(out), "--seed", "3", "--quiet").startswith("0 ")
+        assert "other settings" in run(str(folder / "settings.toml"), "--out", str(out), "--quiet")
+
+    def test_flags_win_and_reach_the_method(self, folder: Path) -> None:
+        job = read_job(folder / "settings.toml", {"budget": {"steps": 4}, "ccu": {"trainable": ["visual_tower.*"]}})
+        assert job.config.budget == Budget(steps=4, learning_rate=5e-3, batch=20)
+        assert run_job(job, folder / "out") is not None
+        state, _ = load_model(folder / "out" / "model.safetensors")
+        before = toy_unlearn.trained().state_dict()
+        assert {k for k in state if not torch.equal(state[k], before[k])} == {k for k in state if "visual_tower" in k}
+
+    def test_torchrun_shares_a_run(self, folder: Path) -> None:
+        text = TOML.replace("[budget]", "[ccu]\nneighbours = 2.0\n[budget]").replace("steps = 30", "steps = 12")
+        (folder / "settings.toml").write_text(text)
+        command = ["unlearn", str(folder / "settings.toml"), "--quiet", "--out"]
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                "-m", "ccu_fast", *command, str(folder / "two"),
+            ],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            text=True,
+            capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("model.safetensors") == 1  # one of them writes
+        assert run(*command[1:], str(folder / "one")).startswith("0 ")
+        files = [sorted(p.name for p in (folder / name).iterdir()) for name in ("one", "two")]
+        assert files[0] == files[1] == ["checkpoint.pt", "model.safetensors", "report.html", "results.json"]
+        (one, alone), (two, shared) = (load_model(folder / name / "model.safetensors") for name in ("one", "two"))
+        assert (alone["processes"], shared["processes"]) == (1, 2)
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+    def test_a_comparison_is_not_shared(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        said = run("--compare")
+        assert said.startswith("2 ") and "one process for --compare" in said
+
+    def test_instances_by_a_file_of_ids(self, folder: Path) -> None:
+        (folder / "gone.txt").write_text("7\n8\n11\n")
+        text = TOML.replace("classes = [1]", 'kind = "instances"\nids = "gone.txt"').replace("steps = 30", "steps = 2")
+        (folder / "settings.toml").write_text(text)
+        result = run_job(read_job(folder / "settings.toml"), folder / "out")
+        assert result is not None and result["sizes"] == {"forget items": 3, "retain items": 57}
+        (folder / "gone.txt").write_text("7\n9999\n")
+        assert "9999, which none has" in run(str(folder / "settings.toml"), "--out", str(folder / "two"))
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("[budget]", "[budgets]", "settings: expected one of"),
+            ("steps = 30", "step = 30", r"settings [budget]: expected one of"),
+            ("steps = 30", "steps = 0", "steps: expected an int at least 1"),
+            ("classes = [1]", "classes = [9]", "classes: expected some of [0, 1, 2, 3], got 9"),
+            ("classes = [1]", "", "expected classes and no ids"),
+            ("classes = [1]", "classes = [0, 1, 2, 3]", "retain: expected at least one item"),
+            ("toy_unlearn:make_model", "toy_unlearn:nothing", "expected a function nothing"),
+            ("toy_unlearn:make_model", "toy_unlearn", "expected 'module:function'"),
+            ("toy_unlearn:make_model", "toy_unlearn:toy", "expected a torch.nn.Module"),
+            ("weights.safetensors", "none.safetensors", "weights: expected a file"),
+            ("pairs.npz", "none.npz", "path: expected an existing folder"),
+            ("[model]", "[model", "settings: expected TOML"),
+        ],
+    )
+    def test_bad_settings_are_named(self, folder: Path, old: str, new: str, message: str) -> None:
+        (folder / "settings.toml").write_text(TOML.replace(old, new, 1))
+        said = run(str(folder / "settings.toml"), "--out", str(folder / "out"))
+        assert said.startswith("1 ") and message in said.replace("\n", " ")
+        assert not (folder / "out").exists()
+
+    def test_settings_or_comparison(self) -> None:
+        assert run().startswith("2 ")
+        assert "task" in run("--compare", "--task", "mnist")
+
+    def test_weights_that_do_not_fit_and_changed_files(self, folder: Path) -> None:
+        torch.save({"x": torch.zeros(2)}, folder / "w.pt")
+        with pytest.raises(ValueError, match="weights: expected weights of"):
+            load_user_model("tests.support.toy_unlearn:make_model", folder / "w.pt")
+        whole = (folder / "weights.safetensors").read_bytes()
+        (folder / "weights.safetensors").write_bytes(whole[:-4] + bytes(4 * [7]))
+        with pytest.raises(ValueError, match="changed ones"):
+            load_model(folder / "weights.safetensors")
+        with pytest.raises(ValueError, match="expected an undamaged file"):
+            load_model(folder / "settings.toml")
+
+
+class TestLoad:
+    def test_arrays_table_and_folder_say_the_same(self, tmp_path: Path) -> None:
+        from PIL import Image
+
+        visual = np.random.default_rng(0).integers(0, 255, (4, 5, 6), dtype=np.uint8)
+        other = np.random.default_rng(1).normal(size=(4, 3))
+        names, classes = ["b", "a", "d", "c"], ["dog", "cat", "dog", "cat"]
+        for i, name in enumerate(names):
+            for part in (tmp_path / "tree" / "visual" / classes[i], tmp_path / "tree" / "other"):
+                part.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(visual[i]).save(tmp_path / "tree" / "visual" / classes[i] / f"{name}.png")
+            np.save(tmp_path / "tree" / "other" / f"{name}.npy", other[i])
+        rows = [
+            f"tree/visual/{c}/{n}.png,tree/other/{n}.npy,{c},{i + 5}"
+            for i, (n, c) in enumerate(zip(names, classes, strict=True))
+        ]
+        (tmp_path / "pairs.csv").write_text("\n".join(["visual,other,label,id", *rows]))
+        np.savez(tmp_path / "pairs.npz", visual=visual[:, None].astype(np.float32) / 255, other=other)
+        table, arrays, tree = (load_pairs(tmp_path / name) for name in ("pairs.csv", "pairs.npz", "tree"))
+        assert torch.equal(table.visual, arrays.visual) and torch.equal(table.other, arrays.other)
+        assert table.labels.tolist() == [1, 0, 1, 0] and table.ids.tolist() == [5, 6, 7, 8]
+        assert not arrays.labelled and arrays.other.dtype == torch.float32
+        order = [names.index(n) for n in sorted(names)]
+        assert torch.equal(tree.visual, table.visual[order]) and tree.labels.tolist() == [0, 1, 0, 1]
+
+    def test_what_is_wrong_is_named(self, tmp_path: Path) -> None:
+        def said(path: Path) -> str:
+            with pytest.raises(ValueError) as caught:
+                load_pairs(path)
+            return str(caught.value)
+
+        assert "expected an existing folder" in said(tmp_path / "pairs.json")
+        np.savez(tmp_path / "a.npz", visual=np.zeros((2, 3)))
+        assert "got no other" in said(tmp_path / "a.npz")
+        np.savez(tmp_path / "b.npz", visual=np.zeros((2, 3)), other=np.zeros((3, 3)))
+        assert "visual" in said(tmp_path / "b.npz")
+        np.savez(tmp_path / "c.npz", visual=np.zeros((2, 3)), other=np.zeros((2, 3)), labels=np.zeros(2))
+        assert "whole numbers as labels" in said(tmp_path / "c.npz")
+        (tmp_path / "t.csv").write_text("visual,text\nx,y")
+        assert "got no other" in said(tmp_path / "t.csv")
+        (tmp_path / "t.csv").write_text("visual,other\nx.npy,y.npy")
+        assert "x.npy, got none" in said(tmp_path / "t.csv")
+        for part, name, size in (("visual", "a", 2), ("visual", "b", 3), ("other", "a", 2), ("other", "b", 2)):
+            (tmp_path / "f" / part).mkdir(parents=True, exist_ok=True)
+            np.save(tmp_path / "f" / part / f"{name}.npy", np.zeros(size))
+        assert "expected shape [2] (that of a.npy)" in said(tmp_path / "f")
+        (tmp_path / "f" / "other" / "b.npy").unlink()
+        assert "only one of 'b'" in said(tmp_path / "f")
+
+
+class TestTasks:
+    def test_views_are_of_one_part_and_repeat_themselves(self) -> None:
+        one, two = load_views(5, views=2, unseen_views=1), load_views(5, views=2, unseen_views=1)
+        parts = [one.train, one.test, one.held_out]
+        digits = [set((part.ids // STRIDE).tolist()) for part in parts]
+        assert sum(map(len, digits)) == len(set.union(*digits)) == 1797
+        assert len(one.train) == 2 * len(digits[0]) and list(one.train.visual.shape[1:]) == [1, 16, 8]
+        assert torch.equal(one.train.visual, two.train.visual) and torch.equal(one.test.other, two.test.other)
+        assert not torch.equal(one.train.visual[0], one.train.visual[1])
+        assert not torch.equal(load_views(6, views=2, unseen_views=1).test.visual, one.test.visual)
+        split = make_scenario(one, "instances", group=STRIDE)
+        gone, kept = (set((part.ids // STRIDE).tolist()) for part in (split.forget, split.retain))
+        assert not gone & kept and len(gone) == round(0.1 * len(digits[0])) and len(split.forget) == 2 * len(gone)
+        with pytest.raises(ValueError, match="views"):
+            load_views(0, views=0)
+
+    def test_parts_of_a_comparison_are_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        task = TASKS["digits-halves"]
+        config = UnlearnConfig(budget=Budget(steps=2))
+        quick = replace(
+            task, training=TrainConfig(epochs=1), ccu={s: replace(config, forget=s) for s in ("class", "instances")}
+        )
+        monkeypatch.setitem(TASKS, "digits-halves", quick)
+        heard: list[str] = []
+        call = partial(
+            comparing.compare, tmp_path, tasks=["digits-halves"], methods=("ccu", "fine_tune"), deep=("ccu",),
+            progress=lambda stage, *_: heard.append(stage),
+        )  # fmt: skip
+        first = call(scenarios=["class"], seeds=[0])
+        assert len(list((tmp_path / "models").iterdir())) == 2
+        heard.clear()
+        both = call(seeds=[0])
+        assert not any(", class," in stage for stage in heard) and any(", instances," in stage for stage in heard)
+        assert not any(stage.endswith(": original") for stage in heard)  # trained once for both scenarios
+        part = both["unlearn"]["digits-halves"]["class"]["0"]
+        assert part == first["unlearn"]["digits-halves"]["class"]["0"]
+        assert part["best_baseline"] == "fine_tune" and part["metrics"]["ccu"]["relearn_steps"] >= 0
+        from ccu_fast.cli.report.unlearning import write_comparison
+
+        write_comparison(both, tmp_path / "report.html")
+        page = (tmp_path / "report.html").read_text()
+        assert page.count("<h3>") == 2 and "Below the heads" in page and "fine-tuning" in page
+        figures = json.loads((tmp_path / "results.json").read_text())
+        assert "embeddings" not in figures["unlearn"]["digits-halves"]["class"]["0"]
+        monkeypatch.setattr(comparing, "FORMAT", comparing.FORMAT + 1)
+        heard.clear()
+        call(scenarios=["class"], seeds=[0])
+        assert heard
+
+
+def test_saved_weights_are_those_of_the_model(tmp_path: Path) -> None:
+    model = toy_unlearn.trained()
+    written = save_model(model, tmp_path / "m.safetensors", {"seed": 1})
+    state, provenance = load_model(tmp_path / "m.safetensors")
+    assert provenance == written and provenance["seed"] == 1
+    copy = toy_unlearn.make_model()
+    copy.load_state_dict(state)
+    assert torch.equal(weights(copy), weights(model))

@@ -1,0 +1,127 @@
+"""Compiles the kernels of csrc/cuda, and whatever stands beside them, for a CPU: see README.md."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[2] / "csrc"
+LAUNCH = re.compile(r"([\w:]+(?:<[\w:,\s]*>)?)<<<(.*?)>>>\(", re.DOTALL)
+QUIET = ["-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-psabi", "-Wno-sign-compare"]
+WARNINGS = ["-Wall", "-Wextra", *QUIET, "-Werror"]
+COMMON = ["-std=c++17", "-fPIC", "-g1", "-fvisibility=hidden", "-ffp-contract=fast", "-mfma", *WARNINGS]
+
+# What is only called, and is not under test: with optimisation it takes two minutes.
+QUICK = ["-O0", "-g0"]
+
+
+def rewritten(source: str) -> str:
+    """The text with every kernel<<<grid, block>>>(arguments) as a call; all lines stay where they are."""
+    text, _ = LAUNCH.subn(r"::emulation::launch(::emulation::Launch(\2), \1, ", source)
+    if "<<<" in text:
+        raise ValueError("a kernel launch was not understood")
+    return text
+
+
+def kernels() -> list[Path]:
+    """The files of csrc/cuda that hold kernels."""
+    return sorted((CSRC / "cuda").glob("*.cu"))
+
+
+@dataclass(frozen=True)
+class Build:
+    """One way to compile: a folder for its objects, and the flags that set it apart."""
+
+    folder: Path
+    flags: tuple[str, ...] = ("-O1",)
+
+    def objects(self, sources: Iterable[Path], *, extra: Iterable[str] = ()) -> list[Path]:
+        """Compile .cu and .cpp files side by side."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(lambda source: self._object(source, list(extra)), sources))
+
+    def _object(self, source: Path, extra: list[str]) -> Path:
+        out = self.folder / f"{source.parent.name}-{source.stem}.o"
+        text = source
+        if source.suffix == ".cu":
+            text = out.with_suffix(".cpp")
+            text.write_text(f'#line 1 "{source}"\n' + rewritten(source.read_text()))
+        folders = [f"-I{folder}" for folder in (HERE, CSRC, source.parent)]
+        run(compiler(), *COMMON, *self.flags, *extra, *folders, "-c", str(text), "-o", str(out))
+        return out
+
+    def program(self, objects: Iterable[Path], name: str) -> Path:
+        """Link an executable."""
+        out = self.folder / name
+        run(compiler(), *self.flags, *map(str, objects), "-o", str(out), "-ldl", "-lpthread")
+        return out
+
+    def module(self, objects: Iterable[Path]) -> Path:
+        """Link a ccu_fast._C whose CUDA kernels are the emulated ones."""
+        out = self.folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        run(compiler(), *self.flags, "-shared", *map(str, objects), "-o", str(out), "-ldl", "-lpthread")
+        return out
+
+
+def emulated(build: Build) -> list[Path]:
+    """Objects of all kernels and of what runs them."""
+    scheduler = ["-fno-sanitize=thread", "-DEMULATION_TSAN"] if "-fsanitize=thread" in build.flags else []
+    return build.objects(kernels()) + build.objects([HERE / "fibers.cpp"], extra=scheduler)
+
+
+def host(build: Build) -> list[Path]:
+    """Objects of the CPU kernels, in plain C++, and of the choice between instruction sets."""
+    sources = sorted(path for path in (CSRC / "cpu").glob("*.cpp") if path.name != "dispatch.cpp")
+    portable = build.objects(sources, extra=[*QUICK, "-DCCU_ISA=base"])
+    return portable + build.objects([CSRC / "cpu" / "dispatch.cpp"], extra=[*QUICK, "-DCCU_HAVE_BASE=1"])
+
+
+def bindings(build: Build) -> list[Path]:
+    """Objects of the Python side."""
+    import pybind11
+
+    python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    flags = [*QUICK, "-DCCU_HAVE_CUDA=1", "-DCCU_HAVE_BASE=1", *python]
+    return build.objects(sorted((CSRC / "bindings").glob("*.cpp")), extra=flags)
+
+
+def compiler() -> str:
+    """g++, whose sanitizers know about fibers."""
+    found = shutil.which(os.environ.get("CXX", "g++"))
+    if found is None:
+        raise FileNotFoundError("g++ is not installed")
+    return found
+
+
+def run(*command: str) -> None:
+    """A command that has to succeed."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-6000:]}")
+
+
+def runtimes() -> str:
+    """What has to be loaded first where the program, Python, is not sanitized itself: LD_PRELOAD.
+
+    The library of C++ with that of the sanitizer, which else finds no exceptions to watch.
+    """
+    names = [f"-print-file-name={name}.so" for name in ("libasan", "libstdc++")]
+    found = [subprocess.run([compiler(), name], capture_output=True, text=True).stdout.strip() for name in names]
+    return " ".join(found)
+
+
+def impossible() -> str | None:
+    """Why nothing can be built here; None if it can."""
+    if platform.machine() != "x86_64":
+        return f"the fibers are switched in x86-64 assembly, this is {platform.machine()}"
+    return None if shutil.which(os.environ.get("CXX", "g++")) else "g++ is not installed"

@@ -1,0 +1,100 @@
+"""A pytest plugin: the project's own tests run on the emulated kernels, those marked gpu included.
+
+    CCU_FAST_EMULATED_GPU=/path/of/_C.so python -m pytest -p tests.csrc.emulation.plugin tests/ops/pgd_step …
+
+The module named takes the place of ccu_fast._C, and where the package would ask whether tensors are on a GPU the answer
+is yes, so that every operation of the backend "native" takes its CUDA kernel. What a test says of the device "cuda" is
+done on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# What no emulation of kernels has.
+BEYOND = {
+    "test_a_cuda_graph_holds_the_step": "CUDA graphs",
+    "test_a_cuda_graph_holds_the_search": "CUDA graphs",
+    "test_scores_are_never_stored": "a process of its own, with the CPU's kernels",
+    "test_offsets_beyond_31_bits": "2.4 billion scores",
+    "test_the_registry_says_what_runs_where": "it asks for a real device",
+    "test_noise_of_a_gpu_on_images_of_the_host": "the order of a copy and a read",
+    "test_nan_in_the_gradient": "a CPU raises at once, a GPU later: it has a test of its own",
+    "test_inf_in_the_gradient": "a CPU raises at once, a GPU later: it has a test of its own",
+}
+# What takes minutes here; of the ids of the CPU, small shapes stay.
+SLOW = ("test_ties_go_to_the_lowest_id", "test_many_blocks_of_rows")
+MOST_SCORES = 4000
+# What belongs to the CPU kernels or to plain torch, neither of which is used here.
+OF_THE_CPU = (
+    "test_a_reference_table_does_not_serve_native",
+    "test_fp64_runs_on_the_reference",
+    "test_the_number_of_threads_changes_no_bit",
+    "test_threads_change_no_bit",
+)
+
+
+def load() -> Any:
+    """The emulated module as ccu_fast._C, and the package told that it computes on a GPU."""
+    spec = importlib.util.spec_from_file_location("ccu_fast._C", os.environ["CCU_FAST_EMULATED_GPU"])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["ccu_fast._C"] = module
+
+    from ccu_fast.ops import machine
+    from ccu_fast.ops import native as launch
+
+    assert "ccu_fast.ops.topk_flips.native" not in sys.modules, "imported before it could be told"
+    machine.why_not_native = lambda: None
+    launch.on_gpu = lambda device: True
+    launch.on = lambda device: (nullcontext(), {"threads": 1, "cuda": True, "stream": 0})
+
+    return module
+
+
+load()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what cannot be shown here; the count of the rest is checked by who started this."""
+    left = [item for item in items if not _left_out(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in left])
+    items[:] = left
+
+
+def _left_out(item: pytest.Item) -> bool:
+    name = item.name.split("[")[0]
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    if name in (*BEYOND, *SLOW, *OF_THE_CPU) or values.get("backend") == "reference":
+        return True
+    return name == "test_the_ids_of_the_cpu" and values["rows"] * values["vocabulary"] > MOST_SCORES
+
+
+class CudaIsHere(TorchFunctionMode):
+    """Whatever is asked for on "cuda" is made on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.cuda:
+            return args[0].clone()
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _cuda_is_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr("ccu_fast.ops.machine.host_sees", lambda device: False)
+    with CudaIsHere() if request.node.get_closest_marker("gpu") else nullcontext():
+        yield

@@ -1,0 +1,325 @@
+"""Adapters of open_clip and transformers: the libraries' own numbers, shorter text, and tokens that survive."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ccu_fast.cli import main as cli
+from ccu_fast.data.strips import load_strips, write_strips
+from ccu_fast.mem import Method, Protection, Settings
+from ccu_fast.mem.job.models import choose
+from ccu_fast.mem.source import TensorSource
+from ccu_fast.models.clip import MEAN, STD, OpenClipEncoder, TransformersClipEncoder
+from ccu_fast.models.tokenizer import ClipTokenizer
+from ccu_fast.models.weights import from_checkpoint, read_weights
+from ccu_fast.unlearn.job import read_job, run_job
+from tests.support import torchvision_stub
+from tests.support.presence import absent
+
+CAPTIONS = ["A dog's ball, 3 cats & the café!", "two people on a beach", "word " * 90]
+
+
+@pytest.fixture(scope="module")
+def open_clip() -> Any:
+    torchvision_stub.install()
+    try:
+        import open_clip
+    except ImportError as error:
+        absent("open_clip_torch", str(error))
+    return open_clip
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        absent("transformers", str(error))
+    return transformers
+
+
+def small(open_clip: Any, tower: str, vocabulary: int = 49408) -> Any:
+    vision = (
+        {"layers": [1, 1, 1, 1], "width": 16} if tower == "resnet" else {"layers": 1, "width": 32, "patch_size": 16}
+    )
+    vision |= {"image_size": 32, "head_width": 16}
+    text = {"context_length": 77, "vocab_size": vocabulary, "width": 32, "heads": 2, "layers": 2}
+    return open_clip.CLIP(24, vision, text)
+
+
+def hf_tokenizer(open_clip: Any, transformers: Any) -> Any:
+    """transformers' tokenizer with open_clip's vocabulary, which comes with that package."""
+    simple = open_clip.SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(word, word): i for word, i in simple.encoder.items()}
+    merges = [tuple(pair) for pair in simple.bpe_ranks]
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+@pytest.mark.parametrize("tower", ["resnet", "vit"])
+def test_open_clip_features_are_its_own_at_any_length(open_clip: Any, tower: str) -> None:
+    model = small(open_clip, tower)
+    model.eval()
+    ours = OpenClipEncoder(model)
+    tokenizer = open_clip.SimpleTokenizer()
+    pixels = torch.rand(3, 3, 32, 32)
+    normalised = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode_image(pixels), model.encode_image(normalised, normalize=True))
+        whole = tokenizer(CAPTIONS)
+        theirs = model.encode_text(whole, normalize=True)
+        torch.testing.assert_close(ours.encode_text(whole), theirs)
+        short = ClipTokenizer(tokenizer).encode(CAPTIONS[:2])
+        assert short.shape[1] < 20
+        torch.testing.assert_close(ours.encode_text(short), theirs[:2])
+        torch.testing.assert_close(ours.encode_text(short, model.token_embedding(short)), theirs[:2])
+    assert ours.scale.item() == pytest.approx(1 / 0.07)
+    embeddings = ours.embedding_matrix[short].detach().requires_grad_()
+    (grad,) = torch.autograd.grad(ours.encode_text(short, embeddings)[:, 0].sum(), embeddings)
+    assert (grad[:, 1].abs().sum(1) > 0).all()
+
+
+def test_transformers_features_are_its_own(transformers: Any) -> None:
+    config = transformers.CLIPConfig(
+        projection_dim=24,
+        text_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "vocab_size": 100,
+            "bos_token_id": 98,
+            "eos_token_id": 99,
+            "pad_token_id": 99,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 32,
+            "patch_size": 16,
+        },
+    )
+    model = transformers.CLIPModel(config).eval()
+    ours = TransformersClipEncoder(model)
+    tokens = torch.tensor([[98, 5, 6, 7, 99, 99], [98, 9, 99, 99, 99, 99]])
+    pixels = torch.rand(2, 3, 32, 32)
+    normalised = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    with torch.no_grad():
+        out = model(input_ids=tokens, pixel_values=normalised)
+        torch.testing.assert_close(ours.encode_text(tokens), out.text_embeds)
+        torch.testing.assert_close(ours.encode_image(pixels), out.image_embeds)
+        torch.testing.assert_close(ours.encode_text(tokens[:1, :5]), out.text_embeds[:1])
+        assert ours.scale.item() == pytest.approx(model.logit_scale.exp().item())
+    embeddings = ours.embedding_matrix[tokens].detach().requires_grad_()
+    features = ours.encode_text(tokens, embeddings)
+    (grad,) = torch.autograd.grad(features[:, 0].sum(), embeddings)
+    assert (grad[1, 1].abs().sum() > 0) and not grad[1, 3:].any()
+    assert not ours._embedding._forward_hooks
+
+
+def test_checkpoints(open_clip: Any, tmp_path: Path) -> None:
+    model = small(open_clip, "vit", 60)
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "a.pt")
+    read = from_checkpoint(lambda: small(open_clip, "vit", 60), tmp_path / "a.pt")()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), read.parameters(), strict=True))
+    with pytest.raises(ValueError, match="checkpoint: expected weights of CLIP"):
+        from_checkpoint(lambda: small(open_clip, "resnet", 60), tmp_path / "a.pt")()
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(TypeError, match="open_clip"):
+        OpenClipEncoder(torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="transformers"):
+        TransformersClipEncoder(torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="tokenizer: expected"):
+        ClipTokenizer(object())
+
+
+class TestTokenizer:
+    def test_open_clip_ids_and_the_end_of_long_captions(self, open_clip: Any) -> None:
+        theirs = open_clip.SimpleTokenizer()
+        ours = ClipTokenizer(theirs)
+        assert torch.equal(ours.encode(CAPTIONS), theirs(CAPTIONS))
+        assert ours.encode(CAPTIONS)[2, -1] == ours.eot
+        assert len(ours) == 49408
+
+    def test_allowed_tokens_are_words_and_survive_before_any_caption(self, open_clip: Any) -> None:
+        ours = ClipTokenizer(open_clip.SimpleTokenizer())
+        allowed = ours.allowed()
+        ids = allowed.nonzero()[:, 0]
+        assert len(ids) > 20000
+        assert not allowed[[ours.sot, ours.eot, 0, 255]].any()
+        rng = torch.Generator().manual_seed(0)
+        triggers = ids[torch.randint(len(ids), (300, 3), generator=rng)]
+        captions = [f"{word} {CAPTIONS[i % 2]}" for i, word in enumerate(ours.decode(triggers))]
+        assert torch.equal(ours.encode(captions)[:, 1:4], triggers)
+
+    def test_transformers_tokenizer_agrees_with_open_clip(self, open_clip: Any, transformers: Any) -> None:
+        hf = ClipTokenizer(hf_tokenizer(open_clip, transformers))
+        ours = ClipTokenizer(open_clip.SimpleTokenizer())
+        for caption in CAPTIONS:
+            assert torch.equal(hf.encode([caption]), ours.encode([caption]))
+        assert (hf.sot, hf.eot, hf.context) == (ours.sot, ours.eot, 77)
+        ids = ours.allowed().nonzero()[::997, 0]
+        assert hf.decode(ids[:, None]) == ours.decode(ids[:, None])
+
+
+def test_a_protection_with_clip(open_clip: Any) -> None:
+    strips, _ = load_strips(6, 1)
+    images = strips.images[:, :, :, :32].repeat(1, 3, 2, 1)
+    settings = Settings(
+        rounds=1, trigger_rounds=1, surrogate_steps=1, pgd_steps=1, candidates=4, batch=4, trigger_words=None
+    )
+    tokenizer = ClipTokenizer(open_clip.SimpleTokenizer())
+    captions = [CAPTIONS[i % 3] for i in range(6)]
+    run = Protection(
+        TensorSource(images, captions),
+        tokenizer,
+        lambda: OpenClipEncoder(small(open_clip, "resnet")),
+        method=Method.parse("mem-2"),
+        settings=settings,
+    )
+    run.round(0)
+    published = run.published_captions(torch.arange(6))
+    assert all(p.endswith(c) for p, c in zip(published, captions, strict=True))
+    read = tokenizer.encode(published)
+    assert torch.equal(read[:, 1:3], run.triggers)
+    assert (read[:, -1] == tokenizer.eot)[[2, 5]].all()
+    assert run.store.data.flatten(1).any(1).all()
+
+
+@pytest.fixture
+def folder(open_clip: Any, transformers: Any, tmp_path: Path) -> Path:
+    """A tiny CLIP as transformers saves it, with its tokenizer."""
+    text = {"vocab_size": 49408, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "eos_token_id": 49407, "bos_token_id": 49406}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 16}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    hf_tokenizer(open_clip, transformers).save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def test_the_commands_take_a_clip_from_a_folder(folder: Path, tmp_path: Path) -> None:
+    data, out = write_strips(tmp_path / "digits", n_train=12, n_test=4), tmp_path / "protected"
+    words = ["protect", str(data / "train.csv"), "--out", str(out), "--model", f"hf:{folder}", "--method", "mem-2"]
+    words += ["--rounds", "1", "--surrogate-steps", "1", "--pgd-steps", "1", "--candidates", "4", "--batch", "6"]
+    assert cli.main([*words, "--trigger-rounds", "1", "--quiet"]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["surrogate"]["image_shape"] == [3, 32, 32]
+    figures = tmp_path / "figures.json"
+    words = ["evaluate", f"mem={out}", "--test", str(data / "test.csv"), "--model", f"hf:{folder}", "--epochs", "1"]
+    assert cli.main([*words, "--batch", "6", "--treatment", "jpeg", "--out", str(figures)]) == 0
+    assert list(json.loads(figures.read_text())["datasets"]) == ["mem", "mem, jpeg"]
+
+
+UNLEARN = """
+[model]
+name = "hf:clip"
+[data]
+path = "digits/train.csv"
+[forget]
+kind = "pairs"
+ids = "gone.txt"
+[budget]
+steps = 2
+batch = 4
+"""
+
+
+class TestUnlearning:
+    def run(self, tmp_path: Path, text: str, ids: str, out: str) -> tuple[int, dict[str, Any]]:
+        if not (tmp_path / "digits").exists():
+            write_strips(tmp_path / "digits", n_train=12, n_test=4)
+        (tmp_path / "settings.toml").write_text(text)
+        (tmp_path / "gone.txt").write_text(ids)
+        status = cli.main(["unlearn", str(tmp_path / "settings.toml"), "--out", str(tmp_path / out), "--quiet"])
+        figures = tmp_path / out / "results.json"
+        return status, json.loads(figures.read_text()) if figures.exists() else {}
+
+    def test_a_folder_with_pictures_and_captions(self, transformers: Any, folder: Path, tmp_path: Path) -> None:
+        status, figures = self.run(tmp_path, UNLEARN, "3\ntrain/00000.png\n", "one")
+        assert status == 0 and figures["sizes"] == {"forget items": 2, "retain items": 10}
+        assert figures["provenance"]["model"] == f"hf:{folder}"
+        # What is written are weights that the library, and every --checkpoint, reads.
+        clean = transformers.CLIPModel.from_pretrained(folder)
+        clean.load_state_dict(read_weights(tmp_path / "one" / "model.safetensors"))
+        original = transformers.CLIPModel.from_pretrained(folder)
+        assert any(not torch.equal(a, b) for a, b in zip(clean.parameters(), original.parameters(), strict=True))
+        again = UNLEARN.replace("[data]", 'weights = "one/model.safetensors"\n[data]')
+        status, second = self.run(tmp_path, again, "3\n", "two")
+        assert status == 0
+        assert second["provenance"]["original_sha256"] == figures["provenance"]["weights_sha256"]
+
+    def test_open_clip_by_name_with_arrays(self, open_clip: Any, tmp_path: Path) -> None:
+        text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+        vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+        (tmp_path / "tiny-clip.json").write_text(json.dumps(config))
+        open_clip.add_model_config(tmp_path / "tiny-clip.json")
+        torch.save(open_clip.create_model("tiny-clip", pretrained=None).state_dict(), tmp_path / "w.pt")
+        named = UNLEARN.replace("hf:clip", "open_clip:tiny-clip").replace("digits/train.csv", "pairs.npz")
+        pictures = np.random.default_rng(0).integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
+        tokens = open_clip.get_tokenizer("tiny-clip")([f"picture number {i}" for i in range(12)])
+        np.savez(tmp_path / "pairs.npz", visual=pictures, other=tokens, ids=np.arange(12) + 20)
+        with pytest.raises(ValueError, match="weights: expected a file of trained weights"):
+            (tmp_path / "settings.toml").write_text(named)
+            run_job(read_job(tmp_path / "settings.toml"), tmp_path / "none")
+        status, figures = self.run(tmp_path, named.replace("[data]", 'weights = "w.pt"\n[data]'), "22 23", "out")
+        assert status == 0 and figures["sizes"] == {"forget items": 2, "retain items": 10}
+        written = from_checkpoint(open_clip_model("tiny-clip", open_clip), tmp_path / "out" / "model.safetensors")
+        assert OpenClipEncoder(written()).embed_visual(torch.from_numpy(pictures)).shape == (12, 16)
+
+    @pytest.mark.parametrize(
+        ("old", "new", "ids", "message"),
+        [
+            ("hf:clip", "clip", "3", "model: expected open_clip:NAME or hf:FOLDER"),
+            ('"hf:clip"', '"hf:clip"\nmake = "a:b"', "3", "expected make or name in [model]"),
+            ("hf:clip", "hf:nowhere", "3", "model: expected a folder with config.json"),
+            ('"hf:clip"', '"hf:clip"\nweights = "none.pt"', "3", "weights: expected a file"),
+            ("train.csv", "none.csv", "3", "input: expected a file or folder"),
+            ('train.csv"', 'train.csv"\ncaption_column = "words"', "3", "expected the columns images and words"),
+            ("steps", "steps", "12", "ids: expected ids of items"),
+            ("steps", "steps", "train/99999.png", "ids: expected one number or picture"),
+            ('kind = "pairs"\nids = "gone.txt"', "classes = [1]", "3", "data: expected labels to forget classes"),
+        ],
+    )
+    def test_what_is_wrong_is_named(
+        self, folder: Path, tmp_path: Path, capsys: Any, old: str, new: str, ids: str, message: str
+    ) -> None:
+        status, _ = self.run(tmp_path, UNLEARN.replace(old, new, 1), ids, "out")
+        assert status == 1 and message in capsys.readouterr().err
+
+
+def open_clip_model(name: str, open_clip: Any) -> Any:
+    return lambda: open_clip.create_model(name, pretrained=None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("open_clip:ViT-Z-1", {}, "model: expected a name of open_clip.list_models"),
+        ("open_clip:", {}, "model: expected small, small:WIDTH, open_clip:NAME or hf:FOLDER"),
+        ("hf:nowhere", {}, "model: expected a folder with config.json"),
+        ("open_clip:RN50", {"size": "64x64"}, "size, grey: expected neither"),
+    ],
+)
+def test_models_that_cannot_be(open_clip: Any, spec: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose(spec, **options)(["a caption"])
+
+
+def test_open_clip_by_name(open_clip: Any) -> None:
+    model = choose("open_clip:RN50")(["a caption"])
+    assert model.image_shape == (3, 224, 224)
+    assert model.about["model"] == "open_clip:RN50"
+    assert len(model.tokenizer) == 49408

@@ -1,0 +1,218 @@
+"""The operators keep torch's contract (opcheck), and every loss compiles without a graph break."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ccu_fast import ALL, OTHER, SAME, SELF, ClipLoss, InfoNCE, SigLipLoss, SigmoidLoss, info_nce
+from ccu_fast.ops import operator
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
+from tests.losses.test_functional import ALL_LOSSES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS = (encode("lse", ALL), encode("sum", SELF), encode("softplus", OTHER))
+COLS = (encode("lse", SAME | OTHER),)
+
+
+def problem(dtype: torch.dtype, *, keys: bool, bias: bool, shared: bool) -> SimilarityProblem:
+    n, m, d = 70, 81, 9
+    labels = (torch.randint(-1, 3, (1, n)), torch.randint(-1, 3, (2, m))) if keys else (None, None)
+    ids = (torch.randint(0, 9, (2, n)), torch.randint(0, 9, (1, m))) if keys else (None, None)
+    return SimilarityProblem(
+        torch.randn(2, n, d).to(dtype),
+        torch.randn(1 if shared else 2, m, d).to(dtype),
+        torch.tensor(2.0),
+        torch.tensor(-1.0) if bias else None,
+        *labels,
+        *ids,
+        diagonal=not keys,
+        rows=ROWS,
+        cols=COLS,
+    )
+
+
+@pytest.mark.parametrize("workspace", [0, 1 << 17, 1 << 28])
+@pytest.mark.parametrize("keys", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype, keys: bool, workspace: int, native: str) -> None:
+    p = problem(dtype, keys=keys, bias=keys, shared=not keys)
+    op = torch.ops.ccu_fast.reduce_similarity
+    for keep in (True, False):
+        torch.library.opcheck(op.default, (*p.flatten(), native, workspace, keep))
+    row_out, col_out, stash = op(*p.flatten(), native, workspace, True)
+    for needs in ([True] * 4, [False, True, False, False]):
+        incoming = (torch.randn_like(row_out), torch.randn_like(col_out))
+        torch.library.opcheck(
+            torch.ops.ccu_fast.reduce_similarity_backward.default,
+            (*incoming, *p.flatten(), row_out, col_out, stash, needs, native, workspace),
+        )
+
+
+def test_a_constant_is_marked_as_torch_marks_it() -> None:
+    def ours() -> int:
+        return 1
+
+    def theirs() -> int:
+        return 1
+
+    assert vars(operator.constant(ours)) == vars(torch.compiler.assume_constant_result(theirs))
+
+
+def test_what_is_never_compiled_leaves_one_break_and_nothing_to_compile() -> None:
+    """As with torch's own decorator: the same graphs, and no warning."""
+
+    def total(x: Tensor, *, times: float, **options: object) -> Tensor:
+        return x * times
+
+    def graphs(disabled: Callable[..., Tensor]) -> int:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        for number in range(5):
+            name = f"option_{number}"
+
+            def step(x: Tensor, name: str = name, number: int = number) -> Tensor:
+                return disabled(x + 1, times=0.5 * number, **{name: number}) * 2
+
+            compiled = torch.compile(step, backend=counter)
+            assert torch.equal(compiled(torch.ones(3)), step(torch.ones(3)))
+        return counter.frame_count
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert graphs(operator.never(total)) == graphs(torch.compiler.disable(total)) > 5
+
+
+def test_the_compiler_is_not_imported_by_those_who_do_not_compile() -> None:
+    """It takes longer to import than torch."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+import ccu_fast
+ours = {name for name in set(sys.modules) - before if name.split(".")[0] not in sys.stdlib_module_names}
+assert {name.split(".")[0] for name in ours} <= {"ccu_fast", "torch"}, ours
+assert len(ours) < 100, ours
+x = torch.randn(9, 4, requires_grad=True)
+ccu_fast.info_nce(x, x, scale=3.0).backward()
+ccu_fast.ClipLoss()(x, x, torch.tensor(1.0)).backward()
+ccu_fast.topk_flips(torch.randn(2, 4), ccu_fast.TokenTable(torch.randn(9, 4)), 1)
+ccu_fast.pgd_step_(torch.zeros(2, 3), torch.rand(2, 3), torch.rand(2, 3), step=0.1, eps=0.1)
+found = {"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)
+assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def run(step: Step, n: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    x, y = (torch.randn(n, 8, generator=generator).to(dtype).requires_grad_() for _ in "xy")
+    scale = torch.tensor(3.0, requires_grad=True)
+    loss = step(x, y, scale)
+    return [loss, *torch.autograd.grad(loss.sum(), (x, y, scale))]
+
+
+def assert_same(ours: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ALL_LOSSES)
+def test_compiles_whole(name: str, backend: str) -> None:
+    def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        return ALL_LOSSES[name](x, y, scale=scale, backend=backend)
+
+    assert_same(run(torch.compile(step, fullgraph=True, backend="aot_eager"), 20), run(step, 20))
+
+
+MODULES: dict[str, Callable[[str], Any]] = {
+    "ClipLoss": lambda b: ClipLoss(backend=b),
+    "SigLipLoss": lambda b: SigLipLoss(backend=b),
+    "InfoNCE, learnable": lambda b: InfoNCE(2.0, learnable=True, backend=b),
+    "SigmoidLoss, learnable": lambda b: SigmoidLoss(2.0, -1.0, learnable=True, backend=b),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_compile_whole(name: str, backend: str) -> None:
+    module = MODULES[name](backend)
+
+    def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        if isinstance(module, InfoNCE | SigmoidLoss):
+            return module(scale * x, y)
+        return module(x, y, scale, torch.tensor(-1.0))
+
+    expected = run(step, 20)
+    assert_same(run(torch.compile(step, fullgraph=True, backend="aot_eager"), 20), expected)
+    for parameter in module.parameters():
+        parameter.grad = None
+
+
+@pytest.mark.parametrize("workspace", [0, None])
+def test_one_graph_serves_any_batch(workspace: int | None, backend: str) -> None:
+    def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        return info_nce(x, y, scale=scale, backend=backend, workspace=workspace)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for n in (20, 33, 150, 64, 257):
+        assert_same(run(compiled, n), run(step, n))
+    assert counter.frame_count == 1
+
+
+def test_a_changing_batch_without_asking_for_it(backend: str) -> None:
+    """torch.compile's default: the second size makes the graph dynamic, and no size after it compiles again."""
+
+    def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        return info_nce(x, y, scale=scale, backend=backend)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for n in (20, 33, 150, 64, 257):
+        assert_same(run(compiled, n), run(step, n))
+    assert counter.frame_count == 2
+
+
+def test_inductor(backend: str) -> None:
+    """Through code generation, with work before and after that inductor may fuse and reorder."""
+
+    def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        x, y = (torch.nn.functional.normalize(t, dim=-1) for t in (x, y))
+        return 0.5 * info_nce(x, y, scale=scale.exp(), backend=backend) + x.square().mean()
+
+    assert_same(run(torch.compile(step, fullgraph=True), 70), run(step, 70))
+
+
+def test_under_autocast(backend: str) -> None:
+    def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return info_nce(x, y, scale=scale, backend=backend)
+
+    assert_same(run(torch.compile(step, fullgraph=True, backend="aot_eager"), 40), run(step, 40))
+
+
+def test_frozen_side(backend: str) -> None:
+    def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        return info_nce(x, y.detach(), scale=scale, backend=backend) + 0 * y.sum()
+
+    assert_same(run(torch.compile(step, fullgraph=True, backend="aot_eager"), 40), run(step, 40))

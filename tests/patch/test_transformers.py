@@ -1,0 +1,181 @@
+"""transformers' own models from small random configurations, patched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ccu_fast
+from tests.support.drop_in import library, same_numbers, same_training, speed
+
+N = 12
+TEXT = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 2}
+IMAGE = {"image_size": 16, "patch_size": 8}
+
+
+def clip(t: Any) -> tuple[Any, dict[str, Any]]:
+    text = {**TEXT, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 49}
+    config = t.CLIPConfig(text_config=text, vision_config={**VISION, **IMAGE}, projection_dim=16)
+    return t.CLIPModel(config), {"pixel_values": torch.randn(N, 3, 16, 16)}
+
+
+def siglip(t: Any) -> tuple[Any, dict[str, Any]]:
+    config = t.SiglipConfig(
+        text_config={**TEXT, "max_position_embeddings": 16, "projection_size": 32},
+        vision_config={**VISION, **IMAGE},
+    )
+    return t.SiglipModel(config), {"pixel_values": torch.randn(N, 3, 16, 16)}
+
+
+def align(t: Any) -> tuple[Any, dict[str, Any]]:
+    vision = {
+        "image_size": 32,
+        "width_coefficient": 1.0,
+        "depth_coefficient": 0.25,
+        "depth_divisor": 8,
+        "kernel_sizes": [3, 3],
+        "in_channels": [32, 16],
+        "out_channels": [16, 32],
+        "strides": [1, 2],
+        "depthwise_padding": [],
+        "num_block_repeats": [1, 1],
+        "expand_ratios": [1, 2],
+        "hidden_dim": 32,
+        "drop_connect_rate": 0.0,
+    }
+    text = {**TEXT, "max_position_embeddings": 16, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = t.AlignConfig(text_config=text, vision_config=vision, projection_dim=32)
+    return t.AlignModel(config), {"pixel_values": torch.randn(N, 3, 32, 32)}
+
+
+def clap(t: Any) -> tuple[Any, dict[str, Any]]:
+    text = {
+        **TEXT,
+        "max_position_embeddings": 20,
+        "projection_dim": 16,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    audio = {
+        "spec_size": 32,
+        "num_mel_bins": 8,
+        "patch_size": 4,
+        "patch_stride": [4, 4],
+        "window_size": 4,
+        "patch_embeds_hidden_size": 16,
+        "hidden_size": 32,
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+        "num_classes": 4,
+        "projection_dim": 16,
+        "drop_path_rate": 0.0,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "enable_fusion": False,
+    }
+    model = t.ClapModel(t.ClapConfig(text_config=text, audio_config=audio, projection_dim=16))
+    return model, {"input_features": torch.randn(N, 1, 128, 8), "is_longer": torch.zeros(N, 1, dtype=torch.bool)}
+
+
+MODELS: dict[str, Callable[[Any], tuple[Any, dict[str, Any]]]] = {
+    "clip": clip,
+    "siglip": siglip,
+    "align": align,
+    "clap": clap,
+}
+
+
+@pytest.fixture(params=list(MODELS))
+def built(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any]]:
+    transformers = library("transformers")
+    torch.manual_seed(0)
+    model, inputs = MODELS[request.param](transformers)
+    inputs["input_ids"] = torch.randint(3, 48, (N, 8))
+    inputs["input_ids"][:, -1] = 49
+    return model.eval(), inputs
+
+
+def test_the_loss_has_the_same_numbers(built: tuple[Any, dict[str, Any]]) -> None:
+    model, inputs = built
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def problem(dtype: torch.dtype) -> Any:
+        model.load_state_dict(state)
+        model.to(dtype)
+        given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        scales = [p for name, p in model.named_parameters() if "logit" in name or name == "temperature"]
+        towers = [p for name, p in model.named_parameters() if "projection" in name and p.ndim == 2]
+        leaves = [*scales, *towers][:6]
+
+        def loss() -> Any:
+            # transformers 4 makes its causal mask in the default dtype, where float64's lowest number overflows.
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)
+            try:
+                return model(**given, return_loss=True).loss
+            finally:
+                torch.set_default_dtype(before)
+
+        return loss, leaves
+
+    # The towers run in fp32 on both sides; their rounding is part of both errors.
+    same_numbers("transformers", problem, ulps=64)
+
+
+def test_outputs_are_the_library_s(built: tuple[Any, dict[str, Any]]) -> None:
+    model, inputs = built
+    with torch.no_grad():
+        theirs, as_tuple = model(**inputs, return_loss=True), model(**inputs, return_loss=True, return_dict=False)
+        with ccu_fast.patch.applied("transformers"):
+            ours, our_tuple = model(**inputs, return_loss=True), model(**inputs, return_loss=True, return_dict=False)
+            without = model(**inputs)
+    assert type(ours) is type(theirs)
+    assert list(ours.keys()) == list(theirs.keys())
+    assert without.loss is None
+    assert len(our_tuple) == len(as_tuple)
+    torch.testing.assert_close(our_tuple[0], as_tuple[0])
+    for key in theirs:
+        if isinstance(theirs[key], torch.Tensor) and key != "loss":
+            assert torch.equal(ours[key], theirs[key]), key
+
+
+def test_training_is_the_same() -> None:
+    transformers = library("transformers")
+
+    def train(steps: int) -> list[float]:
+        torch.manual_seed(0)
+        model, inputs = clip(transformers)
+        inputs["input_ids"] = torch.randint(3, 48, (N, 8))
+        inputs["input_ids"][:, -1] = 49
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses = []
+        for _ in range(steps):
+            loss = model(**inputs, return_loss=True).loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    same_training("transformers", train)
+
+
+def test_speed() -> None:
+    transformers = library("transformers")
+    torch.manual_seed(0)
+    text = {**TEXT, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 49}
+    config = transformers.CLIPConfig(text_config=text, vision_config={**VISION, **IMAGE}, projection_dim=512)
+    model = transformers.CLIPModel(config)
+    inputs = {"pixel_values": torch.randn(4096, 3, 16, 16), "input_ids": torch.randint(3, 48, (4096, 4))}
+    speed(
+        "transformers",
+        "CLIPModel with tiny towers, forward + backward, B = 4096, D = 512",
+        lambda: model(**inputs, return_loss=True).loss.backward(),
+        rounds=3,
+    )

@@ -1,0 +1,549 @@
+"""What every rank does: ``python -m torch.distributed.run … -m tests.support.distributed_cases FOLDER BACKEND``.
+
+One start of the processes serves all cases. A case is a function that asserts; what it raised on which rank goes to a
+file, and tests/distributed/test_on_ranks.py reads it there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import ccu_fast
+import ccu_fast.distributed as over
+from ccu_fast import ALL, OTHER, SAME, SELF
+from ccu_fast.distributed import agreement
+from ccu_fast.ops.backend import unavailable
+from tests.support.open_clip_loss import open_clip_loss
+from tests.support.oracle import unit
+from tests.support.tolerance import assert_three_way
+
+CASES: dict[str, Callable[[], None]] = {}
+# Two ranks are enough for these; what they import takes longer than they do.
+ON_TWO: set[str] = set()
+ENGINES = [("reference", torch.float64), ("native", torch.float32)]
+
+
+def case(function: Callable[[], None]) -> Callable[[], None]:
+    CASES[function.__name__] = function
+    return function
+
+
+def case_on_two(function: Callable[[], None]) -> Callable[[], None]:
+    ON_TWO.add(function.__name__)
+    return case(function)
+
+
+def cases_on(ranks: int) -> list[str]:
+    return [name for name in CASES if ranks == 2 or name not in ON_TWO]
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world() -> int:
+    return dist.get_world_size()
+
+
+def shard(t: Tensor, sizes: Sequence[int], of: int | None = None) -> Tensor:
+    return t.split(list(sizes))[rank() if of is None else of]
+
+
+def sizes_like(*pattern: int) -> list[int]:
+    return [pattern[r % len(pattern)] for r in range(world())]
+
+
+def total(t: Tensor) -> Tensor:
+    t = t.clone()
+    dist.all_reduce(t)
+    return t
+
+
+def engines() -> list[tuple[str, torch.dtype]]:
+    return [(name, dtype) for name, dtype in ENGINES if not unavailable(name)]
+
+
+# ---- the primitive
+
+SPEC = [("lse", ALL), ("sum", SELF | SAME), ("softplus", OTHER), ("count", SELF), ("lse", SAME), ("count", OTHER)]
+
+
+def primitive(
+    function: Any, x: Tensor, y: Tensor, keys: dict[str, Any], weights: list[Tensor], **options: Any
+) -> dict[str, Tensor]:
+    scalar = torch.promote_types(x.dtype, torch.float32)
+    leaves = {"x": x, "y": y, "scale": torch.tensor(1.7, dtype=scalar), "bias": torch.tensor(-0.4, dtype=scalar)}
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+    rows, cols = function(**leaves, **keys, rows=SPEC, cols=SPEC[::-1], **options)
+    loss = sum((torch.where(o.isinf(), 0, o) * w).sum() for o, w in zip(rows + cols, weights, strict=True))
+    loss.backward()
+    named = {f"rows {i}": t for i, t in enumerate(rows)} | {f"cols {i}": t for i, t in enumerate(cols)}
+    return named | {f"d{name}": leaf.grad for name, leaf in leaves.items()}
+
+
+def check_primitive(n: list[int], m: list[int], keys: dict[str, Any], **options: Any) -> None:
+    """All results and gradients against one process that has everything."""
+    torch.manual_seed(3)
+    x, y = torch.randn(sum(n), 6).double(), torch.randn(sum(m), 6).double()
+    parts = [n] * len(SPEC) + [m] * len(SPEC)
+    weights = [torch.randn(sum(of)).double() for of in parts]
+    side = {"row_labels": n, "row_ids": n, "col_labels": m, "col_ids": m}
+    here = {k: shard(v, side[k]) if k in side else v for k, v in keys.items()}
+    for backend, dtype in engines():
+        exact = primitive(ccu_fast.reduce_similarity, x, y, keys, weights)
+        peer = primitive(ccu_fast.reduce_similarity, x.to(dtype), y.to(dtype), keys, weights, backend=backend)
+        ours = primitive(
+            over.reduce_similarity,
+            shard(x, n).to(dtype),
+            shard(y, m).to(dtype),
+            here,
+            [shard(w, of) for w, of in zip(weights, parts, strict=True)],
+            backend=backend,
+            **options,
+        )
+        for name, got in ours.items():
+            magnitude = None
+            if name in ("dscale", "dbias"):
+                got, truth, same, magnitude = total(got), exact[name], peer[name], 100.0
+            else:
+                of = n if name.startswith("rows") or name == "dx" else m
+                truth, same = shard(exact[name], of), shard(peer[name], of)
+            if got.dtype == torch.int64:
+                assert torch.equal(got, truth), (name, got, truth)
+            else:
+                assert_three_way(f"{name} {backend} {dtype}", got, same, truth, ulps=64, magnitude=magnitude)
+
+
+def keysets(n: int, m: int) -> dict[str, dict[str, Any]]:
+    torch.manual_seed(5)
+    labels = {"row_labels": torch.randint(-1, 3, (n,)), "col_labels": torch.randint(-1, 3, (m,))}
+    ids = {"row_ids": torch.randint(0, 9, (n,)), "col_ids": torch.randint(0, 9, (m,))}
+    return {"none": {}, "labels": labels, "ids": ids, "both": labels | ids, "unrelated": {"paired": False}}
+
+
+LAYOUTS = {
+    "equal": ((4,), (4,)),
+    "alike, one rank empty": ((3, 0, 6, 4), (3, 0, 6, 4)),
+    "paired across ranks": ((3, 6), (6, 3)),
+    "unrelated": ((3, 6, 0), (2, 9, 5)),
+}
+
+
+def _primitive_case(mode: str) -> None:
+    for n, m in LAYOUTS.values():
+        n_here, m_here = sizes_like(*n), sizes_like(*m)
+        for keys in keysets(sum(n_here), sum(m_here)).values():
+            check_primitive(n_here, m_here, keys, mode=mode)
+
+
+@case
+def primitive_gathered() -> None:
+    _primitive_case("gather")
+
+
+@case
+def primitive_around_a_ring() -> None:
+    _primitive_case("ring")
+
+
+@case
+def equal_batches_need_no_exchange_of_sizes() -> None:
+    n = sizes_like(4)
+    check_primitive(n, n, {}, equal=True)
+    x = torch.randn(4, 3)
+    with mock.patch.object(agreement.Ranks, "table", side_effect=AssertionError("sizes were exchanged")):
+        over.info_nce(x, x, scale=1.0, equal=True)
+
+
+# ---- the losses
+
+LOSSES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "info_nce": ("info_nce", {}, ()),
+    "info_nce, rows": ("info_nce", {"symmetric": False, "bias": 0.3}, ()),
+    "info_nce, ids": ("info_nce", {}, ("ids",)),
+    "bounded": ("inverse_info_nce", {"kind": "bounded"}, ("labels",)),
+    "contrastive": ("inverse_info_nce", {"kind": "contrastive"}, ("labels",)),
+    "ascent": ("inverse_info_nce", {"kind": "ascent"}, ()),
+    "unit vectors": ("info_nce", {"normalize": True}, ()),
+    "sup_con": ("sup_con", {}, ("labels",)),
+    "sigmoid_loss": ("sigmoid_loss", {"bias": -1.0}, ()),
+    "sigmoid_loss, ids": ("sigmoid_loss", {"bias": -1.0}, ("ids",)),
+}
+
+
+def loss_of(module: Any, name: str, x: Tensor, y: Tensor, keys: dict[str, Tensor], **more: Any) -> dict[str, Tensor]:
+    function, options, _ = LOSSES[name]
+    x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+    scale = torch.tensor(5.0, dtype=torch.promote_types(x.dtype, torch.float32), requires_grad=True)
+    loss = getattr(module, function)(x, y, scale=scale, **options, **keys, **more)
+    (loss * 1.5).sum().backward()
+    return {"loss": loss.detach(), "dx": x.grad, "dy": y.grad, "dscale": scale.grad}
+
+
+def _loss_case(gradients: str, factor: int) -> None:
+    n = sizes_like(5, 2, 7)
+    torch.manual_seed(7)
+    x, y = 2 * unit(sum(n), 8), unit(sum(n), 8)
+    every = {
+        "labels": {k: torch.randint(-1, 4, (sum(n),)) for k in ("row_labels", "col_labels")},
+        "ids": {k: torch.randint(0, 12, (sum(n),)) for k in ("row_ids", "col_ids")},
+    }
+    backend, dtype = engines()[-1]
+    for name, (mode, reduction) in itertools.product(LOSSES, (("gather", "mean"), ("ring", "sum"), ("gather", "none"))):
+        keys = {k: v for which in LOSSES[name][2] for k, v in every[which].items()}
+        here = {k: shard(v, n) for k, v in keys.items()}
+        exact = loss_of(ccu_fast, name, x, y, keys, reduction=reduction)
+        peer = loss_of(ccu_fast, name, x.to(dtype), y.to(dtype), keys, reduction=reduction, backend=backend)
+        ours = loss_of(
+            over,
+            name,
+            shard(x, n).to(dtype),
+            shard(y, n).to(dtype),
+            here,
+            reduction=reduction,
+            backend=backend,
+            mode=mode,
+            gradients=gradients,
+        )
+        by = 1 if reduction == "none" else factor
+        what = f"{name} {mode} {reduction} {backend} {dtype}"
+        for side in ("dx", "dy"):
+            assert_three_way(f"{what} {side}", ours[side] / by, shard(peer[side], n), shard(exact[side], n), ulps=128)
+        assert_three_way(
+            f"{what} dscale",
+            total(ours["dscale"]) / by,
+            peer["dscale"],
+            exact["dscale"],
+            ulps=256,
+            magnitude=max(1.0, float(exact["dscale"].abs())),
+        )
+        values = [shard(of["loss"], n) if reduction == "none" else of["loss"] for of in (peer, exact)]
+        assert_three_way(f"{what} loss", ours["loss"], *values, ulps=64)
+
+
+@case
+def losses_with_gradients_to_be_added() -> None:
+    _loss_case("sum", 1)
+
+
+@case
+def losses_with_gradients_to_be_averaged() -> None:
+    _loss_case("mean", world())
+
+
+@case
+def the_same_bits_every_time() -> None:
+    x, y = torch.randn(9, 8), torch.randn(9, 8)
+    for mode in ("gather", "ring"):
+        first, second = (loss_of(over, "info_nce", x, y, {}, mode=mode) for _ in "ab")
+        assert all(torch.equal(first[k], second[k]) for k in first)
+        values = [torch.empty_like(first["loss"]) for _ in range(world())]
+        dist.all_gather(values, first["loss"])
+        assert all(torch.equal(v, values[0]) for v in values)
+
+
+@case
+def half_precision_and_autocast() -> None:
+    n = sizes_like(6)
+    torch.manual_seed(9)
+    x, y = unit(sum(n), 16).float(), unit(sum(n), 16).float()
+    exact = loss_of(ccu_fast, "info_nce", x.bfloat16().double(), y.bfloat16().double(), {})
+    peer = loss_of(ccu_fast, "info_nce", x.bfloat16(), y.bfloat16(), {})
+    for mode in ("gather", "ring"):
+        ours = loss_of(over, "info_nce", shard(x, n).bfloat16(), shard(y, n).bfloat16(), {}, mode=mode, gradients="sum")
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = loss_of(over, "info_nce", shard(x, n), shard(y, n), {}, mode=mode, gradients="sum")
+        assert ours["dx"].dtype == torch.bfloat16
+        assert cast["dx"].dtype == torch.float32
+        for answer in (ours, cast):
+            for side in ("dx", "dy"):
+                got, same = answer[side].bfloat16(), shard(peer[side], n)
+                assert_three_way(f"{mode} {side}", got, same, shard(exact[side], n), ulps=4)
+        assert torch.equal(ours["loss"], cast["loss"])
+
+
+@case
+def a_subgroup() -> None:
+    groups = [dist.new_group(list(range(start, min(start + 2, world())))) for start in range(0, world(), 2)]
+    mine = groups[rank() // 2]
+    torch.manual_seed(rank() // 2)  # members see the same data, groups do not
+    x, y = torch.randn(8, 5), torch.randn(8, 5)
+    place = dist.get_rank(mine)
+    cut = slice(0, 3) if place == 0 else slice(3, 8)
+    one = loss_of(ccu_fast, "info_nce", x, y, {})
+    for mode in ("gather", "ring"):
+        ours = loss_of(over, "info_nce", x[cut], y[cut], {}, mode=mode, gradients="sum", group=mine)
+        for name in ("dx", "dy"):
+            torch.testing.assert_close(ours[name], one[name][cut])
+        torch.testing.assert_close(ours["loss"], one["loss"])
+    others = groups[(rank() // 2 + 1) % len(groups)]
+    if others is not mine:
+        refuses(ValueError, "group: expected a group that rank", lambda: over.info_nce(x, y, scale=1.0, group=others))
+
+
+# ---- choices and errors
+
+
+@case
+def auto_is_a_ring_where_the_gathered_side_is_large() -> None:
+    x = torch.randn(4, 3)
+    with mock.patch.object(dist, "batch_isend_irecv", wraps=dist.batch_isend_irecv) as passed:
+        over.info_nce(x, x, scale=1.0)
+        assert not passed.called
+        limit = world() * 4 * 3 * 8
+        with mock.patch.dict(agreement.GATHER_BYTES, cpu=limit):
+            over.info_nce(x, x, scale=1.0)
+            assert not passed.called
+        with mock.patch.dict(agreement.GATHER_BYTES, cpu=limit - 1):
+            over.info_nce(x, x, scale=1.0)
+            assert passed.call_count == world() - 1
+
+
+@case
+def a_frozen_side_gets_no_gradient_and_sends_none() -> None:
+    x, y = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    loss = over.info_nce(x, y, scale=1.0, symmetric=False, mode="gather")
+    with mock.patch.object(dist, "all_to_all_single", side_effect=AssertionError("a gradient was sent")):
+        loss.backward()
+    assert x.grad is not None
+
+
+@case
+def no_graph_without_gradients() -> None:
+    x = torch.randn(4, 3, requires_grad=True)
+    with torch.no_grad():
+        assert not over.info_nce(x, x, scale=1.0).requires_grad
+
+
+def refuses(kind: type[Exception], text: str, call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except kind as error:
+        assert text in str(error), str(error)
+    else:
+        raise AssertionError(f"expected {kind.__name__}: {text}")
+
+
+@case
+def wrong_arguments_are_refused_on_every_rank() -> None:
+    x = torch.randn(4, 3)
+    one = rank() == world() - 1
+    wide = torch.randn(4, 5) if one else x
+    refuses(ValueError, "last dimension", lambda: over.info_nce(wide, wide, scale=1.0))
+    half = x.bfloat16() if one else x
+    refuses(ValueError, "dtype", lambda: over.info_nce(half, half, scale=1.0))
+    refuses(ValueError, "mode", lambda: over.info_nce(x, x, scale=1.0, mode="ring" if one else "gather"))
+    learns = x.clone().requires_grad_(one)
+    refuses(ValueError, "needs a gradient", lambda: over.info_nce(learns, x, scale=1.0))
+    labels = torch.zeros(3 if one else 4, dtype=torch.long)
+    text = "row_labels: expected shape [4]" if one else f"got an error on rank {world() - 1}"
+    refuses(ValueError, text, lambda: over.sup_con(x, x, scale=1.0, row_labels=labels))
+    refuses(ValueError, "y: expected", lambda: over.info_nce(x, x[: 3 if one else 4], scale=1.0))
+    refuses(ValueError, "paired: expected as many", lambda: over.reduce_similarity(x, x[:3], paired=True))
+    refuses(ValueError, "paired: expected True", lambda: over.info_nce(x, x, scale=1.0, paired=False))
+    refuses(ValueError, "x: expected 2 dimensions", lambda: over.info_nce(x[None], x[None], scale=1.0))
+    refuses(ValueError, "gradients: expected one of", lambda: over.info_nce(x, x, scale=1.0, gradients="avg"))
+    refuses(ValueError, "mode: expected one of", lambda: over.info_nce(x, x, scale=1.0, mode="tree"))
+    refuses(ValueError, "y: expected finite", lambda: over.info_nce(x, x / 0, scale=1.0, nan_policy="raise"))
+    assert over.sigmoid_loss(x, x, scale=1.0, paired=False).isfinite()
+
+
+@case_on_two
+def dtensors_are_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world(),))
+    spread = distribute_tensor(torch.randn(4 * world(), 3), mesh, [Shard(0)])
+    refuses(TypeError, "x: expected this rank's own rows", lambda: over.info_nce(spread, spread, scale=1.0))
+    local = spread.to_local()
+    assert over.info_nce(local, local, scale=1.0).isfinite()
+
+
+@case
+def second_derivatives_are_refused() -> None:
+    x = torch.randn(4, 3, requires_grad=True)
+    loss = over.info_nce(x, x.detach(), scale=1.0)
+    refuses(RuntimeError, "second derivatives", lambda: torch.autograd.grad(loss, x, create_graph=True))
+
+
+# ---- wrappers
+
+
+class Towers(nn.Module):
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(6, 4), nn.Linear(5, 4)
+        self.dropout = nn.Dropout(p)
+        self.log_scale = nn.Parameter(torch.tensor(1.2))
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        towers = (self.dropout(tower(t)) for tower, t in ((self.image, image), (self.text, text)))
+        x, y = (nn.functional.normalize(t, dim=-1) for t in towers)
+        return x, y, self.log_scale.exp()
+
+
+def full_batch() -> tuple[nn.Module, list[int], Tensor, Tensor]:
+    n = sizes_like(3, 5)
+    torch.manual_seed(11)
+    return Towers(), n, torch.randn(sum(n), 6), torch.randn(sum(n), 5)
+
+
+def one_process(module: nn.Module, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    module.zero_grad()
+    x, y, scale = module(image, text)
+    ccu_fast.info_nce(x, y, scale=scale).backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters()}
+
+
+def same_gradients(module: nn.Module, expected: dict[str, Tensor], prefix: str = "") -> None:
+    for name, p in module.named_parameters():
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        torch.testing.assert_close(grad, expected[name.removeprefix(prefix)], msg=lambda m, name=name: f"{name}: {m}")
+
+
+@case
+def distributed_data_parallel_gives_the_one_process_gradient() -> None:
+    module, n, image, text = full_batch()
+    expected = one_process(module, image, text)
+    module.zero_grad()
+    wrapped = nn.parallel.DistributedDataParallel(module)
+    for mode in ("gather", "ring"):
+        wrapped.zero_grad()
+        x, y, scale = wrapped(shard(image, n), shard(text, n))
+        over.info_nce(x, y, scale=scale, mode=mode).backward()
+        same_gradients(module, expected)
+
+
+@case_on_two
+def fully_sharded_gives_the_one_process_gradient() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    module, n, image, text = full_batch()
+    module.log_scale = nn.Parameter(module.log_scale.detach().reshape(1))  # FSDP2 shards no 0-dim parameters
+    expected = one_process(module, image, text)
+    module.zero_grad()
+    fully_shard(module, mesh=init_device_mesh("cpu", (world(),)))
+    x, y, scale = module(shard(image, n), shard(text, n))
+    over.info_nce(x, y, scale=scale).backward()
+    same_gradients(module, expected)
+
+
+@case
+def gradients_of_parameters_outside_a_wrapper_are_averaged() -> None:
+    module, n, image, text = full_batch()
+    expected = one_process(module, image, text)
+    module.zero_grad()
+    module.unused = nn.Parameter(torch.ones(2))
+    x, y, scale = module(shard(image, n), shard(text, n))
+    over.info_nce(x, y, scale=scale).backward()
+    over.average_gradients(module.parameters())
+    same_gradients(module, expected | {"unused": torch.zeros(2)})
+
+
+@case
+def cached_gradients_under_distributed_data_parallel() -> None:
+    module, n, image, text = full_batch()
+    expected = one_process(module, image, text)
+    module.zero_grad()
+    scale = nn.Parameter(module.log_scale.detach().clone())
+    towers = [nn.parallel.DistributedDataParallel(nn.Sequential(t, Unit())) for t in (module.image, module.text)]
+    inputs = [shard(image, n), shard(text, n)]
+    with mock.patch.object(towers[0], "no_sync", wraps=towers[0].no_sync) as held:
+        over.cached_step(
+            lambda x, y: over.info_nce(x, y, scale=scale.exp()), list(zip(towers, inputs, strict=True)), chunk=2
+        )
+        assert held.call_count == -(-len(inputs[0]) // 2) - 1 + -(-len(inputs[1]) // 2)
+    over.average_gradients([scale])
+    torch.testing.assert_close(scale.grad, expected.pop("log_scale"))
+    for tower, name in zip(towers, ("image", "text"), strict=True):
+        same_gradients(tower.module[0], {k.split(".")[1]: v for k, v in expected.items() if k.startswith(name)})
+
+
+class Unit(nn.Module):
+    def forward(self, t: Tensor) -> Tensor:
+        return nn.functional.normalize(t, dim=-1)
+
+
+@case_on_two
+def torch_compile_runs_it_between_two_graphs() -> None:
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        return over.info_nce(x * 2, y * 2, scale=1.0) + 1
+
+    x = torch.randn(4, 3, requires_grad=True)
+    plain = step(x, x)
+    (expected,) = torch.autograd.grad(plain, x)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*[Dd]ynamo")
+        compiled = torch.compile(step, backend="aot_eager")(x, x)
+    torch.testing.assert_close(compiled, plain)
+    torch.testing.assert_close(torch.autograd.grad(compiled, x)[0], expected)
+
+
+@case
+def clip_loss_sends_one_side_and_half_of_open_clips_bytes() -> None:
+    from benchmarks.distributed.counting import count_traffic
+
+    theirs = open_clip_loss().ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world())
+    ours = ccu_fast.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world())
+    sent = {}
+    for name, loss in (("theirs", theirs), ("ours", ours)):
+        x, y = (torch.randn(16, 512, requires_grad=True) for _ in "xy")
+        with count_traffic() as traffic:
+            loss(x, y, torch.tensor(10.0)).backward()
+        sent[name] = traffic.total
+    assert 0 < sent["ours"] <= 0.55 * sent["theirs"], sent
+
+
+# What needs no CPU: run by NCCL on as many GPUs as there are.
+ON_GPUS = (
+    "primitive_gathered",
+    "primitive_around_a_ring",
+    "equal_batches_need_no_exchange_of_sizes",
+    "losses_with_gradients_to_be_added",
+    "losses_with_gradients_to_be_averaged",
+    "the_same_bits_every_time",
+    "distributed_data_parallel_gives_the_one_process_gradient",
+)
+
+
+def main(folder: str, backend: str) -> None:
+    torch.set_num_threads(1)
+    names = cases_on(int(os.environ["WORLD_SIZE"]))
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.set_default_device("cuda")
+        ENGINES[1] = ("triton", torch.float32)
+        names = list(ON_GPUS)
+    dist.init_process_group(backend, timeout=timedelta(seconds=60))
+    results = {}
+    for name in names:
+        function = CASES[name]
+        try:
+            torch.manual_seed(0)
+            function()
+            results[name] = ""
+        except Exception:
+            results[name] = traceback.format_exc()
+    Path(folder, f"rank{rank()}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,415 @@
+"""CCU beyond its three losses: heads, banks, pairs without labels, what may change, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ccu_fast
+from ccu_fast.data.paired import PairedData
+from ccu_fast.models.fusion import ConvFusionModel, FusionModel
+from ccu_fast.unlearn import Budget, Checkpoint, HeldOut, KeyBank, UnlearnConfig, unlearn
+from ccu_fast.unlearn.baselines.bad_teacher import reinitialised
+from ccu_fast.unlearn.loop import accuracies, run
+from ccu_fast.unlearn.method import ccu_method, nearest_retained
+from ccu_fast.unlearn.objective import anchor_loss, forgetting_loss, neighbour_loss, separation_loss, unclassify_loss
+from ccu_fast.unlearn.parameters import saliency
+from ccu_fast.unlearn.study.train import TrainConfig, train
+from tests.support import toy_unlearn
+from tests.support.paths import ROOT
+from tests.support.toy_unlearn import TwoTowers, make_model, toy, weights
+
+
+def unit(rows: int, seed: int) -> Tensor:
+    z = torch.randn(rows, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(z, dim=-1).requires_grad_()
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[FusionModel, PairedData]:
+    return toy_unlearn.trained(), toy()
+
+
+def sets(data: PairedData) -> tuple[PairedData, PairedData]:
+    return data[data.labels == 1], data[data.labels != 1]
+
+
+class TestObjective:
+    def test_anchor_equals_plain_torch(self) -> None:
+        rows, frozen = unit(5, 1), unit(5, 2)
+        loss = anchor_loss(rows, frozen)
+        torch.testing.assert_close(loss, (1 - F.cosine_similarity(rows, frozen)).mean())
+        one, two = torch.autograd.grad(loss, [rows, frozen], allow_unused=True)
+        torch.testing.assert_close(one, -frozen.detach() / 5)
+        assert two is None
+        assert anchor_loss(rows[:0], frozen[:0]) == 0
+        with pytest.raises(ValueError, match="frozen_rows"):
+            anchor_loss(rows, frozen[:3])
+
+    def test_neighbours_equal_plain_torch_and_only_u_learns(self) -> None:
+        u, r = unit(5, 1), unit(5, 2)
+        loss = neighbour_loss(u, r)
+        torch.testing.assert_close(loss, sum(1 - u[i] @ r[i] for i in range(5)) / 5, rtol=1e-14, atol=0)
+        one, two = torch.autograd.grad(loss, [u, r], allow_unused=True)
+        torch.testing.assert_close(one, -r.detach() / 5, rtol=1e-14, atol=0)
+        assert two is None
+        assert neighbour_loss(u[:0], r[:0]) == 0 and neighbour_loss(r, r).abs() < 1e-15
+        with pytest.raises(ValueError, match="neighbours"):
+            neighbour_loss(u, r[:3])
+
+    def test_unclassify_is_minus_log_of_the_rest_and_fades(self) -> None:
+        logits = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        labels = torch.tensor([0, 1, 2, 3, 0, 1, 2])
+        p = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+        plain = -torch.log1p(-p).mean()
+        ours = unclassify_loss(logits, labels)
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
+        torch.testing.assert_close(*(torch.autograd.grad(v, logits)[0] for v in (ours, plain)), rtol=1e-11, atol=1e-14)
+        gone = torch.tensor([[-40.0, 0.0, 0.0, 0.0]], requires_grad=True)
+        loss = unclassify_loss(gone, torch.tensor([0]))
+        assert torch.autograd.grad(loss, gone)[0].abs().max() < 1e-15
+        with pytest.raises(ValueError, match="two classes"):
+            unclassify_loss(logits[:, :1], labels)
+        with pytest.raises(ValueError, match="labels"):
+            unclassify_loss(logits, labels[:2])
+
+    @pytest.mark.parametrize("roles", ["labels", "ids"])
+    def test_a_bank_is_more_keys(self, roles: str) -> None:
+        u, r, u0, a0, b0, more = (unit(n, seed) for seed, n in enumerate((4, 6, 4, 4, 6, 9)))
+        of_forget, of_retain = torch.tensor([0, 1, 2, 0]), torch.arange(20, 26)
+        of_bank = torch.tensor([0, 0, 1, 5, 6, 7, 2, 30, 31])
+        bank = KeyBank(more, of_bank, of_bank)
+        keys = torch.cat([r, b0, a0, u0, more]).detach()
+        columns = torch.cat([of_retain, of_retain, of_forget, of_forget, of_bank])
+        s = 5.0 * u @ keys.T
+        other = s.masked_fill(of_forget[:, None] == columns, -torch.inf)
+        plain = (s.logsumexp(1) - other.logsumexp(1)).mean()
+        ours = forgetting_loss(
+            u,
+            r,
+            u0=u0,
+            a0=a0,
+            b0=b0,
+            scale=5.0,
+            bank=bank,
+            **{f"forget_{roles}": of_forget, f"retain_{roles}": of_retain},
+        )
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
+        torch.testing.assert_close(*(torch.autograd.grad(v, u)[0] for v in (ours, plain)), rtol=1e-11, atol=1e-13)
+
+    def test_banks_are_drawn_without_repetition(self) -> None:
+        bank = KeyBank(unit(9, 0), torch.arange(9), torch.arange(9))
+        drawn = bank.draw(4, seed=1)
+        assert len(set(drawn.ids.tolist())) == 4 and torch.equal(drawn.keys, bank.keys[drawn.ids])
+        assert not drawn.keys.requires_grad
+        assert torch.equal(bank.draw(50, seed=1).ids, bank.ids)
+        with pytest.raises(ValueError, match="labels"):
+            KeyBank(unit(3, 0), torch.arange(2), torch.arange(3))
+
+    def test_separation_without_labels(self) -> None:
+        r, r0, u = unit(6, 1), unit(6, 2), unit(4, 3)
+        p, q = 5.0 * r @ r0.detach().T, 5.0 * r @ u.T
+        plain = (torch.cat([p, q + math.log(0.3)], 1).logsumexp(1) - p.diagonal()).mean()
+        ours = separation_loss(r, r0, u, scale=5.0, weight=0.3, retain_ids=torch.arange(10, 16))
+        for got, want in zip(torch.autograd.grad(ours, [r, u]), torch.autograd.grad(plain, [r, u]), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+        with pytest.raises(ValueError, match="neither"):
+            separation_loss(r, r0, u, scale=1.0)
+
+
+class TestWhatMayChange:
+    def test_the_package_is_a_function_too(self, trained: tuple[FusionModel, PairedData]) -> None:
+        forget, retain = sets(trained[1])
+        config = UnlearnConfig(budget=Budget(steps=2))
+        clean = ccu_fast.unlearn(trained[0], forget, retain, config)
+        assert torch.equal(weights(clean), weights(unlearn(trained[0], forget, retain, config)))
+        assert ccu_fast.unlearn.UnlearnConfig is UnlearnConfig
+        with pytest.raises(AttributeError, match="nothing"):
+            ccu_fast.nothing  # noqa: B018
+
+    def test_only_parameters_of_the_patterns(self, trained: tuple[FusionModel, PairedData]) -> None:
+        model, data = trained
+        config = UnlearnConfig(budget=Budget(steps=3), trainable=("visual_tower.*", "projector.weight"))
+        clean = unlearn(model, *sets(data), config)
+        changed = {n for (n, p), q in zip(model.named_parameters(), clean.parameters(), strict=True) if (p != q).any()}
+        assert changed == {n for n, _ in model.named_parameters() if n.startswith("visual_tower")} | {
+            "projector.weight"
+        }
+        assert all(p.requires_grad for p in clean.parameters())
+        with pytest.raises(ValueError, match=r"trainable.*'tower'"):
+            unlearn(model, *sets(data), UnlearnConfig(trainable=("tower",)))
+        with pytest.raises(TypeError, match="trainable"):
+            UnlearnConfig(trainable="visual*")
+
+    def test_saliency_opens_the_share_that_matters_most(self, trained: tuple[FusionModel, PairedData]) -> None:
+        model, data = trained
+        forget, retain = sets(data)
+        mask = saliency(0.25)(model, forget, retain)
+        total = sum(p.numel() for p in model.parameters())
+        assert sum(int(m.sum()) for m in mask.values()) == round(0.25 * total)
+        mine = copy.deepcopy(model)
+        z = mine.embed_visual(forget.visual)
+        fused = mine.classify_fused(z, mine.embed_other(forget.other))
+        (F.cross_entropy(mine.classify_visual(z), forget.labels) + F.cross_entropy(fused, forget.labels)).backward()
+        sizes = {n: torch.zeros(()) if p.grad is None else p.grad.abs() for n, p in mine.named_parameters()}
+        least_open = min(sizes[n][m].min() for n, m in mask.items() if m.any())
+        most_shut = max(sizes[n][~m].max() for n, m in mask.items() if (~m).any() and sizes[n].ndim)
+        assert least_open >= most_shut * (1 - 1e-4)
+        clean = unlearn(model, forget, retain, UnlearnConfig(budget=Budget(steps=4), saliency=0.25))
+        for (name, old), new in zip(model.named_parameters(), clean.parameters(), strict=True):
+            assert torch.equal(old[~mask[name]], new[~mask[name]])
+        assert not torch.equal(weights(clean), weights(model))
+
+    def test_dampening_damages_before_the_first_step(self, trained: tuple[FusionModel, PairedData]) -> None:
+        model, data = trained
+        step = ccu_method(UnlearnConfig(dampen=1.5))(model, *sets(data))
+        damaged = copy.deepcopy(model)
+        with torch.no_grad():
+            step.start(damaged)  # type: ignore[attr-defined]
+        pairs = list(zip(model.parameters(), damaged.parameters(), strict=True))
+        assert all(bool((new.abs() <= old.abs()).all()) for old, new in pairs)
+        assert any(bool((new.abs() < old.abs()).any()) for old, new in pairs)
+        assert accuracies(damaged, sets(data)[0])["visual"] < accuracies(model, sets(data)[0])["visual"]
+
+    def test_neighbours_are_those_of_an_untrained_copy(self, trained: tuple[FusionModel, PairedData]) -> None:
+        model, (forget, retain) = trained[0], sets(trained[1])
+        # Another class's copy of an input is the nearest, whatever the weights.
+        twins = PairedData(
+            torch.cat([retain.visual, forget.visual]),
+            torch.cat([retain.other, forget.other]),
+            torch.cat([retain.labels, torch.zeros_like(forget.labels)]),
+            torch.arange(len(retain) + len(forget)) + 1000,
+        )
+        before = weights(model)
+        found = nearest_retained(model, forget, twins, seed=5)
+        assert torch.equal(found, torch.arange(len(retain), len(twins)))
+        fresh = reinitialised(model, 5)
+        s = fresh.embed_visual(forget.visual) @ fresh.embed_visual(retain.visual).T
+        assert torch.equal(nearest_retained(model, forget, retain, seed=5), s.argmax(1))
+        assert torch.equal(weights(model), before)
+
+    @pytest.mark.parametrize("kind", ["class", "instances"])
+    def test_the_step_pulls_towards_the_live_neighbours(
+        self, trained: tuple[FusionModel, PairedData], kind: str
+    ) -> None:
+        model, (forget, retain) = trained[0], toy_unlearn.split(kind)
+        batch = toy_unlearn.one_batch(forget, retain)
+        found = nearest_retained(model, forget, retain, seed=2)
+        live = copy.deepcopy(model)
+        with torch.no_grad():
+            live.visual_tower[0].weight.mul_(0.5)  # not where the frozen model has them
+        losses = [
+            ccu_method(UnlearnConfig(forget=kind, neighbours=w, seed=2))(model, forget, retain)(live, batch)
+            for w in (0.0, 2.0)
+        ]
+        u = live.embed_visual(batch.forget.visual)
+        r = live.embed_visual(retain.visual[found[batch.forget_rows]]).detach()
+        torch.testing.assert_close(losses[1] - losses[0], 2 * (1 - (u * r).sum(1)).mean(), rtol=1e-4, atol=1e-6)
+
+    def test_the_heads_unlearn_the_class_where_it_is_and_where_it_was(
+        self, trained: tuple[FusionModel, PairedData]
+    ) -> None:
+        model, (forget, retain) = trained[0], sets(trained[1])
+        batch = toy_unlearn.one_batch(forget, retain)
+        live = copy.deepcopy(model)
+        with torch.no_grad():
+            live.visual_tower[0].weight.mul_(0.5)
+        with_a, without = (
+            ccu_method(UnlearnConfig(forgetting=w))(model, forget, retain)(live, batch) for w in (2.0, 0.0)
+        )
+        u0, a0, b0 = (
+            f(x)
+            for f, x in (
+                (model.embed_visual, batch.forget.visual),
+                (model.embed_other, batch.forget.other),
+                (model.embed_other, batch.retain.other),
+            )
+        )
+        u, a, r = live.embed_visual(batch.forget.visual), a0, live.embed_visual(batch.retain.visual)
+        y = batch.forget.labels
+        heads = sum(
+            -torch.log1p(-logits.softmax(1).gather(1, y[:, None])).mean()
+            for place in (u, u0)
+            for logits in (live.classify_visual(place), live.classify_fused(place, a))
+        )
+        towers = forgetting_loss(
+            u, r, u0=u0, a0=a0, b0=b0, scale=5.0, forget_labels=y, retain_labels=batch.retain.labels
+        )
+        torch.testing.assert_close(with_a - without, 2 * (towers + heads), rtol=1e-3, atol=1e-4)
+
+
+class TestPairs:
+    def test_forgets_pairs_without_labels_or_heads(self) -> None:
+        labelled = toy(80)
+        data = PairedData(labelled.visual, labelled.visual @ torch.eye(5).roll(1, 0), ids=labelled.ids)
+        assert not data.labelled and not data[torch.arange(3)].labelled
+
+        def make() -> TwoTowers:
+            model = TwoTowers()
+            model.visual, model.other = (
+                nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2)
+            )
+            return model
+
+        model = train(make, data, TrainConfig(epochs=150, batch=40, learning_rate=1e-2)).model
+        gone = torch.arange(80) % 8 == 0
+        forget, retain = data[gone], data[~gone]
+
+        def found(m: nn.Module, rows: Tensor) -> float:
+            visual, other = m.embed_visual(data.visual), m.embed_other(data.other)
+            return ((visual @ other.T).argmax(1) == torch.arange(80))[rows].double().mean().item()
+
+        assert found(model, gone) >= 0.9 and found(model, ~gone) >= 0.9
+        config = UnlearnConfig(forget="pairs", anchor=3.0, budget=Budget(steps=80, learning_rate=3e-3, batch=40))
+        clean = unlearn(model, forget, retain, config)
+        assert found(clean, gone) <= 0.3
+        assert found(clean, ~gone) >= 0.85
+        text = F.cosine_similarity(clean.embed_other(forget.other), model.embed_other(forget.other))
+        assert text.mean() > 0.95  # the other modality of what is forgotten stays where it was
+        assert set(accuracies(clean, retain)) == {"visual", "other"}
+        for kind in ("class", "instances"):
+            with pytest.raises(ValueError, match=r"forget: expected labels for forget="):
+                unlearn(model, forget, retain, UnlearnConfig(forget=kind))
+        stopping = UnlearnConfig(forget="pairs", early_stop=True, budget=Budget(steps=200, learning_rate=3e-3))
+        stopped = run(
+            model, forget, retain, ccu_method(stopping), stopping.budget, held_out=HeldOut(retain, 0.5, slack=1.0)
+        )
+        assert stopped.steps < 200
+
+    def test_a_dual_encoder_with_the_names_of_the_protocol(self) -> None:
+        from ccu_fast.models.dual_encoder import SmallDualEncoder
+
+        class Pair(SmallDualEncoder):
+            embed_visual, embed_other = SmallDualEncoder.encode_image, SmallDualEncoder.encode_text
+
+        model = Pair(20, 1, image_size=(8, 8), width=32, text_depth=1, context=4)
+        g = torch.Generator().manual_seed(0)
+        tokens = torch.randint(2, 20, (12, 4), generator=g)
+        tokens[:, -1] = 1
+        data = PairedData(torch.rand(12, 1, 8, 8, generator=g), tokens)
+        config = UnlearnConfig(forget="pairs", budget=Budget(steps=2))
+        clean = unlearn(model, data[torch.arange(3)], data[torch.arange(3, 12)], config)
+        assert not torch.equal(weights(clean), weights(model))
+        assert torch.equal(clean.embed_other(tokens[:2]).norm(dim=1).round(decimals=4), torch.ones(2))
+
+
+class Interrupted(Exception):
+    pass
+
+
+class TestCheckpoint:
+    def interrupted_at(self, step: int):
+        def progress(stage: str, done: int, total: int, note: str) -> None:
+            if done == step:
+                raise Interrupted
+
+        return progress
+
+    def test_goes_on_and_ends_as_it_would_have(self, trained: tuple[FusionModel, PairedData], tmp_path: Path) -> None:
+        model, (forget, retain) = trained[0], sets(trained[1])
+        config = UnlearnConfig(budget=Budget(steps=20, batch=7), dampen=2.0, bank=20, neighbours=3.0)
+        whole = unlearn(model, forget, retain, config)
+        checkpoint = Checkpoint(tmp_path / "state.pt", every=4)
+        with pytest.raises(Interrupted):
+            unlearn(model, forget, retain, config, checkpoint=checkpoint, progress=self.interrupted_at(15))
+        assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+        assert len(torch.load(checkpoint.path, weights_only=True)["losses"]) == 12
+        heard: list[int] = []
+        resumed = unlearn(
+            model, forget, retain, config, checkpoint=checkpoint, progress=lambda s, done, t, n: heard.append(done)
+        )
+        assert heard == [15, 20]
+        assert torch.equal(weights(resumed), weights(whole))
+        again = unlearn(model, forget, retain, config, checkpoint=checkpoint, progress=self.interrupted_at(20))
+        assert torch.equal(weights(again), weights(whole))  # finished: nothing runs
+
+    def test_a_file_of_another_run_is_an_error(self, trained: tuple[FusionModel, PairedData], tmp_path: Path) -> None:
+        model, (forget, retain) = trained[0], sets(trained[1])
+        checkpoint = Checkpoint(tmp_path / "state.pt")
+        config = UnlearnConfig(budget=Budget(steps=2))
+        unlearn(model, forget, retain, config, checkpoint=checkpoint)
+        with pytest.raises(ValueError, match="another model, other data or other settings"):
+            unlearn(model, forget, retain[torch.arange(20)], config, checkpoint=checkpoint)
+        checkpoint.path.write_bytes(b"no")
+        with pytest.raises(ValueError, match="checkpoint: expected an undamaged file"):
+            unlearn(model, forget, retain, config, checkpoint=checkpoint)
+        with pytest.raises(ValueError, match="existing folder"):
+            Checkpoint(tmp_path / "missing" / "state.pt")
+
+    def test_a_loss_that_turns_nan_keeps_the_last_good_state(
+        self, trained: tuple[FusionModel, PairedData], tmp_path: Path
+    ) -> None:
+        model, (forget, retain) = trained[0], sets(trained[1])
+
+        def prepare(frozen: nn.Module, f: PairedData, r: PairedData):
+            inner = ccu_method(UnlearnConfig())(frozen, f, r)
+            return lambda m, batch: inner(m, batch) * (math.nan if batch.step == 7 else 1)
+
+        checkpoint = Checkpoint(tmp_path / "state.pt", every=3)
+        with pytest.raises(FloatingPointError, match=r"step 8 of 60; the state after step 6 is in .*state\.pt"):
+            run(model, forget, retain, prepare, Budget(), checkpoint=checkpoint)
+        state = torch.load(checkpoint.path, weights_only=True)
+        assert len(state["losses"]) == 6
+        assert all(bool(v.isfinite().all()) for v in state["model"].values())
+
+    def test_kill_9(self, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "tests.support.killed_unlearn"]
+        process = subprocess.Popen([*command, str(tmp_path / "killed.pt"), "0.05"], start_new_session=True, cwd=ROOT)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "killed.pt").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        state = torch.load(tmp_path / "killed.pt", weights_only=True)
+        assert 0 < len(state["losses"]) < 40 and not state["done"]
+        for name in ("killed.pt", "whole.pt"):
+            subprocess.run([*command, str(tmp_path / name), "0"], check=True, cwd=ROOT)
+        one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("killed.pt", "whole.pt"))
+        assert one["losses"] == two["losses"]
+        assert all(torch.equal(one["model"][k], two["model"][k]) for k in two["model"])
+
+
+class TestModels:
+    def test_convolutional_towers_and_a_fusion_layer(self) -> None:
+        model = ConvFusionModel((8, 4), 3, channels=2, hidden=8, embedding=6, fusion=5)
+        logits = model(torch.rand(2, 1, 8, 4), torch.rand(2, 1, 8, 4))
+        assert [list(x.shape) for x in logits] == [[2, 3]] * 3
+        assert isinstance(model.fused_head, nn.Sequential)
+        for error, arguments in (
+            ("size", {"size": (7, 4), "classes": 3}),
+            ("channels", {"size": (8, 4), "classes": 3, "channels": 0}),
+            ("fusion", {"size": (8, 4), "classes": 3, "fusion": -1}),
+        ):
+            with pytest.raises(ValueError, match=error):
+                ConvFusionModel(**arguments)
+
+    def test_a_model_with_one_head(self, trained: tuple[FusionModel, PairedData]) -> None:
+        class OneHead(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.whole = make_model()
+
+            def embed_visual(self, x: Tensor) -> Tensor:
+                return self.whole.embed_visual(x)
+
+            def embed_other(self, x: Tensor) -> Tensor:
+                return self.whole.embed_other(x)
+
+            def classify_visual(self, z: Tensor) -> Tensor:
+                return self.whole.classify_visual(z)
+
+        _, data = trained
+        clean = unlearn(OneHead(), *sets(data), UnlearnConfig(budget=Budget(steps=2)))
+        assert list(accuracies(clean, data)) == ["visual"]
