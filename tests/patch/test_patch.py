@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ccu_fast import patch
+from ccu_fast.patch.patch import Target
 from ccu_fast.patch.site import Site, arguments
 
 
@@ -42,7 +43,7 @@ def targets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         site = Site(Library, "forward", ("self", "x"), replacement)
         module.sites = lambda site=site: [site]  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setitem(patch.TARGETS, name, patch.Target("pytest", "1", "1000", name))
+        monkeypatch.setitem(patch.TARGETS, name, Target("pytest", "1", "1000", name))
     yield
     assert Library.forward is OWN
     assert patch.active() == {}
@@ -124,7 +125,7 @@ def test_another_signature_is_left_alone_with_a_warning(monkeypatch: pytest.Monk
 
 
 def test_a_missing_library_and_an_unknown_name() -> None:
-    patch.TARGETS["double"] = patch.Target("no-such-distribution", "1", "2", "")
+    patch.TARGETS["double"] = Target("no-such-distribution", "1", "2", "")
     with pytest.raises(ModuleNotFoundError, match="double: no-such-distribution is not installed"):
         patch.apply("double")
     with pytest.raises(ValueError, match="name: expected one of"):
