@@ -41,26 +41,33 @@ def half_written(folder: Path) -> list[Path]:
     return [p for p in folder.rglob("*") if p.name.startswith(".") or ".tmp" in p.name]
 
 
-@pytest.mark.usefixtures("small")
-def test_writes_a_report_with_everything_in_it_and_the_same_figures_twice(tmp_path: Path) -> None:
-    first = demo.run(tmp_path / "a", quiet=True)
-    demo.run(tmp_path / "b", quiet=True)
-    stored = [json.loads((tmp_path / name / "results.json").read_text()) for name in "ab"]
-    assert without_times(stored[0]) == without_times(stored[1])
-    assert set(stored[0]["unlearn"]) == {"class", "instances"}
-    assert set(stored[0]["protect"]) == {"clean", "random-3", "em", "mem"}
-    assert stored[0]["versions"]["ccu_fast"] == ccu_fast.__version__
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of one run without an interruption, and what it returned."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in small_demo.REPLACEMENTS:
+            patch.setattr(module, name, value)
+        folder = tmp_path_factory.mktemp("demo") / "whole"
+        return folder, demo.run(folder, quiet=True)
 
-    page = (tmp_path / "a" / "report.html").read_text()
+
+def test_writes_a_report_with_everything_in_it(whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, returned = whole
+    stored = json.loads((folder / "results.json").read_text())
+    assert set(stored["unlearn"]) == {"class", "instances"}
+    assert set(stored["protect"]) == {"clean", "random-3", "em", "mem"}
+    assert stored["versions"]["ccu_fast"] == ccu_fast.__version__
+
+    page = (folder / "report.html").read_text()
     pictures = re.findall(r"src='([^']*)'", page)
     assert len(pictures) == 2 * 2 + 1 + 3 and all(p.startswith("data:image/png;base64,") for p in pictures)
     assert not re.search(r"(src|href)=['\"](?!data:)", page)
-    for table in all_tables(first):
+    for table in all_tables(returned):
         for cell in (cell for row in table.rows for cell in row):
             assert cell.replace("&", "&amp;") in page
-    images, captions = read_export(tmp_path / "a" / "protected" / "mem")
+    images, captions = read_export(folder / "protected" / "mem")
     assert len(images) == len(captions) == 64
-    assert half_written(tmp_path) == []
+    assert half_written(folder.parent) == []
 
 
 @pytest.mark.usefixtures("small")
@@ -84,7 +91,10 @@ def test_a_finished_part_is_not_computed_again_unless_its_format_changed(
     assert len(computed) == 4
 
 
-def test_kill_9_loses_at_most_the_part_that_was_running(tmp_path: Path) -> None:
+def test_kill_9_loses_at_most_the_part_that_was_running_and_every_figure_comes_again(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Each part is computed once more here, before the kill or after it: so this also shows that figures repeat."""
     out = tmp_path / "killed"
     command = [sys.executable, small_demo.__file__, str(out)]
     process = subprocess.Popen(command, start_new_session=True)
@@ -100,11 +110,10 @@ def test_kill_9_loses_at_most_the_part_that_was_running(tmp_path: Path) -> None:
     assert 2 <= len(before) < PARTS and not (out / "results.json").exists()
 
     subprocess.run(command, check=True)
-    subprocess.run([*command[:2], str(tmp_path / "whole")], check=True)
     after = {p.name: p.stat().st_mtime_ns for p in (out / "parts").glob("[!.]*.json")}
     assert before.items() <= after.items() and len(after) == PARTS
-    resumed, whole = (json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / "whole"))
-    assert without_times(resumed) == without_times(whole)
+    resumed, uninterrupted = (json.loads((folder / "results.json").read_text()) for folder in (out, whole[0]))
+    assert without_times(resumed) == without_times(uninterrupted)
 
 
 @pytest.mark.usefixtures("small")
