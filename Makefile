@@ -1,4 +1,5 @@
 # make test   lint, type checks and all tests          make demo   the demonstration, written to ./demo
+# make test-quick  lint, type checks and a cross-section of the tests, in about a minute
 # make lint   lint and type checks alone               make bench  the benchmarks (ARGS=... are passed on)
 # make test-newest  the Triton kernels with the newest Triton, which make test does at its end
 # make compat the patches against the real libraries, an environment for each in .venv-compat
@@ -22,7 +23,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD := setup.py pyproject.toml $(wildcard build_support/*.py) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-newest lint demo bench compat clean
+.PHONY: test test-quick test-newest lint demo bench compat clean
 .DELETE_ON_ERROR:
 
 # Without bytecode on disk every process compiles torch's Python again, which takes most of the time of its start.
@@ -33,6 +34,10 @@ test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/.test lint
 	$(if $(SYSTEM_SITE),CCU_FAST_TEST_OFFLINE=1) $(PY) -m pytest -q $(if $(SYSTEM_SITE),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(ARGS)
 	$(if $(ARGS),,@$(MAKE) --no-print-directory test-newest)
+
+test-quick: export OMP_WAIT_POLICY = passive
+test-quick: $(VENV)/.test lint
+	$(PY) -m pytest -q --quick $(if $(SYSTEM_SITE),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(ARGS)
 
 ifdef SYSTEM_SITE
 test-newest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,9 +25,76 @@ FIRST = (
     "cli/test_demo.py",
     "csrc/test_emulation_races.py",
 )
+# What --quick leaves out, folders, files and tests: compilers, processes of their own, models trained for long.
+SLOW = (
+    "benchmarks/ops",
+    "benchmarks/test_host_time.py",
+    "benchmarks/test_machinery.py",
+    "benchmarks/visit",
+    "build_support",
+    "cli/test_demo.py",
+    "cli/test_errors.py",
+    "cli/test_main.py::test_bench_runs_the_benchmarks_of_the_checkout",
+    "cli/test_main.py::test_ctrl_c_ends_with_one_line_and_130",
+    "cli/test_main.py::test_without_typer_info_works_and_the_rest_says_what_to_install",
+    "cli/test_mem.py",
+    "cli/test_unlearn.py::TestCommand::test_torchrun_shares_a_run",
+    "cli/test_unlearn.py::TestTasks::test_parts_of_a_comparison_are_kept",
+    "csrc",
+    "distributed/test_on_ranks.py",
+    "losses/test_modules.py",
+    "mem/job/test_protect.py::test_killed_at_any_moment_the_same_call_ends_with_the_same_bits",
+    "mem/test_algorithm.py::TestVictim",
+    "models/test_clip.py",
+    "ops/l2_normalize/test_l2_normalize.py::test_compiles_in_one_graph_for_all_sizes",
+    "ops/noise_store/test_file.py::test_a_kill_leaves_the_last_commit",
+    "ops/test_compiling.py",
+    "ops/test_process_defaults.py",
+    "ops/test_smoke.py::test_in_the_interpreter",
+    "ops/topk_flips/test_minilm.py",
+    "ops/triton",
+    "patch",
+    "test_info.py",
+    "unlearn/audit",
+    "unlearn/baselines",
+    "unlearn/test_ccu.py",
+    "unlearn/test_ccu_options.py",
+    "unlearn/test_parallel.py",
+)
+# Of the cases of every other test function it takes some.
+CASES = 3
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help=f"no slow test, and at most {CASES} cases of every other one")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Slow files are not even imported."""
+    if not config.getoption("--quick") or not collection_path.is_relative_to(TESTS):
+        return None
+    return True if collection_path.relative_to(TESTS).as_posix() in SLOW else None
+
+
+def _cross_section(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of the cases of each function some that lie evenly between the first and the last."""
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        name = item.nodeid.removeprefix("tests/").partition("[")[0]
+        if not name.startswith(SLOW):
+            functions.setdefault(name, []).append(item)
+    chosen = []
+    for cases in functions.values():
+        step = max(1.0, (len(cases) - 1) / (CASES - 1))
+        chosen += [cases[round(i * step)] for i in range(min(CASES, len(cases)))]
+    return chosen
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        chosen = _cross_section(items)
+        config.hook.pytest_deselected(items=[*{*items} - {*chosen}])
+        items[:] = chosen
     names = [item.path.relative_to(TESTS).as_posix() for item in items]
     place = {id(item): FIRST.index(name) for item, name in zip(items, names, strict=True) if name in FIRST}
     items.sort(key=lambda item: place.get(id(item), len(FIRST)))
