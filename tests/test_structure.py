@@ -98,6 +98,24 @@ def test_no_file_is_longer_than_400_lines() -> None:
     assert not {path: lines for path, lines in long.items() if lines > 400}
 
 
+def test_operators_are_registered_and_backends_loaded_in_one_file_each() -> None:
+    texts = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    assert [name for name, text in texts.items() if "torch.library." in text] == ["ops/operator.py"]
+    # A module's own name, not a file that is chosen, stands in quotation marks without an f.
+    loads = [name for name, text in texts.items() if name.startswith("ops/") and 'import_module(f"' in text]
+    assert loads == ["ops/backend.py"]
+
+
+def test_the_formatter_is_kept_from_few_lines() -> None:
+    root = PACKAGE.parent
+    mark = "# fmt: " + "skip"
+    folders = ("ccu_fast", "tests", "benchmarks", "build_support")
+    found = [
+        path for folder in folders for path in (root / folder).rglob("*.py") for line in path.open() if mark in line
+    ]
+    assert len(found) <= 40
+
+
 def traced(call: Callable[[], Any]) -> tuple[list[str], int]:
     """The files of ours that a call enters, in order, and how often one of them calls another."""
     files: list[str] = []
