@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ccu_fast import extras
 from ccu_fast._version import __version__
-from ccu_fast.files import new_file
+from ccu_fast.files import new_file, readable
 
 
 def file_hash(path: Path) -> str:
@@ -109,12 +109,9 @@ def load_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     from safetensors import safe_open
 
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise ValueError(f"path: expected a safetensors file, got {path} ({error})") from error
+    with readable(Path(path), "path"), safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if "ccu_fast" not in metadata:
         raise ValueError(f"path: expected a model that ccu_fast saved, got {path} without its metadata")
     provenance = dict(json.loads(metadata["ccu_fast"]))

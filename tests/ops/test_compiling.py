@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ccu_fast import ALL, OTHER, SAME, SELF, ClipLoss, InfoNCE, SigLipLoss, SigmoidLoss, info_nce
 from ccu_fast.ops import operator
+from ccu_fast.ops.reduce_similarity.operator import flat
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
 from tests.losses.test_functional import ALL_LOSSES
 
@@ -48,13 +49,13 @@ def test_opcheck(dtype: torch.dtype, keys: bool, workspace: int, native: str) ->
     p = problem(dtype, keys=keys, bias=keys, shared=not keys)
     op = torch.ops.ccu_fast.reduce_similarity
     for keep in (True, False):
-        torch.library.opcheck(op.default, (*p.flatten(), native, workspace, keep))
-    row_out, col_out, stash = op(*p.flatten(), native, workspace, True)
+        torch.library.opcheck(op.default, (*flat(p), native, workspace, keep))
+    row_out, col_out, stash = op(*flat(p), native, workspace, True)
     for needs in ([True] * 4, [False, True, False, False]):
         incoming = (torch.randn_like(row_out), torch.randn_like(col_out))
         torch.library.opcheck(
             torch.ops.ccu_fast.reduce_similarity_backward.default,
-            (*incoming, *p.flatten(), row_out, col_out, stash, needs, native, workspace),
+            (*incoming, *flat(p), row_out, col_out, stash, needs, native, workspace),
         )
 
 

@@ -386,12 +386,12 @@ def test_every_loss() -> None:
 
 def test_operator_is_well_formed() -> None:
     p = problem(Case(unit(20, 8), unit(24, 8), 3.0, 0.5, {}, CLIP, CLIP))
-    forward = (*p.flatten(), "triton", 1 << 20, True)
+    forward = (*operator.flat(p), "triton", 1 << 20, True)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.ccu_fast.reduce_similarity.default, forward, test_utils=checks)
     row_out, col_out, stash = torch.ops.ccu_fast.reduce_similarity(*forward)
     for needs in ([True] * 4, [False, True, False, False]):
-        backward = (row_out, col_out, *p.flatten(), row_out, col_out, stash, needs, "triton", 1 << 20)
+        backward = (row_out, col_out, *operator.flat(p), row_out, col_out, stash, needs, "triton", 1 << 20)
         torch.library.opcheck(torch.ops.ccu_fast.reduce_similarity_backward.default, backward, test_utils=checks)
 
 
