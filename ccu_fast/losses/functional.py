@@ -10,9 +10,10 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.losses import formulas
 from ccu_fast.losses.formulas import INVERSE_KINDS
+from ccu_fast.ops.backend import choose, fp32_precision
 from ccu_fast.ops.reduce_similarity import operator
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
-from ccu_fast.ops.small_info_nce.api import served_by, small_info_nce
+from ccu_fast.ops.small_info_nce.api import small_info_nce
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -61,10 +62,7 @@ def info_nce(
     tensor(0.3408)
     """
     check.one_of("reduction", reduction, REDUCTIONS)
-    small = None
-    # A graph must not depend on the size; outside of one a large batch, as most are, is not looked at any further.
-    if not torch.compiler.is_compiling() and isinstance(x, Tensor) and x.shape[:1].numel() ** 2 <= operator.SMALL_PAIRS:
-        small = None if bias is not None or reduction == "none" else served_by(x, y, similarity)
+    small = None if bias is not None or reduction == "none" else served_by(x, y, similarity)
     if small is not None:
         return small_info_nce(x, y, scale, symmetric=symmetric, mean=reduction == "mean", backend=small)
     _require_positives(x, y, similarity)
@@ -209,6 +207,37 @@ def sigmoid_loss(
     check.one_of("reduction", reduction, REDUCTIONS)
     _require_positives(x, y, similarity, negatives_only=True)
     return _reduce(formulas.sigmoid_loss(reduce_similarity, x, y, scale=scale, bias=bias, **similarity), reduction)
+
+
+def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
+    """The backend that has one operator for a call of :func:`info_nce`; None: the general way, which also checks.
+
+    Two matrices of one shape and dtype without keys, fp32 on a CPU, half precision on a GPU.
+    """
+    if torch.compiler.is_compiling():  # a graph must not depend on the size
+        return None
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == 2 and x.shape == y.shape):
+        return None
+    if x.dtype != y.dtype or x.device != y.device or (options and any(map(_asks_for_more, options.items()))):
+        return None
+    items, dim = x.shape
+    if not 0 < items * items <= operator.SMALL_PAIRS or dim == 0:
+        return None
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
+        return None
+    if x.dtype in operator.HALF and dim <= operator.SMALL_DIM:
+        wanted = "triton"
+    elif x.dtype == torch.float32 and fp32_precision(kind) != "medium":
+        wanted = "native"
+    else:
+        return None
+    return wanted if choose(options.get("backend", "auto"), "reduce_similarity", x.device, x.dtype) == wanted else None
+
+
+def _asks_for_more(option: tuple[str, Any]) -> bool:
+    name, value = option
+    return not (value is None or name == "backend" or (name == "normalize" and value is False))
 
 
 def _require_positives(

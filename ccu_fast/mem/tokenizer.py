@@ -11,6 +11,7 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.data.strips import DIGIT_WORDS, PROMPT
 from ccu_fast.models.tokenizer import Tokenizer as Tokenizer
+from ccu_fast.models.tokenizer import token_rows
 
 SPECIAL = ("<pad>", "<sot>", "<eot>")
 
@@ -94,15 +95,7 @@ class WordTokenizer:
             TypeError: ``captions`` is one string.
             ValueError: an empty caption or a word outside the vocabulary.
         """
-        if isinstance(captions, str):
-            raise TypeError("captions: expected a sequence of strings, got one str")
-        rows = [[self.sot, *self._lookup(text.split(), text)[: self.context - 2], self.eot] for text in captions]
-        tokens = torch.full((len(rows), max(map(len, rows), default=2)), self.pad, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            if len(row) == 2:
-                raise ValueError(f"captions: expected at least one word, got an empty caption at index {i}")
-            tokens[i, : len(row)] = torch.tensor(row)
-        return tokens
+        return token_rows(captions, lambda text: self._lookup(text.split(), text), self)
 
     def decode(self, tokens: Tensor) -> list[str]:
         """The words between SOT and the first EOT, joined by single spaces."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +57,24 @@ class Tokenizer(Protocol):
         ...
 
 
+def token_rows(captions: Sequence[str], ids: Callable[[str], list[int]], tokenizer: Tokenizer) -> Tensor:
+    """What a tokenizer's ``encode`` gives, of ids that ``ids`` finds in a caption.
+
+    Raises:
+        TypeError: ``captions`` is one string.
+        ValueError: a caption without a token.
+    """
+    if isinstance(captions, str):
+        raise TypeError("captions: expected a sequence of strings, got one str")
+    rows = [[tokenizer.sot, *ids(text)[: tokenizer.context - 2], tokenizer.eot] for text in captions]
+    tokens = torch.full((len(rows), max(map(len, rows), default=2)), tokenizer.pad, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        if len(row) == 2:
+            raise ValueError(f"captions: expected at least one word, got an empty caption at index {i}")
+        tokens[i, : len(row)] = torch.tensor(row)
+    return tokens
+
+
 class ClipTokenizer:
     """Adapter of ``open_clip.SimpleTokenizer`` or ``transformers.CLIPTokenizer``.
 
@@ -101,15 +119,7 @@ class ClipTokenizer:
             TypeError: ``captions`` is one string.
             ValueError: a caption without a token.
         """
-        if isinstance(captions, str):
-            raise TypeError("captions: expected a sequence of strings, got one str")
-        rows = [[self.sot, *self._ids(text)[: self.context - 2], self.eot] for text in captions]
-        tokens = torch.full((len(rows), max(map(len, rows), default=2)), self.pad, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            if len(row) == 2:
-                raise ValueError(f"captions: expected at least one word, got an empty caption at index {i}")
-            tokens[i, : len(row)] = torch.tensor(row)
-        return tokens
+        return token_rows(captions, self._ids, self)
 
     def decode(self, ids: Tensor) -> list[str]:
         """The text of the ids up to EOT, without special tokens."""

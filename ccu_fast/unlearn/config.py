@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ccu_fast import check
-from ccu_fast.runs.progress import Progress as Progress
 
 ROLES = ("class", "instances", "pairs")
 

@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccu_fast.ops.backend import choose, fp32_precision, load, without_autocast
+from ccu_fast.ops.backend import load, without_autocast
 from ccu_fast.ops.operator import once_differentiable
-from ccu_fast.ops.reduce_similarity import operator
 from ccu_fast.ops.reduce_similarity.api import as_scalar
-from ccu_fast.ops.reduce_similarity.operator import HALF, SMALL_DIM
 from ccu_fast.ops.reduce_similarity.problem import encode
 from ccu_fast.ops.reduce_similarity.relations import ALL, SELF
 
@@ -25,37 +23,8 @@ ROWS = (encode("lse", int(ALL)), encode("sum", int(SELF)))
 COLS = ROWS[:1]
 
 
-def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
-    """The backend that has this for a call of :func:`ccu_fast.info_nce`; None: the general way, which also checks.
-
-    Two matrices of one shape and dtype without keys, fp32 on a CPU, half precision on a GPU.
-    """
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == 2 and x.shape == y.shape):
-        return None
-    if x.dtype != y.dtype or x.device != y.device or (options and any(map(_asks_for_more, options.items()))):
-        return None
-    items, dim = x.shape
-    if torch.compiler.is_compiling() or not 0 < items * items <= operator.SMALL_PAIRS or dim == 0:
-        return None
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
-        return None
-    if x.dtype in HALF and dim <= SMALL_DIM:
-        wanted = "triton"
-    elif x.dtype == torch.float32 and fp32_precision(kind) != "medium":
-        wanted = "native"
-    else:
-        return None
-    return wanted if choose(options.get("backend", "auto"), "reduce_similarity", x.device, x.dtype) == wanted else None
-
-
-def _asks_for_more(option: tuple[str, Any]) -> bool:
-    name, value = option
-    return not (value is None or name == "backend" or (name == "normalize" and value is False))
-
-
 def small_info_nce(x: Tensor, y: Tensor, scale: float | Tensor, *, symmetric: bool, mean: bool, backend: str) -> Tensor:
-    """The loss, fp32 0-dim, of arguments for which ``backend`` is what :func:`served_by` said."""
+    """The loss, fp32 0-dim, of arguments that :func:`ccu_fast.info_nce` gives to ``backend``."""
     if not isinstance(scale, Tensor) or (scale.ndim, scale.dtype, scale.device) != (0, torch.float32, x.device):
         scale = as_scalar("scale", scale, x)
     keep = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ccu_fast import _C
 from ccu_fast.ops.native import DTYPES, address, multiply, on
+from ccu_fast.ops.topk_flips.native import per_row
 from ccu_fast.ops.topk_flips.problem import TokenProblem, TokenResult
 
 _CHUNK_BYTES = 256 << 20
@@ -143,8 +144,3 @@ def topk_and_redone(p: TokenProblem) -> tuple[TokenResult, Tensor]:
                 stream=stream,
             )
     return result, redone
-
-
-def per_row(t: Tensor | None) -> tuple[int, int]:
-    """The address of a ``[1 or N, T]`` tensor, and the stride from row to row."""
-    return (0, 0) if t is None else (t.data_ptr(), 0 if t.shape[0] == 1 else t.shape[1])

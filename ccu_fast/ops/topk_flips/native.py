@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
+from ccu_fast.ops.backend import load
 from ccu_fast.ops.native import DTYPES, on_gpu
-from ccu_fast.ops.topk_flips import cuda, reference
+from ccu_fast.ops.topk_flips import reference
 from ccu_fast.ops.topk_flips.problem import TokenProblem, TokenResult
 
 _PANEL = _C.TOKEN_PANEL
@@ -18,7 +19,8 @@ _PACK_ROWS = 512 * _PANEL
 def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """The table that the scan reads, and what the scan must know about its rounding."""
     if on_gpu(embedding.device):
-        return cuda.pack(embedding, token_ids)
+        packed: tuple[Tensor, Tensor] = load("topk_flips", "cuda").pack(embedding, token_ids)
+        return packed
     return pack_panels(embedding, token_ids)
 
 
@@ -54,7 +56,8 @@ def topk(p: TokenProblem) -> TokenResult:
         raise ValueError("table: expected one built for the native backend, got one built for the reference")
     if p.packed.dtype == torch.float16:  # as pack makes it for the kernels of a GPU
         # For more flips than a block can hold, say a whole vocabulary sorted, the reference's sort is as good.
-        return cuda.topk(p) if p.k <= _C.CUDA_MOST_FLIPS else reference.topk(p)
+        result: TokenResult = (load("topk_flips", "cuda") if p.k <= _C.CUDA_MOST_FLIPS else reference).topk(p)
+        return result
     rows, dim = p.grad.shape
     size = (rows, p.k)
     result = TokenResult(
@@ -79,8 +82,8 @@ def topk(p: TokenProblem) -> TokenResult:
         maximize=p.maximize,
         current=0 if p.current is None else p.current.data_ptr(),
         exclude_current=p.exclude_current,
-        allowed=_per_row(p.allowed),
-        penalty=_per_row(p.penalty),
+        allowed=per_row(p.allowed),
+        penalty=per_row(p.penalty),
         k=p.k,
         threads=torch.get_num_threads(),
         ids=result.ids.data_ptr(),
@@ -92,6 +95,6 @@ def topk(p: TokenProblem) -> TokenResult:
     return result
 
 
-def _per_row(t: Tensor | None) -> tuple[int, int]:
+def per_row(t: Tensor | None) -> tuple[int, int]:
     """Address of a ``[1 or N, T]`` tensor, and the stride from row to row."""
     return (0, 0) if t is None else (t.data_ptr(), 0 if t.shape[0] == 1 else t.shape[1])

@@ -7,9 +7,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ccu_fast.runs.progress import Progress
 from ccu_fast.runs.provenance import load_model, save_model, tensors_hash, versions
 from ccu_fast.unlearn.baselines.retrain import retrain
-from ccu_fast.unlearn.config import Progress
 from ccu_fast.unlearn.loop import Run
 from ccu_fast.unlearn.study.scenario import Scenario
 from ccu_fast.unlearn.study.tasks import Task

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import ccu_fast
 from ccu_fast.losses import functional
-from ccu_fast.ops.small_info_nce.api import served_by
+from ccu_fast.losses.functional import served_by
 from tests.support.tolerance import assert_three_way
 
 Way = tuple[str, torch.dtype]
