@@ -6,31 +6,26 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ccu_fast import extras
 from ccu_fast.ops import machine
+from tests.csrc.emulation import build as emulation
 from tests.support.paths import ROOT
 from tests.support.presence import absent
 
 OFFLINE = os.environ.get("CCU_FAST_TEST_OFFLINE") == "1"
 sys.path.append(str(ROOT))
 
-from build_support import cuda, probe  # noqa: E402
-
-KERNEL = """
-#include <cuda_runtime.h>
-namespace { __global__ void fill(float* p) { p[threadIdx.x] = 1.0f; } }
-extern "C" int ccu_packaging_probe(float* p) { fill<<<1, 32>>>(p); return static_cast<int>(cudaGetLastError()); }
-"""
+from build_support import cuda, graph, probe  # noqa: E402
 
 
 def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -71,27 +66,45 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout: Path) -> Path:
+def old_compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A compiler that knows no AVX: the CPU kernels are compiled once, not three times."""
+    script = tmp_path_factory.mktemp("compiler") / "c++"
+    script.write_text(f"""#!/bin/sh
+case "$*" in *-mavx*) echo "c++: unrecognized option '-mavx'" >&2; exit 1;; esac
+exec {shlex.join(probe.find_cxx())} "$@"
+""")
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.fixture(scope="module")
+def broken_nvcc(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The home of an nvcc that knows its version and its architectures and compiles nothing."""
+    script = tmp_path_factory.mktemp("cuda") / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(
+        "#!/bin/sh\n"
+        'case "$1" in\n'
+        "  --version) echo 'Cuda compilation tools, release 12.4, V12.4.131' ;;\n"
+        "  *) echo 'nvcc: a part of me is missing' >&2; exit 1 ;;\n"
+        "esac\n"
+    )
+    script.chmod(0o755)
+    return str(script.parent.parent)
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, old_compiler: str, broken_nvcc: str) -> Path:
     """The unpacked wheel that ``pip wheel .`` makes, under build isolation where there is a network."""
     out = checkout.parent / "wheel"
     offline = ["--no-index", "--no-build-isolation"] if OFFLINE else []
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--wheel-dir", out, *offline]
-    done = run(*command, cwd=checkout, CCU_FAST_CUDA="0", CCU_FAST_NATIVE="1")
+    done = run(*command, cwd=checkout, CCU_FAST_NATIVE="1", CXX=old_compiler, CUDA_HOME=broken_nvcc)
     assert done.returncode == 0, done.stdout
     [archive] = out.glob("*.whl")
     with zipfile.ZipFile(archive) as opened:
         opened.extractall(out / "unpacked")
     return out / "unpacked"
-
-
-@pytest.fixture
-def cuda_kernel(checkout: Path) -> Iterator[None]:
-    """One more CUDA file, so that these tests do not depend on which kernels there are."""
-    path = checkout / "csrc" / "cuda" / "packaging_probe.cu"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(KERNEL)
-    yield
-    path.unlink()
 
 
 def module_of(folder: Path) -> Path:
@@ -104,6 +117,15 @@ def build(checkout: Path, **environment: str) -> tuple[subprocess.CompletedProce
     record.unlink(missing_ok=True)
     done = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=checkout, **environment)
     return done, json.loads(record.read_text()) if record.exists() else {}
+
+
+def build_of_the_module() -> tuple[dict, list[Path]]:
+    """What is recorded of the module in use, and the objects it was linked of."""
+    record, objects = machine.build_info(), emulation.linked()
+    if not objects or record is None or record["native"] is None:
+        absent("object files of the module", "it was not built in this folder by `pip install -e`")
+    assert record is not None
+    return record, objects
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path, checkout: Path) -> None:
@@ -150,7 +172,9 @@ print(module.cpu_isa())
     assert done.returncode == 0, done.stdout
     record = json.loads((wheel / "ccu_fast" / "_build_info.json").read_text())
     assert done.stdout.strip() in record["native"]["isas"]
-    assert record["skipped"]["cuda"] == "switched off by CCU_FAST_CUDA=0"
+    if platform.machine() == "x86_64":
+        assert record["native"]["isas"] == ["base"]
+        assert "unrecognized option '-mavx'" in record["skipped"]["avx2"] and "avx512" in record["skipped"]
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the instructions looked for are those of x86-64")
@@ -159,14 +183,10 @@ def test_no_cpu_is_given_the_code_of_a_wider_one() -> None:
 
     Of the module that is used here, compiled with the flags that users get.
     """
-    folder = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
-    record = machine.build_info()
-    if not (folder / "build.ninja").exists() or record is None or record["native"] is None:
-        absent("object files of the module", "it was not built in this folder by `pip install -e`")
+    record, linked = build_of_the_module()
     width = {"base": 0, "avx2": 1, "avx512": 2}
     narrowest: dict[str, int] = {}
-    [linked] = re.findall(r"^build \S+: link (.*)$", (folder / "build.ninja").read_text(), re.MULTILINE)
-    for path in (folder / name for name in linked.split()):
+    for path in linked:
         isa = path.suffixes[0].lstrip(".")
         for line in run(tool("nm"), "--defined-only", path, cwd=ROOT).stdout.splitlines():
             _, kind, name = line.split(maxsplit=2)
@@ -234,60 +254,53 @@ def test_unknown_switch_is_refused(checkout: Path) -> None:
     assert "CCU_FAST_CUDA: expected auto, 1 or 0, got 'yes'" in done.stdout
 
 
-@pytest.fixture
-def broken_nvcc(tmp_path: Path) -> dict[str, str]:
-    """An nvcc that knows its version and its architectures and compiles nothing."""
-    script = tmp_path / "bin" / "nvcc"
-    script.parent.mkdir()
-    script.write_text(
-        "#!/bin/sh\n"
-        'case "$1" in\n'
-        "  --version) echo 'Cuda compilation tools, release 12.4, V12.4.131' ;;\n"
-        "  *) echo 'nvcc: a part of me is missing' >&2; exit 1 ;;\n"
-        "esac\n"
-    )
-    script.chmod(0o755)
-    return {"CUDA_HOME": str(tmp_path)}
-
-
-@pytest.mark.usefixtures("wheel", "cuda_kernel")  # the wheel's objects are there to be reused
-def test_broken_nvcc_is_survived_and_recorded(checkout: Path, broken_nvcc: dict[str, str]) -> None:
-    done, record = build(checkout, **broken_nvcc)
-    assert done.returncode == 0, done.stdout
+def test_broken_nvcc_is_survived_and_recorded(wheel: Path) -> None:
+    record = json.loads((wheel / "ccu_fast" / "_build_info.json").read_text())
     assert record["cuda"] is None
     assert "a part of me is missing" in record["skipped"]["cuda"]
     assert record["native"]["isas"]
-    assert module_of(checkout).exists()
+    assert module_of(wheel).exists()
 
 
-@pytest.mark.usefixtures("cuda_kernel")
-def test_broken_nvcc_fails_when_asked_to_be_strict(checkout: Path, broken_nvcc: dict[str, str]) -> None:
-    done, _ = build(checkout, CCU_FAST_CUDA="1", **broken_nvcc)
+def test_broken_nvcc_fails_when_asked_to_be_strict(checkout: Path, broken_nvcc: str) -> None:
+    done, _ = build(checkout, CCU_FAST_CUDA="1", CUDA_HOME=broken_nvcc)
     assert done.returncode != 0
     assert "CCU_FAST_CUDA=1, but" in done.stdout
     assert "a part of me is missing" in done.stdout
 
 
-@pytest.mark.usefixtures("wheel", "cuda_kernel")
-def test_real_nvcc_builds_what_loads_without_a_driver(checkout: Path) -> None:
+def test_cuda_is_switched_off(checkout: Path, tmp_path: Path) -> None:
+    """With a compiler that only touches its output: what is built is not looked at."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\necho c++ 1.0\n')
+    compiler.chmod(0o755)
+    done, record = build(checkout, CXX=str(compiler), CCU_FAST_CUDA="0")
+    assert done.returncode == 0, done.stdout
+    assert record["skipped"]["cuda"] == "switched off by CCU_FAST_CUDA=0"
+    module_of(checkout).unlink()
+
+
+def test_what_a_real_nvcc_built_loads_without_a_driver() -> None:
+    """Of the module in use: to compile the kernels again for this test alone would take a minute."""
     try:
         cuda.find_toolkit(probe.find_cxx())
     except probe.Unavailable as reason:
         pytest.skip(f"no working CUDA toolkit: {reason}")
-    done, record = build(checkout, CCU_FAST_CUDA="1", CCU_FAST_CUDA_ARCHS="9.0")
-    assert done.returncode == 0, done.stdout
-    assert record["cuda"]["archs"] == ["90"]
-    module = module_of(checkout)
-    assert "ccu_packaging_probe" in run(tool("nm"), module, cwd=checkout).stdout
-    assert ".nv_fatbin" in run(tool("readelf"), "-SW", module, cwd=checkout).stdout
-    assert "libcuda" not in run(tool("readelf"), "-d", module, cwd=checkout).stdout
+    record, linked = build_of_the_module()
+    assert record["cuda"] is not None, record["skipped"]
+    kernels = {path.stem for path in graph.cuda_kernels(ROOT / "csrc")}
+    assert kernels == {path.stem for path in linked if path.parent.name == "cuda"}
+    module = module_of(ROOT)
+    sections = run(tool("readelf"), "-SW", module, cwd=ROOT).stdout
+    assert ".nv_fatbin" in sections
+    assert "libcuda" not in run(tool("readelf"), "-d", module, cwd=ROOT).stdout
     load = f"""
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 loader = ExtensionFileLoader("ccu_fast._C", {str(module)!r})
 loader.exec_module(module_from_spec(spec_from_loader("ccu_fast._C", loader)))
 """
-    loaded = run(sys.executable, "-I", "-c", load, cwd=checkout)
+    loaded = run(sys.executable, "-I", "-c", load, cwd=ROOT)
     assert loaded.returncode == 0, loaded.stdout
 
 

@@ -41,8 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def around(folder: Path) -> list[Path]:
     """Objects of what is called and not under test."""
-    called = build.Build(folder / "plain")
-    return build.bindings(called) + build.host(called)
+    return build.around(build.Build(folder / "plain"))
 
 
 def passes(module: Path, files: dict[str, int], **environment: str) -> None:

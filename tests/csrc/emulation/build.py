@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from ccu_fast.ops import machine
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
@@ -79,11 +83,29 @@ def emulated(build: Build) -> list[Path]:
     return build.objects(kernels()) + build.objects([HERE / "fibers.cpp"], extra=scheduler)
 
 
-def host(build: Build) -> list[Path]:
-    """Objects of the CPU kernels, in plain C++, and of the choice between instruction sets."""
+def around(build: Build) -> list[Path]:
+    """Objects of the CPU kernels and of the Python side, which are called and are not under test.
+
+    Those of the module in use where it was compiled here, with CUDA; compiling them again takes a minute.
+    """
+    record = machine.build_info()
+    if record is not None and record["cuda"] is not None and (objects := linked()):
+        return [path for path in objects if path.parent.name != "cuda"]
     sources = sorted(path for path in (CSRC / "cpu").glob("*.cpp") if path.name != "dispatch.cpp")
     portable = build.objects(sources, extra=[*QUICK, "-DCCU_ISA=base"])
-    return portable + build.objects([CSRC / "cpu" / "dispatch.cpp"], extra=[*QUICK, "-DCCU_HAVE_BASE=1"])
+    dispatch = build.objects([CSRC / "cpu" / "dispatch.cpp"], extra=[*QUICK, "-DCCU_HAVE_BASE=1"])
+    return portable + dispatch + bindings(build)
+
+
+def linked() -> list[Path]:
+    """The objects of the module in use, in the order of linking; none if it was not compiled in this folder."""
+    folder = CSRC.parent / "build" / f"editable-{sys.implementation.cache_tag}"
+    in_use = CSRC.parent / "ccu_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    built = folder / in_use.name
+    if not (in_use.exists() and built.exists() and filecmp.cmp(in_use, built, shallow=False)):
+        return []
+    [names] = re.findall(r"^build \S+: link (.*)$", (folder / "build.ninja").read_text(), re.MULTILINE)
+    return [folder / name for name in names.split()]
 
 
 def bindings(build: Build) -> list[Path]:
