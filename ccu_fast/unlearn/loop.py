@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from ccu_fast.runs.progress import Clock, Progress
 from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of
 from ccu_fast.unlearn.parallel import Alone, Shared
-from ccu_fast.unlearn.parameters import Mask, freeze_all_but
+from ccu_fast.unlearn.parameters import freeze_all_but, salient
 
 CHECK_EVERY = 5
 CHUNK = 1024  # items embedded at once where no gradient is needed
@@ -35,35 +36,24 @@ class Batch:
     step: int
     steps: int
 
+    def embed(self, model: TwoModalityModel) -> tuple[Tensor, Tensor]:
+        """The visual and the other embeddings ``[N_u + N_r, D]`` of both parts, the forget batch first."""
+        visual = model.embed_visual(torch.cat([self.forget.visual, self.retain.visual]))
+        return visual, model.embed_other(torch.cat([self.forget.other, self.retain.other]))
+
 
 Step = Callable[[TwoModalityModel, Batch], Tensor]
-"""The loss of one step. A :class:`StatefulStep` where a method needs more than that."""
+"""The loss of one step."""
 
-Prepare = Callable[[TwoModalityModel, PairedData, PairedData], Step]
-"""From the frozen original and the two whole sets to the step of a method."""
-
-
-class StatefulStep(Protocol):
-    """A step with a beginning, or with a memory that a checkpoint must hold."""
-
-    def __call__(self, model: TwoModalityModel, batch: Batch) -> Tensor:
-        """The loss of one step."""
-
-    def start(self, model: TwoModalityModel) -> None:
-        """Change the copy before the first step, in place and without gradients; not called by a resumed run."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on besides the model and the batch: tensors and plain values."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from where ``state_dict`` was called."""
+Prepare = Callable[[TwoModalityModel, PairedData, PairedData, int], Step]
+"""A method: from the frozen original, the two whole sets and the seed of the run to its step."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """When to stop: as soon as the forget set looks unseen and the rest is intact.
 
-    That is the first check (every 5 steps) where the visual accuracy on the forget set is at most ``level`` and each
+    That is at the first check (every 5 steps) where the visual accuracy on the forget set is at most ``level`` and each
     of the accuracies on ``retain`` is at most ``slack`` below the original's (:func:`accuracies`).
 
     Attributes:
@@ -91,8 +81,7 @@ class Run:
         steps: optimiser steps taken.
         items: items of the batches, both sets together.
         seconds: wall time of preparation, steps and checks.
-        cpu_seconds: processor time of the same, of all threads together; unlike wall time it does not count what else
-            the machine does.
+        cpu_seconds: processor time of the same, of all threads together.
         losses: the loss of every step.
     """
 
@@ -114,7 +103,8 @@ def run(
     seed: int = 0,
     held_out: HeldOut | None = None,
     trainable: Sequence[str] = ("*",),
-    mask: Mask | None = None,
+    saliency: float = 1.0,
+    start: Callable[[TwoModalityModel], None] | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
     stage: str = "unlearn",
@@ -127,17 +117,17 @@ def run(
         forget, retain: the two sets, on the device of the model.
         prepare: the method.
         budget: steps, learning rate, batch.
-        seed: of the batches.
+        seed: of the batches and of what the method draws.
         held_out: stop early when this is reached.
         trainable: shell patterns of the names of parameters that may change.
-        mask: from the original and both sets to a bool tensor for each parameter; where it is False the gradient is 0
-            in every step. Parameters it does not name are free.
+        saliency: in (0, 1], the share of weights that may change: those the forget set depends on most.
+        start: changes the copy in place before the first step; not called by a resumed run.
         checkpoint: where the state is written; a run that finds one there goes on from it and ends as it would have.
         progress: called every few steps as progress(stage, done, total, note).
-        stage: the name progress hears.
+        stage: what progress is told first.
         group: processes that share the run, each called with the same arguments and embedding its part of every batch
             (:mod:`ccu_fast.unlearn.parallel`); the result is that of one process but for rounding, on all of them. The
-            first hears progress, reads and writes the checkpoint and decides when to stop early. None: this one alone.
+            first reports progress, reads and writes the checkpoint and decides when to stop. None: this one alone.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite; the message says at which step and, with a checkpoint, where
@@ -153,25 +143,22 @@ def run(
     settings = {"budget": asdict(budget), "seed": seed, "stage": stage, "more": checkpoint and checkpoint.settings}
     key = fingerprint(original.state_dict(), forget, retain, settings) if checkpoint or group else ""
     device = forget.labels.device
-    together = Alone() if group is None else Shared(group, key, budget, min(len(forget), len(retain)), device)
-    allowed = {} if mask is None else together.of_first(lambda: mask(original, forget, retain))
-    step_loss = prepare(frozen, forget, retain)
+    rows = min(budget.batch, len(forget), len(retain))
+    together = Alone() if group is None else Shared(group, key, rows, device)
+    open_weights = {} if saliency == 1 else together.of_first(partial(salient, original, forget, saliency))
+    step_loss = prepare(frozen, forget, retain, seed)
     floor = {} if held_out is None else {k: v - held_out.slack for k, v in accuracies(frozen, held_out.retain).items()}
     losses: list[float] = []
-    items = 0
     keeper = None if checkpoint is None else Keeper(checkpoint, key, device)
     stored = None if keeper is None else together.of_first(keeper.load)
     if keeper is not None and stored is not None:
         model.load_state_dict(stored["model"])
         optimizer.load_state_dict(stored["optimizer"])
-        if stored["step"]:
-            step_loss.load_state_dict(stored["step"])  # type: ignore[attr-defined]
-        losses, items = stored["losses"], stored["items"]
+        losses = stored["losses"]
         keeper.written = len(losses)
         clock.add(stored["seconds"])
-    elif hasattr(step_loss, "start"):
-        with torch.no_grad():
-            step_loss.start(model)
+    elif start is not None:
+        start(model)
         together.agree(model)
     towers = together.towers(model)
 
@@ -183,17 +170,16 @@ def run(
             continue
         loss = step_loss(towers, batch)
         value = loss.item()
-        if not abs(value) < float("inf"):
+        if not math.isfinite(value):
             raise FloatingPointError(_not_finite(f"the loss is {value}", stage, step, budget, keeper))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         together.average_gradients(model)
-        for name, open_weights in allowed.items():
-            if name in parameters and parameters[name].grad is not None:
-                parameters[name].grad.mul_(open_weights.to(device))  # type: ignore[union-attr]
+        for name, parameter in parameters.items():
+            if name in open_weights and parameter.grad is not None:
+                parameter.grad.mul_(open_weights[name].to(device))
         optimizer.step()
         losses.append(value)
-        items += len(batch.forget) + len(batch.retain)
         last = step == budget.steps
         if step % CHECK_EVERY == 0 or last:
             if progress is not None and together.is_first:
@@ -207,9 +193,7 @@ def run(
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "step": step_loss.state_dict() if hasattr(step_loss, "state_dict") else {},
                 "losses": losses,
-                "items": items,
                 "seconds": list(clock.read()),
                 "done": done,
             }
@@ -218,6 +202,7 @@ def run(
     model.train(original.training)
     for parameter, as_was in zip(model.parameters(), original.parameters(), strict=True):
         parameter.requires_grad_(as_was.requires_grad)
+    items = len(losses) * sum(min(budget.batch, len(part)) for part in (forget, retain))
     return Run(model, len(losses), items, *clock.read(), losses)
 
 
@@ -228,26 +213,61 @@ def _not_finite(what: str, stage: str, step: int, budget: Budget, keeper: Keeper
     return f"{message}; the state after step {keeper.written} is in {keeper.checkpoint.path}"
 
 
-@torch.no_grad()
-def accuracies(model: TwoModalityModel, data: PairedData) -> dict[str, float]:
-    """The share of items each head names right: ``{"visual": …, "other": …, "fused": …}`` in [0, 1].
-
-    Without heads or labels the share of items whose partner is the nearest of the whole set, from the visual to the
-    other modality ("visual") and back ("other").
-    """
-    visual, other = embed(model, data)
-    own = heads(model)
-    if not own or not data.labelled:
-        everyone = torch.arange(len(data), device=visual.device)
-        return {
-            "visual": (nearest(visual, other) == everyone).double().mean().item(),
-            "other": (nearest(other, visual) == everyone).double().mean().item(),
-        }
-    was_training = model.training
+@contextmanager
+def evaluating(model: TwoModalityModel) -> Iterator[None]:
+    """The model in evaluation mode and no gradients."""
+    training = model.training
     model.eval()
-    logits = {head: logits_of(model, head, visual, other) for head in own}
-    model.train(was_training)
-    return {head: (value.argmax(-1) == data.labels).double().mean().item() for head, value in logits.items()}
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model makes of items, in evaluation mode.
+
+    Attributes:
+        visual, other: embeddings ``[N, D]``.
+        logits: ``[N, classes]`` of each of its heads; none for items without labels.
+        labels: of the items.
+    """
+
+    visual: Tensor
+    other: Tensor
+    logits: dict[str, Tensor]
+    labels: Tensor
+
+    def accuracies(self) -> dict[str, float]:
+        """The share of items each head names right: ``{"visual": …, "other": …, "fused": …}`` in [0, 1].
+
+        Without logits the share of items whose partner is the nearest of the whole set, from the visual to the other
+        modality ("visual") and back ("other").
+        """
+        right = {head: logits.argmax(-1) == self.labels for head, logits in self.logits.items()}
+        if not right:
+            everyone = torch.arange(len(self.visual), device=self.visual.device)
+            right = {
+                "visual": nearest(self.visual, self.other) == everyone,
+                "other": nearest(self.other, self.visual) == everyone,
+            }
+        return {name: hits.double().mean().item() for name, hits in right.items()}
+
+
+def answers(model: TwoModalityModel, data: PairedData) -> Answers:
+    """Embed and classify all items."""
+    visual, other = embed(model, data)
+    with evaluating(model):
+        named = heads(model) if data.labelled else ()
+        logits = {head: logits_of(model, head, visual, other) for head in named}
+    return Answers(visual, other, logits, data.labels)
+
+
+def accuracies(model: TwoModalityModel, data: PairedData) -> dict[str, float]:
+    """:meth:`Answers.accuracies` of all items."""
+    return answers(model, data).accuracies()
 
 
 def nearest(x: Tensor, y: Tensor) -> Tensor:
@@ -255,24 +275,17 @@ def nearest(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([(part @ y.T).argmax(1) for part in x.split(CHUNK)])
 
 
-@torch.no_grad()
 def embed(model: TwoModalityModel, data: PairedData) -> tuple[Tensor, Tensor]:
     """Visual and other embeddings ``[N, D]`` of all items, in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    other = torch.cat([model.embed_other(part) for part in data.other.split(CHUNK)])
-    model.train(was_training)
+    with evaluating(model):
+        other = torch.cat([model.embed_other(part) for part in data.other.split(CHUNK)])
     return embed_visual(model, data.visual), other
 
 
-@torch.no_grad()
 def embed_visual(model: TwoModalityModel, visual: Tensor) -> Tensor:
     """Visual embeddings ``[N, D]`` of all inputs, in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    result = torch.cat([model.embed_visual(part) for part in visual.split(CHUNK)])
-    model.train(was_training)
-    return result
+    with evaluating(model):
+        return torch.cat([model.embed_visual(part) for part in visual.split(CHUNK)])
 
 
 def epochs_of_rows(items: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -6,15 +6,17 @@
            + retention · (L_b + CE(other head, forget set)) + anchor · L_anchor
            + separation · L_c + task · (CE of the heads on the retain set; InfoNCE without heads)
 
-This project's definition; arXiv 2509.23895 publishes no formula. Why the model is damaged first: losses at the output
-teach the last layers to hide what the others still know, and it comes back in a few steps of training. Weights that
-mattered to the forget set more than to the rest and were made small no longer know, and the losses repair the rest.
-Why the heads are told about u0, where the forgotten items used to be: moving the items away leaves the heads with the
-old direction of their class, and a few steps of training bring the items back to it.
+This project's definition; arXiv 2509.23895 publishes no formula.
+
+The model is damaged first because losses at the output teach the last layers to hide what the earlier ones still know,
+and a few steps of training bring that back. Weights that mattered more to the forget set than to the rest no longer
+know once they are made small, and the losses repair the rest. The heads are told about u0, where the forgotten items
+used to be, because a head that keeps the old direction of their class brings them back to it as quickly.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +25,9 @@ from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.baselines.bad_teacher import reinitialised
-from ccu_fast.unlearn.baselines.ssd import ssd
+from ccu_fast.unlearn.baselines.ssd import dampen
 from ccu_fast.unlearn.config import UnlearnConfig
-from ccu_fast.unlearn.loop import Batch, Prepare, Run, Step, embed, embed_visual, nearest, run
+from ccu_fast.unlearn.loop import Batch, Run, embed, embed_visual, nearest, run
 from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of, task_loss
 from ccu_fast.unlearn.objective import (
     KeyBank,
@@ -36,76 +38,67 @@ from ccu_fast.unlearn.objective import (
     separation_loss,
     unclassify_loss,
 )
-from ccu_fast.unlearn.parameters import saliency
 
 
 def run_ccu(
     original: TwoModalityModel, forget: PairedData, retain: PairedData, config: UnlearnConfig, **options: Any
 ) -> Run:
     """CCU in the loop with all that its configuration says; the options are those of :func:`.loop.run`."""
-    mask = None if config.saliency == 1 else saliency(config.saliency)
     return run(
         original,
         forget,
         retain,
-        ccu_method(config),
+        partial(CcuStep, config),
         config.budget,
         seed=config.seed,
         trainable=config.trainable,
-        mask=mask,
+        saliency=config.saliency,
+        start=partial(damage, config, forget, retain) if config.dampen else None,
         **options,
     )
 
 
-def ccu_method(config: UnlearnConfig) -> Prepare:
-    """The method for :func:`ccu_fast.unlearn.loop.run`."""
+def damage(config: UnlearnConfig, forget: PairedData, retain: PairedData, model: TwoModalityModel) -> None:
+    """Dampen, in place, the weights that matter to the forget set more than to the rest, as a sample of both tells."""
+    samples = []
+    for data in (forget, retain):
+        count = max(1, round(config.dampen_items * len(data) / (len(forget) + len(retain))))
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
+        samples.append(data.batch(order[:count].to(data.labels.device)))
+    dampen(model, *samples, alpha=config.dampen)
 
-    def prepare(frozen: TwoModalityModel, forget: PairedData, retain: PairedData) -> Step:
-        return _CcuStep(config, frozen, forget, retain)
 
-    return prepare
-
-
-class _CcuStep:
+class CcuStep:
     """The loss of a step, from frozen embeddings that are computed once and not in every step."""
 
-    def __init__(self, config: UnlearnConfig, frozen: TwoModalityModel, forget: PairedData, retain: PairedData) -> None:
+    def __init__(
+        self,
+        config: UnlearnConfig,
+        frozen: TwoModalityModel,
+        forget: PairedData,
+        retain: PairedData,
+        seed: int,
+    ) -> None:
         self.config = config
-        self.forget, self.retain = forget, retain
+        self.retain = retain
         self.u0, self.a0 = embed(frozen, forget)
         self.r0, self.b0 = embed(frozen, retain)
         # Found again by a resumed run: the same copy of the same model.
-        self.neighbour = nearest_retained(frozen, forget, retain, config.seed) if config.neighbours else None
+        self.neighbour = nearest_retained(frozen, forget, retain, seed) if config.neighbours else None
         self.bank: KeyBank | None = None
         if config.bank:
             keys = torch.cat([self.r0, self.b0, self.u0, self.a0])
             labels = torch.cat([retain.labels, retain.labels, forget.labels, forget.labels])
             ids = torch.cat([retain.ids, retain.ids, forget.ids, forget.ids]) // config.group
-            self.bank = KeyBank(keys, labels, ids).draw(config.bank, config.seed)
-
-    def start(self, model: TwoModalityModel) -> None:
-        """Dampen the weights that matter to the forget set more than to the rest."""
-        config = self.config
-        if config.dampen:
-            sample = [_sampled(data, self.forget, self.retain, config) for data in (self.forget, self.retain)]
-            with torch.enable_grad():
-                dampened = ssd(model, *sample, alpha=config.dampen).model
-            for parameter, new in zip(model.parameters(), dampened.parameters(), strict=True):
-                parameter.copy_(new)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+            self.bank = KeyBank(keys, labels, ids).draw(config.bank, seed)
 
     def __call__(self, model: TwoModalityModel, batch: Batch) -> Tensor:
         config, forget, retain = self.config, batch.forget, batch.retain
         u0, a0 = self.u0[batch.forget_rows], self.a0[batch.forget_rows]
         r0, b0 = self.r0[batch.retain_rows], self.b0[batch.retain_rows]
+        other0 = torch.cat([a0, b0])
         n, scale = len(forget), 1 / config.temperature
-        visual = model.embed_visual(torch.cat([forget.visual, retain.visual]))
-        other = model.embed_other(torch.cat([forget.other, retain.other]))
+        visual, other = batch.embed(model)
         u, r, a, b = visual[:n], visual[n:], other[:n], other[n:]
         total = config.task * task_loss(model, r, b, retain.labels)
         if config.forgetting:
@@ -114,36 +107,28 @@ class _CcuStep:
                 roles = {"forget_ids": forget.ids // config.group, "retain_ids": retain.ids // config.group}
             gone = forgetting_loss(u, r, u0=u0, a0=a0, b0=b0, scale=scale, bank=self.bank, **roles)
             if config.forget == "class":
-                for head in heads(model):
-                    if head != "other":
-                        # The other modality is kept: it must not learn to hide the class from the fused head.
-                        for place in (u, u0):
-                            gone = gone + unclassify_loss(logits_of(model, head, place, a.detach()), forget.labels)
+                for head in heads(model, visual_only=True):
+                    # The other modality is kept: it must not learn to hide the class from the fused head.
+                    for place in (u, u0):
+                        gone = gone + unclassify_loss(logits_of(model, head, place, a.detach()), forget.labels)
             total = total + config.forgetting * gone
         if self.neighbour is not None:
             alike = embed_visual(model, self.retain.visual[self.neighbour[batch.forget_rows]])
             total = total + config.neighbours * neighbour_loss(u, alike)
         if config.retention:
-            keys = torch.cat([a0, b0]) if self.bank is None else self.bank.keys
-            kept = retention_loss(other, torch.cat([a0, b0]), keys, scale=scale)
+            keys = other0 if self.bank is None else self.bank.keys
+            kept = retention_loss(other, other0, keys, scale=scale)
             if "other" in heads(model) and forget.labelled:
                 kept = kept + F.cross_entropy(model.classify_other(a), forget.labels)
             total = total + config.retention * kept
         if config.anchor:
-            total = total + config.anchor * (anchor_loss(other, torch.cat([a0, b0])) + anchor_loss(r, r0))
+            total = total + config.anchor * (anchor_loss(other, other0) + anchor_loss(r, r0))
         if config.separation:
             labels = {"retain_labels": retain.labels, "forget_labels": forget.labels}
             sides: dict[str, Any] = {"retain_ids": retain.ids} if config.forget == "pairs" else labels
             apart = separation_loss(r, r0, u, scale=scale, weight=config.forgotten_weight, **sides)
             total = total + config.separation * apart
         return total
-
-
-def _sampled(data: PairedData, forget: PairedData, retain: PairedData, config: UnlearnConfig) -> PairedData:
-    """The set's share of the items that importances are taken from."""
-    count = max(1, round(config.dampen_items * len(data) / (len(forget) + len(retain))))
-    generator = torch.Generator().manual_seed(config.seed)
-    return data.batch(torch.randperm(len(data), generator=generator)[:count].to(data.labels.device))
 
 
 def nearest_retained(model: TwoModalityModel, forget: PairedData, retain: PairedData, seed: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,32 +29,16 @@ class TwoTowerModel(Protocol):
 
     training: bool
 
-    def train(self, mode: bool = True) -> Self:
-        """As of ``nn.Module``."""
-
-    def eval(self) -> Self:
-        """As of ``nn.Module``."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """As of ``nn.Module``."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of ``nn.Module``."""
-
-    def buffers(self) -> Iterator[Tensor]:
-        """As of ``nn.Module``."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """As of ``nn.Module``."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> Any:
-        """As of ``nn.Module``."""
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """As of ``nn.Module``."""
-
-    def to(self, device: torch.device) -> Self:
-        """As of ``nn.Module``."""
+    # As of nn.Module.
+    def train(self, mode: bool = True) -> Self: ...
+    def eval(self) -> Self: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def buffers(self) -> Iterator[Tensor]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> Any: ...
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+    def to(self, device: torch.device) -> Self: ...
 
     def embed_visual(self, visual: Tensor) -> Tensor:
         """Inputs → unit vectors ``[N, D]``."""
@@ -85,14 +69,19 @@ class TwoModalityModel(TwoTowerModel, Protocol):
 
 Model = TypeVar("Model", bound=TwoTowerModel)
 
-TOWERS = ("embed_visual", "embed_other")
 HEADS = ("visual", "other", "fused")
 CLIP_SCALE = 1 / 0.07  # CLIP's initial inverse temperature, for models that bring none of their own
 
 
-def heads(model: TwoTowerModel) -> tuple[str, ...]:
-    """The heads the model has, of "visual", "other" and "fused"."""
-    return tuple(name for name in HEADS if callable(getattr(model, f"classify_{name}", None)))
+def heads(model: TwoTowerModel, *, visual_only: bool = False) -> tuple[str, ...]:
+    """The heads the model has, of "visual", "other" and "fused"; with ``visual_only`` those that see that modality."""
+    names = [name for name in HEADS if not (visual_only and name == "other")]
+    return tuple(name for name in names if callable(getattr(model, f"classify_{name}", None)))
+
+
+def embed_both(model: TwoModalityModel, data: PairedData) -> tuple[Tensor, Tensor]:
+    """The visual and the other embeddings ``[N, D]``, with their gradients."""
+    return model.embed_visual(data.visual), model.embed_other(data.other)
 
 
 def logits_of(model: TwoModalityModel, head: str, visual: Tensor, other: Tensor) -> Tensor:
@@ -102,40 +91,37 @@ def logits_of(model: TwoModalityModel, head: str, visual: Tensor, other: Tensor)
     return model.classify_visual(visual) if head == "visual" else model.classify_other(other)
 
 
-def task_loss(model: TwoModalityModel, visual: Tensor, other: Tensor, labels: Tensor) -> Tensor:
+def task_loss(
+    model: TwoModalityModel, visual: Tensor, other: Tensor, labels: Tensor, *, visual_only: bool = False
+) -> Tensor:
     """What the model is trained on, from the embeddings ``[N, D]`` of both modalities.
 
     The sum of its heads' cross-entropies; for a model without heads, and for items without labels, the symmetric
-    InfoNCE of the pairs at the model's ``scale``.
+    InfoNCE of the pairs at the model's ``scale`` (CLIP's initial one without).
+
+    Args:
+        model: with or without heads.
+        visual, other: the embeddings of the same N items.
+        labels: int64 ``[N]``; negative = none.
+        visual_only: leave out the head that does not see the visual modality, which is to keep what it knows.
     """
-    own = heads(model)
+    own = heads(model, visual_only=visual_only)
     if not own or not len(labels) or int(labels[0]) < 0:
-        return pair_loss(model, visual, other)
+        return info_nce(visual, other, scale=getattr(model, "scale", CLIP_SCALE))
     first, *rest = (F.cross_entropy(logits_of(model, head, visual, other), labels) for head in own)
     return first + sum(rest) if rest else first
 
 
-def pair_loss(model: TwoTowerModel, visual: Tensor, other: Tensor) -> Tensor:
-    """Symmetric InfoNCE of the pairs at the model's ``scale`` (CLIP's initial one without)."""
-    return info_nce(visual, other, scale=getattr(model, "scale", CLIP_SCALE))
-
-
-def forget_loss(model: TwoModalityModel, data: PairedData) -> Tensor:
-    """What the model loses when it forgets these items: the cross-entropy of the heads that see the visual modality.
-
-    Without heads or labels the InfoNCE of the pairs.
-    """
-    visual, other = model.embed_visual(data.visual), model.embed_other(data.other)
-    own = [head for head in heads(model) if head != "other"]
-    if not own or not data.labelled:
-        return pair_loss(model, visual, other)
-    return torch.stack([F.cross_entropy(logits_of(model, head, visual, other), data.labels) for head in own]).sum()
+def loss_on(model: TwoModalityModel, data: PairedData, *, visual_only: bool = False) -> Tensor:
+    """:func:`task_loss` of items that are not embedded yet; with ``visual_only`` what is lost by forgetting them."""
+    return task_loss(model, *embed_both(model, data), data.labels, visual_only=visual_only)
 
 
 def check_problem(model: Any, forget: PairedData, retain: PairedData, roles: str) -> None:
     """Raise an error that names what is wrong with a model or its forget and retain sets, before anything runs."""
-    _check_module(model)
-    missing = [name for name in TOWERS if not callable(getattr(model, name, None))]
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    missing = [name for name in ("embed_visual", "embed_other") if not callable(getattr(model, name, None))]
     if missing:
         raise TypeError(
             f"model: expected the methods embed_visual and embed_other, got a {type(model).__name__} "
@@ -143,13 +129,12 @@ def check_problem(model: Any, forget: PairedData, retain: PairedData, roles: str
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: expected at least one parameter that requires a gradient, got none")
+    device = next(model.parameters()).device
     for name, data in (("forget", forget), ("retain", retain)):
         if not isinstance(data, PairedData):
             raise TypeError(f"{name}: expected a PairedData, got {type(data).__name__}")
         if len(data) == 0:
             raise ValueError(f"{name}: expected at least one item, got none")
-    device = next(model.parameters()).device
-    for name, data in (("forget", forget), ("retain", retain)):
         if data.labels.device != device:
             raise ValueError(f"{name}: expected device {device} (that of model), got {data.labels.device}")
     overlap = forget.ids[torch.isin(forget.ids, retain.ids)]
@@ -159,7 +144,7 @@ def check_problem(model: Any, forget: PairedData, retain: PairedData, roles: str
         )
     if roles != "pairs":
         _check_labels(forget, retain, roles)
-    _check_outputs(model, forget, retain, roles)
+    _check_outputs(cast(TwoModalityModel, model), forget, retain, roles)
 
 
 def _check_labels(forget: PairedData, retain: PairedData, roles: str) -> None:
@@ -183,18 +168,12 @@ def _check_labels(forget: PairedData, retain: PairedData, roles: str) -> None:
         )
 
 
-def _check_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-
-
 def _check_outputs(model: TwoModalityModel, forget: PairedData, retain: PairedData, roles: str) -> None:
-    sample = torch.zeros(1, dtype=torch.long, device=forget.labels.device)
-    item = forget.batch(sample)
+    item = forget.batch(torch.zeros(1, dtype=torch.long, device=forget.labels.device))
     # On a copy: switching modes back and forth would lose those of single layers.
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
-        visual, other = model.embed_visual(item.visual), model.embed_other(item.other)
+        visual, other = embed_both(model, item)
         if visual.ndim != 2 or visual.shape != other.shape:
             raise ValueError(
                 "model: expected embed_visual and embed_other to share one space [N, D], got shapes "

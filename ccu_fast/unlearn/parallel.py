@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ccu_fast.distributed.parameters import average_, average_gradients
 from ccu_fast.distributed.ranks import Ranks, Value, offsets
-from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.model import TwoModalityModel
 
 
@@ -47,17 +46,16 @@ class Shared(Alone):
     Args:
         group: this process is a member.
         key: of the run; must be the same on all.
-        budget: a batch must have a row for each process.
-        items: of the smaller set.
+        rows: of each set in a batch; at least one for each process.
+        device: of the data.
 
     Raises:
         ValueError: another run on some process, more processes than rows.
     """
 
-    def __init__(self, group: dist.ProcessGroup, key: str, budget: Budget, items: int, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup, key: str, rows: int, device: torch.device) -> None:
         self.ranks = Ranks(group)
         self.is_first = self.ranks.rank == 0
-        rows = min(budget.batch, items)
         if rows < self.ranks.size:
             raise ValueError(
                 f"group: expected at most as many processes as a batch has items of each set ({rows}), got "
@@ -76,7 +74,6 @@ class Shared(Alone):
     def of_first(self, make: Callable[[], Value]) -> Value:
         return self.ranks.of_first(make)
 
-    @torch.no_grad()
     def average_gradients(self, model: TwoModalityModel) -> None:
         average_gradients(model.parameters(), self.ranks.group)
         # The statistics of a normalisation layer are those of its process's rows.

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from ccu_fast import check
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn.model import TwoModalityModel, forget_loss
+from ccu_fast.unlearn.model import TwoModalityModel, loss_on
 
-Mask = Callable[[TwoModalityModel, PairedData, PairedData], dict[str, Tensor]]
-"""From the original and the two sets to a bool tensor for each parameter's name: True may change."""
+CHUNK = 256  # items whose gradient is taken at once
 
 
 def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -25,11 +23,8 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
         patterns: such as ``("visual_*", "projector.*")``, matched against the names of ``named_parameters``.
 
     Raises:
-        TypeError: a string instead of a sequence of them.
         ValueError: a pattern that matches nothing; nothing left to train.
     """
-    if isinstance(patterns, str):
-        raise TypeError(f"trainable: expected a sequence of patterns, got the string {patterns!r}")
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -44,36 +39,33 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
         raise ValueError(f"trainable: expected patterns that leave something to train, got {list(patterns)}")
 
 
-def saliency(share: float = 0.5, *, batch: int = 256) -> Mask:
-    """The mask that lets only the weights change on which the forget set depends most::
+def salient(original: TwoModalityModel, forget: PairedData, share: float) -> dict[str, Tensor]:
+    """The weights on which the forget set depends most::
 
         g = abs(grad of the visual and fused cross-entropy over the forget set)
         mask = g >= quantile(all of g together, 1 - share)
 
     Args:
-        share: of all trainable weights that may change, in (0, 1]; 0.5 in the paper.
-        batch: items at a time.
+        original: not changed.
+        forget: the items whose gradient counts.
+        share: of all trainable weights, in (0, 1]; 0.5 in the paper.
 
-    Raises:
-        ValueError: share out of range.
+    Returns:
+        A bool tensor for the name of each trainable parameter.
 
     Source: Fan et al. 2024, SalUn (arXiv 2310.12508), eq. 4; without heads the gradient is that of the paired InfoNCE.
     """
-    check.number("share", share, low=1e-9, high=1)
-    check.integer("batch", batch, low=1)
-
-    def mask(original: TwoModalityModel, forget: PairedData, retain: PairedData) -> dict[str, Tensor]:
-        # In evaluation mode and on a copy: neither statistics nor gradients of the original may change.
-        model = copy.deepcopy(original).eval()
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        for rows in torch.arange(len(forget), device=forget.ids.device).split(batch):
-            part = forget.batch(rows)
-            (forget_loss(model, part) * len(rows)).backward()
-        size = {name: torch.zeros_like(p) if p.grad is None else p.grad.abs() for name, p in named.items()}
-        together = torch.cat([g.flatten() for g in size.values()])
-        count = max(1, round(share * len(together)))
-        threshold = together.kthvalue(len(together) - count + 1).values
-        # A weight the forget set does not touch at all is never salient, however large the share.
-        return {name: (g >= threshold) & (g > 0) for name, g in size.items()}
-
-    return mask
+    # In evaluation mode and on a copy: neither statistics nor gradients of the original may change.
+    model = copy.deepcopy(original).eval()
+    for rows in torch.arange(len(forget), device=forget.ids.device).split(CHUNK):
+        (loss_on(model, forget.batch(rows), visual_only=True) * len(rows)).backward()
+    size = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.abs()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    together = torch.cat([g.flatten() for g in size.values()])
+    count = max(1, round(share * len(together)))
+    threshold = together.kthvalue(len(together) - count + 1).values
+    # A weight the forget set does not touch at all is never salient, however large the share.
+    return {name: (g >= threshold) & (g > 0) for name, g in size.items()}

@@ -26,15 +26,15 @@ from ccu_fast.unlearn import (
 )
 from ccu_fast.unlearn.audit import auc, embedding_map
 from ccu_fast.unlearn.baselines.contrastive_unlearning import unlearning_loss
-from ccu_fast.unlearn.baselines.fine_tune import fine_tune
-from ccu_fast.unlearn.baselines.gradient_ascent import gradient_ascent
+from ccu_fast.unlearn.baselines.plain_losses import fine_tune, gradient_ascent
 from ccu_fast.unlearn.baselines.random_label import wrong_labels
-from ccu_fast.unlearn.baselines.retrain import retrain
 from ccu_fast.unlearn.loop import Batch, accuracies, run
 from ccu_fast.unlearn.study.run import METHODS, run_digits_halves
 from ccu_fast.unlearn.study.train import TrainConfig, train
+from tests.support import toy_unlearn
+from tests.support.toy_unlearn import CLASSES, DIM, INPUTS, make_model, toy, weights
 
-N_U, N_R, DIM, CLASSES, INPUTS = 9, 14, 6, 4, 5
+N_U, N_R = 9, 14
 SCALE = 5.0
 
 
@@ -251,28 +251,9 @@ class TestContrastiveUnlearning:
         both_gradients(ours, -(SCALE * u @ r.T).mean(), [u, r])
 
 
-def toy(items: int = 60, seed: int = 0) -> PairedData:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(items) % CLASSES
-    centre = 2 * torch.randn(2, CLASSES, INPUTS, generator=torch.Generator().manual_seed(99))
-    visual, other = centre[:, labels] + 0.5 * torch.randn(2, items, INPUTS, generator=generator)
-    return PairedData(visual, other, labels)
-
-
-def make_model() -> FusionModel:
-    return FusionModel(INPUTS, INPUTS, CLASSES, hidden=16, embedding=DIM)
-
-
 @pytest.fixture(scope="module")
 def trained() -> tuple[FusionModel, PairedData]:
-    data = toy()
-    model = train(make_model, data, TrainConfig(epochs=60, batch=20, learning_rate=1e-2)).model
-    assert min(accuracies(model, data).values()) > 0.95
-    return model, data
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return toy_unlearn.trained(), toy()
 
 
 class TestUnlearn:
@@ -385,19 +366,19 @@ class TestUnlearn:
 
 
 class TestMethods:
-    def test_retrain_never_sees_what_it_must_not(self, trained: tuple[FusionModel, PairedData]) -> None:
+    def test_training_never_sees_what_it_must_not(self, trained: tuple[FusionModel, PairedData]) -> None:
         _, data = trained
         gone = data.labels == 1
         config = TrainConfig(epochs=2, batch=20)
         scrambled = PairedData(
             torch.where(gone[:, None], torch.full_like(data.visual, 1e6), data.visual), data.other, data.labels
         )
-        for kind in ("mask", "drop"):
-            one, two = (retrain(make_model, d, data.ids[gone], config, kind=kind).model for d in (data, scrambled))
-            assert torch.equal(weights(one), weights(two)), kind
+        one, two = (train(make_model, d, config, visual_known=~gone).model for d in (data, scrambled))
+        assert torch.equal(weights(one), weights(two))
         plain = train(make_model, data, config).model
         assert not torch.equal(weights(plain), weights(train(make_model, scrambled, config).model))
-        masked = retrain(make_model, data, data.ids[gone], TrainConfig(epochs=60, batch=20, learning_rate=1e-2)).model
+        longer = TrainConfig(epochs=60, batch=20, learning_rate=1e-2)
+        masked = train(make_model, data, longer, visual_known=~gone).model
         assert accuracies(masked, data[gone])["other"] > 0.95
         assert accuracies(masked, data[gone])["visual"] == 0
 
@@ -423,10 +404,10 @@ class TestMethods:
         model, data = trained
         seen: list[Batch] = []
 
-        def spy(frozen: nn.Module, forget: PairedData, retain: PairedData):
+        def spy(*prepared):
             def step(model: nn.Module, batch: Batch) -> Tensor:
                 seen.append(batch)
-                return fine_tune(frozen, forget, retain)(model, batch)
+                return fine_tune(*prepared)(model, batch)
 
             return step
 

@@ -22,9 +22,9 @@ from ccu_fast.models.fusion import ConvFusionModel, FusionModel
 from ccu_fast.unlearn import Budget, Checkpoint, HeldOut, KeyBank, UnlearnConfig, unlearn
 from ccu_fast.unlearn.baselines.bad_teacher import reinitialised
 from ccu_fast.unlearn.loop import accuracies, run
-from ccu_fast.unlearn.method import ccu_method, nearest_retained
+from ccu_fast.unlearn.method import CcuStep, damage, nearest_retained, run_ccu
 from ccu_fast.unlearn.objective import anchor_loss, forgetting_loss, neighbour_loss, separation_loss, unclassify_loss
-from ccu_fast.unlearn.parameters import saliency
+from ccu_fast.unlearn.parameters import salient
 from ccu_fast.unlearn.study.train import TrainConfig, train
 from tests.support import toy_unlearn
 from tests.support.paths import ROOT
@@ -155,7 +155,7 @@ class TestWhatMayChange:
     def test_saliency_opens_the_share_that_matters_most(self, trained: tuple[FusionModel, PairedData]) -> None:
         model, data = trained
         forget, retain = sets(data)
-        mask = saliency(0.25)(model, forget, retain)
+        mask = salient(model, forget, 0.25)
         total = sum(p.numel() for p in model.parameters())
         assert sum(int(m.sum()) for m in mask.values()) == round(0.25 * total)
         mine = copy.deepcopy(model)
@@ -173,10 +173,8 @@ class TestWhatMayChange:
 
     def test_dampening_damages_before_the_first_step(self, trained: tuple[FusionModel, PairedData]) -> None:
         model, data = trained
-        step = ccu_method(UnlearnConfig(dampen=1.5))(model, *sets(data))
         damaged = copy.deepcopy(model)
-        with torch.no_grad():
-            step.start(damaged)  # type: ignore[attr-defined]
+        damage(UnlearnConfig(dampen=1.5), *sets(data), damaged)
         pairs = list(zip(model.parameters(), damaged.parameters(), strict=True))
         assert all(bool((new.abs() <= old.abs()).all()) for old, new in pairs)
         assert any(bool((new.abs() < old.abs()).any()) for old, new in pairs)
@@ -210,7 +208,7 @@ class TestWhatMayChange:
         with torch.no_grad():
             live.visual_tower[0].weight.mul_(0.5)  # not where the frozen model has them
         losses = [
-            ccu_method(UnlearnConfig(forget=kind, neighbours=w, seed=2))(model, forget, retain)(live, batch)
+            CcuStep(UnlearnConfig(forget=kind, neighbours=w), model, forget, retain, seed=2)(live, batch)
             for w in (0.0, 2.0)
         ]
         u = live.embed_visual(batch.forget.visual)
@@ -226,7 +224,7 @@ class TestWhatMayChange:
         with torch.no_grad():
             live.visual_tower[0].weight.mul_(0.5)
         with_a, without = (
-            ccu_method(UnlearnConfig(forgetting=w))(model, forget, retain)(live, batch) for w in (2.0, 0.0)
+            CcuStep(UnlearnConfig(forgetting=w), model, forget, retain, seed=0)(live, batch) for w in (2.0, 0.0)
         )
         u0, a0, b0 = (
             f(x)
@@ -282,9 +280,7 @@ class TestPairs:
             with pytest.raises(ValueError, match=r"forget: expected labels for forget="):
                 unlearn(model, forget, retain, UnlearnConfig(forget=kind))
         stopping = UnlearnConfig(forget="pairs", early_stop=True, budget=Budget(steps=200, learning_rate=3e-3))
-        stopped = run(
-            model, forget, retain, ccu_method(stopping), stopping.budget, held_out=HeldOut(retain, 0.5, slack=1.0)
-        )
+        stopped = run_ccu(model, forget, retain, stopping, held_out=HeldOut(retain, 0.5, slack=1.0))
         assert stopped.steps < 200
 
     def test_a_dual_encoder_with_the_names_of_the_protocol(self) -> None:
@@ -352,8 +348,8 @@ class TestCheckpoint:
     ) -> None:
         model, (forget, retain) = trained[0], sets(trained[1])
 
-        def prepare(frozen: nn.Module, f: PairedData, r: PairedData):
-            inner = ccu_method(UnlearnConfig())(frozen, f, r)
+        def prepare(*prepared):
+            inner = CcuStep(UnlearnConfig(), *prepared)
             return lambda m, batch: inner(m, batch) * (math.nan if batch.step == 7 else 1)
 
         checkpoint = Checkpoint(tmp_path / "state.pt", every=3)

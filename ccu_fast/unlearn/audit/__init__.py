@@ -2,19 +2,18 @@
 
 - ``whole``       all of it in one call: :func:`audit`
 - ``membership``  attacks on the model alone: confidence, modified entropy
-- ``probe``       what a linear classifier finds in the frozen features
+- ``probe``       what a linear classifier finds in the frozen features, and a map of them in the plane
 - ``relearn``     how many steps bring the knowledge back
 - ``retrieval``   recall of pairs without labels
 - ``summary``     average gap to retraining, mean and spread over seeds
-- ``maps``        embeddings in the plane
 """
 
-from ccu_fast.unlearn.audit.audit import MODALITIES, audit
+from ccu_fast.unlearn.audit.audit import audit
 from ccu_fast.unlearn.audit.membership import auc, membership_auc, modified_entropy
 from ccu_fast.unlearn.audit.probe import embedding_map, linear_probe
 from ccu_fast.unlearn.audit.relearn import relearn_steps
 from ccu_fast.unlearn.audit.retrieval import recall
-from ccu_fast.unlearn.audit.summary import average_gap, mean_and_spread, most_accurate, over_seeds
+from ccu_fast.unlearn.audit.summary import MODALITIES, average_gap, over_seeds
 
 __all__ = [
     "MODALITIES",
@@ -23,10 +22,8 @@ __all__ = [
     "average_gap",
     "embedding_map",
     "linear_probe",
-    "mean_and_spread",
     "membership_auc",
     "modified_entropy",
-    "most_accurate",
     "over_seeds",
     "recall",
     "relearn_steps",

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn.audit.membership import membership_auc
+from ccu_fast.unlearn.audit.membership import auc, certainty, confidence
 from ccu_fast.unlearn.audit.probe import linear_probe
 from ccu_fast.unlearn.audit.relearn import relearn_steps
 from ccu_fast.unlearn.audit.retrieval import recall
-from ccu_fast.unlearn.loop import accuracies
-from ccu_fast.unlearn.model import TwoModalityModel, heads
-
-MODALITIES = ("visual", "other", "fused")
+from ccu_fast.unlearn.audit.summary import MODALITIES
+from ccu_fast.unlearn.loop import answers
+from ccu_fast.unlearn.model import TwoModalityModel
 
 
 def audit(
@@ -36,7 +35,7 @@ def audit(
     Returns:
         For each modality whose head the model has, the accuracies "forget_train", "forget_test" (None without such
         items), "retain_train" and "retain_test" in [0, 1]; without heads or labels the share of pairs whose partner is
-        the nearest. ``"mia_auc"`` and ``"mia_entropy_auc"`` (None without labels): :func:`membership_auc` of the
+        the nearest. ``"mia_auc"`` and ``"mia_entropy_auc"`` (None without labels): ``membership_auc`` of the
         forget set against forget_test, or retain_test where there is none. When deep ``"probe"``
         (:func:`linear_probe`) and ``"relearn_steps"`` (:func:`relearn_steps`). Without labels ``"retrieval"``:
         :func:`recall` of the forget and the retain set among both. Each is to be compared with a retrained model's.
@@ -45,7 +44,7 @@ def audit(
         ValueError: an empty set.
         ImportError: deep without scikit-learn.
 
-    Source: :func:`membership_auc` and :func:`linear_probe` name theirs.
+    Source: ``membership_auc`` and :func:`linear_probe` name theirs.
 
     >>> from ccu_fast.models.fusion import FusionModel
     >>> data = ccu_fast.unlearn.PairedData(torch.rand(8, 3), torch.rand(8, 3), torch.arange(8) % 4)
@@ -53,36 +52,30 @@ def audit(
     >>> sorted(ccu_fast.unlearn.audit(FusionModel(3, 3, classes=4), **parts))
     ['fused', 'mia_auc', 'mia_entropy_auc', 'other', 'visual']
     """
-    parts = {
-        "forget_train": forget,
-        "forget_test": forget_test,
-        "retain_train": retain,
-        "retain_test": retain_test,
-    }
-    measured = {name: None if data is None else accuracies(model, data) for name, data in parts.items()}
-    unseen = retain_test if forget_test is None else forget_test
-    labelled = forget.labelled and "visual" in heads(model)
+    parts = {"forget_train": forget, "forget_test": forget_test, "retain_train": retain, "retain_test": retain_test}
+    found = {name: answers(model, data) for name, data in parts.items() if data is not None}
+    measured = {name: part.accuracies() for name, part in found.items()}
     result: dict[str, object] = {
-        modality: {name: None if a is None else a[modality] for name, a in measured.items()}
+        modality: {name: measured[name][modality] if name in measured else None for name in parts}
         for modality in MODALITIES
-        if all(a is None or modality in a for a in measured.values())
+        if all(modality in accuracies for accuracies in measured.values())
     }
-    result["mia_auc"] = membership_auc(model, forget, unseen)
-    result["mia_entropy_auc"] = membership_auc(model, forget, unseen, attack="entropy") if labelled else None
+    members, unseen = found["forget_train"], found.get("forget_test", found["retain_test"])
+    labelled = "visual" in members.logits
+    result["mia_auc"] = auc(confidence(members), confidence(unseen))
+    result["mia_entropy_auc"] = auc(certainty(members), certainty(unseen)) if labelled else None
     if deep:
         result["probe"] = linear_probe(
             model, forget=forget, retain=retain, retain_test=retain_test, forget_test=forget_test
         )
         result["relearn_steps"] = relearn_steps(model, forget, retain)
     if not labelled:
-        both = _joined(forget, retain)
+        visual, other, ids = (
+            torch.cat([getattr(forget, name), getattr(retain, name)]) for name in ("visual", "other", "ids")
+        )
+        both = PairedData(visual, other, ids=ids)
         result["retrieval"] = {
             "forget": recall(model, forget, among=both),
             "retain": recall(model, retain, among=both),
         }
     return result
-
-
-def _joined(one: PairedData, two: PairedData) -> PairedData:
-    parts = [torch.cat([getattr(one, name), getattr(two, name)]) for name in ("visual", "other", "ids")]
-    return PairedData(parts[0], parts[1], ids=parts[2])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn.loop import embed
-from ccu_fast.unlearn.model import TwoModalityModel, heads
+from ccu_fast.unlearn.loop import Answers, answers
+from ccu_fast.unlearn.model import TwoModalityModel
 
 ATTACKS = ("confidence", "entropy")
 
@@ -46,26 +44,28 @@ def membership_auc(
     0.5
     """
     check.one_of("attack", attack, ATTACKS)
-    if attack == "entropy":
-        return auc(*(-modified_entropy(*_visual_logits(model, data)) for data in (members, unseen)))
-    return auc(confidence(model, members), confidence(model, unseen))
+    score = confidence if attack == "confidence" else certainty
+    return auc(score(answers(model, members)), score(answers(model, unseen)))
 
 
-@torch.no_grad()
-def confidence(model: TwoModalityModel, data: PairedData) -> Tensor:
+def confidence(found: Answers) -> Tensor:
     """How sure the visual head is of the true class, fp64 ``[N]``::
 
         log(p_y / (1 - p_y)) = z_y - logsumexp(z_others)          # orders as p_y does, without rounding to 1
 
     For a model without a visual head, or items without labels: the cosine of each pair.
     """
-    if "visual" not in heads(model) or not data.labelled:
-        visual, other = embed(model, data)
-        return (visual.double() * other.double()).sum(1)
-    logits, labels = _visual_logits(model, data)
-    own = logits.gather(1, labels[:, None])[:, 0]
-    rest = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
-    return own - rest
+    if "visual" not in found.logits:
+        return (found.visual.double() * found.other.double()).sum(1)
+    logits, own = found.logits["visual"].double(), found.labels[:, None]
+    return logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).logsumexp(1)
+
+
+def certainty(found: Answers) -> Tensor:
+    """The negated :func:`modified_entropy` of the visual head, fp64 ``[N]``."""
+    if "visual" not in found.logits:
+        raise ValueError("attack: expected a visual head and labels for 'entropy', got a model or data without")
+    return -modified_entropy(found.logits["visual"], found.labels)
 
 
 def modified_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -100,33 +100,15 @@ def auc(positive: Tensor, negative: Tensor) -> float:
     Raises:
         ValueError: one of them is empty.
     """
-    below, not_above = _counts(positive, negative)
-    return (below + not_above).double().mean().item() / (2 * len(negative))
-
-
-def _counts(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-    """For each positive the negatives below it, and those not above it."""
     for name, scores in (("positive", positive), ("negative", negative)):
         if len(scores) == 0:
             raise ValueError(f"{name}: expected at least one score, got none")
-    ordered = negative.sort().values
-    search: Callable[..., Tensor] = torch.searchsorted
-    return search(ordered, positive.contiguous()), search(ordered, positive.contiguous(), right=True)
+    ordered, positive = negative.sort().values, positive.contiguous()
+    below, not_above = (torch.searchsorted(ordered, positive, right=right) for right in (False, True))
+    return (below + not_above).double().mean().item() / (2 * len(negative))
 
 
 def _log_of_the_rest(z: Tensor) -> Tensor:
     """log sum_{j != i} exp(z_j) for every i, without cancellation where p_i is nearly 1."""
     columns = [torch.cat([z[:, :i], z[:, i + 1 :]], 1).logsumexp(1) for i in range(z.shape[1])]
     return torch.stack(columns, 1)
-
-
-@torch.no_grad()
-def _visual_logits(model: TwoModalityModel, data: PairedData) -> tuple[Tensor, Tensor]:
-    if "visual" not in heads(model) or not data.labelled:
-        raise ValueError("attack: expected a visual head and labels for 'entropy', got a model or data without")
-    visual, _ = embed(model, data)
-    was_training = model.training
-    model.eval()
-    logits = model.classify_visual(visual).double()
-    model.train(was_training)
-    return logits, data.labels

@@ -40,35 +40,25 @@ def linear_probe(
 
     Source: Alain & Bengio 2016 (arXiv 1610.01644); on forgetting that is only in the head arXiv 2604.08271.
     """
-    x = {
-        name: embed(model, data)[0].double().cpu().numpy()
-        for name, data in (("forget", forget), ("retain", retain), ("retain_test", retain_test))
-    }
-    y = {
-        name: data.labels.cpu().numpy()
-        for name, data in (("forget", forget), ("retain", retain), ("retain_test", retain_test))
-    }
-    if forget_test is None:
-        probe = _fit(x["retain"], y["retain"])
-        return {
-            "forget": float(probe.score(x["forget"], y["forget"])),
-            "forget_vs_rest": None,
-            "retain": float(probe.score(x["retain_test"], y["retain_test"])),
-        }
-    gone_x, gone_y = embed(model, forget_test)[0].double().cpu().numpy(), forget_test.labels.cpu().numpy()
-    seen_x = np.concatenate([x["forget"], x["retain"]])
-    probe = _fit(seen_x, np.concatenate([y["forget"], y["retain"]]))
-    gone = np.repeat([True, False], [len(x["forget"]), len(x["retain"])])
-    two = _fit(seen_x, gone, balanced=True)
-    hits, rejections = (
-        two.score(gone_x, np.ones(len(gone_x), bool)),
-        two.score(x["retain_test"], np.zeros(len(x["retain_test"]), bool)),
-    )
-    return {
-        "forget": float(probe.score(gone_x, gone_y)),
-        "forget_vs_rest": float(hits + rejections) / 2,
+    parts = {"forget": forget, "retain": retain, "retain_test": retain_test, "forget_test": forget_test}
+    x = {name: embed(model, data)[0].double().cpu().numpy() for name, data in parts.items() if data is not None}
+    y = {name: data.labels.cpu().numpy() for name, data in parts.items() if data is not None}
+    whole_class = forget_test is not None
+    judged = "forget_test" if whole_class else "forget"
+    train_x, train_y = x["retain"], y["retain"]
+    if whole_class:
+        train_x, train_y = (np.concatenate([part["forget"], part["retain"]]) for part in (x, y))
+    probe = _fit(train_x, train_y)
+    result: dict[str, float | None] = {
+        "forget": float(probe.score(x[judged], y[judged])),
+        "forget_vs_rest": None,
         "retain": float(probe.score(x["retain_test"], y["retain_test"])),
     }
+    if whole_class:
+        two = _fit(train_x, np.repeat([True, False], [len(forget), len(retain)]), balanced=True)
+        gone, kept = two.predict(x["forget_test"]), two.predict(x["retain_test"])
+        result["forget_vs_rest"] = float(gone.mean() + (~kept).mean()) / 2
+    return result
 
 
 def embedding_map(before: np.ndarray, after: np.ndarray, *, kind: str = "pca", seed: int = 0) -> list[np.ndarray]:

@@ -1,10 +1,12 @@
-"""Figures of figures: the average gap to retraining, the most accurate method, mean and spread over seeds."""
+"""Figures of figures: the average gap to retraining, mean and spread over seeds."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
+
+from ccu_fast.unlearn.model import HEADS as MODALITIES
 
 PARTS = ("forget_train", "forget_test", "retain_train", "retain_test")
 
@@ -25,9 +27,8 @@ def average_gap(values: Mapping[str, Any], gold: Mapping[str, Any]) -> float:
     Source: the "average gap" of Fan et al. 2024 (arXiv 2310.12508), over more figures.
     """
     pairs = [
-        (values[modality].get(part), gold[modality].get(part))
-        for modality in ("visual", "other", "fused")
-        if modality in values and modality in gold
+        (values.get(modality, {}).get(part), gold.get(modality, {}).get(part))
+        for modality in MODALITIES
         for part in PARTS
     ]
     pairs.append((values.get("mia_auc"), gold.get("mia_auc")))
@@ -35,35 +36,6 @@ def average_gap(values: Mapping[str, Any], gold: Mapping[str, Any]) -> float:
     if not gaps:
         raise ValueError("values: expected a figure that gold has too, got none")
     return 100 * sum(gaps) / len(gaps)
-
-
-def most_accurate(gaps: Mapping[str, float], names: Iterable[str]) -> str:
-    """Of these methods the one with the smallest average gap; the first of equal ones.
-
-    Raises:
-        ValueError: no name, or one without a gap.
-    """
-    chosen = list(names)
-    if not chosen:
-        raise ValueError("names: expected at least one method, got none")
-    for name in chosen:
-        if name not in gaps:
-            raise ValueError(f"names: expected methods with a gap ({', '.join(gaps)}), got {name}")
-    return min(chosen, key=lambda name: gaps[name])
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n − 1); of one value the spread is NaN, because it is not known.
-
-    Raises:
-        ValueError: no value.
-    """
-    if not values:
-        raise ValueError("values: expected at least one, got none")
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return mean, math.nan
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def over_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -74,7 +46,8 @@ def over_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             the same everywhere) or further dictionaries.
 
     Returns:
-        The same keys with ``{"mean": …, "spread": … or None, "seeds": n}`` for each number.
+        The same keys with ``{"mean": …, "spread": …, "seeds": n}`` for each number; the spread is the sample standard
+        deviation, None for one seed.
 
     Raises:
         ValueError: no report; reports of different keys; a figure that only some have; text that differs.
@@ -92,8 +65,8 @@ def over_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         elif all(value is None for value in values):
             result[key] = None
         elif all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-            mean, spread = mean_and_spread(values)
-            result[key] = {"mean": mean, "spread": None if math.isnan(spread) else spread, "seeds": len(values)}
+            spread = stdev(values) if len(values) > 1 else None
+            result[key] = {"mean": fmean(values), "spread": spread, "seeds": len(values)}
         elif all(value == values[0] for value in values):
             result[key] = values[0]
         else:

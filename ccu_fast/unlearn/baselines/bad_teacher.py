@@ -15,43 +15,28 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.baselines.predictions import distillation_loss, predictions
-from ccu_fast.unlearn.loop import Batch, Prepare, Step
-from ccu_fast.unlearn.model import TwoModalityModel
+from ccu_fast.unlearn.loop import Batch, Step
+from ccu_fast.unlearn.model import TwoModalityModel, embed_both
 
 
-def bad_teacher(seed: int, *, temperature: float = 1.0) -> Prepare:
-    """The method.
-
-    Args:
-        seed: of the random network.
-        temperature: > 0, of both distillations.
+def bad_teacher(frozen: TwoModalityModel, forget: PairedData, retain: PairedData, seed: int) -> Step:
+    """The method; the seed is that of the random network.
 
     Raises:
         ValueError: the model has no layer that can be initialised again.
     """
-    check.number("temperature", temperature, low=1e-6)
+    incompetent = reinitialised(frozen, seed)
 
-    def prepare(frozen: TwoModalityModel, forget: PairedData, retain: PairedData) -> Step:
-        incompetent = reinitialised(frozen, seed)
+    def step(model: TwoModalityModel, batch: Batch) -> Tensor:
+        terms = []
+        for part, teacher, visual_only in ((batch.forget, incompetent, True), (batch.retain, frozen, False)):
+            said, taught = (predictions(m, *embed_both(m, part), visual_only=visual_only) for m in (model, teacher))
+            terms.append(len(part) * distillation_loss(said, taught))
+        return (terms[0] + terms[1]) / (len(batch.forget) + len(batch.retain))
 
-        def step(model: TwoModalityModel, batch: Batch) -> Tensor:
-            terms = []
-            for part, teacher, visual_only in ((batch.forget, incompetent, True), (batch.retain, frozen, False)):
-                said = predictions(
-                    model, model.embed_visual(part.visual), model.embed_other(part.other), visual_only=visual_only
-                )
-                with torch.no_grad():
-                    visual, other = teacher.embed_visual(part.visual), teacher.embed_other(part.other)
-                    taught = predictions(teacher, visual, other, visual_only=visual_only)
-                terms.append(len(part) * distillation_loss(said, taught, temperature))
-            return (terms[0] + terms[1]) / (len(batch.forget) + len(batch.retain))
-
-        return step
-
-    return prepare
+    return step
 
 
 def reinitialised(model: TwoModalityModel, seed: int) -> TwoModalityModel:

@@ -14,44 +14,35 @@ and has no term against what the visual modality knows alone.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ccu_fast import check
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn.baselines.predictions import distillation_loss, predictions
-from ccu_fast.unlearn.loop import Batch, Prepare, Step, embed
+from ccu_fast.unlearn.baselines.predictions import distillation_loss
+from ccu_fast.unlearn.loop import Batch, Step, embed
 from ccu_fast.unlearn.model import CLIP_SCALE, TwoModalityModel, heads, task_loss
 
+FORGETTING, CONSISTENCY = 3.0, 3.0
 
-def clip_erase(*, retention: float = 1.0, forgetting: float = 3.0, consistency: float = 3.0) -> Prepare:
-    """The method; weights ≥ 0."""
-    for name, weight in (("retention", retention), ("forgetting", forgetting), ("consistency", consistency)):
-        check.number(name, weight, low=0)
 
-    def prepare(frozen: TwoModalityModel, forget: PairedData, retain: PairedData) -> Step:
-        r0_all, b0_all = embed(frozen, retain)
+def clip_erase(frozen: TwoModalityModel, forget: PairedData, retain: PairedData, seed: int) -> Step:
+    """The method."""
+    r0_all, b0_all = embed(frozen, retain)
 
-        def step(model: TwoModalityModel, batch: Batch) -> Tensor:
-            n = len(batch.forget)
-            visual = model.embed_visual(torch.cat([batch.forget.visual, batch.retain.visual]))
-            other = model.embed_other(torch.cat([batch.forget.other, batch.retain.other]))
-            with torch.no_grad():
-                taught = unimodal(frozen, r0_all[batch.retain_rows], b0_all[batch.retain_rows])
-            return (
-                retention * task_loss(model, visual[n:], other[n:], batch.retain.labels)
-                + forgetting * (visual[:n] * other[:n]).sum(-1).mean()
-                + consistency * distillation_loss(unimodal(model, visual[n:], other[n:]), taught, 1.0)
-            )
+    def step(model: TwoModalityModel, batch: Batch) -> Tensor:
+        n = len(batch.forget)
+        visual, other = batch.embed(model)
+        taught = unimodal(frozen, r0_all[batch.retain_rows], b0_all[batch.retain_rows])
+        return (
+            task_loss(model, visual[n:], other[n:], batch.retain.labels)
+            + FORGETTING * (visual[:n] * other[:n]).sum(-1).mean()
+            + CONSISTENCY * distillation_loss(unimodal(model, visual[n:], other[n:]), taught)
+        )
 
-        return step
-
-    return prepare
+    return step
 
 
 def unimodal(model: TwoModalityModel, visual: Tensor, other: Tensor) -> dict[str, Tensor]:
     """Logits of what each modality says alone."""
     if not {"visual", "other"} <= set(heads(model)):
         return {"visual": CLIP_SCALE * visual, "other": CLIP_SCALE * other}
-    said = predictions(model, visual, other)
-    return {"visual": said["visual"], "other": said["other"]}
+    return {"visual": model.classify_visual(visual), "other": model.classify_other(other)}

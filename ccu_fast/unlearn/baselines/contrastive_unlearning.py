@@ -18,53 +18,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.losses.functional import inverse_info_nce
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME
-from ccu_fast.unlearn.loop import Batch, Prepare, Step
+from ccu_fast.unlearn.loop import Batch, Step
 from ccu_fast.unlearn.model import TwoModalityModel, task_loss
 
 RETAIN_PER_FORGET = 4
-VARIANTS = ("formula", "released")
+TEMPERATURE, UNLEARNING = 0.7, 3.0
 
 
 def contrastive_unlearning(
-    forget: str,
-    *,
-    variant: str = "formula",
-    temperature: float = 0.7,
-    unlearn_weight: float = 3.0,
-    task_weight: float = 1.0,
-) -> Prepare:
-    """The method.
+    frozen: TwoModalityModel, forget: PairedData, retain: PairedData, seed: int, *, released: bool = False
+) -> Step:
+    """The method, as a formula of the paper or as the authors' code has it; see :func:`unlearning_loss`.
 
-    Args:
-        forget: "class" or "instances".
-        variant: "formula" as in the paper or "released" as in the authors' code; see :func:`unlearning_loss`.
-        temperature: > 0.
-        unlearn_weight, task_weight: λ_UL and λ_CE.
+    Raises:
+        ValueError: items without labels.
     """
-    check.one_of("forget", forget, ("class", "instances"))
-    check.one_of("variant", variant, VARIANTS)
-    check.number("temperature", temperature, low=1e-6)
-    scale = 1 / temperature
-    whole_class = forget == "class"
+    if not forget.labelled:
+        raise ValueError("forget: expected labels for contrastive unlearning, got items without")
+    whole_class = not bool(torch.isin(forget.labels, retain.labels).any())
 
-    def prepare(frozen: TwoModalityModel, forget_set: PairedData, retain_set: PairedData) -> Step:
-        def step(model: TwoModalityModel, batch: Batch) -> Tensor:
-            n = len(batch.forget)
-            visual = model.embed_visual(torch.cat([batch.forget.visual, batch.retain.visual]))
-            other = model.embed_other(batch.retain.other)
-            u, r = visual[:n], visual[n:]
-            labels = batch.forget.labels, batch.retain.labels
-            away = unlearning_loss(u, r, *labels, scale, whole_class=whole_class, variant=variant)
-            return unlearn_weight * away + task_weight * task_loss(model, r, other, batch.retain.labels)
+    def step(model: TwoModalityModel, batch: Batch) -> Tensor:
+        n, labels = len(batch.forget), batch.retain.labels
+        visual = model.embed_visual(torch.cat([batch.forget.visual, batch.retain.visual]))
+        other = model.embed_other(batch.retain.other)
+        u, r = visual[:n], visual[n:]
+        away = unlearning_loss(
+            u, r, batch.forget.labels, labels, 1 / TEMPERATURE, whole_class=whole_class, released=released
+        )
+        return UNLEARNING * away + task_loss(model, r, other, labels)
 
-        return step
-
-    return prepare
+    return step
 
 
 def unlearning_loss(
@@ -75,13 +62,13 @@ def unlearning_loss(
     scale: float,
     *,
     whole_class: bool,
-    variant: str = "formula",
+    released: bool = False,
 ) -> Tensor:
     """L_UL::
 
         S = u @ r.T / temperature;  same = forget_labels[:, None] == retain_labels[None, :]
-        "formula":   mean_i( logsumexp(S[i, same]) - mean(S[i, ~same]) )
-        "released":  mean_i( N_r / n_i * logsumexp(S[i, same]) - mean(S[i, ~same]) ),   n_i = (~same[i]).sum()
+        the formula:    mean_i( logsumexp(S[i, same]) - mean(S[i, ~same]) )
+        released:       mean_i( N_r / n_i * logsumexp(S[i, same]) - mean(S[i, ~same]) ),   n_i = (~same[i]).sum()
         a whole class, either way:  mean_i( -mean(S[i, ~same]) )
 
     The released code subtracts the log-sum from all N_r columns, those of the same class too, and divides by the number
@@ -93,7 +80,7 @@ def unlearning_loss(
         forget_labels: int64 ``[N_u]``, retain_labels: int64 ``[N_r]``.
         scale: 1 / temperature.
         whole_class: no retained item shares a forgotten label.
-        variant: "formula" or "released". Rows without an item of their own or of another class count as 0.
+        released: as the authors' code has it. Rows without an item of their own or of another class count as 0.
 
     Source: Lee et al. 2024 (arXiv 2401.10458), eq. 1, and the authors' ``Loss_v1``.
     """
@@ -101,7 +88,7 @@ def unlearning_loss(
     if whole_class:
         (pull, count), _ = reduce_similarity(u, r, scale=scale, rows=[("sum", OTHER), ("count", OTHER)], **relation)
         return -(pull / count.clamp(min=1)).mean()
-    if variant == "formula":
+    if not released:
         return inverse_info_nce(u, r, scale=scale, kind="contrastive", **relation)
     spec = [("lse", SAME), ("sum", OTHER), ("count", OTHER), ("count", SAME)]
     (push, pull, n_other, n_same), _ = reduce_similarity(u, r, scale=scale, rows=spec, **relation)

@@ -24,21 +24,14 @@ def predictions(
         predicts which item of the batch is the other half: ``{"pairs": [N, N], "pairs_back": [N, N]}``, the scaled
         similarities in both directions.
     """
-    own = heads(model)
-    if not own:
+    if not heads(model):
         similarity = getattr(model, "scale", CLIP_SCALE) * visual @ other.mT
         return {"pairs": similarity, "pairs_back": similarity.mT}
-    return {head: logits_of(model, head, visual, other) for head in own if not (visual_only and head == "other")}
+    return {head: logits_of(model, head, visual, other) for head in heads(model, visual_only=visual_only)}
 
 
-def relabelled_loss(model: TwoModalityModel, visual: Tensor, other: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy with other labels than the true ones, summed over the heads that see the visual modality."""
-    said = predictions(model, visual, other, visual_only=True)
-    return torch.stack([F.cross_entropy(logits, labels) for logits in said.values()]).sum()
-
-
-def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], temperature: float) -> Tensor:
-    """How far a student is from a teacher, summed over the heads both have::
+def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
+    """How far a student is from a teacher, summed over the student's heads::
 
         sum_heads  temperature**2 * mean_i KL( softmax(teacher_i / temperature) || softmax(student_i / temperature) )
 

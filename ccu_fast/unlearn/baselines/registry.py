@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,36 +13,18 @@ from torch.nn import functional as F
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.progress import Progress
-from ccu_fast.unlearn.baselines import contrastive_unlearning as contrastive
 from ccu_fast.unlearn.baselines.bad_teacher import bad_teacher
-from ccu_fast.unlearn.baselines.boundary_expand import boundary_expand, to_shadow
-from ccu_fast.unlearn.baselines.boundary_shrink import boundary_shrink
+from ccu_fast.unlearn.baselines.boundary import boundary_expand, boundary_shrink, to_shadow
 from ccu_fast.unlearn.baselines.clip_erase import clip_erase
-from ccu_fast.unlearn.baselines.fine_tune import fine_tune
-from ccu_fast.unlearn.baselines.gradient_ascent import gradient_ascent
+from ccu_fast.unlearn.baselines.contrastive_unlearning import RETAIN_PER_FORGET, contrastive_unlearning
 from ccu_fast.unlearn.baselines.multi_delete import multi_delete
-from ccu_fast.unlearn.baselines.neg_grad_plus import neg_grad_plus
-from ccu_fast.unlearn.baselines.random_label import random_label
-from ccu_fast.unlearn.baselines.salun import salun, salun_mask
+from ccu_fast.unlearn.baselines.plain_losses import fine_tune, gradient_ascent, neg_grad_plus
+from ccu_fast.unlearn.baselines.random_label import SALIENCY, random_label
 from ccu_fast.unlearn.baselines.scrub import scrub
 from ccu_fast.unlearn.baselines.ssd import ssd
 from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.loop import Batch, Prepare, Run, Step, run
 from ccu_fast.unlearn.model import TwoModalityModel, heads
-from ccu_fast.unlearn.parameters import Mask
-
-Make = Callable[[str, int], Prepare]
-"""From the kind of forgetting and the seed to the method."""
-
-
-# Where a method collapses a small network at the common learning rate it gets a fraction of it, and SSD an α: of the
-# rates 1, 0.3, 0.1, 0.05, 0.03, 0.01 and of α from 1.1 to 10 those nearest to a retrained model on held-out
-# digits-halves, seeds 100 and up.
-ASCENT = {"class": 0.1, "instances": 0.03, "pairs": 0.03}
-BOUNDARY = {"class": 0.3, "instances": 0.03, "pairs": 0.03}
-RELABEL = {"class": 1.0, "instances": 0.05, "pairs": 0.05}
-TEACHER = {"class": 1.0, "instances": 0.1, "pairs": 0.1}
-SSD_ALPHA = {"class": 5.0, "instances": 5.0, "pairs": 5.0}
 
 
 @dataclass(frozen=True)
@@ -50,17 +33,47 @@ class Baseline:
 
     Attributes:
         label: its name in tables.
-        run: ``run(original, forget, retain, kind, budget, *, seed=0, keep_other=0.0, **options)`` → Run, where kind is
-            "class", "instances" or "pairs" and the options are those of :func:`ccu_fast.unlearn.loop.run`. With
-            ``keep_other`` > 0 the step gets a term it does not have as published, see :func:`keeping_other`.
-        needs_labels: it cannot forget pairs without classes.
-        trains: it takes steps; without, the budget, keep_other and the options mean nothing to it.
+        prepare: its loss; None where it takes no steps.
+        rates: what share of the budget's learning rate it gets to forget a class, and to forget items.
+        retain_per_forget: see :class:`ccu_fast.unlearn.config.Budget`.
+        saliency: the share of weights that may change.
+        loop: :func:`ccu_fast.unlearn.loop.run` or what has its signature.
     """
 
     label: str
-    run: Callable[..., Run]
-    needs_labels: bool = False
-    trains: bool = True
+    prepare: Prepare | None
+    rates: tuple[float, float] = (1.0, 1.0)
+    retain_per_forget: int = 1
+    saliency: float = 1.0
+    loop: Callable[..., Run] = run
+
+    def run(
+        self,
+        original: TwoModalityModel,
+        forget: PairedData,
+        retain: PairedData,
+        kind: str,
+        budget: Budget,
+        *,
+        keep_other: float = 0.0,
+        **options: Any,
+    ) -> Run:
+        """Unlearn a copy of ``original``.
+
+        Args:
+            original: the trained model; it is not changed.
+            forget, retain: the two sets.
+            kind: "class", "instances" or "pairs".
+            budget: of CCU and of all methods.
+            keep_other: weight of a term that the method does not have as published, see :func:`keeping_other`.
+            options: those of :func:`ccu_fast.unlearn.loop.run`.
+        """
+        rate = self.rates[0 if kind == "class" else 1]
+        budget = replace(budget, learning_rate=budget.learning_rate * rate, retain_per_forget=self.retain_per_forget)
+        prepare = self.prepare
+        if keep_other and prepare is not None:
+            prepare = keeping_other(prepare, keep_other)
+        return self.loop(original, forget, retain, prepare, budget, saliency=self.saliency, **options)
 
 
 def keeping_other(prepare: Prepare, weight: float) -> Prepare:
@@ -77,8 +90,8 @@ def keeping_other(prepare: Prepare, weight: float) -> Prepare:
     """
     check.number("keep_other", weight, low=0)
 
-    def prepared(frozen: TwoModalityModel, forget: PairedData, retain: PairedData) -> Step:
-        step = prepare(frozen, forget, retain)
+    def prepared(frozen: TwoModalityModel, forget: PairedData, retain: PairedData, seed: int) -> Step:
+        step = prepare(frozen, forget, retain, seed)
         if "other" not in heads(frozen) or not forget.labelled:
             raise ValueError(
                 "keep_other: expected labels and a head for the other modality, got a model or data without"
@@ -93,102 +106,43 @@ def keeping_other(prepare: Prepare, weight: float) -> Prepare:
     return prepared
 
 
-def _looped(
-    make: Make,
-    *,
-    rate: Mapping[str, float] | float = 1.0,
-    retain_per_forget: int = 1,
-    mask: Mask | None = None,
-) -> Callable[..., Run]:
-    """A method of the loop at ``rate`` times the budget's learning rate (a number, or one by kind of forgetting)."""
-
-    def unlearn(
-        original: TwoModalityModel,
-        forget: PairedData,
-        retain: PairedData,
-        kind: str,
-        budget: Budget,
-        *,
-        seed: int = 0,
-        keep_other: float = 0.0,
-        **options: Any,
-    ) -> Run:
-        learning_rate = budget.learning_rate * (rate if isinstance(rate, float) else rate[kind])
-        own = replace(budget, learning_rate=learning_rate, retain_per_forget=retain_per_forget)
-        prepare = make(kind, seed)
-        if keep_other:
-            prepare = keeping_other(prepare, keep_other)
-        return run(original, forget, retain, prepare, own, seed=seed, **{"mask": mask, **options})
-
-    return unlearn
-
-
 def _ssd(
     original: TwoModalityModel,
     forget: PairedData,
     retain: PairedData,
-    kind: str,
-    budget: Budget,
-    *,
+    *_: Any,
     progress: Progress | None = None,
     stage: str = "unlearn",
     **options: Any,
 ) -> Run:
-    done = ssd(original, forget, retain, alpha=SSD_ALPHA[kind])
+    done = ssd(original, forget, retain, alpha=5.0)
     if progress is not None:
         progress(stage, 1, 1, "dampened")
     return done
 
 
-def _boundary_expand(
-    original: TwoModalityModel,
-    forget: PairedData,
-    retain: PairedData,
-    kind: str,
-    budget: Budget,
-    *,
-    keep_other: float = 0.0,
-    **options: Any,
-) -> Run:
-    own = replace(budget, learning_rate=budget.learning_rate * BOUNDARY[kind])
-    prepare = keeping_other(to_shadow, keep_other) if keep_other else to_shadow
-    return boundary_expand(original, forget, retain, own, prepare=prepare, **options)
-
-
+# Where a method collapses a small network at the common learning rate it gets a fraction of it, and SSD an α: of the
+# rates 1, 0.3, 0.1, 0.05, 0.03, 0.01 and of α from 1.1 to 10 those nearest to a retrained model on held-out
+# digits-halves, seeds 100 and up.
 BASELINES = {
-    "fine_tune": Baseline("fine-tuning", _looped(lambda kind, seed: fine_tune)),
-    "gradient_ascent": Baseline("gradient ascent", _looped(lambda kind, seed: gradient_ascent, rate=ASCENT)),
-    "neg_grad_plus": Baseline("NegGrad+", _looped(lambda kind, seed: neg_grad_plus())),
-    "random_label": Baseline(
-        "random labels", _looped(lambda kind, seed: random_label(seed), rate=RELABEL), needs_labels=True
-    ),
-    "salun": Baseline(
-        "SalUn", _looped(lambda kind, seed: salun(seed), rate=RELABEL, mask=salun_mask()), needs_labels=True
-    ),
-    "bad_teacher": Baseline("bad teacher", _looped(lambda kind, seed: bad_teacher(seed), rate=TEACHER)),
-    "scrub": Baseline("SCRUB", _looped(lambda kind, seed: scrub())),
-    "ssd": Baseline("SSD", _ssd, trains=False),
-    "boundary_shrink": Baseline(
-        "boundary shrink", _looped(lambda kind, seed: boundary_shrink(), rate=BOUNDARY), needs_labels=True
-    ),
-    "boundary_expand": Baseline("boundary expansion", _boundary_expand, needs_labels=True),
+    "fine_tune": Baseline("fine-tuning", fine_tune),
+    "gradient_ascent": Baseline("gradient ascent", gradient_ascent, rates=(0.1, 0.03)),
+    "neg_grad_plus": Baseline("NegGrad+", neg_grad_plus),
+    "random_label": Baseline("random labels", random_label, rates=(1.0, 0.05)),
+    "salun": Baseline("SalUn", random_label, rates=(1.0, 0.05), saliency=SALIENCY),
+    "bad_teacher": Baseline("bad teacher", bad_teacher, rates=(1.0, 0.1)),
+    "scrub": Baseline("SCRUB", scrub),
+    "ssd": Baseline("SSD", None, loop=_ssd),
+    "boundary_shrink": Baseline("boundary shrink", boundary_shrink, rates=(0.3, 0.03)),
+    "boundary_expand": Baseline("boundary expansion", to_shadow, rates=(0.3, 0.03), loop=boundary_expand),
     "contrastive_unlearning": Baseline(
-        "Contrastive Unlearning",
-        _looped(
-            lambda kind, seed: contrastive.contrastive_unlearning(kind),
-            retain_per_forget=contrastive.RETAIN_PER_FORGET,
-        ),
-        needs_labels=True,
+        "Contrastive Unlearning", contrastive_unlearning, retain_per_forget=RETAIN_PER_FORGET
     ),
     "contrastive_unlearning_released": Baseline(
         "Contrastive Unlearning, released",
-        _looped(
-            lambda kind, seed: contrastive.contrastive_unlearning(kind, variant="released"),
-            retain_per_forget=contrastive.RETAIN_PER_FORGET,
-        ),
-        needs_labels=True,
+        partial(contrastive_unlearning, released=True),
+        retain_per_forget=RETAIN_PER_FORGET,
     ),
-    "multi_delete": Baseline("MultiDelete", _looped(lambda kind, seed: multi_delete())),
-    "clip_erase": Baseline("CLIPErase-style", _looped(lambda kind, seed: clip_erase())),
+    "multi_delete": Baseline("MultiDelete", multi_delete),
+    "clip_erase": Baseline("CLIPErase-style", clip_erase),
 }
-"""The methods that start from the trained model; retraining is in :mod:`ccu_fast.unlearn.baselines.retrain`."""

@@ -17,7 +17,6 @@ from ccu_fast.files import output_folder, write_whole
 from ccu_fast.runs import cache
 from ccu_fast.runs.progress import Progress
 from ccu_fast.runs.provenance import versions
-from ccu_fast.unlearn.audit import most_accurate
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.study.models import FORMAT as TRAINED_FORMAT
 from ccu_fast.unlearn.study.run import METHODS, run_task
@@ -93,7 +92,7 @@ def _part(
     def compute() -> dict[str, Any]:
         value = run_task(chosen, seed, scenario, methods=methods, deep=deep, models=out / "models", progress=named)
         gaps = {name: values["average_gap"] for name, values in value["metrics"].items() if name in BASELINES}
-        value["best_baseline"] = most_accurate(gaps, gaps) if gaps else None
+        value["best_baseline"] = min(gaps, key=lambda name: gaps[name], default=None)
         return value
 
     return cache.part(path, _key(chosen, scenario, seed, methods, deep), compute)

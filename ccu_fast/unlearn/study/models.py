@@ -7,9 +7,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ccu_fast.runs.progress import Progress
 from ccu_fast.runs.provenance import load_model, save_model, tensors_hash, versions
-from ccu_fast.unlearn.baselines.retrain import retrain
 from ccu_fast.unlearn.loop import Run
 from ccu_fast.unlearn.study.scenario import Scenario
 from ccu_fast.unlearn.study.tasks import Task
@@ -30,7 +31,8 @@ def trained(
     Args:
         task: what to train, and how.
         split: what "gold_mask" and "gold_drop" must not see.
-        kind: "original", "gold_mask" (the visual half of the forget set hidden) or "gold_drop" (both halves).
+        kind: "original", "gold_mask" (the visual half of the forget set hidden, which a method that keeps the other
+            modality should equal) or "gold_drop" (both halves).
         seed: of the initial weights and the batches.
         folder: where models are kept; None keeps none.
         progress: see :func:`ccu_fast.unlearn.study.train.train`.
@@ -49,18 +51,9 @@ def trained(
     found = None if path is None else _found(path, made_of, task)
     if found is not None:
         return found
-    if kind == "original":
-        done = train(task.make_model, split.train, config, progress=progress, stage=kind)
-    else:
-        done = retrain(
-            task.make_model,
-            split.train,
-            split.forget.ids,
-            config,
-            kind=kind.removeprefix("gold_"),
-            progress=progress,
-            stage=kind,
-        )
+    data = split.retain if kind == "gold_drop" else split.train
+    known = ~torch.isin(data.ids, split.forget.ids) if kind == "gold_mask" else None
+    done = train(task.make_model, data, config, visual_known=known, progress=progress, stage=kind)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         cost = {field.name: getattr(done, field.name) for field in fields(done) if field.name != "model"}
