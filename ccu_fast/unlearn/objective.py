@@ -1,7 +1,7 @@
 """The three losses of Cross-modal Contrastive Unlearning (CCU), each over reduce_similarity.
 
-CCU (arXiv 2509.23895) describes its three parts in words; its formulas are not public. The formulas here are this
-project's definition, and no figure of the paper is claimed for them.
+The formulas of CCU's paper (arXiv 2509.23895) are not public. These are this project's definition, and no figure of the
+paper is claimed for them.
 
 Letters: u, a are the visual and other embeddings of the items to forget, r, b those of the items to retain; a 0 marks
 the frozen original model. All are unit vectors of one space, rows of ``[N, D]``.
@@ -26,8 +26,7 @@ from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF
 class KeyBank:
     """Frozen embeddings, with the labels and ids that decide their role.
 
-    A queue that replaces its oldest keys serves encoders that move; these keys come from the frozen model and never go
-    stale, so they are drawn once and stay.
+    The keys come from the frozen model and never go stale, so they are drawn once and stay.
 
     Attributes:
         keys: ``[K, D]`` unit vectors, without gradients.
@@ -115,27 +114,23 @@ def forgetting_loss(
     tensor(1.2421)
     """
     by_label = _both("forget_labels", forget_labels, "retain_labels", retain_labels)
-    by_id = _both("forget_ids", forget_ids, "retain_ids", retain_ids)
-    if by_label == by_id:
+    if by_label == _both("forget_ids", forget_ids, "retain_ids", retain_ids):
         raise ValueError(
             "forget_labels, forget_ids: expected the labels (forget a class) or the ids (forget instances), got "
             + ("both" if by_label else "neither")
         )
-    row = forget_labels if by_label else forget_ids
-    retained = retain_labels if by_label else retain_ids
+    row, retained = (forget_labels, retain_labels) if by_label else (forget_ids, retain_ids)
     assert row is not None and retained is not None
     keys = torch.cat([r.detach(), b0.detach(), a0.detach(), u0.detach()])
     columns = torch.cat([retained, retained, row, row])
     roles = "labels" if by_label else "ids"
-    common: dict[str, Any] = {"scale": scale, "paired": False, "backend": backend, f"row_{roles}": row}
-    batch: dict[str, Any] = {**common, f"col_{roles}": columns}
+    shared: dict[str, Any] = {"scale": scale, "paired": False, "backend": backend, f"row_{roles}": row}
     if bank is None:
-        return inverse_info_nce(u, keys, **batch)
+        return inverse_info_nce(u, keys, **shared, **{f"col_{roles}": columns})
     # Two banks are two calls whose log-sum-exps are joined: the large one is not copied.
-    further: dict[str, Any] = {**common, f"col_{roles}": getattr(bank, roles)}
     spec = [("lse", ALL), ("lse", OTHER), ("count", OTHER), ("count", SELF | SAME)]
-    one, _ = reduce_similarity(u, keys, rows=spec, **batch)
-    two, _ = reduce_similarity(u, bank.keys, rows=spec, **further)
+    one, _ = reduce_similarity(u, keys, rows=spec, **shared, **{f"col_{roles}": columns})
+    two, _ = reduce_similarity(u, bank.keys, rows=spec, **shared, **{f"col_{roles}": getattr(bank, roles)})
     counts = (one[2] + two[2] > 0) & (one[3] + two[3] > 0)
     everything, other = (
         torch.logaddexp(torch.where(counts, one[i], 0), torch.where(counts, two[i], 0)) for i in range(2)
@@ -178,9 +173,7 @@ def retention_loss(
     >>> ccu_fast.unlearn.retention_loss(z, z, z, scale=0.0)  # log(4), the entropy of a uniform T
     tensor(1.3863)
     """
-    check.tensor("rows", rows, ndim=2)
-    check.tensor("frozen_rows", frozen_rows)
-    check.shape("frozen_rows", frozen_rows, rows.shape)
+    _alike("rows", rows, "frozen_rows", frozen_rows)
     if len(rows) == 0:
         return rows.sum()
     keys = keys.detach()
@@ -209,9 +202,7 @@ def anchor_loss(rows: Tensor, frozen_rows: Tensor) -> Tensor:
     >>> ccu_fast.unlearn.anchor_loss(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     tensor(0.5000)
     """
-    check.tensor("rows", rows, ndim=2)
-    check.tensor("frozen_rows", frozen_rows)
-    check.shape("frozen_rows", frozen_rows, rows.shape)
+    _alike("rows", rows, "frozen_rows", frozen_rows)
     return (1 - (rows * frozen_rows.detach()).sum(-1)).sum() / max(len(rows), 1)
 
 
@@ -297,15 +288,15 @@ def separation_loss(
             "retain_labels, retain_ids: expected labels or ids, got " + ("both" if by_label else "neither")
         )
     shared: dict[str, Any] = {"scale": scale, "paired": False, "backend": backend}
+    own_role: dict[str, Any] = {"row_ids": retain_ids, "col_ids": retain_ids}
+    forgotten_role: dict[str, Any] = {}
+    positives, negatives = SELF, ALL
     if by_label:
-        own_role: dict[str, Any] = {"row_labels": retain_labels, "col_labels": retain_labels}
-        forgotten_role: dict[str, Any] = {"row_labels": retain_labels, "col_labels": forget_labels}
-    else:
-        own_role, forgotten_role = {"row_ids": retain_ids, "col_ids": retain_ids}, {}
-    positives = SAME if by_label else SELF
+        own_role = {"row_labels": retain_labels, "col_labels": retain_labels}
+        forgotten_role = {"row_labels": retain_labels, "col_labels": forget_labels}
+        positives = negatives = SAME
     spec = [("lse", ALL), ("sum", positives), ("count", positives)]
     (own, positive, count), _ = reduce_similarity(r, r0.detach(), rows=spec, **own_role, **shared)
-    negatives = SAME if by_label else ALL
     (forgotten,), _ = reduce_similarity(r, u, rows=[("lse", negatives)], **forgotten_role, **shared)
     has_positive = count > 0
     # A row that is left out has −inf on both sides, where logaddexp has no derivative.
@@ -338,19 +329,23 @@ def neighbour_loss(u: Tensor, neighbours: Tensor) -> Tensor:
     >>> ccu_fast.unlearn.neighbour_loss(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     tensor(0.5000)
     """
-    check.tensor("u", u, ndim=2)
-    check.tensor("neighbours", neighbours)
-    check.shape("neighbours", neighbours, u.shape)
+    _alike("u", u, "neighbours", neighbours)
     return (1 - (u * neighbours.detach()).sum(-1)).sum() / max(len(u), 1)
 
 
 def _mean_key(frozen_rows: Tensor, keys: Tensor, scale: float | Tensor, backend: str) -> Tensor:
     """softmax(scale · frozen_rows keysᵀ) keys, as ∂lse_i / ∂(scale · frozen_rows_i)."""
-    scale = scale.detach() if isinstance(scale, Tensor) else scale
+    scaled = (scale * frozen_rows).detach().requires_grad_()
     with torch.enable_grad():
-        scaled = (scale * frozen_rows.detach()).requires_grad_()
         (lse,), _ = reduce_similarity(scaled, keys, paired=False, rows=[("lse", ALL)], backend=backend)
         return torch.autograd.grad(lse.sum(), scaled)[0]
+
+
+def _alike(name: str, rows: Tensor, other_name: str, other: Tensor) -> None:
+    """Both are ``[N, D]``."""
+    check.tensor(name, rows, ndim=2)
+    check.tensor(other_name, other)
+    check.shape(other_name, other, rows.shape)
 
 
 def _both(name: str, value: Tensor | None, other_name: str, other: Tensor | None) -> bool:
