@@ -72,15 +72,9 @@ class CcuStep:
     """The loss of a step, from frozen embeddings that are computed once and not in every step."""
 
     def __init__(
-        self,
-        config: UnlearnConfig,
-        frozen: TwoModalityModel,
-        forget: PairedData,
-        retain: PairedData,
-        seed: int,
+        self, config: UnlearnConfig, frozen: TwoModalityModel, forget: PairedData, retain: PairedData, seed: int
     ) -> None:
-        self.config = config
-        self.retain = retain
+        self.config, self.retain = config, retain
         self.u0, self.a0 = embed(frozen, forget)
         self.r0, self.b0 = embed(frozen, retain)
         # Found again by a resumed run: the same copy of the same model.

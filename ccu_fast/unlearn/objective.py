@@ -124,13 +124,14 @@ def forgetting_loss(
     keys = torch.cat([r.detach(), b0.detach(), a0.detach(), u0.detach()])
     columns = torch.cat([retained, retained, row, row])
     roles = "labels" if by_label else "ids"
-    shared: dict[str, Any] = {"scale": scale, "paired": False, "backend": backend, f"row_{roles}": row}
+    batch: dict[str, Any] = {"scale": scale, "paired": False, "backend": backend}
+    batch |= {f"row_{roles}": row, f"col_{roles}": columns}
     if bank is None:
-        return inverse_info_nce(u, keys, **shared, **{f"col_{roles}": columns})
+        return inverse_info_nce(u, keys, **batch)
     # Two banks are two calls whose log-sum-exps are joined: the large one is not copied.
     spec = [("lse", ALL), ("lse", OTHER), ("count", OTHER), ("count", SELF | SAME)]
-    one, _ = reduce_similarity(u, keys, rows=spec, **shared, **{f"col_{roles}": columns})
-    two, _ = reduce_similarity(u, bank.keys, rows=spec, **shared, **{f"col_{roles}": getattr(bank, roles)})
+    one, _ = reduce_similarity(u, keys, rows=spec, **batch)
+    two, _ = reduce_similarity(u, bank.keys, rows=spec, **{**batch, f"col_{roles}": getattr(bank, roles)})
     counts = (one[2] + two[2] > 0) & (one[3] + two[3] > 0)
     everything, other = (
         torch.logaddexp(torch.where(counts, one[i], 0), torch.where(counts, two[i], 0)) for i in range(2)

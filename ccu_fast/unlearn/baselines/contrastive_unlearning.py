@@ -32,7 +32,7 @@ TEMPERATURE, UNLEARNING = 0.7, 3.0
 def contrastive_unlearning(
     frozen: TwoModalityModel, forget: PairedData, retain: PairedData, seed: int, *, released: bool = False
 ) -> Step:
-    """The method, as a formula of the paper or as the authors' code has it; see :func:`unlearning_loss`.
+    """The method as the paper's formula has it or, with ``released``, the authors' code; see :func:`unlearning_loss`.
 
     Raises:
         ValueError: items without labels.
@@ -80,7 +80,10 @@ def unlearning_loss(
         forget_labels: int64 ``[N_u]``, retain_labels: int64 ``[N_r]``.
         scale: 1 / temperature.
         whole_class: no retained item shares a forgotten label.
-        released: as the authors' code has it. Rows without an item of their own or of another class count as 0.
+        released: as the authors' code has it, not the paper's formula.
+
+    Returns:
+        Scalar; rows without an item of their own class, or of another, count as 0.
 
     Source: Lee et al. 2024 (arXiv 2401.10458), eq. 1, and the authors' ``Loss_v1``.
     """
