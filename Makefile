@@ -43,15 +43,17 @@ ifdef SYSTEM_SITE
 test-newest:
 	@echo "the Triton kernels with $(NEWEST_TRITON): NOT CHECKED, SYSTEM_SITE is set"
 else
-# All of the interpreter: its rules are Triton's. Of the code ahead of time one half type, the normalisation and no
-# tcgen05: what a release changes is the language, the options, and how registers are allotted to a large tile.
+# Every kernel once in the interpreter. Of the code ahead of time one half type, the normalisation and no tcgen05: what a
+# release changes is the language, the options, and how registers are allotted to a large tile.
 NEWEST := $(VENV)-newest
+INTERPRETED := shapes or every_loss or paired_problem or far_row or long_sum or descriptors or normalize
 test-newest: export PYTHONPATH = $(abspath $(NEWEST))
-test-newest: export OMP_WAIT_POLICY = passive
+test-newest: export OMP_NUM_THREADS = 1
 test-newest: $(NEWEST)/.$(subst *,x,$(NEWEST_TRITON))
 	@$(PY) -c "import triton; print('Triton', triton.__version__, 'from', triton.__file__)"
-	$(PY) -m pytest -q -p no:cacheprovider -n $(WORKERS) tests/ops/triton/test_interpreter.py tests/ops/triton/test_ahead_of_time.py \
-	  -k 'interpreter or normalize or (bf16 and not 100)'
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -p no:cacheprovider -n $(WORKERS) tests/ops/triton/interpreted -k '$(INTERPRETED)'
+	$(PY) -m pytest -q -p no:cacheprovider -n $(WORKERS) tests/ops/triton/test_ahead_of_time.py \
+	  -k 'normalize or (bf16 and not 100)'
 
 # Nothing but Triton: a folder that is searched before the environment, whose torch it meets.
 $(NEWEST)/.$(subst *,x,$(NEWEST_TRITON)): $(VENV)/.test
