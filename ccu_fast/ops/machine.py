@@ -198,6 +198,15 @@ def host_sees(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def check_range(name: str, what: str, index: Tensor, size: int) -> None:
+    """Raise unless an index on the host is in [0, size). Kernels check that of a GPU, operators that of a graph."""
+    if not host_sees(index.device) or torch.compiler.is_compiling() or not index.numel():
+        return
+    low, high = (int(v) for v in index.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: expected {what} in [0, {size - 1}], got {low if low < 0 else high}")
+
+
 def moved(t: Tensor, device: torch.device) -> Tensor:
     """``t`` on a device; the host goes on at once only where the copy's readers wait for it, that is on a GPU.
 

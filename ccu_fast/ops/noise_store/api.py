@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.ops.backend import choose
-from ccu_fast.ops.machine import moved
+from ccu_fast.ops.backend import choose, load
+from ccu_fast.ops.machine import check_range, moved
 from ccu_fast.ops.noise_store.file import NoiseFile
-from ccu_fast.ops.noise_store.operator import add_out, added, check_range, first_wrong, update
+from ccu_fast.ops.noise_store.operator import add_out, update
 from ccu_fast.ops.noise_store.problem import STEPS, steps_of
-from ccu_fast.ops.pgd_step.api import per_channel
+from ccu_fast.ops.pgd_step.api import by_channel, per_channel
 
 DTYPES = (torch.int8, torch.float16, torch.float32)
 IMAGES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
@@ -71,17 +71,10 @@ class NoiseStore:
         device: torch.device | str = "cpu",
         backend: str = "auto",
     ) -> None:
-        check.integer("rows", rows, low=0)
-        shape = _item_shape(item_shape)
-        if dtype not in DTYPES:
-            raise TypeError(f"dtype: expected {check.names(DTYPES)}, got {dtype}")
-        self._hold(torch.zeros((rows, *shape), dtype=dtype, device=device), None, backend)
-
-    def _hold(self, data: Tensor, file: NoiseFile | None, backend: str) -> None:
-        self.data = data
+        self.data = torch.zeros(_shape(rows, item_shape, dtype), dtype=dtype, device=device)
         self.progress: dict[str, Any] = {}
-        self._file = file
-        self._backend = choose(backend, "noise_store", data.device, torch.float32)
+        self._file: NoiseFile | None = None
+        self._backend = choose(backend, "noise_store", self.data.device, torch.float32)
 
     @classmethod
     def create(
@@ -104,11 +97,7 @@ class NoiseStore:
         Raises:
             FileExistsError: ``path`` is there.
         """
-        check.integer("rows", rows, low=0)
-        shape = _item_shape(item_shape)
-        if dtype not in DTYPES:
-            raise TypeError(f"dtype: expected {check.names(DTYPES)}, got {dtype}")
-        NoiseFile.create(Path(path), rows, shape, dtype, tag)
+        NoiseFile.create(Path(path), _shape(rows, item_shape, dtype), dtype, tag)
         return cls.open(path, tag=tag, backend=backend)
 
     @classmethod
@@ -138,9 +127,8 @@ class NoiseStore:
         file = NoiseFile.open(Path(path))
         try:
             file.expect(None if item_shape is None else _item_shape(item_shape), dtype, tag)
-            store = cls.__new__(cls)
-            store._hold(file.copy(), file, backend)
-            store.progress = file.progress
+            store = cls(0, file.item_shape, dtype=file.dtype, backend=backend)
+            store.data, store.progress, store._file = file.copy(), file.progress, file
         except BaseException:
             file.close()
             raise
@@ -161,9 +149,8 @@ class NoiseStore:
         file = NoiseFile.open(Path(path))
         try:
             file.expect(None if item_shape is None else _item_shape(item_shape), dtype, tag)
-            store = cls.__new__(cls)
-            store._hold(file.read().to(device, copy=True), None, backend)
-            store.progress = file.progress
+            store = cls(0, file.item_shape, dtype=file.dtype, device=device, backend=backend)
+            store.data, store.progress = file.read().to(device, copy=True), file.progress
         finally:
             file.close()
         return store
@@ -269,15 +256,16 @@ class NoiseStore:
             noise, where = moved(self._matrix(self._rows(index)), images.device), None
         elif index.device != self.device:
             where = moved(index, self.device)
-            check_range("index", index, self.rows)
+            check_range("index", "rows", index, self.rows)
         backend = choose(
             self._backend if images.device == self.device else "auto", "noise_store", images.device, torch.float32
         )
         source = self._matrix(images.detach().contiguous())
         if out is None:
-            return added(source, noise, where, low, high, limits, backend).view(images.shape)
+            out = torch.empty(images.shape, dtype=images.dtype, device=images.device)
+        call = torch.ops.ccu_fast.noise_add_out if torch.compiler.is_compiling() else add_out
         with torch.no_grad():
-            add_out(source, noise, where, low, high, limits, backend, self._matrix(out.detach()))
+            call(source, noise, where, low, high, limits, backend, self._matrix(out.detach()))
         return out
 
     def scatter_(self, index: Tensor, values: Tensor, *, checked: bool = True) -> None:
@@ -321,7 +309,8 @@ class NoiseStore:
         delta = delta.float() if delta.dtype == torch.float64 else delta
         with torch.no_grad():
             size = math.prod(self.item_shape)
-            update(self.data.view(self.rows, size), index, delta.reshape(len(index), size), eps, self._backend)
+            call = torch.ops.ccu_fast.noise_update_ if torch.compiler.is_compiling() else update
+            call(self.data.view(self.rows, size), index, delta.reshape(len(index), size), eps, self._backend)
 
     def _check_index(self, index: Tensor) -> None:
         check.tensor("index", index, dtypes=(torch.int64,), ndim=1)
@@ -329,7 +318,7 @@ class NoiseStore:
             raise ValueError(f"index: expected device {self.device} (that of the store) or cpu, got {index.device}")
 
     def _local(self, index: Tensor) -> Tensor:
-        check_range("index", index, self.rows)
+        check_range("index", "rows", index, self.rows)
         return moved(index, self.device)
 
     def _rows(self, index: Tensor) -> Tensor:
@@ -356,7 +345,7 @@ class NoiseStore:
 
     def _check_values(self, name: str, values: Tensor) -> None:
         slack = _SLACK[values.dtype] if self.dtype == torch.int8 else None
-        first = first_wrong(values, slack, self._backend)
+        first = load("noise_store", self._backend).first_wrong(values, slack)
         if first is None:
             return
         where = [int(i) for i in torch.unravel_index(torch.tensor(first), values.shape)]
@@ -373,27 +362,33 @@ class NoiseStore:
         return (values.float() / STEPS if values.dtype == torch.int8 else values).to(self.dtype)
 
 
+def _shape(rows: int, item_shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """``[rows, *item_shape]``, if a store can have this shape and dtype."""
+    check.integer("rows", rows, low=0)
+    shape = (rows, *_item_shape(item_shape))
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected {check.names(DTYPES)}, got {dtype}")
+    return shape
+
+
 def _item_shape(value: Sequence[int]) -> tuple[int, ...]:
     return tuple(check.integer("item_shape", size, low=1) for size in value)
 
 
 def _limits(images: Tensor, lower: Any, upper: Any) -> tuple[float, float, Tensor | None]:
     """Two numbers in the units of the images, or fp32 ``[2, C]``."""
-    given = {"lower": lower, "upper": upper}
-    channels = {name: per_channel(name, value, images) for name, value in given.items() if isinstance(value, Tensor)}
-    low, high = (0.0 if name in channels else check.number(name, value) for name, value in given.items())
-    if images.dtype == torch.uint8:
-        if channels:
-            raise TypeError(f"{next(iter(channels))}: expected a number for uint8 images, got a tensor")
-        low, high = float(max(math.ceil(low * STEPS - 1e-3), 0)), float(min(math.floor(high * STEPS + 1e-3), STEPS))
-    if not channels:
-        if low > high:
-            raise ValueError(f"lower: expected at most upper ({upper}), got {lower}")
-        return low, high, None
-    size = images.shape[1] if images.ndim > 1 else 1
-    like = torch.empty((), dtype=torch.float32, device=images.device)
-    rows = [
-        channels[name].to(like).expand(size) if name in channels else like.new_full((size,), number)
-        for name, number in (("lower", low), ("upper", high))
+    values = [
+        per_channel(name, value, images) if isinstance(value, Tensor) else check.number(name, value)
+        for name, value in (("lower", lower), ("upper", upper))
     ]
-    return low, high, torch.stack(rows)
+    if any(isinstance(value, Tensor) for value in values):
+        if images.dtype == torch.uint8:
+            name = "lower" if isinstance(lower, Tensor) else "upper"
+            raise TypeError(f"{name}: expected a number for uint8 images, got a tensor")
+        return 0.0, 0.0, by_channel(values, images, torch.float32)
+    low, high = map(float, values)
+    if images.dtype == torch.uint8:
+        low, high = float(max(math.ceil(low * STEPS - 1e-3), 0)), float(min(math.floor(high * STEPS + 1e-3), STEPS))
+    if low > high:
+        raise ValueError(f"lower: expected at most upper ({upper}), got {lower}")
+    return low, high, None

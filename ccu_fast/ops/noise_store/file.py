@@ -17,9 +17,9 @@ import json
 import math
 import os
 import struct
-import sys
 import tempfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +50,19 @@ class NoiseFile:
         self._handle = handle
 
     @staticmethod
-    def create(path: Path, rows: int, item_shape: tuple[int, ...], dtype: torch.dtype, tag: str) -> None:
+    def create(path: Path, shape: tuple[int, ...], dtype: torch.dtype, tag: str) -> None:
         """A file of zeros, sparse where the file system can."""
         with new_file(path, replace=False) as file:
-            file.write(_header(_description(rows, item_shape, dtype, tag, 0, {})))
-            file.truncate(_DATA + rows * math.prod(item_shape) * dtype.itemsize)
+            file.write(_header(shape, dtype, tag, 0, {}))
+            file.truncate(_DATA + math.prod(shape) * dtype.itemsize)
 
     @staticmethod
     def write_whole(path: Path, data: Tensor, tag: str, progress: dict[str, Any]) -> None:
         """All of ``data`` in a new file that then takes the place of ``path``."""
         if path.exists():
             NoiseFile.open(path).close()  # not while somebody has it open
-        rows, *item_shape = data.shape
         with new_file(path) as file:
-            _write(file, _description(rows, tuple(item_shape), data.dtype, tag, 0, progress), data)
+            _write(file, data, tag, 0, progress)
 
     @staticmethod
     def open(path: Path) -> NoiseFile:
@@ -95,19 +94,17 @@ class NoiseFile:
         valid = [slot for slot in slots if slot is not None]
         if not valid:
             raise ValueError(f"path: expected a file that NoiseStore wrote, got {self.path}")
-        self._describe(max(valid, key=lambda slot: slot["generation"]))
-        expected, found = _DATA + self.rows * self._row_bytes, os.fstat(self._handle).st_size
-        if found != expected:
-            raise ValueError(f"path: expected {expected} bytes in {self.path}, got {found}: it is damaged")
-
-    def _describe(self, header: dict[str, Any]) -> None:
+        header = max(valid, key=lambda slot: slot["generation"])
         self.rows: int = header["rows"]
         self.item_shape: tuple[int, ...] = tuple(header["item_shape"])
         self.dtype: torch.dtype = _NAMES[header["dtype"]]
         self.tag: str = header["tag"]
         self.generation: int = header["generation"]
         self.progress: dict[str, Any] = header["progress"]
-        self._row_bytes = math.prod(self.item_shape) * self.dtype.itemsize
+        expected = _DATA + self.rows * math.prod(self.item_shape) * self.dtype.itemsize
+        found = os.fstat(self._handle).st_size
+        if found != expected:
+            raise ValueError(f"path: expected {expected} bytes in {self.path}, got {found}: it is damaged")
 
     def expect(self, item_shape: tuple[int, ...] | None, dtype: torch.dtype | None, tag: str | None) -> None:
         """Refuse a file that holds something else."""
@@ -119,10 +116,6 @@ class NoiseFile:
 
     def read(self) -> Tensor:
         """The noise as it is in the file; writing to it does not reach the file."""
-        if self.rows * self._row_bytes == 0:
-            return torch.zeros((self.rows, *self.item_shape), dtype=self.dtype)
-        if sys.byteorder != "little":
-            raise ValueError("path: noise files are little-endian and can be mapped on such machines only")
         with os.fdopen(os.dup(self._handle), "rb") as file:
             return _mapped(file, (self.rows, *self.item_shape), self.dtype, mode="c", offset=_DATA)
 
@@ -130,19 +123,17 @@ class NoiseFile:
         """The noise in a file without a name beside this one, mapped into memory."""
         there = self.read()
         made = scratch(self.path.parent, there.shape, self.dtype)
-        step = max(1, _BLOCK // max(1, self._row_bytes))
-        for old, new in zip(there.split(step), made.split(step), strict=True):
+        for old, new in zip(_blocks(there), _blocks(made), strict=True):
             if old.any():  # zeros take no space where the file system can
                 new.copy_(old)
         return made
 
     def commit(self, data: Tensor, progress: dict[str, Any]) -> None:
         """Header and noise in a new file, which takes the place of this one and is locked before it does."""
-        following = _description(self.rows, self.item_shape, self.dtype, self.tag, self.generation + 1, progress)
         handle = -1
         try:
             with new_file(self.path) as file:
-                _write(file, following, data)
+                _write(file, data, self.tag, self.generation + 1, progress)
                 handle = os.dup(file.fileno())
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BaseException:
@@ -150,8 +141,7 @@ class NoiseFile:
                 os.close(handle)  # it would keep the space of a file that the disk had no room for
             raise
         self.close()
-        self._handle = handle
-        self._describe(following)
+        self._handle, self.generation, self.progress = handle, self.generation + 1, progress
 
     def close(self) -> None:
         """Unlock and let go."""
@@ -162,45 +152,41 @@ class NoiseFile:
 
 def scratch(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros in a file without a name, mapped into memory; it goes with the process, however that ends."""
-    if math.prod(shape) == 0:
-        return torch.zeros(shape, dtype=dtype)
     with tempfile.TemporaryFile(dir=folder) as file:
         return _mapped(file, shape, dtype, mode="w+")
 
 
 def _mapped(file: Any, shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> Tensor:
-    name = str(dtype).removeprefix("torch.")
-    return torch.from_numpy(np.memmap(file, dtype=name, shape=tuple(shape), **options))
+    if math.prod(shape) == 0:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.from_numpy(np.memmap(file, dtype=_little(dtype), shape=tuple(shape), **options))
 
 
-def _write(file: Any, description: dict[str, Any], data: Tensor) -> None:
-    file.write(_header(description).ljust(_DATA, b"\0"))
-    step = max(1, _BLOCK // max(1, math.prod(data.shape[1:]) * data.dtype.itemsize))
-    for part in data.split(step):
-        file.write(_little(part.cpu().contiguous().numpy()).data)
+def _little(dtype: torch.dtype) -> np.dtype[Any]:
+    """How the file stores a dtype."""
+    return np.dtype(str(dtype).removeprefix("torch.")).newbyteorder("<")
 
 
-def _little(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<"), copy=False))
+def _blocks(data: Tensor) -> tuple[Tensor, ...]:
+    return data.split(max(1, _BLOCK // max(1, math.prod(data.shape[1:]) * data.dtype.itemsize)))
 
 
-def _description(
-    rows: int, item_shape: tuple[int, ...], dtype: torch.dtype, tag: str, generation: int, progress: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "rows": rows, "item_shape": list(item_shape), "dtype": str(dtype).removeprefix("torch."), "tag": tag,
-        "generation": generation, "progress": progress,
-    }  # fmt: skip
+def _write(file: Any, data: Tensor, tag: str, generation: int, progress: dict[str, Any]) -> None:
+    file.write(_header(data.shape, data.dtype, tag, generation, progress))
+    for part in _blocks(data):
+        file.write(part.cpu().contiguous().numpy().astype(_little(data.dtype), copy=False).data)
 
 
-def _header(description: dict[str, Any]) -> bytes:
-    body = json.dumps(description).encode()
+def _header(shape: Sequence[int], dtype: torch.dtype, tag: str, generation: int, progress: dict[str, Any]) -> bytes:
+    rows, *item_shape = shape
+    described = {"rows": rows, "item_shape": item_shape, "dtype": str(dtype).removeprefix("torch."), "tag": tag}
+    body = json.dumps({**described, "generation": generation, "progress": progress}).encode()
     head = _MAGIC + struct.pack("<II", zlib.crc32(body), len(body)) + body
     if len(head) > _SLOT:
         raise ValueError(
             f"progress: expected at most {_SLOT} bytes of JSON with the rest of the header, got {len(head)}"
         )
-    return head.ljust(_SLOT, b"\0")
+    return head.ljust(_DATA, b"\0")
 
 
 def _parse(slot: bytes) -> dict[str, Any] | None:

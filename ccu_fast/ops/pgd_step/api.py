@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -122,32 +123,26 @@ def _check_out(out: Tensor, delta: Tensor) -> None:
 
 def _parameters(delta: Tensor, norm: str, values: tuple[Any, ...]) -> tuple[list[float], Tensor | None]:
     """Four numbers, and where one of them is per channel, all four as ``[4, C]``."""
-    numbers = [0.0] * 4
-    tensors: dict[int, Tensor] = {}
+    numbers, given = [0.0] * 4, list(values)
     for i, (name, value) in enumerate(zip(_NAMES, values, strict=True)):
         if not isinstance(value, Tensor):
-            numbers[i] = check.number(name, value, low=0.0 if i < 2 else -torch.inf)
-            continue
-        if norm == "l2" and i < 2:
+            given[i] = numbers[i] = check.number(name, value, low=0.0 if i < 2 else -torch.inf)
+        elif norm == "l2" and i < 2:
             raise TypeError(f"{name}: expected a number for norm 'l2', got a tensor")
-        tensors[i] = per_channel(name, value, delta)
-    if not tensors:
+        else:
+            given[i] = per_channel(name, value, delta)
+    if not any(isinstance(value, Tensor) for value in given):
         _check_range(numbers[2], numbers[3])
         return numbers, None
-    wide = delta.dtype == torch.float64
-    size = max(t.shape[0] for t in tensors.values())
-    like = torch.empty((), dtype=torch.float64 if wide else torch.float32, device=delta.device)
-    rows = [tensors[i].to(like).expand(size) if i in tensors else like.new_full((size,), numbers[i]) for i in range(4)]
-    return numbers, torch.stack(rows)
+    return numbers, by_channel(given, delta, torch.float64 if delta.dtype == torch.float64 else torch.float32)
 
 
 def per_channel(name: str, value: Tensor, delta: Tensor) -> Tensor:
     """``[1]`` or ``[C]`` from a tensor that varies along dimension 1 of delta only."""
     check.tensor(name, value)
-    if value.device != delta.device and value.numel() > 1:
-        raise ValueError(f"{name}: expected device {delta.device} (that of delta), got {value.device}")
     if value.numel() == 1:
         return value.detach().reshape(1)
+    check.same(name, value, "delta", delta, dtype=False)
     # Dimension 1 of [B, C, ...] counted from the right, as broadcasting does.
     place = value.ndim - (delta.ndim - 1)
     if delta.ndim < 2 or place < 0 or value.numel() != value.shape[place] or value.numel() != delta.shape[1]:
@@ -157,6 +152,16 @@ def per_channel(name: str, value: Tensor, delta: Tensor) -> Tensor:
     return value.detach().reshape(-1)
 
 
+def by_channel(values: Sequence[float | Tensor], images: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[len(values), C]`` of numbers and of what :func:`per_channel` returns."""
+    size = images.shape[1] if images.ndim > 1 else 1
+    like = torch.empty((), dtype=dtype, device=images.device)
+    rows = [
+        value.to(like).expand(size) if isinstance(value, Tensor) else like.new_full((size,), value) for value in values
+    ]
+    return torch.stack(rows)
+
+
 def _check_range(lower: float, upper: float) -> None:
     if lower > upper:
         raise ValueError(f"lower: expected at most upper ({upper}), got {lower}")
@@ -164,8 +169,7 @@ def _check_range(lower: float, upper: float) -> None:
 
 def _check_channels(channels: Tensor) -> None:
     for i, name in enumerate(_NAMES):
-        row = channels[i].tolist()
-        for value in row:
+        for value in channels[i].tolist():
             check.number(name, value, low=0.0 if i < 2 else -torch.inf)
     for lower, upper in zip(channels[2].tolist(), channels[3].tolist(), strict=True):
         _check_range(lower, upper)
@@ -197,9 +201,8 @@ def _step(
         return
     with torch.no_grad():
         work = delta.detach().contiguous()
-        channel = None if channels is None else channels.expand(4, work.shape[1] if work.ndim > 1 else 1).contiguous()
         numbers = (step, eps, lower, upper)
-        problem = NoiseStep(work, grad.contiguous(), image.contiguous(), numbers, channel, out, l2, raise_nan)
+        problem = NoiseStep(work, grad.contiguous(), image.contiguous(), numbers, channels, out, l2, raise_nan)
         try:
             load("pgd_step_", backend).step(problem)
         except BadGradient:

@@ -73,8 +73,8 @@ store.scatter_add_clamp_(index, torch.full((20, 3, 64, 64), 7, dtype=torch.int8)
 if sys.argv[2] == "noise":
     import ccu_fast.ops.noise_store.file as f
     f._BLOCK = 3 * 64 * 64
-    inner, calls = f._little, []
-    f._little = lambda values: die() if len(calls) == 7 else calls.append(1) or inner(values)
+    inner, calls = torch.Tensor.cpu, []
+    torch.Tensor.cpu = lambda part: die() if len(calls) == 7 else calls.append(1) or inner(part)
 if sys.argv[2] == "rename":
     os.replace = die
 if sys.argv[2] == "renamed":
