@@ -39,6 +39,19 @@ def shape(name: str, value: Tensor, expected: Sequence[int]) -> None:
         raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
 
 
+def per_row(name: str, value: Tensor, lead: Sequence[int], items: int) -> Tensor:
+    """``[1 or B, items]`` of a tensor ``[items]`` or ``[..., items]`` that broadcasts with ``lead``, of B rows."""
+    if value.ndim < 1 or value.shape[-1] != items:
+        raise ValueError(f"{name}: expected shape [{items}] or [..., {items}], got {list(value.shape)}")
+    if value.ndim <= len(lead) + 1 and math.prod(value.shape[:-1]) == 1:
+        return value.reshape(1, items)
+    try:
+        value = value.expand(*lead, items)
+    except RuntimeError:
+        raise ValueError(f"{name}: expected shape {[*lead, items]}, got {list(value.shape)}") from None
+    return value.reshape(math.prod(lead), items)
+
+
 def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf) -> float:
     """``value`` as a finite float within [low, high]."""
     if isinstance(value, bool) or not isinstance(value, Real):

@@ -194,29 +194,6 @@ def topk_flips(
     >>> flips.ids, flips.delta
     (tensor([2, 0]), tensor([-2.,  0.]))
     """
-    p, lead, version, name = _problem(
-        grad, table, k, maximize, current_ids, exclude_current, allowed, penalty, scope, precision, backend
-    )
-    found = topk(p, version, name)
-    if scope == "global":
-        return _merge(found, lead, k)
-    rows = (*lead, k)
-    return Flips(found.ids.view(rows), found.delta.view(rows), found.count.view(lead), found.valid.view(lead))
-
-
-def _problem(
-    grad: Tensor,
-    table: TokenTable,
-    k: int,
-    maximize: bool,
-    current_ids: Tensor | None,
-    exclude_current: bool,
-    allowed: Tensor | None,
-    penalty: Tensor | None,
-    scope: str,
-    precision: str,
-    backend: str,
-) -> tuple[TokenProblem, tuple[int, ...], int, str]:
     if not isinstance(table, TokenTable):
         raise TypeError(f"table: expected a TokenTable, got {type(table).__name__}")
     check.one_of("scope", scope, SCOPES)
@@ -225,8 +202,7 @@ def _problem(
     if grad.ndim < (2 if scope == "global" else 1) or grad.shape[-1] != table.dim:
         expected = f"[..., n, {table.dim}]" if scope == "global" else f"[..., {table.dim}]"
         raise ValueError(f"grad: expected shape {expected} for this table, got {list(grad.shape)}")
-    if grad.device != table.embedding.device:
-        raise ValueError(f"grad: expected device {table.embedding.device} (that of table), got {grad.device}")
+    check.same("grad", grad, "table", table.embedding, dtype=False)
     lead = tuple(grad.shape[:-1])
     group = lead[-1] if scope == "global" else 1
     check.integer("k", k, low=1)
@@ -239,9 +215,11 @@ def _problem(
     name = choose(backend, "topk_flips", grad.device, torch.float64 if wide else grad.dtype)
     if backend == "auto" and table.packed is None:
         name = "reference"
-    rows = math.prod(lead)
     p = TokenProblem(
-        grad=grad.detach().to(torch.float64 if wide else torch.float32).reshape(rows, table.dim).contiguous(),
+        grad=grad.detach()
+        .to(torch.float64 if wide else torch.float32)
+        .reshape(math.prod(lead), table.dim)
+        .contiguous(),
         embedding=table.embedding,
         token_ids=table.ids,
         packed=table.packed,
@@ -249,13 +227,17 @@ def _problem(
         max_norm=table.max_norm,
         k=min(k, len(table)),
         maximize=bool(maximize),
-        current=None if current_ids is None else _current(current_ids, lead, grad.device),
+        current=None if current_ids is None else _current(current_ids, grad),
         exclude_current=bool(exclude_current),
         allowed=_per_token("allowed", allowed, lead, table, (torch.bool,)),
         penalty=_per_token("penalty", penalty, lead, table, check.FLOATS),
         certify=precision != "fast",
     )
-    return p, lead, table.version, name
+    found = topk(p, table.version, name)
+    if scope == "global":
+        return _merge(found, lead, k)
+    rows = (*lead, k)
+    return Flips(found.ids.view(rows), found.delta.view(rows), found.count.view(lead), found.valid.view(lead))
 
 
 def _merge(found: TokenResult, lead: tuple[int, ...], k: int) -> Flips:
@@ -275,11 +257,10 @@ def _merge(found: TokenResult, lead: tuple[int, ...], k: int) -> Flips:
     )
 
 
-def _current(value: Tensor, lead: tuple[int, ...], device: torch.device) -> Tensor:
+def _current(value: Tensor, grad: Tensor) -> Tensor:
     check.tensor("current_ids", value, dtypes=check.INTEGERS)
-    if value.device != device:
-        raise ValueError(f"current_ids: expected device {device} (that of grad), got {value.device}")
-    check.shape("current_ids", value, lead)
+    check.same("current_ids", value, "grad", grad, dtype=False)
+    check.shape("current_ids", value, grad.shape[:-1])
     return value.long().reshape(-1).contiguous()
 
 
@@ -288,21 +269,8 @@ def _per_token(name: str, value: Any, lead: tuple[int, ...], table: TokenTable, 
     if value is None:
         return None
     check.tensor(name, value, dtypes=dtypes)
-    if value.device != table.embedding.device:
-        raise ValueError(f"{name}: expected device {table.embedding.device} (that of table), got {value.device}")
-    if value.ndim < 1 or value.shape[-1] != table.vocabulary:
-        raise ValueError(
-            f"{name}: expected shape [{table.vocabulary}] or [..., {table.vocabulary}], got {list(value.shape)}"
-        )
-    value = value.detach()
-    if math.prod(value.shape[:-1]) == 1 and value.ndim <= len(lead) + 1:
-        value = value.reshape(1, table.vocabulary)
-    else:
-        try:
-            value = value.expand(*lead, table.vocabulary)
-        except RuntimeError:
-            raise ValueError(f"{name}: expected shape {[*lead, table.vocabulary]}, got {list(value.shape)}") from None
-        value = value.reshape(-1, table.vocabulary)
+    check.same(name, value, "table", table.embedding, dtype=False)
+    value = check.per_row(name, value.detach(), lead, table.vocabulary)
     if table.ids is not None:
         value = value.index_select(1, table.ids)
     return (value if name == "allowed" else value.float()).contiguous()

@@ -18,6 +18,7 @@ from torch import Tensor
 from ccu_fast import _C
 from ccu_fast.ops.native import DTYPES, address, multiply, on
 from ccu_fast.ops.topk_flips.native import per_row
+from ccu_fast.ops.topk_flips.operator import new_result
 from ccu_fast.ops.topk_flips.problem import TokenProblem, TokenResult
 
 _CHUNK_BYTES = 256 << 20
@@ -77,24 +78,12 @@ def describe(p: TokenProblem, few: bool) -> tuple[Tensor, Tensor]:
 
 def topk(p: TokenProblem) -> TokenResult:
     """The k best tokens of every row, for k up to 1024."""
-    result, _ = topk_and_redone(p)
-    return result
-
-
-def topk_and_redone(p: TokenProblem) -> tuple[TokenResult, Tensor]:
-    """The result, and bool ``[N]`` for the rows with too many candidates to settle at once."""
     assert p.packed is not None
-    device, size = p.grad.device, (p.rows, p.k)
-    result = TokenResult(
-        ids=torch.empty(size, dtype=torch.int64, device=device),
-        delta=torch.empty(size, dtype=torch.float32, device=device),
-        score=torch.empty(size, dtype=torch.float64, device=device),
-        count=torch.empty(p.rows, dtype=torch.int64, device=device),
-        valid=torch.empty(p.rows, dtype=torch.bool, device=device),
-    )
-    redone = torch.empty(p.rows, dtype=torch.bool, device=device)
+    device, result = p.grad.device, new_result(p)
     if p.rows == 0:
-        return result, redone
+        return result
+    # The kernels mark the rows with too many candidates to settle at once.
+    redone = torch.empty(p.rows, dtype=torch.bool, device=device)
     few = p.rows <= _C.CUDA_FEW_ROWS
     operand, about = describe(p, few)
     chunk = min(p.rows, max(1, _CHUNK_BYTES // (4 * p.tokens)))
@@ -143,4 +132,4 @@ def topk_and_redone(p: TokenProblem) -> tuple[TokenResult, Tensor]:
                 redo=redone.data_ptr(),
                 stream=stream,
             )
-    return result, redone
+    return result

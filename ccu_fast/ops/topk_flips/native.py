@@ -9,6 +9,7 @@ from ccu_fast import _C
 from ccu_fast.ops.backend import load
 from ccu_fast.ops.native import DTYPES, on_gpu
 from ccu_fast.ops.topk_flips import reference
+from ccu_fast.ops.topk_flips.operator import new_result
 from ccu_fast.ops.topk_flips.problem import TokenProblem, TokenResult
 
 _PANEL = _C.TOKEN_PANEL
@@ -56,21 +57,13 @@ def topk(p: TokenProblem) -> TokenResult:
         raise ValueError("table: expected one built for the native backend, got one built for the reference")
     if p.packed.dtype == torch.float16:  # as pack makes it for the kernels of a GPU
         # For more flips than a block can hold, say a whole vocabulary sorted, the reference's sort is as good.
-        result: TokenResult = (load("topk_flips", "cuda") if p.k <= _C.CUDA_MOST_FLIPS else reference).topk(p)
-        return result
-    rows, dim = p.grad.shape
-    size = (rows, p.k)
-    result = TokenResult(
-        ids=torch.empty(size, dtype=torch.int64, device="cpu"),
-        delta=torch.empty(size, dtype=torch.float32, device="cpu"),
-        score=torch.empty(size, dtype=torch.float64, device="cpu"),
-        count=torch.empty(rows, dtype=torch.int64, device="cpu"),
-        valid=torch.empty(rows, dtype=torch.bool, device="cpu"),
-    )
+        found: TokenResult = (load("topk_flips", "cuda") if p.k <= _C.CUDA_MOST_FLIPS else reference).topk(p)
+        return found
+    result = new_result(p)
     _C.topk_flips(
         grad=p.grad.data_ptr(),
-        rows=rows,
-        dim=dim,
+        rows=p.grad.shape[0],
+        dim=p.grad.shape[1],
         packed=p.packed.data_ptr(),
         steps=p.coarse.data_ptr(),
         tokens=len(p.embedding if p.token_ids is None else p.token_ids),

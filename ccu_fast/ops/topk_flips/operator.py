@@ -29,15 +29,15 @@ def version_of(embedding: Tensor) -> int:
     return -1 if embedding.is_inference() else embedding._version
 
 
-def _fake(*args: Any) -> TokenResult:
-    p = TokenProblem(*args[:-2])
-    size = (p.rows, p.k)
+def new_result(p: TokenProblem) -> TokenResult:
+    """Memory for the result, not written yet."""
+    rows = p.grad.shape[0]
     return TokenResult(
-        ids=p.grad.new_empty(size, dtype=torch.int64),
-        delta=p.grad.new_empty(size, dtype=torch.float32),
-        score=p.grad.new_empty(size, dtype=torch.float64),
-        count=p.grad.new_empty(p.rows, dtype=torch.int64),
-        valid=p.grad.new_empty(p.rows, dtype=torch.bool),
+        ids=p.grad.new_empty((rows, p.k), dtype=torch.int64),
+        delta=p.grad.new_empty((rows, p.k), dtype=torch.float32),
+        score=p.grad.new_empty((rows, p.k), dtype=torch.float64),
+        count=p.grad.new_empty(rows, dtype=torch.int64),
+        valid=p.grad.new_empty(rows, dtype=torch.bool),
     )
 
 
@@ -45,7 +45,7 @@ def _fake(*args: Any) -> TokenResult:
     "topk_flips(Tensor grad, Tensor embedding, Tensor? token_ids, Tensor? packed, Tensor? coarse, float max_norm, "
     "int k, bool maximize, Tensor? current, bool exclude_current, Tensor? allowed, Tensor? penalty, bool certify, "
     "int version, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
+    fake=lambda *args: new_result(TokenProblem(*args[:-2])),
 )
 def _topk(*args: Any) -> TokenResult:
     *fields, version, backend = args
@@ -53,11 +53,8 @@ def _topk(*args: Any) -> TokenResult:
     if version >= 0 and version_of(p.embedding) != version:
         raise ValueError(STALE)
     # Reading values of a GPU would wait for it: there an id out of range fails the kernel, as in torch's indexing.
-    if p.current is not None and p.current.numel() and machine.host_sees(p.current.device):
-        vocabulary = p.embedding.shape[0]
-        low, high = (int(v) for v in p.current.aminmax())
-        if low < 0 or high >= vocabulary:
-            raise ValueError(f"current_ids: expected ids in [0, {vocabulary - 1}], got {low if low < 0 else high}")
+    if p.current is not None:
+        machine.check_range("current_ids", "ids", p.current, p.embedding.shape[0])
     if p.penalty is not None and machine.host_sees(p.penalty.device):
         check.finite("penalty", p.penalty)
     result: TokenResult = load("topk_flips", backend).topk(p)
