@@ -21,11 +21,11 @@ from ccu_fast.ops.reduce_similarity.api import (
     Reduction,
     assemble,
     build_problem,
-    count,
     normalize_pair,
     workspace_bytes,
 )
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
+from ccu_fast.ops.reduce_similarity.relations import count_relations
 
 
 def reduce_similarity(
@@ -204,7 +204,7 @@ def reduce_shards(
         row_out, col_parts = p.scale.new_empty((0, p.n)), p.scale.new_empty((0, sum(sizes.y)))
     merged = _merge(plan, p, col_parts)
     return (
-        assemble(row_spec, iter(row_out.unbind(0)), lambda: count(_counted(plan), along_rows=True), (p.n,)),
+        assemble(row_spec, iter(row_out.unbind(0)), lambda: count_relations(_counted(plan), along_rows=True), (p.n,)),
         assemble(col_spec, iter(merged), lambda: _column_counts(plan), (p.m,)),
     )
 
@@ -275,7 +275,7 @@ def _counted(plan: Plan) -> SimilarityProblem:
 
 
 def _column_counts(plan: Plan) -> dict[Any, Tensor]:
-    by_relation = count(_counted(plan), along_rows=False)
+    by_relation = count_relations(_counted(plan), along_rows=False)
     parts = torch.stack([v[0] for v in by_relation.values()], 1)
     own = plan.sizes[plan.ranks.rank]
     totals = torch.stack(plan.ranks.swap(plan.by_owner(parts), [own] * plan.ranks.size)).sum(0)

@@ -67,15 +67,13 @@ def cannot_serve(backend: str, op: str, device: torch.device, dtype: torch.dtype
             return f"its {op} runs on cpu tensors, not {device.type}"
         return f"it has no {op}" if op not in TRITON else f"it runs on cuda tensors, not {device.type}"
     if device.type == "cuda":
-        gpu = _current_gpu() if device.index is None else device.index
+        gpu = device.index
+        if gpu is None and torch.cuda.is_available():
+            gpu = torch.cuda.current_device()
         return machine.why_no_cuda_kernels(gpu) if backend == "native" else machine.why_no_triton(gpu)
     if backend == "triton" and dtype == torch.bfloat16:
         return "Triton's interpreter has no correct bf16 dot"
     return None
-
-
-def _current_gpu() -> int | None:
-    return torch.cuda.current_device() if torch.cuda.is_available() else None
 
 
 def candidates(device_type: str) -> tuple[str, ...]:
@@ -188,4 +186,4 @@ def forget() -> None:
     global _told
     _told = False
     _chosen.clear()
-    machine.forget()
+    machine.why_no_triton.cache_clear()

@@ -179,11 +179,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def forget() -> None:
-    """Forget what was found, so that it is looked for again; for tests that change it."""
-    why_no_triton.cache_clear()
-
-
 def _two(version: str) -> tuple[int, int]:
     major, minor = re.findall(r"\d+", version)[:2]
     return int(major), int(minor)

@@ -128,7 +128,7 @@ def problem(
 def both(p: SimilarityProblem, backend: Any) -> None:
     row_out, col_out, stash = backend.forward(p, 1 << 20, True)
     needs = [True, True, True, p.bias is not None]
-    backend.backward(p, row_out, col_out, row_out, col_out, stash, needs, 1 << 20)
+    backend.backward(p, (row_out, col_out, row_out, col_out), stash, needs, 1 << 20)
 
 
 # Sizes that are 1, multiples of 16 and neither; scalars that are aligned and are not; one after another and back again.
@@ -185,7 +185,7 @@ def test_a_plan_keeps_no_tensor(recorder: Recorder) -> None:
     both(p, small_batch)
     x, scale = torch.zeros(32, 64, dtype=torch.float16), torch.ones(())
     _, *saved = small_info_nce.forward(x, x, scale, True, 0.5, True)
-    small_info_nce.backward(x, x, scale, saved, torch.ones(()), (True, True, True), True, 0.5)
+    small_info_nce.backward((x, x, scale), saved, torch.ones(()), (True, True, True), True, 0.5)
     plans = configs.device().plans
     assert len(plans) == 6
     held = list(launches(plans))

@@ -6,6 +6,7 @@ The similarities of candidates and images are computed one chunk at a time, in o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,38 +26,38 @@ def solve(text_candidates: Tensor, image: Tensor, text: Tensor, scale: float, fa
         rows = min(batch, max(1, _CHUNK_BYTES[image.device.type] // (4 * candidates * batch)))
         out = image.new_empty(batch, candidates, dtype=torch.float32)
         buffer = image.new_empty(rows * candidates, batch, dtype=torch.float32)
-        shared = (_Gpu if on_gpu(image.device) else _Cpu)(image, text, scale, factor)
+        operand, losses = (_on_gpu if on_gpu(image.device) else _on_cpu)(image, text, scale, factor, out)
         for first in range(0, batch, rows):
             count = min(rows, batch - first)
             part = text_candidates[first : first + count].detach().reshape(count * candidates, dim)
-            similarity = multiply(part, shared.image.T, buffer[: count * candidates])
-            shared.losses(similarity, candidates, first, count, out)
+            losses(multiply(part, operand.T, buffer[: count * candidates]), first, count)
     return out
 
 
-class _Cpu:
-    """What all candidates of a batch share, on a CPU."""
+# What multiplies the candidates, and what then writes the losses of ``rows`` of them from ``first`` on.
+_Shared = tuple[Tensor, Callable[[Tensor, int, int], None]]
 
-    def __init__(self, image: Tensor, text: Tensor, scale: float, factor: Tensor | None) -> None:
-        batch = len(image)
-        self.image = scaled(image, scale, factor)
-        self.rest = self.image.new_empty(batch, batch)
-        self.fixed = self.image.new_empty(batch, dtype=torch.float64)
-        s = self.image @ text.float().T
-        _C.candidate_rest(
-            s=s.data_ptr(),
-            batch=batch,
-            rest=self.rest.data_ptr(),
-            fixed=self.fixed.data_ptr(),
-            threads=torch.get_num_threads(),
-        )
 
-    def losses(self, similarity: Tensor, candidates: int, first: int, rows: int, out: Tensor) -> None:
+def _on_cpu(image: Tensor, text: Tensor, scale: float, factor: Tensor | None, out: Tensor) -> _Shared:
+    batch, candidates = out.shape
+    image = scaled(image, scale, factor)
+    rest = image.new_empty(batch, batch)
+    fixed = image.new_empty(batch, dtype=torch.float64)
+    s = image @ text.float().T
+    _C.candidate_rest(
+        s=s.data_ptr(),
+        batch=batch,
+        rest=rest.data_ptr(),
+        fixed=fixed.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+
+    def losses(similarity: Tensor, first: int, rows: int) -> None:
         _C.candidate_losses(
             similarity=similarity.data_ptr(),
-            rest=self.rest.data_ptr(),
-            fixed=self.fixed.data_ptr(),
-            batch=len(self.image),
+            rest=rest.data_ptr(),
+            fixed=fixed.data_ptr(),
+            batch=batch,
             candidates=candidates,
             first=first,
             rows=rows,
@@ -64,48 +65,38 @@ class _Cpu:
             threads=torch.get_num_threads(),
         )
 
+    return image, losses
 
-class _Gpu:
-    """The same on a GPU, where the kernels multiply by the scale and share nothing if the batch is small."""
 
-    def __init__(self, image: Tensor, text: Tensor, scale: float, factor: Tensor | None) -> None:
-        batch = len(image)
-        self.image, self.scale = image, scale
-        self.factor = None if factor is None else factor.detach()
-        self.s = multiply(image, text.T, image.new_empty(batch, batch, dtype=torch.float32))
-        self.rest = self.columns = None
-        if batch > _C.CUDA_ALONE:
-            self.rest = torch.empty_like(self.s)
-            self.columns = self.s.new_empty(batch, dtype=torch.float64)
-            self._launch(_C.cuda_candidate_rest)
+def _on_gpu(image: Tensor, text: Tensor, scale: float, factor: Tensor | None, out: Tensor) -> _Shared:
+    """There the kernels multiply by the scale, and share nothing if the batch is small."""
+    batch, candidates = out.shape
+    factor = None if factor is None else factor.detach()
+    s = multiply(image, text.T, image.new_empty(batch, batch, dtype=torch.float32))
+    several = batch > _C.CUDA_ALONE
+    rest = torch.empty_like(s) if several else None
+    columns = s.new_empty(batch, dtype=torch.float64) if several else None
 
-    def losses(self, similarity: Tensor, candidates: int, first: int, rows: int, out: Tensor) -> None:
-        self._launch(_C.cuda_candidate_losses, similarity, candidates, first, rows, out)
-
-    def _launch(
-        self,
-        kernel: Callable[[_C.CudaCandidates], None],
-        similarity: Tensor | None = None,
-        candidates: int = 0,
-        first: int = 0,
-        rows: int = 0,
-        out: Tensor | None = None,
-    ) -> None:
-        guard, where = on(self.image.device)
+    def launch(kernel: Callable[[_C.CudaCandidates], None], similarity: Tensor | None, first: int, rows: int) -> None:
+        guard, where = on(image.device)
         with guard:
             kernel(
                 _C.CudaCandidates(
-                    s=self.s.data_ptr(),
+                    s=s.data_ptr(),
                     similarity=address(similarity),
-                    scale=self.scale,
-                    factor=address(self.factor),
-                    batch=len(self.image),
+                    scale=scale,
+                    factor=address(factor),
+                    batch=batch,
                     candidates=candidates,
                     first=first,
                     rows=rows,
-                    rest=address(self.rest),
-                    columns=address(self.columns),
-                    out=address(out),
+                    rest=address(rest),
+                    columns=address(columns),
+                    out=out.data_ptr(),
                     stream=where["stream"],
                 )
             )
+
+    if several:
+        launch(_C.cuda_candidate_rest, None, 0, 0)
+    return image, partial(launch, _C.cuda_candidate_losses)

@@ -340,14 +340,10 @@ class NoiseStore:
             return values
         if torch.compiler.is_compiling() or not checked:
             return values.nan_to_num()
-        self._check_values(name, values)
-        return values
-
-    def _check_values(self, name: str, values: Tensor) -> None:
         slack = _SLACK[values.dtype] if self.dtype == torch.int8 else None
         first = load("noise_store", self._backend).first_wrong(values, slack)
         if first is None:
-            return
+            return values
         where = [int(i) for i in torch.unravel_index(torch.tensor(first), values.shape)]
         value = values[tuple(where)].item()
         wanted, in_steps = "finite values", ""

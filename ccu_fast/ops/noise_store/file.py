@@ -5,9 +5,8 @@
     bytes 8192..        the noise, [rows, *item_shape], little-endian
 
 A store works on a copy of the noise in a file without a name, which is mapped into memory and goes with the process.
-A commit writes header and noise to a new file that takes the place of the old one. So a process may be killed, or the
-power lost, at any point; the price is that opening and committing take as long as the file is large, and twice its
-space (three times while a commit is written).
+A commit writes header and noise to a new file that takes the place of the old one. The price is that opening and
+committing take as long as the file is large, and twice its space (three times while a commit is written).
 """
 
 from __future__ import annotations

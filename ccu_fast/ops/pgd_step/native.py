@@ -6,7 +6,7 @@ import torch
 
 from ccu_fast import _C
 from ccu_fast.ops.native import DTYPES, address, on, on_gpu
-from ccu_fast.ops.pgd_step.problem import BadGradient, NoiseStep
+from ccu_fast.ops.pgd_step.api import BadGradient, NoiseStep
 
 STREAMS = 64  # of a device that are told apart
 _refusals: dict[torch.device, Refusals] = {}
@@ -26,9 +26,6 @@ class Refusals:
         self.seen = self.told.numpy()
         self.places: dict[int, int] = {}
         self.wait()  # any stream may be the next to read it
-
-    def place(self, stream: int) -> int:
-        return self.places.setdefault(stream, len(self.places) % STREAMS)
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -93,7 +90,7 @@ def step(p: NoiseStep) -> None:
         refused = told = 0
         if p.check and on_gpu(device):
             refusals, may_look = _refusals_of(device)
-            place = refusals.place(where["stream"])
+            place = refusals.places.setdefault(where["stream"], len(refusals.places) % STREAMS)
             if may_look and refusals.seen[place]:
                 refusals.raise_first()
             refused, told = (t.data_ptr() + 8 * place for t in (refusals.refused, refusals.told))

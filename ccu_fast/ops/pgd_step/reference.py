@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ccu_fast.ops.pgd_step.problem import BadGradient, NoiseStep
+from ccu_fast.ops.pgd_step.api import BadGradient, NoiseStep
 
 
 def step(p: NoiseStep) -> None:

@@ -1,7 +1,6 @@
 """reduce_similarity: reductions over S = scale · x yᵀ + bias without keeping S.
 
-Validation, broadcasting, the choice of backend and the autograd rule live here; the arithmetic is in
-the files named after the backends. Every contrastive loss of the package is a short formula over this one operation.
+Every contrastive loss of the package is a short formula over this one operation.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,14 +112,15 @@ def reduce_similarity(
         with without_autocast(p.x.device):
             tiles = reference.reduce(p.without_ignored())
     else:
-        keep = _needs_backward(p)
+        inputs = (p.x, p.y, p.scale, p.bias)
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         row_out, col_out = SimilarityReduction.apply(*flat(p), specialised(p, name, keep), workspace, keep)
         # The leading dimensions first: one node of the graph for all results.
         row_out, col_out = row_out.view(-1, *lead, n), col_out.view(-1, *lead, m)
         tiles = list(row_out.unbind(0)), list(col_out.unbind(0))
 
-    row_results = assemble(row_spec, iter(tiles[0]), lambda: count(p, along_rows=True), (*lead, n))
-    col_results = assemble(col_spec, iter(tiles[1]), lambda: count(p, along_rows=False), (*lead, m))
+    row_results = assemble(row_spec, iter(tiles[0]), lambda: count_relations(p, along_rows=True), (*lead, n))
+    col_results = assemble(col_spec, iter(tiles[1]), lambda: count_relations(p, along_rows=False), (*lead, m))
     return row_results, col_results
 
 
@@ -147,7 +146,7 @@ def build_problem(
     cols: Sequence[Reduction],
     nan_policy: str,
 ) -> tuple[SimilarityProblem, tuple[int, ...], list[Reduction], list[Reduction]]:
-    """The arguments of :func:`reduce_similarity`, checked: the problem, leading dimensions, the two specs as asked."""
+    """The checked arguments of :func:`reduce_similarity`: the problem, its leading dimensions, both specs as asked."""
     check.tensor("x", x)
     check.tensor("y", y)
     check.same("y", y, "x", x, dtype=False)
@@ -184,10 +183,7 @@ def build_problem(
             missing, given = (f"row_{what}", f"col_{what}") if row is None else (f"col_{what}", f"row_{what}")
             raise ValueError(f"{missing}: expected a tensor because {given} is given, got None")
         col = row if col is None else col
-        return (
-            _keys(f"row_{what}", row, lead, n, x.device),
-            _keys(f"col_{what}", col, lead, m, x.device),
-        )
+        return _keys(f"row_{what}", row, lead, n, x), _keys(f"col_{what}", col, lead, m, x)
 
     row_labels, col_labels = pair("labels", row_labels, col_labels)
     row_ids, col_ids = pair("ids", row_ids, col_ids)
@@ -209,48 +205,30 @@ def build_problem(
     return p, lead, row_spec, col_spec
 
 
-def _needs_backward(p: SimilarityProblem) -> bool:
-    inputs = (p.x, p.y, p.scale, p.bias)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-
-
 def _spec(name: str, values: Sequence[Reduction]) -> list[Reduction]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{name}: expected a sequence of pairs such as ('lse', ALL), got {type(values).__name__}")
-    spec = [_reduction(name, value) for value in values]
+    kinds = (*KINDS, "count")
+    for value in values:
+        if not isinstance(value, tuple) or len(value) != 2:
+            raise TypeError(f"{name}: expected pairs such as ('lse', ALL), got {value!r}")
+        kind, relations = value
+        if kind not in kinds:
+            raise ValueError(f"{name}: expected a reduction in {kinds}, got {kind!r}")
+        if isinstance(relations, bool) or not isinstance(relations, int) or not 1 <= relations <= int(ALL):
+            raise ValueError(f"{name}: expected a set of SELF, SAME and OTHER, got {relations!r}")
+    spec = [(kind, int(relations)) for kind, relations in values]
     tiled = sum(kind != "count" for kind, _ in spec)
     if tiled > MAX_REDUCTIONS:
         raise ValueError(f"{name}: expected at most {MAX_REDUCTIONS} reductions besides counts, got {tiled}")
     return spec
 
 
-def _reduction(name: str, value: Any) -> Reduction:
-    kinds = (*KINDS, "count")
-    if not isinstance(value, tuple) or len(value) != 2:
-        raise TypeError(f"{name}: expected pairs such as ('lse', ALL), got {value!r}")
-    kind, relations = value
-    if kind not in kinds:
-        raise ValueError(f"{name}: expected a reduction in {kinds}, got {kind!r}")
-    if isinstance(relations, bool) or not isinstance(relations, int) or not 1 <= relations <= int(ALL):
-        raise ValueError(f"{name}: expected a set of SELF, SAME and OTHER, got {relations!r}")
-    return kind, int(relations)
-
-
-def _keys(name: str, value: Tensor, lead: tuple[int, ...], items: int, device: torch.device) -> Tensor:
+def _keys(name: str, value: Tensor, lead: tuple[int, ...], items: int, x: Tensor) -> Tensor:
     """Labels or ids as int64 ``[1 or B, items]``."""
     check.tensor(name, value, dtypes=check.INTEGERS)
-    if value.device != device:
-        raise ValueError(f"{name}: expected device {device} (that of x), got {value.device}")
-    if value.ndim < 1 or value.shape[-1] != items:
-        raise ValueError(f"{name}: expected shape [{items}] or [..., {items}], got {list(value.shape)}")
-    value = value.long()
-    if value.ndim == 1:
-        return value[None].contiguous()
-    try:
-        value = value.expand(*lead, items)
-    except RuntimeError:
-        raise ValueError(f"{name}: expected shape {[*lead, items]}, got {list(value.shape)}") from None
-    return value.reshape(math.prod(lead), items).contiguous()
+    check.same(name, value, "x", x, dtype=False)
+    return check.per_row(name, value.long(), lead, items).contiguous()
 
 
 def _banks(t: Tensor, lead: tuple[int, ...]) -> Tensor:
@@ -291,15 +269,6 @@ def workspace_bytes(value: int | None, device: torch.device) -> int:
 @functools.cache
 def _gpu_workspace(index: int) -> int:
     return min(DEFAULT_WORKSPACE["cuda"], torch.cuda.get_device_properties(index).total_memory // 16)
-
-
-def count(p: SimilarityProblem, *, along_rows: bool) -> dict[Relation, Tensor]:
-    """For every row (or column) of a problem the number of pairs in each relation."""
-    row = (p.row_labels, p.col_labels, p.row_ids, p.col_ids)
-    if along_rows:
-        return count_relations(*row, diagonal=p.diagonal, n=p.n, m=p.m, device=p.x.device)
-    labels, ids = (p.col_labels, p.row_labels), (p.col_ids, p.row_ids)
-    return count_relations(*labels, *ids, diagonal=p.diagonal, n=p.m, m=p.n, device=p.x.device)
 
 
 def assemble(

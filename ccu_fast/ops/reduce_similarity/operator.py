@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ccu_fast.ops.backend import load, without_autocast
 from ccu_fast.ops.operator import once_differentiable, operator
-from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
+from ccu_fast.ops.reduce_similarity.problem import Gradients, SimilarityProblem, decode
 
 _FIELDS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_labels, Tensor? col_labels, "
@@ -78,7 +78,7 @@ def run_backward(
     stash: Tensor,
     needs: Sequence[bool],
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """dx, dy, dscale and dbias, those not in ``needs`` empty or zero.
 
     With an empty stash S is computed again, and ``row_out`` and ``col_out`` may be results of a larger problem of which
@@ -88,7 +88,7 @@ def run_backward(
         p = p.without_ignored()
     with without_autocast(p.x.device):
         backward = load("reduce_similarity", backend).backward
-        return backward(p, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
+        return backward(p, (grad_rows, grad_cols, row_out, col_out), stash, needs, workspace)
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +108,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return run_forward(_problem(args), *args[_N_FIELDS:])
 
 
-def _fake_backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> Gradients:
     p = _problem(args)
     needs = args[_N_FIELDS + 3]
     return (
@@ -124,7 +124,7 @@ def _fake_backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Te
     "Tensor stash, bool[] needs, str backend, int workspace) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
 )
-def _backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> Gradients:
     p = _problem(args)
     row_out, col_out, stash, needs, backend, workspace = args[_N_FIELDS:]
     return run_backward(p, backend, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)

@@ -26,6 +26,12 @@ def decode(code: int) -> tuple[str, int]:
     return KINDS[code // 8], code % 8
 
 
+# What a backward pass gets (the gradients of row and column results, and those results), and what it gives: the
+# gradients of x, y, scale and bias.
+Incoming = tuple[Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class SimilarityProblem:
     """S = scale · x yᵀ + bias, and which reductions of it are wanted.

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
+from ccu_fast.ops.reduce_similarity.problem import Gradients, Incoming, SimilarityProblem, decode
 from ccu_fast.ops.reduce_similarity.relations import relation_matrix
 
 
@@ -21,9 +21,7 @@ def reduce(p: SimilarityProblem) -> tuple[list[Tensor], list[Tensor]]:
     s = p.scale.to(compute) * torch.matmul(p.x.to(compute), p.y.to(compute).mT)
     if p.bias is not None:
         s = s + p.bias.to(compute)
-    relation = relation_matrix(
-        p.row_labels, p.col_labels, p.row_ids, p.col_ids, diagonal=p.diagonal, n=p.n, m=p.m, device=p.x.device
-    )
+    relation = relation_matrix(p)
     return (
         [_reduce(s, relation, code, dim=-1) for code in p.rows],
         [_reduce(s, relation, code, dim=-2) for code in p.cols],
@@ -57,16 +55,10 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
 
 
 def backward(
-    p: SimilarityProblem,
-    grad_rows: Tensor,
-    grad_cols: Tensor,
-    row_out: Tensor,
-    col_out: Tensor,
-    stash: Tensor,
-    needs: Sequence[bool],
-    workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the fused backends' ``backward`` gives: E is relative to ``row_out`` and ``col_out``."""
+    p: SimilarityProblem, incoming: Incoming, stash: Tensor, needs: Sequence[bool], workspace: int
+) -> Gradients:
+    """What the fused backends' ``backward`` gives: E is relative to the results in ``incoming``."""
+    grad_rows, grad_cols, row_out, col_out = incoming
     bias = torch.zeros_like(p.scale) if p.bias is None else p.bias
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (p.x, p.y, p.scale, bias)]

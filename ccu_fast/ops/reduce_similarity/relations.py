@@ -16,6 +16,8 @@ from enum import IntFlag
 import torch
 from torch import Tensor
 
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
+
 
 class Relation(IntFlag):
     """A set of relations; combine with ``|``.
@@ -41,31 +43,21 @@ OTHER = Relation.OTHER
 ALL = SELF | SAME | OTHER
 
 
-def relation_matrix(
-    row_labels: Tensor | None,
-    col_labels: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    *,
-    diagonal: bool,
-    n: int,
-    m: int,
-    device: torch.device,
-) -> Tensor:
-    """The relation of every pair as uint8 bits, ``[1 or B, n, m]``; 0 where a side is ignored.
+def relation_matrix(p: SimilarityProblem) -> Tensor:
+    """The relation of every pair as uint8 bits, ``[1 or B, N, M]``; 0 where a side is ignored.
 
-    This is the definition the kernels are tested against; it costs O(n·m) memory.
+    This is the definition the kernels are tested against; it costs O(N·M) memory.
     """
-    rel = torch.full((1, n, m), int(OTHER), dtype=torch.uint8, device=device)
-    if row_labels is not None and col_labels is not None:
-        rel = torch.where(row_labels[:, :, None] == col_labels[:, None, :], int(SAME), rel)
-    if row_ids is not None and col_ids is not None:
-        rel = torch.where(row_ids[:, :, None] == col_ids[:, None, :], int(SELF), rel)
-    elif diagonal:
-        eye = torch.eye(n, m, dtype=torch.bool, device=device)
+    rel = torch.full((1, p.n, p.m), int(OTHER), dtype=torch.uint8, device=p.x.device)
+    if p.row_labels is not None and p.col_labels is not None:
+        rel = torch.where(p.row_labels[:, :, None] == p.col_labels[:, None, :], int(SAME), rel)
+    if p.row_ids is not None and p.col_ids is not None:
+        rel = torch.where(p.row_ids[:, :, None] == p.col_ids[:, None, :], int(SELF), rel)
+    elif p.diagonal:
+        eye = torch.eye(p.n, p.m, dtype=torch.bool, device=p.x.device)
         rel = torch.where(eye, int(SELF), rel)
-    if row_labels is not None and col_labels is not None:
-        rel = rel.masked_fill((row_labels < 0)[:, :, None] | (col_labels < 0)[:, None, :], 0)
+    if p.row_labels is not None and p.col_labels is not None:
+        rel = rel.masked_fill((p.row_labels < 0)[:, :, None] | (p.col_labels < 0)[:, None, :], 0)
     return rel.to(torch.uint8)
 
 
@@ -76,28 +68,22 @@ def _occurrences(keys: Tensor, queries: Tensor) -> Tensor:
     return upper - torch.searchsorted(ordered, queries.contiguous())
 
 
-def count_relations(
-    row_labels: Tensor | None,
-    col_labels: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    *,
-    diagonal: bool,
-    n: int,
-    m: int,
-    device: torch.device,
-) -> dict[Relation, Tensor]:
-    """For every row the number of columns in each relation: int64 ``[1 or B, n]``.
+def count_relations(p: SimilarityProblem, *, along_rows: bool) -> dict[Relation, Tensor]:
+    """For every row the number of columns in each relation, int64 ``[1 or B, N]``, or for every column that of rows.
 
-    O((n + m)·log m) time and O(n + m) memory, no host synchronisation: sorting and binary search instead of the
-    n×m matrix. Swap the row and column arguments to count rows per column.
+    O((N + M)·log(N + M)) time and O(N + M) memory, no host synchronisation: sorting and binary search instead of the
+    N×M matrix.
     """
+    row_labels, col_labels, row_ids, col_ids, n, m = p.row_labels, p.col_labels, p.row_ids, p.col_ids, p.n, p.m
+    if not along_rows:
+        row_labels, col_labels, row_ids, col_ids, n, m = col_labels, row_labels, col_ids, row_ids, m, n
+    device = p.x.device
     if row_ids is None or col_ids is None:
         if row_labels is None or col_labels is None:
-            own = (torch.arange(n, device=device) < (m if diagonal else 0)).long()[None]
+            own = (torch.arange(n, device=device) < (m if p.diagonal else 0)).long()[None]
             return {SELF: own, SAME: torch.zeros_like(own), OTHER: m - own}
         row_ids = torch.arange(n, device=device)[None]
-        col_ids = torch.arange(m, device=device)[None] if diagonal else torch.full((1, m), -1, device=device)
+        col_ids = torch.arange(m, device=device)[None] if p.diagonal else torch.full((1, m), -1, device=device)
     if row_labels is None or col_labels is None:
         col_ids, row_ids = _same_banks(col_ids, row_ids)
         own = _occurrences(col_ids, row_ids)

@@ -21,6 +21,7 @@ from ccu_fast.ops.reduce_similarity.relations import ALL, SELF
 # The loss as reductions of rows and of columns.
 ROWS = (encode("lse", int(ALL)), encode("sum", int(SELF)))
 COLS = ROWS[:1]
+Inputs = tuple[Tensor, Tensor, Tensor]  # x, y, scale
 
 
 def small_info_nce(x: Tensor, y: Tensor, scale: float | Tensor, *, symmetric: bool, mean: bool, backend: str) -> Tensor:
@@ -64,4 +65,4 @@ def weights(items: int, symmetric: bool, weight: float, device: torch.device) ->
 def _backward(x: Tensor, y: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     *saved, grad, needs, symmetric, weight, backend = rest
     with without_autocast(x.device):
-        return load("small_info_nce", backend).backward(x, y, scale, saved, grad, needs, symmetric, weight)
+        return load("small_info_nce", backend).backward((x, y, scale), saved, grad, needs, symmetric, weight)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ccu_fast import _C
 from ccu_fast.ops.reduce_similarity.native.chunks import FP32, SERIAL_PAIRS, UNLABELLED, reductions
-from ccu_fast.ops.small_info_nce.api import COLS, ROWS, weights
+from ccu_fast.ops.small_info_nce.api import COLS, ROWS, Inputs, weights
 
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float, keep: bool) -> tuple[Tensor, ...]:
@@ -57,16 +57,10 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float,
 
 
 def backward(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    saved: Sequence[Tensor],
-    grad: Tensor,
-    needs: Sequence[bool],
-    symmetric: bool,
-    weight: float,
+    inputs: Inputs, saved: Sequence[Tensor], grad: Tensor, needs: Sequence[bool], symmetric: bool, weight: float
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, y and scale; None where none is needed."""
+    x, y, _ = inputs
     by_scale, by_dot = saved
     factor = float(grad)
 

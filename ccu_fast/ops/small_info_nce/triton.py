@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
 from ccu_fast.ops.reduce_similarity.triton import configs, small
-from ccu_fast.ops.small_info_nce.api import COLS, ROWS, weights
+from ccu_fast.ops.small_info_nce.api import COLS, ROWS, Inputs, weights
 from ccu_fast.ops.triton.launch import specialised_on
 
 _NO_BIAS_NO_KEYS = (None,) * 5
@@ -37,18 +37,11 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float,
 
 
 def backward(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    saved: Sequence[Tensor],
-    grad: Tensor,
-    needs: Sequence[bool],
-    symmetric: bool,
-    weight: float,
+    inputs: Inputs, saved: Sequence[Tensor], grad: Tensor, needs: Sequence[bool], symmetric: bool, weight: float
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, y and scale; None where not needed."""
     results, cols, each = saved
-    x, y = x.contiguous(), y.contiguous()
+    x, y, scale = inputs[0].contiguous(), inputs[1].contiguous(), inputs[2]
     with configs.on_device(x):
         grads = each * grad
         device = configs.device()

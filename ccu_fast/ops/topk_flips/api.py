@@ -215,6 +215,11 @@ def topk_flips(
     name = choose(backend, "topk_flips", grad.device, torch.float64 if wide else grad.dtype)
     if backend == "auto" and table.packed is None:
         name = "reference"
+    if current_ids is not None:
+        check.tensor("current_ids", current_ids, dtypes=check.INTEGERS)
+        check.same("current_ids", current_ids, "grad", grad, dtype=False)
+        check.shape("current_ids", current_ids, lead)
+        current_ids = current_ids.long().reshape(-1).contiguous()
     p = TokenProblem(
         grad=grad.detach()
         .to(torch.float64 if wide else torch.float32)
@@ -227,7 +232,7 @@ def topk_flips(
         max_norm=table.max_norm,
         k=min(k, len(table)),
         maximize=bool(maximize),
-        current=None if current_ids is None else _current(current_ids, grad),
+        current=current_ids,
         exclude_current=bool(exclude_current),
         allowed=_per_token("allowed", allowed, lead, table, (torch.bool,)),
         penalty=_per_token("penalty", penalty, lead, table, check.FLOATS),
@@ -255,13 +260,6 @@ def _merge(found: TokenResult, lead: tuple[int, ...], k: int) -> Flips:
         valid=found.valid.view(lead),
         rows=rows.view(*outer, k),
     )
-
-
-def _current(value: Tensor, grad: Tensor) -> Tensor:
-    check.tensor("current_ids", value, dtypes=check.INTEGERS)
-    check.same("current_ids", value, "grad", grad, dtype=False)
-    check.shape("current_ids", value, grad.shape[:-1])
-    return value.long().reshape(-1).contiguous()
 
 
 def _per_token(name: str, value: Any, lead: tuple[int, ...], table: TokenTable, dtypes: Any) -> Tensor | None:

@@ -18,20 +18,16 @@ _PACK_ROWS = 512 * _PANEL
 
 
 def pack(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The table that the scan reads, and what the scan must know about its rounding."""
-    if on_gpu(embedding.device):
-        packed: tuple[Tensor, Tensor] = load("topk_flips", "cuda").pack(embedding, token_ids)
-        return packed
-    return pack_panels(embedding, token_ids)
+    """The table that the scan reads, and what the scan must know about its rounding.
 
-
-def pack_panels(embedding: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Panels of 16 tokens, int16 ``[ceil(T / 16), ceil(D / 2), 16, 2]``, and each token's fp32 step ``[.., 16]``.
-
-    A vector register then holds two dimensions of 16 tokens. A token's step is the power of two that brings its
-    largest element to 13 bits (or fp32's smallest normal number): an element is off by at most half of it, and the
-    product of a step and a sum is exact.
+    On a CPU: panels of 16 tokens, int16 ``[ceil(T / 16), ceil(D / 2), 16, 2]``, and each token's step, fp32
+    ``[.., 16]``. A vector register then holds two dimensions of 16 tokens. A token's step is the power of two that
+    brings its largest element to 13 bits (or fp32's smallest normal number): an element is off by at most half of it,
+    and the product of a step and a sum is exact.
     """
+    if on_gpu(embedding.device):
+        on_device: tuple[Tensor, Tensor] = load("topk_flips", "cuda").pack(embedding, token_ids)
+        return on_device
     tokens = embedding.shape[0] if token_ids is None else token_ids.shape[0]
     panels, dim = (tokens + _PANEL - 1) // _PANEL, embedding.shape[1]
     packed = torch.zeros(panels, (dim + 1) // 2, _PANEL, 2, dtype=torch.int16, device="cpu")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,13 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ccu_fast import ALL, OTHER, SAME, SELF, reduce_similarity
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
 from ccu_fast.ops.reduce_similarity.relations import count_relations, relation_matrix
 
-CPU = torch.device("cpu")
+
+def problem(n: int, m: int, *keys: Tensor | None, diagonal: bool) -> SimilarityProblem:
+    """Row labels, column labels, row ids and column ids of items whose values do not matter."""
+    return SimilarityProblem(torch.empty(1, n, 1), torch.empty(1, m, 1), torch.ones(()), None, *keys, diagonal, (), ())
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> dict[str, Any]:
+def problems(draw: st.DrawFn) -> SimilarityProblem:
     n, m = draw(st.integers(0, 9)), draw(st.integers(0, 9))
     banks = draw(st.integers(1, 3))
 
@@ -33,60 +35,43 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
     labels = keys(-2, 3) if draw(st.booleans()) else (None, None)
     ids = keys(0, 4) if draw(st.booleans()) else (None, None)
-    return {
-        "row_labels": labels[0],
-        "col_labels": labels[1],
-        "row_ids": ids[0],
-        "col_ids": ids[1],
-        "diagonal": ids[0] is None and draw(st.booleans()),
-        "n": n,
-        "m": m,
-        "device": CPU,
-    }
+    return problem(n, m, *labels, *ids, diagonal=ids[0] is None and draw(st.booleans()))
 
 
 def at(keys: Tensor, bank: int, item: int) -> int:
     return int(keys[bank % keys.shape[0], item])
 
 
-def one_relation(p: dict[str, Any], bank: int, i: int, j: int) -> int:
-    if p["row_labels"] is not None:
-        row, col = at(p["row_labels"], bank, i), at(p["col_labels"], bank, j)
+def one_relation(p: SimilarityProblem, bank: int, i: int, j: int) -> int:
+    if p.row_labels is not None:
+        row, col = at(p.row_labels, bank, i), at(p.col_labels, bank, j)
         if row < 0 or col < 0:
             return 0
-    if p["row_ids"] is not None:
-        if at(p["row_ids"], bank, i) == at(p["col_ids"], bank, j):
+    if p.row_ids is not None:
+        if at(p.row_ids, bank, i) == at(p.col_ids, bank, j):
             return int(SELF)
-    elif p["diagonal"] and i == j:
+    elif p.diagonal and i == j:
         return int(SELF)
-    return int(SAME if p["row_labels"] is not None and row == col else OTHER)
+    return int(SAME if p.row_labels is not None and row == col else OTHER)
 
 
 @settings(max_examples=150, deadline=None)
 @given(problems())
-def test_relation_matrix_is_its_definition(p: dict[str, Any]) -> None:
-    matrix = relation_matrix(**p)
+def test_relation_matrix_is_its_definition(p: SimilarityProblem) -> None:
+    matrix = relation_matrix(p)
     assert matrix.dtype == torch.uint8
-    assert matrix.shape[1:] == (p["n"], p["m"])
+    assert matrix.shape[1:] == (p.n, p.m)
     for bank in range(matrix.shape[0]):
-        expected = [[one_relation(p, bank, i, j) for j in range(p["m"])] for i in range(p["n"])]
+        expected = [[one_relation(p, bank, i, j) for j in range(p.m)] for i in range(p.n)]
         assert matrix[bank].tolist() == expected
 
 
 @settings(max_examples=300, deadline=None)
 @given(problems())
-def test_counts_are_those_of_the_matrix(p: dict[str, Any]) -> None:
-    matrix = relation_matrix(**p)
-    swapped = {
-        **p,
-        "n": p["m"],
-        "m": p["n"],
-        "row_labels": p["col_labels"],
-        "col_labels": p["row_labels"],
-        "row_ids": p["col_ids"],
-        "col_ids": p["row_ids"],
-    }
-    for counts, dim in ((count_relations(**p), 2), (count_relations(**swapped), 1)):
+def test_counts_are_those_of_the_matrix(p: SimilarityProblem) -> None:
+    matrix = relation_matrix(p)
+    for along_rows, dim in ((True, 2), (False, 1)):
+        counts = count_relations(p, along_rows=along_rows)
         for relation in (SELF, SAME, OTHER):
             expected = (matrix == int(relation)).sum(dim)
             assert counts[relation].dtype == torch.int64
@@ -95,8 +80,8 @@ def test_counts_are_those_of_the_matrix(p: dict[str, Any]) -> None:
 
 def test_counts_use_no_matrix() -> None:
     n = 200_000
-    ids = torch.arange(n) // 2
-    counts = count_relations(None, None, ids[None], ids[None], diagonal=False, n=n, m=n, device=CPU)
+    ids = torch.arange(n)[None] // 2
+    counts = count_relations(problem(n, n, None, None, ids, ids, diagonal=False), along_rows=True)
     assert counts[SELF].eq(2).all()
     assert counts[OTHER].eq(n - 2).all()
 

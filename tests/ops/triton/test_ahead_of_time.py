@@ -187,10 +187,10 @@ def test_resources(
     p = problem(VARIANTS[variant], {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32))
     row_out, col_out, stash = similarity.forward(p, 1 << 24, True)
     incoming = torch.zeros_like(row_out), torch.zeros_like(col_out)
-    similarity.backward(p, *incoming, row_out, col_out, stash, [True, True, True, False], 1 << 30)
+    similarity.backward(p, (*incoming, row_out, col_out), stash, [True, True, True, False], 1 << 30)
 
     # And G from x and y for all of its tiles, as for rows of which nothing was kept.
-    similarity.backward(p, *incoming, row_out, col_out, stash[:16], [True, True, True, p.bias is not None], 1 << 30)
+    similarity.backward(p, (*incoming, row_out, col_out), stash[:16], [True, True, True, p.bias is not None], 1 << 30)
 
     kernels = compiled()
     own = ("sum", SELF) in (*VARIANTS[variant][0], *VARIANTS[variant][1]) and p.diagonal
@@ -301,7 +301,7 @@ def test_resources_of_small_batches(
     p = problem(VARIANTS[variant], {"bf16": torch.bfloat16, "fp16": torch.float16}[precision], d)
     row_out, col_out, stash = small_batch.forward(p, 0, True)
     needs = [True, True, True, p.bias is not None]
-    small_batch.backward(p, torch.zeros_like(row_out), torch.zeros_like(col_out), row_out, col_out, stash, needs, 0)
+    small_batch.backward(p, (torch.zeros_like(row_out), torch.zeros_like(col_out), row_out, col_out), stash, needs, 0)
     kernels = compiled()
     assert {name.split()[0] for name in kernels} == set(SMALL)
     for name, kernel in kernels.items():

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ccu_fast import _C
 from ccu_fast.ops.backend import fp32_precision
 from ccu_fast.ops.native import DTYPES
 from ccu_fast.ops.reduce_similarity.native.buffers import WORTH_KEEPING, borrow
-from ccu_fast.ops.reduce_similarity.problem import KINDS, SimilarityProblem
+from ccu_fast.ops.reduce_similarity.problem import KINDS, Gradients, Incoming, SimilarityProblem
 
 # With fewer pairs than this, another thread costs more than it saves.
 SERIAL_PAIRS = 1 << 14
@@ -44,36 +45,31 @@ _HEADER = 16
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows [start, stop) of banks [first, last)."""
+    """Some rows of some banks, against all ``cols`` columns."""
 
-    first: int
-    last: int
-    start: int
-    stop: int
+    of_banks: slice
+    of_rows: slice
+    cols: int
 
     @property
     def banks(self) -> int:
-        return self.last - self.first
+        return self.of_banks.stop - self.of_banks.start
 
     @property
     def rows(self) -> int:
-        return self.stop - self.start
+        return self.of_rows.stop - self.of_rows.start
 
     @property
-    def of_banks(self) -> slice:
-        return slice(self.first, self.last)
-
-    @property
-    def of_rows(self) -> slice:
-        return slice(self.start, self.stop)
+    def size(self) -> int:
+        return self.banks * self.rows * self.cols
 
     def rows_of(self, results: Tensor) -> int:
         """Where the chunk's rows start in ``[R, B, N]``."""
-        return results[:, self.first :, self.start :].data_ptr()
+        return results[:, self.of_banks, self.of_rows].data_ptr()
 
     def cols_of(self, results: Tensor) -> int:
         """Where the chunk's banks start in ``[C, B, M]``."""
-        return results[:, self.first :].data_ptr()
+        return results[:, self.of_banks].data_ptr()
 
 
 @dataclass(frozen=True)
@@ -82,15 +78,11 @@ class _Layout:
 
     chunks: list[_Chunk]
     kept: int
-    cols: int
     dtype: torch.dtype
-
-    def size(self, chunk: _Chunk) -> int:
-        return chunk.banks * chunk.rows * self.cols
 
     @property
     def largest(self) -> int:
-        return max(self.size(c) for c in self.chunks)
+        return max(chunk.size for chunk in self.chunks)
 
 
 def _scratch(workspace: int) -> int:
@@ -99,31 +91,24 @@ def _scratch(workspace: int) -> int:
 
 
 def _sizes(p: SimilarityProblem) -> tuple[int, int, int]:
-    """Banks, N and M, looked at once."""
+    """Banks, N and M in one call: a small problem feels those of its properties."""
     return p.y.shape[0] if p.x.shape[0] == 1 else p.x.shape[0], p.x.shape[1], p.y.shape[1]
 
 
-def _layout(p: SimilarityProblem, workspace: int, keep: bool, dtype: torch.dtype) -> _Layout:
-    """One chunk of scratch; the rest of the workspace holds kept chunks."""
-    return _cut(*_sizes(p), _scratch(workspace), stash_shape(p, workspace, keep)[0], dtype)
-
-
 @lru_cache(maxsize=64)
-def _cut(banks: int, n: int, m: int, scratch_bytes: int, stash: int, dtype: torch.dtype) -> _Layout:
-    scratch = scratch_bytes // dtype.itemsize
+def _layout(banks: int, n: int, m: int, workspace: int, stash: int, dtype: torch.dtype) -> _Layout:
+    """One chunk of scratch; as many are kept as the ``stash`` has room for, in words."""
+    scratch = _scratch(workspace) // dtype.itemsize
     if n * m <= scratch or n <= _FEWEST_ROWS:
         group = max(1, scratch // (n * m))
-        chunks = [_Chunk(b, min(b + group, banks), 0, n) for b in range(0, banks, group)]
+        chunks = [_Chunk(slice(b, min(b + group, banks)), slice(0, n), m) for b in range(0, banks, group)]
     else:
         rows = max(_FEWEST_ROWS, scratch // m // _FEWEST_ROWS * _FEWEST_ROWS)
-        chunks = [_Chunk(b, b + 1, start, min(start + rows, n)) for b in range(banks) for start in range(0, n, rows)]
-    layout = _Layout(chunks, 0, m, dtype)
+        parts = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+        chunks = [_Chunk(slice(b, b + 1), part, m) for b in range(banks) for part in parts]
     room = (stash - _HEADER) * 4 // dtype.itemsize
-    kept = 0
-    while kept < len(chunks) and layout.size(chunks[kept]) <= room:
-        room -= layout.size(chunks[kept])
-        kept += 1
-    return _Layout(chunks, kept, m, dtype)
+    kept = sum(filled <= room for filled in accumulate(chunk.size for chunk in chunks))
+    return _Layout(chunks, kept, dtype)
 
 
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
@@ -154,11 +139,6 @@ def has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def threads_for(pairs: int) -> int:
-    """How many threads may share this many pairs."""
-    return torch.get_num_threads() if pairs > SERIAL_PAIRS else 1
-
-
 @lru_cache(maxsize=64)
 def reductions(rows: tuple[int, ...], cols: tuple[int, ...]) -> _C.Reductions:
     """Codes of reductions in the form that C++ takes."""
@@ -176,16 +156,15 @@ class Operands:
         self.p, self.dtype = p, dtype
         self.self_dot: Tensor | None = None
         if dtype == torch.bfloat16 and p.diagonal:
-            banks, n, m = _sizes(p)
-            pairs = min(n, m)
+            pairs = min(p.n, p.m)
             own = (p.x[:, :pairs].float() * p.y[:, :pairs].float()).sum(-1)
-            self.self_dot = torch.nn.functional.pad(own, (0, n - pairs)).expand(banks, -1)
+            self.self_dot = torch.nn.functional.pad(own, (0, p.n - pairs)).expand(p.banks, -1)
         self.scale = float(p.scale)
         self.bias = 0.0 if p.bias is None else float(p.bias)
         self.row_labels, self.col_labels = _narrow(p.row_labels, p.col_labels)
         self.row_ids, self.col_ids = _narrow(p.row_ids, p.col_ids)
         self.reductions = reductions(p.rows, p.cols) if codes is None else reductions(codes, ())
-        self.threads = threads_for(math.prod(_sizes(p)))
+        self.threads = torch.get_num_threads() if math.prod(_sizes(p)) > SERIAL_PAIRS else 1
 
     @cached_property
     def x(self) -> Tensor:
@@ -267,25 +246,26 @@ def _dot(native: Operands, chunk: _Chunk, out: Tensor) -> Tensor:
 def _kept(layout: _Layout, stash: Tensor) -> Iterator[Tensor]:
     stash, offset = stash[_HEADER:].view(layout.dtype), 0
     for chunk in layout.chunks[: layout.kept]:
-        yield stash[offset : offset + layout.size(chunk)]
-        offset += layout.size(chunk)
+        yield stash[offset : offset + chunk.size]
+        offset += chunk.size
 
 
 def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row results ``[R, B, N]``, column results ``[C, B, M]`` and the kept chunks, flat."""
     dtype = gemm_dtype(p)
-    layout = _layout(p, workspace, keep, dtype)
-    native = Operands(p, dtype)
+    banks, n, m = _sizes(p)
     size = stash_shape(p, workspace, keep)[0]
+    layout = _layout(banks, n, m, workspace, size, dtype)
+    native = Operands(p, dtype)
+    # Asked here: a small problem would feel the call.
     stash = borrow(size) if 4 * size >= WORTH_KEEPING else torch.empty(size, **FP32)
     stash[:_HEADER].fill_(dtype == torch.bfloat16)
     # The part that no chunk fills must also be the same every time (except the half that bf16 GEMMs of fp32 inputs
     # leave unused).
-    filled = sum(map(layout.size, layout.chunks[: layout.kept]))
+    filled = sum(chunk.size for chunk in layout.chunks[: layout.kept])
     if _HEADER * 4 + filled * dtype.itemsize < stash.numel() * 4:
         stash[_HEADER:].view(dtype)[filled : filled + layout.largest] = 0
     scratch = torch.empty(layout.largest if layout.kept < len(layout.chunks) else 0, dtype=dtype, device="cpu")
-    banks, n, m = _sizes(p)
     row_out = torch.empty(len(p.rows), banks, n, **FP32)
     col_max = torch.full((len(p.cols), banks, m), -torch.inf, **FP32)
     col_sum = torch.zeros(len(p.cols), banks, m, dtype=torch.float64, device="cpu")
@@ -305,26 +285,20 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
 
 
 def backward(
-    p: SimilarityProblem,
-    grad_rows: Tensor,
-    grad_cols: Tensor,
-    row_out: Tensor,
-    col_out: Tensor,
-    stash: Tensor,
-    needs: Sequence[bool],
-    workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p: SimilarityProblem, incoming: Incoming, stash: Tensor, needs: Sequence[bool], workspace: int
+) -> Gradients:
     """Gradients of x, y, scale and bias; those not in ``needs`` are empty or zero.
 
-    An empty stash says that nothing was kept. ``row_out`` and ``col_out`` may then be results of a larger problem of
+    An empty stash says that nothing was kept. The results in ``incoming`` may then be those of a larger problem of
     which this one is a block: E is relative to them.
     """
+    grad_rows, grad_cols, row_out, col_out = incoming
     kept = stash.numel() > 0
     # The choice of the forward pass, even if the precision setting has changed since.
     dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if kept else gemm_dtype(p)
-    layout = _layout(p, workspace, kept, dtype)
-    native = Operands(p, dtype)
     banks, n, m = _sizes(p)
+    layout = _layout(banks, n, m, workspace, stash.numel(), dtype)
+    native = Operands(p, dtype)
     dx = _Sum(p.x, needs[0], once=p.x.shape[0] == banks)
     dy = _Sum(p.y, needs[1], once=len(layout.chunks) == 1 or (layout.chunks[0].rows == n and p.y.shape[0] == banks))
     scratch = torch.empty(layout.largest, dtype=dtype, device="cpu")
@@ -332,7 +306,7 @@ def backward(
     buffers = _kept(layout, stash)
     for chunk in layout.chunks:
         buffer = next(buffers, None)
-        dot = _dot(native, chunk, scratch) if buffer is None else buffer[: layout.size(chunk)].view(chunk.banks, -1, m)
+        dot = _dot(native, chunk, scratch) if buffer is None else buffer.view(chunk.banks, -1, m)
         grad = scratch[: dot.numel()].view(dot.shape)
         sums = torch.empty(2, chunk.banks * chunk.rows, dtype=torch.float64, device="cpu")
         _C.similarity_backward(

@@ -24,7 +24,7 @@ from torch import Tensor
 from ccu_fast import _C
 from ccu_fast.ops.native import address
 from ccu_fast.ops.reduce_similarity.native.chunks import FP32, Operands, gemm_dtype
-from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode, encode
+from ccu_fast.ops.reduce_similarity.problem import Gradients, Incoming, SimilarityProblem, decode, encode
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME, SELF
 
 # A block: its similarities take 1 MiB, its keys 2 MiB at D = 512.
@@ -96,21 +96,14 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
 
 
 def backward(
-    p: SimilarityProblem,
-    grad_rows: Tensor,
-    grad_cols: Tensor,
-    row_out: Tensor,
-    col_out: Tensor,
-    stash: Tensor,
-    needs: Sequence[bool],
-    workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p: SimilarityProblem, incoming: Incoming, stash: Tensor, needs: Sequence[bool], workspace: int
+) -> Gradients:
     """Gradients of x, scale and bias, without another look at the keys; that of y is empty."""
     groups = _groups(p)
     lse, mean = _parts(p, stash)
     # In fp64: for lse(ALL) - lse(OTHER) the factors of a group nearly cancel.
     factors = torch.zeros_like(lse)
-    for code, grad in zip(p.rows, grad_rows[:, 0], strict=True):
+    for code, grad in zip(p.rows, incoming[0][:, 0], strict=True):
         members = _members(groups, code)
         out = lse[members].logsumexp(0)
         # A row without pairs passes no gradient.

@@ -42,56 +42,51 @@ def shapes(p: SimilarityProblem, keys: Keys) -> tuple[Hashable, ...]:
     return p.x.shape, p.y.shape, p.rows, p.cols, p.diagonal, *[None if key is None else key.shape for key in keys]
 
 
-def key_strides(keys: Keys) -> tuple[int, ...]:
-    """Elements from one bank of the keys to the next; 0 if shared."""
-    return tuple(0 if key is None or key.shape[0] == 1 else key.shape[1] for key in keys)
-
-
 def strides(p: SimilarityProblem, keys: Keys) -> tuple[int, ...]:
-    """Rows from one bank of x and of y to the next, and the strides of the keys."""
-    return 0 if p.x.shape[0] == 1 else p.n, 0 if p.y.shape[0] == 1 else p.m, *key_strides(keys)
+    """Rows from one bank of x and of y to the next, and elements from one bank of each of the keys; 0 if shared."""
+    of_keys = (0 if key is None or key.shape[0] == 1 else key.shape[1] for key in keys)
+    return 0 if p.x.shape[0] == 1 else p.n, 0 if p.y.shape[0] == 1 else p.m, *of_keys
 
 
 class Pass:
-    """What the launches of a problem have in common, made from sizes and types alone. No tensor is kept."""
+    """What the launches of a problem have in common, made from sizes and types alone. No tensor is kept.
 
-    def __init__(self, p: SimilarityProblem, operands: Operands, device: configs.Device) -> None:
+    Attributes:
+        tile: of ``kernel``, "forward" or "gradient".
+    """
+
+    def __init__(self, p: SimilarityProblem, operands: Operands, device: configs.Device, kernel: str) -> None:
         self.arithmetic = configs.arithmetic(p.x.dtype)
         self.precision = "tf32" if self.arithmetic == "tf32" else "ieee"
-        self.d, self.tma = operands.x.shape[2], device.tma
+        self.tile = device.tile(kernel, self.arithmetic, p)
+        self.d = operands.x.shape[2]
+        blocks = (self.tile.block_m, self.tile.block_k), (self.tile.block_n, self.tile.block_k)
+        self.descriptors = tuple(map(Descriptor, blocks)) if device.tma else None
         # What is beyond an edge needs no mask where there are labels: its label is negative, so it is ignored.
         self.edges = p.row_labels is None
-        self.key_strides, self.strides = key_strides(operands.keys), strides(p, operands.keys)
+        self.strides = strides(p, operands.keys)
         self.kept_dtype = plan.kept_dtype(p)
 
-    def constants(
-        self, p: SimilarityProblem, tile: configs.Tile, items: int, rows: plan.Spec, cols: plan.Spec
-    ) -> dict[str, Any]:
+    def readers(self, operands: Operands) -> tuple[Any, Any]:
+        """x and y as a tile reads them: through pointers, or through descriptors."""
+        if self.descriptors is None:
+            return operands.x, operands.y
+        return self.descriptors[0](operands.x), self.descriptors[1](operands.y)
+
+    def constants(self, p: SimilarityProblem, items: int, rows: plan.Spec, cols: plan.Spec) -> dict[str, Any]:
         """Of a kernel that tells tiles near the diagonal from others and whose rows are ``items`` of each bank."""
-        found = {"ROWS": rows, "COLS": cols, "DIAGONAL": p.diagonal, "PRECISION": self.precision, "TMA": self.tma}
+        tile, tma = self.tile, self.descriptors is not None
+        found = {"ROWS": rows, "COLS": cols, "DIAGONAL": p.diagonal, "PRECISION": self.precision, "TMA": tma}
         for name, spec in (("ROWS", rows), ("COLS", cols)):
             parts = plan.by_distance(p, spec)
             found |= {f"{name}_{where}": part for where, part in zip(("ALWAYS", "NEAR", "FAR"), parts, strict=True)}
         found["MASK_N"] = self.edges and items % tile.block_m != 0
         found["MASK_M"] = self.edges and p.m % tile.block_n != 0
-        return {**found, "WHOLE": plan.stride(p) % tile.block_n == 0, **tile.options()}
+        return {**found, "WHOLE": configs.row_stride(p.m) % tile.block_n == 0, **tile.options()}
 
     def kept(self, stash: Tensor) -> Tensor:
         """E, after the stash's header."""
         return stash[plan.HEADER :].view(self.kept_dtype)
-
-
-class Readers:
-    """How one tile reads x and y: through pointers, or through descriptors."""
-
-    def __init__(self, device: configs.Device, tile: configs.Tile) -> None:
-        blocks = (tile.block_m, tile.block_k), (tile.block_n, tile.block_k)
-        self.descriptors = tuple(map(Descriptor, blocks)) if device.tma else None
-
-    def __call__(self, operands: Operands) -> tuple[Any, Any]:
-        if self.descriptors is None:
-            return operands.x, operands.y
-        return self.descriptors[0](operands.x), self.descriptors[1](operands.y)
 
 
 def _padded(t: Tensor, multiple: int) -> Tensor:

@@ -1,8 +1,7 @@
 """reduce_similarity on a GPU, backward: what is launched, in which order, with how much memory.
 
-For each chunk of rows: G from E or from S, two library GEMMs, and the rounding. The arithmetic is in
-:mod:`.gradient_kernels`, all sizes are chosen in :mod:`.plan`. Nothing here waits for the GPU: scale, bias and the
-range of the gradients stay on the device.
+The arithmetic is in :mod:`.gradient_kernels`, all sizes are chosen in :mod:`.plan`. Nothing here waits for the GPU:
+scale, bias and the range of the gradients stay on the device.
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
+from ccu_fast.ops.reduce_similarity.problem import Gradients, Incoming, SimilarityProblem
 from ccu_fast.ops.reduce_similarity.triton import configs, plan
-from ccu_fast.ops.reduce_similarity.triton.arguments import HALF_EXPONENT, Operands, Pass, Readers
-from ccu_fast.ops.reduce_similarity.triton.gemm import ColumnGradient, RowGradient
+from ccu_fast.ops.reduce_similarity.triton.arguments import HALF_EXPONENT, Operands, Pass
+from ccu_fast.ops.reduce_similarity.triton.gemm import add_column_gradient, row_gradient
 from ccu_fast.ops.reduce_similarity.triton.gradient_kernels import (
     finish_kernel,
     gradient_kernel,
@@ -31,15 +31,8 @@ FINISH_BLOCK = 4096
 
 
 def backward(
-    p: SimilarityProblem,
-    grad_rows: Tensor,
-    grad_cols: Tensor,
-    row_out: Tensor,
-    col_out: Tensor,
-    stash: Tensor,
-    needs: Sequence[bool],
-    workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p: SimilarityProblem, incoming: Incoming, stash: Tensor, needs: Sequence[bool], workspace: int
+) -> Gradients:
     """dx and dy like x and y, dscale and dbias 0-dim fp32; empty or without a value where not needed.
 
     dscale is Σ x∘dx before scale and rounding, or that of y; only where neither is needed does it cost a pass over S.
@@ -49,7 +42,6 @@ def backward(
     with configs.on_device(p.x):
         device = configs.device()
         operands = Operands(p, device)
-        incoming = grad_rows, grad_cols, row_out, col_out
         signature = ("backward", workspace, tuple(needs), stash.shape, operands.signature(p, *incoming, stash))
         made = device.plans.get(signature) or device.keep(
             signature, _Backward(p, operands, device, stash.shape[0], tuple(needs), workspace)
@@ -69,33 +61,25 @@ class _Backward(Pass):
         needs: tuple[bool, ...],
         workspace: int,
     ) -> None:
-        super().__init__(p, operands, device)
+        super().__init__(p, operands, device, "gradient")
         self.want_x, self.want_y, self.want_scale, self.want_bias = needs
         self.store = self.want_x or self.want_y
-        tile = device.tile("gradient", self.arithmetic, p)
-        self.readers = Readers(device, tile)
         self.norm = _norm(p, device) if self.store and p.x.dtype == torch.float16 else None
         totals = self.want_bias or (self.want_scale and not self.store)
         self.x_dot, self.y_dot = self.want_scale, self.want_scale and not self.want_x
         # Long rows are padded like those of G, so that what columns get is loaded in whole packs: the addresses of
         # single elements would fill the registers.
-        self.missing = -p.m % 16 if tile.block_n == device.gradient[self.arithmetic].block_n else 0
+        self.missing = -p.m % 16 if self.tile.block_n == device.gradient[self.arithmetic].block_n else 0
         self.col_items = p.m + self.missing
-        chunks = plan.chunks(p, tile.block_m, workspace, stash_words)
-        self.chunks = [_Chunk(self, p, device, tile, chunk, totals) for chunk in chunks]
+        chunks = plan.chunks(p, self.tile.block_m, workspace, stash_words)
+        self.chunks = [_Chunk(self, p, device, chunk, totals) for chunk in chunks]
         self.scratch = max(chunk.size for chunk in self.chunks)
         # A bank of x that serves several banks of y is summed before it is finished.
-        self.x_shared = p.x.shape[0] < p.banks
-        self.finish_x = self.finisher(p, device, p.x.numel(), self.x_dot) if self.want_x and self.x_shared else None
-        self.finish_y = self.finisher(p, device, p.y.numel(), self.y_dot) if self.want_y else None
+        shared = p.x.shape[0] < p.banks
+        self.finish_x = _finisher(device, p.x.numel(), self.x_dot) if self.want_x and shared else None
+        self.finish_y = _finisher(device, p.y.numel(), self.y_dot) if self.want_y else None
 
-    def finisher(self, p: SimilarityProblem, device: configs.Device, size: int, dot: bool, parts: int = 1) -> Launch:
-        constants = {"DOT": dot, "PARTS": parts, "BLOCK": FINISH_BLOCK, "num_warps": 8}
-        return Launch(finish_kernel, triton.cdiv(size, FINISH_BLOCK), (size,), index=device.index, **constants)
-
-    def __call__(
-        self, p: SimilarityProblem, operands: Operands, incoming: tuple[Tensor, Tensor, Tensor, Tensor], stash: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def __call__(self, p: SimilarityProblem, operands: Operands, incoming: Incoming, stash: Tensor) -> Gradients:
         dx = p.x.new_empty(p.x.shape if self.want_x else (0,))
         dy = p.y.new_empty((0,))
         norm = None
@@ -104,7 +88,7 @@ class _Backward(Pass):
             self.norm(incoming[0], incoming[1], norm)
         if self.missing:
             rows, cols, row_out, col_out = incoming
-            incoming = rows, _filled(cols, self.missing), row_out, _filled(col_out, self.missing)
+            incoming = rows, pad(cols, (0, self.missing)), row_out, pad(col_out, (0, self.missing))
         scale_terms: list[Tensor] = []
         bias_terms: list[Tensor] = []
 
@@ -115,28 +99,31 @@ class _Backward(Pass):
                 scale_terms.append(dots.sum(dtype=torch.float64))
 
         readers = self.readers(operands)
-        row_gradient = RowGradient(p) if self.want_x else None
-        col_gradient = ColumnGradient(p) if self.want_y else None
+        x_sum = torch.zeros_like(p.x, dtype=torch.float32) if self.finish_x is not None else None
+        y_sum = torch.empty_like(p.y, dtype=torch.float32) if self.want_y else None
         scratch = p.x.new_empty((self.scratch,))
+        common = norm, *operands.keys, *incoming
         for planned in self.chunks:
             chunk = planned.chunk
-            g, parts = planned.make(self, p, readers, operands.keys, incoming, stash, norm, scratch)
+            g, parts = planned.make(self, p, readers, stash, common, scratch)
             if parts is not None:
                 bias_terms.append(parts[1])
                 if not self.store:
                     scale_terms.append(parts[0])
-            if row_gradient is not None:
-                part = row_gradient.add(g, chunk, planned.parts_of_sum)
-                if part is not None and planned.finish is not None:
+            if self.want_x:
+                part = row_gradient(p, g, chunk, planned.parts_of_sum)
+                if x_sum is not None:
+                    x_sum[0, chunk.first : chunk.first + chunk.rows] += part.sum(0)
+                elif planned.finish is not None:
                     finish(planned.finish, _rows(dx, chunk), part, _rows(p.x, chunk), self.x_dot)
-            if col_gradient is not None:
-                col_gradient.add(g, chunk)
+            if y_sum is not None:
+                add_column_gradient(p, y_sum, g, chunk)
         del g, scratch  # before the last results are allocated
-        if row_gradient is not None and row_gradient.sum is not None and self.finish_x is not None:
-            finish(self.finish_x, dx, row_gradient.sum, p.x, self.x_dot)
-        if col_gradient is not None and self.finish_y is not None:
+        if x_sum is not None and self.finish_x is not None:
+            finish(self.finish_x, dx, x_sum, p.x, self.x_dot)
+        if y_sum is not None and self.finish_y is not None:
             dy = p.y.new_empty(p.y.shape)
-            finish(self.finish_y, dy, col_gradient.sum, p.y, self.y_dot)
+            finish(self.finish_y, dy, y_sum, p.y, self.y_dot)
         return dx, dy, _total(scale_terms, p.scale), _total(bias_terms if self.want_bias else [], p.scale)
 
 
@@ -144,16 +131,10 @@ class _Chunk:
     """The launches that make G of one chunk."""
 
     def __init__(
-        self,
-        backward: _Backward,
-        p: SimilarityProblem,
-        device: configs.Device,
-        tile: configs.Tile,
-        chunk: plan.Chunk,
-        totals: bool,
+        self, backward: _Backward, p: SimilarityProblem, device: configs.Device, chunk: plan.Chunk, totals: bool
     ) -> None:
-        self.chunk = chunk
-        stride = plan.stride(p)
+        self.chunk, tile = chunk, backward.tile
+        stride = configs.row_stride(p.m)
         self.shape = (chunk.banks, chunk.rows, stride)
         self.size = chunk.banks * chunk.rows * stride if backward.store else 0
 
@@ -168,7 +149,7 @@ class _Chunk:
         chunk_rows = (chunk.first, chunk.rows, stride, backward.col_items)
         sizes = (p.n, p.m, backward.d, p.banks, chunk.start, chunk.banks, *chunk_rows)
         numbers = (*sizes, programs if totals else 0, *backward.strides)
-        constants = backward.constants(p, tile, chunk.rows, rows, cols)
+        constants = backward.constants(p, chunk.rows, rows, cols)
         constants |= {"STORE": backward.store, "TOTALS": totals}
         self.gradient = [
             launch(gradient_kernel, programs, numbers, FIX=kept and not again, AGAIN=again, **constants)
@@ -181,7 +162,7 @@ class _Chunk:
             warps = 16 if keyed or p.x.dtype == torch.float32 else 8
             parts = 1 if p.row_ids is not None else plan.parts_of_tile(tile, warps)
             block_m = tile.block_m // parts
-            numbers = (p.n, p.m, p.banks, chunk.start, *chunk_rows, *backward.key_strides)
+            numbers = (p.n, p.m, p.banks, chunk.start, *chunk_rows, *backward.strides[2:])
             constants = {name: constants[name] for name in ("DIAGONAL", "WHOLE", "BLOCK_N")}
             constants |= {"ROWS": plan.far_from_diagonal(p, rows), "COLS": plan.far_from_diagonal(p, cols)}
             constants |= {"PARTS": parts, "BLOCK_M": block_m, "num_warps": warps}
@@ -191,37 +172,31 @@ class _Chunk:
         self.parts_of_sum = plan.parts_of_sum(p, chunk, device.processors)
         if backward.want_x and p.x.shape[0] == p.banks:
             size = chunk.banks * chunk.rows * p.x.shape[2]
-            self.finish = backward.finisher(p, device, size, backward.x_dot, self.parts_of_sum)
+            self.finish = _finisher(device, size, backward.x_dot, self.parts_of_sum)
 
     def make(
-        self,
-        backward: _Backward,
-        p: SimilarityProblem,
-        readers: tuple[Any, Any],
-        names: tuple[Tensor | None, ...],
-        incoming: tuple[Tensor, Tensor, Tensor, Tensor],
-        stash: Tensor,
-        norm: Tensor | None,
-        scratch: Tensor,
+        self, backward: _Backward, p: SimilarityProblem, readers: Any, stash: Tensor, common: Any, scratch: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """G ``[banks, rows, stride]`` of the chunk, and fp64 ``[2]``, its sums of G∘(x yᵀ) and G.
 
-        The first sum is right only where nothing is stored.
+        The first sum is right only where nothing is stored. ``common`` is what both kernels get: norm, keys, gradients
+        and results.
         """
         g = scratch
         if backward.store:
             g = (scratch if scratch.shape[0] == self.size else scratch[: self.size]).view(self.shape)
         parts = None if self.parts is None else g.new_zeros(self.parts, dtype=torch.float32)
         for again, launch in enumerate(self.gradient):
-            launch(*readers, stash, p.scale, p.bias, norm, *names, *incoming, g, g if parts is None else parts[again])
+            launch(*readers, stash, p.scale, p.bias, *common, g, g if parts is None else parts[again])
         if self.scale is not None:
             e = backward.kept(stash)
-            self.scale(e[self.before :] if self.before else e, stash, norm, *names, *incoming, g)
+            self.scale(e[self.before :] if self.before else e, stash, *common, g)
         return g, None if parts is None else parts.sum((0, 2), dtype=torch.float64)
 
 
-def _filled(t: Tensor, missing: int) -> Tensor:
-    return torch.nn.functional.pad(t, (0, missing))
+def _finisher(device: configs.Device, size: int, dot: bool, parts: int = 1) -> Launch:
+    constants = {"DOT": dot, "PARTS": parts, "BLOCK": FINISH_BLOCK, "num_warps": 8}
+    return Launch(finish_kernel, triton.cdiv(size, FINISH_BLOCK), (size,), index=device.index, **constants)
 
 
 def _rows(t: Tensor, chunk: plan.Chunk) -> Tensor:

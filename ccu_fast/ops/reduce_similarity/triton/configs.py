@@ -1,6 +1,4 @@
-"""Tile shapes for each class of GPU, chosen so that nothing spills.
-
-tests/ops/triton/test_ahead_of_time.py holds them to it.
+"""Tile shapes for each class of GPU, chosen so that nothing spills (tests/ops/triton/test_ahead_of_time.py).
 
 No autotuning: the same inputs take the same tiles, hence the same bits, in every process.
 """
@@ -190,9 +188,9 @@ def arithmetic(dtype: torch.dtype) -> str:
 def row_stride(columns: int) -> int:
     """Elements from one row of E or G to the next: whole tiles of long rows, a multiple of 16 for short ones.
 
-    So rows start on 16 bytes, or the GEMMs would take their slow path, and Triton, which asks whether a number is a
-    multiple of 16, loads and stores whole packs; where a row holds whole tiles no element needs a test. What lies
-    past the last column is never used. The columns may be a symbol of a compiled graph, so there is no branch on them.
+    Rows then start on 16 bytes, so that the GEMMs take their fast path and Triton loads and stores whole packs; where a
+    row holds whole tiles no element needs a test. What lies past the last column is never used. The columns may be a
+    symbol of a compiled graph, so there is no branch on them.
     """
     multiple = 16 + (WIDEST - 16) * torch.sym_min(1, columns // LONG)
     return (columns + multiple - 1) // multiple * multiple

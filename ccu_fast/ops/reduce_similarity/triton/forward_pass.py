@@ -1,9 +1,7 @@
 """reduce_similarity on a GPU, forward: what is launched, in which order, with how much memory.
 
-A bound of S, one pass over its tiles that keeps as much of E as the workspace holds, a merge, and a second look at sums
-that underflowed, which is hardly ever needed: the device decides that by itself. The arithmetic is in
-:mod:`.forward_kernels`, all sizes are chosen in :mod:`.plan`. Nothing here waits for the GPU: scale, bias and the bound
-stay on the device.
+The arithmetic is in :mod:`.forward_kernels`, all sizes are chosen in :mod:`.plan`. Nothing here waits for the GPU:
+scale, bias and the bound stay on the device.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
 from ccu_fast.ops.reduce_similarity.triton import configs, plan
-from ccu_fast.ops.reduce_similarity.triton.arguments import Operands, Pass, Readers
+from ccu_fast.ops.reduce_similarity.triton.arguments import Operands, Pass
 from ccu_fast.ops.reduce_similarity.triton.forward_kernels import (
     bound_kernel,
     forward_kernel,
@@ -47,18 +45,16 @@ class _Forward(Pass):
     def __init__(
         self, p: SimilarityProblem, operands: Operands, device: configs.Device, workspace: int, keep: bool
     ) -> None:
-        super().__init__(p, operands, device)
+        super().__init__(p, operands, device, "forward")
         launch = functools.partial(Launch, index=device.index)
-        tile = device.tile("forward", self.arithmetic, p)
-        self.readers = Readers(device, tile)
-        row_spec, col_spec = plan.spec(p, p.rows), plan.spec(p, p.cols)
-        rows, own_rows = plan.without_own(p, row_spec)
-        cols, own_cols = plan.without_own(p, col_spec)
-        cut = plan.rectangles(p, rows, cols, tile, device, workspace)
+        rows, own_rows = plan.without_own(p, plan.spec(p, p.rows))
+        cols, own_cols = plan.without_own(p, plan.spec(p, p.cols))
+        grid = plan.rectangles(p, rows, cols, self.tile, device, workspace)
+        groups, _, strips, _ = grid
         self.stash = plan.stash_shape(p, workspace, keep)
         self.squares = (2, device.bounds)
-        self.row_parts = (len(rows), cut.strips, p.banks, p.n)
-        self.col_parts = (len(cols), cut.groups, p.banks, p.m)
+        self.row_parts = (len(rows), strips, p.banks, p.n)
+        self.col_parts = (len(cols), groups, p.banks, p.m)
         self.row_out, self.col_out = (len(p.rows), p.banks, p.n), (len(p.cols), p.banks, p.m)
         self.own = self.bound = self.forward = self.merge = self.online = None
 
@@ -76,16 +72,15 @@ class _Forward(Pass):
         whole = plan.chunks(p, gradient.block_m, workspace, int(self.stash[0]))
         kept_rows = sum(chunk.banks * chunk.rows for chunk in whole if chunk.kept)
         top = float(TOP - math.ceil(math.log2(max(p.n, p.m))))
-        grid = (cut.groups, cut.group_tiles, cut.strips, cut.strip_tiles)
-        numbers = (top, *sizes, *grid, kept_rows, plan.stride(p))
-        constants = self.constants(p, tile, p.n, rows, cols)
+        numbers = (top, *sizes, *grid, kept_rows, configs.row_stride(p.m))
+        constants = self.constants(p, p.n, rows, cols)
         constants |= {"PROGRAMS": device.bounds, "KEEP": kept_rows > 0}
-        self.forward = launch(forward_kernel, p.banks * cut.groups * cut.strips, numbers, **constants)
+        self.forward = launch(forward_kernel, p.banks * groups * strips, numbers, **constants)
 
         online = device.tile("online", self.arithmetic, p)
         block = online.block_m
         self.blocks = p.banks * (triton.cdiv(p.n, block) * bool(rows) + triton.cdiv(p.m, block) * bool(cols))
-        numbers = (p.banks, p.n, p.m, cut.strips, cut.groups)
+        numbers = (p.banks, p.n, p.m, strips, groups)
         self.merge = launch(merge_kernel, self.blocks, numbers, ROWS=rows, COLS=cols, BLOCK=block)
         if any(entry[0] == 0 for entry in (*rows, *cols)):
             constants = {"ROWS": rows, "COLS": cols, "DIAGONAL": p.diagonal, "PRECISION": self.precision}

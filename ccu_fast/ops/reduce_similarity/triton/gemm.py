@@ -25,59 +25,38 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
         product(out, a.float(), b.float(), add=add)
 
 
-class RowGradient:
-    """dX = G Y in fp32, chunk by chunk: final at once, except for a bank of x that serves several banks of y."""
-
-    def __init__(self, p: SimilarityProblem) -> None:
-        self.p = p
-        self.shared = p.x.shape[0] < p.banks
-        self.sum = torch.zeros(p.x.shape, dtype=torch.float32, device=p.x.device) if self.shared else None
-
-    def add(self, g: Tensor, chunk: Chunk, parts: int) -> Tensor | None:
-        """The chunk's share; returns it where it is final, ``[parts, rows, D]`` to be summed if there are several."""
-        p = self.p
-        if parts > 1:
-            # Slices of the columns are views: one batched GEMM, each of whose sums is as much shorter.
-            columns = p.m // parts
-            part = g.new_empty((parts, chunk.rows, p.x.shape[2]), dtype=torch.float32)
-            slices = g.as_strided((parts, chunk.rows, columns), (columns, g.shape[2], 1))
-            product(part, slices, p.y.view(parts, columns, -1), add=False)
-            return part
-        part = g.new_empty((chunk.banks, chunk.rows, p.x.shape[2]), dtype=torch.float32)
-        if p.y.shape[0] > 1:
-            y = p.y if chunk.banks == p.y.shape[0] else p.y[chunk.start : chunk.stop]
-            product(part, _columns(g, p.m), y, add=False)
-        elif chunk.banks == 1:
-            product(part, _columns(g, p.m), p.y, add=False)
-        else:
-            product(part.view(1, -1, part.shape[2]), _columns(g.view(1, -1, g.shape[2]), p.m), p.y, add=False)
-        if self.sum is None:
-            return part
-        self.sum[0, chunk.first : chunk.first + chunk.rows] += part.sum(0)
-        return None
+def row_gradient(p: SimilarityProblem, g: Tensor, chunk: Chunk, parts: int) -> Tensor:
+    """The chunk's share of dX = G Y in fp32, ``[banks, rows, D]``, or ``[parts, rows, D]`` to be summed."""
+    part = g.new_empty((parts if parts > 1 else chunk.banks, chunk.rows, p.x.shape[2]), dtype=torch.float32)
+    if parts > 1:
+        # Slices of the columns are views: one batched GEMM, each of whose sums is as much shorter.
+        columns = p.m // parts
+        slices = g.as_strided((parts, chunk.rows, columns), (columns, g.shape[2], 1))
+        product(part, slices, p.y.view(parts, columns, -1), add=False)
+    elif p.y.shape[0] > 1:
+        y = p.y if chunk.banks == p.y.shape[0] else p.y[chunk.start : chunk.stop]
+        product(part, _columns(g, p.m), y, add=False)
+    elif chunk.banks == 1:
+        product(part, _columns(g, p.m), p.y, add=False)
+    else:
+        product(part.view(1, -1, part.shape[2]), _columns(g.view(1, -1, g.shape[2]), p.m), p.y, add=False)
+    return part
 
 
-class ColumnGradient:
-    """dY = Gᵀ X, summed over chunks in fp32, in place: no second buffer of its size."""
-
-    def __init__(self, p: SimilarityProblem) -> None:
-        self.p = p
-        self.sum = p.y.new_empty(p.y.shape, dtype=torch.float32)
-
-    def add(self, g: Tensor, chunk: Chunk) -> None:
-        p = self.p
-        if chunk.banks == p.x.shape[0] == p.y.shape[0] and chunk.rows == p.n:  # all there is
-            product(self.sum, _columns(g, p.m).mT, p.x, add=False)
-            return
-        rows = slice(chunk.first, chunk.first + chunk.rows)
-        if p.y.shape[0] < p.banks:
-            # One y for all: rows of all banks are one long reduction. A chunk is whole banks, or one.
-            flat = _columns(g.view(1, -1, g.shape[2]), p.m)
-            x = p.x[chunk.start : chunk.stop, rows].reshape(1, -1, p.x.shape[2])
-            product(self.sum, flat.mT, x, add=chunk.before > 0)
-        else:
-            x = p.x[:, rows].expand(chunk.banks, -1, -1) if p.x.shape[0] == 1 else p.x[chunk.start : chunk.stop, rows]
-            product(self.sum[chunk.start : chunk.stop], _columns(g, p.m).mT, x, add=chunk.first > 0)
+def add_column_gradient(p: SimilarityProblem, total: Tensor, g: Tensor, chunk: Chunk) -> None:
+    """Add the chunk's share of dY = Gᵀ X to ``total``, fp32 like y, in place; the first share overwrites it."""
+    if chunk.banks == p.x.shape[0] == p.y.shape[0] and chunk.rows == p.n:  # all there is
+        product(total, _columns(g, p.m).mT, p.x, add=False)
+        return
+    rows = slice(chunk.first, chunk.first + chunk.rows)
+    if p.y.shape[0] < p.banks:
+        # One y for all: rows of all banks are one long reduction. A chunk is whole banks, or one.
+        flat = _columns(g.view(1, -1, g.shape[2]), p.m)
+        x = p.x[chunk.start : chunk.stop, rows].reshape(1, -1, p.x.shape[2])
+        product(total, flat.mT, x, add=chunk.before > 0)
+    else:
+        x = p.x[:, rows].expand(chunk.banks, -1, -1) if p.x.shape[0] == 1 else p.x[chunk.start : chunk.stop, rows]
+        product(total[chunk.start : chunk.stop], _columns(g, p.m).mT, x, add=chunk.first > 0)
 
 
 def _columns(g: Tensor, m: int) -> Tensor:

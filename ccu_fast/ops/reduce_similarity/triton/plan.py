@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +9,7 @@ import triton
 
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF
-from ccu_fast.ops.reduce_similarity.triton import configs
-from ccu_fast.ops.reduce_similarity.triton.configs import Device, Tile
+from ccu_fast.ops.reduce_similarity.triton.configs import Device, Tile, row_stride
 
 Spec = tuple[tuple[int, int, int], ...]
 
@@ -42,22 +39,14 @@ def spec(p: SimilarityProblem, codes: tuple[int, ...]) -> Spec:
 
     All that can occur is ALL, so that the kernels test nothing where nothing needs a test.
     """
-    return _spec(codes, _available(p))
-
-
-# Asked in every call, with a handful of different values: on small problems it is the host that takes the time.
-@functools.lru_cache(maxsize=1024)
-def _spec(codes: tuple[int, ...], available: int) -> Spec:
+    available = _available(p)
     return tuple((code // 8, _simplest(code % 8, available), place) for place, code in enumerate(codes))
 
 
 def without_own(p: SimilarityProblem, spec: Spec) -> tuple[Spec, tuple[int, ...]]:
     """The spec of what needs tiles, and the places of the sums over pairs (i, i)."""
-    return _without_own(spec) if p.diagonal else (spec, ())
-
-
-@functools.lru_cache(maxsize=1024)
-def _without_own(spec: Spec) -> tuple[Spec, tuple[int, ...]]:
+    if not p.diagonal:
+        return spec, ()
     own = tuple(place for kind, relations, place in spec if kind == 1 and relations == _SELF)
     return tuple(entry for entry in spec if entry[2] not in own), own
 
@@ -67,11 +56,9 @@ def by_distance(p: SimilarityProblem, spec: Spec) -> tuple[Spec, Spec, Spec]:
 
     Only relations by position differ: far from the diagonal nothing is SELF.
     """
-    return _by_distance(spec, _available(p) & ~_SELF) if p.diagonal else (spec, (), ())
-
-
-@functools.lru_cache(maxsize=1024)
-def _by_distance(spec: Spec, far: int) -> tuple[Spec, Spec, Spec]:
+    if not p.diagonal:
+        return spec, (), ()
+    far = _available(p) & ~_SELF
     return (
         tuple((kind, relations if relations == _ALL else 0, at) for kind, relations, at in spec),
         tuple((kind, 0 if relations == _ALL else relations, at) for kind, relations, at in spec),
@@ -81,28 +68,19 @@ def _by_distance(spec: Spec, far: int) -> tuple[Spec, Spec, Spec]:
 
 def far_from_diagonal(p: SimilarityProblem, spec: Spec) -> Spec:
     """What holds for a tile without SELF by position, in one spec."""
-    return _far_from_diagonal(spec, _available(p) & ~_SELF) if p.diagonal else spec
-
-
-@functools.lru_cache(maxsize=1024)
-def _far_from_diagonal(spec: Spec, far: int) -> Spec:
+    if not p.diagonal:
+        return spec
+    far = _available(p) & ~_SELF
     return tuple((kind, _simplest(relations, far), at) for kind, relations, at in spec)
 
 
-@dataclass(frozen=True)
-class Rectangles:
-    """One bank's tiles as groups × strips."""
+def rectangles(
+    p: SimilarityProblem, rows: Spec, cols: Spec, tile: Tile, device: Device, workspace: int
+) -> tuple[int, int, int, int]:
+    """Cut the tiles of one bank into groups × strips: the groups, tiles of a group, strips, tiles of a strip.
 
-    groups: int
-    group_tiles: int
-    strips: int
-    strip_tiles: int
-
-
-def rectangles(p: SimilarityProblem, rows: Spec, cols: Spec, tile: Tile, device: Device, workspace: int) -> Rectangles:
-    """Cut the tiles of one bank: enough programs for the device, bounded partial sums.
-
-    Partial sums may take an eighth of the workspace for each side, or as much as x or y itself in fp32.
+    There are enough programs for the device, and partial sums are bounded: they may take an eighth of the workspace for
+    each side, or as much as x or y itself in fp32.
     """
     row_tiles, col_tiles = triton.cdiv(p.n, tile.block_m), triton.cdiv(p.m, tile.block_n)
 
@@ -116,7 +94,7 @@ def rectangles(p: SimilarityProblem, rows: Spec, cols: Spec, tile: Tile, device:
     wanted = triton.cdiv(RECTANGLES_PER_PROCESSOR * device.processors, groups * p.banks)
     strips = min(col_tiles, wanted, most(p.n, len(rows)))
     strip_tiles = triton.cdiv(col_tiles, strips)
-    return Rectangles(groups, group_tiles, triton.cdiv(col_tiles, strip_tiles), strip_tiles)
+    return groups, group_tiles, triton.cdiv(col_tiles, strip_tiles), strip_tiles
 
 
 def kept_dtype(p: SimilarityProblem) -> torch.dtype:
@@ -126,11 +104,6 @@ def kept_dtype(p: SimilarityProblem) -> torch.dtype:
     another product at D = 512; without tensor cores it is a tenth.
     """
     return torch.float32 if p.x.dtype == torch.float32 else torch.bfloat16
-
-
-def stride(p: SimilarityProblem) -> int:
-    """Elements from one row of E or G to the next."""
-    return configs.row_stride(p.m)
 
 
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
@@ -143,7 +116,7 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
     softplus = any(decode(code)[0] == "softplus" for code in (*p.rows, *p.cols))
     if not keep or p.bias is not None or softplus:
         return (HEADER,)
-    words = (p.banks * p.n * stride(p) * kept_dtype(p).itemsize + 3) // 4
+    words = (p.banks * p.n * row_stride(p.m) * kept_dtype(p).itemsize + 3) // 4
     room = (workspace - workspace // 4) // 4
     worth = torch.sym_min(1, SMALLEST_KEPT_PART * room // torch.sym_max(words, 1))
     return (HEADER + torch.sym_min(words, room) * worth,)
@@ -174,17 +147,25 @@ def chunks(p: SimilarityProblem, block_m: int, workspace: int, stash_words: int)
 
     A chunk of G takes what the stash leaves of the workspace.
     """
-    size = p.x.element_size()
-    row_bytes = stride(p) * size
+    stride = row_stride(p.m)
     scratch = max(workspace - (stash_words - HEADER) * 4, workspace // 4)
-    kept_rows = (stash_words - HEADER) * 4 // (stride(p) * kept_dtype(p).itemsize)
-    pieces: list[Chunk] = []
+    kept_rows = (stash_words - HEADER) * 4 // (stride * kept_dtype(p).itemsize)
+    fit = scratch // (stride * p.x.element_size())
+    if fit >= p.n:
+        whole = fit // p.n
+        pieces = [(bank, min(bank + whole, p.banks), 0, p.n) for bank in range(0, p.banks, whole)]
+    else:
+        most = max(fit // block_m, 1) * block_m
+        even = triton.cdiv(triton.cdiv(p.n, triton.cdiv(p.n, most)), block_m) * block_m
+        starts = range(0, p.n, even)
+        pieces = [(bank, bank + 1, first, min(even, p.n - first)) for bank in range(p.banks) for first in starts]
+    made: list[Chunk] = []
     before = 0
-    for start, stop, first, rows in _pieces(p, block_m, scratch // row_bytes):
+    for start, stop, first, rows in pieces:
         end = before + (stop - start) * rows
-        pieces.append(Chunk(start, stop, first, rows, before, end <= kept_rows))
+        made.append(Chunk(start, stop, first, rows, before, end <= kept_rows))
         before = end
-    return pieces
+    return made
 
 
 def parts_of_tile(tile: Tile, warps: int) -> int:
@@ -214,16 +195,3 @@ def parts_of_sum(p: SimilarityProblem, chunk: Chunk, processors: int) -> int:
     ):
         parts *= 2
     return parts
-
-
-def _pieces(p: SimilarityProblem, block_m: int, fit: int) -> Iterator[tuple[int, int, int, int]]:
-    whole = fit // p.n
-    if whole:
-        for bank in range(0, p.banks, whole):
-            yield bank, min(bank + whole, p.banks), 0, p.n
-        return
-    most = max(fit // block_m, 1) * block_m
-    even = triton.cdiv(triton.cdiv(p.n, triton.cdiv(p.n, most)), block_m) * block_m
-    for bank in range(p.banks):
-        for first in range(0, p.n, even):
-            yield bank, bank + 1, first, min(even, p.n - first)

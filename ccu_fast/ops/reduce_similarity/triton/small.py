@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
+from ccu_fast.ops.reduce_similarity.problem import Gradients, Incoming, SimilarityProblem
 from ccu_fast.ops.reduce_similarity.triton import configs, plan
 from ccu_fast.ops.reduce_similarity.triton.arguments import HALF_EXPONENT, Keys, shapes, strides
 from ccu_fast.ops.reduce_similarity.triton.small_kernels import small_forward_kernel, small_gradient_kernel
@@ -31,18 +31,13 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     new = p.x.new_empty
     row_out = new((len(p.rows), p.banks, p.n), dtype=torch.float32)
     col_out = new((len(p.cols), p.banks, p.m), dtype=torch.float32)
-    reduce_into(p, row_out, col_out)
-    return row_out, col_out, new((0,), dtype=torch.float32)
-
-
-def reduce_into(p: SimilarityProblem, row_out: Tensor, col_out: Tensor) -> None:
-    """The results of rows and columns into contiguous tensors."""
     with configs.on_device(p.x):
         device = configs.device()
         operands = _operands(p)
         signature = ("small forward", *shapes(p, _keys(p)), specialised_on(*operands, row_out, col_out))
         launch = device.plans.get(signature) or device.keep(signature, forward_launch(p, device))
         launch(*operands, row_out, col_out)
+    return row_out, col_out, new((0,), dtype=torch.float32)
 
 
 def forward_launch(p: SimilarityProblem, device: configs.Device) -> Launch:
@@ -53,19 +48,12 @@ def forward_launch(p: SimilarityProblem, device: configs.Device) -> Launch:
 
 
 def backward(
-    p: SimilarityProblem,
-    grad_rows: Tensor,
-    grad_cols: Tensor,
-    row_out: Tensor,
-    col_out: Tensor,
-    stash: Tensor,
-    needs: Sequence[bool],
-    workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p: SimilarityProblem, incoming: Incoming, stash: Tensor, needs: Sequence[bool], workspace: int
+) -> Gradients:
     """dx and dy like x and y (empty where not needed), dscale and dbias 0-dim fp32."""
     with configs.on_device(p.x):
         device = configs.device()
-        operands = (*_operands(p), grad_rows, grad_cols, row_out, col_out)
+        operands = (*_operands(p), *incoming)
         signature = ("small backward", tuple(needs), *shapes(p, _keys(p)), specialised_on(*operands))
         made = device.plans.get(signature) or device.keep(signature, Backward(p, needs, device))
         dx, dy, dscale, dbias = made(p.x, p.y, operands)

@@ -122,10 +122,10 @@ def test_any_subset_of_gradients(workspace: int) -> None:
     row_out, col_out, stash = similarity.forward(p, workspace, True)
     assert stash.shape == similarity.stash_shape(p, workspace, True)
     incoming = torch.randn_like(row_out), torch.randn_like(col_out)
-    full = similarity.backward(p, *incoming, row_out, col_out, stash, [True] * 4, workspace)
+    full = similarity.backward(p, (*incoming, row_out, col_out), stash, [True] * 4, workspace)
     subsets = [(i == j for i in range(4)) for j in range(5)] + [(True, True, False, False), (False, False, True, True)]
     for needs in map(tuple, subsets):
-        some = similarity.backward(p, *incoming, row_out, col_out, stash, list(needs), workspace)
+        some = similarity.backward(p, (*incoming, row_out, col_out), stash, list(needs), workspace)
         for value, whole, need, like in zip(some, full, needs, (p.x, p.y, p.scale, p.scale), strict=True):
             assert value.dtype == like.dtype
             if need and like.ndim == 0:
@@ -402,8 +402,10 @@ def test_large_label_counts_agree_with_the_counter() -> None:
     out, _ = reduce_similarity(
         torch.zeros(n, 4), torch.zeros(m, 4), **k, rows=[("softplus", r) for r in (SELF, SAME, OTHER)], backend="triton"
     )
-    ordered = (k["row_labels"][None], k["col_labels"][None], k["row_ids"][None], k["col_ids"][None])
-    counts = count_relations(*ordered, diagonal=False, n=n, m=m, device=torch.device("cpu"))
+    x, y = torch.zeros(1, n, 4), torch.zeros(1, m, 4)
+    ordered = (k[name][None] for name in ("row_labels", "col_labels", "row_ids", "col_ids"))
+    p = SimilarityProblem(x, y, torch.ones(()), None, *ordered, diagonal=False, rows=(), cols=())
+    counts = count_relations(p, along_rows=True)
     for value, relation in zip(out, (SELF, SAME, OTHER), strict=True):
         torch.testing.assert_close(value / torch.tensor(2.0).log(), counts[relation][0].float())
 

@@ -65,10 +65,10 @@ def test_any_subset_of_gradients() -> None:
     row_out, col_out, stash = small.forward(p, 0, True)
     assert stash.shape == small.stash_shape(p, 0, True)
     incoming = torch.randn_like(row_out), torch.randn_like(col_out)
-    full = small.backward(p, *incoming, row_out, col_out, stash, [True] * 4, 0)
+    full = small.backward(p, (*incoming, row_out, col_out), stash, [True] * 4, 0)
     subsets = [(i == j for i in range(4)) for j in range(5)] + [(True, True, False, False), (False, False, True, True)]
     for needs in map(tuple, subsets):
-        some = small.backward(p, *incoming, row_out, col_out, stash, list(needs), 0)
+        some = small.backward(p, (*incoming, row_out, col_out), stash, list(needs), 0)
         for value, whole, need, like in zip(some, full, needs, (p.x, p.y, p.scale, p.scale), strict=True):
             assert value.dtype == like.dtype
             if need:

@@ -121,7 +121,7 @@ def run(p: SimilarityProblem, workspace: int, needs: tuple[bool, ...] = (True, T
     with Watch(p.x, p.y) as watch:
         row_out, col_out, stash = similarity.forward(p, workspace, True)
         incoming = torch.empty_like(row_out), torch.empty_like(col_out)
-        grads = similarity.backward(p, *incoming, row_out, col_out, stash, list(needs), workspace)
+        grads = similarity.backward(p, (*incoming, row_out, col_out), stash, list(needs), workspace)
         assert len(grads) == 4
         del grads, incoming
     return watch
@@ -200,7 +200,7 @@ def test_a_small_batch_takes_seven_launches(launches: Counter[str]) -> None:
     scale = torch.empty((), device="meta")
     with Watch(x, y) as watch:
         _, *saved = small_info_nce.forward(x, y, scale, True, 0.5, True)
-        small_info_nce.backward(x, y, scale, saved, torch.empty((), device="meta"), (True, True, True), True, 0.5)
+        small_info_nce.backward((x, y, scale), saved, torch.empty((), device="meta"), (True, True, True), True, 0.5)
     work = {name: count for name, count in watch.operators.items() if "empty" not in name}
     for name in ("view", "unsqueeze", "slice", "select", "alias", "detach"):
         work.pop(name, None)
@@ -214,7 +214,7 @@ def test_small_problems_of_any_kind_take_one_launch_each_way(launches: Counter[s
     with Watch(p.x, p.y) as watch:
         row_out, col_out, stash = small.forward(p, 0, True)
         incoming = torch.empty_like(row_out), torch.empty_like(col_out)
-        small.backward(p, *incoming, row_out, col_out, stash, [True, True, True, False], 0)
+        small.backward(p, (*incoming, row_out, col_out), stash, [True, True, True, False], 0)
     assert launches == {"small_forward_kernel": 1, "small_gradient_kernel": 1}
     # No matrix of pairs anywhere: results, their gradients, dx, dy and a sum for each program.
     assert watch.peak <= 2 * p.x.numel() * p.x.element_size() * 2 + 8 * row_out.nbytes + (64 << 10)
