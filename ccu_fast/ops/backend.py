@@ -25,10 +25,8 @@ TRITON = ("reduce_similarity", "l2_normalize")
 OPERATIONS = (*TRITON, *NATIVE_CUDA)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-Key = tuple[str, str, torch.device, torch.dtype]
-
 # A call costs one look-up here. Devices of one type may differ, so the key holds the device.
-_chosen: dict[Key, str] = {}
+_chosen: dict[tuple[str, str, torch.device, torch.dtype], str] = {}
 _told = False
 _NOTHING = nullcontext()
 

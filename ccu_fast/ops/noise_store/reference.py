@@ -33,10 +33,15 @@ def update(p: NoiseUpdate) -> None:
     compute = torch.int32 if integer else torch.float32
     total = p.noise[ids].to(compute)
     turn = torch.arange(len(place), device=place.device) - (counts.cumsum(0) - counts)[place]
+    delta = p.delta
+    if integer and delta.dtype != torch.int8:
+        delta = steps_of(delta)
+    elif not integer and delta.dtype == torch.int8:
+        delta = delta.float() / STEPS
     # One addition a turn: the order of what meets in a row is then the order of the index.
     for i in range(int(counts.max())):
         now = turn == i
-        total[place[now]] += _delta(p.delta[p.order[now]], integer).to(compute)
+        total[place[now]] += delta[p.order[now]].to(compute)
     p.noise[ids] = total.clamp(-p.eps, p.eps).to(p.noise.dtype)
 
 
@@ -52,9 +57,3 @@ def first_wrong(values: Tensor, slack: float | None) -> int | None:
         steps = steps_of(values)
         wrong = ~((exact * STEPS - steps).abs() <= slack) | (steps < -128) | (steps > 127)
     return int(wrong.view(-1).nonzero()[0, 0]) if bool(wrong.any()) else None
-
-
-def _delta(delta: Tensor, integer: bool) -> Tensor:
-    if integer:
-        return delta if delta.dtype == torch.int8 else steps_of(delta)
-    return delta.float() / STEPS if delta.dtype == torch.int8 else delta

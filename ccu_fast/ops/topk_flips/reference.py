@@ -18,24 +18,20 @@ _UNIT = 2.0**-53
 
 def topk(p: TokenProblem) -> TokenResult:
     """The k best tokens of every row; O(chunk · T) memory."""
-    result = _empty(p)
-    table = p.embedding if p.token_ids is None else p.embedding[p.token_ids]
-    table = table.double()
-    rows = max(1, _CHUNK_BYTES // (8 * max(p.tokens, 1)))
-    for start in range(0, p.rows, rows):
-        _chunk(p, table, slice(start, min(start + rows, p.rows)), result)
-    return result
-
-
-def _empty(p: TokenProblem) -> TokenResult:
     size = (p.rows, p.k)
-    return TokenResult(
+    result = TokenResult(
         ids=p.grad.new_full(size, -1, dtype=torch.int64),
         delta=p.grad.new_full(size, torch.nan, dtype=torch.float32),
         score=p.grad.new_full(size, torch.inf, dtype=torch.float64),
         count=p.grad.new_zeros(p.rows, dtype=torch.int64),
         valid=torch.isfinite(p.grad).all(1),
     )
+    table = p.embedding if p.token_ids is None else p.embedding[p.token_ids]
+    table = table.double()
+    rows = max(1, _CHUNK_BYTES // (8 * max(p.tokens, 1)))
+    for start in range(0, p.rows, rows):
+        _chunk(p, table, slice(start, min(start + rows, p.rows)), result)
+    return result
 
 
 def _chunk(p: TokenProblem, table: Tensor, part: slice, result: TokenResult) -> None:

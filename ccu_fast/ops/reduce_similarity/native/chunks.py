@@ -14,10 +14,9 @@ once, after all its terms are added in fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -45,23 +44,23 @@ _HEADER = 16
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some rows of some banks, against all ``cols`` columns."""
+    """Some rows of some banks, against all columns.
+
+    Attributes:
+        shape: ``[banks, rows, M]`` of the products.
+        place: theirs among the products of all chunks.
+        kept: they stay there for the backward pass.
+    """
 
     of_banks: slice
     of_rows: slice
-    cols: int
-
-    @property
-    def banks(self) -> int:
-        return self.of_banks.stop - self.of_banks.start
-
-    @property
-    def rows(self) -> int:
-        return self.of_rows.stop - self.of_rows.start
+    shape: tuple[int, int, int]
+    place: slice
+    kept: bool
 
     @property
     def size(self) -> int:
-        return self.banks * self.rows * self.cols
+        return math.prod(self.shape)
 
     def rows_of(self, results: Tensor) -> int:
         """Where the chunk's rows start in ``[R, B, N]``."""
@@ -70,19 +69,6 @@ class _Chunk:
     def cols_of(self, results: Tensor) -> int:
         """Where the chunk's banks start in ``[C, B, M]``."""
         return results[:, self.of_banks].data_ptr()
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How a problem is cut: chunks in order, the first ``kept`` of which stay for the backward pass."""
-
-    chunks: list[_Chunk]
-    kept: int
-    dtype: torch.dtype
-
-    @property
-    def largest(self) -> int:
-        return max(chunk.size for chunk in self.chunks)
 
 
 def _scratch(workspace: int) -> int:
@@ -96,19 +82,24 @@ def _sizes(p: SimilarityProblem) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=64)
-def _layout(banks: int, n: int, m: int, workspace: int, stash: int, dtype: torch.dtype) -> _Layout:
-    """One chunk of scratch; as many are kept as the ``stash`` has room for, in words."""
+def _cut(banks: int, n: int, m: int, workspace: int, stash: int, dtype: torch.dtype) -> list[_Chunk]:
+    """The chunks in order, of which the first are kept: as many as fit into the ``stash``, which is in words."""
     scratch = _scratch(workspace) // dtype.itemsize
+    group, rows = 1, n
     if n * m <= scratch or n <= _FEWEST_ROWS:
         group = max(1, scratch // (n * m))
-        chunks = [_Chunk(slice(b, min(b + group, banks)), slice(0, n), m) for b in range(0, banks, group)]
     else:
         rows = max(_FEWEST_ROWS, scratch // m // _FEWEST_ROWS * _FEWEST_ROWS)
-        parts = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
-        chunks = [_Chunk(slice(b, b + 1), part, m) for b in range(banks) for part in parts]
     room = (stash - _HEADER) * 4 // dtype.itemsize
-    kept = sum(filled <= room for filled in accumulate(chunk.size for chunk in chunks))
-    return _Layout(chunks, kept, dtype)
+    chunks: list[_Chunk] = []
+    end = 0
+    for b in range(0, banks, group):
+        for i in range(0, n, rows):
+            shape = min(group, banks - b), min(rows, n - i), m
+            start, end = end, end + math.prod(shape)
+            of_banks, of_rows = slice(b, b + shape[0]), slice(i, i + shape[1])
+            chunks.append(_Chunk(of_banks, of_rows, shape, slice(start, end), end <= room))
+    return chunks
 
 
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
@@ -228,10 +219,10 @@ def _narrow(row: Tensor | None, col: Tensor | None) -> tuple[Tensor | None, Tens
 
 def _dot(native: Operands, chunk: _Chunk, out: Tensor) -> Tensor:
     """x yᵀ of one chunk, ``[banks, rows, M]``, written to the flat buffer ``out``."""
-    m = native.y.shape[1]
-    dot = out[: chunk.banks * chunk.rows * m].view(chunk.banks, chunk.rows, m)
+    banks, _, m = chunk.shape
+    dot = out[: chunk.size].view(chunk.shape)
     x = of_banks(native.x, chunk.of_banks)[:, chunk.of_rows]
-    if native.y.shape[0] == 1 and x.shape[0] == chunk.banks:
+    if native.y.shape[0] == 1 and x.shape[0] == banks:
         # With few rows and many columns, the GEMM is up to 1.4 times as fast in blocks of columns that stay in the L2
         # cache as in one piece.
         rows, flat = x.reshape(-1, x.shape[-1]), dot.view(-1, m)
@@ -239,15 +230,8 @@ def _dot(native: Operands, chunk: _Chunk, out: Tensor) -> Tensor:
         for j in range(0, m, width):
             torch.mm(rows, native.y[0, j : j + width].T, out=flat[:, j : j + width])
     else:
-        torch.bmm(x.expand(chunk.banks, -1, -1), of_banks(native.y, chunk.of_banks).mT, out=dot)
+        torch.bmm(x.expand(banks, -1, -1), of_banks(native.y, chunk.of_banks).mT, out=dot)
     return dot
-
-
-def _kept(layout: _Layout, stash: Tensor) -> Iterator[Tensor]:
-    stash, offset = stash[_HEADER:].view(layout.dtype), 0
-    for chunk in layout.chunks[: layout.kept]:
-        yield stash[offset : offset + chunk.size]
-        offset += chunk.size
 
 
 def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,23 +239,23 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     dtype = gemm_dtype(p)
     banks, n, m = _sizes(p)
     size = stash_shape(p, workspace, keep)[0]
-    layout = _layout(banks, n, m, workspace, size, dtype)
+    chunks = _cut(banks, n, m, workspace, size, dtype)
     native = Operands(p, dtype)
     # Asked here: a small problem would feel the call.
     stash = borrow(size) if 4 * size >= WORTH_KEEPING else torch.empty(size, **FP32)
     stash[:_HEADER].fill_(dtype == torch.bfloat16)
     # The part that no chunk fills must also be the same every time (except the half that bf16 GEMMs of fp32 inputs
     # leave unused).
-    filled = sum(chunk.size for chunk in layout.chunks[: layout.kept])
-    if _HEADER * 4 + filled * dtype.itemsize < stash.numel() * 4:
-        stash[_HEADER:].view(dtype)[filled : filled + layout.largest] = 0
-    scratch = torch.empty(layout.largest if layout.kept < len(layout.chunks) else 0, dtype=dtype, device="cpu")
+    kept, filled = stash[_HEADER:].view(dtype), sum(chunk.size for chunk in chunks if chunk.kept)
+    largest = max(chunk.size for chunk in chunks)
+    if filled < kept.numel():
+        kept[filled : filled + largest] = 0
+    scratch = torch.empty(0 if chunks[-1].kept else largest, dtype=dtype, device="cpu")
     row_out = torch.empty(len(p.rows), banks, n, **FP32)
     col_max = torch.full((len(p.cols), banks, m), -torch.inf, **FP32)
     col_sum = torch.zeros(len(p.cols), banks, m, dtype=torch.float64, device="cpu")
-    buffers = _kept(layout, stash)
-    for chunk in layout.chunks:
-        dot = _dot(native, chunk, next(buffers, scratch))
+    for chunk in chunks:
+        dot = _dot(native, chunk, kept[chunk.place] if chunk.kept else scratch)
         _C.similarity_forward(
             native.tile(dot, chunk.of_banks, chunk.of_rows),
             (chunk.rows_of(row_out), row_out.stride(0), row_out.stride(1)),
@@ -293,22 +277,20 @@ def backward(
     which this one is a block: E is relative to them.
     """
     grad_rows, grad_cols, row_out, col_out = incoming
-    kept = stash.numel() > 0
     # The choice of the forward pass, even if the precision setting has changed since.
-    dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if kept else gemm_dtype(p)
+    dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if stash.numel() else gemm_dtype(p)
     banks, n, m = _sizes(p)
-    layout = _layout(banks, n, m, workspace, stash.numel(), dtype)
+    chunks = _cut(banks, n, m, workspace, stash.numel(), dtype)
     native = Operands(p, dtype)
     dx = _Sum(p.x, needs[0], once=p.x.shape[0] == banks)
-    dy = _Sum(p.y, needs[1], once=len(layout.chunks) == 1 or (layout.chunks[0].rows == n and p.y.shape[0] == banks))
-    scratch = torch.empty(layout.largest, dtype=dtype, device="cpu")
+    dy = _Sum(p.y, needs[1], once=len(chunks) == 1 or (chunks[0].shape[1] == n and p.y.shape[0] == banks))
+    kept = stash[_HEADER:].view(dtype)
+    scratch = torch.empty(max(chunk.size for chunk in chunks), dtype=dtype, device="cpu")
     scale_sum = bias_sum = 0.0
-    buffers = _kept(layout, stash)
-    for chunk in layout.chunks:
-        buffer = next(buffers, None)
-        dot = _dot(native, chunk, scratch) if buffer is None else buffer.view(chunk.banks, -1, m)
+    for chunk in chunks:
+        dot = kept[chunk.place].view(chunk.shape) if chunk.kept else _dot(native, chunk, scratch)
         grad = scratch[: dot.numel()].view(dot.shape)
-        sums = torch.empty(2, chunk.banks * chunk.rows, dtype=torch.float64, device="cpu")
+        sums = torch.empty(2, dot.shape[0] * dot.shape[1], dtype=torch.float64, device="cpu")
         _C.similarity_backward(
             native.tile(dot, chunk.of_banks, chunk.of_rows),
             (chunk.rows_of(grad_rows), chunk.rows_of(row_out), row_out.stride(0), row_out.stride(1)),
@@ -347,7 +329,7 @@ class _Sum:
     def add(self, chunk: _Chunk, rows: slice, left: Tensor, right: Tensor) -> None:
         """total[banks of the chunk, rows] += left @ right."""
         out = of_banks(self.total, chunk.of_banks)[:, rows]
-        if out.shape[0] == 1 and chunk.banks > 1 and left.mT.is_contiguous():
+        if out.shape[0] == 1 and left.shape[0] > 1 and left.mT.is_contiguous():
             # The sum over banks of Gᵀ X is one product, of all their rows.
             left, right = left.mT.reshape(1, -1, left.shape[1]).mT, right.reshape(1, -1, right.shape[2])
         elif out.shape[0] > 1 and right.shape[0] == 1 and left.is_contiguous() and out.is_contiguous():

@@ -62,10 +62,7 @@ class Pass:
         self.d = operands.x.shape[2]
         blocks = (self.tile.block_m, self.tile.block_k), (self.tile.block_n, self.tile.block_k)
         self.descriptors = tuple(map(Descriptor, blocks)) if device.tma else None
-        # What is beyond an edge needs no mask where there are labels: its label is negative, so it is ignored.
-        self.edges = p.row_labels is None
         self.strides = strides(p, operands.keys)
-        self.kept_dtype = plan.kept_dtype(p)
 
     def readers(self, operands: Operands) -> tuple[Any, Any]:
         """x and y as a tile reads them: through pointers, or through descriptors."""
@@ -80,13 +77,11 @@ class Pass:
         for name, spec in (("ROWS", rows), ("COLS", cols)):
             parts = plan.by_distance(p, spec)
             found |= {f"{name}_{where}": part for where, part in zip(("ALWAYS", "NEAR", "FAR"), parts, strict=True)}
-        found["MASK_N"] = self.edges and items % tile.block_m != 0
-        found["MASK_M"] = self.edges and p.m % tile.block_n != 0
+        # What is beyond an edge needs no mask where there are labels: its label is negative, so it is ignored.
+        edges = p.row_labels is None
+        found["MASK_N"] = edges and items % tile.block_m != 0
+        found["MASK_M"] = edges and p.m % tile.block_n != 0
         return {**found, "WHOLE": configs.row_stride(p.m) % tile.block_n == 0, **tile.options()}
-
-    def kept(self, stash: Tensor) -> Tensor:
-        """E, after the stash's header."""
-        return stash[plan.HEADER :].view(self.kept_dtype)
 
 
 def _padded(t: Tensor, multiple: int) -> Tensor:

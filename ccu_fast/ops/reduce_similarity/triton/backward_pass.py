@@ -189,7 +189,7 @@ class _Chunk:
         for again, launch in enumerate(self.gradient):
             launch(*readers, stash, p.scale, p.bias, *common, g, g if parts is None else parts[again])
         if self.scale is not None:
-            e = backward.kept(stash)
+            e = plan.kept(p, stash)
             self.scale(e[self.before :] if self.before else e, stash, *common, g)
         return g, None if parts is None else parts.sum((0, 2), dtype=torch.float64)
 

@@ -98,7 +98,7 @@ class _Forward(Pass):
             return row_out, col_out, stash.zero_()
         squares, row_parts, col_parts = new(self.squares), new(self.row_parts), new(self.col_parts)
         self.bound(x, y, squares)
-        kept = self.kept(stash)
+        kept = plan.kept(p, stash)
         self.forward(*self.readers(operands), squares, p.scale, p.bias, *names, row_parts, col_parts, stash, kept)
         flags = p.x.new_empty((self.blocks,), dtype=torch.int32)
         self.merge(row_parts, col_parts, row_out, col_out, flags, stash, p.bias)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from torch import Tensor
 
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF
@@ -104,6 +105,11 @@ def kept_dtype(p: SimilarityProblem) -> torch.dtype:
     another product at D = 512; without tensor cores it is a tenth.
     """
     return torch.float32 if p.x.dtype == torch.float32 else torch.bfloat16
+
+
+def kept(p: SimilarityProblem, stash: Tensor) -> Tensor:
+    """E, after the stash's header."""
+    return stash[HEADER:].view(kept_dtype(p))
 
 
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
