@@ -96,7 +96,7 @@ def pick(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[s
 def choose(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that will run ``op``.
 
-    Warns, once a process, where ``auto`` leaves to plain torch on a GPU what there is a kernel for.
+    Warns once a process when ``auto`` falls back to plain torch on a GPU although there is a kernel.
 
     Raises:
         ValueError: ``backend`` is unknown, or named by the user and unable to serve; the message says why.

@@ -203,8 +203,5 @@ def check_range(name: str, what: str, index: Tensor, size: int) -> None:
 
 
 def moved(t: Tensor, device: torch.device) -> Tensor:
-    """``t`` on a device; the host goes on at once only where the copy's readers wait for it, that is on a GPU.
-
-    A copy towards the host that is not waited for would be read before it has arrived.
-    """
+    """``t`` on a device. The host waits for a copy to itself, which it could otherwise read before it has arrived."""
     return t.to(device, non_blocking=device.type == "cuda")

@@ -84,14 +84,12 @@ def candidate_losses(
         return losses
 
 
-def _fake(candidates: Tensor, image: Tensor, *_: object) -> Tensor:
-    return image.new_empty(candidates.shape[:2], dtype=torch.promote_types(image.dtype, torch.float32))
-
-
 @operator(
     "candidate_losses(Tensor text_candidates, Tensor image, Tensor text, float scale, Tensor? factor, str backend) "
     "-> Tensor",
-    fake=_fake,
+    fake=lambda candidates, image, *_: image.new_empty(
+        candidates.shape[:2], dtype=torch.promote_types(image.dtype, torch.float32)
+    ),
 )
 def _solve(
     text_candidates: Tensor, image: Tensor, text: Tensor, scale: float, factor: Tensor | None, backend: str

@@ -79,8 +79,7 @@ def forward(x: Tensor, dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor]:
     inverse = x.new_empty(x.shape[0], dtype=torch.float32)
     if not x.numel():
         return out, inverse.fill_(1 / eps)
-    with on_device(x):
-        normalize_kernel[_grid(x)](x, out, inverse, *x.shape, eps, **_constants(x))
+    _launch(normalize_kernel, x, x, out, inverse, *x.shape, eps)
     return out, inverse
 
 
@@ -88,14 +87,11 @@ def backward(grad: Tensor, x: Tensor, inverse: Tensor, eps: float) -> Tensor:
     """The gradient of ``x``, in its dtype."""
     dx = torch.empty_like(x)
     if x.numel():
-        with on_device(x):
-            normalize_backward_kernel[_grid(x)](grad, x, inverse, dx, *x.shape, 1 / eps, **_constants(x))
+        _launch(normalize_backward_kernel, x, grad, x, inverse, dx, *x.shape, 1 / eps)
     return dx
 
 
-def _grid(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.shape[0], ROWS),)
-
-
-def _constants(x: Tensor) -> dict[str, Any]:
-    return {"ROWS": ROWS, "BLOCK": min(triton.next_power_of_2(x.shape[1]), WIDEST), "num_warps": WARPS, **OPTIONS}
+def _launch(kernel: Any, x: Tensor, *arguments: Any) -> None:
+    block = min(triton.next_power_of_2(x.shape[1]), WIDEST)
+    with on_device(x):
+        kernel[(triton.cdiv(x.shape[0], ROWS),)](*arguments, ROWS=ROWS, BLOCK=block, num_warps=WARPS, **OPTIONS)

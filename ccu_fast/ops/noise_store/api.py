@@ -178,6 +178,7 @@ class NoiseStore:
         """Let go of the file; what was not committed is lost."""
         if self._file is not None:
             self._file.close()
+            self._file = None
             self.data = torch.empty(0, *self.data.shape[1:], dtype=self.dtype)
 
     @property
@@ -265,7 +266,7 @@ class NoiseStore:
             out = torch.empty(images.shape, dtype=images.dtype, device=images.device)
         call = torch.ops.ccu_fast.noise_add_out if torch.compiler.is_compiling() else add_out
         with torch.no_grad():
-            call(source, noise, where, low, high, limits, backend, self._matrix(out.detach()))
+            call(source, noise, where, low, high, limits, self._matrix(out.detach()), backend)
         return out
 
     def scatter_(self, index: Tensor, values: Tensor, *, checked: bool = True) -> None:

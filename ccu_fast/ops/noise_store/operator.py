@@ -9,6 +9,8 @@ the kernel, which fails the launch as torch's own indexing does.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ccu_fast.ops import machine
@@ -18,25 +20,18 @@ from ccu_fast.ops.operator import in_place, operator
 
 
 @operator(
-    "noise_add_out(Tensor images, Tensor noise, Tensor? index, float lower, float upper, Tensor? limits, str backend, "
-    "Tensor(a!) out) -> ()",
+    "noise_add_out(Tensor images, Tensor noise, Tensor? index, float lower, float upper, Tensor? limits, "
+    "Tensor(a!) out, str backend) -> ()",
     fake=in_place,
 )
-def add_out(
-    images: Tensor,
-    noise: Tensor,
-    index: Tensor | None,
-    lower: float,
-    upper: float,
-    limits: Tensor | None,
-    backend: str,
-    out: Tensor,
-) -> None:
-    """Write the noisy images to ``out``; the other arguments are as the fields of :class:`NoiseAddition`."""
-    if index is not None:
-        machine.check_range("index", "rows", index, noise.shape[0])
-    if out.numel():
-        load("noise_store", backend).add(NoiseAddition(images, noise, index, lower, upper, limits, out))
+def add_out(*args: Any) -> None:
+    """Write the noisy images to ``out``: the fields of :class:`NoiseAddition`, then the backend."""
+    *fields, backend = args
+    p = NoiseAddition(*fields)
+    if p.index is not None:
+        machine.check_range("index", "rows", p.index, p.noise.shape[0])
+    if p.out.numel():
+        load("noise_store", backend).add(p)
 
 
 @operator("noise_update_(Tensor(a!) noise, Tensor index, Tensor delta, float eps, str backend) -> ()", fake=in_place)

@@ -46,7 +46,7 @@ def update(p: NoiseUpdate) -> None:
 
 
 def first_wrong(values: Tensor, slack: float | None) -> int | None:
-    """Where, counted through, the first value is that a store cannot hold; None if there is none.
+    """The position in memory of the first value that a store cannot hold; None if there is none.
 
     ``slack`` is how far, in steps, a value may be from a whole one within −128..127; None: any finite number will do.
     """

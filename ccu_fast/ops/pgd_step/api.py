@@ -14,8 +14,6 @@ from ccu_fast.ops import machine
 from ccu_fast.ops.backend import choose, load, unavailable
 from ccu_fast.ops.operator import in_place, operator
 
-NORMS = ("linf", "l2")
-NAN_POLICIES = ("raise", "zero")
 _NAMES = ("step", "eps", "lower", "upper")
 
 
@@ -73,9 +71,8 @@ def pgd_step_(
     The loss goes down; a negative gradient (``-grad``) makes it go up. Computed in fp32 (fp64 for fp64 noise).
 
     For an image within [lower, upper], |delta| <= eps and lower <= image + delta <= upper hold up to the rounding of
-    one operation: the subtraction of the image, which is of the size of the image's last place (2⁻²⁴ below 1 in
-    fp32), and for fp16 and bf16 noise the rounding to its dtype. An image outside is brought inside even where that
-    takes more than eps.
+    one subtraction, the image's last place (2⁻²⁴ below 1 in fp32), and of fp16 and bf16 noise to its dtype. An image
+    outside is brought inside even where that takes more than eps.
 
     Args:
         delta: ``[B, ...]`` fp32, fp16 or bf16 (fp64 on the reference backend); changed in place, also if it requires
@@ -111,8 +108,8 @@ def pgd_step_(
     tensor([[-0.1000,  0.1000,  0.0000]])
     """
     _check_tensors(delta, grad, image)
-    check.one_of("norm", norm, NORMS)
-    check.one_of("nan_policy", nan_policy, NAN_POLICIES)
+    check.one_of("norm", norm, ("linf", "l2"))
+    check.one_of("nan_policy", nan_policy, ("raise", "zero"))
     numbers, channels = _parameters(delta, norm, (step, eps, lower, upper))
     wide = torch.float64 in (delta.dtype, grad.dtype)
     if out is not None:

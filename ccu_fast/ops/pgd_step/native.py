@@ -13,7 +13,7 @@ _refusals: dict[torch.device, Refusals] = {}
 
 
 class Refusals:
-    """What the steps of a device have found wrong, which the host looks at without waiting for them.
+    """Errors that the steps on a device have found, which the host reads without waiting for them.
 
     Each stream has a number that its steps set, and read before they write anything, and the same in pinned memory.
     Of more streams than STREAMS some share one: then a step may be refused for what another stream's met.
@@ -32,7 +32,7 @@ class Refusals:
             torch.cuda.synchronize(self.device)
 
     def raise_first(self) -> None:
-        """Raise what is there, which is then forgotten: from now on steps are made again."""
+        """Raise the first error and forget it, so that steps are taken again."""
         self.wait()
         what = next((int(number) for number in self.seen if number), 0)
         if not what:
@@ -53,7 +53,7 @@ class Refusals:
 
 
 def _refusals_of(device: torch.device) -> tuple[Refusals, bool]:
-    """Those of a device, and whether the host may look: not while a CUDA graph is captured."""
+    """The refusals of a device, and whether the host may read them: not while a CUDA graph is captured."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     found = _refusals.get(device)
     if found is None:
@@ -67,7 +67,7 @@ def _refusals_of(device: torch.device) -> tuple[Refusals, bool]:
 
 
 def raise_refused(device: torch.device | None) -> None:
-    """Wait for the steps of a device, None for all, and raise for the first that was not made."""
+    """Wait for the steps of a device (None: of all) and raise for the first that was refused."""
     for known, refusals in list(_refusals.items()):
         if device is None or device == known:
             refusals.raise_first()

@@ -19,8 +19,6 @@ from ccu_fast.ops.topk_flips.problem import TokenProblem, TokenResult
 
 __all__ = ["Flips", "TokenTable", "candidate_losses", "topk_flips"]
 
-SCOPES = ("row", "global")
-PRECISIONS = ("certified", "fp32", "fast")
 _GRAM_ROWS = 1 << 16
 
 
@@ -196,8 +194,8 @@ def topk_flips(
     """
     if not isinstance(table, TokenTable):
         raise TypeError(f"table: expected a TokenTable, got {type(table).__name__}")
-    check.one_of("scope", scope, SCOPES)
-    check.one_of("precision", precision, PRECISIONS)
+    check.one_of("scope", scope, ("row", "global"))
+    check.one_of("precision", precision, ("certified", "fp32", "fast"))
     check.tensor("grad", grad)
     if grad.ndim < (2 if scope == "global" else 1) or grad.shape[-1] != table.dim:
         expected = f"[..., n, {table.dim}]" if scope == "global" else f"[..., {table.dim}]"

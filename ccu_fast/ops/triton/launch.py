@@ -20,8 +20,8 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Of every launch. A multiplication and the addition after it are one rounding: left to itself, Triton 3.9 warns that a
-# later release will round twice, which would be other bits and a quarter more instructions in a tile.
+# For every launch: a multiplication and the addition after it round once. Left to itself, Triton 3.9 warns that a later
+# release will round twice, which would give other bits and a quarter more instructions in a tile.
 OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -87,7 +87,7 @@ class Descriptor:
         self._fields: dict[str, Any] | None = None
 
     def __call__(self, matrices: Tensor) -> TensorDescriptor:
-        """Of contiguous ``[B, N, D]``, as ``[B·N, D]``."""
+        """The descriptor of contiguous ``[B, N, D]``, as ``[B·N, D]``."""
         if self._fields is None:
             made = TensorDescriptor.from_tensor(matrices.view(-1, matrices.shape[2]), self.block)
             self._fields = {name: value for name, value in vars(made).items() if name != "base"}

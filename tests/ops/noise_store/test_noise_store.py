@@ -265,7 +265,7 @@ def test_opcheck(backend: str, dtype: torch.dtype) -> None:
     limits = torch.tensor([[0.0, 0.1, 0.2], [1.0, 0.9, 0.8]])
     ops = torch.ops.ccu_fast
     for bounds, out in ((None, torch.empty_like(images)), (limits, torch.empty_like(images)), (None, images)):
-        torch.library.opcheck(ops.noise_add_out.default, (images, noise, index, 0.0, 1.0, bounds, backend, out))
+        torch.library.opcheck(ops.noise_add_out.default, (images, noise, index, 0.0, 1.0, bounds, out, backend))
     torch.library.opcheck(ops.noise_update_.default, (noise.view(11, -1), index, steps(3, 105), 8.0, backend))
 
 

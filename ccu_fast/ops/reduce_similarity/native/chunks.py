@@ -34,6 +34,8 @@ SERIAL_PAIRS = 1 << 14
 FP32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 # Relations without labels and ids, by whether the pairs (i, i) are SELF.
 UNLABELLED = {diagonal: _C.Relations((0, 0), (0, 0), (0, 0), (0, 0), diagonal) for diagonal in (False, True)}
+# Codes of row and of column reductions in the form that C++ takes.
+reductions = lru_cache(maxsize=64)(_C.Reductions)
 # Larger chunks do not make the GEMMs faster, and the C library would map them anew at every call (see buffers).
 _LARGEST_CHUNK = 30 << 20
 _FEWEST_ROWS = 64
@@ -48,7 +50,7 @@ class _Chunk:
 
     Attributes:
         shape: ``[banks, rows, M]`` of the products.
-        place: theirs among the products of all chunks.
+        place: where they lie among the products of all chunks.
         kept: they stay there for the backward pass.
     """
 
@@ -128,12 +130,6 @@ def gemm_dtype(p: SimilarityProblem) -> torch.dtype:
 def has_bf16() -> bool:
     """Whether this CPU multiplies bf16 natively."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@lru_cache(maxsize=64)
-def reductions(rows: tuple[int, ...], cols: tuple[int, ...]) -> _C.Reductions:
-    """Codes of reductions in the form that C++ takes."""
-    return _C.Reductions(rows, cols)
 
 
 class Operands:

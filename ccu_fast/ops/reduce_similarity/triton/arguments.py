@@ -71,7 +71,7 @@ class Pass:
         return self.descriptors[0](operands.x), self.descriptors[1](operands.y)
 
     def constants(self, p: SimilarityProblem, items: int, rows: plan.Spec, cols: plan.Spec) -> dict[str, Any]:
-        """Of a kernel that tells tiles near the diagonal from others and whose rows are ``items`` of each bank."""
+        """Constants of a kernel that tells tiles near the diagonal from others; its rows are ``items`` of each bank."""
         tile, tma = self.tile, self.descriptors is not None
         found = {"ROWS": rows, "COLS": cols, "DIAGONAL": p.diagonal, "PRECISION": self.precision, "TMA": tma}
         for name, spec in (("ROWS", rows), ("COLS", cols)):

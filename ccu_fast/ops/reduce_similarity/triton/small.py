@@ -41,7 +41,7 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
 
 
 def forward_launch(p: SimilarityProblem, device: configs.Device) -> Launch:
-    """Of (x, y, scale, bias, keys, row results, column results) of problems like p."""
+    """The launch for problems like p: of x, y, scale, bias, the keys, and the row and column results."""
     blocks = p.banks * (triton.cdiv(p.n, BLOCK_M) * bool(p.rows) + triton.cdiv(p.m, BLOCK_M) * bool(p.cols))
     numbers = (p.n, p.m, p.x.shape[2], p.banks, *strides(p, _keys(p)))
     return Launch(small_forward_kernel, blocks, numbers, index=device.index, **_constants(p))
