@@ -107,13 +107,27 @@ def pgd_step_(
     >>> ccu_fast.pgd_step_(delta, grad, torch.full((1, 3), 0.5), step=0.1, eps=0.25)
     tensor([[-0.1000,  0.1000,  0.0000]])
     """
-    _check_tensors(delta, grad, image)
+    check.tensor("delta", delta)
+    if delta.ndim < 1:
+        raise ValueError("delta: expected shape [B, ...], got []")
+    if any(size > 1 and stride == 0 for size, stride in zip(delta.shape, delta.stride(), strict=True)):
+        raise ValueError("delta: expected memory that does not overlap itself, got an expanded tensor")
+    for name, value in (("grad", grad), ("image", image)):
+        check.tensor(name, value)
+        check.same(name, value, "delta", delta, dtype=name == "image")
+        check.shape(name, value, delta.shape)
     check.one_of("norm", norm, ("linf", "l2"))
     check.one_of("nan_policy", nan_policy, ("raise", "zero"))
     numbers, channels = _parameters(delta, norm, (step, eps, lower, upper))
     wide = torch.float64 in (delta.dtype, grad.dtype)
     if out is not None:
-        _check_out(out, delta)
+        check.tensor("out", out)
+        check.same("out", out, "delta", delta)
+        check.shape("out", out, delta.shape)
+        if not out.is_contiguous() or out.requires_grad:
+            raise ValueError("out: expected contiguous memory that does not require grad")
+        if out.untyped_storage().data_ptr() == delta.untyped_storage().data_ptr():
+            raise ValueError("out: expected memory of its own, got that of delta")
     name = choose(backend, "pgd_step_", delta.device, torch.float64 if wide else delta.dtype)
     rest: tuple[Any, ...] = (*numbers, channels, norm == "l2", nan_policy == "raise", name, out)
     compiling = torch.compiler.is_compiling()
@@ -124,28 +138,6 @@ def pgd_step_(
         if out is not None:
             torch.autograd.graph.increment_version(out)
     return delta
-
-
-def _check_tensors(delta: Tensor, grad: Tensor, image: Tensor) -> None:
-    check.tensor("delta", delta)
-    if delta.ndim < 1:
-        raise ValueError("delta: expected shape [B, ...], got []")
-    if any(size > 1 and stride == 0 for size, stride in zip(delta.shape, delta.stride(), strict=True)):
-        raise ValueError("delta: expected memory that does not overlap itself, got an expanded tensor")
-    for name, value in (("grad", grad), ("image", image)):
-        check.tensor(name, value)
-        check.same(name, value, "delta", delta, dtype=name == "image")
-        check.shape(name, value, delta.shape)
-
-
-def _check_out(out: Tensor, delta: Tensor) -> None:
-    check.tensor("out", out)
-    check.same("out", out, "delta", delta)
-    check.shape("out", out, delta.shape)
-    if not out.is_contiguous() or out.requires_grad:
-        raise ValueError("out: expected contiguous memory that does not require grad")
-    if out.untyped_storage().data_ptr() == delta.untyped_storage().data_ptr():
-        raise ValueError("out: expected memory of its own, got that of delta")
 
 
 def _parameters(delta: Tensor, norm: str, values: tuple[Any, ...]) -> tuple[list[float], Tensor | None]:
