@@ -213,16 +213,14 @@ def topk_flips(
     name = choose(backend, "topk_flips", grad.device, torch.float64 if wide else grad.dtype)
     if backend == "auto" and table.packed is None:
         name = "reference"
+    compute = torch.float64 if wide else torch.float32
     if current_ids is not None:
         check.tensor("current_ids", current_ids, dtypes=check.INTEGERS)
         check.same("current_ids", current_ids, "grad", grad, dtype=False)
         check.shape("current_ids", current_ids, lead)
         current_ids = current_ids.long().reshape(-1).contiguous()
     p = TokenProblem(
-        grad=grad.detach()
-        .to(torch.float64 if wide else torch.float32)
-        .reshape(math.prod(lead), table.dim)
-        .contiguous(),
+        grad=grad.detach().to(compute).reshape(math.prod(lead), table.dim).contiguous(),
         embedding=table.embedding,
         token_ids=table.ids,
         packed=table.packed,

@@ -33,6 +33,7 @@ def test_a_file_is_what_was_committed(tmp_path: Path, dtype: torch.dtype) -> Non
     store.scatter_add_clamp_(torch.tensor([3, 0]), noise(2, *ITEM), 8 / 255)
     assert not torch.equal(store.data, committed)
     store.close()
+    store.commit(round=2)  # of nothing
     for _ in range(2):
         store = NoiseStore.open(path, tag="set A", dtype=dtype, item_shape=ITEM)
         assert torch.equal(store.data, committed) and store.progress == {"round": 1, "batch": 7}
