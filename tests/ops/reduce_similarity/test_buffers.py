@@ -17,9 +17,9 @@ LARGE = buffers.WORTH_KEEPING // 4
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    buffers._kept = None
+    buffers.release()
     yield
-    buffers._kept = None
+    buffers.release()
 
 
 def test_lends_the_same_memory_again_but_not_while_it_is_used() -> None:

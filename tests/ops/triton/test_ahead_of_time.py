@@ -106,6 +106,8 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ca
 
     # So that a launch that leaves the choice to Triton shows, whatever this release would choose.
     monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
+    # Nobody reads the lines of what is compiled here, and they take a sixth of the compiler's time.
+    monkeypatch.setattr(triton.knobs.compilation, "disable_line_info", True)
     homes = [vars(home) for home in (forward_pass, backward_pass, small_batch, normalize)]
     names = (*PRODUCTS, *OTHERS, *SMALL, *NORMALIZE)
     kernels = [next(home[name] for home in homes if name in home) for name in names]

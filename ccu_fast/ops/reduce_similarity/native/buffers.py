@@ -1,9 +1,9 @@
 """One large buffer that stays between calls.
 
 The C library maps blocks of more than 32 MiB anew each time, and the kernel then zeroes every page of them at its first
-touch, which for the similarities of a batch of 8192 shows in the time of a step. So the largest buffer, of up
-to 320 MiB, stays with the process and is lent again once nothing but this module refers to its memory, saved graphs
-included.
+touch, which for the similarities of a batch of 8192 shows in the time of a step. So the largest buffer, of up to
+320 MiB, stays with the process and is lent again once nothing but this module refers to its memory, saved graphs
+included. :func:`release` gives it back to the system.
 """
 
 from __future__ import annotations
@@ -42,3 +42,10 @@ def borrow(size: int) -> Tensor:
         if _kept is None and size * 4 <= _MOST:
             _kept = buffer
         return buffer[:]
+
+
+def release() -> None:
+    """Forget the kept buffer; its memory is freed when its last user lets go."""
+    global _kept
+    with _lock:
+        _kept = None
