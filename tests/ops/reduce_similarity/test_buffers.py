@@ -41,6 +41,8 @@ def test_keeps_the_largest() -> None:
     assert buffers._kept is not None and buffers._kept.numel() == 2 * LARGE
     buffers.borrow(3 * LARGE)
     assert buffers._kept.numel() == 3 * LARGE
+    buffers.release()
+    assert buffers._kept is None
 
 
 def loss_of(x: Tensor, y: Tensor) -> Tensor:
