@@ -1,11 +1,13 @@
-"""Argument checks with one wording: the argument, what was expected, what came."""
+"""Argument checks with one wording: the argument, what was expected, what came; dataclasses that check themselves."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -121,3 +123,38 @@ def finite(name: str, value: Tensor) -> None:
 def names(dtypes: Sequence[torch.dtype]) -> str:
     """fp32-or-bf16 style list for messages."""
     return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def field(default: Any, help: str = "", **bounds: Any) -> Any:
+    """A field of a dataclass of settings.
+
+    Args:
+        default: its value where none is given.
+        help: of its option on a command line; without one it has none.
+        bounds: ``low`` and ``high`` of a number, ``allowed`` words of a text.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
+
+
+def fields(config: Any) -> None:
+    """Every number, text and truth value of a dataclass has its type and keeps to the bounds of :func:`field`."""
+    hints = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, kind = getattr(config, item.name), hints[item.name]
+        if isinstance(kind, UnionType):
+            if value is None:
+                continue
+            kind = get_args(kind)[0]
+        if kind in _CHECKS:
+            _CHECKS[kind](item.name, value, **item.metadata.get("bounds", {}))
+
+
+def _text(name: str, value: Any, *, allowed: Sequence[str] | None = None) -> str:
+    if allowed is not None:
+        return one_of(name, value, allowed)
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected text, got {value!r}")
+    return value
+
+
+_CHECKS: dict[Any, Any] = {bool: boolean, int: integer, float: number, str: _text}

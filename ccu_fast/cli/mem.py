@@ -1,10 +1,8 @@
 """``ccu-fast protect`` and ``ccu-fast evaluate``. Each imports what it needs when it runs."""
 
 # No `from __future__ import annotations`: typer reads the annotations.
-import importlib
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,38 +10,21 @@ import typer
 
 from ccu_fast import check, extras
 from ccu_fast.cli.console import live, one_sentence
+from ccu_fast.cli.options import Config, Fields, with_fields
+from ccu_fast.data.captions import Options
 from ccu_fast.files import output_file, write_whole
+from ccu_fast.mem.config import Execution, Method, Settings
+from ccu_fast.mem.job import Job, protect_dataset
 
-CONFIG_HELP = "TOML file with options by their names (eps = 8, skip-bad = true); flags win."
 MODEL_HELP = "small, small:WIDTH (a multiple of 32), open_clip:NAME or hf:FOLDER."
-FORMAT_HELP = "csv, folder, imagefolder or webdataset; recognised if not given."
-
-
-def _read_config(context: typer.Context, parameter: typer.CallbackParam, value: Path | None) -> Path | None:
-    """The file's values become the defaults of the options."""
-    if value is None:
-        return None
-    tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    try:
-        given = tomllib.loads(value.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"config: expected a TOML file, got {value} ({error})") from error
-    known = {str(p.name).rstrip("_") for p in context.command.params} - {"help", "config"}
-    named = {name.replace("-", "_"): item for name, item in given.items()}
-    unknown = sorted(set(named) - known)
-    if unknown:
-        raise ValueError(f"config: expected options of {context.command.name} in {value}, got {', '.join(unknown)}")
-    context.default_map = named
-    return value
-
-
-Config = Annotated[Path | None, typer.Option("--config", help=CONFIG_HELP, callback=_read_config, is_eager=True)]
 
 
 @one_sentence("protect")
+@with_fields
 def protect(
     input: Annotated[Path, typer.Argument(help="A .csv or .tsv, a .tar or a folder of them, or a folder of pictures.")],
     out: Annotated[Path, typer.Option(help="New or empty folder for the protected dataset.")],
+    *,
     method: Annotated[
         str, typer.Option(help="mem[-n], em, trigger[-n], tap, uap, random[-n] or clean; n trigger words.")
     ] = "mem-3",
@@ -53,36 +34,12 @@ def protect(
         str | None, typer.Option(help="HEIGHTxWIDTH: what pictures are resized to and published in [64x64].")
     ] = None,
     grey: Annotated[bool, typer.Option("--grey", help="One channel instead of three.")] = False,
-    eps: Annotated[int, typer.Option(help="Largest change of a pixel, in 1/255.", min=0, max=127)] = 8,
-    step: Annotated[int, typer.Option(help="Step of the noise, in 1/255.", min=1, max=127)] = 1,
-    pgd_steps: Annotated[int, typer.Option(help="Steps of the noise for each batch and round.", min=0)] = 6,
-    rounds: Annotated[int, typer.Option(help="Surrogate steps, trigger pass, noise pass.", min=1)] = 9,
-    surrogate_steps: Annotated[int, typer.Option(help="Steps of the surrogate in each round.", min=0)] = 32,
-    trigger_rounds: Annotated[int, typer.Option(help="First rounds, in which triggers change.", min=0)] = 3,
-    candidates: Annotated[int, typer.Option(help="Words tried at each trigger position.", min=1)] = 8,
-    batch: Annotated[int, typer.Option(help="Pairs in a batch (of each process).", min=2)] = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate of the surrogate.", min=0)] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
-    format: Annotated[str | None, typer.Option(help=FORMAT_HELP)] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column of paths [images or file_name].")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Column of captions [caption or text].")] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out and list what cannot be used, instead of stopping.")
-    ] = False,
-    max_pixels: Annotated[int, typer.Option(help="Larger pictures are bad.", min=1)] = 178_956_970,
-    noise_on_disk: Annotated[bool, typer.Option("--noise-on-disk", help="Noise in a file, not in memory.")] = False,
-    reference_files: Annotated[
-        bool, typer.Option("--reference-files", help="Also noise.pt and token.pt of the authors' code.")
-    ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Throw an unfinished run with this output away.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Decoders [one for each processor].", min=1)] = None,
+    settings: Annotated[dict[str, Any], Fields(Settings)],
+    options: Annotated[dict[str, Any], Fields(Options)],
+    run: Annotated[dict[str, Any], Fields(Job)],
     device: Annotated[str, typer.Option(help="Of the surrogate: cpu, cuda, cuda:1.")] = "cpu",
-    autocast: Annotated[str | None, typer.Option(help="bf16 or fp16: the towers' products [full precision].")] = None,
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory order of the pictures.")] = False,
-    compile: Annotated[
-        str | None,
-        typer.Option(help="default, reduce-overhead (CUDA graphs) or max-autotune: torch.compile the image tower."),
-    ] = None,
+    autocast: Annotated[str | None, typer.Option(help="bf16 or fp16: the towers' products; full precision if not given.")] = None,
+    execution: Annotated[dict[str, Any], Fields(Execution)],
     quiet: Annotated[bool, typer.Option("--quiet", help="No live progress, no summary.")] = False,
     config: Config = None,
 ) -> None:
@@ -94,9 +51,6 @@ def protect(
     extras.require("rich", "PIL")
     import torch
 
-    from ccu_fast.data.captions import Options
-    from ccu_fast.mem.config import Execution, Method, Settings
-    from ccu_fast.mem.job import Job, protect_dataset
     from ccu_fast.mem.job.models import choose
 
     precisions = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,27 +63,11 @@ def protect(
         out,
         choose(model, size=size, grey=grey, checkpoint=checkpoint),
         Method.parse(method),
-        Settings(
-            eps=eps,
-            step=step,
-            pgd_steps=pgd_steps,
-            rounds=rounds,
-            surrogate_steps=surrogate_steps,
-            trigger_rounds=trigger_rounds,
-            candidates=candidates,
-            batch=batch,
-            lr=lr,
-        ),
-        seed,
-        Options(format, image_column, caption_column),
-        skip_bad=skip_bad,
-        fresh=fresh,
-        noise_on_disk=noise_on_disk,
-        reference_files=reference_files,
-        threads=threads,
-        max_pixels=max_pixels,
+        Settings(**settings),
+        options=Options(**options),
         device=check.device("device", device),
-        execution=Execution(precisions[autocast], channels_last, compile),
+        execution=Execution(precisions[autocast], **execution),
+        **run,
     )
     quiet = quiet or os.environ.get("RANK", "0") != "0"
     with live(quiet) as progress:
@@ -139,9 +77,11 @@ def protect(
 
 
 @one_sentence("evaluate", goes_on=False)
+@with_fields
 def evaluate(
     train: Annotated[list[str], typer.Argument(help="Datasets to learn from, PATH or NAME=PATH.")],
     test: Annotated[Path, typer.Option(help="Clean pairs to retrieve among.")],
+    *,
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
     model: Annotated[str, typer.Option(help="The victim: " + MODEL_HELP)] = "small",
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of what the victim sees [64x64].")] = None,
@@ -159,10 +99,8 @@ def evaluate(
     ] = None,
     report: Annotated[Path | None, typer.Option(help="HTML page: table, curves, samples.")] = None,
     device: Annotated[str, typer.Option(help="Of the victims: cpu, cuda, cuda:1.")] = "cpu",
-    format: Annotated[str | None, typer.Option(help=FORMAT_HELP)] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column of paths [images or file_name].")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Column of captions [caption or text].")] = None,
-    threads: Annotated[int | None, typer.Option(help="Decoders [one for each processor].", min=1)] = None,
+    options: Annotated[dict[str, Any], Fields(Options)],
+    threads: Annotated[int | None, typer.Option(help="Decoders; one for each processor if not given.", min=1)] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No live progress, no table.")] = False,
     config: Config = None,
 ) -> None:
@@ -170,7 +108,6 @@ def evaluate(
     test pairs after the last and after the best epoch.
     """
     extras.require("rich", "PIL", *(["matplotlib"] if report else []))
-    from ccu_fast.data.captions import Options
     from ccu_fast.mem.job.models import choose
     from ccu_fast.mem.job.victims import evaluate_datasets
     from ccu_fast.mem.victim import Recipe
@@ -198,7 +135,7 @@ def evaluate(
             zero_shot=zero_shot,
             device=device,
             samples=0 if report is None else 6,
-            options=Options(format, image_column, caption_column),
+            options=Options(**options),
             threads=threads,
             progress=progress,
         )

@@ -10,6 +10,8 @@ import typer
 
 from ccu_fast import extras
 from ccu_fast.cli.console import live, one_sentence
+from ccu_fast.cli.options import Fields, with_fields
+from ccu_fast.unlearn.config import Budget, UnlearnConfig
 
 EXAMPLE = (
     "Examples: ccu-fast unlearn settings.toml --out clean --steps 100    "
@@ -18,19 +20,15 @@ EXAMPLE = (
 
 
 @one_sentence("unlearn")
+@with_fields
 def unlearn(
     settings: Annotated[
         Path | None, typer.Argument(help="TOML: model, data, what to forget (ccu_fast.unlearn.job shows one).")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of what is written; made if needed.")] = Path("ccu_fast_unlearn"),
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Items of each set in a step.", min=1)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the batches.", min=0)] = None,
-    neighbours: Annotated[
-        float | None, typer.Option(help="Weight of the pull to the retained item that looks most alike; 0 for none.")
-    ] = None,
-    trainable: Annotated[list[str] | None, typer.Option(help="Pattern of parameter names; may be repeated.")] = None,
+    *,
+    budget: Annotated[dict[str, Any], Fields(Budget, given=True)],
+    ccu: Annotated[dict[str, Any], Fields(UnlearnConfig, given=True)],
     compare: Annotated[bool, typer.Option("--compare", help="Compare all methods on the embedded tasks.")] = False,
     task: Annotated[list[str] | None, typer.Option(help="With --compare: a task; may be repeated.")] = None,
     scenario: Annotated[list[str] | None, typer.Option(help="With --compare: class or instances.")] = None,
@@ -51,14 +49,7 @@ def unlearn(
     if settings is None:
         _compare(out, task, scenario, seeds, quiet)
     else:
-        ccu = _given(seed=seed, trainable=trainable, neighbours=neighbours)
-        budget = _given(steps=steps, learning_rate=learning_rate, batch=batch)
         _run(settings, out, {"ccu": ccu, "budget": budget}, quiet)
-
-
-def _given(**flags: Any) -> dict[str, Any]:
-    """Those on the command line."""
-    return {name: value for name, value in flags.items() if value is not None}
 
 
 def _run(settings: Path, out: Path, overrides: dict[str, dict[str, Any]], quiet: bool) -> None:

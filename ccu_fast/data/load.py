@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import extras
-from ccu_fast.data.captions import BadData, DiskSource, Options, list_pairs
+from ccu_fast.data.captions import DiskSource, Options, list_pairs
 from ccu_fast.data.paired import PairedData
 from ccu_fast.files import readable
 
@@ -64,19 +65,14 @@ def load_captions(
 
     Raises:
         FileNotFoundError: nothing there.
-        BadData: a row, or a picture, that cannot be used.
+        BadData, BadPicture: a row, or a picture, that cannot be used.
         ValueError: no pairs, or columns missing.
         ImportError: pillow is not installed.
     """
     extras.require("PIL")
-    listing = list_pairs(path, options)
-    if listing.bad:
-        raise BadData(listing.bad)
-    source = DiskSource(listing, shape)
-    try:
+    listing = list_pairs(path, options, "path").whole()
+    with closing(DiskSource(listing, shape)) as source:
         pictures = source.images(torch.arange(source.n_images))
-    finally:
-        source.close()
     files = [listing.files[number] for number in listing.image_of.tolist()]
     return PairedData(pictures[listing.image_of], encode(listing.captions)), files
 

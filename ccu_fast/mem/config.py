@@ -10,7 +10,6 @@ import torch
 from ccu_fast import check
 
 NOISE_KINDS = ("none", "random", "minimise", "maximise", "mislead", "universal")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,11 @@ class Method:
 
     name: str
     noise: str
-    triggers: int = 0
+    triggers: int = check.field(0, low=0)
 
     def __post_init__(self) -> None:
         check.one_of("noise", self.noise, NOISE_KINDS)
-        check.integer("triggers", self.triggers, low=0)
+        check.fields(self)
 
     @property
     def generates(self) -> bool:
@@ -113,36 +112,24 @@ class Settings:
     9
     """
 
-    eps: int = 8
-    step: int = 1
-    pgd_steps: int = 6
-    rounds: int = 9
-    trigger_rounds: int = 3
-    trigger_words: int | None = 16
-    candidates: int = 8
-    surrogate_steps: int = 32
-    restart: int = 3
-    shuffle: float = 1.0
-    batch: int = 128
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    beta2: float = 0.98
+    eps: int = check.field(8, "Largest change of a pixel, in 1/255.", low=0, high=127)
+    step: int = check.field(1, "Step of the noise, in 1/255.", low=1, high=127)
+    pgd_steps: int = check.field(6, "Steps of the noise for each batch and round.", low=0)
+    rounds: int = check.field(9, "Surrogate steps, trigger pass, noise pass.", low=1)
+    trigger_rounds: int = check.field(3, "First rounds, in which triggers change.", low=0)
+    trigger_words: int | None = check.field(16, low=1)
+    candidates: int = check.field(8, "Words tried at each trigger position.", low=1)
+    surrogate_steps: int = check.field(32, "Steps of the surrogate in each round.", low=0)
+    restart: int = check.field(3, low=0)
+    shuffle: float = check.field(1.0, low=0.0, high=1.0)
+    batch: int = check.field(128, "Pairs in a batch (of each process).", low=2)
+    lr: float = check.field(1e-3, "Learning rate of the surrogate.", low=0.0)
+    weight_decay: float = check.field(0.1, low=0.0)
+    beta2: float = check.field(0.98, low=0.0, high=1.0)
     compat: bool = False
 
     def __post_init__(self) -> None:
-        check.integer("eps", self.eps, low=0, high=127)
-        check.integer("step", self.step, low=1, high=127)
-        check.integer("batch", self.batch, low=2)
-        for name in ("rounds", "candidates"):
-            check.integer(name, getattr(self, name), low=1)
-        if self.trigger_words is not None:
-            check.integer("trigger_words", self.trigger_words, low=1)
-        for name in ("pgd_steps", "trigger_rounds", "surrogate_steps", "restart"):
-            check.integer(name, getattr(self, name), low=0)
-        check.number("shuffle", self.shuffle, low=0.0, high=1.0)
-        check.number("lr", self.lr, low=0.0)
-        check.number("weight_decay", self.weight_decay, low=0.0)
-        check.number("beta2", self.beta2, low=0.0, high=1.0)
+        check.fields(self)
 
 
 @dataclass(frozen=True)
@@ -159,11 +146,14 @@ class Execution:
     """
 
     autocast: torch.dtype | None = None
-    channels_last: bool = False
-    compile: str | None = None
+    channels_last: bool = check.field(False, "Memory order of the pictures.")
+    compile: str | None = check.field(
+        None,
+        "default, reduce-overhead (CUDA graphs) or max-autotune: torch.compile the image tower.",
+        allowed=("default", "reduce-overhead", "max-autotune"),
+    )
 
     def __post_init__(self) -> None:
+        check.fields(self)
         if self.autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"autocast: expected None, torch.bfloat16 or torch.float16, got {self.autocast!r}")
-        if self.compile is not None:
-            check.one_of("compile", self.compile, COMPILE_MODES)

@@ -23,15 +23,13 @@ class Budget:
     128
     """
 
-    steps: int = 60
-    learning_rate: float = 1e-3
-    batch: int = 128
-    retain_per_forget: int = 1
+    steps: int = check.field(60, "Optimiser steps.", low=1)
+    learning_rate: float = check.field(1e-3, "Of Adam.", low=1e-12)
+    batch: int = check.field(128, "Items of each set in a step.", low=1)
+    retain_per_forget: int = check.field(1, low=1)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "retain_per_forget"):
-            check.integer(name, getattr(self, name), low=1)
-        check.number("learning_rate", self.learning_rate, low=1e-12)
+        check.fields(self)
 
 
 @dataclass(frozen=True)
@@ -65,39 +63,31 @@ class UnlearnConfig:
     0.2
     """
 
-    forget: str = "class"
-    forgetting: float = 3.0
-    retention: float = 1.0
-    separation: float = 1.0
-    task: float = 1.0
-    anchor: float = 0.0
-    neighbours: float = 0.0
-    temperature: float = 0.2
-    forgotten_weight: float = 0.1
-    group: int = 1
-    dampen: float = 0.0
-    dampen_items: int = 600
-    bank: int = 0
-    trainable: tuple[str, ...] = ("*",)
-    saliency: float = 1.0
+    forget: str = check.field("class", allowed=ROLES)
+    forgetting: float = check.field(3.0, low=0)
+    retention: float = check.field(1.0, low=0)
+    separation: float = check.field(1.0, low=0)
+    task: float = check.field(1.0, low=0)
+    anchor: float = check.field(0.0, low=0)
+    neighbours: float = check.field(
+        0.0, "Weight of the pull to the retained item that looks most alike; 0 for none.", low=0
+    )
+    temperature: float = check.field(0.2, low=1e-6)
+    forgotten_weight: float = check.field(0.1, low=1e-6)
+    group: int = check.field(1, low=1)
+    dampen: float = check.field(0.0, low=0)
+    dampen_items: int = check.field(600, low=2)
+    bank: int = check.field(0, low=0)
+    trainable: tuple[str, ...] = check.field(("*",), "Pattern of parameter names; may be repeated.")
+    saliency: float = check.field(1.0, low=1e-9, high=1)
     budget: Budget = field(default_factory=Budget)
     early_stop: bool = False
-    seed: int = 0
+    seed: int = check.field(0, "Of the batches.", low=0)
 
     def __post_init__(self) -> None:
-        check.one_of("forget", self.forget, ROLES)
-        for name in ("forgetting", "retention", "separation", "task", "anchor", "neighbours"):
-            check.number(name, getattr(self, name), low=0)
-        check.number("dampen", self.dampen, low=0)
-        check.integer("group", self.group, low=1)
-        check.integer("dampen_items", self.dampen_items, low=2)
-        check.number("saliency", self.saliency, low=1e-9, high=1)
-        check.integer("bank", self.bank, low=0)
+        check.fields(self)
         if not isinstance(self.trainable, (list, tuple)) or not all(isinstance(p, str) for p in self.trainable):
             raise TypeError(f"trainable: expected a sequence of patterns, got {self.trainable!r}")
         object.__setattr__(self, "trainable", tuple(self.trainable))
-        for name in ("temperature", "forgotten_weight"):
-            check.number(name, getattr(self, name), low=1e-6)
-        check.integer("seed", self.seed, low=0)
         if not isinstance(self.budget, Budget):
             raise TypeError(f"budget: expected a Budget, got {type(self.budget).__name__}")

@@ -36,7 +36,8 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,6 +57,7 @@ from ccu_fast.models.weights import from_checkpoint
 from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.progress import Progress
 from ccu_fast.runs.provenance import save_model, tensors_hash
+from ccu_fast.runs.settings import from_table, read_settings
 from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
 from ccu_fast.unlearn.loop import accuracies, embed
 from ccu_fast.unlearn.method import run_ccu
@@ -96,36 +98,22 @@ class Job:
 
 
 def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Job:
-    """The settings of a TOML file; ``overrides`` are tables of the same names that win. Its paths are relative to it.
+    """The settings of a TOML file, whose paths are relative to it; ``overrides``, of [ccu] and [budget], win.
 
     Raises:
-        ValueError: no such file, not TOML, an unknown table or key, a missing one.
+        ValueError: no such file, not TOML, an unknown table or key, a missing one, a value that cannot be.
     """
-    loads = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli").loads
-    if not path.is_file():
-        raise ValueError(f"settings: expected a TOML file, got {path}, which is not there")
-    try:
-        tables: dict[str, Any] = loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"settings: expected TOML in {path}, got {error}") from error
-    for name, table in tables.items():
-        check.one_of("settings", name, tuple(TABLES))
-        if not isinstance(table, dict):
-            raise ValueError(f"settings: expected a table [{name}], got {table!r}")
-        for key in table:
-            check.one_of(f"settings [{name}]", key, TABLES[name])
-    for name, table in (overrides or {}).items():
-        tables[name] = {**tables.get(name, {}), **table}
-    model, data, forget = (tables.get(name, {}) for name in ("model", "data", "forget"))
-    if "name" in model and "make" in model:
+    tables = read_settings(path, "settings", TABLES)
+    model, data, forget = tables["model"], tables["data"], tables["forget"]
+    named = "name" in model
+    if named and "make" in model:
         raise ValueError(f"settings: expected make or name in [model] of {path}, got both")
-    texts = [("model", "name" if "name" in model else "make"), ("data", "path")]
-    texts += [("model", "weights")] * ("name" not in model or "weights" in model)
-    texts += [("forget", "ids")] * ("ids" in forget) + [("data", key) for key in data if key != "path"]
-    for name, key in texts:
-        value = tables.get(name, {}).get(key)
-        if not isinstance(value, str):
-            raise ValueError(f"settings: expected text as {key} in [{name}] of {path}, got {value or 'none'!r}")
+    texts = [("model", "name")] if named else [("model", "make"), ("model", "weights")]
+    texts += [("data", "path"), *((table, key) for table in ("model", "data", "forget") for key in tables[table])]
+    for table, key in texts:
+        value = tables[table].get(key)
+        if key != "classes" and not isinstance(value, str):
+            raise ValueError(f"settings: expected text as {key} in [{table}] of {path}, got {value or 'none'!r}")
     classes = forget.get("classes", [])
     if not isinstance(classes, list) or not all(isinstance(label, int) for label in classes):
         raise ValueError(f"settings: expected whole numbers as classes in [forget] of {path}, got {classes!r}")
@@ -133,22 +121,23 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
     needed, other = ("classes", "ids") if kind == "class" else ("ids", "classes")
     if needed not in forget or other in forget:
         raise ValueError(f"settings: expected {needed} and no {other} in [forget] of kind {kind!r}, got {forget}")
-    base = path.resolve().parent
     options = {key: value for key, value in data.items() if key != "path"}
-    if options and ("name" not in model or data["path"].endswith(".npz")):
+    if options and (not named or data["path"].endswith(".npz")):
         raise ValueError(f"settings: expected {', '.join(options)} in [data] with captions and a named model only")
-    chosen = model["name"] if "name" in model else model["make"]
-    if "name" in model and chosen.startswith("hf:"):
-        chosen = f"hf:{base / chosen[3:]}"
+    budget = from_table(Budget, tables["budget"], "settings [budget]", path)
+    config = from_table(partial(UnlearnConfig, forget=kind), tables["ccu"], "settings [ccu]", path)
+    given = overrides or {}
+    base = path.resolve().parent
+    chosen = model["name" if named else "make"]
     return Job(
-        model=chosen,
-        named="name" in model,
+        model=f"hf:{base / chosen[3:]}" if named and chosen.startswith("hf:") else chosen,
+        named=named,
         weights=base / model["weights"] if "weights" in model else None,
         data=base / data["path"],
-        options=Options(**options),
+        options=from_table(Options, options, "settings [data]", path),
         classes=tuple(classes),
         ids=base / forget["ids"] if "ids" in forget else None,
-        config=UnlearnConfig(forget=kind, budget=Budget(**tables.get("budget", {})), **tables.get("ccu", {})),
+        config=replace(config, budget=replace(budget, **given.get("budget", {})), **given.get("ccu", {})),
     )
 
 

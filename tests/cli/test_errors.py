@@ -220,7 +220,7 @@ def test_a_package_that_is_there_but_broken(name: str, ends: Ends, idle: Any) ->
         (["unlearn", "--compare", "--task", "mnist", "--out", "{out}"], "tasks: expected one of"),
         (["protect", "nowhere", "--out", "{out}"], "input: expected a file or folder"),
         (["protect", "in/train.csv", "--out", "{out}", "--config", "none.toml"], "config: expected a TOML file"),
-        (["protect", "in/train.csv", "--out", "{out}", "--config", "pairs.npz"], "config: expected a TOML file"),
+        (["protect", "in/train.csv", "--out", "{out}", "--config", "pairs.npz"], "config: expected TOML in pairs.npz"),
         (["protect", "in/train.csv", "--out", "{out}", "--checkpoint", "none.pt"], "checkpoint: expected a file"),
         (["evaluate", "nowhere", "--test", "in/train.csv"], "train: expected a file or folder"),
         (["evaluate", "in/train.csv", "--test", "nowhere"], "test: expected a file or folder"),

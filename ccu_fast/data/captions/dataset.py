@@ -112,7 +112,7 @@ class DiskSource:
                 raise BadPicture("changed since it was checked")
             return decode(data, self.image_shape, max_pixels=self.max_pixels)
         except (OSError, BadPicture) as error:
-            raise BadPicture(f"{file}: {_why(error)}") from error
+            raise BadPicture(f"{self.listing.argument}: expected usable pictures, got {file}: {_why(error)}") from error
 
 
 def scan(source: DiskSource, numbers: Sequence[int], progress: Callable[[int, int], None] | None = None) -> Scan:

@@ -37,15 +37,16 @@ class BadData(ValueError):
     Args:
         bad: all of them; the message shows the first ten.
         remedy: what the caller offers to do about it.
+        name: the argument that the dataset came as, for the message.
     """
 
-    def __init__(self, bad: Sequence[Bad], remedy: str = "") -> None:
+    def __init__(self, bad: Sequence[Bad], remedy: str = "", name: str = "input") -> None:
         self.bad = list(bad)
         items = [str(item) for item in self.bad[:_SHOWN]]
         more = [f"and {len(self.bad) - _SHOWN} more"] if len(self.bad) > _SHOWN else []
         count = f"{len(self.bad)} bad " + ("item" if len(self.bad) == 1 else "items")
         listed = "; ".join([*items, *more])
-        super().__init__(f"input: expected usable pairs, got {count}{remedy and f' ({remedy})'}: {listed}")
+        super().__init__(f"{name}: expected usable pairs, got {count}{remedy and f' ({remedy})'}: {listed}")
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,14 @@ class Options:
         caption_column: CSV and imagefolder; default "caption", for an imagefolder "text" where there is no "caption".
     """
 
-    format: str | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
+    format: str | None = check.field(
+        None, "csv, folder, imagefolder or webdataset; recognised if not given.", allowed=FORMATS
+    )
+    image_column: str | None = check.field(None, "Column of paths; images or file_name if not given.")
+    caption_column: str | None = check.field(None, "Column of captions; caption or text if not given.")
 
     def __post_init__(self) -> None:
-        if self.format is not None:
-            check.one_of("format", self.format, FORMATS)
+        check.fields(self)
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Listing:
         image_of: int64 ``[rows]``.
         records: for each row its number among the records of the metadata, so that writing can follow the input.
         bad: what was left out.
+        argument: what the dataset came as, for errors.
     """
 
     format: str
@@ -97,10 +100,21 @@ class Listing:
     columns: tuple[str, str] | None = None
     spans: Tensor | None = None
     shards: list[Path] = field(default_factory=list)
+    argument: str = "input"
 
     @property
     def n_images(self) -> int:
         return len(self.files)
+
+    def whole(self, remedy: str = "") -> Listing:
+        """The listing itself, of which nothing may have been left out.
+
+        Raises:
+            BadData: something was; with the caller's remedy.
+        """
+        if self.bad:
+            raise BadData(self.bad, remedy, self.argument)
+        return self
 
     def fingerprint(self) -> str:
         """Changes with the names, captions, order and layout; contents of pictures are not in it."""
@@ -190,5 +204,5 @@ def published_names(files: Sequence[str], root: Path) -> list[str]:
     names = [new if count[new] == 1 else f"{old}.png" for new, old in zip(short, relative, strict=True)]
     if len(set(names)) != len(names):
         twice = next(name for name, n in Counter(names).items() if n > 1)
-        raise ValueError(f"input: expected images whose published names differ, got {twice} more than once")
+        raise ValueError(f"expected images whose published names differ, got {twice} more than once")
     return names

@@ -137,6 +137,6 @@ def _columns(path: Path, format: str, found: list[Any], image: str | None, capti
     if missing:
         raise ValueError(
             f"{path}: expected the columns {image} and {caption}, got {', '.join(map(str, found)) or 'none'} "
-            "(other names: --image-column, --caption-column)"
+            "(image_column and caption_column name others)"
         )
     return image, caption

@@ -13,7 +13,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from ccu_fast.ops.noise_store.file import NoiseFile, scratch
 from ccu_fast.runs.checkpoint import read_state, write_state
 from ccu_fast.runs.provenance import json_hash
 
-PUBLISH = "publish"
+SHARED = ("model", "optimizer")  # of the surrogate, which is everybody's: rank 0 keeps them
 
 
-class Workplace:
-    """One process's view of the folder; locked against a second run.
+@contextmanager
+def workplace(folder: Path, run: Mapping[str, Any], rank: int = 0) -> Iterator[Workplace]:
+    """One process's view of the folder, locked against a second run.
 
     Args:
         folder: made if needed.
@@ -42,25 +44,35 @@ class Workplace:
         ValueError: the folder is another run's; names what differs.
         BlockingIOError: that run is going on.
     """
-
-    def __init__(self, folder: Path, run: Mapping[str, Any], rank: int = 0) -> None:
-        self.folder, self.rank = folder, rank
-        self.run = json.loads(json.dumps(run))
-        self.key = json_hash(run)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / f"lock-{rank}").open("w")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"lock-{rank}").open("w") as lock:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._lock.close()
             raise BlockingIOError(f"out: expected no other process at work in {folder}, got one") from None
-        try:
-            self._admit()
-        except BaseException:
-            self._lock.close()
-            raise
+        place = Workplace(folder, run, rank)
+        place.admit(json.loads(json.dumps(run)))
+        yield place
 
-    def _admit(self) -> None:
+
+class Workplace:
+    """The folder of a run, as :func:`workplace` opens it.
+
+    Attributes:
+        key: of the run.
+        publish: where the dataset is built.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any], rank: int) -> None:
+        self.folder, self.rank, self.key = folder, rank, json_hash(run)
+        self.publish = folder / "publish"
+
+    def admit(self, run: dict[str, Any]) -> None:
+        """Begin the run, or go on with it.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
         path = self.folder / "run.json"
         if not path.exists():
             others = [p.name for p in self.folder.iterdir() if not p.name.startswith(("lock-", "."))]
@@ -68,21 +80,16 @@ class Workplace:
                 raise ValueError(f"out: expected the folder of an unfinished run in {self.folder}, got {others}")
         barrier()  # before rank 0 writes what the others look for
         if self.rank == 0 and not path.exists():
-            write_whole(path, json.dumps(self.run, indent=1) + "\n")
+            write_whole(path, json.dumps(run, indent=1) + "\n")
         barrier()
         there = read_json(path)
-        if there != self.run:
-            names = [n for n in sorted({*there, *self.run}) if there.get(n) != self.run.get(n)]
-            told = "; ".join(f"{n} {_short(there.get(n))} there, {_short(self.run.get(n))} here" for n in names)
+        if there != run:
+            names = [n for n in sorted({*there, *run}) if there.get(n) != run.get(n)]
+            told = "; ".join(f"{n} {_short(there.get(n))} there, {_short(run.get(n))} here" for n in names)
             raise ValueError(
                 f"out: expected the same run as the unfinished one in {self.folder}, got another ({told}). "
                 "Repeat its command to finish it, choose another output, or start anew (--fresh)"
             )
-
-    @property
-    def publish(self) -> Path:
-        """Where the dataset is built."""
-        return self.folder / PUBLISH
 
     @property
     def rounds_done(self) -> int:
@@ -104,15 +111,12 @@ class Workplace:
         if not on_disk:
             return NoiseStore.load(saved, device=device, **expected) if done else NoiseStore(rows, shape, device=device)
         store = NoiseStore(0, shape)
-        if not done:
+        if done:
+            with closing(NoiseFile.open(saved)) as file:  # the next checkpoint removes it
+                file.expect(**expected)
+                store.data = file.copy()
+        else:
             store.data = scratch(self.folder, (rows, *shape), torch.int8)
-            return store
-        file = NoiseFile.open(saved)
-        try:
-            file.expect(**expected)
-            store.data = file.copy()
-        finally:
-            file.close()  # the next checkpoint removes it
         return store
 
     def save(self, done: int, protection: Protection) -> None:
@@ -120,7 +124,10 @@ class Workplace:
         folder = self._round(done)
         folder.mkdir(exist_ok=True)
         protection.store.save(folder / f"{self.rank}.noise", tag=self.key)
-        write_state(folder / f"{self.rank}.pt", self._without_model(protection.state_dict()))
+        state = protection.state_dict()
+        if self.rank:
+            state["worker"] = {name: value for name, value in state["worker"].items() if name not in SHARED}
+        write_state(folder / f"{self.rank}.pt", state)
         barrier()
         if self.rank == 0:
             write_whole(self.folder / "checkpoint.json", json.dumps({"round": done}) + "\n")
@@ -135,16 +142,11 @@ class Workplace:
         if done:
             folder = self._round(done)
             state = read_state(folder / f"{self.rank}.pt", "out")
-            if self.rank:  # rank 0 keeps the surrogate, which is everybody's
+            if self.rank:
                 first = read_state(folder / "0.pt", "out")
-                state["worker"] |= {name: first["worker"][name] for name in ("model", "optimizer")}
+                state["worker"] |= {name: first["worker"][name] for name in SHARED}
             protection.load_state_dict(state)
         return done
-
-    def _without_model(self, state: dict[str, Any]) -> dict[str, Any]:
-        if self.rank:
-            state["worker"] = {k: v for k, v in state["worker"].items() if k not in ("model", "optimizer")}
-        return state
 
     def _round(self, done: int) -> Path:
         return self.folder / f"round-{done:05d}"
@@ -153,10 +155,6 @@ class Workplace:
         """Move the dataset into place and remove the folder. Called on rank 0 alone, after all have closed."""
         os.replace(self.publish, out)
         shutil.rmtree(self.folder)
-
-    def close(self) -> None:
-        """Let the next run in."""
-        self._lock.close()
 
 
 def _short(value: Any) -> str:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ccu_fast import extras
+from ccu_fast import check, extras
 from ccu_fast.data.captions import BadData, DiskSource, Listing, Options, list_pairs, scan
 from ccu_fast.data.captions.dataset import bad_pictures
 from ccu_fast.data.captions.listing import MANIFEST
 from ccu_fast.data.pictures import MAX_PIXELS
+from ccu_fast.distributed.parameters import average_
 from ccu_fast.distributed.ranks import barrier, gather_objects, processes
 from ccu_fast.files import output_folder, read_json
 from ccu_fast.mem.config import Execution, Method, Settings
-from ccu_fast.mem.job.checkpoint import Workplace
-from ccu_fast.mem.job.processes import Average, share
+from ccu_fast.mem.job.checkpoint import Workplace, workplace
 from ccu_fast.mem.protection import Protection
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
 from ccu_fast.mem.publish.writer import write_metadata
@@ -60,16 +62,19 @@ class Job:
     model: Callable[[Sequence[str]], Model]
     method: Method = field(default_factory=lambda: Method.parse("mem"))
     settings: Settings = field(default_factory=Settings)
-    seed: int = 0
+    seed: int = check.field(0, "Of everything random.", low=0)
     options: Options = field(default_factory=Options)
-    skip_bad: bool = False
-    fresh: bool = False
-    noise_on_disk: bool = False
-    reference_files: bool = False
-    threads: int | None = None
-    max_pixels: int = MAX_PIXELS
+    skip_bad: bool = check.field(False, "Leave out and list what cannot be used, instead of stopping.")
+    fresh: bool = check.field(False, "Throw an unfinished run with this output away.")
+    noise_on_disk: bool = check.field(False, "Noise in a file, not in memory.")
+    reference_files: bool = check.field(False, "Also noise.pt and token.pt of the authors' code.")
+    threads: int | None = check.field(None, "Decoders; one for each processor if not given.", low=1)
+    max_pixels: int = check.field(MAX_PIXELS, "Larger pictures are bad.", low=1)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     execution: Execution = field(default_factory=Execution)
+
+    def __post_init__(self) -> None:
+        check.fields(self)
 
 
 def protect_dataset(job: Job, progress: Progress = silent) -> dict[str, Any]:
@@ -122,8 +127,8 @@ class _Run:
         listing = list_pairs(job.input, job.options)
         if listing.spans is not None:
             extras.require("webdataset")
-        if listing.bad and not job.skip_bad:
-            raise BadData(listing.bad, SKIP)
+        if not job.skip_bad:
+            listing.whole(SKIP)
         model = job.model(listing.captions)
         run = self._describe(listing, model)
         finished = self._finished(run)
@@ -132,24 +137,19 @@ class _Run:
         if job.fresh and self.rank == 0:
             shutil.rmtree(self.partial, ignore_errors=True)
         barrier()
-        place = Workplace(self.partial, run, self.rank)
-        try:
+        with workplace(self.partial, run, self.rank) as place:
             listing, mine, digests = self._look(place, listing, model)
-            source = DiskSource(
-                listing, model.image_shape, digests=digests, threads=job.threads, max_pixels=job.max_pixels
-            )
-            try:
-                self._check_compat(listing)
-                part = Part(source, torch.tensor(mine)) if self.world > 1 else source
+            if job.settings.compat and len(listing.captions) != listing.n_images:
+                raise ValueError(
+                    "compat: expected one caption for each image, because the authors' noise belongs to captions and "
+                    f"a picture can hold one; got {len(listing.captions)} captions of {listing.n_images} images"
+                )
+            with closing(self._source(listing, model, digests)) as source:
+                part = Part(source, torch.tensor(mine))
                 protection = self._generate(place, part, model)
-                manifest = self._publish(place, source, mine, _Whole(protection, part, source), run)
-            finally:
-                source.close()
-        finally:
-            place.close()
+                manifest = self._publish(place, source, part, protection, run)
         barrier()
         if self.rank == 0:
-            job.out.parent.mkdir(parents=True, exist_ok=True)
             place.finish(job.out)
         barrier()
         return manifest
@@ -183,28 +183,28 @@ class _Run:
                 return manifest
         raise FileExistsError(f"out: expected a new or empty folder, got {out}")
 
+    def _source(self, listing: Listing, model: Model, digests: Tensor | None = None) -> DiskSource:
+        job = self.job
+        return DiskSource(listing, model.image_shape, digests=digests, threads=job.threads, max_pixels=job.max_pixels)
+
     def _look(self, place: Workplace, listing: Listing, model: Model) -> tuple[Listing, list[int], Tensor]:
         """Every picture is read once before the work begins; the usable listing, this process's images, digests."""
-        job = self.job
         mine = share(listing, self.rank, self.world)
         path = place.folder / f"scan-{self.rank}.pt"
         if path.exists():
             found = read_state(path, "out")
         else:
-            source = DiskSource(listing, model.image_shape, threads=job.threads, max_pixels=job.max_pixels)
-            try:
+            with closing(self._source(listing, model)) as source:
                 seen = scan(source, mine, lambda done, n: self.progress("checking pictures", done, n, ""))
-            finally:
-                source.close()
             found = {"digests": seen.digests[mine], "bad": seen.bad}
             write_state(path, found)
-        parts = gather_objects((mine, found["bad"], found["digests"]))
-        bad = {number: why for _, items, _ in parts for number, why in items.items()}
-        if bad and not job.skip_bad:
+        parts = gather_objects((found["bad"], found["digests"]))
+        bad = {number: why for items, _ in parts for number, why in items.items()}
+        if bad and not self.job.skip_bad:
             barrier()
             path.unlink()  # the pictures may be mended before the next try
             raise BadData(bad_pictures(listing, bad), SKIP)
-        digests = torch.cat([part for _, _, part in parts])
+        digests = torch.cat([part for _, part in parts])
         keep = [number for number in range(listing.n_images) if number not in bad]
         place_of = {number: new for new, number in enumerate(keep)}
         usable = listing.without(list(bad), bad_pictures(listing, bad))
@@ -214,15 +214,8 @@ class _Run:
             raise ValueError(f"input: expected at least two usable images for each process, got {counts}")
         return usable, kept, digests[keep]
 
-    def _check_compat(self, listing: Listing) -> None:
-        if self.job.settings.compat and len(listing.captions) != listing.n_images:
-            raise ValueError(
-                "compat: expected one caption for each image, because the authors' noise belongs to captions and a "
-                f"picture can hold one; got {len(listing.captions)} captions of {listing.n_images} images"
-            )
-
-    def _generate(self, place: Workplace, part: Any, model: Model) -> Protection:
-        job, average = self.job, Average()
+    def _generate(self, place: Workplace, part: Part, model: Model) -> Protection:
+        job = self.job
         rows = 1 if job.method.noise == "universal" else part.n_images
         # Random noise is drawn by the protection itself; it is the same every time.
         store = (
@@ -230,6 +223,10 @@ class _Run:
             if job.method.noise == "random"
             else place.store(rows, model.image_shape, job.device, on_disk=job.noise_on_disk)
         )
+
+        def average(parameters: Iterable[nn.Parameter]) -> None:
+            average_surrogate(parameters, cast(nn.Module, protection.worker.surrogate).buffers())
+
         protection = Protection(
             part,
             model.tokenizer,
@@ -243,7 +240,6 @@ class _Run:
             shard=self.rank,
             average=average if self.world > 1 else None,
         )
-        average.buffers = lambda: cast(torch.nn.Module, protection.worker.surrogate).buffers()
         stage, note = f"generate {job.method.name}", ""
         for index in range(place.load(protection), protection.rounds):
             self.progress(stage, index, protection.rounds, note)
@@ -255,73 +251,89 @@ class _Run:
         return protection
 
     def _publish(
-        self, place: Workplace, source: DiskSource, mine: list[int], made: _Whole, run: dict[str, Any]
+        self, place: Workplace, source: DiskSource, part: Part, protection: Protection, run: dict[str, Any]
     ) -> dict[str, Any]:
-        job = self.job
-        publisher = Publisher(source, made, place.publish, place.folder, mine, self.rank)
+        made = _Whole(protection, part)
+        publisher = Publisher(source, made, place.publish, place.folder, part.whole_images.tolist(), self.rank)
         publisher.write(lambda done, total: self.progress("writing", done, total, ""))
-        mine_rows = made.rows.tolist()
-        captions = dict(zip(mine_rows, made.published_captions(made.rows), strict=True))
-        parts = gather_objects((publisher.hashes, publisher.fidelity.sums(), publisher.dropped, captions, made.losses))
-        if self.rank:
-            barrier()
-            return dict(read_json(place.publish / MANIFEST))
-        hashes, dropped, texts = dict(publisher.hashes), dict(publisher.dropped), dict(captions)
-        for theirs, sums, left, captions, _ in parts[1:]:
-            hashes |= theirs
-            texts |= captions
-            publisher.fidelity.merge(sums)
-            for extension, count in left.items():
-                dropped[extension] = dropped.get(extension, 0) + count
-        hashes |= write_metadata(source.listing, lambda row: texts[row], place.publish)
-        if job.reference_files:
-            # Beside the dataset, not in it: they undo the protection.
-            folder = job.out.with_name(job.out.name + ".reference")
-            folder.mkdir(parents=True, exist_ok=True)
-            write_reference_files(source, made, made.triggers, folder)
-        write_manifest(
-            place.publish,
-            source.listing,
-            run={**run, "run": place.key},
-            fidelity=publisher.fidelity,
-            losses=parts[0][4],
-            hashes=hashes,
-            dropped=dropped,
-            skipped=source.listing.bad,
-        )
-        self._complete(place.publish, {MANIFEST, *hashes})
+        captions = dict(zip(part.rows.tolist(), made.published_captions(part.rows), strict=True))
+        parts = gather_objects((publisher.hashes, publisher.fidelity.sums(), publisher.dropped, captions))
+        if self.rank == 0:
+            hashes, dropped = publisher.hashes, Counter(publisher.dropped)
+            for theirs, sums, left, texts in parts[1:]:
+                hashes |= theirs
+                captions |= texts
+                publisher.fidelity.merge(sums)
+                dropped.update(left)
+            hashes |= write_metadata(source.listing, captions.__getitem__, place.publish)
+            if self.job.reference_files:
+                # Beside the dataset, not in it: they undo the protection.
+                folder = self.job.out.with_name(self.job.out.name + ".reference")
+                folder.mkdir(parents=True, exist_ok=True)
+                write_reference_files(source, made, protection.triggers, folder)
+            write_manifest(
+                place.publish,
+                source.listing,
+                run={**run, "run": place.key},
+                fidelity=publisher.fidelity,
+                losses=protection.losses,
+                hashes=hashes,
+                dropped=dropped,
+                skipped=source.listing.bad,
+            )
+            _check_complete(place.publish, {MANIFEST, *hashes})
         barrier()
         return dict(read_json(place.publish / MANIFEST))
 
-    @staticmethod
-    def _complete(folder: Path, expected: set[str]) -> None:
-        """Exactly the files of the manifest are there."""
-        there = {
-            os.path.relpath(os.path.join(where, name), folder) for where, _, files in os.walk(folder) for name in files
-        }
-        if there != expected:
-            odd = sorted(there ^ expected)
-            raise RuntimeError(f"{folder}: expected the files that were written, and no others; {odd[:3]} differ")
-
 
 class _Whole:
-    """A process's protection, asked by the numbers of the whole dataset."""
+    """What a process publishes, by the numbers of the whole dataset."""
 
-    def __init__(self, protection: Protection, part: Any, source: DiskSource) -> None:
-        self._protection = protection
-        self.losses, self.triggers = protection.losses, protection.triggers
-        if isinstance(part, Part):
-            self.rows = part.rows
-            images = part.whole_images
-        else:
-            self.rows, images = torch.arange(len(source.captions)), torch.arange(source.n_images)
-        self._image = torch.full((source.n_images,), -1, dtype=torch.int64)
-        self._image[images] = torch.arange(len(images))
-        self._row = torch.full((len(source.captions),), -1, dtype=torch.int64)
-        self._row[self.rows] = torch.arange(len(self.rows))
+    def __init__(self, protection: Protection, part: Part) -> None:
+        self._protection, self._part = protection, part
 
     def published_images(self, index: Tensor) -> Tensor:
-        return self._protection.published_images(self._image[index])
+        return self._protection.published_images(torch.searchsorted(self._part.whole_images, index))
 
     def published_captions(self, rows: Tensor) -> list[str]:
-        return self._protection.published_captions(self._row[rows])
+        return self._protection.published_captions(torch.searchsorted(self._part.rows, rows))
+
+
+def _check_complete(folder: Path, expected: set[str]) -> None:
+    """Exactly the files of the manifest are there."""
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    if there != expected:
+        odd = sorted(there ^ expected)
+        raise RuntimeError(f"{folder}: expected the files that were written, and no others; {odd[:3]} differ")
+
+
+def share(listing: Listing, rank: int, world: int) -> list[int]:
+    """The images of one process: a contiguous share; of shards whole ones, so that each is written by one process.
+
+    Raises:
+        ValueError: fewer than two images, or no shard, for some process.
+    """
+    n = listing.n_images
+    if listing.spans is None:
+        cuts = [n * r // world for r in range(world + 1)]
+    else:
+        # A shard goes to the process in whose equal share its middle lies.
+        sizes = torch.bincount(listing.spans[:, 0], minlength=len(listing.shards))
+        owner = ((sizes.cumsum(0) - sizes / 2) * world / max(n, 1)).long().clamp(max=world - 1)
+        cuts = [0, *(int(sizes[owner <= r].sum()) for r in range(world))]
+    if min(b - a for a, b in itertools.pairwise(cuts)) < 2:
+        unit = "images" if listing.spans is None else "images in whole shards"
+        raise ValueError(
+            f"processes: expected at least two {unit} for each of {world}, got shares that end at {cuts[1:]}"
+        )
+    return list(range(cuts[rank], cuts[rank + 1]))
+
+
+def average_surrogate(parameters: Iterable[nn.Parameter], buffers: Iterable[Tensor]) -> None:
+    """Replace gradients, and running statistics of normalisation layers, by their means over the processes.
+
+    All processes then take the same step from the same weights: they hold one surrogate, whose batch is all of theirs
+    except that a caption is compared with the images of its own process alone.
+    """
+    statistics = [b for b in buffers if b.is_floating_point()]
+    average_([*(p.grad for p in parameters if p.grad is not None), *statistics])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.data.captions import BadData, DiskSource, Options, list_pairs
+from ccu_fast.data.captions import DiskSource, Listing, Options, list_pairs
 from ccu_fast.data.captions.listing import MANIFEST
 from ccu_fast.data.pictures import encode_png
 from ccu_fast.files import read_json
@@ -28,8 +29,6 @@ from ccu_fast.runs.progress import Progress, silent
 PICTURE_TREATMENTS = ("jpeg", "blur", "crop")
 TREATMENTS = (*PICTURE_TREATMENTS, "no-trigger")
 _CHUNK = 256
-# Names that no command line can give.
-_TEST, _CLASSES = "\0test", "\0classes"
 
 
 def evaluate_datasets(
@@ -94,15 +93,16 @@ def evaluate_datasets(
     check.integer("samples", samples, low=0)
     where = check.device("device", device)
     prefixes = {name: trigger_words(path) for name, path in train.items()}
-    paths = {**train, _TEST: test, **({} if zero_shot is None else {_CLASSES: zero_shot})}
-    listings = {name: list_pairs(path, options) for name, path in paths.items()}
-    for listing in listings.values():
-        if listing.bad:
-            raise BadData(listing.bad)
-    victim = model([caption for listing in listings.values() for caption in listing.captions])
-    sources = {name: DiskSource(listing, victim.image_shape, threads=threads) for name, listing in listings.items()}
-    try:
-        exam = _Exam(sources.pop(_TEST), sources.pop(_CLASSES, None), victim, where)
+    listings = {name: list_pairs(path, options, "train").whole() for name, path in train.items()}
+    clean = list_pairs(test, options, "test").whole()
+    classes = None if zero_shot is None else list_pairs(zero_shot, options, "zero_shot").whole()
+    victim = model([text for listing in (*listings.values(), clean, classes) if listing for text in listing.captions])
+    with ExitStack() as stack:
+
+        def opened(listing: Listing) -> DiskSource:
+            return stack.enter_context(closing(DiskSource(listing, victim.image_shape, threads=threads)))
+
+        exam = _Exam(opened(clean), None if classes is None else opened(classes), victim, where)
         result: dict[str, Any] = {
             "test": {"path": str(test), "images": len(exam.image), "captions": len(exam.tokens)},
             "recipe": asdict(recipe),
@@ -111,7 +111,8 @@ def evaluate_datasets(
             "datasets": {},
             "samples": {},
         }
-        for name, source in sources.items():
+        for name, listing in listings.items():
+            source = opened(listing)
             published = _whole(source)
             if samples:
                 result["samples"][name] = _samples(published, source, samples)
@@ -148,9 +149,6 @@ def evaluate_datasets(
                     "seeds": runs,
                     **_summary(runs),
                 }
-    finally:
-        for source in sources.values():
-            source.close()
     return result
 
 
@@ -175,7 +173,6 @@ class _Exam:
         self.text_group = groups(source.captions, source.image_of)
         self.image_group = torch.zeros(source.n_images, dtype=torch.int64)
         self.image_group[source.image_of] = self.text_group
-        source.close()
         self.labelled: tuple[Tensor, Tensor, Tensor] | None = None
         if labelled is not None:
             classes = {caption: i for i, caption in enumerate(dict.fromkeys(labelled.captions))}
@@ -187,7 +184,6 @@ class _Exam:
                     f"{len(labelled.captions)} captions of {labelled.n_images} pictures, {len(classes)} different ones"
                 )
             self.labelled = (pixels(_whole(labelled)), model.tokenizer.encode(list(classes)), label)
-            labelled.close()
 
     def take(self, model: Any) -> dict[str, Any]:
         image, text = self._encode(model.encode_image, self.image), self._encode(model.encode_text, self.tokens)

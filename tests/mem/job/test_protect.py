@@ -13,19 +13,23 @@ import signal
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from ccu_fast.data.captions import DiskSource, list_pairs
 from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.job import BadData, Job, protect_dataset
 from ccu_fast.mem.job import protect as job_module
-from ccu_fast.mem.job.checkpoint import Workplace
+from ccu_fast.mem.job.checkpoint import Workplace, workplace
 from ccu_fast.mem.job.models import small
+from ccu_fast.mem.job.protect import average_surrogate, share
 from ccu_fast.mem.publish import writer as writer_module
 from ccu_fast.ops.noise_store.api import NoiseStore
 from tests.support import mem_datasets as made
@@ -160,8 +164,8 @@ def test_other_methods(tmp_path: Path, method: str) -> None:
 # Resuming
 
 
-def in_child(work: Callable[[], None]) -> int:
-    """Run ``work`` in a forked process; its wait status."""
+def forked(work: Callable[[], None]) -> int:
+    """Run ``work`` in a forked process; its number."""
     child = os.fork()
     if child == 0:
         try:
@@ -172,7 +176,12 @@ def in_child(work: Callable[[], None]) -> int:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    return os.waitpid(child, 0)[1]
+    return child
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run ``work`` in a forked process; its wait status."""
+    return os.waitpid(forked(work), 0)[1]
 
 
 def kill_at(owner: Any, name: str, call: int) -> Callable[[], None]:
@@ -346,10 +355,11 @@ def test_outputs_that_are_taken(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected the folder of an unfinished run"):
         protect_dataset(job(source, tmp_path / "b"))
     task = job(source, tmp_path / "c")
-    place = Workplace(tmp_path / "c.partial", {"seed": 1})
-    with pytest.raises(BlockingIOError, match="no other process at work"):
+    with (
+        workplace(tmp_path / "c.partial", {"seed": 1}),
+        pytest.raises(BlockingIOError, match="no other process at work"),
+    ):
         protect_dataset(task)
-    place.close()
     with pytest.raises(ValueError, match=r"expected the same run.*seed 1 there, 0 here.*--fresh"):
         protect_dataset(task)
     protect_dataset(replace(task, fresh=True))
@@ -377,3 +387,60 @@ def test_foreign_checkpoints(tmp_path: Path) -> None:
     NoiseStore(6, SHAPE).save(noise, tag="another run")
     with pytest.raises(ValueError, match="tag"):
         protect_dataset(task)
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_shares_are_disjoint_and_complete(tmp_path: Path, world: int) -> None:
+    for number, source in enumerate((made.write_csv, made.write_shards)):
+        listing = list_pairs(source(tmp_path / str(number), n=13))
+        shares = [share(listing, rank, world) for rank in range(world)]
+        assert sorted(image for part in shares for image in part) == list(range(13))
+        if listing.spans is not None:
+            shards = [set(listing.spans[part, 0].tolist()) for part in shares]
+            assert sum(map(len, shards)) == 5 == len(set.union(*shards)), "no shard has two writers"
+
+
+def test_too_many_processes(tmp_path: Path) -> None:
+    listing = list_pairs(made.write_shards(tmp_path / "in", n=6))
+    with pytest.raises(ValueError, match="at least two images in whole shards for each of 3"):
+        share(listing, 0, 3)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).double()
+
+
+def step(net: nn.Module, rank: int, at: int, *, average: bool) -> list[torch.Tensor]:
+    """One optimiser step on data that depend on the process; the gradients that it used."""
+    rng = torch.Generator().manual_seed(100 * at + rank)
+    net.zero_grad()
+    net(torch.randn(6, 4, generator=rng, dtype=torch.float64)).square().sum().backward()
+    if average:
+        average_surrogate(net.parameters(), net.buffers())
+    gradients = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    torch.optim.SGD(net.parameters(), lr=0.01).step()
+    return gradients
+
+
+def train_shared(rank: int, folder: Path) -> None:
+    limit = timedelta(seconds=300)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
+    mine = net()
+    used = [step(mine, rank, at, average=True) for at in range(3)]
+    torch.save({"state": mine.state_dict(), "first": used[0]}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_hold_the_same_bits_and_use_the_mean_gradient(tmp_path: Path) -> None:
+    children = [forked(partial(train_shared, rank, tmp_path)) for rank in range(2)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(a["state"][name], b["state"][name]) for name in a["state"])
+    alone = [step(net(), rank, 0, average=False) for rank in range(2)]
+    for got, x, y in zip(a["first"], *alone, strict=True):
+        assert torch.equal(got, (x + y) / 2)
+    assert not torch.equal(alone[0][0], alone[1][0])

@@ -1,0 +1,95 @@
+"""Options that are fields of dataclasses, and the file that gives the options of a command other defaults."""
+
+# No `from __future__ import annotations`: typer reads the annotations.
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_origin, get_type_hints
+
+import typer
+
+from ccu_fast.runs.settings import read_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Marks a parameter of a command, a dict, that stands for an option for each field with a help text.
+
+    Attributes:
+        of: the dataclass; see :func:`ccu_fast.check.field`.
+        given: whether the dict holds only what the command line gives; by default it has all of these fields.
+    """
+
+    of: type
+    given: bool = False
+
+    def options(self) -> Iterator[inspect.Parameter]:
+        """As typer takes them."""
+        hints = get_type_hints(self.of)
+        for field in dataclasses.fields(self.of):
+            if not field.metadata.get("help"):
+                continue
+            hint = list[str] if get_origin(hints[field.name]) is tuple else hints[field.name]
+            flag = [f"--{field.name.replace('_', '-')}"] if hint is bool else []  # and no --no-…
+            bounds = field.metadata["bounds"]
+            option = typer.Option(*flag, help=field.metadata["help"], min=bounds.get("low"), max=bounds.get("high"))
+            yield inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None if self.given else field.default,
+                annotation=Annotated[hint | None if self.given else hint, option],
+            )
+
+
+def with_fields(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options that its :class:`Fields` stand for."""
+    signature = inspect.signature(command)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, tuple[Fields, list[str]]] = {}
+    for parameter in signature.parameters.values():
+        fields = next((m for m in getattr(parameter.annotation, "__metadata__", ()) if isinstance(m, Fields)), None)
+        options = [parameter] if fields is None else list(fields.options())
+        parameters += options
+        if fields is not None:
+            groups[parameter.name] = fields, [option.name for option in options]
+
+    @wraps(command)
+    def expanded(**values: Any) -> None:
+        for group, (fields, names) in groups.items():
+            taken = {name: values.pop(name) for name in names}
+            values[group] = {k: v for k, v in taken.items() if v is not None} if fields.given else taken
+        command(**values)
+
+    expanded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return expanded
+
+
+def _read_config(context: typer.Context, parameter: typer.CallbackParam, value: Path | None) -> Path | None:
+    """The file's values become the defaults of the options."""
+    if value is None:
+        return None
+    options = {str(p.name): p for p in context.command.params if p.name not in ("help", "config")}
+    given = read_settings(value, "config", {"": options})[""]
+    for name, item in given.items():
+        try:
+            options[name].process_value(context, item)
+        except typer.BadParameter as error:
+            raise ValueError(
+                f"config {name}: expected another value in {value}, got {item!r}: {error.message}"
+            ) from error
+    context.default_map = given
+    return value
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="TOML file with options by their names (eps = 8, skip-bad = true); flags win.",
+        callback=_read_config,
+        is_eager=True,
+    ),
+]
