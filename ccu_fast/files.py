@@ -58,17 +58,6 @@ def output_folder(path: Path, name: str = "out") -> Path:
     return path
 
 
-def output_file(path: Path, name: str) -> None:
-    """Make the folder of a file that will be written.
-
-    Raises:
-        OSError: no file can be written there; names the argument.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(f"{name}: expected a file, got the folder {path}")
-    output_folder(path.parent, name)
-
-
 @contextmanager
 def readable(path: Path, name: str) -> Iterator[None]:
     """For a block that parses a file: a damaged one may raise anything.

@@ -23,6 +23,8 @@ NAMES = {"triton": "Triton", "native": "C++", "reference": "plain torch"}
 
 def collect() -> dict[str, Any]:
     """Everything :func:`render` prints, as plain data."""
+    devices = _devices()
+    gpus = [f"cuda:{index}" for index in range(len(devices))]
     return {
         "ccu_fast": {"version": __version__, "folder": str(machine.PACKAGE)},
         "python": platform.python_version(),
@@ -34,11 +36,11 @@ def collect() -> dict[str, Any]:
         "cuda": {
             "torch": torch.version.cuda,
             "driver": ".".join(map(str, machine.driver_cuda() or ())) or None,
-            "devices": _devices(),
+            "devices": devices,
             "why_no_devices": machine.why_no_devices(),
             "why_no_kernels": machine.why_no_cuda_kernels(),
         },
-        "operations": {op: {device: _choice(op, device) for device in _where()} for op in OPERATIONS},
+        "operations": {op: {where: _choice(op, where) for where in ("cpu", *gpus)} for op in OPERATIONS},
         "extras": {
             extra: {distribution: _version(distribution) for distribution in modules.values()}
             for extra, modules in EXTRAS.items()
@@ -50,7 +52,6 @@ def render(report: dict[str, Any]) -> str:
     """The report for people, ``key  value`` a line."""
     build = report["build"] or {"git_sha": None, "native": None, "cuda": None, "skipped": {}}
     native, cuda, cpu = build["native"], build["cuda"], report["cpu"]
-    missing = " (not installed)"
     rows = [
         ("ccu_fast", f"{report['ccu_fast']['version']}, commit {build['git_sha'] or 'unknown'}"),
         ("", report["ccu_fast"]["folder"]),
@@ -77,8 +78,8 @@ def render(report: dict[str, Any]) -> str:
         rows += _serving(device, {op: choices[device] for op, choices in report["operations"].items()})
     rows.append(("", ""))
     for extra, packages in report["extras"].items():
-        listed = ", ".join(f"{name} {version}" if version else name + missing for name, version in packages.items())
-        rows.append((f"extra [{extra}]", listed))
+        listed = (f"{name} {version or '(not installed)'}" for name, version in packages.items())
+        rows.append((f"extra [{extra}]", ", ".join(listed)))
         if not all(packages.values()):
             rows.append(("", f"pip install 'ccu-fast[{extra}]'"))
     width = max(len(key) for key, _ in rows)
@@ -91,22 +92,12 @@ def _cpu_isa() -> str | None:
     return str(importlib.import_module("ccu_fast._C").cpu_isa())
 
 
-def _where() -> list[str]:
-    return ["cpu", *(f"cuda:{index}" for index in range(len(_devices())))]
-
-
 def _devices() -> list[dict[str, Any]]:
-    devices = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
-        devices.append(
-            {
-                "name": properties.name,
-                "capability": f"{properties.major}{properties.minor}",
-                "memory_gib": round(properties.total_memory / 2**30),
-            }
-        )
-    return devices
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [
+        {"name": p.name, "capability": f"{p.major}{p.minor}", "memory_gib": round(p.total_memory / 2**30)}
+        for p in map(torch.cuda.get_device_properties, range(count))
+    ]
 
 
 def _choice(op: str, device: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ccu_fast import check, extras
 from ccu_fast.cli.console import live, one_sentence
 from ccu_fast.cli.options import Config, Fields, with_fields
 from ccu_fast.data.captions import Options
-from ccu_fast.files import output_file, write_whole
+from ccu_fast.files import output_folder, write_whole
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.job import Job, protect_dataset
 
@@ -38,7 +38,9 @@ def protect(
     options: Annotated[dict[str, Any], Fields(Options)],
     run: Annotated[dict[str, Any], Fields(Job)],
     device: Annotated[str, typer.Option(help="Of the surrogate: cpu, cuda, cuda:1.")] = "cpu",
-    autocast: Annotated[str | None, typer.Option(help="bf16 or fp16: the towers' products; full precision if not given.")] = None,
+    autocast: Annotated[
+        str | None, typer.Option(help="bf16 or fp16: the towers' products; else full precision.")
+    ] = None,
     execution: Annotated[dict[str, Any], Fields(Execution)],
     quiet: Annotated[bool, typer.Option("--quiet", help="No live progress, no summary.")] = False,
     config: Config = None,
@@ -108,6 +110,9 @@ def evaluate(
     test pairs after the last and after the best epoch.
     """
     extras.require("rich", "PIL", *(["matplotlib"] if report else []))
+    from rich.console import Console
+
+    from ccu_fast.cli.report.tables import evaluation_table, show
     from ccu_fast.mem.job.models import choose
     from ccu_fast.mem.job.victims import evaluate_datasets
     from ccu_fast.mem.victim import Recipe
@@ -120,7 +125,9 @@ def evaluate(
         raise ValueError(f"train: expected datasets with different names (NAME=PATH), got {train}")
     for option, file in (("out", out), ("report", report)):
         if file is not None:
-            output_file(file, option)
+            if file.is_dir():
+                raise IsADirectoryError(f"{option}: expected a file, got the folder {file}")
+            output_folder(file.parent, option)
     for option, data in (*(("train", path) for path in named.values()), ("test", test), ("zero_shot", zero_shot)):
         if data is not None and not data.exists():
             raise ValueError(f"{option}: expected a file or folder, got {data}, which is not there")
@@ -141,7 +148,9 @@ def evaluate(
         )
     # What cost most is told first: a full disk then loses no figure.
     if not quiet:
-        _table(result)
+        # A table that is cut loses figures: where the width is not known (a file, a pipe), it is as wide as it needs.
+        console = Console()
+        show(evaluation_table(result), console if console.is_terminal else Console(width=160))
     samples = result.pop("samples")  # pictures belong into the page
     if out is not None:
         write_whole(out, json.dumps(result, indent=1) + "\n")
@@ -155,26 +164,12 @@ def _tell(out: Path, manifest: dict[str, Any]) -> None:
     from rich.console import Console
 
     measured, skipped = manifest["measured"], manifest["skipped"]["count"]
-    quality = ", ".join(
-        text
-        for text, value in (
-            (f"largest change {measured['eps_255']}/255", measured["eps_255"]),
-            (f"PSNR {measured['psnr_db'] or 0:.1f} dB", measured["psnr_db"]),
-            (f"SSIM {measured['ssim'] or 0:.4f}", measured["ssim"]),
-        )
-        if value is not None
-    )
+    quality = f"largest change {measured['eps_255']}/255"
+    if measured["psnr_db"] is not None:
+        quality += f", PSNR {measured['psnr_db']:.1f} dB"
+    if measured["ssim"] is not None:
+        quality += f", SSIM {measured['ssim']:.4f}"
     console = Console(highlight=False)
     console.print(f"{manifest['images']} images, {manifest['rows']} captions in {out}: {quality}")
     if skipped:
         console.print(f"{skipped} items left out; manifest.json lists them")
-
-
-def _table(result: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    from ccu_fast.cli.report.tables import evaluation_table, show
-
-    # A table that is cut loses figures: where the width is not known (a file, a pipe), it is as wide as it needs.
-    console = Console()
-    show(evaluation_table(result), console if console.is_terminal else Console(width=160))

@@ -10,16 +10,16 @@ from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
-from ccu_fast.runs.settings import read_settings
+from ccu_fast.runs.settings import read_toml, with_known_keys
 
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """Marks a parameter of a command, a dict, that stands for an option for each field with a help text.
+    """Marks a parameter of a command, a dict: it stands for an option for each field of a dataclass with a help text.
 
     Attributes:
         of: the dataclass; see :func:`ccu_fast.check.field`.
-        given: whether the dict holds only what the command line gives; by default it has all of these fields.
+        given: whether what the command line does not give is None; by default it is the field's default.
     """
 
     of: type
@@ -47,19 +47,20 @@ def with_fields(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the options that its :class:`Fields` stand for."""
     signature = inspect.signature(command)
     parameters: list[inspect.Parameter] = []
-    groups: dict[str, tuple[Fields, list[str]]] = {}
+    groups: dict[str, list[str]] = {}
     for parameter in signature.parameters.values():
         fields = next((m for m in getattr(parameter.annotation, "__metadata__", ()) if isinstance(m, Fields)), None)
-        options = [parameter] if fields is None else list(fields.options())
-        parameters += options
-        if fields is not None:
-            groups[parameter.name] = fields, [option.name for option in options]
+        if fields is None:
+            parameters.append(parameter)
+        else:
+            options = list(fields.options())
+            parameters += options
+            groups[parameter.name] = [option.name for option in options]
 
     @wraps(command)
     def expanded(**values: Any) -> None:
-        for group, (fields, names) in groups.items():
-            taken = {name: values.pop(name) for name in names}
-            values[group] = {k: v for k, v in taken.items() if v is not None} if fields.given else taken
+        for group, names in groups.items():
+            values[group] = {name: values.pop(name) for name in names}
         command(**values)
 
     expanded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -72,7 +73,7 @@ def _read_config(context: typer.Context, parameter: typer.CallbackParam, value: 
     if value is None:
         return None
     options = {str(p.name): p for p in context.command.params if p.name not in ("help", "config")}
-    given = read_settings(value, "config", {"": options})[""]
+    given = with_known_keys(read_toml(value, "config"), options, "config", value)
     for name, item in given.items():
         try:
             options[name].process_value(context, item)

@@ -49,7 +49,9 @@ def unlearn(
     if settings is None:
         _compare(out, task, scenario, seeds, quiet)
     else:
-        _run(settings, out, {"ccu": ccu, "budget": budget}, quiet)
+        given = {"ccu": ccu, "budget": budget}
+        overrides = {name: {k: v for k, v in table.items() if v is not None} for name, table in given.items()}
+        _run(settings, out, overrides, quiet)
 
 
 def _run(settings: Path, out: Path, overrides: dict[str, dict[str, Any]], quiet: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Mapping
@@ -54,18 +55,12 @@ def versions(*names: str) -> dict[str, Any]:
     return {name: _VERSIONS[name]() for name in names or ("ccu_fast", "torch", "python", "machine")}
 
 
-def _pillow() -> str:
-    import PIL
-
-    return PIL.__version__
-
-
 _VERSIONS: dict[str, Callable[[], Any]] = {
     "ccu_fast": lambda: __version__,
     "torch": lambda: str(torch.__version__),
     "python": platform.python_version,
     "machine": platform.machine,
-    "pillow": _pillow,
+    "pillow": lambda: importlib.metadata.version("pillow"),
     "threads": torch.get_num_threads,
 }
 

@@ -16,14 +16,13 @@ The settings are TOML::
     [budget]                                  # fields of Budget
     steps = 60
 
-A CLIP of open_clip or transformers goes by its name, and its data are pictures and captions::
+A CLIP of open_clip or transformers goes by its name, and its data may be pictures and captions::
 
     [model]
-    name = "open_clip:ViT-B-32"               # or "hf:FOLDER", see ccu_fast.models.named
-    weights = "trained.pt"                    # not needed for a folder that holds weights
+    name = "open_clip:ViT-B-32"               # or "hf:FOLDER", which may hold the weights
     [data]
-    path = "pairs.csv"                        # see ccu_fast.data.captions.list_pairs; or an .npz as above, where
-    caption_column = "text"                   #   visual are pictures [N, 3, H, W] and other token ids [N, L]
+    path = "pairs.csv"                        # see ccu_fast.data.captions.list_pairs
+    caption_column = "text"                   # fields of its Options
     [forget]
     kind = "pairs"
     ids = "to_forget.txt"                     # one a line: number of the caption, from 0, or file of the picture
@@ -57,7 +56,7 @@ from ccu_fast.models.weights import from_checkpoint
 from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.progress import Progress
 from ccu_fast.runs.provenance import save_model, tensors_hash
-from ccu_fast.runs.settings import from_table, read_settings
+from ccu_fast.runs.settings import from_table, read_toml, with_known_keys
 from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
 from ccu_fast.unlearn.loop import accuracies, embed
 from ccu_fast.unlearn.method import run_ccu
@@ -103,7 +102,11 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
     Raises:
         ValueError: no such file, not TOML, an unknown table or key, a missing one, a value that cannot be.
     """
-    tables = read_settings(path, "settings", TABLES)
+    tables = {name: {} for name in TABLES} | with_known_keys(read_toml(path, "settings"), TABLES, "settings", path)
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"settings: expected a table [{name}] in {path}, got {table!r}")
+        tables[name] = with_known_keys(table, TABLES[name], f"settings [{name}]", path)
     model, data, forget = tables["model"], tables["data"], tables["forget"]
     named = "name" in model
     if named and "make" in model:

@@ -106,6 +106,11 @@ def test_a_config_file_gives_defaults_and_flags_win(tmp_path: Path, capsys: pyte
     config.write_text("epsilon = 8\n")
     assert cli.main(["protect", str(source), "--config", str(config), "--out", str(tmp_path / "b")]) == 1
     assert "epsilon" in capsys.readouterr().err
+    for value in ("200", '"x"'):
+        config.write_text(f"eps = {value}")
+        assert cli.main(["protect", str(source), "--config", str(config), "--out", str(tmp_path / "b")]) == 1
+        told = capsys.readouterr().err
+        assert f"config eps: expected another value in {config}" in told
 
 
 @pytest.mark.parametrize(

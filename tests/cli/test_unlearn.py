@@ -133,7 +133,9 @@ class TestCommand:
         [
             ("[budget]", "[budgets]", "settings: expected one of"),
             ("steps = 30", "step = 30", r"settings [budget]: expected one of"),
-            ("steps = 30", "steps = 0", "steps: expected an int at least 1"),
+            ("steps = 30", "steps = 0", "settings [budget] steps: expected an int at least 1, got 0 (in"),
+            ("[budget]", "[ccu]\nneighbours = -1\n[budget]", "settings [ccu] neighbours: expected a finite number"),
+            ("[model]", "ccu = 3\n[model]", "settings: expected a table [ccu]"),
             ("classes = [1]", "classes = [9]", "classes: expected some of [0, 1, 2, 3], got 9"),
             ("classes = [1]", "", "expected classes and no ids"),
             ("classes = [1]", "classes = [0, 1, 2, 3]", "retain: expected at least one item"),

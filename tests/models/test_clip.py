@@ -286,7 +286,7 @@ class TestUnlearning:
             ('"hf:clip"', '"hf:clip"\nmake = "a:b"', "3", "expected make or name in [model]"),
             ("hf:clip", "hf:nowhere", "3", "model: expected a folder with config.json"),
             ('"hf:clip"', '"hf:clip"\nweights = "none.pt"', "3", "weights: expected a file"),
-            ("train.csv", "none.csv", "3", "input: expected a file or folder"),
+            ("train.csv", "none.csv", "3", "path: expected a file or folder"),
             ('train.csv"', 'train.csv"\ncaption_column = "words"', "3", "expected the columns images and words"),
             ("steps", "steps", "12", "ids: expected ids of items"),
             ("steps", "steps", "train/99999.png", "ids: expected one number or picture"),

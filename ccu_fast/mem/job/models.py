@@ -30,9 +30,8 @@ def small(
         checkpoint: a ``state_dict`` to start from; its vocabulary must be the same.
     """
     words = {word for caption in captions for word in caption.split()}
-    tokenizer = WordTokenizer(
-        sorted(words | set(NEUTRAL)), [word for word in NEUTRAL if word not in words], context=CONTEXT
-    )
+    unused = [word for word in NEUTRAL if word not in words]
+    tokenizer = WordTokenizer(sorted(words | set(NEUTRAL)), unused, context=CONTEXT)
     make = partial(
         SmallDualEncoder,
         len(tokenizer),

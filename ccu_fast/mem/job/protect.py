@@ -206,9 +206,8 @@ class _Run:
             raise BadData(bad_pictures(listing, bad), SKIP)
         digests = torch.cat([part for _, part in parts])
         keep = [number for number in range(listing.n_images) if number not in bad]
-        place_of = {number: new for new, number in enumerate(keep)}
         usable = listing.without(list(bad), bad_pictures(listing, bad))
-        kept = [place_of[number] for number in mine if number in place_of]
+        kept = [new for new, number in enumerate(keep) if mine[0] <= number <= mine[-1]]
         counts = gather_objects(len(kept))
         if min(counts) < 2:
             raise ValueError(f"input: expected at least two usable images for each process, got {counts}")
@@ -216,13 +215,10 @@ class _Run:
 
     def _generate(self, place: Workplace, part: Part, model: Model) -> Protection:
         job = self.job
-        rows = 1 if job.method.noise == "universal" else part.n_images
-        # Random noise is drawn by the protection itself; it is the same every time.
-        store = (
-            None
-            if job.method.noise == "random"
-            else place.store(rows, model.image_shape, job.device, on_disk=job.noise_on_disk)
-        )
+        store = None
+        if job.method.noise != "random":  # which the protection draws itself, the same every time
+            rows = 1 if job.method.noise == "universal" else part.n_images
+            store = place.store(rows, model.image_shape, job.device, on_disk=job.noise_on_disk)
 
         def average(parameters: Iterable[nn.Parameter]) -> None:
             average_surrogate(parameters, cast(nn.Module, protection.worker.surrogate).buffers())

@@ -20,6 +20,7 @@ from ccu_fast.data.captions import dataset as dataset_module
 from ccu_fast.data.captions.dataset import bad_pictures
 from ccu_fast.data.captions.listing import published_names
 from ccu_fast.data.captions.tables import read_records, rewrite
+from ccu_fast.data.load import load_captions
 from ccu_fast.data.pictures import BadPicture, decode, encode_png
 from tests.support import mem_datasets as made
 
@@ -270,6 +271,27 @@ def test_wrong_inputs(tmp_path: Path) -> None:
         Options(format="parquet")
     with pytest.raises(ValueError, match="image_column, caption_column"):
         list_pairs(made.write_shards(tmp_path / "shards"), Options(caption_column="x"))
+
+
+def test_errors_name_the_argument_that_the_dataset_came_as(tmp_path: Path) -> None:
+    def said(path: Path, **options: Any) -> str:
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            load_captions(path, SHAPE, lambda captions: torch.zeros(len(captions), 2), Options(**options))
+        return str(caught.value)
+
+    table = made.write_csv(tmp_path / "in")
+    (tmp_path / "notes.md").touch()
+    (tmp_path / "empty").mkdir()
+    assert said(tmp_path / "nowhere").startswith("path: expected a file or folder")
+    assert said(tmp_path / "notes.md").startswith("path: expected .csv")
+    assert said(tmp_path / "empty").startswith("path: expected image-caption pairs")
+    assert said(tmp_path / "empty", format="csv").startswith("path: expected one of")
+    assert said(table, caption_column="words").startswith(f"path: {table}: expected the columns images and words")
+    (tmp_path / "in" / "pictures" / "3.png").write_text("no picture")
+    told = said(table)
+    assert told.startswith("path: expected usable pictures, got ") and told.endswith("3.png: not a picture")
+    table.write_text("images,caption\npictures/0.png,\n")
+    assert said(table).startswith("path: expected usable pairs, got 1 bad item")
 
 
 def test_pictures_alive_do_not_grow_with_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
