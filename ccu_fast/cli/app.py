@@ -1,12 +1,11 @@
-"""The commands of ``ccu-fast``. Each imports what it needs when it runs, so that ``--help`` is quick."""
+"""The commands of ``ccu-fast``."""
 
 # No `from __future__ import annotations`: typer reads the annotations.
 import importlib
 import sys
-from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -72,16 +71,6 @@ def demo(
 app.command("unlearn", epilog=commands_unlearn.EXAMPLE)(commands_unlearn.unlearn)
 
 
-def find_benchmarks() -> Callable[[Sequence[str]], Any] | None:
-    """The main function of the benchmarks in the checkout we are in or run from; None outside a checkout."""
-    for root in (Path.cwd(), machine.PACKAGE.parent):
-        if (root / "benchmarks" / "__main__.py").exists() and (root / "csrc" / "ccu_fast.h").exists():
-            sys.path.insert(0, str(root))
-            main: Callable[[Sequence[str]], Any] = importlib.import_module("benchmarks.__main__").main
-            return main
-    return None
-
-
 @app.command(
     epilog="Example: ccu-fast bench -- --help",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
@@ -89,10 +78,11 @@ def find_benchmarks() -> Callable[[Sequence[str]], Any] | None:
 @one_sentence("bench", goes_on=False)
 def bench(context: typer.Context) -> None:
     """Measure the operations against their peers. Options go to the checkout's ``python -m benchmarks``."""
-    benchmarks = find_benchmarks()
-    if benchmarks is None:
-        raise FileNotFoundError("expected to run in the folder of a checkout: the installed package has no benchmarks")
-    raise SystemExit(benchmarks(context.args) or 0)
+    for root in (Path.cwd(), machine.PACKAGE.parent):
+        if (root / "benchmarks" / "__main__.py").exists() and (root / "csrc" / "ccu_fast.h").exists():
+            sys.path.insert(0, str(root))
+            raise SystemExit(importlib.import_module("benchmarks.__main__").main(context.args) or 0)
+    raise FileNotFoundError("expected to run in the folder of a checkout: the installed package has no benchmarks")
 
 
 app.command(epilog="Example: ccu-fast protect flickr8k/train.csv --out flickr8k-protected --method mem-3 --eps 8")(

@@ -1,4 +1,4 @@
-"""``ccu-fast protect`` and ``ccu-fast evaluate``. Each imports what it needs when it runs."""
+"""``ccu-fast protect`` and ``ccu-fast evaluate``."""
 
 # No `from __future__ import annotations`: typer reads the annotations.
 import json

@@ -1,1 +1,1 @@
-"""What a run of hours needs, once for both systems."""
+"""What the long runs of both systems share."""

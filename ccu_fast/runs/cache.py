@@ -1,8 +1,8 @@
 """Finished parts of long work, a JSON file each, so that a killed run goes on where it stopped.
 
-A part counts only under its key, which is made of what decides its figures: the settings, the versions that computed
-it, and a FORMAT number that stands beside the code and is raised when that code gives other figures. The source text
-is not in the key: a comment or a moved file costs nobody his finished work.
+A part is valid only under its key, which is made of what decides its figures: the settings, the versions that computed
+it, and a FORMAT number beside the code, which is raised when that code gives other figures. The source text is not in
+the key, so a changed comment or a moved file invalidates nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a run is written down while it goes on, so that a killed one continues where it was."""
+"""The state of a run on disk, from which a killed run continues."""
 
 from __future__ import annotations
 

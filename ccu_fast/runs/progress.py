@@ -1,4 +1,4 @@
-"""What long work tells while it goes on, and what it costs in time."""
+"""Progress reports of long work, and the time that it takes."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
     """Load, check, unlearn, save.
 
     Under ``torchrun`` the processes share the run (:mod:`ccu_fast.unlearn.parallel`): each loads the model and the data
-    and embeds its part of every batch; the first hears progress and reads and writes the files.
+    and embeds its part of every batch; the first reports progress and reads and writes the files.
 
     Args:
         job: the settings.

@@ -1,7 +1,7 @@
 """The folder of an unfinished run: what the run is, its checkpoints, and the dataset that is being written.
 
-run.json          what is being made; another run is not let in
-scan-R.pt         what process R found when it looked at its pictures
+run.json          what is being made; no other run may use the folder
+scan-R.pt         what process R found in its pictures
 checkpoint.json   the last finished round
 round-00003/      R.noise and R.pt of each process R after three rounds
 publish/          becomes the output when it is complete
@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,46 +51,37 @@ def workplace(folder: Path, run: Mapping[str, Any], rank: int = 0) -> Iterator[W
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BlockingIOError(f"out: expected no other process at work in {folder}, got one") from None
-        place = Workplace(folder, run, rank)
-        place.admit(json.loads(json.dumps(run)))
-        yield place
-
-
-class Workplace:
-    """The folder of a run, as :func:`workplace` opens it.
-
-    Attributes:
-        key: of the run.
-        publish: where the dataset is built.
-    """
-
-    def __init__(self, folder: Path, run: Mapping[str, Any], rank: int) -> None:
-        self.folder, self.rank, self.key = folder, rank, json_hash(run)
-        self.publish = folder / "publish"
-
-    def admit(self, run: dict[str, Any]) -> None:
-        """Begin the run, or go on with it.
-
-        Raises:
-            ValueError: the folder holds something else.
-        """
-        path = self.folder / "run.json"
-        if not path.exists():
-            others = [p.name for p in self.folder.iterdir() if not p.name.startswith(("lock-", "."))]
-            if others:
-                raise ValueError(f"out: expected the folder of an unfinished run in {self.folder}, got {others}")
+        path, here = folder / "run.json", json.loads(json.dumps(run))
+        others = [p.name for p in folder.iterdir() if not p.name.startswith(("lock-", "."))]
+        if others and not path.exists():
+            raise ValueError(f"out: expected the folder of an unfinished run in {folder}, got {others}")
         barrier()  # before rank 0 writes what the others look for
-        if self.rank == 0 and not path.exists():
-            write_whole(path, json.dumps(run, indent=1) + "\n")
+        if rank == 0 and not path.exists():
+            write_whole(path, json.dumps(here, indent=1) + "\n")
         barrier()
         there = read_json(path)
-        if there != run:
-            names = [n for n in sorted({*there, *run}) if there.get(n) != run.get(n)]
-            told = "; ".join(f"{n} {_short(there.get(n))} there, {_short(run.get(n))} here" for n in names)
+        if there != here:
+            names = [n for n in sorted({*there, *here}) if there.get(n) != here.get(n)]
+            told = "; ".join(f"{n} {_short(there.get(n))} there, {_short(here.get(n))} here" for n in names)
             raise ValueError(
-                f"out: expected the same run as the unfinished one in {self.folder}, got another ({told}). "
+                f"out: expected the same run as the unfinished one in {folder}, got another ({told}). "
                 "Repeat its command to finish it, choose another output, or start anew (--fresh)"
             )
+        yield Workplace(folder, rank, json_hash(run))
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The folder of a run, the number of this process, and the hash of what the run is."""
+
+    folder: Path
+    rank: int
+    key: str
+
+    @property
+    def publish(self) -> Path:
+        """Where the dataset is built."""
+        return self.folder / "publish"
 
     @property
     def rounds_done(self) -> int:

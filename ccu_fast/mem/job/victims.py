@@ -198,12 +198,14 @@ class _Exam:
         return torch.cat([encoder(part.to(self.device)).float().cpu() for part in inputs.split(_CHUNK)])
 
     def guessing(self) -> dict[str, float]:
-        sides = {"i2t": (self.image_group, self.text_group), "t2i": (self.text_group, self.image_group)}
-        found = {
-            side: guessing(*pair, ks=tuple(k for k in (1, 5, 10) if k <= len(pair[1]))) for side, pair in sides.items()
-        }
-        shares = {f"{side}_r{k}": share for side, by_k in found.items() for k, share in by_k.items()}
-        return shares | ({} if self.labelled is None else {"zero_shot": 1 / len(self.labelled[1])})
+        shares: dict[str, float] = {}
+        for side, query, gallery in (
+            ("i2t", self.image_group, self.text_group),
+            ("t2i", self.text_group, self.image_group),
+        ):
+            by_k = guessing(query, gallery, ks=tuple(k for k in (1, 5, 10) if k <= len(gallery)))
+            shares |= {f"{side}_r{k}": share for k, share in by_k.items()}
+        return shares if self.labelled is None else {**shares, "zero_shot": 1 / len(self.labelled[1])}
 
 
 def trigger_words(dataset: Path) -> int:
