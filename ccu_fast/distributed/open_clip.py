@@ -19,7 +19,44 @@ from ccu_fast.ops.reduce_similarity.api import normalize_pair
 SIGLIP_EXCHANGES = ("bidir", "shift", "reduce", "gather")
 
 
-class ClipLoss(nn.Module):
+class _OpenClipLoss(nn.Module):
+    """The options that both losses have; :class:`ClipLoss` describes them."""
+
+    _show: tuple[str, ...]
+
+    def __init__(
+        self, cache_labels: bool, rank: int, world_size: int, normalize: bool, backend: str, workspace: int | None
+    ) -> None:
+        super().__init__()
+        self.cache_labels = cache_labels
+        self.world_size = check.integer("world_size", world_size, low=1)
+        self.rank = check.integer("rank", rank, low=0, high=world_size - 1)
+        self.normalize = check.boolean("normalize", normalize)
+        self.backend = backend
+        self.workspace = workspace
+
+    def _prepare(
+        self, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor | None
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """The features, and the options of the function that computes the loss."""
+        if self.normalize:
+            images, texts = normalize_pair(images, texts, self.backend)
+        return images, texts, {"scale": scale, "bias": bias, "backend": self.backend, "workspace": self.workspace}
+
+    def _ranks(self) -> Ranks:
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(
+                f"world_size: expected an initialised torch.distributed group for {self.world_size}, got none"
+            )
+        if dist.get_world_size() != self.world_size:
+            raise ValueError(f"world_size: expected {dist.get_world_size()} (that of the group), got {self.world_size}")
+        return Ranks()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._show)
+
+
+class ClipLoss(_OpenClipLoss):
     """The loss of CLIP, with the constructor and forward of open_clip's class of this name::
 
         logits = logit_scale * image_features @ text_features.T + logit_bias
@@ -56,6 +93,8 @@ class ClipLoss(nn.Module):
     tensor(0.3408)
     """
 
+    _show = ("local_loss", "gather_with_grad", "rank", "world_size", "normalize", "backend", "workspace")
+
     def __init__(
         self,
         local_loss: bool = False,
@@ -69,17 +108,12 @@ class ClipLoss(nn.Module):
         backend: str = "auto",
         workspace: int | None = None,
     ) -> None:
-        super().__init__()
         if use_horovod:
             raise ValueError("use_horovod: expected False (only torch.distributed is supported), got True")
+        super().__init__(cache_labels, rank, world_size, normalize, backend, workspace)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
-        self.rank, self.world_size = _place(rank, world_size)
         self.use_horovod = use_horovod
-        self.normalize = check.boolean("normalize", normalize)
-        self.backend = backend
-        self.workspace = workspace
 
     def forward(
         self,
@@ -101,20 +135,18 @@ class ClipLoss(nn.Module):
         Returns:
             fp32 scalar. open_clip's own is in the dtype of the logits.
         """
-        if self.normalize:
-            image_features, text_features = normalize_pair(image_features, text_features, self.backend)
-        options = _options(self, logit_scale, logit_bias)
+        images, texts, options = self._prepare(image_features, text_features, logit_scale, logit_bias)
         if self.world_size == 1:
-            loss = info_nce(image_features, text_features, **options)
+            loss = info_nce(images, texts, **options)
         elif self.local_loss and not self.gather_with_grad:
-            loss = self._own_rows_alone(image_features, text_features, options)
+            loss = self._own_rows_alone(images, texts, options)
         else:
-            loss = self._texts_travel(image_features, text_features, options)
+            loss = self._texts_travel(images, texts, options)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _texts_travel(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
         """Half of the GEMMs and of the traffic: columns are reduced where their images are and sent to their texts."""
-        ranks = _ranks(self.world_size)
+        ranks = self._ranks()
         if not self.local_loss:
             # open_clip computes the global loss on every rank, with the whole gradient of scale and bias.
             factor = self.world_size if self.gather_with_grad else 1
@@ -128,7 +160,7 @@ class ClipLoss(nn.Module):
 
     def _own_rows_alone(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
         """No gradient reaches another rank's features, so neither side can be computed elsewhere: both travel."""
-        ranks = _ranks(self.world_size)
+        ranks = self._ranks()
         for name, shard in (("image_features", images), ("text_features", texts)):
             check.tensor(name, shard, ndim=2)
         every_image, every_text = (
@@ -138,11 +170,8 @@ class ClipLoss(nn.Module):
         options |= {"row_ids": ids[self.rank * len(images) :][: len(images)], "col_ids": ids, "symmetric": False}
         return (info_nce(images, every_text, **options) + info_nce(texts, every_image, **options)) / 2
 
-    def extra_repr(self) -> str:
-        return _repr(self, "local_loss", "gather_with_grad", "rank", "world_size", "normalize", "backend", "workspace")
 
-
-class SigLipLoss(nn.Module):
+class SigLipLoss(_OpenClipLoss):
     """The loss of SigLIP, with the constructor and forward of open_clip's class of this name::
 
         logits = logit_scale * image_features @ text_features.T + logit_bias
@@ -167,6 +196,8 @@ class SigLipLoss(nn.Module):
     tensor(2.2064)
     """
 
+    _show = ("rank", "world_size", "dist_impl", "normalize", "backend", "workspace")
+
     def __init__(
         self,
         cache_labels: bool = False,
@@ -178,13 +209,8 @@ class SigLipLoss(nn.Module):
         backend: str = "auto",
         workspace: int | None = None,
     ) -> None:
-        super().__init__()
-        self.cache_labels = cache_labels
-        self.rank, self.world_size = _place(rank, world_size)
+        super().__init__(cache_labels, rank, world_size, normalize, backend, workspace)
         self.dist_impl = None if dist_impl is None else check.one_of("dist_impl", dist_impl, SIGLIP_EXCHANGES)
-        self.normalize = check.boolean("normalize", normalize)
-        self.backend = backend
-        self.workspace = workspace
 
     def forward(
         self,
@@ -195,18 +221,13 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss; arguments and result as of :meth:`ClipLoss.forward`."""
-        if self.normalize:
-            image_features, text_features = normalize_pair(image_features, text_features, self.backend)
-        options = _options(self, logit_scale, logit_bias)
+        images, texts, options = self._prepare(image_features, text_features, logit_scale, logit_bias)
         if self.world_size == 1:
-            loss = sigmoid_loss(image_features, text_features, **options)
+            loss = sigmoid_loss(images, texts, **options)
         else:
-            _ranks(self.world_size)
-            loss = formulas.sigmoid_loss(reduce_shards, image_features, text_features, equal=True, **options).raw.mean()
+            self._ranks()
+            loss = formulas.sigmoid_loss(reduce_shards, images, texts, equal=True, **options).raw.mean()
         return {"contrastive_loss": loss} if output_dict else loss
-
-    def extra_repr(self) -> str:
-        return _repr(self, "rank", "world_size", "dist_impl", "normalize", "backend", "workspace")
 
 
 class _SumGradient(torch.autograd.Function):
@@ -220,26 +241,3 @@ class _SumGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.ranks.total(grad) / ctx.factor, None, None
-
-
-def _ranks(world_size: int) -> Ranks:
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError(f"world_size: expected an initialised torch.distributed group for {world_size}, got none")
-    if dist.get_world_size() != world_size:
-        raise ValueError(f"world_size: expected {dist.get_world_size()} (that of the group), got {world_size}")
-    return Ranks()
-
-
-def _options(module: ClipLoss | SigLipLoss, scale: float | Tensor, bias: float | Tensor | None) -> dict[str, Any]:
-    """What both losses hand to the function that computes them."""
-    options = {"scale": scale, "bias": bias, "backend": module.backend}
-    return options if module.workspace is None else {**options, "workspace": module.workspace}
-
-
-def _place(rank: int, world_size: int) -> tuple[int, int]:
-    world_size = check.integer("world_size", world_size, low=1)
-    return check.integer("rank", rank, low=0, high=world_size - 1), world_size
-
-
-def _repr(module: nn.Module, *names: str) -> str:
-    return ", ".join(f"{name}={getattr(module, name)!r}" for name in names)
