@@ -84,17 +84,11 @@ def inverse_info_nce(
 ) -> Tensor:
     """Compute :func:`ccu_fast.inverse_info_nce`, which has the formula, of the batch on all ranks together.
 
-    Args:
-        x: ``[n, D]``, this rank's items to forget; y: ``[m, D]``, this rank's keys.
-        scale: number or one-element tensor; 1 / temperature.
-        kind: "bounded", "contrastive" or "ascent".
-        reduction, gradients, **similarity: as of :func:`info_nce` here.
+    Args: scale and kind as there; x (items to forget), y (keys) and all others as of :func:`info_nce` here.
 
-    Returns:
-        fp32 scalar, or ``[n]`` for reduction="none".
+    Returns: fp32 scalar, or ``[n]`` for reduction="none".
 
-    Raises:
-        TypeError, ValueError, RuntimeError: as :func:`ccu_fast.inverse_info_nce` and :func:`reduce_similarity` here.
+    Raises: what :func:`ccu_fast.inverse_info_nce` and :func:`reduce_similarity` here raise.
 
     Source: that of :func:`ccu_fast.inverse_info_nce`.
 
@@ -126,17 +120,11 @@ def sup_con(
 ) -> Tensor:
     """Compute :func:`ccu_fast.sup_con`, which has the formula, of the batch on all ranks together.
 
-    Args:
-        x: ``[n, D]``; y: ``[m, D]``.
-        scale: number or one-element tensor; 1 / temperature.
-        row_labels: int64 ``[n]``; col_labels: int64 ``[m]``, by default the row labels.
-        reduction, gradients, **similarity: as of :func:`info_nce` here.
+    Args: row_labels int64 ``[n]`` and col_labels int64 ``[m]`` as there; all others as of :func:`info_nce` here.
 
-    Returns:
-        fp32 scalar, or ``[n]`` for reduction="none".
+    Returns: fp32 scalar, or ``[n]`` for reduction="none".
 
-    Raises:
-        TypeError, ValueError, RuntimeError: as :func:`ccu_fast.sup_con` and :func:`reduce_similarity` here.
+    Raises: what :func:`ccu_fast.sup_con` and :func:`reduce_similarity` here raise.
 
     Source: Khosla et al. 2020 (arXiv 2004.11362), eq. 2.
 
@@ -146,7 +134,6 @@ def sup_con(
         tensor(1.0986)
     """
     _check(reduction, gradients)
-    check.tensor("row_labels", row_labels, dtypes=check.INTEGERS)
     side = formulas.sup_con(
         reduce_similarity, x, y, scale=scale, row_labels=row_labels, col_labels=col_labels, **similarity
     )
@@ -165,17 +152,11 @@ def sigmoid_loss(
 ) -> Tensor:
     """Compute :func:`ccu_fast.sigmoid_loss`, which has the formula, of the batch on all ranks together.
 
-    Args:
-        x: ``[n, D]``; y: ``[m, D]``.
-        scale, bias: numbers or one-element tensors (gradient flows).
-        reduction: "mean" (all pairs' sum divided by the number of rows), "sum", or "none".
-        gradients, **similarity: as of :func:`info_nce` here.
+    Args: reduction as there ("mean" divides by the rows of all ranks); all others as of :func:`info_nce` here.
 
-    Returns:
-        fp32 scalar, or ``[n]`` for reduction="none".
+    Returns: fp32 scalar, or ``[n]`` for reduction="none".
 
-    Raises:
-        TypeError, ValueError, RuntimeError: as :func:`ccu_fast.sigmoid_loss` and :func:`reduce_similarity` here.
+    Raises: what :func:`ccu_fast.sigmoid_loss` and :func:`reduce_similarity` here raise.
 
     Source: Zhai et al. 2023 (arXiv 2303.15343), algorithm 1.
 
@@ -195,15 +176,9 @@ def _check(reduction: str, gradients: str) -> None:
 
 
 def _finish(sides: Sequence[Side], reduction: str, gradients: str, similarity: dict[str, Any]) -> Tensor:
-    ranks = Ranks(similarity.get("group"))
     if reduction == "none":
-        values = [side.values() for side in sides]
-        if len({v.shape for v in values}) > 1:
-            raise ValueError(
-                "reduction: expected 'mean' or 'sum' for a symmetric loss of "
-                f"{' rows and '.join(str(len(v)) for v in values)} columns, got 'none'"
-            )
-        return sum(values[1:], values[0]) / len(values)
+        return formulas.average([side.values() for side in sides])
+    ranks = Ranks(similarity.get("group"))
     return global_value(ranks, sides, reduction, factor=ranks.size if gradients == "mean" else 1)
 
 

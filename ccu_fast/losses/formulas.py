@@ -6,12 +6,13 @@ for every item what it contributes; taking the mean is the caller's, who knows w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ccu_fast import check
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF
 
 INVERSE_KINDS = ("bounded", "contrastive", "ascent")
@@ -56,6 +57,16 @@ def info_nce(
     return sides
 
 
+def average(values: Sequence[Tensor]) -> Tensor:
+    """The mean over the sides of a loss of what each comes to."""
+    if len({v.shape for v in values}) > 1:
+        raise ValueError(
+            f"reduction: expected 'mean' or 'sum' for a symmetric loss of {values[0].shape[-1]} rows and "
+            f"{values[1].shape[-1]} columns, got 'none'"
+        )
+    return sum(values[1:], values[0]) / len(values)
+
+
 def inverse_info_nce(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, kind: str, **similarity: Any) -> Side:
     """lse(ALL) − lse(OTHER), lse(SAME) − mean(OTHER), or the negated InfoNCE of the rows."""
     if kind == "ascent":
@@ -74,10 +85,11 @@ def inverse_info_nce(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, kind: 
     return Side(torch.where(counts, same, 0) - other / n_other.clamp(min=1), counts)
 
 
-def sup_con(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, **similarity: Any) -> Side:
+def sup_con(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, row_labels: Tensor, **similarity: Any) -> Side:
     """lse(SAME ∪ OTHER) − mean(SAME) of the rows."""
+    check.tensor("row_labels", row_labels, dtypes=check.INTEGERS)
     spec = [("lse", SAME | OTHER), ("sum", SAME), ("count", SAME)]
-    (rest, positive, n_positive), _ = reduce(x, y, scale=scale, rows=spec, **similarity)
+    (rest, positive, n_positive), _ = reduce(x, y, scale=scale, rows=spec, row_labels=row_labels, **similarity)
     counts = n_positive > 0
     return Side(torch.where(counts, rest, 0) - positive / n_positive.clamp(min=1), counts)
 

@@ -67,13 +67,7 @@ def info_nce(
         return small_info_nce(x, y, scale, symmetric=symmetric, mean=reduction == "mean", backend=small)
     _require_positives(x, y, similarity)
     sides = formulas.info_nce(reduce_similarity, x, y, scale=scale, bias=bias, symmetric=symmetric, **similarity)
-    values = [_reduce(side, reduction) for side in sides]
-    if reduction == "none" and symmetric and values[0].shape != values[1].shape:
-        raise ValueError(
-            f"reduction: expected 'mean' or 'sum' for a symmetric loss of {values[0].shape[-1]} rows and "
-            f"{values[1].shape[-1]} columns, got 'none'"
-        )
-    return sum(values[1:], values[0]) / len(values)
+    return formulas.average([_reduce(side, reduction) for side in sides])
 
 
 def inverse_info_nce(
@@ -162,7 +156,6 @@ def sup_con(
     tensor(1.0986)
     """
     check.one_of("reduction", reduction, REDUCTIONS)
-    check.tensor("row_labels", row_labels, dtypes=check.INTEGERS)
     side = formulas.sup_con(
         reduce_similarity, x, y, scale=scale, row_labels=row_labels, col_labels=col_labels, **similarity
     )
