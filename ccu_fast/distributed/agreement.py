@@ -38,20 +38,13 @@ def plain(name: str, value: Any) -> None:
         )
 
 
-def agree(
-    ranks: Ranks,
-    prepare: Callable[[], T],
-    describe: Callable[[T], tuple[int, int, Sequence[int]]],
-    x: Any,
-    *,
-    equal: bool,
-) -> tuple[T, Sizes]:
+def agree(ranks: Ranks, prepare: Callable[[], tuple[T, list[int]]], x: Any, *, equal: bool) -> tuple[T, Sizes]:
     """``prepare()`` on every rank, and every rank's numbers of rows.
 
     Args:
         ranks: who has to agree.
-        prepare: checks this rank's arguments; raises what is wrong with them.
-        describe: of what was prepared, the rows of x, the rows of y, and further numbers that must be alike everywhere.
+        prepare: checks this rank's arguments, or raises what is wrong with them; returns what it made of them and the
+            numbers to exchange: the rows of x, the rows of y, and one for each of ``AGREED``.
         x: the argument whose device carries the exchange, if it is a tensor.
         equal: trust that all ranks fit together and have the same sizes; nothing is exchanged.
 
@@ -59,17 +52,15 @@ def agree(
         TypeError, ValueError: this rank's own error, or that of the first rank that has one, on every rank.
     """
     if equal or ranks.size == 1:
-        prepared = prepare()
-        n, m, _ = describe(prepared)
+        prepared, (n, m, *_) = prepare()
         return prepared, Sizes((n,) * ranks.size, (m,) * ranks.size)
     device = x.device if isinstance(x, Tensor) else torch.device("cpu")
     try:
-        prepared = prepare()
+        prepared, numbers = prepare()
     except (TypeError, ValueError):
-        ranks.table([0] * (3 + _MUST_MATCH), device)  # the others would wait for it
+        ranks.table([0] * (3 + len(AGREED)), device)  # the others would wait for it
         raise
-    n, m, rest = describe(prepared)
-    table = ranks.table([1, n, m, *rest], device)
+    table = ranks.table([1, *numbers], device)
     refused = [rank for rank, row in enumerate(table) if not row[0]]
     if refused:
         raise ValueError(
@@ -92,7 +83,6 @@ AGREED = (
     "whether scale or bias needs a gradient",
     "reductions",
 )
-_MUST_MATCH = len(AGREED)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

@@ -70,6 +70,11 @@ class Plan:
         """The inverse of :meth:`by_owner`."""
         return torch.cat([pieces[owner] for owner in self.owners])
 
+    def from_all(self, parts: Tensor) -> Tensor:
+        """Parts ``[M, C]`` of all columns, from own rows → parts ``[ranks, m, C]`` of own columns, from all rows."""
+        own = self.sizes[self.ranks.rank]
+        return torch.stack(self.ranks.swap(self.by_owner(parts), [own] * self.ranks.size))
+
     def problem(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, first: int) -> SimilarityProblem:
         """x against the columns ``[first, first + len(y))``."""
 

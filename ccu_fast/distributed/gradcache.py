@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -89,7 +89,8 @@ def cached_step(
             states[t][i].restore()
             with ExitStack() as stack:
                 for module, use in last.items():
-                    stack.enter_context(_no_exchange(module) if use != t or not final else nullcontext())
+                    if use != t or not final:
+                        stack.enter_context(_no_exchange(module))
                 output = tower(part)
                 output.backward(grad[start : start + len(output)])
             start += len(output)
@@ -130,29 +131,21 @@ def _last_use(towers: Sequence[Tower], wrapped: Sequence[nn.Module]) -> dict[nn.
     """For every module that exchanges gradients the last tower that may use it."""
     last = dict.fromkeys(wrapped, len(towers) - 1)
     for t, (tower, _) in enumerate(towers):
-        if isinstance(tower, nn.Module) and tower not in wrapped and _exchanges(tower):
+        exchanges = hasattr(tower, "no_sync") or hasattr(tower, "set_requires_gradient_sync")
+        if isinstance(tower, nn.Module) and tower not in wrapped and exchanges:
             last[tower] = t
     return last
 
 
-def _exchanges(module: nn.Module) -> bool:
-    return hasattr(module, "no_sync") or hasattr(module, "set_requires_gradient_sync")
-
-
-def _no_exchange(module: nn.Module) -> AbstractContextManager[Any]:
+@contextmanager
+def _no_exchange(module: Any) -> Iterator[None]:
     """DistributedDataParallel's own context, or FSDP2's switch as one."""
     if hasattr(module, "no_sync"):
-        context: AbstractContextManager[Any] = module.no_sync()  # type: ignore[operator]
-        return context
-    return _Switch(module)
-
-
-class _Switch(AbstractContextManager[None]):
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def __enter__(self) -> None:
-        self._module.set_requires_gradient_sync(False)
-
-    def __exit__(self, *error: object) -> None:
-        self._module.set_requires_gradient_sync(True)
+        with module.no_sync():
+            yield
+        return
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)

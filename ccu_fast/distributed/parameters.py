@@ -45,15 +45,7 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
 
 @torch.no_grad()
 def average_(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Replace each tensor by its mean over the ranks, in place; one all-reduce for each dtype and device.
-
-    Args:
-        tensors: of the same dtypes and shapes in the same order on every rank.
-        group: None for the default group.
-
-    Raises:
-        RuntimeError: as :func:`average_gradients`.
-    """
+    """Replace each tensor by its mean over the ranks, in place; on every rank the same shapes in the same order."""
     ranks = Ranks(group)
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for t in tensors:

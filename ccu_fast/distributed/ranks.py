@@ -1,4 +1,4 @@
-"""The ranks of a process group and what they send each other: the only file of this folder that calls collectives.
+"""The ranks of a process group and what they send each other; no other file of this folder calls a collective.
 
 Everything is in the order of the group's ranks, and sums are taken in that order, so the same inputs give the same
 bits. A rank that died or does not answer is noticed by the process group: its error, or its timeout, comes out here.
@@ -54,7 +54,7 @@ class Ranks:
         Bytes sent by each rank: (ranks − 1) · its own, padded to the longest.
         """
         longest = max(sizes)
-        padded = mine.contiguous() if len(mine) == longest else _pad(mine, longest)
+        padded = _pad(mine, longest)
         received = [torch.empty_like(padded) for _ in sizes]
         if padded.numel():
             dist.all_gather(received, padded, group=self.group)
@@ -67,7 +67,7 @@ class Ranks:
         return result
 
     def of_first(self, make: Callable[[], Value]) -> Value:
-        """What ``make`` returns on the group's first rank, which alone calls it, on every rank; so is what it raises.
+        """Call ``make`` on the group's first rank; every rank returns its value, or raises its error.
 
         Tensors come back on the device they were on. The value is pickled: for what is small or sent once.
         """

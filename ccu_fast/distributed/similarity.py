@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -159,7 +160,7 @@ def reduce_shards(
     if positives and not keyed and paired is False:
         raise ValueError(f"paired: expected True or {positives}, got False")
 
-    def prepare() -> _Prepared:
+    def prepare() -> tuple[_Prepared, list[int]]:
         for name, value in (("x", x), ("y", y), ("scale", scale), ("bias", bias)):
             agreement.plain(name, value)
         for name, value in (("x", x), ("y", y)):
@@ -170,29 +171,21 @@ def reduce_shards(
             *pair, scale, bias, row_labels, col_labels, row_ids, col_ids, here, rows, cols, nan_policy
         )
         engine = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
-        return _Prepared(p, row_spec, col_spec, engine, workspace_bytes(workspace, p.x.device))
+        prepared = _Prepared(p, row_spec, col_spec, engine, workspace_bytes(workspace, p.x.device))
+        must_match = [
+            p.x.shape[-1],
+            agreement.DTYPES.index(p.x.dtype),
+            MODES.index(mode),
+            p.row_labels is not None,
+            p.row_ids is not None,
+            p.x.requires_grad,
+            p.y.requires_grad,
+            p.scale.requires_grad or (p.bias is not None and p.bias.requires_grad),
+            zlib.crc32(repr((row_spec, col_spec, p.bias is None, paired, normalize)).encode()),
+        ]
+        return prepared, [p.n, p.m, *must_match]
 
-    def describe(prepared: _Prepared) -> tuple[int, int, tuple[int, ...]]:
-        p = prepared.problem
-        spec = zlib.crc32(repr((prepared.rows, prepared.cols, p.bias is None, paired, normalize)).encode())
-        scalars = p.scale.requires_grad or (p.bias is not None and p.bias.requires_grad)
-        return (
-            p.n,
-            p.m,
-            (
-                p.x.shape[-1],
-                agreement.DTYPES.index(p.x.dtype),
-                MODES.index(mode),
-                p.row_labels is not None,
-                p.row_ids is not None,
-                p.x.requires_grad,
-                p.y.requires_grad,
-                scalars,
-                spec,
-            ),
-        )
-
-    (p, row_spec, col_spec, engine, room), sizes = agree(ranks, prepare, describe, x, equal=equal)
+    (p, row_spec, col_spec, engine, room), sizes = agree(ranks, prepare, x, equal=equal)
     if positives and not keyed and sum(sizes.x) != sum(sizes.y):
         raise ValueError(
             f"y: expected {sum(sizes.x)} rows over all ranks (those of x) or {positives}, got {sum(sizes.y)}"
@@ -223,14 +216,12 @@ def _plan(
             torch.arange(offsets(of)[ranks.rank], offsets(of)[ranks.rank + 1], device=p.x.device)[None] for of in sizes
         )
         by_place = False
-    local = SimilarityProblem(
-        p.x, p.y, p.scale, p.bias, p.row_labels, p.col_labels, row_ids, col_ids, by_place, p.rows, p.cols
-    )
+    local = replace(p, row_ids=row_ids, col_ids=col_ids, diagonal=by_place)
     plan = Plan(ranks, sizes.y, ring, engine, workspace, local, None, None)
     labels, ids = (
         None if keys is None else plan.in_order(ranks.gather(keys[0], sizes.y)) for keys in (p.col_labels, col_ids)
     )
-    return Plan(ranks, sizes.y, ring, engine, workspace, local, labels, ids)
+    return replace(plan, col_labels=labels, col_ids=ids)
 
 
 def _merge(plan: Plan, p: SimilarityProblem, col_parts: Tensor) -> list[Tensor]:
@@ -254,13 +245,12 @@ def _logsumexp(parts: Tensor) -> Tensor:
 
 
 class _Swap(torch.autograd.Function):
-    """Parts ``[M, C]`` of all columns from own rows → parts ``[ranks, m, C]`` of own columns from everyone's rows."""
+    """:meth:`Plan.from_all` with its gradient."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, plan: Plan) -> Tensor:
         ctx.plan = plan
-        own = plan.sizes[plan.ranks.rank]
-        return torch.stack(plan.ranks.swap(plan.by_owner(parts), [own] * plan.ranks.size))
+        return plan.from_all(parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -277,6 +267,5 @@ def _counted(plan: Plan) -> SimilarityProblem:
 def _column_counts(plan: Plan) -> dict[Any, Tensor]:
     by_relation = count_relations(_counted(plan), along_rows=False)
     parts = torch.stack([v[0] for v in by_relation.values()], 1)
-    own = plan.sizes[plan.ranks.rank]
-    totals = torch.stack(plan.ranks.swap(plan.by_owner(parts), [own] * plan.ranks.size)).sum(0)
+    totals = plan.from_all(parts).sum(0)
     return {relation: totals[None, :, i] for i, relation in enumerate(by_relation)}
