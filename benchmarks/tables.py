@@ -40,11 +40,14 @@ def cells(row: Row, baseline: str) -> list[str]:
     ]
 
 
+def _head_and_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    baseline = OPS[rows[0].op].baseline if rows[0].op in OPS else rows[0].provider
+    return [f"× {baseline}" if h == "speed" else h for h in HEAD], [cells(row, baseline) for row in rows]
+
+
 def show(rows: Sequence[Row]) -> None:
     """Print one group: with rich where it is installed, in plain columns elsewhere."""
-    baseline = OPS[rows[0].op].baseline if rows[0].op in OPS else rows[0].provider
-    lines = [cells(row, baseline) for row in rows]
-    head = [f"× {baseline}" if h == "speed" else h for h in HEAD]
+    head, lines = _head_and_lines(rows)
     try:
         from rich.console import Console
         from rich.table import Table
@@ -88,10 +91,9 @@ def write_readme(folder: Path) -> None:
 
 
 def _markdown(rows: list[Row]) -> list[str]:
-    baseline = OPS[rows[0].op].baseline if rows[0].op in OPS else rows[0].provider
-    head = [f"× {baseline}" if h == "speed" else h for h in HEAD]
+    head, cells_of_rows = _head_and_lines(rows)
     lines = [f"### {title(rows)}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += ["| " + " | ".join(c.replace("|", "\\|") for c in cells(row, baseline)) + " |" for row in rows]
+    lines += ["| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in cells_of_rows]
     where = rows[0].environment
     rounds = max((row.rounds for row in rows if row.rounds), default=0)
     reference = next((row.reference for row in rows if row.reference), "nothing")
