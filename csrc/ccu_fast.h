@@ -100,7 +100,7 @@ typedef struct {
 int ccu_similarity_softmax(const ccu_similarity_softmax_args* args);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// topk_flips: for each row the k tokens of lowest score = sign * dot(embedding[id], grad) + penalty, in float64, ties to
+// topk_flips: for each row the k tokens of lowest score = sign * dot(embedding[id], grad) + penalty in float64, ties to
 // the lowest token; sign = -1 for maximize. Tokens are numbered 0 to tokens - 1 in the packed table.
 
 // A packed token consists of integers within +-2^CCU_TOKEN_BITS.

@@ -7,7 +7,7 @@
 namespace ccu {
 namespace {
 
-// What decides the relation of a pair: labels and ids, each an address and a stride from bank to bank.
+// What determines the relation of a pair: labels and ids, each an address and a stride from bank to bank.
 struct Relations {
   Strided row_labels, col_labels, row_ids, col_ids;
   bool diagonal;
@@ -44,8 +44,8 @@ void bind_tile(py::module_& m) {
            }),
            "Takes at most MAX_REDUCTIONS codes a side.", py::arg("rows"), py::arg("cols"));
 
-  // Relations and reductions are objects of their own because a small problem, whose time is that of its calls, builds
-  // them once.
+  // Relations and reductions are separate objects so that a small problem, which is bound by call overhead, builds them
+  // only once.
   py::class_<ccu_tile>(m, "Tile", "A part of the similarities, and what its rows and columns are.")
       .def(py::init([](std::pair<Address, int32_t> dot, Address self_dot, std::tuple<int64_t, int64_t, int64_t> shape,
                        int64_t row0, float scale, float bias, const Relations& relations, const Reductions& reductions,

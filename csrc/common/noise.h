@@ -1,4 +1,4 @@
-// Stored noise on its way to an image and back, for CPU and GPU alike. int8 noise counts steps of 1/255.
+// Conversions between stored noise and images, for CPU and GPU. int8 noise counts steps of 1/255.
 #ifndef CCU_FAST_COMMON_NOISE_H_
 #define CCU_FAST_COMMON_NOISE_H_
 
@@ -43,7 +43,7 @@ CCU_HD T noisy(T image, N noise, float low, float high) {
   return from_float<T>(clamp(to_float(image) + noise_units(noise), low, high));
 }
 
-// What an update of a row is added up in, and how a delta goes into it.
+// The accumulator of an update of a row, and how a delta is added to it.
 template <class N>
 struct Sum {
   using type = float;

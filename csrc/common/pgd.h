@@ -1,4 +1,4 @@
-// One element of a projected gradient step, for CPU and GPU alike.
+// One element of a projected gradient step, for CPU and GPU.
 #ifndef CCU_FAST_COMMON_PGD_H_
 #define CCU_FAST_COMMON_PGD_H_
 
@@ -22,7 +22,7 @@ CCU_HD PgdParameters pgd_parameters(const ccu_pgd_step_args& a, int64_t channel)
   return {p[0], p[a.channels], p[2 * a.channels], p[3 * a.channels]};
 }
 
-// The image that the noise makes, in the valid range, to which it applies.
+// The image with the noise, clamped to the valid range.
 CCU_HD float pgd_image(float delta, float image, const PgdParameters& p) {
   return clamp(delta + image, p.lower, p.upper);
 }
@@ -40,7 +40,7 @@ CCU_HD float pgd_l2(float delta, float grad, float rate) { return delta - rate *
 CCU_HD float pgd_rate(double grad_squares, float step) {
   return grad_squares > 0.0 ? static_cast<float>(step / sqrt(grad_squares)) : 0.0f;
 }
-// What brings a sample's noise back to its ball.
+// The factor that projects a sample's noise back onto its ball.
 CCU_HD float pgd_shrink(double squares, float eps) {
   return squares > static_cast<double>(eps) * eps ? static_cast<float>(eps / sqrt(squares)) : 1.0f;
 }

@@ -1,14 +1,14 @@
-// What candidate_losses does besides its two GEMMs.
+// candidate_losses without its two GEMMs.
 //
 //   candidate_rest:    from s = scale image text^T [B images, B texts]
 //       rest[b, i] = log sum_{j != b} exp(s[i, j])
 //       fixed[b]   = sum_{j != b} (log sum_i exp(s[i, j]) - 2 s[j, j])
-//   candidate_losses:  from n = scale text_candidates image^T [rows, K, B], row r being text first + r
+//   candidate_losses:  from n = scale text_candidates image^T [rows, K, B], where row r is text first + r
 //       out[r, k] = (fixed[b] + sum_i log(exp(rest[b, i]) + exp(n[i])) + log sum_i exp(n[i]) - 2 n[b]) / 2 B
 //
-// A row's sum without one term is the sum less the term unless that term is more than half of it; at most one is, and
-// its sum is made anew from the others: nothing cancels. Two exponentials and one logarithm an element, which is read
-// once, from the cache where the GEMM left it.
+// A row's sum without one term is the sum minus that term. If the term is more than half of the sum, which at most one
+// is, the others are added up anew, so that nothing cancels. Each element takes two exponentials and one logarithm and
+// is read once, from the cache where the GEMM left it.
 #include <algorithm>
 #include <cmath>
 #include <new>
@@ -28,7 +28,7 @@ struct Lse {
   double value() const { return peak + std::log(sum); }
 };
 
-// Sums of at most a few hundred vectors' lanes in fp32, then fp64.
+// Sums the lanes of at most a few hundred vectors in fp32, then in fp64.
 template <class Value>
 double add_up(int64_t n, const Value& value) {
   constexpr int64_t kBlock = 256;
@@ -53,13 +53,13 @@ float peak_of(const float* x, int64_t n) {
   return max(peak);
 }
 
-// log sum exp of x; one exponential an element.
+// log sum exp of x; one exponential per element.
 Lse lse(const float* x, int64_t n) {
   const float peak = peak_of(x, n);
   return {peak, add_up(n, [&](int64_t j, auto lanes) { return exp(load<vf>(x + j, lanes) - peak); })};
 }
 
-// log sum_{j != skip} exp(x_j), by itself.
+// log sum_{j != skip} exp(x_j), summed directly.
 double lse_without(const float* x, int64_t n, int64_t skip) {
   float peak = -kInf;
   for (int64_t j = 0; j < n; ++j)

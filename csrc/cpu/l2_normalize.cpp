@@ -1,11 +1,11 @@
-// l2_normalize: rows of unit length, and the way back.
+// l2_normalize: rows of unit length, and its gradient.
 //
 //   forward     out = x * inverse,  inverse = 1 / max(|x|, eps)                              |.| over a row
 //   backward    dx = (g - (u . g) u) * inverse,  u = x * inverse;  dx = g / eps where |x| < eps
 //
-// Bytes bound: x is read and out written once (backward: two reads, one write); the second pass over a row finds it in
-// the cache. All of it is in fp32, rounded once. A task is a block of rows, and a row is one task's, so the result does
-// not depend on the number of threads.
+// Memory bound: x is read and out written once (backward: two reads, one write); the second pass over a row finds it in
+// the cache. All arithmetic is in fp32, rounded once. A task is a block of whole rows, so the result does not depend on
+// the number of threads.
 #include <algorithm>
 #include <cmath>
 
@@ -18,7 +18,7 @@ namespace CCU_ISA {
 namespace {
 
 constexpr int64_t kBlock = 1 << 14;
-// Independent sums, so that the additions of one do not wait for those of another.
+// Number of independent sums, so that their additions overlap.
 constexpr int kSums = 32;
 
 // sum_i term(i), always in the same order.

@@ -1,7 +1,7 @@
 // noise_add: out[b] = clamp(images[b] + noise[index[b]], lower, upper).
 //
-// Bytes bound: one read of the images and of their rows of noise, one write. A task is a block of one image, so that an
-// image's noise is found once a block and the blocks of few large images still fill the threads.
+// Memory bound: one read of the images and of their rows of noise, one write. A task is a block of one image, so that
+// the noise is looked up once per block, and a few large images still occupy all threads.
 #include <algorithm>
 
 #include "../ccu_fast.h"
@@ -28,7 +28,7 @@ int add(const ccu_noise_add_args& a) {
           const int64_t to = a.limits != nullptr ? std::min(end, (channel + 1) * a.inner) : end;
           const float low = a.limits != nullptr ? a.limits[channel] : a.lower;
           const float high = a.limits != nullptr ? a.limits[a.channels + channel] : a.upper;
-      // out may be the images, element for element, but no other part of them.
+      // out may be images itself, but must not overlap it in any other way.
 #pragma GCC ivdep
           for (int64_t i = from; i < to; ++i) out[i] = noisy(image[i], noise[i], low, high);
           from = to;

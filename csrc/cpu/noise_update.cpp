@@ -1,7 +1,7 @@
 // noise_update: noise[i] = clamp(noise[i] + sum of the deltas whose index is i, -eps, eps), in place.
 //
-// The index comes sorted, so that a row's deltas stand together and one task adds them all, in their order: the result
-// depends neither on threads nor on luck. Bytes bound: one read of the deltas, one read and one write of their rows.
+// The index is sorted, so that the deltas of a row are adjacent and one task adds them in order: the result does not
+// depend on the threads. Memory bound: one read of the deltas, one read and one write of their rows.
 #include <algorithm>
 #include <new>
 #include <vector>

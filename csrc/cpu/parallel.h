@@ -1,8 +1,8 @@
 // parallel_for over the threads the process already has.
 //
-// torch brings an OpenMP runtime whose idle workers spin for a while after every parallel region. A second pool beside
-// it would fight those spinning workers for the cores, so the region is handed to that runtime when the process has
-// one (found by name, never linked), and to plain threads otherwise.
+// torch brings an OpenMP runtime whose idle workers spin for a while after every parallel region. A second pool would
+// compete with those spinning workers for the cores. So regions run on that runtime if the process has one (found by
+// name, never linked), and on plain threads otherwise.
 #ifndef CCU_FAST_CPU_PARALLEL_H_
 #define CCU_FAST_CPU_PARALLEL_H_
 
@@ -23,15 +23,15 @@ inline GompParallel gomp_parallel() {
   return found;
 }
 
-// The largest team since the last look, for tests. (One for all instruction sets: it has no arithmetic.)
+// The largest team since it was last read, for tests. (One for all instruction sets: it has no arithmetic.)
 inline std::atomic<int>& largest_team() {
   static std::atomic<int> team{1};
   return team;
 }
 
-// How many of `threads` are worth waking for work that moves `bytes` and does `fmas` multiply-adds (or as long a
-// computation): a thread has at least 25 us of it, several times what starting a team costs when no thread must wait
-// for a core, and small calls need none. One core moves about 8 bytes a ns and does 16 fp32 multiply-adds. (static:
+// How many of `threads` are worth waking for work that moves `bytes` and does `fmas` multiply-adds (or an equally long
+// computation): each gets at least 25 us of work, several times the cost of starting a team when no thread must wait
+// for a core, so small calls wake none. In 1 ns one core moves about 8 bytes or does 16 fp32 multiply-adds. (static:
 // each instruction set has its own copy.)
 static inline int threads_for(int threads, double bytes, double fmas = 0.0) {
   const double worth = (bytes / 8.0 + fmas / 16.0) / 25000.0;
@@ -69,7 +69,7 @@ void parallel_for(int64_t tasks, int threads, const Body& body) {
   try {
     for (int t = 1; t < threads; ++t) others.emplace_back(&Region::run, &region);
   } catch (const std::system_error&) {
-    // As many as the system gives; the work is shared among those.
+    // The system may give fewer threads; those share the work.
   }
   Region::run(&region);
   for (auto& other : others) other.join();

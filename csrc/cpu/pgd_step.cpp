@@ -3,9 +3,9 @@
 //   linf:  delta = clamp(clamp(delta - step * sign(grad), -eps, eps) + image, lower, upper) - image
 //   l2:    delta = delta - step * grad / |grad|;  delta *= min(1, eps / |delta|);
 //          delta = clamp(delta + image, lower, upper) - image                        |.| over a sample
-//   and, if asked for, out = delta + image, before the image is taken away again
+//   and, on request, out = delta + image, from the sum before the image is subtracted
 //
-// Bytes bound: three reads and one write of the tensor (l2: the reductions read again), plus one read of grad when it
+// Memory bound: three reads and one write of the tensor (l2: the reductions read again), plus one read of grad when it
 // is checked. A task is a fixed block of elements and partial sums are added in block order, so the result does not
 // depend on the number of threads.
 #include <algorithm>
@@ -62,7 +62,7 @@ class Step {
     });
   }
 
-  // body(channel, from, to): the parts of a block that have the same parameters.
+  // body(channel, from, to): the parts of a block that share parameters.
   template <class Body>
   void each_channel(int64_t begin, int64_t end, const Body& body) const {
     for (int64_t from = begin; from < end;) {
@@ -86,7 +86,7 @@ class Step {
     return found;
   }
 
-  // The last step of n elements, and the image if that is wanted.
+  // The final projection of n elements, and the image if requested.
   template <class Move>
   void apply(int64_t at, int64_t n, const PgdParameters& p, const Move& move) const {
     T* __restrict delta = delta_ + at;
@@ -111,7 +111,7 @@ class Step {
   std::vector<double> square_sums(const Value& value) const {
     std::vector<double> parts(a_.samples * blocks_), sums(a_.samples, 0.0);
     each_block([&](int64_t sample, int64_t begin, int64_t end) {
-      // Independent sums, so that the additions of one do not wait for those of another.
+      // Independent sums, so that their additions overlap.
       constexpr int kSums = 16;
       double sum[kSums] = {};
       const int64_t from = sample * sample_ + begin, n = end - begin;

@@ -11,7 +11,7 @@ namespace CCU_ISA {
 enum : int32_t { kSelf = 1, kSame = 2, kOther = 4 };
 enum Kind : int32_t { kLse = 0, kSum = 1, kSoftplus = 2 };
 
-// How much of the relation has to be looked at. Most problems need nothing or the diagonal only.
+// How much of the relation must be checked. Most problems need nothing or only the diagonal.
 enum class Mode { kAll, kDiagonal, kGeneral };
 
 inline Kind kind_of(int32_t code) { return static_cast<Kind>(code / 8); }
@@ -26,7 +26,7 @@ inline Mode mode_of(const ccu_tile& t, int32_t relations) {
 }
 
 // A bf16 row of the chunk (`row` counted over all banks, row `i` of its bank) as fp32, columns [begin, end), with the
-// diagonal pair as it was before rounding.
+// unrounded value of the diagonal pair.
 inline void widen(const ccu_tile& t, int64_t row, int64_t i, int64_t begin, int64_t end, float* out) {
   const uint16_t* in = static_cast<const uint16_t*>(t.dot) + row * t.cols;
   for_vectors(begin, end, [&](int64_t j, auto lanes) { store(out + (j - begin), load_bf16(in + j, lanes), lanes); });
@@ -78,7 +78,7 @@ struct Chooser {
   }
 };
 
-// The function for the mode a problem needs, out of a template over modes.
+// Picks the instance of a template over modes that a problem needs.
 template <class F>
 F pick(Mode mode, F all, F diagonal, F general) {
   return mode == Mode::kAll ? all : mode == Mode::kDiagonal ? diagonal : general;

@@ -29,7 +29,7 @@ typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// How many lanes of a vector are in use: all of them, known to the compiler, or the first n at the end of a row.
+// How many lanes of a vector are in use: all (a compile-time constant), or the first n at the end of a row.
 struct Full {
   static constexpr int n = kLanes;
 };
@@ -137,8 +137,8 @@ inline float max(vf v) {
 
 // exp(x) to about 1 ulp; denormals and 0 below -87, inf above 88.7, NaN for NaN.
 inline vf exp(vf x) {
-  // exp(x) = 2^n * exp(r), n = round(x / ln 2). Below -104 the result is 0 whatever x is, above 89 it is inf.
-  // A NaN is the second operand and goes through.
+  // exp(x) = 2^n * exp(r), n = round(x / ln 2). Below -104 the result is always 0, above 89 always inf.
+  // A NaN is the second operand and passes through.
   x = max(splat(-104.0f), x);
   x = min(splat(89.0f), x);
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer

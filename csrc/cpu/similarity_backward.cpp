@@ -8,11 +8,11 @@
 //
 // Work: 4 bytes read and 4 (bf16: 2) written per pair, and one exponential for all lse together: with
 // w_ri = g_ri exp(c - out_ri), the same for columns, and one constant c, their part of G is exp(S_ij - c) (sum of the
-// w that chose the pair). That is exact in fp32 as long as the outs lie within 2 * kSpread of each other; where they
-// do not, each lse takes its own exponential. All terms of a pair are added in fp32 before anything is rounded: on a
+// w that chose the pair). That is exact in fp32 as long as the outs lie within 2 * kSpread of each other; otherwise
+// each lse takes its own exponential. All terms of a pair are added in fp32 before anything is rounded, because on a
 // positive pair they nearly cancel.
 //
-// A task is a block of rows of one bank, walked in stripes of columns whose accumulator stays in the L1 cache.
+// A task is a block of rows of one bank, processed in stripes of columns whose accumulator stays in the L1 cache.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -33,7 +33,7 @@ constexpr int64_t kRowBlock = 8;
 // S <= out for a chosen pair, so exp(S - c) <= e^40; and where it underflows, S < c - 87 <= out - 47: nothing is lost.
 constexpr float kSpread = 40.0f;
 
-// What a reduction says about a vector of columns: its factor (incoming gradient, times exp(c - out) when the
+// The values of a reduction for a vector of columns: its factor (incoming gradient, times exp(c - out) when the
 // exponential is shared) and its forward result.
 struct PerRow {
   float grad, out;
@@ -59,10 +59,10 @@ struct PerColumn {
   }
 };
 
-// What to multiply the factor with.
+// What the factor is multiplied by.
 enum class Term { kNothing, kOwnExp, kSigmoid };
 
-// A stripe of one row: S there, and the accumulator for G, padded to whole vectors.
+// A stripe of one row: its part of S, and the accumulator for G, padded to whole vectors.
 struct Stripe {
   const float* dot;  // of column begin
   float scale, bias;
@@ -102,7 +102,7 @@ void add(const Stripe& stripe, const Chooser& chooser, Mode mode, const Side& si
       stripe, chooser, side);
 }
 
-// The constant c and the columns' factors with exp(c - out) in them; `shared` is false where that would not be exact.
+// The constant c, and the columns' factors times exp(c - out); `shared` is false where that would not be exact.
 struct SharedExponential {
   bool shared = false;
   float c = 0;
@@ -123,7 +123,7 @@ struct SharedExponential {
     for (int c_ = 0; c_ < t.n_col; ++c_)
       for (int64_t j = 0; kind_of(t.col_codes[c_]) == kLse && j < t.banks * t.cols; ++j)
         widen(a.col_out[c_ * a.col_reduction_stride + j]);
-    // Without any lse there is nothing to share; with an inf or NaN among them nothing is sure.
+    // Without any lse there is nothing to share; with an inf or NaN among the outs sharing is not safe.
     if (!(lowest <= highest && highest - lowest <= 2 * kSpread)) return;
     c = lowest + (highest - lowest) / 2;
     const int64_t columns = t.banks * t.cols;

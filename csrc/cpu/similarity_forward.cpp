@@ -4,13 +4,13 @@
 //     sum        out_i = sum_j [chosen_ij] S_ij
 //     softplus   out_i = sum_j [chosen_ij] log(1 + exp(S_ij))        and the same along columns
 //
-// Work: 4 bytes read per pair, and one exponential for all lse together. The GEMM that made the chunk costs 2 D FLOP
-// per pair, so this is a few percent of it.
+// Work: 4 bytes read per pair, and one exponential for all lse together. The GEMM of the chunk costs 2 D FLOP per pair,
+// so this is a few percent of it.
 //
-// A task is a stripe of columns of one bank: it owns those columns' running (shift, sum), and leaves a partial (shift,
-// sum) per row that is merged afterwards in stripe order. A block of a few rows of the stripe stays in the L1 cache:
-// its maximum c is the shift of E = exp(S - c), computed once, and every lse is a sum over E. A sum that comes out so
-// small that terms may have underflowed is computed again with a maximum of its own, so no range of S is lost.
+// A task is a stripe of columns of one bank: it owns the running (shift, sum) of its columns, and leaves a partial
+// (shift, sum) per row, merged afterwards in stripe order. A block of a few rows of the stripe stays in the L1 cache:
+// its maximum c is the shift of E = exp(S - c), computed once, and every lse is a sum over E. A sum so small that terms
+// may have underflowed is recomputed with its own maximum, so no range of S is lost.
 // Neither the tasks nor the order of additions depend on the number of threads.
 #include <algorithm>
 #include <memory>

@@ -1,13 +1,13 @@
-// A block of keys of a running softmax: rows of exponentials ready for the GEMM that makes their weighted mean key.
+// A block of keys of a running softmax: rows of exponentials for the GEMM that computes their weighted mean key.
 //
 // For every row i and every group g of relations, over the columns j of all blocks so far,
 //
 //     shift_gi = max_j [chosen_gij] S_ij      sum_gi = sum_j E_gij      mean_gi = sum_j E_gij key_j
 //     E_gij    = [chosen_gij] exp(S_ij - shift_gi)
 //
-// A block raises the shifts, scales what was summed under the old ones, and adds its own. The mean of group 0 is left
-// to the caller's GEMM: mean_0 += E_0 keys with the E_0 that is written here. The other groups have few pairs (those
-// with the same label or the same id), whose keys are added up here.
+// A block raises the shifts, rescales the previous sums, and adds its own. For group 0 the caller's GEMM updates the
+// mean, mean_0 += E_0 keys, with the E_0 that is written here. The other groups have few pairs (those with the same
+// label or the same id), whose keys are added up here.
 //
 // Work: 4 bytes read and 4 written per pair, in the L2 cache, and one exponential; 2 dim FLOP for a pair of another
 // group. A task is a row.
@@ -47,12 +47,12 @@ struct Row {
     return max(top);
   }
 
-  // Writes the exponentials, zeros where nothing was chosen, and returns their sum.
+  // Writes the exponentials, zero for pairs that were not chosen, and returns their sum.
   template <Mode mode>
   double exponentials(float shift, float* e) const {
     vf total = splat(0.0f);
     for_vectors(0, cols, [&](int64_t j, auto lanes) {
-      // Where nothing was chosen S is not bounded: the exponential may be inf there.
+      // S is not bounded for pairs that were not chosen: their exponential may be inf.
       const vf value = chooser.choose<mode>(i, j, lanes) ? exp(scores(j, lanes) - shift) : splat(0.0f);
       store(e + j, value, lanes);
       total += value;
@@ -60,7 +60,7 @@ struct Row {
     return sum(total);
   }
 
-  // Adds the chosen keys, each times its exponential, and returns the sum of those.
+  // Adds the chosen keys, each times its exponential, and returns the sum of the exponentials.
   template <Mode mode>
   double add_keys(float shift, const float* keys, int64_t dim, float* mean) const {
     double total = 0;
@@ -124,12 +124,12 @@ int similarity_softmax(const ccu_similarity_softmax_args& a) {
   parallel_for(t.rows, t.threads, [&](int64_t i) {
     const float* dot = static_cast<const float*>(t.dot) + i * t.cols;
     if (t.dot_dtype == CCU_BF16) {
-      // E_0, which takes its place, is written a vector at a time, behind what is read.
+      // E_0 overwrites it, a vector at a time, behind the reads.
       float* widened = a.e + i * t.cols;
       widen(t, i, i, 0, t.cols, widened);
       dot = widened;
     }
-    // Group 0 last: it writes over dot.
+    // Group 0 last: it overwrites dot.
     for (int64_t g = t.n_row - 1; g >= 0; --g) {
       if (t.row_codes[g] == 0) continue;
       const Row row{dot, t.scale, t.bias, i, t.cols, Chooser(t, 0, relations_of(t.row_codes[g]))};

@@ -4,19 +4,19 @@
 //   order: (score in float64, v)
 //
 // Work: 2 * rows * tokens * dim FLOP; the table is read once (tokens * dim * 2 bytes) while rows * dim * 2 bytes of
-// gradients fit in the cache. Few rows are bound by that read, many by the units that multiply.
+// gradients fit in the cache. Few rows are bound by that read, many rows by the multiply units.
 //
-// The scan is in whole numbers: tokens of 13 bits and gradients of about 11, in int16, each in steps of a power of two.
-// That halves the read and doubles the products of an instruction, and costs a few more tokens to rescore. Tokens are
-// packed in panels of 16, [panel][dim / 2][16][2], so that a lane is a token: the micro-kernel keeps row x token
-// accumulators in registers, needs no horizontal sums, and each finished tile is compared with its rows' cutoffs while
-// it is still in registers. What passes goes to a short list per row.
+// The scan uses integers: tokens of 13 bits and gradients of about 11, in int16, each in steps of a power of two. That
+// halves the read and doubles the products per instruction, but leaves a few more tokens to rescore. Tokens are packed
+// in panels of 16, [panel][dim / 2][16][2], so that a lane is a token: the micro-kernel keeps row x token accumulators
+// in registers, needs no horizontal sums, and compares each finished tile with its rows' cutoffs while it is still in
+// registers. Tokens that pass go to a short list per row.
 //
-// Why the answer is exact: what rounding took from a gradient and from the tokens is measured, and so
+// Why the answer is exact: the rounding errors of the gradient and of the tokens are measured, so that
 // |coarse score - score| <= err for any order of summation. If T is the k-th smallest coarse score so far, no token
 // above T + 2 err (plus the rounding of T) can be among the final k, since T only falls. So a list holds every token
-// that could matter; at the end they are rescored in float64 from the embedding itself. Masses of near-ties overflow a
-// list: that row is redone in float64. Thus neither the split over threads nor the instruction set can change an id.
+// that could matter; at the end they are rescored in float64 from the embedding itself. If too many near-ties overflow
+// a list, its row is redone in float64. Thus neither the split over threads nor the instruction set can change an id.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -37,7 +37,7 @@ namespace {
 
 constexpr int kGroup = 12;
 constexpr int64_t kGroupBytes = 384 << 10;  // of the table, to stay in the second-level cache
-constexpr int64_t kTilesToShare = 16;       // a thread with fewer of its own had better read less of the table
+constexpr int64_t kTilesToShare = 16;       // with fewer tiles per thread, split the table instead of the rows
 constexpr int64_t kListBytes = 32 << 20;    // of all lists together
 
 class Search {
@@ -61,7 +61,7 @@ class Search {
     block_ = std::min<int64_t>(std::max<int64_t>(rows_that_fit, int64_t{kRows} * threads_ * 4), tiles * kRows);
   }
 
-  // The memory of one block of rows, all of it before any thread starts.
+  // The memory of one block of rows, all allocated before any thread starts.
   void allocate() {
     rows_.resize(block_);
     cutoffs_.resize(block_ * token_slices_);
@@ -90,7 +90,7 @@ class Search {
   }
 
  private:
-  // ---- before: the gradients in whole numbers, as [tile][pairs][rows of the tile]
+  // ---- before: the gradients as integers, [tile][pairs][rows of the tile]
 
   void prepare(int64_t tile) {
     const int64_t r0 = tile * kRows;
@@ -110,7 +110,7 @@ class Search {
 
   // ---- the scan
 
-  // Whole gradients of a slice stay in the second-level cache beside the group of panels.
+  // The integer gradients of a slice stay in the second-level cache beside the group of panels.
   int64_t row_slices(int64_t tiles) const {
     if (token_slices_ > 1) return 1;
     const int64_t longest = std::max<int64_t>(1, (1 << 20) / (pairs_ * 4 * kRows));
@@ -210,7 +210,7 @@ class Search {
         rule_.add(rows_[r], {keys[l], static_cast<int32_t>(token0 + l)}, lists_[at], cutoffs_[at]);
   }
 
-  // ---- after: float64 scores of the few
+  // ---- after: float64 scores of the candidates
 
   void finish(int64_t r) {
     const int64_t i = first_ + r;

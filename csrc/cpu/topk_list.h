@@ -1,4 +1,4 @@
-// The short list of a row: every token of a slice that could still be among the k best, by coarse score.
+// The short list of a row: every token of a slice that could still be among the k best, with its coarse score.
 #ifndef CCU_FAST_CPU_TOPK_LIST_H_
 #define CCU_FAST_CPU_TOPK_LIST_H_
 
@@ -26,7 +26,7 @@ struct List {
   bool overflow;
 };
 
-// How lists grow and are cut down.
+// When lists grow and how they are pruned.
 class ListRule {
  public:
   explicit ListRule(const ccu_topk_flips_args& a)
@@ -39,13 +39,13 @@ class ListRule {
 
   List empty(Item* items) const { return {items, 0, first_limit_, false}; }
 
-  // Takes an item, and makes room when the list is full.
+  // Adds an item, and makes room when the list is full.
   void add(const Row& row, Item item, List& list, float& cutoff) const {
     list.items[list.size++] = item;
     if (list.size == list.limit) tighten(row, list, cutoff);
   }
 
-  // Cuts more than k items down to those at or below the cutoff, which it sets; how many they are.
+  // Prunes more than k items to those at or below the cutoff, which it sets, and returns their number.
   int32_t shorten(const Row& row, Item* items, int32_t size, float& cutoff) const {
     std::nth_element(items, items + (k_ - 1), items + size);
     const float kth = items[k_ - 1].key;
@@ -60,7 +60,7 @@ class ListRule {
   }
 
  private:
-  // Drops what can no longer be among the first k, and lowers the cutoff.
+  // Drops items that can no longer be among the first k, and lowers the cutoff.
   void tighten(const Row& row, List& list, float& cutoff) const {
     if (list.size > k_) {
       list.size = shorten(row, list.items, list.size, cutoff);

@@ -1,8 +1,8 @@
 // The inner loop of topk_flips: gradients of a tile of rows against panels of 16 tokens, sums in registers.
 //
-// Both are whole numbers, two dimensions in a 32-bit lane: an instruction multiplies and adds twice as many int16 as
-// fp32. A chunk's sum fits an int32 whatever the tokens are, since they stay within 2^13 and the gradients of a chunk
-// add to less than 2^18; chunks are added in fp32.
+// Both are integers, two dimensions in a 32-bit lane: an instruction multiplies and adds twice as many int16 as fp32. A
+// chunk's sum always fits an int32, since tokens stay within 2^13 and the gradients of a chunk add to less than 2^18;
+// chunks are added in fp32.
 #ifndef CCU_FAST_CPU_TOPK_PANEL_H_
 #define CCU_FAST_CPU_TOPK_PANEL_H_
 
@@ -38,7 +38,7 @@ constexpr int panels_of(int rows) {
   return fit >= 6 ? 6 : (fit >= 1 ? (fit == 5 ? 4 : fit) : 1);
 }
 
-// Which instruction adds the products of pairs. AVX-512 comes with and without one of its own for that.
+// Which instruction adds the products of pairs. Only some AVX-512 CPUs have a dedicated one.
 enum class Pairs { kPlain, kVnni };
 
 inline bool has_vnni() {
@@ -83,7 +83,7 @@ inline void panel_scores(const int32_t* __restrict g, const int16_t* __restrict 
       for (int v = 0; v < P * kVectors; ++v) {
         const int16_t* at = e + (((v / kVectors) * pairs + d) * kPanel + (v % kVectors) * kLanes) * 2;
         std::memcpy(&token[v], at, sizeof(vi));
-        // The next panels: P short streams, which no hardware follows well.
+        // Prefetches the next panels: P short streams, which hardware prefetchers follow badly.
         __builtin_prefetch(at + P * pairs * kPanel * 2, 0, 2);
       }
 #pragma GCC unroll 8

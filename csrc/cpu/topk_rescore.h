@@ -1,4 +1,4 @@
-// The end of topk_flips: float64 scores of the few tokens that a row's scan has left, or of all, and the answer.
+// The end of topk_flips: float64 scores of the few tokens that the scan of a row leaves, or of all, and the answer.
 #ifndef CCU_FAST_CPU_TOPK_RESCORE_H_
 #define CCU_FAST_CPU_TOPK_RESCORE_H_
 

@@ -1,5 +1,5 @@
-// What the scan of topk_flips knows about a row before it starts: its gradient in whole numbers, and how far a coarse
-// score may be off.
+// What the scan of topk_flips knows about a row before it starts: its gradient as integers, and the error bound of a
+// coarse score.
 #ifndef CCU_FAST_CPU_TOPK_ROW_H_
 #define CCU_FAST_CPU_TOPK_ROW_H_
 
@@ -26,7 +26,7 @@ struct Row {
   Path path;
 };
 
-// The longest vector by which rounding to whole steps may have moved a token.
+// The largest norm by which rounding to whole steps may have moved a token.
 inline double largest_rounding(const ccu_topk_flips_args& a) {
   float step = 0.0f;
   for (int64_t v = 0; v < a.tokens; ++v) step = a.steps[v] > step ? a.steps[v] : step;
@@ -39,8 +39,8 @@ inline float whole(float x) {
   return (x + kMagic) - kMagic;
 }
 
-// Row i, of gradient g: scaled, rounded and written to `out`, one of `rows` in [pairs][rows][2], where it takes the
-// scan's path.
+// Row i with gradient g: scaled, rounded and, if the row takes the scan's path, written to `out`, one of `rows` in
+// [pairs][rows][2].
 inline Row describe(const ccu_topk_flips_args& a, double rounding, int64_t i, int16_t* out, int rows) {
   const float* g = a.grad + i * a.dim;
   Row row{1.0f, 0.0, false, Path::kScan};
@@ -60,15 +60,15 @@ inline Row describe(const ccu_topk_flips_args& a, double rounding, int64_t i, in
     most = std::max(most, sum);
   }
   if (largest > 0.0f) {
-    // Rounding may add half a step an element.
+    // Rounding may add half a step per element.
     const int exponent = std::min(std::ilogb((kChunkSum - kChunkPairs) / most), 14 - std::ilogb(largest));
-    // The scale must be a normal fp32 number; gradients beyond go the float64 way.
+    // The scale must be a normal fp32 number; gradients beyond that take the float64 path.
     if (exponent < -126 || exponent > 126) {
       row.path = Path::kExact;
       return row;
     }
     row.scale = std::ldexp(1.0f, exponent);
-    double size = 0.0, off = 0.0;  // squares of the whole numbers, and of what they leave
+    double size = 0.0, off = 0.0;  // sums of squares of the integers and of their rounding errors
     for (int64_t d = 0; d < a.dim; ++d) {
       const float x = g[d] * row.scale, n = std::min(whole(x), 32767.0f);
       size += static_cast<double>(n) * n;

@@ -1,4 +1,4 @@
-// What a status of the CUDA operations means, for the exception that it becomes.
+// The text of a CUDA status, for the exception that it becomes.
 #include <cuda_runtime.h>
 
 #include "../ccu_fast.h"

@@ -1,5 +1,5 @@
-// What the kernels share: packs of elements that move as one access, a grid that fills the device, and reductions over
-// a warp or a block.
+// Shared by the kernels: packs of elements that move as one access, a grid that fills the device, and reductions over a
+// warp or a block.
 #ifndef CCU_FAST_CUDA_LAUNCH_CUH_
 #define CCU_FAST_CUDA_LAUNCH_CUH_
 

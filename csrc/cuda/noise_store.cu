@@ -1,12 +1,13 @@
 // The noise store on a GPU:
 //
 //     noise_add       out[b] = clamp(images[b] + noise[index[b]], lower, upper)
-//     noise_update    noise[i] = clamp(noise[i] + sum of the deltas whose index is i, in their order, -eps, eps)
+//     noise_update    noise[i] = clamp(noise[i] + sum of the deltas whose index is i, in order, -eps, eps)
 //     noise_check     found = max over the values that a store cannot hold of (count - place)
 //
-// Bytes bound: int8 noise into fp32 images moves 9 bytes an element. A thread takes 16 bytes of images, or of the wider
-// of noise and deltas (of 16-byte rows), so 4 to 16 elements; grid-stride over items and packs, the index read through
-// the cache. A row out of range stops the kernel, as in torch's indexing: the host never waits for the index.
+// Memory bound: adding int8 noise to fp32 images moves 9 bytes per element. A thread takes 16 bytes of images, or of
+// the wider of noise and deltas (of 16-byte rows), so 4 to 16 elements, in a grid-stride loop over items and packs; the
+// index is read through the cache. A row out of range stops the kernel, as in torch's indexing: the host never waits
+// for the index.
 #include "../common/noise.h"
 #include "launch.cuh"
 
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) update_packs(ccu_noise_update_args a
   }
 }
 
-// In the dtype to compute in.
+// Converts to the dtype of the computation.
 __device__ __forceinline__ double wide(double x) { return x; }
 template <class V>
 __device__ __forceinline__ float wide(V x) {

@@ -18,7 +18,7 @@
 namespace ccu {
 namespace {
 
-constexpr int kMine = 8;  // groups of a thread
+constexpr int kMine = 8;  // groups per thread
 constexpr int kGroups = CCU_CUDA_TOPK_GROUPS;
 static_assert(kGroups == kMine * kSelectThreads);
 constexpr float kLargest = 1e37f;  // a larger coarse score may be close to overflow
