@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # torch 2.13.0 on a CPU: the eps of F.normalize and F.cosine_similarity does not exist in fp16.
 #
-# The default eps (1e-12, 1e-8) is rounded to fp16 before it is used and becomes 0, whose division gives NaN where fp32
-# and bf16 give 0. The norm is rounded to fp16 too: a vector longer than 65504 is divided by inf and comes out as zeros,
-# with no NaN to notice. Autocast changes neither. torch.compile computes the same line in fp32 and returns what one
-# expects, so eager and compiled code disagree.
+# The default eps (1e-12, 1e-8) is rounded to fp16 before use and becomes 0, so that a zero vector gives NaN where fp32
+# and bf16 give 0. The norm is rounded to fp16 too: a vector longer than 65504 is divided by inf and becomes zeros, with
+# no NaN to notice. Autocast changes neither. torch.compile computes the same line in fp32 and returns the expected
+# result, so eager and compiled code disagree.
 #
 # Seen: eager zero [nan] long [0.0] cosine [nan]; compiled zero [0.0] long [0.0442].
 set -euo pipefail

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # torch 2.13.0 on a CPU: log_softmax, cross_entropy and logsumexp of fp16 keep their sum of exponentials in fp16.
 #
-# Relative to the largest entry the sum of N equal entries is N, and fp16 ends at 65504: a row of 65536 equal logits (a
-# queue of 65536 keys before the first step) has the loss inf, although the result, 11.09, is far inside the range. The
+# After subtraction of the maximum, N equal entries sum to N, and fp16 ends at 65504. So a row of 65536 equal logits (a
+# queue of 65536 keys before the first step) has the loss inf, although the result, 11.09, is well within range. The
 # gradient stays finite and is wrong: the other entries get 0 instead of p. softmax of the same row is right, and so is
-# log_softmax along any dimension but the last. torch.compile computes it in fp32 and is right. Autocast lifts
-# cross_entropy to fp32 on a CPU, but leaves log_softmax and logsumexp as they are.
+# log_softmax along any dimension but the last. torch.compile computes it in fp32 and is right. Autocast runs
+# cross_entropy in fp32 on a CPU, but leaves log_softmax and logsumexp as they are.
 #
 # Seen: cross_entropy [inf], log_softmax dim 1 [-inf], dim 0 [-11.09], logsumexp [inf], compiled [11.09], fp32 [11.09],
 # gradient of a negative [0.0].

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Triton's interpreter: whether a maximum passes NaN on has changed twice, release by release.
+# Triton's interpreter: whether a maximum propagates NaN differs between releases and has changed twice.
 #
 # The default of tl.maximum and tl.max is propagate_nan=NONE: a GPU's maximum takes the number. TRITON_INTERPRET=1 took
 # NaN everywhere in 3.4.0; in 3.7.1 tl.max drops it but tl.maximum and tl.max(return_indices=True) keep it; in 3.9.0 all
-# three drop it. So a kernel whose NaN reaches its result in the interpreter may lose it on a GPU, and a test of it that
-# passes with the Triton of one torch fails with that of another. What depends on NaN has to ask for
+# three drop it. So a NaN that reaches a kernel's result in the interpreter may be lost on a GPU, and a test that passes
+# with the Triton of one torch may fail with that of another. Code that depends on NaN must ask for
 # propagate_nan=tl.PropagateNan.ALL.
 #
-# Seen, of [nan, -1, 2, 3] as tl.maximum(v, 0)[0], tl.max(v), tl.max(v, return_indices=True)[0]:
+# Seen for v = [nan, -1, 2, 3], as tl.maximum(v, 0)[0], tl.max(v), tl.max(v, return_indices=True)[0]:
 # 3.4.0 nan nan nan, 3.7.1 nan 3.0 nan, 3.9.0 0.0 3.0 3.0.
 set -euo pipefail
 folder=$(mktemp -d)

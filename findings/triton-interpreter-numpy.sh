@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Triton's interpreter up to 3.6.0 and NumPy from 2.4 on: a loop whose bound is an argument of the kernel raises.
+# Triton's interpreter up to 3.6.0 with NumPy from 2.4 on: a loop whose bound is a kernel argument raises.
 #
-# TRITON_INTERPRET=1 holds a scalar as an array of one element and turns it into a number with int(). NumPy 1.25 began to
-# warn of that for arrays with dimensions, and NumPy 2.4 refuses it: a TypeError, which Triton wraps. Triton 3.7 asks for
-# the element. Triton does not require NumPy, so nothing keeps the two apart: torch 2.8 to 2.11 come with a Triton from
-# 3.4 to 3.6, and pip adds the newest NumPy. Kernels compiled for a GPU are not concerned. With those Tritons an
-# interpreter needs "numpy<2.4".
+# TRITON_INTERPRET=1 holds a scalar as a one-element array and converts it with int(). NumPy 1.25 deprecated that for
+# arrays with dimensions, and NumPy 2.4 raises a TypeError, which Triton wraps. Triton 3.7 reads the element instead.
+# Triton does not require NumPy, so nothing excludes the combination: torch 2.8 to 2.11 come with Triton 3.4 to 3.6, and
+# pip adds the newest NumPy. Kernels compiled for a GPU are not affected. With those Tritons the interpreter needs
+# "numpy<2.4".
 #
-# Seen, of a kernel that sums five numbers: Triton 3.4.0 and 3.6.0 give 10.0 with NumPy 2.3.5 and InterpreterError with
+# Seen for a kernel that sums five numbers: Triton 3.4.0 and 3.6.0 give 10.0 with NumPy 2.3.5 and InterpreterError with
 # 2.4.6; Triton 3.7.1 gives 10.0 with both.
 set -euo pipefail
 folder=$(mktemp -d)
