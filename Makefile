@@ -1,10 +1,10 @@
-# make test   lint, type checks and all tests          make demo   the demonstration, written to ./demo
+# make test   lint, type checks and all tests          make demo   the demo, written to ./demo
 # make test-quick  lint, type checks and a cross-section of the tests, in about a minute
 # make lint   lint and type checks alone               make bench  the benchmarks (ARGS=... are passed on)
 # make test-newest  the Triton kernels with the newest Triton, which make test does at its end
 # make compat the patches against the real libraries, an environment for each in .venv-compat
 #
-# Each makes its own environment in .venv on the first run. Variables:
+# Each creates the environment it needs in .venv on the first run. Variables:
 #   PYTHON=python3.12        the interpreter to start from
 #   TORCH='torch==2.13.0 triton==3.7.1'   what to install as torch and its triton, before everything else
 #   NEWEST_TRITON='triton==3.9.*'   the newest Triton, kept beside the environment in .venv-newest
@@ -26,10 +26,10 @@ CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 .PHONY: test test-quick test-newest lint demo bench compat clean
 .DELETE_ON_ERROR:
 
-# Without bytecode on disk every process compiles torch's Python again, which takes most of the time of its start.
+# Without bytecode on disk every process compiles torch's Python again, which takes most of its start-up time.
 export PYTHONDONTWRITEBYTECODE =
 
-# The workers share the cores: a thread of one that waits must not spin while the other has work.
+# The workers share the cores: a waiting thread of one must not spin while another has work.
 test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/.test lint
 	$(if $(SYSTEM_SITE),CCU_FAST_TEST_OFFLINE=1) $(PY) -m pytest -q $(if $(SYSTEM_SITE),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(ARGS)
@@ -43,8 +43,8 @@ ifdef SYSTEM_SITE
 test-newest:
 	@echo "the Triton kernels with $(NEWEST_TRITON): NOT CHECKED, SYSTEM_SITE is set"
 else
-# Every kernel once in the interpreter. Of the code ahead of time one half type, the normalisation and no tcgen05: what a
-# release changes is the language, the options, and how registers are allotted to a large tile.
+# Every kernel once in the interpreter. Of the ahead-of-time tests one half type, the normalisation and no tcgen05: a
+# release changes the language, the options, and the registers of a large tile.
 NEWEST := $(VENV)-newest
 INTERPRETED := shapes or every_loss or paired_problem or far_row or long_sum or descriptors or normalize
 test-newest: export PYTHONPATH = $(abspath $(NEWEST))
@@ -55,7 +55,7 @@ test-newest: $(NEWEST)/.$(subst *,x,$(NEWEST_TRITON))
 	$(PY) -m pytest -q -p no:cacheprovider -n $(WORKERS) tests/ops/triton/test_ahead_of_time.py \
 	  -k 'normalize or (bf16 and not 100)'
 
-# Nothing but Triton: a folder that is searched before the environment, whose torch it meets.
+# Only Triton, in a folder that is searched before the environment; torch comes from the environment.
 $(NEWEST)/.$(subst *,x,$(NEWEST_TRITON)): $(VENV)/.test
 	rm -rf $(NEWEST)
 	$(PIP) install --no-compile --no-deps --target $(NEWEST) '$(NEWEST_TRITON)'
@@ -81,14 +81,14 @@ clean:
 	rm -rf $(VENV) $(VENV)-newest .venv-compat build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# Without network a tool may be missing: that is said, not passed over.
+# Without network a tool may be missing, which is reported.
 tool = $(if $(SYSTEM_SITE),[ -x $(TOOLS)/$(1) ] || { echo "$(1) is not installed: NOT CHECKED"; exit 0; };) \
   echo "$(1)"; $(TOOLS)/$(1)
 
 ifdef SYSTEM_SITE
 TOOLS := $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")
 
-# A virtual environment made from another one does not see that one's packages: a .pth file names them.
+# A virtual environment made from another does not see its packages: a .pth file names them.
 $(VENV)/.python:
 	$(PYTHON) -m venv --system-site-packages $(VENV)
 	$(PYTHON) -c "import sysconfig; print(*{sysconfig.get_path(p) for p in ('purelib', 'platlib')}, sep='\n')" \
@@ -102,19 +102,19 @@ $(VENV)/.apps $(VENV)/.test: $(VENV)/.python $(BUILD)
 else
 TOOLS := $(VENV)/bin
 
-# torch alone and first: nothing that follows may pick another one.
+# torch alone and first, so that nothing after it picks another version.
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --no-compile $(TORCH)
 	@touch $@
 
-# Editable: the tests run what is in this folder, with the module compiled from what is in csrc. By a path and not by
-# an import hook (compat), because some tests put another copy of the package in front.
+# Editable: the tests run this folder, with the module compiled from csrc. It is installed by a path and not by an
+# import hook (compat), because some tests put another copy of the package in front.
 $(VENV)/.apps: $(VENV)/.python $(BUILD)
 	$(PIP) install --no-compile --config-settings editable_mode=compat -e '.[apps]'
 	@touch $@
 
-# open_clip's loss.py is an oracle, the other two are competitors; their requirements (torchvision) are not needed.
+# open_clip's loss.py is an oracle, the other two are peers; their requirements (torchvision) are not needed.
 $(VENV)/.test: $(VENV)/.python $(BUILD)
 	$(PIP) install --no-compile --config-settings editable_mode=compat -e '.[test]'
 	$(PIP) install --no-deps 'open_clip_torch==3.3.0' 'nanogcg==0.3.0' 'inf_cl==1.2.1' 'siglip-kernel==0.1.2' \

@@ -1,4 +1,4 @@
-"""``python -m benchmarks`` and ``ccu-fast bench``: run, store, show; or hold stored results against the bars."""
+"""``python -m benchmarks`` and ``ccu-fast bench``: run, store, show; or compare stored results with the bars."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             out = arguments.out or results.FOLDER
             reported = _report(out) if arguments.report else 0
             drawn = _plots(out) if arguments.plots else 0
-            # What is stored, or owed, on a device can be read without having one.
+            # Stored results and bars of a device can be read without having one.
             kind = arguments.device or environment.choose_device(None).type
             checked = _check(out, kind, strict=arguments.strict) if arguments.check else 0
             return reported or drawn or checked

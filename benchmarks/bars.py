@@ -1,4 +1,4 @@
-"""The figures the project owes (bars.json) held against the figures it has (results/)."""
+"""Compares the measured figures (results/) with the project's targets (bars.json)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Bar:
         return own.peak_extra_bytes / peer.peak_extra_bytes
 
     def met(self, value: float | None) -> bool:
-        """A figure that was not measured meets nothing."""
+        """A figure that was not measured does not meet its bar."""
         if value is None:
             return False
         return value <= self.bar if self.measure in _AT_MOST else value >= self.bar

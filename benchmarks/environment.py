@@ -53,7 +53,7 @@ def source() -> tuple[str | None, bool | None]:
         sha, _, changes = told.strip().partition("+")
         return sha, bool(changes)
     head = _git("rev-parse", "HEAD")
-    # Stored results are outputs: writing them does not make the measured source another one.
+    # Stored results are outputs: writing them does not change the measured source.
     changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results") if head else None
     return head, None if changed is None else bool(changed)
 

@@ -22,7 +22,7 @@ from benchmarks.registry import Case, Provider, Tensors, Unavailable, label
 from ccu_fast.ops.reduce_similarity import operator
 
 CALLS = 3
-# Ops without a matrix of pairs, and thus without kernels of their own for small ones.
+# Ops without a matrix of pairs, and thus without separate kernels for small batches.
 NO_PAIRS = ("topk_flips", "topk_flips_minilm", "candidate_losses", "pgd_step", "noise_add")
 
 
@@ -32,7 +32,7 @@ def exercise(case: Case, provider: Provider, gate: Gate, calls: int) -> str | No
     Raises:
         Unavailable: it cannot run here.
     """
-    # Inputs of its own for every call: an operation in place must start from the same ones.
+    # Fresh inputs for every call: an in-place operation must start from the same values.
     outputs = [_call(provider, case) for _ in range(calls)]
     for later in outputs[1:]:
         for name, first in outputs[0].items():
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for dtype in arguments.dtypes or everything:
                 case = Case(OPS[name], shape, getattr(torch, dtype), device)
                 gate = Gate(case, case.inputs())
-                # The baseline's own error is what ours is held to.
+                # The baseline's error sets the limit for ours.
                 for provider in gate.order([p for p in case.providers() if p.name == case.op.baseline]):
                     gate.judge(provider, _call(provider, case))
                 for provider in case.providers():

@@ -1,8 +1,8 @@
 """Who may be timed: a provider whose answer is right for the same inputs, in the same process.
 
-Ours are held to the three-way rule: off from fp64 by at most twice what plain torch (the op's baseline) is off in the
-same arithmetic, plus a few units in the last place. Peers only have to compute the same thing: a sane error will do,
-so that none is dropped for sloppy rounding.
+Ours must follow the three-way rule: the error against fp64 is at most twice that of plain torch (the op's baseline) in
+the same arithmetic, plus a few units in the last place. Peers only have to compute the same thing: their limit is
+loose, so that none is dropped for sloppy rounding.
 """
 
 from __future__ import annotations

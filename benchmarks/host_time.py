@@ -4,8 +4,8 @@ Every checkout is measured in a process of its own (:mod:`benchmarks.host_time_w
 turns, and the ratio of two of them is the median of the ratios turn by turn. The result goes to
 ``benchmarks/host/results``.
 
-A GPU's host does a little more than is timed here: the caching allocator instead of malloc, the driver's own launch,
-the encoding of tensor maps, and a backward pass that starts in another thread.
+With a real GPU the host does a little more than is timed here: the caching allocator instead of malloc, the driver's
+launch, the encoding of tensor maps, and a backward pass that starts in another thread.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Worker:
     """A process with one checkout's package."""
 
     def __init__(self, checkout: Path) -> None:
-        # malloc keeps what it has, as the caching allocator of a GPU does; else each large buffer is a system call.
+        # malloc keeps freed memory, like a GPU's caching allocator; otherwise each large buffer is a system call.
         malloc = {
             "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
             "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
@@ -64,7 +64,7 @@ class Worker:
 
 
 def measure(workers: dict[str, Worker], batch: int, rounds: int, calls: int) -> dict[str, Any]:
-    """Medians in µs, counts and profiles of all workers, and what the first takes of the others' time.
+    """Medians in µs, counts and profiles of all workers, and the ratio of the first one's time to the others'.
 
     "floor" is torch's own share: an autograd function of the same tensors that computes nothing, in the first worker.
     """

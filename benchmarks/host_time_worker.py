@@ -1,8 +1,8 @@
-"""What benchmarks.host_time runs in a process of its own, with the checkout that is measured first on the path.
+"""The process that benchmarks.host_time starts, with the measured checkout first on the path.
 
 Reads one request a line, ``{"what": "time", "floor", "counts" or "profile", "batch": …, "calls": …}``, and answers with
 one line of JSON. A call is ``info_nce(x, y, scale=scale)`` and its ``backward()``: D = 512, bf16, gradients of x, y and
-scale, what a user's training step runs, with these stand-ins:
+scale. This is what a user's training step runs, with these stand-ins:
 
 - CPU tensors for CUDA tensors. The registry is told that Triton serves them, and the workspace is that of a GPU.
 - A driver that launches nothing (:mod:`benchmarks.no_launch`) for that of a GPU of compute capability 9.0.
@@ -53,7 +53,7 @@ def prepare() -> Any:
     driver = no_launch.TargetOnly(CAPABILITY)
     triton.runtime.driver.set_active(driver)
 
-    # Each by its place today, and before the operations had folders.
+    # Each by its current path, and by that from before the operations had folders.
     registry = found("ops.backend", "backends.registry")
     similarity = found("ops.reduce_similarity.api", "similarity")
     gemm = found("ops.reduce_similarity.triton.gemm", "backends.triton.gemm")

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.mem_phases``: MEM's phases on ViT-B/32-shaped towers, the authors' way of working and ours.
+"""``python -m benchmarks.mem_phases``: MEM's phases on ViT-B/32-shaped towers, done as by the authors and by us.
 
 Providers, on one batch, the same weights and the same ids:
 
@@ -7,11 +7,11 @@ Providers, on one batch, the same weights and the same ids:
 - compat: the same decisions, by ccu_fast
 - default: ccu_fast's own decisions (a choice for each row, a gradient for each position)
 
-Nothing is printed unless compat chose the authors' triggers and took the authors' PGD step. The trigger pass is run
-once, the steps several times (median; a first surrogate step also makes the optimiser's state). Times are seconds of
-CPU time of this process, which other processes on the machine distort less than the clock's; wall time is stored too. A
-round is one trigger pass, ``--pgd-steps`` PGD steps and one surrogate step for each batch (the authors make 200 of them
-for 234 batches of Flickr8K). Result: protection/phases.json.
+Nothing is printed unless compat chose the authors' triggers and took the authors' PGD step. The trigger pass runs once,
+the steps several times (median; the first surrogate step also creates the optimiser's state). Times are seconds of CPU
+time of this process, which other processes on the machine distort less than wall time; wall time is stored too. A round
+is one trigger pass, ``--pgd-steps`` PGD steps and one surrogate step for each batch (the authors make 200 of them for
+234 batches of Flickr8K). The result goes to protection/phases.json.
 """
 
 from __future__ import annotations

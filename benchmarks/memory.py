@@ -1,11 +1,10 @@
-"""Peak memory of one call beyond what was there before it: results included, inputs not.
+"""Peak memory of one call beyond what was allocated before it: results included, inputs not.
 
-On a GPU the allocator knows, and the call that will be timed is the one that is measured. On a CPU a fresh process for
-each provider runs the call once while the kernel records the highest resident size (``VmHWM``, reset through
-``/proc/self/clear_refs``). Nothing is sampled, so no peak is missed; the heap is told to give freed blocks of a
-megabyte and more back at once, so what is resident is what is in use. The call is warmed up before (on a small problem,
-or on the same one if it compiles), because thread stacks and library buffers that are allocated once are not the
-call's.
+On a GPU the allocator reports it, for the call that will be timed. On a CPU a fresh process for each provider runs the
+call once while the kernel records the highest resident size (``VmHWM``, reset through ``/proc/self/clear_refs``).
+Nothing is sampled, so no peak is missed; the heap returns freed blocks of a megabyte and more at once, so resident
+memory is memory in use. The call is warmed up first (on a small problem, or on the same one if it compiles), because
+thread stacks and library buffers that are allocated once do not belong to the call.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def peak_extra_bytes(case: Case, provider: Provider, call: Call) -> int:
 
     Args:
         case: what is measured.
-        provider: by whom; on a CPU it is built once more, in a process of its own.
+        provider: who computes it; on a CPU it is built again, in its own process.
         call: what the provider has built; on a GPU it is called twice.
 
     Raises:

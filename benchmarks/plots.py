@@ -1,8 +1,8 @@
-"""A picture of every operation's rows, <op>.svg beside its JSON file: speed, and memory beyond the inputs.
+"""A plot of every operation's rows, <op>.svg beside its JSON file: speed, and memory beyond the inputs.
 
 ``python -m benchmarks --plots`` draws them from the stored rows; they are not kept in the repository.
 
-Where enough sizes were measured these are lines, of how many times faster than the baseline; else bars, of time.
+Where enough sizes were measured the plot has lines of the speedup over the baseline, otherwise bars of the time.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _only_varying(rows: Sequence[Row]) -> str | None:
     shapes = list({label(row.shape): row.shape for row in rows}.values())
     if len(shapes) < FEWEST_POINTS:
         return None
-    # With a second size that differs too, only the shapes that share its most common value lie on one line.
+    # If a second size differs too, only the shapes that share its most common value form one line.
     return max(shapes[0], key=lambda k: len({shape[k] for shape in shapes}))
 
 

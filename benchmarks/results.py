@@ -1,6 +1,6 @@
-"""What one measurement says, and the JSON files that keep it: results/<device>/<op>.json.
+"""The rows of a measurement, and the JSON files that store them: results/<device>/<op>.json.
 
-Every file of figures here, of whichever benchmark, is written by :func:`store`: a row is a line.
+:func:`store` writes the figures of every benchmark, one row per line.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def read(folder: Path) -> list[Row]:
 
 
 def write(folder: Path, rows: Iterable[Row]) -> None:
-    """Store rows. A shape measured anew replaces all its old rows, so rows that are compared are always of one run."""
+    """Store rows. New rows of a shape replace all its old ones, so rows that are compared always come from one run."""
     by_op: dict[str, list[Row]] = {}
     for row in rows:
         by_op.setdefault(row.op, []).append(row)

@@ -22,7 +22,7 @@ GRAPH_BELOW = 1.0  # ms; launches are what is left to save only in shorter calls
 
 
 def run(case: Case, environment: dict[str, Any], *, seconds: float, say: Say, with_memory: bool = True) -> list[Row]:
-    """Measure all providers of a case. No time is taken of a provider whose answer is wrong."""
+    """Measure all providers of a case. A provider whose answer is wrong is not timed."""
     providers = case.providers()
     rows = {p.name: _row(case, p, environment) for p in providers}
     name = f"{case.op.name} {label(case.shape)}"

@@ -1,4 +1,4 @@
-"""Whether a change kept every bit: fingerprints of a few hundred results, to be taken before it and after it.
+"""Whether a change kept every bit: fingerprints of a few hundred results, taken before and after it.
 
     PYTHONPATH=OLD python benchmarks/same_bits.py old.json      # OLD: a checkout before the change, with its module
     PYTHONPATH=NEW python benchmarks/same_bits.py new.json --against old.json

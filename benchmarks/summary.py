@@ -1,7 +1,7 @@
-"""One short table of each device, for the project's README: our time, and who else there is.
+"""A short table for each device, for the project's README: our time and the peers.
 
 ``python -m benchmarks --report`` writes it to results/SUMMARY.md, and between the two marker lines of any Markdown file
-named in :data:`PAGES` that has them. Nothing is typed by hand: the lines come from the stored rows.
+named in :data:`PAGES` that has them. Every line is generated from the stored rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Results for people: a table in the terminal, and README.md beside the JSON files, made from them alone."""
+"""Readable results: a table in the terminal, and README.md beside the JSON files, generated from these only."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def show(rows: Sequence[Row]) -> None:
         table.add_column(column, justify="left" if i in (0, len(head) - 1) else "right", no_wrap=i < len(head) - 1)
     for row, line in zip(rows, lines, strict=True):
         table.add_row(*line, style={"ours": "bold", "ceiling": "dim"}.get(row.role))
-    # A file or a pipe has no width: rich would fold the table into 80 columns.
+    # A file or a pipe has no width: rich would wrap the table at 80 columns.
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

@@ -1,4 +1,4 @@
-"""Time several calls against each other: round robin, so that drift of the machine hits all of them alike."""
+"""Time several calls against each other: round robin, so that drift of the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Samples:
 def interleave(calls: Mapping[str, Call], device: torch.device, *, seconds: float) -> dict[str, Samples]:
     """Run all calls in turn, round after round, for about ``seconds``, at least three rounds (two if they are long).
 
-    Every round starts with another call, so none always follows the same neighbour. All calls have run once before
-    (the gate). A round below a second is preceded by one that is thrown away; for longer ones that warm-up would
-    cost more than it removes.
+    Every round starts with a different call, so none always follows the same neighbour. All calls have run once before
+    (the gate). A round below a second is preceded by one that is discarded; for longer rounds that warm-up would cost
+    more than it removes.
 
     On a GPU the time is that between two events on the current stream. A buffer of twice the L2 cache is overwritten
     before each call, so every call starts cold; the launches of the call itself are inside its time.

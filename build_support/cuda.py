@@ -15,7 +15,7 @@ from pathlib import Path
 from build_support.probe import Unavailable, run
 
 OLDEST_TOOLKIT = 12
-# Ampere to Blackwell; what the toolkit at hand does not know is dropped.
+# Ampere to Blackwell; architectures that the toolkit does not know are dropped.
 DEFAULT_ARCHS = ("80", "86", "89", "90", "100", "120")
 
 PROBE = """

@@ -12,7 +12,7 @@ from pathlib import Path
 from build_support.cuda import Toolkit
 from build_support.probe import ISA_FLAGS
 
-# No -ffast-math: infinities, NaN and the order of additions mean something here.
+# No -ffast-math: infinities, NaN and the order of additions matter here.
 _MATH_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _HIDDEN = ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", *_HIDDEN, *_MATH_FLAGS, "-Wall", "-Wextra"]
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def defines(self) -> list[str]:
-        """What tells the files that are compiled once about the others."""
+        """Definitions that tell the files compiled once which others exist."""
         have = [f"-DCCU_HAVE_{isa.upper()}=1" for isa in self.isas]
         return have + (["-DCCU_HAVE_CUDA=1"] if self.toolkit else [])
 

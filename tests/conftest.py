@@ -12,7 +12,7 @@ import torch
 from tests.support.paths import TESTS
 from tests.support.presence import require_backend
 
-# The files that take longest. A file is run by one process: started last, it would keep the others waiting.
+# The files that take longest. One process runs a file: if it started last, the others would wait for it.
 FIRST = (
     "build_support/test_packaging.py",
     "ops/triton/test_interpreter.py",
@@ -25,7 +25,7 @@ FIRST = (
     "cli/test_demo.py",
     "csrc/test_emulation_races.py",
 )
-# What --quick leaves out, folders, files and tests: compilers, processes of their own, models trained for long.
+# Folders, files and tests that --quick leaves out: compilers, separate processes, long training runs.
 SLOW = (
     "benchmarks/ops",
     "benchmarks/test_host_time.py",
@@ -61,7 +61,7 @@ SLOW = (
     "unlearn/test_ccu_options.py",
     "unlearn/test_parallel.py",
 )
-# Of the cases of every other test function it takes some.
+# The most cases that --quick runs of every other test function.
 CASES = 3
 
 
@@ -77,7 +77,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def _cross_section(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Of the cases of each function some that lie evenly between the first and the last."""
+    """Some cases of each function, spread evenly from the first to the last."""
     functions: dict[str, list[pytest.Item]] = {}
     for item in items:
         name = item.nodeid.removeprefix("tests/").partition("[")[0]

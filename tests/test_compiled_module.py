@@ -1,4 +1,4 @@
-"""ccu_fast/_C.pyi describes the compiled module as it is, and calls into the module name their arguments."""
+"""ccu_fast/_C.pyi matches the compiled module, and calls into the module name their arguments."""
 
 from __future__ import annotations
 

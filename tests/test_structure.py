@@ -1,4 +1,4 @@
-"""How the package hangs together: which way imports point, and how many files a call goes through."""
+"""The structure of the package: which way imports point, and how many files a call passes through."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import ccu_fast
 
 PACKAGE = Path(ccu_fast.__file__).parent
-# An import goes to something further up this list, or stays where it is; what shares a line does not know each other.
+# An import points further up this list, or stays in its package; packages on one line do not import each other.
 ORDER = (
     ("_C", "_version", "check", "extras", "files"),
     ("ops",),
@@ -30,7 +30,7 @@ ORDER = (
     ("__init__", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-# What points the other way, and why it may.
+# Imports that point the other way, and why they may.
 UPWARD: dict[tuple[str, str], str] = {}
 
 
@@ -101,7 +101,7 @@ def test_no_file_is_longer_than_400_lines() -> None:
 def test_operators_are_registered_and_backends_loaded_in_one_file_each() -> None:
     texts = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
     assert [name for name, text in texts.items() if "torch.library." in text] == ["ops/operator.py"]
-    # A module's own name, not a file that is chosen, stands in quotation marks without an f.
+    # An f-string imports a chosen file; a module's own name is a plain string.
     loads = [name for name, text in texts.items() if name.startswith("ops/") and 'import_module(f"' in text]
     assert loads == ["ops/backend.py"]
 

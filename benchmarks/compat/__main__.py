@@ -2,7 +2,7 @@
 
     python -m benchmarks.compat [--only NAME] [--root FOLDER]
 
-Writes ``results.json`` and ``README.md`` beside this file. Rows of libraries that were not asked for stay.
+Writes ``results.json`` and ``README.md`` beside this file. Rows of libraries that were not selected stay.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def run(environment: Environment, root: Path) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The results for people, in Markdown."""
+    """The results as a Markdown table."""
     lines = [
         "# Drop-in patches against the real libraries",
         "",

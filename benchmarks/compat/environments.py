@@ -82,7 +82,7 @@ def build(environment: Environment, root: Path) -> Path:
     site = subprocess.check_output(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
     ).strip()
-    # addsitedir, so that .pth files of this environment (an editable install) count there too. Behind its own packages.
+    # addsitedir, so that .pth files of this environment (an editable install) count there too, after its own packages.
     (Path(site) / "zz_parent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
     constraint = folder / "constraints.txt"
     constraint.write_text(f"torch=={torch.__version__.split('+')[0]}\n")

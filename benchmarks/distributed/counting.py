@@ -1,9 +1,9 @@
-"""What one rank sends and multiplies, counted where it happens, for whoever's code it is.
+"""Counts what one rank sends and multiplies, for any code that runs on it.
 
 Bytes are the least that any algorithm sends: an all-gather sends the rank's shard to every other rank, a reduce-scatter
-every part but the own one, an all-reduce both one after the other. FLOPs are two for every product of a matrix
-multiplication that torch runs, in forward and backward; what C++ and Triton kernels do besides them (a few operations
-for each pair) is not counted, nor is torch's own of this kind.
+every part but its own, an all-reduce does both in turn. FLOPs are two for every product of a matrix multiplication that
+torch runs, in forward and backward; elementwise work (a few operations per pair) is not counted, neither that of the
+C++ and Triton kernels nor torch's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _others(group: Any) -> int:
     return dist.get_world_size(group) - 1
 
 
-# collective → bytes sent, from its arguments. What is not here raises: nothing is passed over.
+# collective → bytes sent, from its arguments. A collective that is not listed raises, so that none goes uncounted.
 def _gather(out: Any, mine: Tensor, group: Any = None, **_: Any) -> int:
     return _bytes(mine) * _others(group)
 

@@ -1,4 +1,4 @@
-"""Gloo processes of this machine: are they equal to one process, and what do they send, multiply and hold?"""
+"""Runs gloo processes on this machine: do they equal one process, and what do they send, multiply and hold?"""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def build_ours(
 
 
 def build_ceiling(inputs: Tensors, shape: Shape, *, dtype: torch.dtype | None = None) -> Call:
-    """The three GEMMs of 6·B²D FLOPs that nobody gets around, into buffers made before."""
+    """The three unavoidable GEMMs of 6·B²D FLOPs, into preallocated buffers."""
     x, y = (inputs[k].detach().to(dtype or inputs[k].dtype) for k in ("x", "y"))
     s, dx, dy = x.new_empty(len(x), len(y)), torch.empty_like(x), torch.empty_like(y)
     return partial(_three_gemms, x, y, s, dx, dy)
@@ -130,8 +130,8 @@ def work(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _stored(shape: Shape, device: str) -> bool:
-    # The largest shape is there for the memory bar. On a CPU: ours in 64 MiB against open_clip, minutes for the rest.
-    # On a GPU: nothing that stores 137 GB of logits.
+    # The largest shape serves the memory bar. On a CPU only ours in 64 MiB and open_clip run: the rest takes minutes.
+    # On a GPU nothing runs that stores 137 GB of logits.
     return shape["B"] <= (65536 if device == "cuda" else 8192)
 
 
@@ -228,7 +228,7 @@ CLIP_LOSS = Op(
 
 
 def make_forward(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
-    """The same inputs; none wants a gradient."""
+    """The same inputs, none of which requires a gradient."""
     return {k: t.detach() for k, t in make(shape, dtype, device).items()}
 
 
@@ -238,7 +238,7 @@ def expect_forward(inputs: Tensors, shape: Shape) -> Expected:
 
 
 def build_one_gemm(inputs: Tensors, shape: Shape) -> Call:
-    """The one GEMM of 2·B²D FLOPs, into a buffer made before."""
+    """The one GEMM of 2·B²D FLOPs, into a preallocated buffer."""
     return partial(_gemm, inputs["x"], inputs["y"], inputs["x"].new_empty(shape["B"], shape["B"]))
 
 

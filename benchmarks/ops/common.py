@@ -116,7 +116,7 @@ def unit(*shape: int, generator: torch.Generator) -> Tensor:
 
 
 def leaf(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An input that wants a gradient."""
+    """An input that requires a gradient."""
     return value.to(device=device, dtype=dtype).requires_grad_()
 
 

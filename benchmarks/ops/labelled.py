@@ -37,8 +37,8 @@ def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
     }
 
 
-# Every class has keys and is not the only one, so no row is without a positive or a negative. The peers below rely on
-# it, as nobody who writes them out in eager torch would count; ours cannot know it, and counts.
+# Every class has keys and is not the only one, so every row has a positive and a negative. The peers below rely on it,
+# as anyone who writes them in eager torch would; ours cannot know it, and counts.
 
 
 def eager_bounded(x: Tensor, y: Tensor, scale: Tensor, row_labels: Tensor, col_labels: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Fused losses of other projects, called as their own documentation does on one GPU.
 
-All are Triton kernels for CUDA tensors. Where they cannot run, the reason is what the table shows;
-tests/benchmarks/ops/test_peers.py runs them in Triton's interpreter, so that what is called here is known to be the
-same loss.
+All are Triton kernels for CUDA tensors. Where they cannot run, the table shows the reason.
+tests/benchmarks/ops/test_peers.py runs them in Triton's interpreter to check that they compute the same loss.
 """
 
 from __future__ import annotations

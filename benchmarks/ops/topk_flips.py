@@ -51,7 +51,7 @@ def errors(outputs: Tensors, expected: Expected, inputs: Tensors) -> dict[str, f
 
 
 def naive(grad: Tensor, table: Tensor, k: int) -> Tensor:
-    """What everybody writes."""
+    """The usual code."""
     return (grad @ table.T).topk(k).indices
 
 
@@ -136,7 +136,7 @@ def _prepared() -> str:
 
 
 def build_ceiling(inputs: Tensors, shape: Shape) -> Call:
-    """The scores alone: one GEMM into a buffer made before."""
+    """The scores alone: one GEMM into a preallocated buffer."""
     scores = inputs["grad"].new_empty(shape["N"], shape["V"])
     return partial(_scores, inputs["grad"], inputs["table"], scores)
 
@@ -156,7 +156,7 @@ def _read(table: Tensor) -> Tensors:
 
 
 def _skinny(shape: Shape, device: str) -> bool:
-    # A library GEMM of a few rows is slower than reading the table, so it is no floor.
+    # A library GEMM of a few rows is slower than reading the table, so it is not a floor.
     return shape["N"] <= 16
 
 

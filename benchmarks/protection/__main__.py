@@ -1,8 +1,8 @@
 """``python -m benchmarks.protection``: results.json beside this file, or in ``--out``.
 
-First every method on every seed, then (protected anew: the same bits) victims of another architecture and victims of
-treated data. A finished part is in the file at once; started again, the command goes on behind it. Parts of another
-setting are not mixed: the file says which setting it holds, and another one is refused.
+Runs every method on every seed, then (protected again, with the same bits) victims of another architecture and victims
+of treated data. Every finished part is stored at once, and the command resumes after it. The file holds one setting
+only: a different one is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METHODS = ("clean", "random-3", "random-12", "mem-3", "em", "trigger-3", "mem-5"
 SETTINGS = Settings(
     eps=16, step=2, rounds=10, surrogate_steps=64, restart=0, trigger_rounds=2, pgd_steps=6, shuffle=0.5
 )
-# Methods whose robustness is asked: what is left of a protection, and of no protection, after each treatment.
+# Methods whose robustness is tested: what each treatment leaves of a protection, and of no protection.
 TREATED = ("clean", "mem-3", "mem-5")
 
 

@@ -1,8 +1,8 @@
 """Compare all methods of unlearning; write ``results.json`` and ``README.md`` beside this file.
 
-    python -m benchmarks.unlearning [--work FOLDER]      about 40 minutes on one core; goes on where it was stopped
+    python -m benchmarks.unlearning [--work FOLDER]      about 40 minutes on one core; resumes where it was stopped
     python -m benchmarks.unlearning --told               the baselines told to keep the other modality: told.json
-    python -m benchmarks.unlearning --page               the page anew from the files
+    python -m benchmarks.unlearning --page               regenerate the page from the files
 
 Runs on one thread, so that seconds are those of one core.
 """

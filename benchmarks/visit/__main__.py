@@ -4,11 +4,11 @@
     python -m benchmarks.visit --out visit --only tune           what decides the constants: smoke, bench, tests or tune
     python -m benchmarks.visit --out visit --wheels wheels       peers from: pip download --no-deps -d wheels inf_cl …
     python -m benchmarks.visit --out visit --tiny --python .venv/bin/python     the same steps anywhere, small shapes
-    python -m benchmarks.visit --unpack visit/visit.tgz          at home: rows and tables into benchmarks/, the report
+    python -m benchmarks.visit --unpack visit/visit.tgz          back in a checkout: rows and tables into benchmarks/
 
-It needs Python with torch and Triton, and a compiler; neither network, git, make, pip nor matplotlib. A step that
-fails or runs out of time is a line of the summary, and the next one starts. What matters most comes first, and the
-archive is whole after every step.
+It needs Python with torch and Triton, and a compiler, but no network, git, make, pip or matplotlib. A step that fails
+or runs out of time is a line of the summary, and the next one starts. The most important steps come first, and the
+archive is complete after every step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""visit.tgz: everything a visit found in one file of bounded size; and what of it goes into the repository."""
+"""visit.tgz: the results of a visit in one file of bounded size; and which of them go into the repository."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def _content(path: Path) -> bytes:
 def unpack(archive: Path, benchmarks: Path) -> list[Path]:
     """Put an archive's rows under ``benchmarks``/results and its tables under ``benchmarks``/visits.
 
-    Rows of a shape measured anew replace the old ones, as if they had been measured here. Nothing else of the archive
-    is written, whatever it holds.
+    New rows of a shape replace its old ones, as if they had been measured here. Nothing else from the archive is
+    written, whatever it holds.
 
     Returns:
         The files that were written.

@@ -1,4 +1,4 @@
-"""What a visit does, in the order of what matters most."""
+"""What a visit does, most important first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.visit.steps import ROOT, Done, Step, Visit, add_counts, count_te
 PARTS = ("smoke", "bench", "tests", "tune")
 Group = tuple[tuple[str, ...], tuple[str, ...]]
 Command = list[str | Path]
-# The cases in the order of what they decide; what an op has besides comes last.
+# The cases by importance; an op's other cases come last.
 MAIN: tuple[Group, ...] = (
     (("clip_loss",), ("B=32768,D=512",)),
     (("clip_loss",), ("B=128", "B=256", "B=1024")),
@@ -100,7 +100,7 @@ def execute(now: Visit, plan: Plan) -> None:
         _measure(now, plan, [*REST, *others()], len(MAIN) + len(LABELS) + 1)
     if plan.wants("tune"):
         tune: Command = [python, "-m", "benchmarks.visit.tune", "--out", now.work / "tune", *_size(plan)]
-        # Where everything is asked for, it takes what is left, and says what did not fit.
+        # In a full visit it takes the time that is left, and says what did not fit.
         tune += ["--minutes", f"{max(0.05, (now.left - LATE) / 60):.2f}"]
         now.run(Step("tune", [tune], least=5 if plan.tiny else 60, environment=_interpreted(plan)))
     if plan.wants("bench"):
@@ -128,7 +128,7 @@ def _prepare(now: Visit, plan: Plan) -> None:
     if plan.wants("smoke"):
         together.append(_smoke(plan, "triton"))
     for part in ("bench", "tune"):
-        # What everything leaves for tuning may be nothing: then it compiles as it goes.
+        # A full visit may leave no time for tuning, so its kernels are not compiled ahead.
         if plan.only == part or (plan.only is None and part == "bench"):
             together.append(_warm(plan, part))
     now.run(*together)
@@ -171,7 +171,7 @@ def _test(now: Visit, plan: Plan) -> None:
 
 
 def gpu_tests() -> list[str]:
-    """The files that have tests for a GPU: others may need packages that are not there, and end the collection."""
+    """The files that have GPU tests: others may need packages that are missing, which would end the collection."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [file.relative_to(ROOT).as_posix() for file in files if "mark.gpu" in file.read_text()]
 

@@ -1,4 +1,4 @@
-"""What tuning asks: cases whose providers are variants of ours, the first as it is."""
+"""The questions of tuning: cases whose providers are variants of ours, the current one first."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def build_changed(inputs: Tensors, shape: Shape, *, build: Build, change: Change
 
 # --- the questions ---------------------------------------------------------------------------------------------------
 
-# Full tiles. Registers and shared memory allow them on a Hopper; what spills there shows in its time.
+# Full tiles. Registers and shared memory allow them on a Hopper; register spills would show in the time.
 FORWARD = {
     "128x256 s4": {"num_stages": 4},
     "128x128 w8": {"block_n": 128},
@@ -158,7 +158,7 @@ _SIZES: dict[bool, dict[str, Shape]] = {
         "few rows": {"N": 8, "M": 64, "D": 16},
     },
 }
-# Besides: our way alone, of what has nothing to choose yet, at the shapes that begin so.
+# Also measured, with our current code only: what has no alternatives yet, at the shapes with these prefixes.
 _PROFILED = {"topk_flips": ("N=5,", "N=2560,"), "candidate_losses": ("",), "pgd_step": ("",), "noise_add": ("",)}
 
 
@@ -172,7 +172,7 @@ def questions(device: str, *, tiny: bool = False) -> list[Question]:
         tiles, keyed = {"forward 32x32": Change(forward=few)}, {"gradient keyed 16": Change(gradient={"keyed_n": 16})}
         ragged = {"forward ragged 16": Change(forward={"ragged_n": 16})}
     sizes = _SIZES[tiny]
-    # There sizes are small, but the question is about the kernels of large batches.
+    # The sizes are small there, but the question is about the kernels of large batches.
     alike = Change(small=False) if tiny else Change()
     spaces = {"64 KiB": 64 << 10} if tiny else WORKSPACES
     found = [

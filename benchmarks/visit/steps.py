@@ -1,4 +1,4 @@
-"""Steps against one deadline: each is a line of the summary, whatever becomes of it, and the archive follows it."""
+"""Runs steps against one deadline: each leaves a line in the summary, whatever its outcome, and updates the archive."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.visit import archive
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESERVE = 10.0  # seconds, for the pages that are made at the end
 LEAST = 3.0  # seconds; nothing starts with less
-# A line of one test, in one process and in one of several; the list at the end of pytest's output looks otherwise.
+# The line of a test, with one process and with several; the list at the end of pytest's output has another form.
 _WORD = "(PASSED|FAILED|ERROR|SKIPPED)"
 _TEST = re.compile(rf"^\S+::.* {_WORD}(?: \(.*\))? +\[ *\d+%\]$|^\[gw\d+\] \[ *\d+%\] {_WORD} ", re.MULTILINE)
 Judge = Callable[[Sequence[Path]], tuple[str, str]]
@@ -78,7 +78,7 @@ class Visit:
         path = os.pathsep.join(filter(None, (str(ROOT), str(self.site), os.environ.get("PYTHONPATH"))))
         self.environment = {**os.environ, "CCU_FAST_TEST_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
         if self.environment.pop("PYTHONDONTWRITEBYTECODE", None):
-            # Or every step would compile all of torch's Python again.
+            # Otherwise every step would compile all of torch's Python again.
             self.environment["PYTHONPYCACHEPREFIX"] = self._scratch.name + "/bytecode"
 
     @property
@@ -172,7 +172,7 @@ def _start(command: Sequence[str | Path], log: Path, environment: dict[str, str]
         file.write(" ".join(words) + "\n")
         file.flush()
         try:
-            # A group to be killed as one, in the session of the visit, so that nothing of it outlives that.
+            # A process group, which can be killed as one, in the session of the visit, so that none of it survives it.
             return subprocess.Popen(
                 words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
             )

@@ -1,10 +1,10 @@
-"""What could be decided otherwise, measured side by side: one table that says what to change.
+"""Measures alternatives for the open choices side by side: one table says what to change.
 
     python -m benchmarks.visit.tune --out tune --device cuda --minutes 8
 
-A question is a case whose providers are variants of ours; the first is how it is. All run in turn in one process, and
-no time is taken of a variant that is off from float64 by more than the rule allows. tune.md ends each question with
-its answer, tune.json has the rows.
+A question is a case whose providers are variants of ours; the first is the current one. All run in turn in one process,
+and a variant that is off from float64 by more than the rule allows is not timed. tune.md ends each question with its
+answer, tune.json has the rows.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def answer(question: Question, facts: dict[str, Any], seconds: float) -> Answer:
     inputs = case.inputs()
     if case.device.type == "cuda":
         case = replace(case, op=replace(case.op, make=partial(_made, inputs)))
-    # On a CPU, where kernels are interpreted, a process for the memory of each would take longest and say nothing.
+    # On a CPU kernels are interpreted: measuring memory in separate processes would take longest and tell nothing.
     rows = run(case, facts, seconds=seconds, say=_say, with_memory=case.device.type == "cuda")
     found = {}
     for provider in case.providers():

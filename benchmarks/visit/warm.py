@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases = list(program.cases(arguments.device, ops, quick=arguments.tiny))
     else:
         cases = [question.case for question in questions.questions(arguments.device, tiny=arguments.tiny)]
-        # Tiles of one question in several processes: they take longest.
+        # The tiles of one question are split over several processes, because they take longest.
         cases = [alone for case in cases for alone in questions.one_by_one(case)]
     chosen = cases[first - 1 :: step]
     for case in chosen:

@@ -1,4 +1,4 @@
-"""Our kernels called several times on small shapes: what is wrong or unsteady is seen."""
+"""Our kernels called several times on small shapes: wrong or varying results are detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the host does in a GPU call, without a GPU: counts of operators and kernels, and launches that are reused.
+"""What the host does in a GPU call, tested without a GPU: counts of operators and kernels, and reused launches.
 
 benchmarks/host_time_worker.py runs a user's call on CPU tensors with a driver that launches nothing.
 """

@@ -1,4 +1,4 @@
-"""The benchmark machinery on tiny shapes: who gets timed, what is stored, what the tables and bars are made of."""
+"""The benchmark machinery on tiny shapes: who is timed, what is stored, how tables and bars are computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made from stored figures: files, pages, plots, the README's table; whether the committed ones are current."""
+"""What is generated from stored figures: files, pages, plots, the README's table; are the committed ones current?."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo as a whole, small: what it writes, that it repeats itself, and that an interruption costs nothing."""
+"""The whole demo at a small size: what it writes, that it is reproducible, and that an interruption costs nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How every command ends when a user can mend what is wrong: one sentence that names it, status 1, nothing lost."""
+"""How every command ends on an error that the user can fix: one sentence that names it, status 1, nothing lost."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WORK = {
     ],
     "bench": ["bench", "--ops", "clip_loss", "--shapes", "B=8,D=8", "--device", "cpu", "--out", "{out}"],
 }  # fmt: skip
-# What does the work of each command; it must not begin when something is wrong that could be seen before.
+# The function that does the work of each command; it must not start if an error could have been seen before.
 WORKERS = {
     "unlearn": "ccu_fast.unlearn.job.run_ccu",
     "compare": "ccu_fast.unlearn.study.compare.run_task",

@@ -1,4 +1,4 @@
-"""``ccu-fast``: its commands, what they hand on, and how they end."""
+"""``ccu-fast``: its commands, what they pass on, and how they end."""
 
 from __future__ import annotations
 

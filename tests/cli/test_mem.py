@@ -55,7 +55,7 @@ def test_protect_and_evaluate_real_digits(tmp_path: Path, capsys: pytest.Capture
     result = json.loads(figures.read_text())
     assert set(result["datasets"]) == {"clean", "mem", "mem, no-trigger"}
     assert set(result["datasets"]["mem"]["seeds"]) == {"0", "1"} and "samples" not in result
-    # What is cut off is the trigger and nothing else: the same victims as of the pictures with the clean captions.
+    # Only the trigger is cut off: the victims equal those of the pictures with the clean captions.
     published, plain = list_pairs(out).captions, list_pairs(data / "train.csv").captions
     bare = tmp_path / "bare"
     shutil.copytree(out, bare)

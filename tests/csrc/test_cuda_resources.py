@@ -1,6 +1,6 @@
-"""The CUDA C++ kernels as they were compiled, for every kind of GPU: registers, shared memory, no spills.
+"""The compiled CUDA C++ kernels, for every kind of GPU: registers, shared memory, no register spills.
 
-No GPU is needed: the machine code lies in the compiled module.
+No GPU is needed: the machine code is in the compiled module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 from ccu_fast.ops.machine import build_info
 from tests.support.presence import absent, require_backend
 
-# By kernel, the most registers a thread may have: 64 leave four blocks of 256 threads, or two of 512, a multiprocessor.
+# The most registers per thread, by kernel: 64 allow four blocks of 256 threads, or two of 512, on a multiprocessor.
 MOST_REGISTERS = {
     "linf_packs": 64,
     "l2_packs": 64,
@@ -34,7 +34,7 @@ MOST_REGISTERS = {
     "losses": 64,
 }
 MOST_SHARED = 48 << 10
-# What a call puts on the stack: printf of an index out of range, with three arguments; a refusal.
+# What calls put on the stack: printf of an index out of range, with three arguments; a refusal.
 CALLS = {"add_packs": 32, "update_packs": 32, "select": 32, "check_packs": 16}
 
 

@@ -15,13 +15,13 @@ from tests.support.paths import ROOT, TESTS
 from tests.support.presence import absent
 
 SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-# Files, and how many tests of each run at least: a selection that lost some must not pass.
+# Files, and the least number of tests that must run in each, so that a selection that loses some fails.
 BYTES_BOUND = {
     "ops/pgd_step/test_pgd_step.py": 90,
     "ops/noise_store/test_noise_store.py": 60,
     "ops/candidate_losses/test_candidate_losses.py": 20,
 }
-# A sanitizer would take minutes for these, whose kernels it sees through the driver.
+# These would take minutes under a sanitizer; it checks their kernels through the driver.
 TOKENS = {
     "ops/topk_flips/test_topk_flips.py": 80,
     "ops/topk_flips/test_cuda.py": 30,

@@ -153,7 +153,7 @@ def test_bounded_inverse_is_its_definition(labelled: bool, reduction: str, engin
                 rows.append(0 * s[i].sum())
                 continue
             counted += 1
-            # 1 − p as what the others have: by a subtraction it would lose the digits that the bound is about.
+            # 1 − p as the sum of the others: a subtraction would lose the digits that the bound is about.
             others = s[i, valid].softmax(0)[[k for k, j in enumerate(valid) if j not in positive]].sum()
             rows.append(-torch.log(others))
         per_row = torch.stack(rows)

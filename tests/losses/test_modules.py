@@ -163,7 +163,7 @@ def compare(
         # A relative error of eps in S is one of |S| eps in exp(S), and |S| is at most the scale.
         ulps = (64 if ours[name].dtype == torch.float64 else 16) + 2 * scale
         if truth.numel() == 1:
-            # One sum of products that both round to `rounded`: by chance torch may hardly err at all.
+            # One sum of products that both round to `rounded`: by chance torch's error may be almost zero.
             ulps += torch.finfo(rounded).eps / torch.finfo(torch.float32).eps / 4
         assert_three_way(name, ours[name], same[name], truth, ulps=ulps, magnitude=magnitude)
 
@@ -269,7 +269,7 @@ def test_two_ranks_give_open_clips_numbers(index: int, rank: int, backend: str, 
     _, options, scale, _ = DISTRIBUTED[index]
     results = {who: dict(answer) for who, answer in two_ranks[rank][index].items()}
     if options.get("local_loss") and options["gather_with_grad"]:
-        # The ranks share this gradient in another way; what is promised is its sum.
+        # The ranks split this gradient differently; only its sum is guaranteed.
         for who, answer in results.items():
             for name in answer.keys() & {"dlogit_scale", "dlogit_bias"}:
                 answer[name] = sum(of_rank[index][who][name] for of_rank in two_ranks) / WORLD

@@ -1,4 +1,4 @@
-"""compat against the plain transcription of the authors' algorithm, in float64: the same triggers, the same noise."""
+"""compat against a plain transcription of the authors' algorithm, in float64: the same triggers, the same noise."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ class TestUnlearning:
         status, figures = self.run(tmp_path, UNLEARN, "3\ntrain/00000.png\n", "one")
         assert status == 0 and figures["sizes"] == {"forget items": 2, "retain items": 10}
         assert figures["provenance"]["model"] == f"hf:{folder}"
-        # What is written are weights that the library, and every --checkpoint, reads.
+        # The written weights can be read by the library and by every --checkpoint.
         clean = transformers.CLIPModel.from_pretrained(folder)
         clean.load_state_dict(read_weights(tmp_path / "one" / "model.safetensors"))
         original = transformers.CLIPModel.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Which backend serves what, on machines that are not this one: ``auto`` never raises, a named backend says why."""
+"""Which backend serves what, on simulated machines: ``auto`` never raises, a named backend says why it cannot run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Machine:
         return [torch.device("cuda", index) for index in range(len(self.gpus))]
 
 
-# Each device's backends, and what is said against the better ones: Triton, then CUDA C++.
+# Each device's backends, and why the better ones are not available: Triton, then CUDA C++.
 MACHINES: dict[str, tuple[Machine, list[tuple[str, str]], tuple[str, str]]] = {
     "H100": (Machine(), [KERNELS], ("", "")),
     "T4": (Machine((T4,)), [TORCH], ("8.0 or later, GPU 0 has 7.5", "built for sm_80, .*, GPU 0 is sm_75")),
@@ -257,7 +257,7 @@ def test_choice_is_a_constant_of_a_graph(pretend: Callable[[Machine], None], mon
     device = torch.device("cuda", 0)
     torch.compile(torch.neg, backend="eager")(torch.zeros(()))  # the compiler's own imports, on this machine
     pretend(Machine((T4,)))
-    # The compiler puts the state of random numbers back where torch sees a GPU.
+    # Where torch sees a GPU, the compiler restores the random number state.
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda _: None)
 

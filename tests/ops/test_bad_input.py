@@ -1,4 +1,4 @@
-"""Bad input: the message names the argument, what was expected and what came; and nothing is computed."""
+"""Bad input: the message names the argument, what was expected and what came, and nothing is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of the process that are none of our business: default dtype and device, matmul precision, autocast."""
+"""Behaviour under settings of the process: default dtype and device, matmul precision, autocast."""
 
 from __future__ import annotations
 

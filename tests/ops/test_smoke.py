@@ -1,4 +1,4 @@
-"""The smoke test of a GPU: on one if there is one, and elsewhere on what this machine has, so that it cannot rot."""
+"""The smoke test of a GPU: on a GPU if there is one, otherwise on what this machine has, so that it keeps working."""
 
 from __future__ import annotations
 

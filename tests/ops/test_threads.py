@@ -1,4 +1,4 @@
-"""Small calls wake no threads: what a kernel has to do decides how many share it."""
+"""Small calls wake no threads: the amount of work decides how many threads share it."""
 
 from __future__ import annotations
 

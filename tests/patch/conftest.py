@@ -1,7 +1,7 @@
 """Drop-in patches against the real libraries.
 
 ``make test`` runs those of light libraries; ``make compat`` runs all of them, one environment per library and version,
-with CCU_FAST_COMPAT_RECORD naming the file that takes what was measured.
+with CCU_FAST_COMPAT_RECORD naming the file for the measurements.
 """
 
 from __future__ import annotations

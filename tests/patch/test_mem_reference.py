@@ -1,4 +1,4 @@
-"""The MEM authors' functions, patched: a plain transcription of them, and their code where a copy is at hand.
+"""The MEM authors' functions, patched: a plain transcription of them, and their code if a copy is available.
 
 CCU_FAST_MEM_REFERENCE names a checkout of github.com/thinwayliu/Multimodal-Unlearnable-Examples.
 """

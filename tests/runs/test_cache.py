@@ -1,4 +1,4 @@
-"""Kept parts: when one counts, when it is made again, and what its key is made of."""
+"""Kept parts: when one is reused, when it is recomputed, and what its key contains."""
 
 from __future__ import annotations
 

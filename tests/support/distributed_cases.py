@@ -1,7 +1,7 @@
 """What every rank does: ``python -m torch.distributed.run … -m tests.support.distributed_cases FOLDER BACKEND``.
 
-One start of the processes serves all cases. A case is a function that asserts; what it raised on which rank goes to a
-file, and tests/distributed/test_on_ranks.py reads it there.
+One start of the processes serves all cases. A case is a function that asserts; its errors on each rank go to a file,
+which tests/distributed/test_on_ranks.py reads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.support.oracle import unit
 from tests.support.tolerance import assert_three_way
 
 CASES: dict[str, Callable[[], None]] = {}
-# Two ranks are enough for these; what they import takes longer than they do.
+# Two ranks are enough for these; their imports take longer than the cases.
 ON_TWO: set[str] = set()
 ENGINES = [("reference", torch.float64), ("native", torch.float32)]
 
@@ -510,7 +510,7 @@ def clip_loss_sends_one_side_and_half_of_open_clips_bytes() -> None:
     assert 0 < sent["ours"] <= 0.55 * sent["theirs"], sent
 
 
-# What needs no CPU: run by NCCL on as many GPUs as there are.
+# Cases that need no CPU: NCCL runs them on as many GPUs as there are.
 ON_GPUS = (
     "primitive_gathered",
     "primitive_around_a_ring",

@@ -1,4 +1,4 @@
-"""What every drop-in must show: the same numbers, the same training, a clean way back; and what is recorded of it."""
+"""What every drop-in must show: the same numbers, the same training, a clean undo; and how this is recorded."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What the MEM authors' functions do, written plainly from their description, with their names and signatures.
 
-Stands in for the authors' code where no copy of it is at hand: the loss over everything, scoring on the host, one
+Stands in for the authors' code if no copy of it is available: the loss over everything, scoring on the host, one
 full forward for every candidate, weight gradients in the noise steps.
 """
 

@@ -1,8 +1,8 @@
-"""The authors' algorithm (Liu et al. 2024) written down plainly, as an oracle and as the work that theirs does.
+"""The authors' algorithm (Liu et al. 2024) written plainly, as an oracle and as a measure of the work it does.
 
-One function a phase, in plain torch and plain loops, from the paper's Algorithm 1 and a description of the authors'
-code. It shares nothing with ccu_fast but the model. It does the work of the original: the image tower runs again for
-every candidate, text has all positions, scores are computed on the host, gradients of all weights are computed.
+One function per phase, in plain torch and plain loops, from the paper's Algorithm 1 and a description of the authors'
+code. It shares only the model with ccu_fast. It does the work of the original: the image tower runs again for every
+candidate, text has all positions, scores are computed on the host, gradients of all weights are computed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where this checkout lies, and its tests: a child process finds both with ROOT on its path."""
+"""The paths of this checkout and its tests; a child process finds both with ROOT on its path."""
 
 from __future__ import annotations
 

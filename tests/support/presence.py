@@ -1,4 +1,4 @@
-"""What a test needs and this machine may lack."""
+"""Requirements of tests that this machine may lack."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Every operation once against float64: what a GPU that never ran them runs first.
+"""Every operation once against float64: the first thing to run on a new GPU.
 
     python -m tests.support.smoke --device cuda --backend triton --part 2/8    every eighth check, from the second
     python -m tests.support.smoke --device cpu --backend native                the same on a CPU, as test_smoke.py
 
-The line of each that is wrong says how far it is off, the last line how many there were.
+Each wrong operation gets a line that says how far it is off; the last line counts them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calls of every operation on sizes that fit no tile, each held to float64: what smoke.py and test_smoke.py run.
+"""Calls of every operation on sizes that fit no tile, each checked against float64, for smoke.py and test_smoke.py.
 
 A check computes three times from the same inputs: by the backend, by plain torch in the same dtype, and by plain torch
 in float64.
@@ -25,7 +25,7 @@ Tensors = dict[str, Tensor]
 Cast = Callable[[Tensor], Tensor]
 Compute = Callable[[Cast, str], Tensors]
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Units in the last place that are granted where torch is exact by luck. TF32 rounds operands.
+# Units in the last place that are allowed where torch is exact by luck. TF32 rounds operands.
 ULPS = {"fp32": 64.0, "tf32": 2.0**15, "fp16": 16.0, "bf16": 16.0}
 # Losses are fp32 whatever the inputs. So is dscale, but from E as it was kept, in bf16 where the inputs are halves.
 LOSS_OF_HALVES, DSCALE_OF_HALVES = 2.0**10, 2.0**17

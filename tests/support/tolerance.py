@@ -1,4 +1,4 @@
-"""How far a result may be from the truth: the one place that says it."""
+"""How far a result may be from the truth, defined only here."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Stand-ins for torchvision, which open_clip imports for image files and which has no build for CPU torch.
 
-Whatever is imported from it is an empty class: enough to import, nothing to compute with.
+Every name imported from it is an empty class: enough to import, but not to compute.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One unlearning run on two processes: the result of one process, half of the rows each, one writer."""
+"""One unlearning run on two processes: the result equals that of one, each has half of the rows, and one writes."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_one_writes_and_both_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "same model, data and settings on all 2 processes" in different
     assert "as many processes as a batch has items of each set (1), got 2" in many
     assert "expected an undamaged file" in bad
-    # One process takes up what two have written.
+    # One process resumes what two have written.
     os.replace(tmp_path / "after3.pt", checkpoint.path)
     alone = unlearn(model, forget, retain, CONFIGS["class"], checkpoint=checkpoint)
     torch.testing.assert_close(weights(alone), whole, rtol=1e-7, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Compiles the kernels of csrc/cuda, and whatever stands beside them, for a CPU: see README.md."""
+"""Compiles the kernels of csrc/cuda and the files they need for a CPU: see README.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUIET = ["-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-psabi", "-Wno-sig
 WARNINGS = ["-Wall", "-Wextra", *QUIET, "-Werror"]
 COMMON = ["-std=c++17", "-fPIC", "-g1", "-fvisibility=hidden", "-ffp-contract=fast", "-mfma", *WARNINGS]
 
-# What is only called, and is not under test: with optimisation it takes two minutes.
+# Code that is only called, not under test: optimising it takes two minutes.
 QUICK = ["-O0", "-g0"]
 
 

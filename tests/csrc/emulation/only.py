@@ -1,6 +1,6 @@
 """Tests that only the emulation can run: what ends a kernel, and how many kernels a call launches.
 
-A GPU is lost after the first; the second would need its profiler.
+A real GPU is unusable after the first; the second would need its profiler.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
     CCU_FAST_EMULATED_GPU=/path/of/_C.so python -m pytest -p tests.csrc.emulation.plugin tests/ops/pgd_step …
 
-The module named takes the place of ccu_fast._C, and where the package would ask whether tensors are on a GPU the answer
-is yes, so that every operation of the backend "native" takes its CUDA kernel. What a test says of the device "cuda" is
-done on the CPU.
+The named module replaces ccu_fast._C, and every check whether tensors are on a GPU answers yes, so that all operations
+of the backend "native" use their CUDA kernels. Whatever a test asks of the device "cuda" runs on the CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import pytest
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# What no emulation of kernels has.
+# Tests that an emulation of kernels cannot run.
 BEYOND = {
     "test_a_cuda_graph_holds_the_step": "CUDA graphs",
     "test_a_cuda_graph_holds_the_search": "CUDA graphs",
@@ -31,10 +30,10 @@ BEYOND = {
     "test_nan_in_the_gradient": "a CPU raises at once, a GPU later: it has a test of its own",
     "test_inf_in_the_gradient": "a CPU raises at once, a GPU later: it has a test of its own",
 }
-# What takes minutes here; of the ids of the CPU, small shapes stay.
+# Tests that take minutes here; of the CPU's ids, small shapes stay.
 SLOW = ("test_ties_go_to_the_lowest_id", "test_many_blocks_of_rows")
 MOST_SCORES = 4000
-# What belongs to the CPU kernels or to plain torch, neither of which is used here.
+# Tests of the CPU kernels or of plain torch, neither of which is used here.
 OF_THE_CPU = (
     "test_a_reference_table_does_not_serve_native",
     "test_fp64_runs_on_the_reference",

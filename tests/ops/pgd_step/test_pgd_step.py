@@ -1,4 +1,4 @@
-"""pgd_step_ against its formula in plain torch, written here once more."""
+"""pgd_step_ against its formula in plain torch, written here independently."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_layouts(backend: str) -> None:
     store[::2][:4] = delta
     pgd_step_(store[::2][:4], grad, image, step=STEP, eps=EPS, backend=backend)
     assert torch.equal(store[::2][:4], expected) and not bool(store[1::2].any())
-    # One image for all of the batch, without a copy of it by the user.
+    # One image for the whole batch, which the user need not copy.
     shared = image[:1].expand(4, -1, -1, -1)
     expected = linf(delta, grad, shared, STEP, EPS)
     assert torch.equal(pgd_step_(delta, grad, shared, step=STEP, eps=EPS, backend=backend), expected)
@@ -201,7 +201,7 @@ def test_inf_in_the_gradient(backend: str) -> None:
     pgd_step_(zeroed, grad, image, step=STEP, eps=EPS, norm="l2", nan_policy="zero", backend=backend)
     exact = l2(before.double(), grad.double().nan_to_num(0, 0, 0), image.double(), STEP, EPS)
     torch.testing.assert_close(zeroed.double(), exact, rtol=1e-5, atol=1e-6)
-    # The sign of infinity is one like any other.
+    # Infinity has a sign like any other number.
     expected = linf(delta, grad, image, STEP, EPS)
     assert torch.equal(pgd_step_(delta, grad, image, step=STEP, eps=EPS, backend=backend), expected)
 

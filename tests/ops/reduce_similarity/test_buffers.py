@@ -1,4 +1,4 @@
-"""The large buffer that stays between calls: lent to one user at a time, never under a living graph."""
+"""The large buffer that is kept between calls: lent to one user at a time, never reused while a graph needs it."""
 
 from __future__ import annotations
 

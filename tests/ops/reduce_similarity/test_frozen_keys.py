@@ -1,4 +1,4 @@
-"""Large banks of frozen keys: the CPU's own way for them, by the same brute force as the general one."""
+"""Large banks of frozen keys: the CPU's special path against the same brute force as the general one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.oracle import SET_NAMES, SETS, Case, check, unit
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
-# In bf16 a gradient of scale asks for the general way.
+# In bf16 a gradient of scale needs the general path.
 FROZEN = {torch.float32: ("y",), torch.bfloat16: ("y", "scale")}
 
 
@@ -124,7 +124,7 @@ def test_the_same_bits_for_any_number_of_threads(calls: list[Any]) -> None:
         results, _ = reduce_similarity(leaf, y, **labels, rows=lse(ALL, OTHER), backend="native")
         found.append([*results, *torch.autograd.grad((results[0] - results[1]).sum(), leaf)])
     torch.set_num_threads(1)
-    # The GEMMs may part their sums by threads; our own sums do not.
+    # The GEMMs may split their sums by threads; our own sums do not.
     for other, first in itertools.product(found[1:], found[:1]):
         for a, b in zip(other, first, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

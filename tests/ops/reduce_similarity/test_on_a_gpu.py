@@ -70,7 +70,7 @@ def test_against_fp64(name: str, arithmetic: str, workspace: int | None) -> None
     exact = step(LOSSES[name], x.double(), y.double(), backend="reference")
     ulps = {"fp32": 64.0, "tf32": 2.0**15}.get(arithmetic, 16.0)
     for what, a, b, c in zip(("loss", "dx", "dy", "dscale"), ours, same, exact, strict=True):
-        # Scalars are fp32 whatever the inputs: what G was rounded to shows in them.
+        # Scalars are fp32 whatever the inputs, so they show how G was rounded.
         rounded = 2.0**14 if a.ndim == 0 and dtype != torch.float32 else 1.0
         assert_three_way(f"{name} {what}", a, b, c, ulps=ulps * rounded)
 

@@ -1,4 +1,4 @@
-"""reduce_similarity against brute force: every reduction, relation set, shape, dtype and gradient; and its promises."""
+"""reduce_similarity against brute force: every reduction, relation set, shape, dtype and gradient; its guarantees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InfoNCE of small batches, which one operator computes: the general way's numbers, and who goes which way."""
+"""InfoNCE of small batches by one operator: the numbers of the general path, and which calls take which path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""topk_flips on a GPU. What needs none runs here: the bound, and the selection with the kernel's own arithmetic."""
+"""topk_flips on a GPU. Tested without one: the bound, and the selection with the kernel's own arithmetic."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_coarse_scores_are_within_their_bound(native: str, few: bool, maximize: 
     off = seen - exact * about[:, 1:2].double()
     off = off - (off.amax(1, keepdim=True) + off.amin(1, keepdim=True)) / 2
     assert bool((off.abs().amax(1) <= about[:, 2]).all())
-    # The bound is of use: a small part of the spread of the scores.
+    # The bound is useful: it is a small part of the spread of the scores.
     assert float((about[:, 2] / (seen - about[:, 1:2] * penalty).std(1)).max()) < 0.05
     assert about[:, 3].tolist() == [0.0] * 9
 

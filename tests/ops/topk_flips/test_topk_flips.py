@@ -17,7 +17,7 @@ from ccu_fast import Flips, TokenTable, topk_flips
 from ccu_fast.ops.backend import unavailable
 from tests.support.tolerance import assert_three_way
 
-# On a GPU "fast" lets fp16 choose among what is nearly equal.
+# On a GPU "fast" lets fp16 choose among nearly equal scores.
 EXACT = ("certified", "fp32") + (() if "CCU_FAST_EMULATED_GPU" in os.environ else ("fast",))
 BACKENDS = ["reference"] + ([] if unavailable("native") else ["native"])
 
@@ -130,8 +130,8 @@ def test_extreme_magnitudes(backend: str) -> None:
 
 @pytest.mark.parametrize("dim", [255, 256, 257, 700])
 def test_sums_at_the_edge_of_the_scan(backend: str, dim: int) -> None:
-    # Whole vectors of one sign and one size give the longest sums that the whole numbers of a scan can have, in the
-    # first chunk alone or in all; a spike leaves little precision to the rest.
+    # Vectors whose elements all have one sign and one size give the largest sums that the integers of a scan can reach,
+    # in the first chunk alone or in all; a spike leaves little precision for the rest.
     size, sign = 1 + torch.rand(300, 1), torch.where(torch.rand(300, 1) < 0.5, -1, 1)
     embedding = torch.cat([(size * sign).expand(300, dim), size * torch.randn(300, dim), torch.eye(dim)])
     grad = torch.ones(6, dim) + 1e-3 * torch.randn(6, dim)

@@ -1,8 +1,7 @@
-"""Every Triton kernel compiled ahead of time for sm_80, sm_89, sm_90 and sm_100, and what the compiler made of it.
+"""Every Triton kernel compiled ahead of time for sm_80, sm_89, sm_90 and sm_100, and the resources that it takes.
 
-No GPU is needed: a driver that only names a target takes the place of the real one, and the backend's own launch code
-runs on CPU tensors. So what is compiled here, arguments, specialisations and tiles, is what a GPU of that kind would
-run.
+No GPU is needed: a driver that only names a target replaces the real one, and the backend's own launch code runs on CPU
+tensors. So the arguments, specialisations and tiles compiled here are those that a GPU of that kind would run.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ SMALL = ("small_forward_kernel", "small_gradient_kernel")
 NORMALIZE = ("normalize_kernel", "normalize_backward_kernel")
 OTHERS = ("bound_kernel", "merge_kernel", "own_kernel", "norm_kernel", "scale_kernel", "finish_kernel")
 
-# Nor may a user see what a release has to say of options that were left out.
+# Users must not see a release's warnings about options that were left out, either.
 pytestmark = pytest.mark.filterwarnings("error")
 
 # Rows, columns, keys, "ragged" if the shape fits no tile, bias.
@@ -104,7 +103,7 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ca
     from ccu_fast.ops.reduce_similarity.triton import backward_pass, configs, forward_pass
     from ccu_fast.ops.reduce_similarity.triton import small as small_batch
 
-    # So that a launch that leaves the choice to Triton shows, whatever this release would choose.
+    # So that a launch that leaves the choice to Triton is detected, whatever this release would choose.
     monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
     # Nobody reads the lines of what is compiled here, and they take a sixth of the compiler's time.
     monkeypatch.setattr(triton.knobs.compilation, "disable_line_info", True)
@@ -191,7 +190,7 @@ def test_resources(
     incoming = torch.zeros_like(row_out), torch.zeros_like(col_out)
     similarity.backward(p, (*incoming, row_out, col_out), stash, [True, True, True, False], 1 << 30)
 
-    # And G from x and y for all of its tiles, as for rows of which nothing was kept.
+    # And G from x and y for all of its tiles, as for rows whose similarities were not kept.
     similarity.backward(p, (*incoming, row_out, col_out), stash[:16], [True, True, True, p.bias is not None], 1 << 30)
 
     kernels = compiled()

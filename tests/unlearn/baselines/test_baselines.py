@@ -1,4 +1,4 @@
-"""Every method to compare with: its characteristic step against a computation by hand, and a run of each."""
+"""Every baseline: its characteristic step against a computation by hand, and a run of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""These tests run kernels on CPU tensors: tests/ops/triton/test_interpreter.py starts them where that is possible."""
+"""These tests run kernels on CPU tensors; tests/ops/triton/test_interpreter.py starts them where that is possible."""
 
 from __future__ import annotations
 

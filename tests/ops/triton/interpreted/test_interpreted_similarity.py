@@ -156,7 +156,7 @@ def test_fp16_gradients_keep_their_digits(factor: float) -> None:
         loss = info_nce(
             *leaves, scale=torch.tensor(10.0, dtype=torch.float64 if dtype != FP16 else FP32), backend=backend
         )
-        # The part of the factor that fp16 cannot hold is taken before the gradients are rounded to it.
+        # The part of the factor that fp16 cannot hold is applied before the gradients are rounded to fp16.
         grads.append(torch.autograd.grad(loss * factor, leaves))
     for name, exact, ours in zip("xy", *grads, strict=True):
         if factor < 1:
@@ -207,7 +207,7 @@ def pairs(n: int, d: int, length: float, kind: str) -> tuple[Tensor, Tensor]:
     return x, {"equal": x, "opposite": -x, "unrelated": length * unit(n, d)}[kind]
 
 
-# E is kept where no softplus is asked for, and no row is looked at again where no lse is.
+# E is kept if there is no softplus, and no row is checked again if there is no lse.
 TOGETHER = (("softplus", "sum"), ("lse", "sum"), KINDS)
 
 

@@ -1,4 +1,4 @@
-"""The kernels of small batches: what holds for the large ones holds for them."""
+"""The kernels of small batches, by the same tests as those of large ones."""
 
 from __future__ import annotations
 

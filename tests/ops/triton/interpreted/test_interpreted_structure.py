@@ -1,4 +1,4 @@
-"""What the Triton launchers launch, allocate and wait for: no kernel runs here, so any size can be asked for."""
+"""What the Triton launchers launch, allocate and wait for: no kernel runs here, so any size can be tested."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ccu_fast.ops.small_info_nce import triton as small_info_nce
 
 CLIP = (encode("lse", int(ALL)), encode("sum", int(SELF)))
 KERNELS = [(home, name) for home in (forward_pass, backward_pass) for name in vars(home) if name.endswith("_kernel")]
-# What makes the host wait for a GPU.
+# Calls that make the host wait for a GPU.
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "unique", "masked_select")
 
 
