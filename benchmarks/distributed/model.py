@@ -19,16 +19,16 @@ ASSUMPTIONS = f"""\
 bf16 features, D = {DIM}, equal batches; GEMMs at {GEMM / 1e12:.0f} TFLOP/s whatever their shape.
 A GPU sends {INSIDE / 1e9:.0f} GB/s within a node of {NODE} and {OUTSIDE / 1e9:.0f} GB/s between nodes;
 {LATENCY * 1e6:.0f} µs for each step of a collective, with log2 steps for a tree and one for each block of a ring.
-Collectives and GEMMs follow each other; only a ring overlaps its transfers. What is not a GEMM costs nothing here:
-for open_clip, which writes and reads n·B logits several times, that flatters most. `ccu_fast` recomputes the share of
-S that {WORKSPACE >> 30} GiB do not hold. Inf-CL: a ring in each direction that recomputes S for each gradient,
-20·n·B·D FLOPs, features and fp32 gradients of both sides travelling.
+Collectives and GEMMs follow each other; only a ring overlaps its transfers. Work other than GEMMs is free here, which
+flatters open_clip most, since it writes and reads n·B logits several times. `ccu_fast` recomputes the share of S that
+does not fit in {WORKSPACE >> 30} GiB. Inf-CL: a ring in each direction that recomputes S for each gradient,
+20·n·B·D FLOPs, and sends features and fp32 gradients of both sides.
 """
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One rank's: FLOPs, bytes sent, bytes held beyond the own features, seconds."""
+    """One rank's FLOPs, bytes sent, bytes held beyond its own features, and seconds."""
 
     flops: float
     sent: float

@@ -152,11 +152,10 @@ def page(results: dict[str, Any], told_figures: dict[str, Any] | None) -> str:
         "# Unlearning: all methods, both tasks, three seeds",
         "",
         "Made by `python -m benchmarks.unlearning` from [results.json](results.json). Mean ± sample deviation over the "
-        "seeds. Gold is a model trained again with the visual half of the forget set masked; the average gap is to it, "
-        "in points, over the accuracies of each modality and the membership attack. Seconds are processor "
-        "time of one thread, which does not count what else the machine does. (c) repels forgotten items from retained "
-        "ones of their own class: for a whole class there is no such pair, and it then only holds retained items to "
-        "their class.",
+        "seeds. Gold is a model retrained with the visual half of the forget set masked; the average gap compares with "
+        "it, in points, over the accuracies of each modality and the membership attack. Seconds are CPU time of one "
+        "thread, which excludes other work on the machine. (c) repels forgotten items from retained ones of their own "
+        "class: for a whole class there is no such pair, and it then only keeps retained items close to their class.",
     ]
     for by_scenario in results["unlearn"].values():
         for scenario, seeds in by_scenario.items():
@@ -168,8 +167,8 @@ def page(results: dict[str, Any], told_figures: dict[str, Any] | None) -> str:
             "",
             "## Told to keep the other modality",
             "",
-            "As published no baseline is told that the other half of a forgotten item stays. With the cross-entropy of "
-            "the other head on the forget set added (`keep_other=1.0`; `--told`, [told.json](told.json)):",
+            "As published, no baseline is told to keep the other half of a forgotten item. Here the cross-entropy of "
+            "the other head on the forget set is added (`keep_other=1.0`; `--told`, [told.json](told.json)):",
         ]
         for task, by_kind in told_figures.items():
             for kind, methods in by_kind.items():

@@ -15,7 +15,7 @@
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
-// Of one block, since blocks run one after the other; a section of its own, so that it can be filled with garbage. Not
+// Shared by one block, since blocks run one after another; in a separate section, which can be filled with garbage. Not
 // under the address sanitizer, which must see each variable by itself.
 #ifdef __SANITIZE_ADDRESS__
 #define __shared__ static
@@ -68,7 +68,7 @@ struct Place {
 
 void block_barrier(Place);
 void warp_barrier(unsigned mask, Place);
-// What each of the 32 lanes of this warp brought; of lanes that are not in the mask nothing is known.
+// The values of the 32 lanes of this warp; those of lanes outside the mask are undefined.
 const uint64_t* exchange(unsigned mask, uint64_t mine, Place);
 [[noreturn]] void trap();
 int lane();
@@ -82,7 +82,7 @@ struct Launch {
 };
 void run(const Launch&, size_t parameter_bytes, void (*thread)(void*), void* context);
 
-// kernel<<<launch>>>(arguments): the arguments are copied once and seen by every thread.
+// kernel<<<launch>>>(arguments): the arguments are copied once and shared by every thread.
 template <class... P, class... A>
 void launch(const Launch& how, void (*kernel)(P...), A&&... arguments) {
   struct Call {

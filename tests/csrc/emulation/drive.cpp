@@ -1,5 +1,5 @@
-// Every CUDA kernel of csrc/cuda a few times on small inputs, for a sanitizer to watch and for results to be compared:
-// what it prints depends on neither the order of threads nor the seed.
+// Runs every CUDA kernel of csrc/cuda a few times on small inputs, for the sanitizers and to compare results: its
+// output depends on neither the order of threads nor the seed.
 //
 //     drive          everything
 //     drive topk     the kernels of topk_flips alone; drive rest: all others
@@ -20,7 +20,7 @@ float uniform() {
   return static_cast<float>(state >> 8) / 8388608.0f - 1.0f;
 }
 
-// As a GPU's allocator aligns it.
+// Aligned as by a GPU's allocator.
 template <class T>
 T* memory(size_t n) {
   return static_cast<T*>(std::aligned_alloc(256, (n * sizeof(T) + 255) / 256 * 256));

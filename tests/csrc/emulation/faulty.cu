@@ -1,4 +1,4 @@
-// Kernels that are wrong, each in its own way: the emulation has to notice. Which one is the first argument.
+// Kernels with one bug each, which the emulation must detect. The first argument selects the kernel.
 #include <cuda_runtime.h>
 
 #include <cstdlib>
@@ -19,7 +19,7 @@ __global__ void different_barriers(float*) {
     __syncthreads();
 }
 
-// A collective whose mask names lanes that have gone.
+// A collective whose mask names lanes that have exited.
 __global__ void missing_lane(float* out) {
   if (threadIdx.x % 32 >= 16) return;
   out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 1);
@@ -34,7 +34,7 @@ __global__ void race(float* out) {
 
 __global__ void out_of_bounds(float* out) { out[threadIdx.x + 1] = 1.0f; }
 
-// Sixteen bytes at an address that is only whole floats.
+// Sixteen bytes at an address that is only aligned to a float.
 __global__ void misaligned(float* out) {
   if (threadIdx.x == 0) reinterpret_cast<float4*>(out + 1)->x = 1.0f;
 }

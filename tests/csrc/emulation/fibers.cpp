@@ -1,13 +1,12 @@
-// Runs a kernel on a CPU: one block after the other, each of its threads a fiber of this one operating system thread.
+// Runs a kernel on a CPU: one block after another, each of its threads as a fiber of one operating system thread.
 //
-// A fiber runs until it meets a barrier or a warp collective, or ends. Those that can run are resumed in a random
-// order, some warps being held back a round, so that code which counts on an order of threads goes wrong. A barrier
-// opens when all live fibers stand at the same one; a collective when all lanes of its mask stand at it, and with the
-// same mask. What a GPU would refuse, hang on or leave undefined ends the process with a sentence. Fibers are switched
-// here and not by the operating system: a topk_flips row takes 100,000 switches, which cost 3 ms so and 100 ms by
-// swapcontext.
+// A fiber runs until it reaches a barrier or a warp collective, or ends. Runnable fibers are resumed in random order,
+// with some warps held back for a round, so that code that relies on an order of threads fails. A barrier opens when
+// all live fibers have reached the same one; a collective when all lanes of its mask have reached it with the same
+// mask. Whatever a GPU would refuse, hang on or leave undefined ends the process with an error message. Fibers are
+// switched here and not by swapcontext: the 100,000 switches of a topk_flips row take 3 ms instead of 100 ms.
 //
-// EMULATION_SEED=n another order; EMULATION_SKIP=file:line leaves that __syncthreads() out.
+// EMULATION_SEED=n selects another order; EMULATION_SKIP=file:line leaves that __syncthreads() out.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -21,7 +20,7 @@
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
 #endif
-// EMULATION_TSAN instead of its own macro: this file is not instrumented, for its variables are the hardware's.
+// EMULATION_TSAN instead of the sanitizer's macro: this file is not instrumented, because it stands for the hardware.
 #ifdef EMULATION_TSAN
 extern "C" {
 void* __tsan_get_current_fiber();
@@ -42,7 +41,7 @@ dim3 blockDim, gridDim;
 extern "C" {
 extern char __start_emulated_shared[] __attribute__((weak));
 extern char __stop_emulated_shared[] __attribute__((weak));
-// Saves the registers that a call preserves on the stack, and goes on where another stack was left so.
+// Saves the registers that a call preserves on the stack, and resumes another stack that was left in the same way.
 void emulation_switch(void** left, void* entered);
 }
 asm(R"(
@@ -91,7 +90,7 @@ struct Fiber {
 struct Trapped {};  // thrown by __trap()
 
 Fiber fibers[kMostThreads];
-uint64_t exchanged[kMostThreads];  // what the lanes of the last collective of each warp brought
+uint64_t exchanged[kMostThreads];  // the values of the lanes in the last collective of each warp
 unsigned current = 0;
 void* scheduler = nullptr;  // its stack pointer, while a fiber runs
 void (*body)(void*) = nullptr;
@@ -115,7 +114,7 @@ uint64_t random_number() {
   std::abort();
 }
 
-// The sanitizers are told of every switch, and of what the barriers order.
+// Tells the sanitizers about every switch, and about the order that barriers impose.
 #ifdef __SANITIZE_ADDRESS__
 const void* scheduler_bottom = nullptr;
 size_t scheduler_size = 0;
@@ -203,14 +202,14 @@ void resume(unsigned i) {
 
 void start(Fiber& f) {
   void** top = reinterpret_cast<void**>(f.stack + kStackBytes);
-  *--top = nullptr;  // where a return address would be: it keeps the stack as aligned as after a call
+  *--top = nullptr;  // in place of a return address: keeps the stack aligned as after a call
   *--top = reinterpret_cast<void*>(&first_of_fiber);
   for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
   f.stack_pointer = top;
   f.state = State::kReady;
 }
 
-// Lets the lanes of a complete collective go on; whether there was one in the warp that begins at thread `first`.
+// Resumes the lanes of a complete collective; returns whether the warp that begins at thread `first` had one.
 bool open_collective(unsigned first, unsigned threads) {
   bool opened = false;
   const unsigned end = std::min(threads, first + kWarp);
@@ -238,7 +237,7 @@ bool open_collective(unsigned first, unsigned threads) {
   return opened;
 }
 
-// Lets all go on that stand at the barrier; false if all fibers are done.
+// Resumes all fibers at the barrier; false if all fibers are done.
 bool open_barrier(unsigned threads) {
   const Fiber* at_barrier = nullptr;
   const Fiber* at_collective = nullptr;
@@ -371,10 +370,10 @@ cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-// How many kernels were launched since the last question; whatever a trap has ended can go on.
+// How many kernels were launched since the last call. After a trap, kernels can be launched again.
 __attribute__((visibility("default"))) int64_t emulation_launches() { return std::exchange(emulation::launched, 0); }
 __attribute__((visibility("default"))) void emulation_recover() { emulation::trapped = false; }
-// Few, so that grid-stride loops go round.
+// Few, so that grid-stride loops iterate.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = 3;
   return cudaSuccess;
