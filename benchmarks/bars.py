@@ -63,7 +63,7 @@ class Bar:
         return value <= self.bar if self.measure in _AT_MOST else value >= self.bar
 
     def said(self, value: float | None) -> str:
-        """One line: what was measured, what is owed."""
+        """One line with the measured figure and its target."""
         verdict = "not measured" if value is None else "met" if self.met(value) else "NOT MET"
         sign = "≤" if self.measure in _AT_MOST else "≥"
         what = {

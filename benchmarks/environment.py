@@ -45,7 +45,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 def source() -> tuple[str | None, bool | None]:
     """The commit that is measured, and whether files differ from it; None where nothing says so.
 
-    A copy without .git is told by the variable CCU_FAST_COMMIT, or by a file COMMIT at its root.
+    For a copy without .git the variable CCU_FAST_COMMIT names the commit, or a file COMMIT at its root.
     """
     file = REPOSITORY / "COMMIT"
     told = os.environ.get(COMMIT) or (file.read_text() if file.is_file() else "")

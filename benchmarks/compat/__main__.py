@@ -89,10 +89,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Drop-in patches against the real libraries",
         "",
-        "Made by `make compat` from [results.json](results.json). *Numbers*: how many comparisons of loss and gradients "
-        "(for token scoring: tokens) with the library's own passed, judged by the library in float64. *Training*: the "
-        "largest difference between the losses of 100 steps with and without the patch, 0 where tokens are chosen. "
-        "*Speed*: the library's time over the patched one's, median of rounds in turns, on a CPU.",
+        "Made by `make compat` from [results.json](results.json). *Numbers*: how many comparisons of loss and "
+        "gradients (for token scoring: tokens) with the library's own passed, judged by the library in float64. "
+        "*Training*: the largest difference between the losses of 100 steps with and without the patch, 0 where tokens "
+        "are chosen. *Speed*: the library's time over the patched one's, median of rounds in turns, on a CPU.",
         "",
         "| library | version | replaced | numbers | training | speed |",
         "|---|---|---|---|---|---|",

@@ -27,7 +27,7 @@ def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
 
 
 def loss(image: Tensor, text: Tensor) -> Tensor:
-    """Symmetric InfoNCE as it is written."""
+    """Symmetric InfoNCE by its formula."""
     logits = SCALE * image @ text.T
     target = torch.arange(len(image), device=image.device)
     cross_entropy = torch.nn.functional.cross_entropy

@@ -21,7 +21,7 @@ Build = Callable[..., Call]
 
 
 def step(loss: Loss, inputs: Tensors) -> Tensors:
-    """The loss of the inputs in their order, and its gradient for every one that wants it, named ``d<input>``."""
+    """The loss of the inputs in order, and its gradient for every input that requires one, named ``d<input>``."""
     value = loss(*inputs.values())
     wanted = {k: t for k, t in inputs.items() if t.requires_grad}
     grads = torch.autograd.grad(value, tuple(wanted.values())) if wanted else ()
@@ -60,7 +60,7 @@ def _autocast_step(loss: Loss, inputs: Tensors) -> Tensors:
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Set torch's fp32 matmul precision and put back what was there."""
+    """Set torch's fp32 matmul precision and restore the old value."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

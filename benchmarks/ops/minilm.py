@@ -35,7 +35,7 @@ def folder() -> Path:
 
 
 def installed() -> bool:
-    """Whether the real table is there; without it this operation is not among those that are measured."""
+    """Whether the real table is installed; without it this operation is not measured."""
     try:
         return (folder() / "model.safetensors").exists()
     except Unavailable:
@@ -55,7 +55,7 @@ def embedding() -> Tensor:
 
 
 def gradients(rows: int, table: Tensor) -> Tensor:
-    """Rows like the gradient of a loss that wants some words: sums of a few rows of the table, and noise."""
+    """Rows like the gradient of a loss that favours some words: sums of a few rows of the table, and noise."""
     rng = torch.Generator().manual_seed(0)
     wanted = torch.randint(len(table), (rows, 3), generator=rng)
     noise = torch.randn(rows, table.shape[1], generator=rng)
@@ -69,7 +69,7 @@ def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
 
 
 def scan_report(grad: Tensor, table: Tensor, k: int) -> tuple[float, int]:
-    """What a GPU's fp16 scan would leave to float64: candidates a row, and rows that all tokens must be scored for.
+    """What a GPU's fp16 scan would leave to float64: candidates per row, and rows that need scores of all tokens.
 
     The bound and the selection are those of the GPU; the GEMM is an fp32 one of the same fp16 numbers.
     """

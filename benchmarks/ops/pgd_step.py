@@ -52,7 +52,7 @@ def _call(function: Callable[..., Tensor], inputs: Tensors) -> Tensors:
 
 
 def build_ours(inputs: Tensors, shape: Shape) -> Call:
-    """ccu_fast.pgd_step_ in place on its own copy of the noise, which walks on from call to call."""
+    """ccu_fast.pgd_step_ in place on its own copy of the noise, which changes from call to call."""
     from ccu_fast.ops.pgd_step.api import pgd_step_
 
     backend = our_backend("pgd_step_", inputs["delta"])

@@ -49,7 +49,7 @@ def profile(call: Call, device: torch.device) -> list[Kernel]:
 
 
 def of_parts(kernels: list[Kernel]) -> dict[str, float]:
-    """Milliseconds by what decides: each kernel of ours by its name, the GEMMs together, the rest together."""
+    """Milliseconds of each kernel of ours by its name, of the GEMMs together, and of the rest together."""
     parts: dict[str, float] = {}
     for kernel in kernels:
         own = re.search(r"\b(?:small_)?(forward|gradient|scale|finish|bound|merge|own|online|norm)_kernel", kernel.name)
@@ -63,5 +63,5 @@ def _microseconds(event: Any, cuda: bool) -> float:
 
 
 def _short(name: str) -> str:
-    """Without the arguments of templates, which are most of a C++ kernel's name."""
+    """The name without template arguments, which are most of a C++ kernel's name."""
     return re.sub(r"<.*|\(.*", "", name.removeprefix("void ")).strip()[:80] or name[:80]

@@ -70,7 +70,7 @@ class Plan:
         return self.only in (None, part)
 
     def limit(self, seconds: float) -> float:
-        """Of a step; a tiny visit shows that steps work, not how fast a busy machine is."""
+        """The time limit of a step; a tiny visit shows that steps work, not how fast a busy machine is."""
         return math.inf if self.tiny else seconds
 
     @property
@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def processes(self) -> int:
-        """Of the two kinds that compile at the same time."""
+        """How many processes each of the two kinds gets that compile at the same time."""
         return 1 if self.tiny else max(1, (os.cpu_count() or 2) // 2)
 
 
@@ -117,7 +117,7 @@ def _interpreted(plan: Plan) -> dict[str, str]:
 
 
 def _prepare(now: Visit, plan: Plan) -> None:
-    """The C++ module, what Triton and torch.compile will need, and the first smoke test: they compile side by side."""
+    """Build the C++ module, fill the caches of Triton and torch.compile, and run the first smoke test, side by side."""
     together = []
     if plan.build:
         together.append(
@@ -214,7 +214,7 @@ def _named(pattern: str, row: results.Row) -> bool:
 
 
 def chosen(groups: Sequence[Group], ops: Sequence[str]) -> list[Group]:
-    """Of the groups only what is in ``ops``, if any are given."""
+    """The groups, restricted to ``ops`` if any are given."""
     found = [(tuple(op for op in group if op in ops or not ops), shapes) for group, shapes in groups]
     return [(group, shapes) for group, shapes in found if group]
 

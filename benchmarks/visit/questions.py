@@ -163,7 +163,7 @@ _PROFILED = {"topk_flips": ("N=5,", "N=2560,"), "candidate_losses": ("",), "pgd_
 
 
 def questions(device: str, *, tiny: bool = False) -> list[Question]:
-    """Everything that section of constants leaves open; ``tiny``: the same for Triton's interpreter."""
+    """Every open choice of a constant; ``tiny``: the same for Triton's interpreter."""
     clip, bounded = OPS["clip_loss"], OPS["bounded_inverse"]
     tiles, keyed, ragged = (_of_tiles(*fields) for fields in (PLAIN, KEYED, RAGGED))
     kernels = {"small kernels": Change(small=True), "large kernels": Change(small=False)}
@@ -215,7 +215,7 @@ def _case(device: str, op: Op, shape: Shape, variants: Sequence[Provider]) -> Ca
 
 
 def _ours(op: Op) -> Build:
-    """The op's own call of ours, by the kernels of a GPU: on a CPU by those in the interpreter."""
+    """Our call of the op with GPU kernels, which run in the interpreter on a CPU."""
     build: Build = next(p for p in op.providers if p.name == "ccu_fast").build
     return partial(build, backend="triton")
 

@@ -347,7 +347,7 @@ def test_l2_on_cuda(native: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("at", [0, 7, 191])
 def test_a_gradient_that_is_no_number_on_cuda(native: str, norm: str, at: int, dtype: torch.dtype) -> None:
-    """No step is made from there on, and the host hears of it at the next call, or when it asks."""
+    """No step is made from then on; the next call, or a check, tells the host."""
     delta, grad, image = (t.cuda() for t in problem(2, 3, 4, 8, dtype=dtype))
     wrong = grad.clone()
     wrong.view(-1)[at] = torch.nan if norm == "linf" else -torch.inf
