@@ -27,7 +27,7 @@ def signature(function: ast.FunctionDef) -> Signature:
 
 
 def in_stub() -> dict[str, Signature | None]:
-    """Every name of the stub; with its signature if it is a function, or that of its constructor if it is a class."""
+    """Every name of the stub, with the signature of the function or of the class's constructor."""
     found: dict[str, Signature | None] = {}
     for node in ast.parse(STUB.read_text()).body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):

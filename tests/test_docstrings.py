@@ -66,7 +66,7 @@ def sections(name: str, value: Any) -> set[str]:
 
 @pytest.fixture(scope="module")
 def _a_group_of_one() -> Iterator[None]:
-    """What the losses over ranks ask for."""
+    """The process group that the losses over ranks need."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -117,7 +117,7 @@ def test_the_formatter_is_kept_from_few_lines() -> None:
 
 
 def traced(call: Callable[[], Any]) -> tuple[list[str], int]:
-    """The files of ours that a call enters, in order, and how often one of them calls another."""
+    """Our files that a call enters, in order, and how often one calls another."""
     files: list[str] = []
     moves = 0
 

@@ -160,7 +160,7 @@ def test_a_reused_launch_is_the_launch_that_triton_would_make(name: str, recorde
 
 
 def launches(value: Any) -> Iterator[Any]:
-    """All that a plan holds, to any depth."""
+    """Everything that a plan holds, at any depth."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
@@ -173,7 +173,7 @@ def launches(value: Any) -> Iterator[Any]:
 
 
 def test_a_plan_keeps_no_tensor(recorder: Recorder) -> None:
-    """It would be memory that nobody frees, and that a CUDA graph or another stream could read too early."""
+    """Otherwise nobody would free that memory, and a CUDA graph or another stream could read it too early."""
     from ccu_fast.ops.reduce_similarity import triton as similarity
     from ccu_fast.ops.reduce_similarity.triton import configs
     from ccu_fast.ops.reduce_similarity.triton import small as small_batch

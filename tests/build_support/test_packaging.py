@@ -230,7 +230,7 @@ def test_no_compiler_leaves_python_and_the_reason(checkout: Path) -> None:
 
 @pytest.mark.parametrize("package", ["pybind11", "ninja"])
 def test_without_the_build_tools_python_and_the_reason_are_left(checkout: Path, package: str, tmp_path: Path) -> None:
-    """As without build isolation in an environment that lacks them."""
+    """Like a build without isolation in an environment that lacks them."""
     (tmp_path / f"{package}.py").write_text(f"raise ImportError('no {package} here')\n")
     hidden = {"PYTHONPATH": str(tmp_path)} | ({"PATH": str(tmp_path)} if package == "ninja" else {})
     done, record = build(checkout, **hidden)

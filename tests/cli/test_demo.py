@@ -94,7 +94,7 @@ def test_a_finished_part_is_not_computed_again_unless_its_format_changed(
 def test_kill_9_loses_at_most_the_part_that_was_running_and_every_figure_comes_again(
     whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Each part is computed once more here, before the kill or after it: so this also shows that figures repeat."""
+    """Each part is computed again here, before or after the kill, so this also shows that figures are reproducible."""
     out = tmp_path / "killed"
     command = [sys.executable, small_demo.__file__, str(out)]
     process = subprocess.Popen(command, start_new_session=True)

@@ -78,7 +78,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ends(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Ends]:
-    """Runs a command line and gives its one sentence."""
+    """Runs a command line and returns its one sentence."""
     monkeypatch.syspath_prepend(str(ROOT))  # the benchmarks of this checkout
     monkeypatch.chdir(place)
 
@@ -95,7 +95,7 @@ def ends(
 
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, BaseException | None], None]:
-    """Replaces the work of a command by an error; by default by a failure of the test, for it must not begin."""
+    """Replaces the work of a command by an error; by default by a failure of the test, since it must not start."""
 
     def replace(name: str, error: BaseException | None = None) -> None:
         def worker(*_: Any, **__: Any) -> None:

@@ -90,7 +90,7 @@ def test_resources(architecture: str) -> None:
 
 
 def test_no_access_is_wider_than_what_was_checked() -> None:
-    """Blackwell loads 32 bytes at once where a type promises that alignment; of tensors 16 bytes are checked."""
+    """Blackwell loads 32 bytes at once where a type promises that alignment; tensors are only checked for 16."""
     _usage()
     module = importlib.util.find_spec("ccu_fast._C")
     assert module is not None and module.origin is not None

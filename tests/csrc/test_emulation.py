@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def around(folder: Path) -> list[Path]:
-    """Objects of what is called and not under test."""
+    """Objects of code that is called but not under test."""
     return build.around(build.Build(folder / "plain"))
 
 
@@ -90,7 +90,7 @@ def test_the_tests_of_token_scoring(folder: Path, around: list[Path]) -> None:
 
 
 def test_no_address_and_no_alignment_is_wrong(folder: Path, around: list[Path]) -> None:
-    """What moves packs of elements, and its tests, under the sanitizers of addresses and of undefined behaviour."""
+    """Kernels that move packs of elements, and their tests, under the address and undefined-behaviour sanitizers."""
     sanitized = build.Build(folder / "sanitized", SANITIZED)
     kernels = build.emulated(sanitized)
     driver = sanitized.program([*kernels, *sanitized.objects([build.HERE / "drive.cpp"])], "drive")

@@ -25,7 +25,7 @@ Programs = tuple[Path, Path]
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
-    """The driver of all kernels, and the kernels that are wrong."""
+    """The driver of all kernels, and the faulty kernels."""
     reason = build.impossible()
     if reason is not None:
         absent("the emulation of CUDA kernels", reason)

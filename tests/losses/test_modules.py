@@ -217,7 +217,7 @@ DISTRIBUTED: list[tuple[str, dict[str, Any], float, float | None]] = [
 
 
 def worker(rank: int, folder: str) -> None:
-    """Every configuration on one rank; what came of it goes to a file, whatever it was."""
+    """Every configuration on one rank; its result or error goes to a file."""
     torch.set_num_threads(1)
     results: Any
     try:

@@ -136,7 +136,7 @@ def test_execution_changes_rounding_alone() -> None:
 
 
 def test_a_compiled_image_tower() -> None:
-    """Not the compiler but that the run hands it the tower and uses what comes back."""
+    """Tests not the compiler, but that the run passes the tower to it and uses the result."""
     plain, other = make("mem"), make("mem", execution=Execution(compile="default"))
     with pytest.MonkeyPatch.context() as patch:
         made: list[dict[str, Any]] = []

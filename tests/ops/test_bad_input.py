@@ -209,7 +209,7 @@ def test_message(make: Callable[[], Any], error: type[Exception], message: str) 
 
 @pytest.fixture
 def choice_anew() -> Iterator[None]:
-    """What was chosen before is not remembered, nor what is chosen here."""
+    """Earlier choices are forgotten, and so are those made here."""
     registry.forget()
     yield
     registry.forget()
@@ -218,7 +218,7 @@ def choice_anew() -> Iterator[None]:
 @pytest.mark.usefixtures("choice_anew")
 @pytest.mark.parametrize("name", ["native", "triton"])
 def test_a_backend_that_cannot_serve_says_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named by the user: an error with the reason, and no silent detour."""
+    """Named by the user: an error with the reason, and no silent fallback."""
     with pytest.raises(ValueError, match=f"^backend: '{name}' cannot run reduce_similarity here: "):
         reduce_similarity(X.double(), Y.double(), rows=[("lse", ALL)], backend=name)
     monkeypatch.setattr(registry, "unavailable", lambda backend: "it was never built")

@@ -75,7 +75,7 @@ def test_a_gradient_of_one_hots_is_sampled_by_the_library() -> None:
 
 
 def test_a_hundred_steps_are_the_same() -> None:
-    """The loss of the best candidate after each step: the same tokens all the way."""
+    """The loss of the best candidate after each step: the same tokens throughout."""
 
     def steps() -> list[float]:
         gcg = library("nanogcg.gcg")

@@ -14,7 +14,7 @@ from tests.support.drop_in import library, same_numbers, same_training, speed, t
 
 
 class Towers(nn.Module):
-    """Stands where the model is: the features are the embeddings."""
+    """Stands in for the model: the features are the embeddings."""
 
     def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
         return features

@@ -96,7 +96,7 @@ def test_the_same_words(textattack: Any, indices: list[int], top_n: int) -> None
 
 
 def test_a_hundred_swaps_are_the_same(textattack: Any) -> None:
-    """A text changed word by word, the best swap each time: the same words all the way."""
+    """A text changed word by word, with the best swap each time: the same words throughout."""
 
     def words() -> list[str]:
         transformation = swap(textattack, top_n=1)

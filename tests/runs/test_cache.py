@@ -111,7 +111,7 @@ def test_a_key_changes_with_its_format(
 
 
 def test_a_comment_in_the_source_changes_no_key(tmp_path: Path) -> None:
-    """Neither does a compiled module that is not there."""
+    """Neither does a missing compiled module."""
     shutil.copytree(PACKAGE, tmp_path / "ccu_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for path in (tmp_path / "ccu_fast").rglob("*.py"):
         path.write_text(path.read_text(encoding="utf-8") + "\n# A comment.\n", encoding="utf-8")

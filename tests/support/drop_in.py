@@ -42,7 +42,7 @@ def require(module: str) -> None:
 def same_numbers(target: str, problem: Problem, *, magnitude: float | None = None, ulps: float = 16) -> None:
     """Loss and gradients of the patched library within the three-way tolerance of its own in float64.
 
-    The patch is really in the way: a library that calls its own code again would pass by being itself.
+    Checks that the patch is active: a library that runs its own code would pass trivially.
     """
     exact, theirs = _evaluate(problem, torch.float64), _evaluate(problem, torch.float32)
     with counted(target) as calls:

@@ -12,7 +12,7 @@ CI = os.environ.get("CI", "").lower() in ("1", "true")
 
 
 def absent(what: str, reason: str) -> None:
-    """Skips the test and says why; under CI=true, where everything must be there, fails it."""
+    """Skips the test and says why; fails it under CI=true, where everything must be available."""
     if CI:
         pytest.fail(f"{what} is missing, and nothing may be under CI=true: {reason}")
     pytest.skip(f"{what}: {reason}")

@@ -33,7 +33,7 @@ digit_strips = partial(
 
 
 def quick_map(before: np.ndarray, after: np.ndarray, *, kind: str) -> list[np.ndarray]:
-    """A plane instead of t-SNE, which takes longer than all the rest."""
+    """A plane instead of t-SNE, which takes longer than everything else."""
     return embedding_map(before, after, kind="pca")
 
 

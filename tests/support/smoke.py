@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _lost() -> bool:
-    """Whether the CUDA context is gone: nothing after an illegal address can be believed."""
+    """Whether the CUDA context is lost: no result after an illegal address can be trusted."""
     try:
         torch.zeros(1, device="cuda").add_(1).item()
         torch.cuda.synchronize()

@@ -182,7 +182,7 @@ def _normalize(cast: Cast, backend: str, *, shape: tuple[int, ...]) -> Tensors:
 
 
 def _flips(cast: Cast, backend: str, *, rows: int, tokens: int, dim: int, k: int, options: Tensors) -> Tensors:
-    """The changes of the loss that the chosen tokens bring, best first; whichever of equal ones was chosen."""
+    """The changes of the loss by the chosen tokens, best first; independent of which tied token was chosen."""
     grad, table = _random(rows, dim, seed=5), cast(0.02 * _random(tokens, dim, seed=6))
     compute = torch.float64 if table.dtype == torch.float64 else torch.float32
     grad = grad.float().to(table.device, compute)

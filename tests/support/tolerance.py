@@ -18,7 +18,7 @@ def assert_three_way(
         ours: the result under test.
         same_dtype: plain torch's result, computed in the dtype under test.
         exact: plain torch's result in float64 from the same inputs.
-        ulps: how many units in the last place are granted where torch happens to be exact.
+        ulps: how many units in the last place are allowed where torch happens to be exact.
         magnitude: size of the terms that are summed. Default: the largest finite element of ``exact``; say it where
             large terms cancel.
 

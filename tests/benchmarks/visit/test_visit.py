@@ -77,7 +77,7 @@ def test_a_tiny_visit_comes_back_as_two_files_and_goes_into_the_repository(tmp_p
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> Path:
-    """In place of Python: says that all is right, and notes how it was called."""
+    """A stand-in for Python that reports success and records how it was called."""
     script = tmp_path / "python"
     script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho "3 right, 0 wrong, 0 not run"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
@@ -131,7 +131,7 @@ def test_only_one_part(only: str, ran: set[str], not_run: set[str], tmp_path: Pa
 
 
 def test_only_files_with_tests_for_a_gpu_are_collected() -> None:
-    """On a machine that lacks what other tests import pytest would stop before the first test."""
+    """If the imports of other tests are missing, pytest would stop before the first test."""
     files = program.gpu_tests()
     assert {
         "tests/ops/reduce_similarity/test_on_a_gpu.py",
@@ -210,7 +210,7 @@ def test_a_visit_that_is_told_to_end_leaves_nothing_running(tmp_path: Path) -> N
 
 
 def test_steps_side_by_side_wait_for_each_other(tmp_path: Path) -> None:
-    """Each waits for a file that the other one makes; what one of them says wrong is in its line."""
+    """Each waits for a file that the other one makes; the line shows what one of them reports as wrong."""
     now = Visit(tmp_path / "out", seconds=60)
     meet = (
         "import sys, time; from pathlib import Path\nown, other = map(Path, sys.argv[1:3]); own.touch()\n"

@@ -43,7 +43,7 @@ def kernels() -> list[Path]:
 
 @dataclass(frozen=True)
 class Build:
-    """One way to compile: a folder for its objects, and the flags that set it apart."""
+    """One way to compile: a folder for its objects, and its flags."""
 
     folder: Path
     flags: tuple[str, ...] = ("-O1",)
@@ -78,7 +78,7 @@ class Build:
 
 
 def emulated(build: Build) -> list[Path]:
-    """Objects of all kernels and of what runs them."""
+    """Objects of all kernels and of the code that runs them."""
     scheduler = ["-fno-sanitize=thread", "-DEMULATION_TSAN"] if "-fsanitize=thread" in build.flags else []
     return build.objects(kernels()) + build.objects([HERE / "fibers.cpp"], extra=scheduler)
 

@@ -31,7 +31,7 @@ def _recovered() -> Iterator[None]:
 
 
 def ended(call: Callable[[], object], capfd: pytest.CaptureFixture[str]) -> str:
-    """What a kernel that ends prints; the error that follows names what CUDA calls it."""
+    """What an aborting kernel prints; the error that follows gives CUDA's name for it."""
     with pytest.raises(RuntimeError, match=r"^\w+: CUDA error 719, unspecified launch failure$"):
         call()
     return capfd.readouterr().out
@@ -55,7 +55,7 @@ def test_a_current_token_out_of_range(native: str, capfd: pytest.CaptureFixture[
 
 
 class Launches(TorchDispatchMode):
-    """What a GPU would be given to do: torch's operations that compute or copy, and whether the host waits for one."""
+    """The work a GPU would get: torch's operations that compute or copy, and whether the host waits for one."""
 
     FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
@@ -104,7 +104,7 @@ def test_launches_of_topk_flips(native: str, rows: int, expected: tuple[Any, ...
 def test_the_selection_of_few_rows_reads_groups_that_reach_low_alone(
     native: str, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A score elsewhere may say anything."""
+    """Scores elsewhere may have any value."""
     rows, tokens, k = 3, 20_000, 4
     table, grad = TokenTable(torch.randn(tokens, 16), backend=native), torch.randn(rows, 16)
     given = {"penalty": torch.rand(tokens), "allowed": torch.rand(tokens) < 0.9}
@@ -166,7 +166,7 @@ def test_launches_of_candidate_losses(
 @pytest.mark.parametrize(("norm", "policy", "own"), [("linf", "zero", 1), ("linf", "raise", 2), ("l2", "raise", 3)])
 @pytest.mark.parametrize("channels", [False, True])
 def test_launches_of_a_step(native: str, norm: str, policy: str, own: int, channels: bool) -> None:
-    """The look at a gradient is one kernel, l2's its own first pass; nothing waits for it."""
+    """Checking a gradient takes one kernel, in l2 its first pass; nothing waits for it."""
     delta, grad, image = (torch.rand(2, *ITEM) for _ in range(3))
     options: dict[str, Any] = {"step": 0.1, "eps": 0.2}
     operations: list[str] = []
@@ -181,7 +181,7 @@ def test_launches_of_a_step(native: str, norm: str, policy: str, own: int, chann
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
 @pytest.mark.parametrize("delta_dtype", [torch.float32, torch.float16, torch.float64])
 def test_launches_of_a_checked_update(native: str, dtype: torch.dtype, delta_dtype: torch.dtype) -> None:
-    """One kernel looks at all values, and the host waits for one number."""
+    """One kernel checks all values, and the host waits for one number."""
     store, index = NoiseStore(5, ITEM, dtype=dtype, backend=native), torch.tensor([3, 1])
     delta = torch.zeros(2, *ITEM, dtype=delta_dtype)
     found = launches(lambda: store.scatter_add_clamp_(index, delta, 0.1))

@@ -43,7 +43,7 @@ OF_THE_CPU = (
 
 
 def load() -> Any:
-    """The emulated module as ccu_fast._C, and the package told that it computes on a GPU."""
+    """Install the emulated module as ccu_fast._C, and make the package believe that it computes on a GPU."""
     spec = importlib.util.spec_from_file_location("ccu_fast._C", os.environ["CCU_FAST_EMULATED_GPU"])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -65,7 +65,7 @@ load()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what cannot be shown here; the count of the rest is checked by who started this."""
+    """Leave out tests that cannot run here; the caller checks the count of the rest."""
     left = [item for item in items if not _left_out(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in left])
     items[:] = left
@@ -80,7 +80,7 @@ def _left_out(item: pytest.Item) -> bool:
 
 
 class CudaIsHere(TorchFunctionMode):
-    """Whatever is asked for on "cuda" is made on the CPU."""
+    """Tensors requested on "cuda" are made on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -33,7 +33,7 @@ def pictures(dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def test_only_copies_towards_a_gpu_are_not_waited_for() -> None:
-    """A copy from a GPU that nobody waits for is read, on the next line, before it is there."""
+    """A copy from a GPU that nobody waits for would be read, on the next line, before it has arrived."""
     seen: list[tuple[str, bool]] = []
 
     class Copies(TorchFunctionMode):

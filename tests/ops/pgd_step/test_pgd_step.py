@@ -100,7 +100,7 @@ def test_l2(backend: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("shape", [(5,), (0,), (0, 3), (3, 0), (2, 3, 0)], ids=str)
 def test_samples_of_one_number_and_of_none(shape: tuple[int, ...], norm: str, backend: str) -> None:
-    """What is flattened to a row for each sample may have no other dimension, or no element."""
+    """Samples that are flattened to rows may have no other dimension, or no element."""
     delta, grad, image = (
         torch.full(shape, 0.1),
         torch.linspace(-2, 2, 5)[: shape[0]].expand(shape[::-1]),
@@ -384,7 +384,7 @@ def test_where_no_step_was_refused_nothing_is_raised(backend: str, device: Any) 
 
 @pytest.mark.gpu
 def test_steps_behind_one_that_is_refused_on_cuda(native: str) -> None:
-    """Noise stays what the last right step left, however many follow before the host looks."""
+    """Noise stays as the last valid step left it, however many follow before the host checks."""
     delta, grad, image = (t.cuda() for t in problem(2, 3, 4, 8))
     wrong = torch.full_like(grad, torch.nan)
     pgd_step_(delta, grad, image, step=STEP, eps=EPS, backend=native)

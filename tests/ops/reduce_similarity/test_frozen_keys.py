@@ -23,7 +23,7 @@ FROZEN = {torch.float32: ("y",), torch.bfloat16: ("y", "scale")}
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Any bank is large; what was called is kept, so that no test passes by the general way."""
+    """Treats any bank as large and records the calls, so that no test passes by the general path."""
     seen: list[Any] = []
     forward = frozen_keys.forward
     monkeypatch.setattr(operator, "MANY_KEYS", 0)

@@ -77,7 +77,7 @@ def test_against_fp64(name: str, arithmetic: str, workspace: int | None) -> None
 
 @pytest.mark.parametrize("scale", [100.0, 400.0])
 def test_sharp_logits(scale: float) -> None:
-    """Above scale 60 sums may underflow: nothing may be lost with the online maximum that then takes over."""
+    """Above scale 60 sums may underflow: the online maximum then takes over and must lose nothing."""
     x, y = inputs(512, 128, torch.bfloat16)
     x[7] = -x[7:].float().mean(0).to(x.dtype)
     ours = info_nce(x, y, scale=scale, reduction="none", symmetric=False, backend="triton")

@@ -228,7 +228,7 @@ def test_nan_reaches_the_gradient(backend: str) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("shape", [((13, 9), (21, 9)), ((2, 13, 9), (21, 9))], ids=["one bank", "two banks"])
 def test_what_an_ignored_item_holds_does_not_matter(shape: tuple[Any, Any], value: float, backend: str) -> None:
-    """What comes is what zeros in its place would give: values and all four gradients, with E kept and made again."""
+    """The result equals that of zeros in its place: values and all four gradients, with E kept and recomputed."""
     x, y = unit(*shape[0]).float(), unit(*shape[1]).float()
     labels = {"row_labels": ints(3, 13), "col_labels": ints(3, 21)}
     labels["row_labels"][5] = labels["col_labels"][[0, 20]] = -1
@@ -397,7 +397,7 @@ def test_one_thread_or_two_same_bits(workspace: int | None, native: str, threads
 
 @pytest.mark.parametrize("workspace", [0, 1 << 17, None])
 def test_backward_twice(workspace: int | None, backend: str) -> None:
-    """What forward kept is not spent by the first backward."""
+    """The first backward does not consume what forward kept."""
     x, y = (torch.randn(200, 16, requires_grad=True) for _ in "xy")
     loss = info_nce(x, y, scale=3.0, backend=backend, workspace=workspace)
     first = torch.autograd.grad(loss, (x, y), retain_graph=True)
@@ -435,7 +435,7 @@ def test_second_derivatives_of_the_reference() -> None:
 
 @pytest.mark.parametrize("workspace", [0, None])
 def test_a_loss_scale_of_65536_in_fp16(workspace: int | None, backend: str) -> None:
-    """The gradient that comes in exceeds fp16's largest number; those that go out do not."""
+    """The incoming gradient exceeds fp16's largest number; the outgoing ones do not."""
     scale = 0.05
     x, y = unit(300, 32).half(), unit(300, 32).half()
 
@@ -571,7 +571,7 @@ def test_few_rows_of_gradients_are_summed_in_parts(rows: int, columns: int, part
 
 @pytest.mark.parametrize(("pairs", "pieces"), [(8192, 1), (32768, 1), (131072, 32)])
 def test_what_the_default_workspace_of_a_gpu_holds(pairs: int, pieces: int) -> None:
-    """E and G of a batch of 32768 in one piece: nothing is computed again."""
+    """E and G of a batch of 32768 in one chunk: nothing is recomputed."""
     plan = pytest.importorskip("ccu_fast.ops.reduce_similarity.triton.plan")
     x = torch.empty(1, pairs, 512, dtype=torch.bfloat16, device="meta")
     p = SimilarityProblem(x, x, torch.ones(()), None, None, None, None, None, True, (encode("lse", 7),), ())

@@ -18,7 +18,7 @@ Way = tuple[str, torch.dtype]
 
 
 def only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails the test if a call goes the general way."""
+    """Fails the test if a call takes the general path."""
     monkeypatch.setattr(functional, "served_by", lambda *a: served_by(*a) or pytest.fail("not served"))
 
 

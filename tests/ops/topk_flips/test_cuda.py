@@ -49,7 +49,7 @@ def test_the_selection_keeps_whatever_could_be_best(data: st.DataObject) -> None
 
 
 def described(grad: Tensor, embedding: Tensor, ids: Tensor | None, few: bool, **changes: Any) -> tuple[Tensor, Tensor]:
-    """What the scan is given of gradients."""
+    """What the scan knows about gradients."""
     tokens_cuda = importlib.import_module("ccu_fast.ops.topk_flips.cuda")
     table = TokenTable(embedding, ids, backend="reference")
     packed, coarse = tokens_cuda.pack(table.embedding, table.ids if ids is not None else None)
@@ -157,7 +157,7 @@ def test_the_ids_of_the_cpu(native: str, rows: int, vocabulary: int, dim: int, k
 @pytest.mark.parametrize("penalised", [False, True])
 @pytest.mark.parametrize("k", [1, 16, 1024])
 def test_any_number_of_ties_goes_to_the_lowest_ids(native: str, k: int, penalised: bool) -> None:
-    """A zero gradient, and a table of a few vectors many times: more equals than a block holds."""
+    """A zero gradient, and a table that repeats a few vectors: more ties than a block holds."""
     embedding = torch.randn(3, 16)[torch.randint(0, 3, (5000,))]
     grad = torch.randn(3, 16)
     grad[1] = 0

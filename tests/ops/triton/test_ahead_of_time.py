@@ -73,7 +73,7 @@ CASES = (
 
 
 def spills(variant: str, *, small: bool = False, precision: str = "") -> int:
-    """Bytes a thread that this release of Triton may put on the stack: none with 3.7, for which the tiles were chosen.
+    """Stack bytes per thread that this release of Triton may use: none with 3.7, for which the tiles were chosen.
 
     But for 8 in fp16 gradients of the few tiles that hold pairs of the diagonal.
     Other releases allot registers otherwise. 3.6, and those from 3.8 on, spill up to 120 B in tiles with labels, ids

@@ -117,7 +117,7 @@ def problem(case: Case, dtype: torch.dtype = FP32) -> SimilarityProblem:
 
 @pytest.mark.parametrize("workspace", [0, 1 << 24])
 def test_any_subset_of_gradients(workspace: int) -> None:
-    """What is not needed is not computed, and what is has the same bits as when all is (scale, bias: another sum)."""
+    """Unneeded gradients are not computed, and the others keep their bits (scale, bias: another sum)."""
     p = problem(Case(unit(37, 20), unit(37, 20), 5.0, 0.25, {}, MIX, CLIP))
     row_out, col_out, stash = similarity.forward(p, workspace, True)
     assert stash.shape == similarity.stash_shape(p, workspace, True)
@@ -214,7 +214,7 @@ TOGETHER = (("softplus", "sum"), ("lse", "sum"), KINDS)
 @pytest.mark.parametrize("extreme", EXTREMES, ids=lambda e: "-".join(map(str, e)))
 @pytest.mark.parametrize("kinds", TOGETHER, ids="-".join)
 def test_every_reduction_at_extreme_logits(kinds: tuple[str, ...], extreme: tuple[float, float, str]) -> None:
-    """Rows and columns, E kept and made again, with a bias and labels; eps in S is |S| eps in exp(S)."""
+    """Rows and columns, E kept and recomputed, with a bias and labels; eps in S is |S| eps in exp(S)."""
     scale, length, apart = extreme
     x, y = pairs(20, 8, length, apart)
     spec = tuple((kind, relations) for kind in kinds for relations in (ALL, OTHER))
@@ -232,7 +232,7 @@ def test_unnormalised_logits() -> None:
 
 
 def flagged(case: Case) -> bool:
-    """Whether the online maximum had to work."""
+    """Whether the online maximum was needed."""
     return bool(similarity.forward(problem(case), 0, True)[2][1])
 
 
@@ -276,7 +276,7 @@ def test_a_graph_may_be_walked_twice() -> None:
 
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
 def test_tensor_descriptors(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Hopper and Blackwell load through, with rows that are not whole 16 bytes, banks, and ragged edges."""
+    """Loads by TMA on Hopper and Blackwell, with rows that are not whole 16 bytes, banks, and ragged edges."""
     device = dataclasses.replace(configs.device(), tma=True)
     monkeypatch.setattr(configs, "device", lambda: device)
     check(Case(unit(2, 37, 20), unit(40, 20), 5.0, 0.5, keys("labels", 37, 40), CLIP, CLIP), "triton", dtype)
@@ -305,7 +305,7 @@ def test_a_long_sum_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_tile_of_the_gradient_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where G comes from E a tile may be of fewer rows; those that hold SELF pairs are left out whole."""
+    """Where G comes from E a tile may have fewer rows; tiles that hold SELF pairs are left out entirely."""
     parts = []
     monkeypatch.setattr(operator, "SMALL_PAIRS", 0)
     monkeypatch.setattr(plan, "parts_of_tile", lambda tile, warps: parts.append(tile.block_m) or 2)

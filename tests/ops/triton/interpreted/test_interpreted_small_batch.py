@@ -60,7 +60,7 @@ def way(monkeypatch: pytest.MonkeyPatch) -> Way:
 
 
 def test_any_subset_of_gradients() -> None:
-    """What is not needed is not computed, and what is has the same bits as when all is."""
+    """Unneeded gradients are not computed, and the others keep their bits."""
     p = problem(Case(unit(37, 20), unit(37, 20), 5.0, 0.25, {}, MIX, CLIP))
     row_out, col_out, stash = small.forward(p, 0, True)
     assert stash.shape == small.stash_shape(p, 0, True)

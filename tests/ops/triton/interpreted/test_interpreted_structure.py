@@ -188,14 +188,14 @@ def test_a_frozen_side_has_no_gemm(launches: Counter[str]) -> None:
 
 @pytest.mark.parametrize("traits", [{"labels": True}, {"dtype": torch.float16}, {"banks": 17, "shared": True}], ids=str)
 def test_nothing_waits_for_the_gpu(launches: Counter[str], traits: dict[str, Any]) -> None:
-    """Watch refuses every operator that would: what is left can be captured into a CUDA graph."""
+    """Watch refuses every operator that would wait: the rest can be captured into a CUDA graph."""
     for workspace in (0, GIB):
         run(problem(256, 64, **traits), workspace, (True, True, True, True))
     assert launches["forward_kernel"] == 2
 
 
 def test_a_small_batch_takes_seven_launches(launches: Counter[str]) -> None:
-    """Four forward, three backward; whatever else is called makes a tensor or a view of one."""
+    """Four forward, three backward; all other calls create a tensor or a view."""
     x, y = (torch.empty(128, 512, dtype=torch.bfloat16, device="meta") for _ in range(2))
     scale = torch.empty((), device="meta")
     with Watch(x, y) as watch:
