@@ -20,31 +20,6 @@ from ccu_fast.losses.functional import info_nce
 from ccu_fast.ops.topk_flips.api import TokenTable, topk_flips
 from ccu_fast.patch.site import Site
 
-LOSS = ("umodel", "outputs", "criterion", "options", "gather_backdoor_indices")
-HOTFLIP = (
-    "averaged_grad",
-    "embedding_matrix",
-    "increase_loss",
-    "num_candidates",
-    "num_trigger_tokens",
-    "no_zero_index",
-)
-SEARCH = (
-    "model",
-    "input_ids",
-    "attention_mask",
-    "pixel_values",
-    "trigger_token_ids",
-    "cand_trigger_token_ids",
-    "num_trigger_tokens",
-    "snli",
-    "criterion",
-    "beam_size",
-    "increase_loss",
-    "options",
-)
-NOISE = ("self", "batch", "model", "criterion", "batch_token", "random_noise", "options")
-
 
 def sites() -> list[Site]:
     """What is replaced: whatever has been imported.
@@ -52,20 +27,15 @@ def sites() -> list[Site]:
     Raises:
         ModuleNotFoundError: none of the functions is in any imported module.
     """
-    functions: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
-        ("get_loss", LOSS, get_loss),
-        ("hotflip_attack", HOTFLIP, hotflip_attack),
-        ("get_best_candidates", SEARCH, get_best_candidates),
-    )
     found = []
     for module in _modules():
-        for name, parameters, replacement in functions:
-            if _parameters(vars(module).get(name)) == parameters:
-                found.append(Site(module, name, parameters, replacement))
+        for replacement in (get_loss, hotflip_attack, get_best_candidates):
+            if _serves(replacement, vars(module).get(replacement.__name__)):
+                found.append(_site(module, replacement))
         tool = vars(module).get("PerturbationTool")
         attack = getattr(tool, "min_min_attack", None)
         if inspect.isclass(tool) and tool.__module__ == module.__name__ and _is_published(attack):
-            found.append(Site(tool, "min_min_attack", NOISE, min_min_attack))
+            found.append(_site(tool, min_min_attack))
     if not found:
         raise ModuleNotFoundError(
             "mem_reference: expected the authors' modules (src.utils, src.attacks, src.poison_train) to be imported "
@@ -229,8 +199,15 @@ def _modules() -> list[ModuleType]:
     return [m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and name.split(".")[0] != own]
 
 
-def _parameters(function: Any) -> tuple[str, ...] | None:
-    return tuple(inspect.signature(function).parameters) if inspect.isfunction(function) else None
+def _site(owner: Any, replacement: Callable[..., Any]) -> Site:
+    """A replacement here is called like the authors' function, after ``original``."""
+    return Site(owner, replacement.__name__, tuple(inspect.signature(replacement).parameters)[1:], replacement)
+
+
+def _serves(replacement: Callable[..., Any], function: Any) -> bool:
+    if not inspect.isfunction(function):
+        return False
+    return tuple(inspect.signature(function).parameters) == _site(None, replacement).parameters
 
 
 def _is_published(attack: Any) -> bool:
@@ -238,7 +215,7 @@ def _is_published(attack: Any) -> bool:
 
     Other files have variants with other losses under the same name.
     """
-    if _parameters(attack) != NOISE:
+    if not _serves(min_min_attack, attack):
         return False
     names = set(inspect.unwrap(attack).__code__.co_names)
     return {"randperm", "get_loss", "step_size", "epsilon"} <= names and not names & {"image_loss", "KMeans"}

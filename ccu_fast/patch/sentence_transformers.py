@@ -13,9 +13,6 @@ from torch.nn import functional as F
 from ccu_fast.losses.functional import info_nce
 from ccu_fast.patch.site import Site
 
-ONE_WAY = ("query_to_doc",)
-BOTH_WAYS = {"query_to_doc", "doc_to_query"}
-
 
 def sites() -> list[Site]:
     """What is replaced."""
@@ -68,6 +65,7 @@ def _ways(loss: Any, symmetric: type) -> int | None:
     directions = getattr(loss, "directions", None)
     if directions is None:  # before version 6 the class says it
         return 2 if isinstance(loss, symmetric) else 1
-    if tuple(directions) == ONE_WAY:
+    if tuple(directions) == ("query_to_doc",):
         return 1
-    return 2 if set(directions) == BOTH_WAYS and loss.partition_mode == "per_direction" else None
+    both_ways = set(directions) == {"query_to_doc", "doc_to_query"}
+    return 2 if both_ways and loss.partition_mode == "per_direction" else None

@@ -100,7 +100,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, defaults filled in, those of ``**kwargs`` beside the others.
 
-    So are names that the signature does not have: decorators take such out before the function sees them.
+    Names that the signature does not have are kept too: decorators remove them before the function sees them.
     """
     parameters = _signature(function).parameters
     extra = {name: value for name, value in kwargs.items() if name not in parameters}

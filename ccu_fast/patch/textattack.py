@@ -42,7 +42,7 @@ def sites() -> list[Site]:
             words = _words(self, utils, indices, flips.ids.tolist(), flips.rows.tolist())
             if len(words) == self.top_n or k == len(table) * len(indices):
                 return words
-            if k == MOST:  # words that are no words fill the top: rare, and the library's sort ends it
+            if k == MOST:  # rare: the top is full of tokens that are not words
                 return original(self, attacked_text, indices_to_replace)
             k = min(4 * k, MOST, len(table) * len(indices))
 

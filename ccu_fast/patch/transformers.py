@@ -19,12 +19,14 @@ from ccu_fast.ops.reduce_similarity.relations import ALL, SELF
 from ccu_fast.patch.site import Site, arguments
 
 
+# The image tower of CLIP and SigLIP may live on another device.
 def _clip(model: Any, out: Any) -> Tensor:
-    return info_nce(out.text_embeds, _beside(out.text_embeds, out.image_embeds), scale=model.logit_scale.exp())
+    image = out.image_embeds.to(out.text_embeds.device)
+    return info_nce(out.text_embeds, image, scale=model.logit_scale.exp())
 
 
 def _siglip(model: Any, out: Any) -> Tensor:
-    image = _beside(out.text_embeds, out.image_embeds)
+    image = out.image_embeds.to(out.text_embeds.device)
     return sigmoid_loss(out.text_embeds, image, scale=model.logit_scale.exp(), bias=model.logit_bias)
 
 
@@ -82,14 +84,9 @@ def _with(loss: Callable[[Any, Any], Tensor]) -> Callable[..., Any]:
             wants = getattr(model.config, "return_dict", True)
         out = original(model, **{**call, "return_loss": False}, return_dict=True)
         other = out.audio_embeds if "audio_embeds" in out else out.image_embeds
-        if other.shape != out.text_embeds.shape:  # the library has the words for that
+        if other.shape != out.text_embeds.shape:  # the library raises its own error
             return original(*args, **kwargs)
         result = type(out)(loss=loss(model, out), **dict(out.items()))
         return result if wants else result.to_tuple()
 
     return forward
-
-
-def _beside(one: Tensor, other: Tensor) -> Tensor:
-    """Towers may live on two devices."""
-    return other.to(one.device)
