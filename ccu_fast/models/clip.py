@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipEncoder(nn.Module):
-    """What both libraries share: pixels in [0, 1] outside, the model's mean and std inside, unit vectors.
+    """What both libraries share: pixels in [0, 1] outside, CLIP's mean and std inside, unit vectors.
 
     Attributes:
         model: the library's own.
@@ -26,12 +25,10 @@ class ClipEncoder(nn.Module):
     std: Tensor
     log_scale_limit = 4.6052  # ln 100, CLIP's bound
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != 3:
-                raise ValueError(f"{name}: expected three numbers, got {len(values)}")
+        for name, values in (("mean", MEAN), ("std", STD)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def embed_visual(self, visual: Tensor) -> Tensor:
@@ -44,22 +41,22 @@ class ClipEncoder(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1], ``[N, 3, H, W]`` → unit vectors ``[N, D]``."""
-        raise NotImplementedError
+        check.tensor("images", images, ndim=4)
+        return F.normalize(self._image_features((images - self.mean) / self.std), dim=-1)
 
     def encode_text(self, tokens: Tensor, embeddings: Tensor | None = None) -> Tensor:
         """Ids ``[N, L]`` → unit vectors; ``embeddings`` stand in for what the embedding layer returns."""
-        raise NotImplementedError
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        check.tensor("images", images, ndim=4)
-        return (images - self.mean) / self.std
-
-    def _inputs(self, tokens: Tensor, embeddings: Tensor | None) -> Tensor:
         check.tensor("tokens", tokens, dtypes=(torch.int64,), ndim=2)
         if embeddings is None:
-            return self._embedding(tokens)
+            embeddings = self._embedding(tokens)
         check.shape("embeddings", embeddings, (*tokens.shape, self.embedding_matrix.shape[1]))
-        return embeddings
+        return F.normalize(self._text_features(tokens, embeddings), dim=-1)
+
+    def _image_features(self, normalised: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _text_features(self, tokens: Tensor, embeddings: Tensor) -> Tensor:
+        raise NotImplementedError
 
     @property
     def _embedding(self) -> nn.Embedding:
@@ -82,35 +79,32 @@ class OpenClipEncoder(ClipEncoder):
 
     Args:
         model: as ``open_clip.create_model`` or ``open_clip.CLIP(...)`` gives it.
-        mean, std: of the three channels, default OpenAI's.
 
     Raises:
         TypeError: a model without the attributes of ``open_clip.CLIP`` (``CustomTextCLIP``, CoCa).
         ValueError: attention in the text tower that is not causal, or a feature that is not taken at EOT.
     """
 
-    def __init__(self, model: nn.Module, *, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
+    def __init__(self, model: nn.Module) -> None:
         missing = [a for a in ("visual", "transformer", "token_embedding", "ln_final") if not hasattr(model, a)]
         if missing:
             raise TypeError(f"model: expected an open_clip.CLIP, got {type(model).__name__} without {missing[0]}")
         if model.attn_mask is None or model.text_pool_type not in ("argmax", "eos"):
             raise ValueError("model: expected causal text with the feature at EOT, got another text tower")
-        super().__init__(model, mean, std)
-        self._batch_first = bool(getattr(model.transformer, "batch_first", True))
+        super().__init__(model)
 
     @property
     def _embedding(self) -> nn.Embedding:
         return self.model.token_embedding  # type: ignore[return-value]
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Pixels in [0, 1], ``[N, 3, H, W]`` → unit vectors ``[N, D]``."""
-        return F.normalize(self.model.visual(self._normalised(images)), dim=-1)  # type: ignore[operator]
+    def _image_features(self, normalised: Tensor) -> Tensor:
+        return self.model.visual(normalised)  # type: ignore[operator]
 
-    def encode_text(self, tokens: Tensor, embeddings: Tensor | None = None) -> Tensor:
+    def _text_features(self, tokens: Tensor, embeddings: Tensor) -> Tensor:
         """``open_clip.CLIP.encode_text`` for any length up to its context: what stands behind EOT cannot matter."""
         model: Any = self.model
         length = tokens.shape[1]
-        x = self._inputs(tokens, embeddings) + model.positional_embedding[:length]
+        x = embeddings + model.positional_embedding[:length]
         x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
         end_id = tokens.amax(1, keepdim=True) if model.text_pool_type == "argmax" else model.text_eos_id
         end = (tokens == end_id).int().argmax(1)
@@ -118,7 +112,7 @@ class OpenClipEncoder(ClipEncoder):
         projection = model.text_projection
         if projection is not None:
             x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
-        return F.normalize(x, dim=-1)
+        return x
 
 
 class TransformersClipEncoder(ClipEncoder):
@@ -126,32 +120,28 @@ class TransformersClipEncoder(ClipEncoder):
 
     Args:
         model: from ``CLIPModel(config)`` or ``CLIPModel.from_pretrained(folder)``.
-        mean, std: of the three channels, default OpenAI's.
 
     Raises:
         TypeError: another class of model.
     """
 
-    def __init__(self, model: nn.Module, *, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
+    def __init__(self, model: nn.Module) -> None:
         if not hasattr(model, "get_text_features") or not hasattr(getattr(model, "text_model", None), "embeddings"):
             raise TypeError(f"model: expected a transformers.CLIPModel, got {type(model).__name__}")
-        super().__init__(model, mean, std)
+        super().__init__(model)
 
     @property
     def _embedding(self) -> nn.Embedding:
         return self.model.text_model.embeddings.token_embedding  # type: ignore[union-attr, return-value]
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Pixels in [0, 1], ``[N, 3, H, W]`` → unit vectors ``[N, D]``."""
-        return F.normalize(_features(self.model.get_image_features(pixel_values=self._normalised(images))), dim=-1)  # type: ignore[operator]
+    def _image_features(self, normalised: Tensor) -> Tensor:
+        return _features(self.model.get_image_features(pixel_values=normalised))  # type: ignore[operator]
 
-    def encode_text(self, tokens: Tensor, embeddings: Tensor | None = None) -> Tensor:
-        """Ids ``[N, L]`` → unit vectors; ``embeddings`` stand in for what the embedding layer returns."""
-        given = self._inputs(tokens, embeddings)
+    def _text_features(self, tokens: Tensor, embeddings: Tensor) -> Tensor:
         # The library takes ids alone; a hook hands the embeddings in, whatever its version does around the layer.
-        handle = self._embedding.register_forward_hook(lambda *_: given)
+        handle = self._embedding.register_forward_hook(lambda *_: embeddings)
         try:
-            return F.normalize(_features(self.model.get_text_features(input_ids=tokens)), dim=-1)  # type: ignore[operator]
+            return _features(self.model.get_text_features(input_ids=tokens))  # type: ignore[operator]
         finally:
             handle.remove()
 

@@ -43,8 +43,8 @@ class DualEncoder(Protocol):
 class SmallDualEncoder(nn.Module):
     """Convolutional image tower and causal transformer text tower, for images of about 16×64 px.
 
-    Image: three 3×3 stride-2 convolutions to width, ``image_depth`` residual blocks, then one linear map of the whole
-    feature map, so that position counts. Text: ``text_depth`` pre-norm causal blocks with rotary positions, feature at
+    Image: three 3×3 stride-2 convolutions to width, then one linear map of the whole feature map, so that
+    position counts. Text: ``text_depth`` pre-norm causal blocks with rotary positions, feature at
     the first EOT. Rotary positions are relative: with learned absolute ones any word in front of a caption of fixed
     form moves all that follow to untrained positions, and a protection would be credited with that.
     No dropout and no batch statistics: training and evaluation are the same function.
@@ -54,10 +54,9 @@ class SmallDualEncoder(nn.Module):
         eot: id of the token whose position gives the text feature.
         image_size: (height, width) in pixels, at least 8 each.
         channels: image channels.
-        image_tower: "convolutional", or "patches": a vision transformer on patches of 8×8 px with learned positions,
-            ``image_depth + 2`` blocks.
+        image_tower: "convolutional", or "patches": a vision transformer on patches of 8×8 px with learned positions
+            and two blocks.
         width: channels of the last convolution and width of the transformer; a multiple of 32.
-        image_depth: residual blocks after the convolutions, 0 or more.
         text_depth: transformer blocks, at least 1.
         context: longest token sequence.
         dim: size of the shared space.
@@ -74,7 +73,6 @@ class SmallDualEncoder(nn.Module):
         channels: int = 1,
         image_tower: str = "convolutional",
         width: int = 128,
-        image_depth: int = 0,
         text_depth: int = 2,
         context: int = 32,
         dim: int = 128,
@@ -85,7 +83,6 @@ class SmallDualEncoder(nn.Module):
         check.integer("width", width, low=32)
         if width % 32:
             raise ValueError(f"width: expected a multiple of 32, got {width}")
-        check.integer("image_depth", image_depth, low=0)
         check.integer("text_depth", text_depth, low=1)
         if len(image_size) != 2 or min(image_size) < 8:
             raise ValueError(f"image_size: expected (height, width) of at least 8 px, got {image_size}")
@@ -93,7 +90,7 @@ class SmallDualEncoder(nn.Module):
         self.image_shape = (channels, *image_size)
         check.one_of("image_tower", image_tower, ("convolutional", "patches"))
         tower = _ImageTower if image_tower == "convolutional" else _PatchTower
-        self.image_tower = tower(channels, image_size, width, image_depth, dim)
+        self.image_tower = tower(channels, image_size, width, dim)
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.register_buffer("rotation", _rotation(context, 32), persistent=False)
         self.blocks = nn.ModuleList(_Block(width, heads=width // 32) for _ in range(text_depth))
@@ -139,11 +136,10 @@ class SmallDualEncoder(nn.Module):
 
 
 class _ImageTower(nn.Module):
-    def __init__(self, channels: int, size: tuple[int, int], width: int, depth: int, dim: int) -> None:
+    def __init__(self, channels: int, size: tuple[int, int], width: int, dim: int) -> None:
         super().__init__()
         widths = (channels, width // 4, width // 2, width)
         self.stages = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths))
-        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
         self.norm = nn.GroupNorm(width // 32, width)
         cells = -(-size[0] // 8) * -(-size[1] // 8)
         self.projection = nn.Linear(width * cells, dim)
@@ -152,13 +148,11 @@ class _ImageTower(nn.Module):
         x = images - 0.5
         for stage in self.stages:
             x = F.relu(stage(x))
-        for block in self.blocks:
-            x = x + F.relu(block(x))
         return self.projection(self.norm(x).flatten(1))
 
 
 class _PatchTower(nn.Module):
-    def __init__(self, channels: int, size: tuple[int, int], width: int, depth: int, dim: int) -> None:
+    def __init__(self, channels: int, size: tuple[int, int], width: int, dim: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(channels, width, 8, stride=8)
         cells = (size[0] // 8) * (size[1] // 8)
@@ -167,7 +161,7 @@ class _PatchTower(nn.Module):
             nn.TransformerEncoderLayer(
                 width, width // 32, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
-            for _ in range(depth + 2)
+            for _ in range(2)
         )
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width * cells, dim)

@@ -22,7 +22,6 @@ class TwoTowerClassifier(nn.Module):
         width: what both towers give.
         classes: number of classes.
         embedding: size D of the shared space.
-        fusion: width of a hidden layer before the fused head; 0 for none.
     """
 
     def __init__(
@@ -33,21 +32,16 @@ class TwoTowerClassifier(nn.Module):
         classes: int,
         *,
         embedding: int = 64,
-        fusion: int = 0,
     ) -> None:
         super().__init__()
         for name, size in {"width": width, "classes": classes, "embedding": embedding}.items():
             check.integer(name, size, low=1)
-        check.integer("fusion", fusion, low=0)
         self.visual_tower = visual_tower
         self.other_tower = other_tower
         self.projector = nn.Linear(width, embedding)
         self.visual_head = nn.Linear(embedding, classes)
         self.other_head = nn.Linear(embedding, classes)
-        both = 2 * embedding
-        self.fused_head: nn.Module = nn.Linear(both, classes)
-        if fusion:
-            self.fused_head = nn.Sequential(nn.Linear(both, fusion), nn.ReLU(), nn.Linear(fusion, classes))
+        self.fused_head = nn.Linear(2 * embedding, classes)
 
     def embed_visual(self, visual: Tensor) -> Tensor:
         """Inputs of the visual modality → unit vectors ``[N, D]``."""
@@ -84,16 +78,15 @@ class FusionModel(TwoTowerClassifier):
         classes: number of classes.
         hidden: width of the towers.
         embedding: size D of the shared space.
-        fusion: width of a hidden layer before the fused head; 0 for none.
     """
 
     def __init__(
-        self, visual_dim: int, other_dim: int, classes: int, *, hidden: int = 128, embedding: int = 64, fusion: int = 0
+        self, visual_dim: int, other_dim: int, classes: int, *, hidden: int = 128, embedding: int = 64
     ) -> None:
         for name, size in {"visual_dim": visual_dim, "other_dim": other_dim, "hidden": hidden}.items():
             check.integer(name, size, low=1)
         visual, other = _mlp(visual_dim, hidden), _mlp(other_dim, hidden)
-        super().__init__(visual, other, hidden, classes, embedding=embedding, fusion=fusion)
+        super().__init__(visual, other, hidden, classes, embedding=embedding)
 
 
 class ConvFusionModel(TwoTowerClassifier):
@@ -108,7 +101,6 @@ class ConvFusionModel(TwoTowerClassifier):
         channels: of the first convolution; the next have twice and three times as many.
         hidden: width of the towers' last layer.
         embedding: size D of the shared space.
-        fusion: width of a hidden layer before the fused head; 0 for none.
     """
 
     def __init__(
@@ -119,14 +111,13 @@ class ConvFusionModel(TwoTowerClassifier):
         channels: int = 16,
         hidden: int = 128,
         embedding: int = 64,
-        fusion: int = 0,
     ) -> None:
         check.integer("channels", channels, low=1)
         check.integer("hidden", hidden, low=1)
         if len(size) != 2 or min(size) < 4 or size[0] % 4 or size[1] % 4:
             raise ValueError(f"size: expected (height, width) in multiples of 4, got {size}")
         visual, other = _conv(size, channels, hidden), _conv(size, channels, hidden)
-        super().__init__(visual, other, hidden, classes, embedding=embedding, fusion=fusion)
+        super().__init__(visual, other, hidden, classes, embedding=embedding)
 
 
 def _mlp(inputs: int, hidden: int) -> nn.Sequential:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,7 @@ def _open_clip(name: str) -> _Parts:
     library = _library("open_clip", "open_clip_torch")
     if name not in library.list_models():
         raise ValueError(f"model: expected a name of open_clip.list_models(), got {name!r}")
-
-    def make() -> nn.Module:
-        made: nn.Module = library.create_model(name, pretrained=None)
-        return made
-
+    make = partial(library.create_model, name, pretrained=None)
     side = library.get_model_config(name)["vision_cfg"]["image_size"]
     height, width = (side, side) if isinstance(side, int) else side
     return make, OpenClipEncoder, library.get_tokenizer(name), (height, width), False
@@ -91,11 +88,7 @@ def _transformers(folder: str) -> _Parts:
     if config.model_type != "clip":
         raise ValueError(f"model: expected a CLIP in {folder!r}, got a {config.model_type!r}")
     trained = any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
-
-    def make() -> nn.Module:
-        made: nn.Module = library.CLIPModel.from_pretrained(path) if trained else library.CLIPModel(config)
-        return made
-
+    make = partial(library.CLIPModel.from_pretrained, path) if trained else partial(library.CLIPModel, config)
     side = config.vision_config.image_size
     return make, TransformersClipEncoder, library.AutoTokenizer.from_pretrained(path), (side, side), trained
 

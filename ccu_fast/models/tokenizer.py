@@ -9,8 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ccu_fast import check
-
 # A token that is a word of its own: lower-case letters up to the end of a word. Such words, with spaces between, are
 # split by CLIP's pattern one by one, so what stands beside them changes nothing.
 _WORD = re.compile(r"[a-z]{2,}</w>")
@@ -80,7 +78,6 @@ class ClipTokenizer:
 
     Args:
         tokenizer: one of theirs.
-        context: longest row; default theirs.
 
     Raises:
         TypeError: it is neither.
@@ -89,7 +86,7 @@ class ClipTokenizer:
     token, no EOT, no part of a word, nothing unprintable.
     """
 
-    def __init__(self, tokenizer: Any, *, context: int | None = None) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._open_clip = hasattr(tokenizer, "sot_token_id") and hasattr(tokenizer, "decoder")
         if not self._open_clip and not (hasattr(tokenizer, "bos_token_id") and hasattr(tokenizer, "get_vocab")):
             raise TypeError(
@@ -99,14 +96,13 @@ class ClipTokenizer:
         self._tokenizer = tokenizer
         if self._open_clip:
             self.sot, self.eot, self.pad = int(tokenizer.sot_token_id), int(tokenizer.eot_token_id), 0
-            limit = int(tokenizer.context_length or 77)
+            self.context = int(tokenizer.context_length or 77)
             self._words: dict[int, str] = dict(tokenizer.decoder)
         else:
             self.sot, self.eot = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)
             self.pad = int(tokenizer.pad_token_id)
-            limit = min(int(tokenizer.model_max_length), 77)
+            self.context = min(int(tokenizer.model_max_length), 77)
             self._words = {i: word for word, i in tokenizer.get_vocab().items()}
-        self.context = check.integer("context", limit if context is None else context, low=3)
         self._allowed: Tensor | None = None
 
     def __len__(self) -> int:

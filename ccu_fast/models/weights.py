@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,16 +41,11 @@ def from_checkpoint(make: Callable[[], M], checkpoint: Path | str, name: str = "
             model.load_state_dict(read_weights(path, name))
         except RuntimeError as error:
             what = type(model).__name__
-            raise ValueError(f"{name}: expected weights of {what}, got others in {path}: {_brief(error)}") from error
+            why = textwrap.shorten(str(error), 300, placeholder=" …")  # torch lists a mismatch for every tensor
+            raise ValueError(f"{name}: expected weights of {what}, got others in {path}: {why}") from error
         return model
 
     return made
-
-
-def _brief(error: RuntimeError) -> str:
-    """The start of the error, in which torch lists a mismatch for every tensor."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:300]} …"
 
 
 def read_weights(path: Path, name: str = "checkpoint") -> dict[str, Tensor]:

@@ -378,15 +378,13 @@ class TestCheckpoint:
 
 
 class TestModels:
-    def test_convolutional_towers_and_a_fusion_layer(self) -> None:
-        model = ConvFusionModel((8, 4), 3, channels=2, hidden=8, embedding=6, fusion=5)
+    def test_convolutional_towers(self) -> None:
+        model = ConvFusionModel((8, 4), 3, channels=2, hidden=8, embedding=6)
         logits = model(torch.rand(2, 1, 8, 4), torch.rand(2, 1, 8, 4))
         assert [list(x.shape) for x in logits] == [[2, 3]] * 3
-        assert isinstance(model.fused_head, nn.Sequential)
         for error, arguments in (
             ("size", {"size": (7, 4), "classes": 3}),
             ("channels", {"size": (8, 4), "classes": 3, "channels": 0}),
-            ("fusion", {"size": (8, 4), "classes": 3, "fusion": -1}),
         ):
             with pytest.raises(ValueError, match=error):
                 ConvFusionModel(**arguments)
