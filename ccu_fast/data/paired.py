@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -72,14 +73,14 @@ class PairedData:
 
     def batch(self, index: Tensor) -> PairedData:
         """Like indexing, without the checks: for inner loops over data that passed them."""
-        part = object.__new__(PairedData)
-        for name in ("visual", "other", "labels", "ids"):
-            object.__setattr__(part, name, getattr(self, name)[index])
-        return part
+        return self._each(lambda tensor: tensor[index])
 
     def to(self, device: torch.device | str) -> PairedData:
         """The same items on another device."""
-        whole = object.__new__(PairedData)
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PairedData:
+        changed = object.__new__(PairedData)
         for name in ("visual", "other", "labels", "ids"):
-            object.__setattr__(whole, name, getattr(self, name).to(device))
-        return whole
+            object.__setattr__(changed, name, change(getattr(self, name)))
+        return changed

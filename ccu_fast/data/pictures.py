@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,6 @@ _MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGB
 
 class BadPicture(ValueError):
     """A picture that cannot be used; the message says why, without its name."""
-
-
-def is_picture(name: str) -> bool:
-    """Whether the name ends as pictures do."""
-    return PurePosixPath(name).suffix.lower().removeprefix(".") in EXTENSIONS
 
 
 def decode(data: bytes, shape: tuple[int, int, int], *, max_pixels: int = MAX_PIXELS) -> Tensor:

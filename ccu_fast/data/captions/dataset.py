@@ -17,7 +17,6 @@ from ccu_fast.data.captions.listing import Bad, Listing
 from ccu_fast.data.captions.shards import read_span
 from ccu_fast.data.pictures import MAX_PIXELS, BadPicture, decode
 
-DIGEST = 32
 _CHUNK = 64
 
 
@@ -108,7 +107,7 @@ class DiskSource:
         file = self.listing.files[number]
         try:
             data = self.read(number)
-            if self.digests is not None and hashlib.sha256(data).digest() != self.digests[number].numpy().tobytes():
+            if self.digests is not None and not torch.equal(_digest(data), self.digests[number]):
                 raise BadPicture("changed since it was checked")
             return decode(data, self.image_shape, max_pixels=self.max_pixels)
         except (OSError, BadPicture) as error:
@@ -123,14 +122,14 @@ def scan(source: DiskSource, numbers: Sequence[int], progress: Callable[[int, in
         numbers: which of them.
         progress: called as ``progress(done, total)``.
     """
-    digests = torch.zeros(source.n_images, DIGEST, dtype=torch.uint8)
+    digests = torch.zeros(source.n_images, 32, dtype=torch.uint8)
     bad: dict[int, str] = {}
 
     def look(number: int) -> None:
         try:
             data = source.read(number)
             decode(data, source.image_shape, max_pixels=source.max_pixels)
-            digests[number] = torch.frombuffer(bytearray(hashlib.sha256(data).digest()), dtype=torch.uint8)
+            digests[number] = _digest(data)
         except (OSError, BadPicture) as error:
             bad[number] = _why(error)
 
@@ -145,6 +144,10 @@ def scan(source: DiskSource, numbers: Sequence[int], progress: Callable[[int, in
 def bad_pictures(listing: Listing, bad: dict[int, str]) -> list[Bad]:
     """What a scan found, in the words of the listing."""
     return [Bad(listing.files[number], why) for number, why in sorted(bad.items())]
+
+
+def _digest(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(hashlib.sha256(data).digest()), dtype=torch.uint8)
 
 
 def _why(error: Exception) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ccu_fast.data.captions.listing import Listing, Rows, published_names
-from ccu_fast.data.pictures import is_picture
+from ccu_fast.data.captions.listing import Listing, Rows
+from ccu_fast.data.pictures import EXTENSIONS
 
 
 def list_folder(root: Path) -> Listing:
@@ -15,19 +15,18 @@ def list_folder(root: Path) -> Listing:
     A picture without captions and a caption file without a picture are bad.
     """
     rows = Rows()
-    root = Path(root)
     pictures, texts = [], []
     for folder, subfolders, files in os.walk(root):
         subfolders.sort()
         for name in sorted(files):
             relative = os.path.relpath(os.path.join(folder, name), root)
-            if is_picture(name):
+            if Path(name).suffix.lower().removeprefix(".") in EXTENSIONS:
                 pictures.append(relative)
             elif name.lower().endswith(".txt"):
                 texts.append(relative)
     known, used = set(texts), set()
     for number, picture in enumerate(pictures):
-        text = caption_file(picture)
+        text = os.path.splitext(picture)[0] + ".txt"
         if text not in known:
             rows.refuse(picture, f"no caption file {text}")
             continue
@@ -45,18 +44,4 @@ def list_folder(root: Path) -> Listing:
     for text in texts:
         if text not in used:
             rows.refuse(text, "no picture beside this caption file")
-    return Listing(
-        format="folder",
-        root=root,
-        files=rows.files,
-        names=published_names(rows.files, root),
-        captions=rows.captions,
-        image_of=rows.rows_of_images(),
-        records=rows.records,
-        bad=rows.bad,
-    )
-
-
-def caption_file(picture: str) -> str:
-    """``a/b.jpg`` → ``a/b.txt``."""
-    return os.path.splitext(picture)[0] + ".txt"
+    return rows.listing("folder", root)

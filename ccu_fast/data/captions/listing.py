@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,9 +179,19 @@ class Rows:
         self.records.append(record)
         return True
 
-    def rows_of_images(self) -> Tensor:
-        """``image_of`` as a tensor."""
-        return torch.tensor(self.image_of, dtype=torch.int64)
+    def listing(self, format: str, root: Path, names: list[str] | None = None, **rest: Any) -> Listing:
+        """What was collected, with names by :func:`published_names` unless given; ``rest`` are more attributes."""
+        return Listing(
+            format=format,
+            root=root,
+            files=self.files,
+            names=published_names(self.files, root) if names is None else names,
+            captions=self.captions,
+            image_of=torch.tensor(self.image_of, dtype=torch.int64),
+            records=self.records,
+            bad=self.bad,
+            **rest,
+        )
 
 
 def published_names(files: Sequence[str], root: Path) -> list[str]:

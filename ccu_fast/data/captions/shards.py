@@ -69,15 +69,10 @@ def list_shards(path: Path) -> Listing:
                     if len(rows.files) == before:
                         raise ValueError(f"{shard}: expected every key once, got {sample.key} again")
                     spans.append((len(good) - 1, *sample.members[pictures[0]]))
-    return Listing(
-        format="webdataset",
-        root=path.parent if path.is_file() else path,
-        files=rows.files,
+    return rows.listing(
+        "webdataset",
+        path.parent if path.is_file() else path,
         names=[str(PurePosixPath(name[: -len(PurePosixPath(name).suffix)] + ".png")) for name in rows.files],
-        captions=rows.captions,
-        image_of=rows.rows_of_images(),
-        records=rows.records,
-        bad=rows.bad,
         spans=torch.tensor(spans, dtype=torch.int64).reshape(-1, 3),
         shards=good,
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from ccu_fast.data.captions.listing import Listing, Rows, published_names
+from ccu_fast.data.captions.listing import Listing, Rows
 
 # A field may be as long as a C long allows; the default of 128 KiB is less than some scraped captions.
 _FIELD_LIMIT = 2**31 - 1
@@ -34,18 +34,7 @@ def list_table(path: Path, format: str, image_column: str | None, caption_column
             rows.refuse(where, f"no path in {columns[0]}")
         else:
             rows.add(number, where, os.path.normpath(folder / image), caption)
-    return Listing(
-        format=format,
-        root=folder,
-        metadata=path,
-        columns=columns,
-        files=rows.files,
-        names=published_names(rows.files, folder),
-        captions=rows.captions,
-        image_of=rows.rows_of_images(),
-        records=rows.records,
-        bad=rows.bad,
-    )
+    return rows.listing(format, folder, metadata=path, columns=columns)
 
 
 def read_records(path: Path) -> Iterator[dict[Any, Any]]:
