@@ -7,8 +7,9 @@ from ccu_fast.mem.protection import Protected, Protection, protect
 from ccu_fast.mem.publish.memory import export
 from ccu_fast.mem.retrieval import reading, retrieval
 from ccu_fast.mem.study.run import run_digit_strips
-from ccu_fast.mem.tokenizer import Tokenizer, WordTokenizer
+from ccu_fast.mem.tokenizer import WordTokenizer
 from ccu_fast.mem.victim import Recipe, Victim, train_victim
+from ccu_fast.models.tokenizer import Tokenizer
 
 __all__ = [
     "Execution",

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ccu_fast.losses.functional import info_nce
 from ccu_fast.mem.round import Round
-from ccu_fast.mem.surrogate import frozen, train_step
+from ccu_fast.mem.source import read_ahead
+from ccu_fast.mem.surrogate import frozen
 from ccu_fast.mem.triggers import encode_many
 from ccu_fast.ops.pgd_step.api import pgd_step_
 from ccu_fast.ops.topk_flips.api import TokenTable, topk_flips
@@ -29,13 +30,13 @@ class CompatRound(Round):
         s = self.settings
         if index == 0:
             self.renew("surrogate 0")
-        self._train(s.surrogate_steps)
+        self.train_surrogate(s.surrogate_steps)
         triggers: list[Tensor] = []
         noise: list[Tensor] = []
         table = TokenTable(self.surrogate.embedding_matrix.detach())
-        full = [part for part in torch.arange(len(self.tokens)).split(s.batch) if len(part) == s.batch]
-        for rows, images in self._read(full, self.source.image_of):
-            base = images.to(self.device, self.surrogate.embedding_matrix.dtype)
+        plan = self._full(torch.arange(len(self.tokens)))
+        for rows, images in read_ahead(self.source, plan, self.source.image_of):
+            base = self._levels(images)
             with frozen(self.surrogate):
                 if self.method.triggers and index < s.trigger_rounds:
                     triggers.append(self._triggers(base, rows, table))
@@ -45,22 +46,21 @@ class CompatRound(Round):
             self._note("triggers", triggers)
         self._note("noise", noise)
 
-    def _train(self, steps: int) -> None:
-        plan = []
-        for _ in range(steps):
-            if not self.todo:
-                order = torch.randperm(len(self.tokens), generator=self.rng)
-                self.todo = [part for part in order.split(self.settings.batch) if len(part) == self.settings.batch]
-            plan.append(self.todo.pop(0))
-        losses = []
-        self.surrogate.train()
-        for rows, images in self._read(plan, self.source.image_of):
-            base = images.to(self.device, self.surrogate.embedding_matrix.dtype)
-            shown = (base + self._steps(rows)) / 255
-            with self.precision():
-                text = self._ids(self.tokens[rows], rows)
-                losses.append(train_step(self.surrogate, self.optimizer, shown, text, self.average))
-        self._note("surrogate", losses[-8:])
+    def _order(self) -> list[Tensor]:
+        return self._full(torch.randperm(len(self.tokens), generator=self.rng))[::-1]
+
+    def _full(self, order: Tensor) -> list[Tensor]:
+        return [part for part in order.split(self.settings.batch) if len(part) == self.settings.batch]
+
+    def _shown(self, images: Tensor, rows: Tensor) -> Tensor:
+        return (self._levels(images) + self._steps(rows)) / 255
+
+    def _text(self, rows: Tensor) -> Tensor:
+        return self._ids(self.tokens[rows], rows)
+
+    def _levels(self, images: Tensor) -> Tensor:
+        """Pixels in 1/255."""
+        return images.to(self.device, self.surrogate.embedding_matrix.dtype)
 
     def _steps(self, rows: Tensor) -> Tensor:
         """The rows' noise in 1/255."""
@@ -68,7 +68,7 @@ class CompatRound(Round):
 
     def _triggers(self, base: Tensor, rows: Tensor, table: TokenTable) -> Tensor:
         model, length, k = self.surrogate, self.method.triggers, self.settings.candidates
-        tokens = self._ids(self.tokens[rows], rows)
+        tokens = self._text(rows)
         scale = model.scale.detach()
         with torch.no_grad():
             image = self.encode_image((base + self._steps(rows)) / 255)

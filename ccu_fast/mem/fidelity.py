@@ -53,22 +53,6 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return (top / bottom).mean((1, 2, 3))
 
 
-def psnr(mean_square: float) -> float | None:
-    """Peak signal-to-noise ratio in dB of a mean squared change of pixel values; None without a change::
-
-    10 log10(255**2 / mean_square)                                       # in fp32
-    """
-    return float(10 * torch.log10(torch.tensor(255.0**2 / mean_square))) if mean_square else None
-
-
-def noise_report(noise: Tensor) -> dict[str, float | int | None]:
-    """``eps_255`` (the largest change) and ``psnr_db`` over all pixel values of int8 noise."""
-    check.tensor("noise", noise, dtypes=(torch.int8,))
-    if not len(noise):
-        return {"eps_255": 0, "psnr_db": None}
-    return {"eps_255": int(noise.short().abs().max()), "psnr_db": psnr(float(noise.double().square().mean()))}
-
-
 @dataclass
 class Fidelity:
     """Sums over the pictures seen so far.
@@ -89,14 +73,17 @@ class Fidelity:
 
     def add(self, original: Tensor, published: Tensor) -> None:
         """Pictures uint8 ``[N, C, H, W]``."""
-        change = published.short() - original.short()
+        self.count(published.short() - original.short())
+        if len(original) and min(original.shape[2:]) >= _WINDOW:
+            self.ssim += float(ssim(original, published).sum())
+            self.compared += len(original)
+
+    def count(self, change: Tensor) -> None:
+        """Changes of pixel values, integers ``[N, C, H, W]``."""
         self.pictures += len(change)
-        self.largest = max(self.largest, int(change.abs().max()) if change.numel() else 0)
+        self.largest = max(self.largest, int(change.short().abs().max()) if change.numel() else 0)
         self.squares += int(change.long().square().sum())
         self.values += change.numel()
-        if len(change) and min(change.shape[2:]) >= _WINDOW:
-            self.ssim += float(ssim(original, published).sum())
-            self.compared += len(change)
 
     def merge(self, other: dict[str, Any]) -> None:
         """Add the sums of another part (``asdict`` of a Fidelity)."""
@@ -109,9 +96,24 @@ class Fidelity:
         return asdict(self)
 
     def report(self) -> dict[str, float | int | None]:
-        """``eps_255``, ``psnr_db`` over all pixel values (None without a change), mean ``ssim`` (None below 11 px)."""
+        """The largest change, the peak signal-to-noise ratio in dB, and the mean structural similarity::
+
+            psnr = 10 log10(255**2 / mean squared change)                    # in fp32
+
+        The second is None without a change, the third below 11 px.
+        """
+        mean_square = self.squares / self.values if self.squares else None
         return {
             "eps_255": self.largest,
-            "psnr_db": psnr(self.squares / self.values if self.values else 0.0),
+            "psnr_db": float(10 * torch.log10(torch.tensor(255.0**2 / mean_square))) if mean_square else None,
             "ssim": self.ssim / self.compared if self.compared else None,
         }
+
+
+def noise_report(noise: Tensor) -> dict[str, float | int | None]:
+    """``eps_255`` (the largest change) and ``psnr_db`` over all pixel values of int8 noise."""
+    check.tensor("noise", noise, dtypes=(torch.int8,))
+    seen = Fidelity()
+    seen.count(noise)
+    report = seen.report()
+    return {name: report[name] for name in ("eps_255", "psnr_db")}

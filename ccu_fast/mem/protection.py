@@ -16,8 +16,8 @@ from ccu_fast.mem.noise import random_noise
 from ccu_fast.mem.round import Round
 from ccu_fast.mem.source import PairSource, TensorSource
 from ccu_fast.mem.surrogate import ModelFactory, generator
-from ccu_fast.mem.tokenizer import Tokenizer, survivors, with_triggers
-from ccu_fast.mem.triggers import first_triggers
+from ccu_fast.mem.triggers import first_triggers, survivors, with_triggers
+from ccu_fast.models.tokenizer import Tokenizer
 from ccu_fast.ops.noise_store.api import NoiseStore
 from ccu_fast.runs.progress import Progress, silent
 

@@ -16,9 +16,9 @@ from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.noise import pgd
 from ccu_fast.mem.source import PairSource, read_ahead
 from ccu_fast.mem.surrogate import ModelFactory, batches, fresh, frozen, optimizer_for, pixels, train_step
-from ccu_fast.mem.tokenizer import Tokenizer, insert_triggers, survivors, trim
-from ccu_fast.mem.triggers import improve_triggers
+from ccu_fast.mem.triggers import improve_triggers, insert_triggers, survivors, trim
 from ccu_fast.models.dual_encoder import DualEncoder
+from ccu_fast.models.tokenizer import Tokenizer
 from ccu_fast.ops.machine import moved
 from ccu_fast.ops.noise_store.api import NoiseStore
 from ccu_fast.ops.topk_flips.api import TokenTable
@@ -61,10 +61,9 @@ class Round:
     def renew(self, purpose: str) -> None:
         """A surrogate as the factory makes it, and its optimiser."""
         s = self.settings
-        module = cast(nn.Module, fresh(self.factory, self.seed, purpose)).to(self.device)
+        self.model = fresh(self.factory, self.seed, purpose, self.device)
         if self.execution.channels_last:
-            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model = cast(DualEncoder, module)
+            cast(nn.Module, self.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = optimizer_for(self.surrogate, s.lr, s.weight_decay, s.beta2)
         self.encode_image: Callable[[Tensor], Tensor] = self.surrogate.encode_image
         if self.execution.compile is not None:
@@ -83,12 +82,12 @@ class Round:
         """Optimiser steps on random batches of rows; an order of all rows is used up before the next is drawn."""
         plan = []
         for _ in range(steps):
-            self.todo = self.todo or batches(len(self.tokens), self.settings.batch, self.rng)
+            self.todo = self.todo or self._order()
             plan.append(self.todo.pop())
         losses = []
         self.surrogate.train()
-        for rows, images in self._read(plan, self.source.image_of):
-            shown = self._pixels(images, self.source.image_of[rows])
+        for rows, images in read_ahead(self.source, plan, self.source.image_of):
+            shown = self._shown(images, rows)
             with self.precision():
                 losses.append(train_step(self.surrogate, self.optimizer, shown, self._text(rows), self.average))
         self._note("surrogate", losses[-8:])
@@ -100,9 +99,9 @@ class Round:
         table = TokenTable(self.surrogate.embedding_matrix.detach(), allowed=allowed.to(self.device))
         losses, waiting = [], []
         plan = batches(len(self.tokens), self.settings.batch, self.rng)
-        for rows, images in self._read(plan, self.source.image_of):
+        for rows, images in read_ahead(self.source, plan, self.source.image_of):
             with torch.no_grad(), frozen(self.surrogate):
-                image = self.encode_image(self._pixels(images, self.source.image_of[rows]))
+                image = self.encode_image(self._shown(images, rows))
             found, steps = improve_triggers(
                 self.surrogate,
                 image,
@@ -124,8 +123,7 @@ class Round:
         steps = 0 if self.method.noise == "none" else s.pgd_steps
         row_of = self._one_row_for_each_image()
         losses = []
-        everything = torch.arange(self.source.n_images)
-        for index, images in self._read(batches(len(everything), s.batch, self.rng), everything):
+        for index, images in read_ahead(self.source, batches(self.source.n_images, s.batch, self.rng)):
             where = torch.zeros(1, dtype=torch.int64) if universal else index
             with torch.no_grad(), frozen(self.surrogate):
                 text = self.surrogate.encode_text(self._text(row_of[index]))
@@ -166,10 +164,13 @@ class Round:
         self.losses.update({name: list(values) for name, values in state["losses"].items()})
         self.todo = list(state["todo"])
 
-    def _read(self, plan: list[Tensor], image_of: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Each part of the plan with its images, the next one read ahead."""
-        images = (images for _, images in read_ahead(self.source, [image_of[part] for part in plan]))
-        return zip(plan, images, strict=True)
+    def _order(self) -> list[Tensor]:
+        """All rows in random batches for the surrogate, the last one first."""
+        return batches(len(self.tokens), self.settings.batch, self.rng)
+
+    def _shown(self, images: Tensor, rows: Tensor) -> Tensor:
+        """The rows' images with their noise, as the model takes them."""
+        return self._pixels(images, self.source.image_of[rows])
 
     def _pixels(self, images: Tensor, index: Tensor) -> Tensor:
         """Images of the given numbers with their noise, as the model takes them."""

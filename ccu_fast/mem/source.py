@@ -66,7 +66,14 @@ class TensorSource:
                     f"captions: expected {len(images)} strings (one for each image), got {len(self.captions)}"
                 )
             image_of = torch.arange(len(images))
-        check_rows(image_of, len(self.captions), self.n_images)
+        check.tensor("image_of", image_of, dtypes=(torch.int64,), ndim=1)
+        check.shape("image_of", image_of, (len(self.captions),))
+        low, high = (int(image_of.min()), int(image_of.max())) if len(image_of) else (0, 0)
+        if low < 0 or high >= self.n_images:
+            raise ValueError(f"image_of: expected numbers in [0, {self.n_images - 1}], got {low}..{high}")
+        lonely = (torch.bincount(image_of, minlength=self.n_images) == 0).nonzero()
+        if len(lonely):
+            raise ValueError(f"image_of: expected every image at least once, got none for image {int(lonely[0])}")
         self.image_of = image_of
 
     def images(self, index: Tensor) -> Tensor:
@@ -106,34 +113,20 @@ class Part:
         return self._source.images(self.whole_images[index])
 
 
-def read_ahead(source: PairSource, index: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """``(part, source.images(part))`` for each part of ``index``, in order, the next one read while one is worked on.
+def read_ahead(
+    source: PairSource, plan: Iterable[Tensor], image_of: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """``(part, source.images(image_of[part]))`` for each part of ``plan``, the next one read while one is worked on.
 
-    At most two parts are alive. Reading is another thread's: files and decoders release the interpreter.
+    Without ``image_of`` the parts are image numbers. At most two parts are alive. Another thread reads:
+    files and decoders release the interpreter.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
         waiting = None
-        for part in index:
-            coming = (part, thread.submit(source.images, part))
+        for part in plan:
+            coming = (part, thread.submit(source.images, part if image_of is None else image_of[part]))
             if waiting is not None:
                 yield waiting[0], waiting[1].result()
             waiting = coming
         if waiting is not None:
             yield waiting[0], waiting[1].result()
-
-
-def check_rows(image_of: Tensor, rows: int, n_images: int) -> None:
-    """``image_of`` gives each of ``rows`` rows an image and leaves none of ``n_images`` out.
-
-    Raises:
-        TypeError, ValueError: naming ``image_of``.
-    """
-    check.tensor("image_of", image_of, dtypes=(torch.int64,), ndim=1)
-    check.shape("image_of", image_of, (rows,))
-    if rows and (int(image_of.min()) < 0 or int(image_of.max()) >= n_images):
-        raise ValueError(
-            f"image_of: expected numbers in [0, {n_images - 1}], got {int(image_of.min())}..{int(image_of.max())}"
-        )
-    lonely = (torch.bincount(image_of, minlength=n_images) == 0).nonzero()
-    if len(lonely):
-        raise ValueError(f"image_of: expected every image at least once, got none for image {int(lonely[0])}")

@@ -21,11 +21,13 @@ def generator(seed: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{purpose}".encode()))
 
 
-def fresh(factory: ModelFactory, seed: int, purpose: str) -> DualEncoder:
+def fresh(factory: ModelFactory, seed: int, purpose: str, device: torch.device | str = "cpu") -> DualEncoder:
     """A model with random weights that depend on (seed, purpose) alone; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{seed}/{purpose}".encode()))
-        return factory()
+        torch.manual_seed(generator(seed, purpose).initial_seed())
+        model = factory()
+    cast(nn.Module, model).to(device)
+    return model
 
 
 def optimizer_for(model: DualEncoder, lr: float, weight_decay: float, beta2: float = 0.98) -> torch.optim.AdamW:

@@ -1,16 +1,14 @@
-"""A word-level tokenizer for captions whose words are known, and triggers in front of captions."""
+"""A word-level tokenizer for captions whose words are known."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.data.strips import DIGIT_WORDS, PROMPT
-from ccu_fast.models.tokenizer import Tokenizer as Tokenizer
 from ccu_fast.models.tokenizer import token_rows
 
 SPECIAL = ("<pad>", "<sot>", "<eot>")
@@ -112,39 +110,3 @@ class WordTokenizer:
             where = "" if text is None else f" in {text!r}"
             raise ValueError(f"captions: expected words of the vocabulary, got {unknown[0]!r}{where}")
         return [self._ids[w] for w in words]
-
-
-def insert_triggers(tokens: Tensor, triggers: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Put ``triggers`` int64 ``[N, n]`` after SOT: ``[N, L]`` → ``[N, min(L + n, context)]``; a cut row keeps its EOT.
-
-    These are the ids of the caption with the triggers' words in front of it.
-    """
-    joined = torch.cat([tokens[:, :1], triggers, tokens[:, 1:]], 1)
-    if joined.shape[1] > tokenizer.context:
-        joined = joined[:, : tokenizer.context]
-        cut = ~(joined == tokenizer.eot).any(1)
-        joined[cut, -1] = tokenizer.eot
-    return joined
-
-
-def with_triggers(captions: Sequence[str], triggers: Tensor, tokenizer: Tokenizer) -> list[str]:
-    """The captions as they are published: the triggers' words, a space, the caption as it came."""
-    if triggers.shape[1] == 0:
-        return list(captions)
-    words = tokenizer.decode(triggers)
-    return [f"{word.strip()} {caption}" for word, caption in zip(words, captions, strict=True)]
-
-
-def survivors(captions: Sequence[str], tokens: Tensor, triggers: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """bool ``[N]``: whether encoding the published caption gives the ids that were optimised."""
-    read = tokenizer.encode(with_triggers(captions, triggers, tokenizer))
-    meant = insert_triggers(tokens, triggers, tokenizer)
-    width = max(read.shape[1], meant.shape[1])
-    read, meant = (F.pad(t, (0, width - t.shape[1]), value=tokenizer.pad) for t in (read, meant))
-    return (read == meant).all(1)
-
-
-def trim(tokens: Tensor, eot: int) -> Tensor:
-    """Cut the columns after the last EOT of the batch: exact under causal attention."""
-    end = int((tokens == eot).int().argmax(1).max()) + 1
-    return tokens[:, :end]

@@ -1,19 +1,58 @@
-"""Trigger words by HotFlip: gradient scores propose, exact losses decide, position by position."""
+"""Trigger words: in front of captions, and by HotFlip (gradient scores propose, exact losses decide)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ccu_fast.losses.functional import info_nce
 from ccu_fast.mem.config import Settings
 from ccu_fast.mem.surrogate import frozen
-from ccu_fast.mem.tokenizer import Tokenizer
 from ccu_fast.models.dual_encoder import DualEncoder
+from ccu_fast.models.tokenizer import Tokenizer
 from ccu_fast.ops.candidate_losses.api import candidate_losses
 from ccu_fast.ops.topk_flips.api import TokenTable, topk_flips
 
 _PART_BYTES = 12 << 20
+
+
+def insert_triggers(tokens: Tensor, triggers: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Put ``triggers`` int64 ``[N, n]`` after SOT: ``[N, L]`` → ``[N, min(L + n, context)]``; a cut row keeps its EOT.
+
+    These are the ids of the caption with the triggers' words in front of it.
+    """
+    joined = torch.cat([tokens[:, :1], triggers, tokens[:, 1:]], 1)
+    if joined.shape[1] > tokenizer.context:
+        joined = joined[:, : tokenizer.context]
+        cut = ~(joined == tokenizer.eot).any(1)
+        joined[cut, -1] = tokenizer.eot
+    return joined
+
+
+def with_triggers(captions: Sequence[str], triggers: Tensor, tokenizer: Tokenizer) -> list[str]:
+    """The captions as they are published: the triggers' words, a space, the caption as it came."""
+    if triggers.shape[1] == 0:
+        return list(captions)
+    words = tokenizer.decode(triggers)
+    return [f"{word.strip()} {caption}" for word, caption in zip(words, captions, strict=True)]
+
+
+def survivors(captions: Sequence[str], tokens: Tensor, triggers: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """bool ``[N]``: whether encoding the published caption gives the ids that were optimised."""
+    read = tokenizer.encode(with_triggers(captions, triggers, tokenizer))
+    meant = insert_triggers(tokens, triggers, tokenizer)
+    width = max(read.shape[1], meant.shape[1])
+    read, meant = (F.pad(t, (0, width - t.shape[1]), value=tokenizer.pad) for t in (read, meant))
+    return (read == meant).all(1)
+
+
+def trim(tokens: Tensor, eot: int) -> Tensor:
+    """Cut the columns after the last EOT of the batch: exact under causal attention."""
+    end = int((tokens == eot).int().argmax(1).max()) + 1
+    return tokens[:, :end]
 
 
 def random_triggers(n: int, length: int, ids: Tensor, rng: torch.Generator) -> Tensor:
@@ -39,7 +78,7 @@ def encode_many(model: DualEncoder, tokens: Tensor, eot: int) -> Tensor:
 
     On a CPU captions of equal length go together, each trimmed to its own (exact under causal attention), in parts
     whose largest activation stays in the cache and below the size from which malloc gets fresh pages for every tensor.
-    On a GPU all go at once: it is not asked for their lengths.
+    On a GPU all go at once, so that the host does not wait for their lengths.
     """
     if tokens.device.type != "cpu":
         return model.encode_text(tokens)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.mem.surrogate import ModelFactory, batches, fresh, generator, optimizer_for, pixels, train_step
-from ccu_fast.mem.tokenizer import trim
+from ccu_fast.mem.triggers import trim
 from ccu_fast.models.dual_encoder import DualEncoder
 from ccu_fast.runs.progress import Progress, silent
 
@@ -111,25 +111,23 @@ def train_victim(
     if len(tokens) != len(images) or len(images) < 2:
         raise ValueError(f"tokens: expected one row for each of at least 2 images, got {len(tokens)} and {len(images)}")
     device = torch.device(device)
-    model = cast(DualEncoder, cast(nn.Module, fresh(factory, seed, "victim")).to(device))
+    model = fresh(factory, seed, "victim", device)
     optimizer = optimizer_for(model, recipe.lr, recipe.weight_decay)
     rng = generator(seed, "victim batches")
     warm_up = math.ceil(len(images) / recipe.batch)
     total = warm_up * recipe.epochs
-    step = 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * (step / total))))
+    )
     train_loss: list[float] = []
     curve: list[dict[str, Any]] = []
     for epoch in range(recipe.epochs):
         progress(stage, epoch, recipe.epochs, f"train loss {train_loss[-1]:.3f}" if train_loss else "")
         losses = []
         for rows in batches(len(images), recipe.batch, rng):
-            done = step / total
-            rate = recipe.lr * min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * done)))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             shown, read = pixels(images[rows].to(device)), trim(tokens[rows], eot).to(device)
             losses.append(train_step(model, optimizer, shown, read))
-            step += 1
+            schedule.step()
         train_loss.append(float(torch.stack(losses).mean()))
         with torch.no_grad():
             curve.append(evaluate(model))

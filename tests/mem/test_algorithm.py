@@ -19,8 +19,8 @@ from ccu_fast.mem.noise import pgd, random_noise
 from ccu_fast.mem.protection import Protected, protect
 from ccu_fast.mem.study.run import run_digit_strips
 from ccu_fast.mem.surrogate import batches, fresh, frozen, generator, pixels
-from ccu_fast.mem.tokenizer import NEUTRAL, SPECIAL, WordTokenizer, insert_triggers, trim
-from ccu_fast.mem.triggers import encode_many, improve_triggers, random_triggers
+from ccu_fast.mem.tokenizer import NEUTRAL, SPECIAL, WordTokenizer
+from ccu_fast.mem.triggers import encode_many, improve_triggers, insert_triggers, random_triggers, trim
 from ccu_fast.mem.victim import Recipe, train_victim
 from ccu_fast.models.dual_encoder import SmallDualEncoder
 

@@ -22,8 +22,6 @@ from ccu_fast.mem.protection import Protected
 from ccu_fast.mem.publish.writer import Publisher
 from ccu_fast.runs.provenance import versions
 
-CAPTIONS = "captions.csv"
-
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
@@ -103,7 +101,7 @@ def export(protected: Protected, out: str | Path, *, seed: int | None = None) ->
     with atomic_folder(out) as folder, tempfile.TemporaryDirectory(prefix=".", dir=folder) as work:
         publisher = Publisher(made, made, folder, Path(work), range(n))
         publisher.write()
-        with (folder / CAPTIONS).open("w", newline="", encoding="utf-8") as file:
+        with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerows([("images", "caption"), *zip(names, protected.captions, strict=True)])
         manifest = {

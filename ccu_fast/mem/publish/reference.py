@@ -12,19 +12,13 @@ from ccu_fast import check
 from ccu_fast.data.captions.dataset import DiskSource
 from ccu_fast.files import new_file
 from ccu_fast.mem.publish.writer import CHUNK, Published
+from ccu_fast.models.clip import STD
 
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
-def write_reference_files(
-    source: DiskSource,
-    made: Published,
-    triggers: Tensor,
-    folder: Path,
-    *,
-    std: tuple[float, ...] = CLIP_STD,
-) -> None:
+def write_reference_files(source: DiskSource, made: Published, triggers: Tensor, folder: Path) -> None:
     """``noise.pt``: fp32 ``[rows, C, H, W]``, (published − original) / 255 / std; ``token.pt``: int64 ``[rows, n]``.
+
+    The standard deviations are CLIP's, for grey images their mean.
 
     Rows, not images: the authors' code looks noise up by row. The noise is built in a temporary file that is mapped
     into memory, so the disk must hold it twice and the memory not at all.
@@ -34,12 +28,10 @@ def write_reference_files(
         made: what was published.
         triggers: int64 ``[rows, n]``.
         folder: where the files go.
-        std: of the normalisation, one number for each channel; for grey images the mean of CLIP's is used.
     """
     image_of, shape = source.image_of, source.image_shape
     check.shape("triggers", triggers, (len(image_of), triggers.shape[1]))
-    if shape[0] != len(std):
-        std = (sum(std) / len(std),) * shape[0]
+    std = STD if shape[0] == len(STD) else (sum(STD) / len(STD),) * shape[0]
     divisor = torch.tensor(std).view(1, -1, 1, 1) * 255
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".noise.") as file:
         size = len(image_of) * shape[0] * shape[1] * shape[2]

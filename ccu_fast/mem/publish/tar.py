@@ -16,12 +16,13 @@ KEPT = ("json", "cls")
 
 
 def write_shard(
-    source: Path, target: Path, samples: Iterator[tuple[str, bytes, str, tuple[int, int]]]
+    source: Path, target: Path, samples: Iterator[tuple[str, bytes, str]], size: tuple[int, int]
 ) -> dict[str, int]:
-    """Write (key, PNG, caption, (width, height)) in their order; ``json`` and ``cls`` members are taken over.
+    """Write (key, PNG, caption) in their order; ``json`` and ``cls`` members are taken over.
 
     Other members are not: an unprotected thumbnail or embedding would give away what the picture hides. In the json,
-    ``caption`` becomes the published caption, and ``sha256``, ``width``, ``height`` those of the PNG, where present.
+    ``caption`` becomes the published caption, and ``sha256``, ``width``, ``height`` those of the PNG, where present;
+    ``size`` is (width, height).
 
     Returns:
         How many members of each extension were left out.
@@ -34,7 +35,7 @@ def write_shard(
     with target.open("wb") as file:
         options: Any = {"mtime": 0, "user": "", "group": "", "mode": 0o644, "format": "PAX_FORMAT"}
         with TarWriter(file, encoder=False, **options) as archive:
-            for key, png, caption, size in samples:
+            for key, png, caption in samples:
                 members = next(sample.members for sample in index if sample.key == key)
                 written: dict[str, Any] = {"__key__": key, "png": png, "txt": caption.encode()}
                 for extension, span in members.items():

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ class Publisher:
         self.images = images
         self.fidelity = Fidelity()
         self.hashes: dict[str, str] = {}
-        self.dropped: dict[str, int] = {}
+        self.dropped: Counter[str] = Counter()
         self._journal = work / f"published-{rank}.jsonl"
         self._unfinished = work / f"unfinished-{rank}"
         self._rows: dict[int, list[int]] = defaultdict(list)
@@ -116,8 +116,7 @@ class Publisher:
                     journal.flush()
                 self.hashes.update(entry["sha256"])
                 self.fidelity.merge(entry["sums"])
-                for extension, count in entry["dropped"].items():
-                    self.dropped[extension] = self.dropped.get(extension, 0) + count
+                self.dropped.update(entry["dropped"])
         progress(len(chunks), len(chunks))
         shutil.rmtree(self._unfinished, ignore_errors=True)
 
@@ -134,8 +133,8 @@ class Publisher:
         by_shard: dict[int, list[int]] = defaultdict(list)
         for image, shard in zip(self.images, spans[list(self.images), 0].tolist(), strict=True):
             by_shard[shard].append(image)
-        for shard in sorted(by_shard):
-            yield Chunk(by_shard[shard], shard)
+        for shard, images in sorted(by_shard.items()):
+            yield Chunk(images, shard)
 
     def _write_chunk(self, chunk: Chunk) -> dict[str, Any]:
         sums = Fidelity()
@@ -144,7 +143,8 @@ class Publisher:
         if chunk.shard >= 0:
             shard = self.listing.shards[chunk.shard]
             path = self._unfinished / shard.name
-            dropped = write_shard(shard, path, self._samples(chunk, sums))
+            _, height, width = self.source.image_shape
+            dropped = write_shard(shard, path, self._samples(chunk, sums), (width, height))
             hashes[shard.name] = self._place(path, shard.name)
         else:
             for image, png, captions in self._pictures(chunk, sums):
@@ -158,11 +158,10 @@ class Publisher:
                     hashes[name] = self._place(path, name, hashlib.sha256(data).hexdigest())
         return {"sha256": hashes, "sums": sums.sums(), "dropped": dropped}
 
-    def _samples(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[str, bytes, str, tuple[int, int]]]:
-        shape = self.source.image_shape
+    def _samples(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[str, bytes, str]]:
         for image, png, (caption,) in self._pictures(chunk, sums):
             key = self.listing.names[image].removesuffix(".png").partition("/")[2]
-            yield key, png, caption, (shape[2], shape[1])
+            yield key, png, caption
 
     def _pictures(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[int, bytes, list[str]]]:
         """Image, PNG and captions; at most CHUNK pictures are alive."""

@@ -21,8 +21,8 @@ from ccu_fast.mem.publish.memory import export
 from ccu_fast.mem.retrieval import groups, guessing, reading, retrieval
 from ccu_fast.mem.study.robustness import TREATMENTS, treat
 from ccu_fast.mem.surrogate import ModelFactory, generator, pixels
-from ccu_fast.mem.tokenizer import WordTokenizer, insert_triggers
-from ccu_fast.mem.triggers import random_triggers
+from ccu_fast.mem.tokenizer import WordTokenizer
+from ccu_fast.mem.triggers import insert_triggers, random_triggers
 from ccu_fast.mem.victim import Recipe, Victim, train_victim
 from ccu_fast.models.dual_encoder import DualEncoder, SmallDualEncoder
 from ccu_fast.runs.progress import Progress, silent

@@ -86,7 +86,7 @@ def test_read_back_gives_the_pixels_and_ids_that_were_optimised(
     clean = DiskSource(original, SHAPE, threads=1).images(every)
     assert torch.equal(pixels.short() - clean.short(), run.store.data.short())
     assert 0 < int(run.store.data.abs().max()) == manifest["measured"]["eps_255"] <= 8
-    from ccu_fast.mem.tokenizer import insert_triggers
+    from ccu_fast.mem.triggers import insert_triggers
 
     want = insert_triggers(run.tokens, run.triggers, run.tokenizer)
     assert torch.equal(run.tokenizer.encode(published.captions), want)
