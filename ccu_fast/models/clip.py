@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipEncoder(nn.Module):
-    """What both libraries share: pixels in [0, 1] outside, CLIP's mean and std inside, unit vectors.
+    """What both libraries share: pixels in [0, 1] outside, the model's mean and std inside, unit vectors.
 
     Attributes:
         model: the library's own.
@@ -25,10 +26,12 @@ class ClipEncoder(nn.Module):
     std: Tensor
     log_scale_limit = 4.6052  # ln 100, CLIP's bound
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
-        for name, values in (("mean", MEAN), ("std", STD)):
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != 3:
+                raise ValueError(f"{name}: expected three numbers, got {len(values)}")
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def embed_visual(self, visual: Tensor) -> Tensor:
@@ -79,19 +82,20 @@ class OpenClipEncoder(ClipEncoder):
 
     Args:
         model: as ``open_clip.create_model`` or ``open_clip.CLIP(...)`` gives it.
+        mean, std: of the three channels, default OpenAI's.
 
     Raises:
         TypeError: a model without the attributes of ``open_clip.CLIP`` (``CustomTextCLIP``, CoCa).
         ValueError: attention in the text tower that is not causal, or a feature that is not taken at EOT.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
         missing = [a for a in ("visual", "transformer", "token_embedding", "ln_final") if not hasattr(model, a)]
         if missing:
             raise TypeError(f"model: expected an open_clip.CLIP, got {type(model).__name__} without {missing[0]}")
         if model.attn_mask is None or model.text_pool_type not in ("argmax", "eos"):
             raise ValueError("model: expected causal text with the feature at EOT, got another text tower")
-        super().__init__(model)
+        super().__init__(model, mean, std)
 
     @property
     def _embedding(self) -> nn.Embedding:
@@ -120,15 +124,16 @@ class TransformersClipEncoder(ClipEncoder):
 
     Args:
         model: from ``CLIPModel(config)`` or ``CLIPModel.from_pretrained(folder)``.
+        mean, std: of the three channels, default OpenAI's.
 
     Raises:
         TypeError: another class of model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
         if not hasattr(model, "get_text_features") or not hasattr(getattr(model, "text_model", None), "embeddings"):
             raise TypeError(f"model: expected a transformers.CLIPModel, got {type(model).__name__}")
-        super().__init__(model)
+        super().__init__(model, mean, std)
 
     @property
     def _embedding(self) -> nn.Embedding:
