@@ -7,18 +7,16 @@ import inspect
 import io
 import itertools
 import math
-import traceback
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import ccu_fast
 from ccu_fast import ClipLoss, InfoNCE, InverseInfoNCE, SigLipLoss, SigmoidLoss, SupCon
+from tests.support.forked import on_ranks
 from tests.support.open_clip_loss import open_clip_loss
 from tests.support.oracle import unit
 from tests.support.tolerance import assert_three_way
@@ -216,34 +214,27 @@ DISTRIBUTED: list[tuple[str, dict[str, Any], float, float | None]] = [
 ]
 
 
-def worker(rank: int, folder: str) -> None:
-    """Every configuration on one rank; its result or error goes to a file."""
-    torch.set_num_threads(1)
-    results: Any
+def every_configuration(rank: int) -> list[Any]:
+    """The answers of one rank, and last what it says to a wrong world."""
+    results: list[Any] = []
+    for name, options, scale, bias in DISTRIBUTED:
+        place = {**options, "rank": rank, "world_size": WORLD}
+        theirs = getattr(open_clip_loss(), name)(**place)
+        ours = {b: getattr(ccu_fast, name)(**place, backend=b) for b in backends_here()}
+        torch.manual_seed(rank)
+        data = {k: t.float().double() for k, t in towers(33, scale=scale, bias=bias).items()}
+        row = {
+            "exact": run(theirs, data, torch.float64),
+            "torch": run(theirs, data, torch.float32),
+            "reference-fp64": run(ours["reference"], data, torch.float64),
+            **{b: run(loss, data, torch.float32) for b, loss in ours.items()},
+        }
+        results.append(row)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-        results = []
-        for name, options, scale, bias in DISTRIBUTED:
-            place = {**options, "rank": rank, "world_size": WORLD}
-            theirs = getattr(open_clip_loss(), name)(**place)
-            ours = {b: getattr(ccu_fast, name)(**place, backend=b) for b in backends_here()}
-            torch.manual_seed(rank)
-            data = {k: t.float().double() for k, t in towers(33, scale=scale, bias=bias).items()}
-            row = {
-                "exact": run(theirs, data, torch.float64),
-                "torch": run(theirs, data, torch.float32),
-                "reference-fp64": run(ours["reference"], data, torch.float64),
-                **{b: run(loss, data, torch.float32) for b, loss in ours.items()},
-            }
-            results.append(row)
-        try:
-            ClipLoss(rank=rank, world_size=3)(data["image_features"], data["text_features"], 1.0)
-        except ValueError as error:
-            results.append(str(error))
-        dist.destroy_process_group()
-    except Exception:
-        results = traceback.format_exc()
-    torch.save(results, Path(folder) / f"rank{rank}.pt")
+        ClipLoss(rank=rank, world_size=3)(data["image_features"], data["text_features"], 1.0)
+    except ValueError as error:
+        results.append(str(error))
+    return results
 
 
 def backends_here() -> list[str]:
@@ -254,13 +245,8 @@ def backends_here() -> list[str]:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    open_clip_loss()
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (str(folder),), nprocs=WORLD)
-    results = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
-    for result in results:
-        assert not isinstance(result, str), result
-    return results
+    open_clip_loss()  # imported once, here
+    return on_ranks(WORLD, tmp_path_factory.mktemp("ranks"), every_configuration)
 
 
 @pytest.mark.parametrize("rank", range(WORLD))

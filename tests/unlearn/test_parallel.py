@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from ccu_fast.runs.checkpoint import Keeper
 from ccu_fast.unlearn import Budget, Checkpoint, HeldOut, UnlearnConfig, unlearn
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from tests.support import toy_unlearn
+from tests.support.forked import on_ranks
 from tests.support.toy_unlearn import TwoTowers, double, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,25 +63,8 @@ def problem(kind: str) -> tuple[Any, PairedData, PairedData]:
 
 
 def on_two(folder: Path, work: Callable[[int], Any]) -> list[Any]:
-    """What ``work(rank)`` returned on each of two processes."""
     toy_unlearn.trained()  # once, here
-    children = []
-    for rank in range(2):
-        forked = os.fork()
-        if forked == 0:
-            try:
-                dist.init_process_group(
-                    "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=120)
-                )
-                torch.save(work(rank), folder / f"{rank}.result")
-                dist.destroy_process_group()
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(forked)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(2)]
+    return on_ranks(2, folder, work)
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))

@@ -33,6 +33,7 @@ from ccu_fast.mem.job.protect import average_surrogate, share
 from ccu_fast.mem.publish import writer as writer_module
 from ccu_fast.ops.noise_store.api import NoiseStore
 from tests.support import mem_datasets as made
+from tests.support.forked import in_child
 
 SHAPE = (3, 16, 16)
 TINY = Settings(
@@ -162,26 +163,6 @@ def test_other_methods(tmp_path: Path, method: str) -> None:
 
 
 # Resuming
-
-
-def forked(work: Callable[[], None]) -> int:
-    """Run ``work`` in a forked process; its number."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return child
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Run ``work`` in a forked process; its wait status."""
-    return os.waitpid(forked(work), 0)[1]
 
 
 def kill_at(owner: Any, name: str, call: int) -> Callable[[], None]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ import pytest
 import torch
 
 from ccu_fast import NoiseStore
+from ccu_fast.ops.noise_store import file
+from tests.support.forked import in_child
 
 ITEM = (3, 4, 5)
 
@@ -61,37 +61,37 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
-KILLED = """
-import os, signal, sys, torch
-from ccu_fast import NoiseStore
-die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-store = NoiseStore.open(sys.argv[1])
-index = torch.arange(0, 40, 2)
-store.scatter_(index, torch.full((20, 3, 64, 64), 5, dtype=torch.int8))
-store.commit(batch=1)
-store.scatter_(index + 1, torch.full((20, 3, 64, 64), 6, dtype=torch.int8))
-store.scatter_add_clamp_(index, torch.full((20, 3, 64, 64), 7, dtype=torch.int8), 8 / 255)
-if sys.argv[2] == "noise":
-    import ccu_fast.ops.noise_store.file as f
-    f._BLOCK = 3 * 64 * 64
-    inner, calls = torch.Tensor.cpu, []
-    torch.Tensor.cpu = lambda part: die() if len(calls) == 7 else calls.append(1) or inner(part)
-if sys.argv[2] == "rename":
-    os.replace = die
-if sys.argv[2] == "renamed":
-    store._file.close = die
-if sys.argv[2] != "between":
-    store.commit(batch=2)
-die()
-"""
+def die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_at(path: Path, moment: str) -> None:
+    """Two commits, the second of which does not return."""
+    store = NoiseStore.open(path)
+    index = torch.arange(0, 40, 2)
+    store.scatter_(index, torch.full((20, 3, 64, 64), 5, dtype=torch.int8))
+    store.commit(batch=1)
+    store.scatter_(index + 1, torch.full((20, 3, 64, 64), 6, dtype=torch.int8))
+    store.scatter_add_clamp_(index, torch.full((20, 3, 64, 64), 7, dtype=torch.int8), 8 / 255)
+    if moment == "noise":
+        file._BLOCK = 3 * 64 * 64
+        inner, calls = torch.Tensor.cpu, []
+        torch.Tensor.cpu = lambda part: die() if len(calls) == 7 else calls.append(1) or inner(part)
+    if moment == "rename":
+        os.replace = die
+    if moment == "renamed":
+        store._file.close = die
+    if moment != "between":
+        store.commit(batch=2)
+    die()
 
 
 @pytest.mark.parametrize("moment", ["between", "noise", "rename", "renamed"])
 def test_a_kill_leaves_the_last_commit(tmp_path: Path, moment: str) -> None:
     path = tmp_path / "noise.bin"
     NoiseStore.create(path, 40, (3, 64, 64)).close()
-    done = subprocess.run([sys.executable, "-c", KILLED, path, moment], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    status = in_child(lambda: killed_at(path, moment))
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".noise.bin.")] == ["noise.bin"]
     store = NoiseStore.open(path)
     rows = store.data.flatten(1)
