@@ -38,7 +38,7 @@ SLOW = (
     "cli/test_main.py::test_ctrl_c_ends_with_one_line_and_130",
     "cli/test_main.py::test_without_typer_info_works_and_the_rest_says_what_to_install",
     "cli/test_mem.py",
-    "cli/test_unlearn.py::TestCommand::test_torchrun_shares_a_run",
+    "cli/test_unlearn.py::TestCommand::test_two_processes_share_a_run",
     "cli/test_unlearn.py::TestTasks::test_parts_of_a_comparison_are_kept",
     "csrc",
     "distributed/test_on_ranks.py",

@@ -6,19 +6,21 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ccu_fast
 from ccu_fast.cli import demo
+from ccu_fast.cli.report import page
 from ccu_fast.cli.report.tables import all_tables, spread
 from ccu_fast.files import write_whole
 from tests.support import small_demo
+from tests.support.forked import fork
 from tests.support.mem_datasets import read_export
 
 PARTS = 6  # two scenarios, four methods
@@ -28,6 +30,21 @@ PARTS = 6  # two scenarios, four methods
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in small_demo.REPLACEMENTS:
         monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pictures take longer than the figures; one test looks at them."""
+    monkeypatch.setattr(page, "write_report", lambda *_: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Figures are the same for the same number of threads, and a forked child has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def without_times(value: Any) -> Any:
@@ -58,19 +75,19 @@ def test_writes_a_report_with_everything_in_it(whole: tuple[Path, dict[str, Any]
     assert set(stored["protect"]) == {"clean", "random-3", "em", "mem"}
     assert stored["versions"]["ccu_fast"] == ccu_fast.__version__
 
-    page = (folder / "report.html").read_text()
-    pictures = re.findall(r"src='([^']*)'", page)
+    html = (folder / "report.html").read_text()
+    pictures = re.findall(r"src='([^']*)'", html)
     assert len(pictures) == 2 * 2 + 1 + 3 and all(p.startswith("data:image/png;base64,") for p in pictures)
-    assert not re.search(r"(src|href)=['\"](?!data:)", page)
+    assert not re.search(r"(src|href)=['\"](?!data:)", html)
     for table in all_tables(returned):
         for cell in (cell for row in table.rows for cell in row):
-            assert cell.replace("&", "&amp;") in page
+            assert cell.replace("&", "&amp;") in html
     images, captions = read_export(folder / "protected" / "mem")
     assert len(images) == len(captions) == 64
     assert half_written(folder.parent) == []
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small", "no_report")
 def test_a_finished_part_is_not_computed_again_unless_its_format_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,25 +108,27 @@ def test_a_finished_part_is_not_computed_again_unless_its_format_changed(
     assert len(computed) == 4
 
 
+@pytest.mark.usefixtures("small", "no_report")
 def test_kill_9_loses_at_most_the_part_that_was_running_and_every_figure_comes_again(
     whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     """Each part is computed again here, before or after the kill, so this also shows that figures are reproducible."""
     out = tmp_path / "killed"
-    command = [sys.executable, small_demo.__file__, str(out)]
-    process = subprocess.Popen(command, start_new_session=True)
+    child = fork(lambda: demo.run(out, quiet=True))
     deadline = time.monotonic() + 120
     while len(list((out / "parts").glob("[!.]*.json"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, "the demo ended or stalled before two parts"
+        assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline, (
+            "the demo ended or stalled before two parts"
+        )
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     before = {p.name: p.stat().st_mtime_ns for p in (out / "parts").glob("[!.]*.json")}
     for path in before:
         json.loads((out / "parts" / path).read_text())
     assert 2 <= len(before) < PARTS and not (out / "results.json").exists()
 
-    subprocess.run(command, check=True)
+    demo.run(out, quiet=True)
     after = {p.name: p.stat().st_mtime_ns for p in (out / "parts").glob("[!.]*.json")}
     assert before.items() <= after.items() and len(after) == PARTS
     resumed, uninterrupted = (json.loads((folder / "results.json").read_text()) for folder in (out, whole[0]))

@@ -20,17 +20,11 @@ from ccu_fast.data.strips import write_strips
 from ccu_fast.mem.job.victims import groups
 from ccu_fast.ops import machine
 from tests.support import mem_datasets as made
+from tests.support.forked import fork
 
 TINY = ["--size", "16x16", "--model", "small:32", "--rounds", "2", "--pgd-steps", "2", "--step", "4"]
 TINY += ["--surrogate-steps", "2", "--trigger-rounds", "1", "--candidates", "4", "--batch", "4"]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def start(*arguments: object, module: str = "ccu_fast", processes: int = 1) -> subprocess.Popen[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    words = [sys.executable, *(torchrun if processes > 1 else []), "-m", module, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(machine.PACKAGE.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -152,29 +146,33 @@ def test_bad_items_are_listed_and_skipped(tmp_path: Path, capsys: pytest.Capture
 def test_kill_9_and_the_same_command(tmp_path: Path) -> None:
     """A real process, killed from outside as soon as its first checkpoint is there."""
     source = made.write_csv(tmp_path / "in", n=40)
-    command = ["protect", source, "--out", tmp_path / "out", *TINY, "--rounds", "30", "--quiet"]
-    running = start(*command)
-    until = time.monotonic() + 600  # imports alone take long on a busy machine
+    command = ["protect", str(source), "--out", str(tmp_path / "out"), *TINY, "--rounds", "12", "--quiet"]
+    child = fork(lambda: cli.main(command))
+    until = time.monotonic() + 120
     while not (tmp_path / "out.partial" / "checkpoint.json").exists():
-        assert running.poll() is None and time.monotonic() < until, running.communicate()[0]
+        assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < until
         time.sleep(0.005)
-    running.send_signal(signal.SIGKILL)
-    running.communicate()
-    assert running.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL and not (tmp_path / "out").exists()
     done = json.loads((tmp_path / "out.partial" / "checkpoint.json").read_text())["round"]
-    assert 1 <= done < 30
-    assert cli.main([str(word) for word in command]) == 0
-    command[3] = tmp_path / "whole"
-    assert cli.main([str(word) for word in command]) == 0
+    assert 1 <= done < 12
+    assert cli.main(command) == 0
+    command[3] = str(tmp_path / "whole")
+    assert cli.main(command) == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_two_processes_share_a_dataset_and_train_one_surrogate(tmp_path: Path) -> None:
     source = made.write_shards(tmp_path / "in", n=16, shard=4)
     command = ["protect", source, "--out", tmp_path / "out", *TINY, "--quiet"]
-    running = start(*command, processes=2)
-    told = running.communicate()[0]
-    assert running.returncode == 0, told
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "ccu_fast", *map(str, command)],
+        env={**os.environ, "PYTHONPATH": str(machine.PACKAGE.parent), "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (manifest["processes"], manifest["images"], manifest["measured"]["eps_255"]) == (2, 16, 8)
     assert sorted(manifest["sha256"]) == [f"{i:05d}.tar" for i in range(4)]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import socket
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from ccu_fast.cli.app import app
+from ccu_fast.cli.main import main
 from ccu_fast.data.load import load_pairs
 from ccu_fast.data.views import STRIDE, load_views
 from ccu_fast.runs.provenance import load_model, save_model
@@ -27,7 +27,7 @@ from ccu_fast.unlearn.study.scenario import make_scenario
 from ccu_fast.unlearn.study.tasks import TASKS
 from ccu_fast.unlearn.study.train import TrainConfig
 from tests.support import toy_unlearn
-from tests.support.paths import ROOT
+from tests.support.forked import fork
 from tests.support.toy_unlearn import toy, weights
 
 TOML = """
@@ -91,21 +91,21 @@ class TestCommand:
         before = toy_unlearn.trained().state_dict()
         assert {k for k in state if not torch.equal(state[k], before[k])} == {k for k in state if "visual_tower" in k}
 
-    def test_torchrun_shares_a_run(self, folder: Path) -> None:
+    def test_two_processes_share_a_run(self, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        """Each with the environment that torchrun gives it; tests/cli/test_mem.py starts torchrun itself."""
         text = TOML.replace("[budget]", "[ccu]\nneighbours = 2.0\n[budget]").replace("steps = 30", "steps = 12")
         (folder / "settings.toml").write_text(text)
         command = ["unlearn", str(folder / "settings.toml"), "--quiet", "--out"]
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                "-m", "ccu_fast", *command, str(folder / "two"),
-            ],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            text=True,
-            capture_output=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("model.safetensors") == 1  # one of them writes
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+
+        def one_of_two(rank: int) -> None:
+            os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+            assert main([*command, str(folder / "two")]) == 0
+
+        children = [fork(partial(one_of_two, rank)) for rank in range(2)]
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+        assert capfd.readouterr().out.count("model.safetensors") == 1  # one of them writes
         assert run(*command[1:], str(folder / "one")).startswith("0 ")
         files = [sorted(p.name for p in (folder / name).iterdir()) for name in ("one", "two")]
         assert files[0] == files[1] == ["checkpoint.pt", "model.safetensors", "report.html", "results.json"]

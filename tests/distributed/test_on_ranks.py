@@ -1,51 +1,56 @@
-"""The losses over several ranks: cases run by torchrun on 2 and 4 processes, and what happens when a rank fails."""
+"""The losses over several ranks: every case on 2 and 4 processes, and what happens when a rank fails."""
 
 from __future__ import annotations
 
-import functools
+import importlib
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import ccu_fast.distributed as over
-from tests.support.distributed_cases import cases_on
+from ccu_fast.files import write_whole
+from tests.support.distributed_cases import cases_on, run_cases
+from tests.support.forked import fork, on_ranks
+from tests.support.open_clip_loss import open_clip_loss
 from tests.support.paths import ROOT
 
 WORLDS = (2, 4)
 
 
-@functools.cache
-def results(world: int) -> list[dict[str, str]]:
-    """What each case raised on each rank."""
-    with tempfile.TemporaryDirectory() as folder:
-        return torchrun(world, Path(folder))
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, str]]]:
+    """What each case raised on each rank, by the number of ranks."""
+    # What takes long to import is imported here, or every rank does it for itself.
+    importlib.import_module("torch.distributed.fsdp")
+    torch.compile(torch.neg, backend="aot_eager")(torch.ones(1))
+    open_clip_loss()
+    return {
+        world: on_ranks(world, tmp_path_factory.mktemp("ranks"), lambda rank, world=world: run_cases(cases_on(world)))
+        for world in WORLDS
+    }
 
 
-def torchrun(world: int, folder: Path, backend: str = "gloo") -> list[dict[str, str]]:
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world in WORLDS for name in cases_on(world)])
+def test_case(world: int, name: str, results: dict[int, list[dict[str, str]]]) -> None:
+    failed = {rank: of_rank[name] for rank, of_rank in enumerate(results[world]) if of_rank[name]}
+    assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
+
+
+@pytest.mark.gpu
+def test_on_as_many_gpus_as_there_are(tmp_path: Path) -> None:
+    world = torch.cuda.device_count()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={world}",
-            "-m",
-            "tests.support.distributed_cases",
-            str(folder),
-            backend,
-        ],
+        [sys.executable, *torchrun, "-m", "tests.support.distributed_cases", str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -53,19 +58,8 @@ def torchrun(world: int, folder: Path, backend: str = "gloo") -> list[dict[str, 
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
-
-
-@pytest.mark.parametrize(("world", "name"), [(world, name) for world in WORLDS for name in cases_on(world)])
-def test_case(world: int, name: str) -> None:
-    failed = {rank: of_rank[name] for rank, of_rank in enumerate(results(world)) if of_rank[name]}
-    assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
-
-
-@pytest.mark.gpu
-def test_on_as_many_gpus_as_there_are(tmp_path: Path) -> None:
-    for rank, of_rank in enumerate(torchrun(torch.cuda.device_count(), tmp_path, "nccl")):
-        for name, text in of_rank.items():
+    for rank in range(world):
+        for name, text in json.loads((tmp_path / f"rank{rank}.json").read_text()).items():
             assert not text, f"{name}, rank {rank}: {text}"
 
 
@@ -80,9 +74,8 @@ def test_without_a_group() -> None:
 TIMEOUT = 3.0
 
 
-def fail(rank: int, folder: str, send: Any) -> None:
-    """Odd ranks fail their partners, who say what they saw and after how long: 1 and 5 die, 3 and 7 stall."""
-    torch.set_num_threads(1)
+def fail(rank: int, folder: Path) -> None:
+    """Odd ranks fail their partners, who write what they saw and after how long: 1 and 5 die, 3 and 7 stall."""
     mode = "gather" if rank < 4 else "ring"
     limit = timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=8)
@@ -100,29 +93,25 @@ def fail(rank: int, folder: str, send: Any) -> None:
         seen = "no error"
     except RuntimeError as error:
         seen = str(error)
-    send.send((rank, seen, time.monotonic() - start))
-    send.close()
+    write_whole(folder / f"{rank}.json", json.dumps([seen, time.monotonic() - start]))
     os._exit(0)  # what is left of the group is not worth a farewell
 
 
 def test_a_rank_that_dies_or_stalls_is_an_error_within_the_timeout(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ccu_fast.distributed", "pytest"])  # torch is imported once
-    receive, send = context.Pipe(duplex=False)
-    processes = [context.Process(target=fail, args=(rank, str(tmp_path), send)) for rank in range(8)]
-    for process in processes:
-        process.start()
+    children = [fork(lambda rank=rank: fail(rank, tmp_path)) for rank in range(8)]
+    answers = [tmp_path / f"{rank}.json" for rank in (0, 2, 4, 6)]
     try:
-        answers = {}
-        for _ in range(4):
-            assert receive.poll(60), f"neither an answer nor an error within a minute: only {answers}"
-            rank, seen, seconds = receive.recv()
-            answers[rank] = seen
+        until = time.monotonic() + 60
+        while not all(path.exists() for path in answers):
+            assert time.monotonic() < until, "neither an answer nor an error within a minute"
+            time.sleep(0.02)
+        for path in answers:
+            seen, seconds = json.loads(path.read_text())
             assert seen != "no error"
             assert seconds < 2 * TIMEOUT + 2
-        assert answers.keys() == {0, 2, 4, 6}
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    assert processes[1].exitcode == -signal.SIGKILL
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        status = [os.waitpid(child, 0)[1] for child in children]
+    assert [status[rank] for rank in (0, 2, 4, 6)] == [0] * 4
+    assert os.WIFSIGNALED(status[1]) and os.WTERMSIG(status[1]) == signal.SIGKILL

@@ -1,7 +1,7 @@
-"""What every rank does: ``python -m torch.distributed.run … -m tests.support.distributed_cases FOLDER BACKEND``.
+"""What every rank does. On GPUs: ``python -m torch.distributed.run … -m tests.support.distributed_cases FOLDER``.
 
-One start of the processes serves all cases. A case is a function that asserts; its errors on each rank go to a file,
-which tests/distributed/test_on_ranks.py reads.
+One start of the processes serves all cases. A case is a function that asserts; tests/distributed/test_on_ranks.py is
+told what it raised on which rank.
 """
 
 from __future__ import annotations
@@ -522,28 +522,28 @@ ON_GPUS = (
 )
 
 
-def main(folder: str, backend: str) -> None:
-    torch.set_num_threads(1)
-    names = cases_on(int(os.environ["WORLD_SIZE"]))
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.set_default_device("cuda")
-        ENGINES[1] = ("triton", torch.float32)
-        names = list(ON_GPUS)
-    dist.init_process_group(backend, timeout=timedelta(seconds=60))
+def run_cases(names: Sequence[str]) -> dict[str, str]:
+    """What each case raised on this rank."""
     results = {}
     for name in names:
-        function = CASES[name]
         try:
             torch.manual_seed(0)
-            function()
+            CASES[name]()
             results[name] = ""
         except Exception:
             results[name] = traceback.format_exc()
-    Path(folder, f"rank{rank()}.json").write_text(json.dumps(results))
+    return results
+
+
+def main(folder: str) -> None:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.set_default_device("cuda")
+    ENGINES[1] = ("triton", torch.float32)
+    dist.init_process_group("nccl", timeout=timedelta(seconds=60))
+    Path(folder, f"rank{rank()}.json").write_text(json.dumps(run_cases(ON_GPUS)))
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(sys.argv[1])

@@ -40,7 +40,7 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def on_ranks(world: int, folder: Path, work: Callable[[int], Any]) -> list[Any]:
-    """What ``work(rank)`` returns on each of ``world`` children, which are joined by gloo; it is pickled in ``folder``."""
+    """What ``work(rank)`` returns on each of ``world`` children that gloo joins; it is pickled in ``folder``."""
 
     def of_rank(rank: int) -> None:
         limit = timedelta(seconds=120)

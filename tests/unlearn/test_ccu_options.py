@@ -6,8 +6,6 @@ import copy
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,8 +25,10 @@ from ccu_fast.unlearn.objective import anchor_loss, forgetting_loss, neighbour_l
 from ccu_fast.unlearn.parameters import salient
 from ccu_fast.unlearn.study.train import TrainConfig, train
 from tests.support import toy_unlearn
-from tests.support.paths import ROOT
+from tests.support.forked import fork
 from tests.support.toy_unlearn import TwoTowers, make_model, toy, weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def unit(rows: int, seed: int) -> Tensor:
@@ -359,19 +359,26 @@ class TestCheckpoint:
         assert len(state["losses"]) == 6
         assert all(bool(v.isfinite().all()) for v in state["model"].values())
 
-    def test_kill_9(self, tmp_path: Path) -> None:
-        command = [sys.executable, "-m", "tests.support.killed_unlearn"]
-        process = subprocess.Popen([*command, str(tmp_path / "killed.pt"), "0.05"], start_new_session=True, cwd=ROOT)
+    def test_kill_9(self, trained: tuple[FusionModel, PairedData], tmp_path: Path) -> None:
+        config = UnlearnConfig(budget=Budget(steps=40, batch=10))
+        checkpoint = Checkpoint(tmp_path / "killed.pt", every=5)
+
+        def slowly() -> None:
+            unlearn(
+                trained[0], *toy_unlearn.split(), config, checkpoint=checkpoint, progress=lambda *_: time.sleep(0.2)
+            )
+
+        child = fork(slowly)
         deadline = time.monotonic() + 60
-        while not (tmp_path / "killed.pt").exists():
-            assert process.poll() is None and time.monotonic() < deadline
+        while not checkpoint.path.exists():
+            assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        state = torch.load(tmp_path / "killed.pt", weights_only=True)
+        os.kill(child, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        state = torch.load(checkpoint.path, weights_only=True)
         assert 0 < len(state["losses"]) < 40 and not state["done"]
         for name in ("killed.pt", "whole.pt"):
-            subprocess.run([*command, str(tmp_path / name), "0"], check=True, cwd=ROOT)
+            unlearn(trained[0], *toy_unlearn.split(), config, checkpoint=Checkpoint(tmp_path / name, every=5))
         one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("killed.pt", "whole.pt"))
         assert one["losses"] == two["losses"]
         assert all(torch.equal(one["model"][k], two["model"][k]) for k in two["model"])
