@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from ccu_fast.cli.app import app
 from ccu_fast.cli.main import main
+from ccu_fast.cli.report import figures
+from ccu_fast.data.halves import Halves
 from ccu_fast.data.load import load_pairs
 from ccu_fast.data.views import STRIDE, load_views
 from ccu_fast.runs.provenance import load_model, save_model
@@ -28,6 +30,7 @@ from ccu_fast.unlearn.study.tasks import TASKS
 from ccu_fast.unlearn.study.train import TrainConfig
 from tests.support import toy_unlearn
 from tests.support.forked import fork
+from tests.support.small_demo import quick_map
 from tests.support.toy_unlearn import toy, weights
 
 TOML = """
@@ -239,9 +242,13 @@ class TestTasks:
         task = TASKS["digits-halves"]
         config = UnlearnConfig(budget=Budget(steps=2))
         quick = replace(
-            task, training=TrainConfig(epochs=1), ccu={s: replace(config, forget=s) for s in ("class", "instances")}
+            task,
+            load=lambda seed: Halves(*(part[torch.arange(0, len(part), 5)] for part in vars(task.load(seed)).values())),
+            training=TrainConfig(epochs=1),
+            ccu={s: replace(config, forget=s) for s in ("class", "instances")},
         )
         monkeypatch.setitem(TASKS, "digits-halves", quick)
+        monkeypatch.setattr(figures, "embedding_map", quick_map)
         heard: list[str] = []
         call = partial(
             comparing.compare, tmp_path, tasks=["digits-halves"], methods=("ccu", "fine_tune"), deep=("ccu",),
@@ -261,8 +268,8 @@ class TestTasks:
         write_comparison(both, tmp_path / "report.html")
         page = (tmp_path / "report.html").read_text()
         assert page.count("<h3>") == 2 and "Below the heads" in page and "fine-tuning" in page
-        figures = json.loads((tmp_path / "results.json").read_text())
-        assert "embeddings" not in figures["unlearn"]["digits-halves"]["class"]["0"]
+        stored = json.loads((tmp_path / "results.json").read_text())
+        assert "embeddings" not in stored["unlearn"]["digits-halves"]["class"]["0"]
         monkeypatch.setattr(comparing, "FORMAT", comparing.FORMAT + 1)
         heard.clear()
         call(scenarios=["class"], seeds=[0])

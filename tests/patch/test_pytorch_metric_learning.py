@@ -79,8 +79,8 @@ def test_training_is_the_same(kind: str) -> None:
     loss = make(kind, temperature=0.2)
 
     def train(steps: int) -> list[float]:
-        own = torch.arange(64)
-        return train_towers(lambda x, y, scale: loss(torch.cat([x, y]), torch.cat([own, own])), steps)
+        own = torch.arange(24)  # the library compares every positive pair with every negative one
+        return train_towers(lambda x, y, scale: loss(torch.cat([x[:24], y[:24]]), torch.cat([own, own])), steps)
 
     same_training("pytorch_metric_learning", train)
 
