@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ccu_fast.unlearn.job import read_job, run_job
 from tests.support import torchvision_stub
 from tests.support.presence import absent
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CAPTIONS = ["A dog's ball, 3 cats & the café!", "two people on a beach", "word " * 90]
 
 
@@ -42,6 +44,12 @@ def transformers() -> Any:
     except ImportError as error:
         absent("transformers", str(error))
     return transformers
+
+
+@pytest.fixture(scope="module")
+def tokenizer(open_clip: Any) -> ClipTokenizer:
+    """One, which finds out once which tokens are allowed."""
+    return ClipTokenizer(open_clip.SimpleTokenizer())
 
 
 def small(open_clip: Any, tower: str, vocabulary: int = 49408) -> Any:
@@ -151,8 +159,8 @@ class TestTokenizer:
         assert ours.encode(CAPTIONS)[2, -1] == ours.eot
         assert len(ours) == 49408
 
-    def test_allowed_tokens_are_words_and_survive_before_any_caption(self, open_clip: Any) -> None:
-        ours = ClipTokenizer(open_clip.SimpleTokenizer())
+    def test_allowed_tokens_are_words_and_survive_before_any_caption(self, tokenizer: ClipTokenizer) -> None:
+        ours = tokenizer
         allowed = ours.allowed()
         ids = allowed.nonzero()[:, 0]
         assert len(ids) > 20000
@@ -162,9 +170,11 @@ class TestTokenizer:
         captions = [f"{word} {CAPTIONS[i % 2]}" for i, word in enumerate(ours.decode(triggers))]
         assert torch.equal(ours.encode(captions)[:, 1:4], triggers)
 
-    def test_transformers_tokenizer_agrees_with_open_clip(self, open_clip: Any, transformers: Any) -> None:
+    def test_transformers_tokenizer_agrees_with_open_clip(
+        self, open_clip: Any, transformers: Any, tokenizer: ClipTokenizer
+    ) -> None:
         hf = ClipTokenizer(hf_tokenizer(open_clip, transformers))
-        ours = ClipTokenizer(open_clip.SimpleTokenizer())
+        ours = tokenizer
         for caption in CAPTIONS:
             assert torch.equal(hf.encode([caption]), ours.encode([caption]))
         assert (hf.sot, hf.eot, hf.context) == (ours.sot, ours.eot, 77)
@@ -172,13 +182,12 @@ class TestTokenizer:
         assert hf.decode(ids[:, None]) == ours.decode(ids[:, None])
 
 
-def test_a_protection_with_clip(open_clip: Any) -> None:
+def test_a_protection_with_clip(open_clip: Any, tokenizer: ClipTokenizer) -> None:
     strips, _ = load_strips(6, 1)
     images = strips.images[:, :, :, :32].repeat(1, 3, 2, 1)
     settings = Settings(
         rounds=1, trigger_rounds=1, surrogate_steps=1, pgd_steps=1, candidates=4, batch=4, trigger_words=None
     )
-    tokenizer = ClipTokenizer(open_clip.SimpleTokenizer())
     captions = [CAPTIONS[i % 3] for i in range(6)]
     run = Protection(
         TensorSource(images, captions),
@@ -196,16 +205,23 @@ def test_a_protection_with_clip(open_clip: Any) -> None:
     assert run.store.data.flatten(1).any(1).all()
 
 
-@pytest.fixture
-def folder(open_clip: Any, transformers: Any, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def saved(open_clip: Any, transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny CLIP as transformers saves it, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("saved")
     text = {"vocab_size": 49408, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     text |= {"num_attention_heads": 2, "eos_token_id": 49407, "bos_token_id": 49406}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 32, "patch_size": 16}
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
-    hf_tokenizer(open_clip, transformers).save_pretrained(tmp_path / "clip")
+    transformers.CLIPModel(config).save_pretrained(folder)
+    hf_tokenizer(open_clip, transformers).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    shutil.copytree(saved, tmp_path / "clip")
     return tmp_path / "clip"
 
 

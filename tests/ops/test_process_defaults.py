@@ -2,55 +2,55 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import ccu_fast
+from tests.support.forked import in_child
 
 pytestmark = pytest.mark.usefixtures("native")
 
+
 # In a process of its own: a wrong buffer corrupts the heap.
-PROGRAM = """
-import sys, torch, ccu_fast
-torch.manual_seed(0)
-x, y = (torch.randn(300, 16).requires_grad_() for _ in "xy")
-embedding, grad, delta, image = torch.randn(100, 16), torch.randn(3, 16), torch.zeros(2, 3), torch.rand(2, 3)
-def everything():
-    loss = ccu_fast.info_nce(x, y, scale=3.0, backend="native")
-    flips = ccu_fast.topk_flips(grad, ccu_fast.TokenTable(embedding, backend="native"), 4)
-    step = ccu_fast.pgd_step_(delta.clone(), -image, image, step=0.01, eps=0.02, backend="native")
-    return [loss.detach(), *torch.autograd.grad(loss, (x, y)), flips.ids, flips.delta, step]
-before = everything()
-exec(sys.argv[1])
-after = everything()
-assert all(a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(before, after))
-"""
+def changes_nothing(setting: Callable[[], object], same: Callable[[Tensor, Tensor], bool]) -> None:
+    x, y = (torch.randn(300, 16).requires_grad_() for _ in "xy")
+    embedding, grad, delta, image = torch.randn(100, 16), torch.randn(3, 16), torch.zeros(2, 3), torch.rand(2, 3)
+
+    def everything() -> list[Tensor]:
+        loss = ccu_fast.info_nce(x, y, scale=3.0, backend="native")
+        flips = ccu_fast.topk_flips(grad, ccu_fast.TokenTable(embedding, backend="native"), 4)
+        step = ccu_fast.pgd_step_(delta.clone(), -image, image, step=0.01, eps=0.02, backend="native")
+        return [loss.detach(), *torch.autograd.grad(loss, (x, y)), flips.ids, flips.delta, step]
+
+    before = everything()
+    setting()
+    after = everything()
+    assert all(a.dtype == b.dtype and a.device == b.device and same(a, b) for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize(
     "setting",
     [
-        "torch.set_default_dtype(torch.float64)",
-        "torch.set_default_dtype(torch.bfloat16)",
-        "torch.set_default_device('meta')",
+        partial(torch.set_default_dtype, torch.float64),
+        partial(torch.set_default_dtype, torch.bfloat16),
+        partial(torch.set_default_device, "meta"),
     ],
+    ids=["float64", "bfloat16", "meta"],
 )
-def test_defaults_of_the_process_do_not_reach_the_buffers(setting: str) -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, setting], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_defaults_of_the_process_do_not_reach_the_buffers(setting: Callable[[], object]) -> None:
+    assert in_child(lambda: changes_nothing(setting, torch.equal)) == 0
 
 
 def test_the_newer_precision_setting_is_understood() -> None:
     if not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("this torch has only the older setting")
-    program = PROGRAM.replace("torch.equal(a, b)", "torch.allclose(a, b)")
-    setting = "torch.backends.cuda.matmul.fp32_precision = 'tf32'"
-    done = subprocess.run([sys.executable, "-c", program, setting], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    setting = partial(setattr, torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    assert in_child(lambda: changes_nothing(setting, torch.allclose)) == 0
 
 
 def test_precision_may_change_between_compilation_and_call() -> None:

@@ -31,8 +31,6 @@ import json, sys
 from ccu_fast.cli import demo
 from ccu_fast.unlearn.study import compare
 from ccu_fast.unlearn.study.tasks import TASKS
-import torch
-torch.set_num_threads(1)
 parts = [demo._key(part) for part in demo._parts(1)]
 print(json.dumps([compare.__file__, *parts, compare._key(TASKS["digits-halves"], "class", 0, ["ccu"], [])]))
 """
@@ -115,20 +113,17 @@ def test_a_comment_in_the_source_changes_no_key(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "ccu_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for path in (tmp_path / "ccu_fast").rglob("*.py"):
         path.write_text(path.read_text(encoding="utf-8") + "\n# A comment.\n", encoding="utf-8")
-    said = []
-    for root in (PACKAGE.parent, tmp_path):
-        environment = {**os.environ, "PYTHONPATH": str(root)}
-        done = subprocess.run(
-            [sys.executable, "-c", KEYS],
-            env=environment,
-            cwd=tmp_path.parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        said.append(json.loads(done.stdout))
-    (here, *ours), (there, *theirs) = said
-    assert Path(here).is_relative_to(PACKAGE) and Path(there).is_relative_to(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", KEYS],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        cwd=tmp_path.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    there, *theirs = json.loads(done.stdout)
+    assert Path(comparing.__file__).is_relative_to(PACKAGE) and Path(there).is_relative_to(tmp_path)
+    ours = [*(demo._key(part) for part in demo._parts(1)), key_of_comparison()]
     assert ours == theirs and len(set(ours)) == len(ours)
 
 
