@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,43 @@ def bare(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+# Imports torch, which takes longer than all the rest, and runs each program in a fork, in a folder of its own.
+FORKS = """
+import json, os, sys, torch
+for line in sys.stdin:
+    folder, program = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        for handle, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), handle)
+        sys.stdin.close()
+        exec(program, {"__name__": "__main__"})
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+INFO = "import runpy; runpy.run_module('ccu_fast.info', run_name='__main__')"
+Python = Callable[[Path, str], subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def python() -> Iterator[Python]:
+    """Runs a program in a process that knows nothing of ccu_fast but what is in a folder."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, text=True, capture_output=True, check=False
-    )
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as forks:
+        assert forks.stdin is not None and forks.stdout is not None
+
+        def run(folder: Path, program: str) -> subprocess.CompletedProcess[str]:
+            print(json.dumps([str(folder), program]), file=forks.stdin, flush=True)
+            status = int(forks.stdout.readline())
+            said = [(folder / name).read_text() for name in ("stdout", "stderr")]
+            return subprocess.CompletedProcess(program, status, *said)
+
+        yield run
+        forks.stdin.close()
 
 
 def test_report_is_json_and_text_with_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,9 +94,9 @@ def test_compiled_module_of_this_checkout_is_described() -> None:
     assert report["cpu"]["why_not"] is None
 
 
-def test_without_the_module_the_reason_is_the_builds(bare: Path) -> None:
+def test_without_the_module_the_reason_is_the_builds(bare: Path, python: Python) -> None:
     (bare / "ccu_fast" / "_build_info.json").write_text(json.dumps(NOT_BUILT))
-    done = python(bare, "-m", "ccu_fast.info")
+    done = python(bare, INFO)
     assert done.returncode == 0, done.stderr
     assert "none, torch is used instead: not built: no C++ compiler: tried them all" in done.stdout
     every = ", ".join(backend.OPERATIONS)
@@ -72,20 +105,20 @@ def test_without_the_module_the_reason_is_the_builds(bare: Path) -> None:
     )
 
 
-def test_without_any_build_the_way_to_one_is_named(bare: Path) -> None:
-    done = python(bare, "-m", "ccu_fast.info")
+def test_without_any_build_the_way_to_one_is_named(bare: Path, python: Python) -> None:
+    done = python(bare, INFO)
     assert done.returncode == 0, done.stderr
     assert "not built: run `pip install .`" in done.stdout
 
 
-def test_module_of_another_python_is_recognised(bare: Path) -> None:
+def test_module_of_another_python_is_recognised(bare: Path, python: Python) -> None:
     (bare / "ccu_fast" / "_C.cpython-27-x86_64-linux-gnu.so").touch()
-    done = python(bare, "-m", "ccu_fast.info")
+    done = python(bare, INFO)
     assert done.returncode == 0, done.stderr
     assert "_C.cpython-27-x86_64-linux-gnu.so is there, this is Python 3." in done.stdout
 
 
-def test_without_module_and_triton_the_losses_work(bare: Path) -> None:
+def test_without_module_and_triton_the_losses_work(bare: Path, python: Python) -> None:
     program = """
 import sys
 for hidden in ("triton", "typer", "rich", "PIL", "matplotlib", "sklearn"):
@@ -98,13 +131,13 @@ expected = torch.nn.functional.cross_entropy(torch.eye(4), torch.arange(4))
 assert torch.allclose(loss, expected), (loss, expected)
 assert ccu_fast.info.main([]) == 0
 """
-    done = python(bare, "-c", program)
+    done = python(bare, program)
     assert done.returncode == 0, done.stderr
 
 
-def test_native_named_by_the_user_raises_without_the_module(bare: Path) -> None:
+def test_native_named_by_the_user_raises_without_the_module(bare: Path, python: Python) -> None:
     program = "import torch, ccu_fast; ccu_fast.info_nce(torch.eye(2), torch.eye(2), scale=1.0, backend='native')"
-    done = python(bare, "-c", program)
+    done = python(bare, program)
     assert done.returncode == 1
     assert "ValueError: backend: 'native' cannot run reduce_similarity here" in done.stderr
 
