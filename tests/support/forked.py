@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Seconds after which a child that hangs is killed, so that whoever waits for it goes on.
+LIMIT = 300
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -24,6 +28,7 @@ def fork(work: Callable[[], object]) -> int:
     if child:
         return child
     try:
+        signal.alarm(LIMIT)
         torch.set_num_threads(1)
         work()
     except BaseException:

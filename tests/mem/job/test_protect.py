@@ -13,14 +13,12 @@ import signal
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ccu_fast.data.captions import DiskSource, list_pairs
@@ -33,7 +31,7 @@ from ccu_fast.mem.job.protect import average_surrogate, share
 from ccu_fast.mem.publish import writer as writer_module
 from ccu_fast.ops.noise_store.api import NoiseStore
 from tests.support import mem_datasets as made
-from tests.support.forked import in_child
+from tests.support.forked import in_child, on_ranks
 
 SHAPE = (3, 16, 16)
 TINY = Settings(
@@ -407,19 +405,14 @@ def step(net: nn.Module, rank: int, at: int, *, average: bool) -> list[torch.Ten
     return gradients
 
 
-def train_shared(rank: int, folder: Path) -> None:
-    limit = timedelta(seconds=300)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
+def train_shared(rank: int) -> dict[str, Any]:
     mine = net()
     used = [step(mine, rank, at, average=True) for at in range(3)]
-    torch.save({"state": mine.state_dict(), "first": used[0]}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {"state": mine.state_dict(), "first": used[0]}
 
 
 def test_two_processes_hold_the_same_bits_and_use_the_mean_gradient(tmp_path: Path) -> None:
-    children = [forked(partial(train_shared, rank, tmp_path)) for rank in range(2)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    a, b = on_ranks(2, tmp_path, train_shared)
     assert all(torch.equal(a["state"][name], b["state"][name]) for name in a["state"])
     alone = [step(net(), rank, 0, average=False) for rank in range(2)]
     for got, x, y in zip(a["first"], *alone, strict=True):
