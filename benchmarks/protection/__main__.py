@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import environment, results
 from ccu_fast.mem import Recipe, Settings, run_digit_strips
-from ccu_fast.mem.study.robustness import TREATMENTS
+from ccu_fast.mem.study import TREATMENTS
 
 DEPTH = 2  # a line for a method and a seed
 METHODS = ("clean", "random-3", "random-12", "mem-3", "em", "trigger-3", "mem-5", "mem-12")

@@ -26,9 +26,8 @@ from ccu_fast.unlearn.audit import audit, average_gap, over_seeds
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.study.compare import compare
-from ccu_fast.unlearn.study.models import trained
-from ccu_fast.unlearn.study.scenario import SCENARIOS, make_scenario
-from ccu_fast.unlearn.study.tasks import TASKS, Task
+from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS, Task, make_scenario
+from ccu_fast.unlearn.study.train import trained
 
 HERE = Path(__file__).parent
 RESULTS, TOLD, PAGE = HERE / "results.json", HERE / "told.json", HERE / "README.md"
@@ -120,8 +119,8 @@ def told(work: Path) -> dict[str, Any]:
 
 
 def _told(task: Task, kind: str, seed: int, models: Path) -> dict[str, Any]:
-    split = make_scenario(task.load(seed), kind, seed=seed, group=task.group)
-    config = replace(task.ccu[kind], forget=kind, seed=seed)
+    split = make_scenario(task, kind, seed)
+    config = replace(task.ccu[kind], seed=seed)
     original, gold = (trained(task, split, name, seed, folder=models).model for name in ("original", "gold_mask"))
     done = {"gold_mask": gold, "ccu": run_ccu(original, split.forget, split.retain, config).model}
     for name in TOLD_METHODS:
@@ -130,17 +129,7 @@ def _told(task: Task, kind: str, seed: int, models: Path) -> dict[str, Any]:
                 original, split.forget, split.retain, kind, config.budget, seed=seed, keep_other=keep
             )
             done[f"{name}, told" if keep else name] = run.model
-    audits = {
-        name: audit(
-            model,
-            forget=split.forget,
-            retain=split.retain,
-            retain_test=split.retain_test,
-            forget_test=split.forget_test,
-            deep=task.name == DEEP_TASK,
-        )
-        for name, model in done.items()
-    }
+    audits = {name: audit(model, **split.judged, deep=task.name == DEEP_TASK) for name, model in done.items()}
     for values in audits.values():
         values["average_gap"] = average_gap(values, audits["gold_mask"])
     return audits

@@ -20,12 +20,12 @@ from ccu_fast import check
 from ccu_fast.cli.console import live
 from ccu_fast.files import output_folder, write_whole
 from ccu_fast.mem.config import Settings
-from ccu_fast.mem.study.run import run_digit_strips
+from ccu_fast.mem.study import run_digit_strips
 from ccu_fast.mem.victim import Recipe
 from ccu_fast.runs import cache
 from ccu_fast.runs.progress import Progress
-from ccu_fast.runs.provenance import versions
-from ccu_fast.unlearn.study.run import run_digits_halves
+from ccu_fast.runs.provenance import json_hash, versions
+from ccu_fast.unlearn.study.run import run_task
 from ccu_fast.unlearn.study.tasks import TASKS
 
 SCENARIOS = ("class", "instances")
@@ -109,7 +109,7 @@ def _parts(seeds: int) -> Iterator[Part]:
 def _compute(part: Part, out: Path, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
     if part.half == "unlearn":
-        value = run_digits_halves(part.seed, part.variant, progress=progress)
+        value = run_task(TASKS["digits-halves"], part.seed, part.variant, progress=progress)
     else:
         published = out / "protected"
         if part.seed == 0:
@@ -128,4 +128,4 @@ def _key(part: Part) -> str:
         settings = [asdict(task.ccu[part.variant]), asdict(task.training)]
     else:
         settings = [asdict(Settings()), asdict(Recipe())]
-    return cache.key_of({"demo": FORMAT}, versions(*MADE_WITH), [part.name, settings])
+    return json_hash([{"demo": FORMAT}, versions(*MADE_WITH), [part.name, settings]])

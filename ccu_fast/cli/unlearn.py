@@ -86,8 +86,7 @@ def _compare(out: Path, tasks: list[str] | None, scenarios: list[str] | None, se
     from ccu_fast.cli.report.tables import show, unlearn_table
     from ccu_fast.cli.report.unlearning import write_comparison
     from ccu_fast.unlearn.study.compare import compare
-    from ccu_fast.unlearn.study.scenario import SCENARIOS
-    from ccu_fast.unlearn.study.tasks import TASKS
+    from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 
     with live(quiet) as progress:
         results = compare(

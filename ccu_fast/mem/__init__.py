@@ -6,7 +6,7 @@ from ccu_fast.mem.job.victims import evaluate_datasets
 from ccu_fast.mem.protection import Protected, Protection, protect
 from ccu_fast.mem.publish.memory import export
 from ccu_fast.mem.retrieval import reading, retrieval
-from ccu_fast.mem.study.run import run_digit_strips
+from ccu_fast.mem.study import run_digit_strips
 from ccu_fast.mem.tokenizer import WordTokenizer
 from ccu_fast.mem.victim import Recipe, Victim, train_victim
 from ccu_fast.models.tokenizer import Tokenizer

@@ -61,6 +61,14 @@ class Victim:
     train_loss: list[float]
     curve: list[dict[str, Any]]
 
+    def last_and_best(self) -> dict[str, dict[str, Any]]:
+        """The last epoch and that with the highest R@1 (mean of both directions), each with its number "epoch"."""
+        best = max(range(len(self.curve)), key=lambda i: self.curve[i]["i2t_r1"] + self.curve[i]["t2i_r1"])
+        return {
+            "last": {"epoch": len(self.curve), **self.curve[-1]},
+            "best": {"epoch": best + 1, **self.curve[best]},
+        }
+
 
 def train_victim(
     images: Tensor,

@@ -8,14 +8,13 @@ the key, so a changed comment or a moved file invalidates nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ccu_fast.files import write_whole
-from ccu_fast.runs.provenance import json_hash
 
 
 def part(path: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def part(path: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[st
 
     Args:
         path: of the file; its folder is made if needed. A damaged or foreign file is replaced.
-        key: see :func:`key_of`.
+        key: a hash of the FORMAT numbers of all code that the figures depend on, of the versions and of the settings.
         compute: the part, of JSON values and NumPy arrays.
 
     Returns:
@@ -42,17 +41,6 @@ def part(path: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[st
     return dict(json.loads(text)["value"])
 
 
-def key_of(formats: Mapping[str, int], made_with: Mapping[str, Any], settings: Any) -> str:
-    """A hash that changes with each of them.
-
-    Args:
-        formats: the FORMAT numbers of all code that the figures depend on, by a name for it.
-        made_with: see :func:`~ccu_fast.runs.provenance.versions`.
-        settings: JSON values.
-    """
-    return json_hash([formats, made_with, settings])
-
-
 def without(value: Any, *names: str) -> Any:
     """JSON values without what stands under these names, at any depth: the figures alone, no pictures."""
     if isinstance(value, dict):
@@ -61,8 +49,6 @@ def without(value: Any, *names: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
+    if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
     raise TypeError(f"not JSON: {type(value).__name__}")

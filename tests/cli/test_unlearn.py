@@ -25,9 +25,8 @@ from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.job import load_user_model, read_job, run_job
 from ccu_fast.unlearn.loop import accuracies
 from ccu_fast.unlearn.study import compare as comparing
-from ccu_fast.unlearn.study.scenario import make_scenario
-from ccu_fast.unlearn.study.tasks import TASKS
-from ccu_fast.unlearn.study.train import TrainConfig
+from ccu_fast.unlearn.study.run import METHODS
+from ccu_fast.unlearn.study.tasks import TASKS, TrainConfig, make_scenario
 from tests.support import toy_unlearn
 from tests.support.forked import fork
 from tests.support.small_demo import quick_map
@@ -232,7 +231,7 @@ class TestTasks:
         assert torch.equal(one.train.visual, two.train.visual) and torch.equal(one.test.other, two.test.other)
         assert not torch.equal(one.train.visual[0], one.train.visual[1])
         assert not torch.equal(load_views(6, views=2, unseen_views=1).test.visual, one.test.visual)
-        split = make_scenario(one, "instances", group=STRIDE)
+        split = make_scenario(replace(TASKS["digit-views"], load=lambda seed: one), "instances", 0)
         gone, kept = (set((part.ids // STRIDE).tolist()) for part in (split.forget, split.retain))
         assert not gone & kept and len(gone) == round(0.1 * len(digits[0])) and len(split.forget) == 2 * len(gone)
         with pytest.raises(ValueError, match="views"):
@@ -246,13 +245,14 @@ class TestTasks:
             load=lambda seed: Halves(*(part[torch.arange(0, len(part), 5)] for part in vars(task.load(seed)).values())),
             training=TrainConfig(epochs=1),
             ccu={s: replace(config, forget=s) for s in ("class", "instances")},
+            left_out=tuple(METHODS.keys() - {"ccu", "fine_tune"}),
         )
+        monkeypatch.setattr(comparing, "DEEP", ("ccu",))
         monkeypatch.setitem(TASKS, "digits-halves", quick)
         monkeypatch.setattr(figures, "embedding_map", quick_map)
         heard: list[str] = []
         call = partial(
-            comparing.compare, tmp_path, tasks=["digits-halves"], methods=("ccu", "fine_tune"), deep=("ccu",),
-            progress=lambda stage, *_: heard.append(stage),
+            comparing.compare, tmp_path, tasks=["digits-halves"], progress=lambda stage, *_: heard.append(stage),
         )  # fmt: skip
         first = call(scenarios=["class"], seeds=[0])
         assert len(list((tmp_path / "models").iterdir())) == 2

@@ -17,7 +17,7 @@ from ccu_fast.mem import triggers as triggers_of
 from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.noise import pgd, random_noise
 from ccu_fast.mem.protection import Protected, protect
-from ccu_fast.mem.study.run import run_digit_strips
+from ccu_fast.mem.study import run_digit_strips
 from ccu_fast.mem.surrogate import batches, fresh, frozen, generator, pixels
 from ccu_fast.mem.tokenizer import NEUTRAL, SPECIAL, WordTokenizer
 from ccu_fast.mem.triggers import encode_many, improve_triggers, insert_triggers, random_triggers, trim

@@ -21,10 +21,8 @@ from ccu_fast.ops.machine import PACKAGE
 from ccu_fast.runs import cache, provenance
 from ccu_fast.runs.provenance import file_hash, json_hash, tensors_hash, versions
 from ccu_fast.unlearn.study import compare as comparing
-from ccu_fast.unlearn.study import models as training
-from ccu_fast.unlearn.study.scenario import make_scenario
-from ccu_fast.unlearn.study.tasks import TASKS
-from ccu_fast.unlearn.study.train import TrainConfig
+from ccu_fast.unlearn.study import train as training
+from ccu_fast.unlearn.study.tasks import TASKS, TrainConfig, make_scenario
 
 KEYS = """
 import json, sys
@@ -32,13 +30,13 @@ from ccu_fast.cli import demo
 from ccu_fast.unlearn.study import compare
 from ccu_fast.unlearn.study.tasks import TASKS
 parts = [demo._key(part) for part in demo._parts(1)]
-print(json.dumps([compare.__file__, *parts, compare._key(TASKS["digits-halves"], "class", 0, ["ccu"], [])]))
+print(json.dumps([compare.__file__, *parts, compare._key(TASKS["digits-halves"], "class", 0, ["ccu"])]))
 """
 PART = demo.Part("protect-mem-seed0", "protect", 0, "mem")
 
 
 def key_of_comparison() -> str:
-    return comparing._key(TASKS["digits-halves"], "class", 0, ["ccu"], [])
+    return comparing._key(TASKS["digits-halves"], "class", 0, ["ccu"])
 
 
 def test_a_part_is_computed_once_and_is_the_same_fresh_or_kept(tmp_path: Path) -> None:
@@ -80,9 +78,9 @@ def test_a_key_changes_with_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert demo._key(PART) != of_demo
     task = TASKS["digits-halves"]
     changed = replace(task, training=TrainConfig(epochs=1))
-    assert comparing._key(changed, "class", 0, ["ccu"], []) != of_comparison == key_of_comparison()
-    assert comparing._key(task, "class", 1, ["ccu"], []) != of_comparison
-    assert comparing._key(task, "class", 0, ["ccu"], ["ccu"]) != of_comparison
+    assert comparing._key(changed, "class", 0, ["ccu"]) != of_comparison == key_of_comparison()
+    assert comparing._key(task, "class", 1, ["ccu"]) != of_comparison
+    assert comparing._key(task, "class", 0, ["ccu", "ssd"]) != of_comparison
 
 
 @pytest.mark.parametrize("name", ["ccu_fast", "torch", "python", "machine"])
@@ -131,7 +129,7 @@ def test_a_trained_model_is_kept_under_its_settings_versions_and_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = replace(TASKS["digits-halves"], training=TrainConfig(epochs=1))
-    split = make_scenario(task.load(0), "class", seed=0)
+    split = make_scenario(task, "class", 0)
     split = replace(split, train=split.train.batch(torch.arange(100)))
     stages: list[str] = []
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from ccu_fast.data.paired import PairedData
 from ccu_fast.models.fusion import FusionModel
 from ccu_fast.unlearn.loop import Batch, accuracies
-from ccu_fast.unlearn.study.train import TrainConfig, train
+from ccu_fast.unlearn.study.tasks import TrainConfig
+from ccu_fast.unlearn.study.train import train
 
 CLASSES, INPUTS, DIM = 4, 5, 6
 GONE = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,8 +30,9 @@ from ccu_fast.unlearn.baselines.contrastive_unlearning import unlearning_loss
 from ccu_fast.unlearn.baselines.plain_losses import fine_tune, gradient_ascent
 from ccu_fast.unlearn.baselines.random_label import wrong_labels
 from ccu_fast.unlearn.loop import Batch, accuracies, run
-from ccu_fast.unlearn.study.run import METHODS, run_digits_halves
-from ccu_fast.unlearn.study.train import TrainConfig, train
+from ccu_fast.unlearn.study.run import METHODS, run_task
+from ccu_fast.unlearn.study.tasks import TASKS, TrainConfig
+from ccu_fast.unlearn.study.train import train
 from tests.support import toy_unlearn
 from tests.support.toy_unlearn import CLASSES, DIM, INPUTS, make_model, toy, weights
 
@@ -457,7 +459,7 @@ class TestAudit:
 
 @pytest.fixture(scope="module")
 def class_reports() -> list[dict]:
-    return [run_digits_halves(seed, "class", methods=["ccu", "ccu_without_b"]) for seed in range(3)]
+    return [run_task(TASKS["digits-halves"], seed, "class", methods=["ccu", "ccu_without_b"]) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -501,10 +503,9 @@ class TestDigitsHalves:
         torch.manual_seed(5)
         state, threads = torch.random.get_rng_state(), torch.get_num_threads()
         heard: set[str] = set()
-        short = {"training": TrainConfig(epochs=1), "config": UnlearnConfig(budget=Budget(steps=4))}
-        first, second = (
-            run_digits_halves(3, "instances", **short, progress=lambda s, *_: heard.add(s)) for _ in range(2)
-        )
+        config = UnlearnConfig(forget="instances", budget=Budget(steps=4))
+        short = replace(TASKS["digits-halves"], training=TrainConfig(epochs=1), ccu={"instances": config})
+        first, second = (run_task(short, 3, "instances", progress=lambda s, *_: heard.add(s)) for _ in range(2))
         assert torch.equal(torch.random.get_rng_state(), state)
         assert torch.get_num_threads() == threads
         assert first["metrics"] == second["metrics"]
@@ -513,17 +514,11 @@ class TestDigitsHalves:
         # CCU without what this configuration does not have would be CCU again.
         chosen = set(METHODS) - {"ccu_without_neighbours", "ccu_without_damage"}
         assert heard == {*chosen, "audit"} and set(first["metrics"]) == chosen
-        another = run_digits_halves(4, "instances", methods=["ccu"], **short)["metrics"]
+        another = run_task(short, 4, "instances", methods=["ccu"])["metrics"]
         assert all(another[name] != first["metrics"][name] for name in ("original", "gold_mask", "ccu"))
 
     def test_bad_arguments(self) -> None:
-        for error, message, arguments in [
-            (ValueError, "scenario", {"scenario": "digit"}),
-            (ValueError, "methods", {"methods": ["ccu", "magic"]}),
-            (TypeError, "methods", {"methods": "ccu"}),
-            (ValueError, "forget_class", {"forget_class": 10}),
-            (ValueError, "forget_share", {"scenario": "instances", "forget_share": 0.0}),
-            (ValueError, "seed", {"seed": -1}),
-        ]:
-            with pytest.raises(error, match=message):
-                run_digits_halves(**arguments)
+        with pytest.raises(ValueError, match="scenario: expected one of"):
+            run_task(TASKS["digits-halves"], 0, "digit")
+        with pytest.raises(ValueError, match="methods: expected one of"):
+            run_task(TASKS["digits-halves"], 0, "class", methods=["ccu", "magic"])

@@ -23,7 +23,8 @@ from ccu_fast.unlearn.loop import accuracies, run
 from ccu_fast.unlearn.method import CcuStep, damage, nearest_retained, run_ccu
 from ccu_fast.unlearn.objective import anchor_loss, forgetting_loss, neighbour_loss, separation_loss, unclassify_loss
 from ccu_fast.unlearn.parameters import salient
-from ccu_fast.unlearn.study.train import TrainConfig, train
+from ccu_fast.unlearn.study.tasks import TrainConfig
+from ccu_fast.unlearn.study.train import train
 from tests.support import toy_unlearn
 from tests.support.forked import fork
 from tests.support.toy_unlearn import TwoTowers, make_model, toy, weights

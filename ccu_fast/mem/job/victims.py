@@ -19,14 +19,14 @@ from ccu_fast.data.captions.listing import MANIFEST
 from ccu_fast.data.pictures import encode_png
 from ccu_fast.files import read_json
 from ccu_fast.mem.retrieval import guessing, retrieval
+from ccu_fast.mem.robustness import TREATMENTS as PICTURE_TREATMENTS
+from ccu_fast.mem.robustness import treat
 from ccu_fast.mem.source import PairSource
-from ccu_fast.mem.study.robustness import treat
 from ccu_fast.mem.surrogate import generator, pixels
-from ccu_fast.mem.victim import Recipe, Victim, train_victim
+from ccu_fast.mem.victim import Recipe, train_victim
 from ccu_fast.models.named import Model
 from ccu_fast.runs.progress import Progress, silent
 
-PICTURE_TREATMENTS = ("jpeg", "blur", "crop")
 TREATMENTS = (*PICTURE_TREATMENTS, "no-trigger")
 _CHUNK = 256
 
@@ -129,7 +129,7 @@ def evaluate_datasets(
                 for seed in seeds:
                     images = published
                     if treatment in PICTURE_TREATMENTS:
-                        images, _ = treat(treatment, published, [], [], generator(seed, f"treat {treatment}"))
+                        images = treat(treatment, published, generator(seed, f"treat {treatment}"))
                     trained = train_victim(
                         images[source.image_of],
                         tokens,
@@ -142,7 +142,11 @@ def evaluate_datasets(
                         progress=progress,
                         device=where,
                     )
-                    runs[str(seed)] = _run(trained)
+                    runs[str(seed)] = {
+                        **trained.last_and_best(),
+                        "train_loss": trained.train_loss,
+                        "curve": trained.curve,
+                    }
                 result["datasets"][label] = {
                     "path": str(train[name]),
                     "rows": len(tokens),
@@ -150,17 +154,6 @@ def evaluate_datasets(
                     **_summary(runs),
                 }
     return result
-
-
-def _run(trained: Victim) -> dict[str, Any]:
-    curve = trained.curve
-    best = max(range(len(curve)), key=lambda i: curve[i]["i2t_r1"] + curve[i]["t2i_r1"])
-    return {
-        "last": {"epoch": len(curve), **curve[-1]},
-        "best": {"epoch": best + 1, **curve[best]},
-        "train_loss": trained.train_loss,
-        "curve": curve,
-    }
 
 
 class _Exam:

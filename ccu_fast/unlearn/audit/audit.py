@@ -52,6 +52,10 @@ def audit(
     >>> sorted(ccu_fast.unlearn.audit(FusionModel(3, 3, classes=4), **parts))
     ['fused', 'mia_auc', 'mia_entropy_auc', 'other', 'visual']
     """
+    given = {"forget": forget, "retain": retain, "retain_test": retain_test, "forget_test": forget_test}
+    for name, data in given.items():
+        if data is not None and len(data) == 0:
+            raise ValueError(f"{name}: expected at least one item, got none")
     parts = {"forget_train": forget, "forget_test": forget_test, "retain_train": retain, "retain_test": retain_test}
     found = {name: answers(model, data) for name, data in parts.items() if data is not None}
     measured = {name: part.accuracies() for name, part in found.items()}
@@ -65,9 +69,7 @@ def audit(
     result["mia_auc"] = auc(confidence(members), confidence(unseen))
     result["mia_entropy_auc"] = auc(certainty(members), certainty(unseen)) if labelled else None
     if deep:
-        result["probe"] = linear_probe(
-            model, forget=forget, retain=retain, retain_test=retain_test, forget_test=forget_test
-        )
+        result["probe"] = linear_probe(model, **given)  # type: ignore[arg-type]
         result["relearn_steps"] = relearn_steps(model, forget, retain)
     if not labelled:
         visual, other, ids = (

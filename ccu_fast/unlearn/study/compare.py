@@ -6,6 +6,7 @@ kept in ``models/``. What another version, setting or FORMAT made is made anew.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,17 +16,16 @@ from typing import Any
 from ccu_fast import check
 from ccu_fast.files import output_folder, write_whole
 from ccu_fast.runs import cache
-from ccu_fast.runs.progress import Progress
-from ccu_fast.runs.provenance import versions
+from ccu_fast.runs.progress import Progress, silent
+from ccu_fast.runs.provenance import json_hash, versions
 from ccu_fast.unlearn.baselines.registry import BASELINES
-from ccu_fast.unlearn.study.models import FORMAT as TRAINED_FORMAT
 from ccu_fast.unlearn.study.run import METHODS, run_task
-from ccu_fast.unlearn.study.scenario import SCENARIOS
-from ccu_fast.unlearn.study.tasks import TASKS, Task
+from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS, Task
+from ccu_fast.unlearn.study.train import FORMAT as TRAINED_FORMAT
 
-DEEP = ("gold_mask", "ccu")
+DEEP = ("gold_mask", "ccu")  # methods whose features are probed and whose relearning is timed
 # Of the kept parts. Raise it whenever a method or the audit gives other figures with the same settings and versions, or
-# figures of another form. What changes the trained models has a number of its own, in models.py.
+# figures of another form. What changes the trained models has a number of its own, in train.py.
 FORMAT = 1
 
 
@@ -35,17 +35,13 @@ def compare(
     tasks: Sequence[str] = tuple(TASKS),
     scenarios: Sequence[str] = SCENARIOS,
     seeds: Sequence[int] = (0, 1, 2),
-    methods: Sequence[str] | None = None,
-    deep: Sequence[str] = DEEP,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run what is missing and gather all of it.
 
     Args:
         out: folder of ``parts/``, ``models/`` and ``results.json``; made if needed.
         tasks, scenarios, seeds: what to run, every combination.
-        methods: keys of :data:`ccu_fast.unlearn.study.run.METHODS`; default all but what the task leaves out.
-        deep: those whose features are probed and whose relearning is timed.
         progress: called as progress(stage, done, total, note).
 
     Returns:
@@ -54,7 +50,7 @@ def compare(
         smallest average gap in this part.
 
     Raises:
-        ValueError: an unknown task, scenario or method; a damaged part.
+        ValueError: an unknown task or scenario; a damaged part.
         OSError: ``out`` cannot be written.
     """
     for name in tasks:
@@ -63,45 +59,30 @@ def compare(
         check.one_of("scenarios", name, SCENARIOS)
     output_folder(out)
     results: dict[str, Any] = {"versions": versions(), "seeds": list(seeds), "unlearn": {}}
-    for task in tasks:
-        for seed in seeds:
-            for scenario in scenarios:
-                value = _part(out, task, scenario, seed, methods, deep, progress)
-                results["unlearn"].setdefault(task, {}).setdefault(scenario, {})[str(seed)] = value
+    for task, seed, scenario in itertools.product(tasks, seeds, scenarios):
+        value = _part(out, TASKS[task], scenario, seed, progress)
+        results["unlearn"].setdefault(task, {}).setdefault(scenario, {})[str(seed)] = value
     write_whole(out / "results.json", json.dumps(cache.without(results, "embeddings"), indent=1) + "\n")
     return results
 
 
-def _part(
-    out: Path,
-    task: str,
-    scenario: str,
-    seed: int,
-    methods: Sequence[str] | None,
-    deep: Sequence[str],
-    progress: Progress | None,
-) -> dict[str, Any]:
-    path = out / "parts" / f"{task}-{scenario}-seed{seed}.json"
-    chosen = TASKS[task]
-    methods = methods or [name for name in METHODS if name not in chosen.left_out]
+def _part(out: Path, task: Task, scenario: str, seed: int, progress: Progress) -> dict[str, Any]:
+    methods = [name for name in METHODS if name not in task.left_out]
 
     def named(stage: str, done: int, total: int, note: str) -> None:
-        if progress is not None:
-            progress(f"{task}, {scenario}, seed {seed}: {stage}", done, total, note)
+        progress(f"{task.name}, {scenario}, seed {seed}: {stage}", done, total, note)
 
     def compute() -> dict[str, Any]:
-        value = run_task(chosen, seed, scenario, methods=methods, deep=deep, models=out / "models", progress=named)
+        value = run_task(task, seed, scenario, methods=methods, deep=DEEP, models=out / "models", progress=named)
         gaps = {name: values["average_gap"] for name, values in value["metrics"].items() if name in BASELINES}
         value["best_baseline"] = min(gaps, key=lambda name: gaps[name], default=None)
         return value
 
-    return cache.part(path, _key(chosen, scenario, seed, methods, deep), compute)
+    path = out / "parts" / f"{task.name}-{scenario}-seed{seed}.json"
+    return cache.part(path, _key(task, scenario, seed, methods), compute)
 
 
-def _key(task: Task, scenario: str, seed: int, methods: Sequence[str], deep: Sequence[str]) -> str:
+def _key(task: Task, scenario: str, seed: int, methods: Sequence[str]) -> str:
     settings = [asdict(task.ccu[scenario]), asdict(task.training), task.group]
-    return cache.key_of(
-        {"compare": FORMAT, "trained": TRAINED_FORMAT},
-        versions(),
-        [task.name, scenario, seed, list(methods), list(deep), settings],
-    )
+    what = [task.name, scenario, seed, list(methods), list(DEEP), settings]
+    return json_hash([{"compare": FORMAT, "trained": TRAINED_FORMAT}, versions(), what])

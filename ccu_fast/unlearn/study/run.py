@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,26 +12,16 @@ import torch
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
-from ccu_fast.runs.progress import Progress
+from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.unlearn.audit import MODALITIES, audit, average_gap, linear_probe, relearn_steps
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.config import UnlearnConfig
-from ccu_fast.unlearn.loop import HeldOut, Run, accuracies, embed
+from ccu_fast.unlearn.loop import Run, embed
 from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.model import TwoModalityModel
-from ccu_fast.unlearn.study.models import KINDS, trained
-from ccu_fast.unlearn.study.scenario import Scenario, make_scenario
-from ccu_fast.unlearn.study.tasks import TASKS, Task
-from ccu_fast.unlearn.study.train import TrainConfig
+from ccu_fast.unlearn.study.tasks import FORGET_CLASS, Scenario, Task, make_scenario
+from ccu_fast.unlearn.study.train import KINDS, trained
 
-ABLATIONS: dict[str, Callable[[UnlearnConfig], UnlearnConfig]] = {
-    "ccu": lambda config: config,
-    "ccu_without_a": lambda config: replace(config, forgetting=0.0),
-    "ccu_without_b": lambda config: replace(config, retention=0.0, anchor=0.0),
-    "ccu_without_c": lambda config: replace(config, separation=0.0),
-    "ccu_without_neighbours": lambda config: replace(config, neighbours=0.0),
-    "ccu_without_damage": lambda config: replace(config, dampen=0.0),
-}
 METHODS = {
     "original": "before unlearning",
     "gold_mask": "gold: visual masked",
@@ -44,47 +34,26 @@ METHODS = {
     "ccu_without_neighbours": "CCU without neighbours",
     "ccu_without_damage": "CCU without dampening",
 }
-DEEP_ITEMS = 256
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "ccu_without_a": {"forgetting": 0.0},
+    "ccu_without_b": {"retention": 0.0, "anchor": 0.0},
+    "ccu_without_c": {"separation": 0.0},
+    "ccu_without_neighbours": {"neighbours": 0.0},
+    "ccu_without_damage": {"dampen": 0.0},
+}
 ALWAYS = ("original", "gold_mask")
-
-
-def run_digits_halves(
-    seed: int = 0,
-    scenario: str = "class",
-    *,
-    methods: Sequence[str] | None = None,
-    forget_class: int = 3,
-    forget_share: float = 0.1,
-    config: UnlearnConfig | None = None,
-    training: TrainConfig | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """:func:`run_task` on digits-halves, with the training it should have (default: the task's)."""
-    task = TASKS["digits-halves"]
-    return run_task(
-        replace(task, training=training or task.training),
-        seed,
-        scenario,
-        methods=methods,
-        forget_class=forget_class,
-        forget_share=forget_share,
-        config=config,
-        progress=progress,
-    )
+DEEP_ITEMS = 256
 
 
 def run_task(
     task: Task,
-    seed: int = 0,
-    scenario: str = "class",
+    seed: int,
+    scenario: str,
     *,
-    methods: Sequence[str] | None = None,
-    forget_class: int = 3,
-    forget_share: float = 0.1,
-    config: UnlearnConfig | None = None,
+    methods: Sequence[str] = tuple(METHODS),
     models: Path | None = None,
     deep: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Train on a task, unlearn with every method and audit each.
 
@@ -95,13 +64,9 @@ def run_task(
         task: one of :data:`ccu_fast.unlearn.study.tasks.TASKS`, or one of your own.
         seed: of the split, the initial weights, the batches and the choice of instances; at least 0.
         scenario: "class" or "instances".
-        methods: keys of :data:`METHODS`; default all. "original" and "gold_mask" are always run: the rest is
-            measured against them. CCU without something that its configuration does not use would be CCU again and is
-            left out.
-        forget_class: the class that goes, in [0, 9].
-        forget_share: the share of training items that goes, in (0, 1).
-        config: of CCU, and the budget of all; its seed and kind of forgetting are set from the arguments.
-        models: folder of the trained models, see :func:`ccu_fast.unlearn.study.models.trained`; None trains anew.
+        methods: keys of :data:`METHODS`. "original" and "gold_mask" are always run: the rest is measured against them.
+            CCU without something that its configuration does not use would be CCU again and is left out.
+        models: folder of the trained models, see :func:`ccu_fast.unlearn.study.train.trained`; None trains anew.
         deep: methods whose features are probed and whose relearning is timed.
         progress: called as progress(stage, done, total, note), several times a second.
 
@@ -115,22 +80,24 @@ def run_task(
         "labels", bool "forgotten".
 
     Raises:
-        ValueError, TypeError: unknown scenario or method, a class, share or seed out of range.
+        ValueError: unknown scenario or method.
     """
-    check.integer("seed", seed, low=0)
-    names = _order(methods)
-    split = make_scenario(
-        task.load(seed), scenario, forget_class=forget_class, forget_share=forget_share, seed=seed, group=task.group
-    )
-    config = replace(config or task.ccu[scenario], forget=scenario, seed=seed)
-    names = [name for name in names if name not in ABLATIONS or name == "ccu" or ABLATIONS[name](config) != config]
+    for name in methods:
+        check.one_of("methods", name, tuple(METHODS))
+    split = make_scenario(task, scenario, seed)
+    config = replace(task.ccu[scenario], seed=seed)
+    names = [
+        name
+        for name in METHODS
+        if name in ALWAYS
+        or (name in methods and (name not in ABLATIONS or replace(config, **ABLATIONS[name]) != config))
+    ]
     with _one_thread():
         runs = _run_all(names, task, split, config, models, progress)
         metrics = {}
         for number, (name, done) in enumerate(runs.items(), start=1):
             metrics[name] = _audit(done.model, split, deep=name in deep)
-            if progress is not None:
-                progress("audit", number, len(runs), METHODS[name])
+            progress("audit", number, len(runs), METHODS[name])
         embeddings = _embeddings(runs, split)
     gold = metrics["gold_mask"]
     for name, values in metrics.items():
@@ -143,7 +110,7 @@ def run_task(
             "task": task.name,
             "scenario": scenario,
             "seed": seed,
-            "forget_class": forget_class if scenario == "class" else None,
+            "forget_class": FORGET_CLASS if scenario == "class" else None,
             "forget_items": len(split.forget),
             "retain_items": len(split.retain),
             "test_items": len(split.retain_test) + (0 if split.forget_test is None else len(split.forget_test)),
@@ -165,75 +132,31 @@ def run_task(
     }
 
 
-def _order(methods: Sequence[str] | None) -> list[str]:
-    if methods is None:
-        return list(METHODS)
-    if isinstance(methods, str):
-        raise TypeError(f"methods: expected a sequence of names, got the string {methods!r}")
-    for name in methods:
-        check.one_of("methods", name, tuple(METHODS))
-    return [name for name in METHODS if name in methods or name in ALWAYS]
-
-
 def _run_all(
-    names: list[str],
-    task: Task,
-    split: Scenario,
-    config: UnlearnConfig,
-    models: Path | None,
-    progress: Progress | None,
+    names: list[str], task: Task, split: Scenario, config: UnlearnConfig, models: Path | None, progress: Progress
 ) -> dict[str, Run]:
-    runs = {"original": trained(task, split, "original", config.seed, folder=models, progress=progress)}
-    original = runs["original"].model
-    held_out = _held_out(original, split) if config.early_stop else None
+    """The models by method; "original" is the first name."""
+    runs: dict[str, Run] = {}
     for name in names:
         if name in KINDS:
             runs[name] = trained(task, split, name, config.seed, folder=models, progress=progress)
-        elif name in BASELINES:
+            continue
+        sets = runs["original"].model, split.forget, split.retain
+        if name in BASELINES:
             runs[name] = BASELINES[name].run(
-                original,
-                split.forget,
-                split.retain,
-                split.name,
-                config.budget,
-                seed=config.seed,
-                held_out=held_out,
-                progress=progress,
-                stage=name,
+                *sets, split.name, config.budget, seed=config.seed, progress=progress, stage=name
             )
         else:
-            runs[name] = run_ccu(
-                original,
-                split.forget,
-                split.retain,
-                ABLATIONS[name](config),
-                held_out=held_out,
-                progress=progress,
-                stage=name,
-            )
+            runs[name] = run_ccu(*sets, replace(config, **ABLATIONS.get(name, {})), progress=progress, stage=name)
     return runs
 
 
-def _held_out(original: TwoModalityModel, split: Scenario) -> HeldOut:
-    unseen = split.retain_held_out
-    level = 0.0 if split.name == "class" else accuracies(original, unseen)["visual"]
-    return HeldOut(unseen, level)
-
-
 def _audit(model: TwoModalityModel, split: Scenario, *, deep: bool) -> dict[str, Any]:
-    result = audit(
-        model,
-        forget=split.forget,
-        retain=split.retain,
-        retain_test=split.retain_test,
-        forget_test=split.forget_test,
-    )
+    result: dict[str, Any] = audit(model, **split.judged)
     if deep:
         # Of a sample: each step of relearning looks at the whole forget set again.
         forget, retain = _at_most(split.forget, DEEP_ITEMS), _at_most(split.retain, 9 * DEEP_ITEMS)
-        result["probe"] = linear_probe(
-            model, forget=forget, retain=retain, retain_test=split.retain_test, forget_test=split.forget_test
-        )
+        result["probe"] = linear_probe(model, **replace(split, forget=forget, retain=retain).judged)
         result["relearn_steps"] = relearn_steps(model, forget, retain)
     return result
 
@@ -249,13 +172,12 @@ def _gaps(values: dict[str, float | None], gold: dict[str, float | None]) -> dic
 
 
 def _embeddings(runs: dict[str, Run], split: Scenario) -> dict[str, Any]:
-    parts = [split.retain_test, _at_most(split.forget, 400)] + (
-        [] if split.forget_test is None else [split.forget_test]
-    )
-    forgotten = [part is not split.retain_test for part in parts]
+    sets = (split.retain_test, _at_most(split.forget, 400), split.forget_test)
+    parts = [part for part in sets if part is not None]
+    forgotten = [torch.full((len(part),), part is not split.retain_test) for part in parts]
     result = {
         "labels": torch.cat([part.labels for part in parts]).numpy(),
-        "forgotten": torch.cat([torch.full((len(p),), f) for p, f in zip(parts, forgotten, strict=True)]).numpy(),
+        "forgotten": torch.cat(forgotten).numpy(),
     }
     for key, name in (("before", "original"), ("after", "ccu")):
         if name in runs:

@@ -1,17 +1,47 @@
-"""The embedded tasks: real data, a model for it, and how both are trained and unlearned."""
+"""The embedded tasks: real data, a model for it, how both are trained and unlearned, and what is forgotten."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import torch
+
+from ccu_fast import check
 from ccu_fast.data.halves import CLASSES, PIXELS, Halves, load_halves
+from ccu_fast.data.paired import PairedData
 from ccu_fast.data.views import SIZE, STRIDE, load_views
 from ccu_fast.models.fusion import ConvFusionModel, FusionModel
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.model import TwoModalityModel
-from ccu_fast.unlearn.study.train import TrainConfig
+
+SCENARIOS = ("class", "instances")
+FORGET_CLASS = 3
+FORGET_SHARE = 0.1  # of the training items, where instances are forgotten
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Attributes:
+        epochs, batch: at least 1.
+        learning_rate: of Adam at the start, > 0; it falls to 0 along a cosine.
+        seed: of the initial weights and the batches, at least 0.
+    """
+
+    epochs: int = 60
+    batch: int = 128
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check.integer("epochs", self.epochs, low=1)
+        check.integer("batch", self.batch, low=1)
+        check.integer("seed", self.seed, low=0)
+        check.number("learning_rate", self.learning_rate, low=1e-12)
 
 
 @dataclass(frozen=True)
@@ -93,3 +123,50 @@ TASKS = {
         ),
     )
 }
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Forget and retain set with the unseen items each is judged by.
+
+    Attributes:
+        name: "class" or "instances".
+        train: the original training set, forget and retain together.
+        forget, retain: its two parts.
+        retain_test: unseen items of the classes that stay.
+        forget_test: unseen items of the forgotten class; None when instances are forgotten.
+    """
+
+    name: str
+    train: PairedData
+    forget: PairedData
+    retain: PairedData
+    retain_test: PairedData
+    forget_test: PairedData | None
+
+    @property
+    def judged(self) -> dict[str, Any]:
+        """The four sets that :func:`ccu_fast.unlearn.audit.audit` and ``linear_probe`` take."""
+        names = ("forget", "retain", "retain_test", "forget_test")
+        return {name: getattr(self, name) for name in names}
+
+
+def make_scenario(task: Task, name: str, seed: int) -> Scenario:
+    """Load the task and split it: class 3, or a random tenth of the training items, is to be forgotten.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    check.one_of("scenario", name, SCENARIOS)
+    halves = task.load(seed)
+    train, test = halves.train, halves.test
+    if name == "class":
+        gone, gone_test = (part.labels == FORGET_CLASS for part in (train, test))
+        return Scenario(name, train, train[gone], train[~gone], test[~gone_test], test[gone_test])
+    # All views of a thing are drawn together.
+    things, thing_of = torch.unique(train.ids // task.group, return_inverse=True)
+    drawn = torch.zeros(len(things), dtype=torch.bool)
+    order = torch.randperm(len(things), generator=torch.Generator().manual_seed(seed))
+    drawn[order[: round(FORGET_SHARE * len(things))]] = True
+    gone = drawn[thing_of]
+    return Scenario(name, train, train[gone], train[~gone], test, None)

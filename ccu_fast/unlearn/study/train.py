@@ -1,41 +1,81 @@
-"""Training a two-modality model from scratch: the original, and the gold standard of forgetting."""
+"""Training a two-modality model from scratch: the original, and the gold standard of forgetting; each is kept."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ccu_fast import check
 from ccu_fast.data.paired import PairedData
-from ccu_fast.runs.progress import Clock, Progress
+from ccu_fast.runs.progress import Clock, Progress, silent
+from ccu_fast.runs.provenance import load_model, save_model, tensors_hash, versions
 from ccu_fast.unlearn.loop import Run, epochs_of_rows
-from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of, task_loss
+from ccu_fast.unlearn.model import TwoModalityModel, task_loss
+from ccu_fast.unlearn.study.tasks import Scenario, Task, TrainConfig
+
+KINDS = ("original", "gold_mask", "gold_drop")
+# Of the kept models. Raise it whenever the same settings and versions train another model: other data, another
+# architecture, another course of the training.
+FORMAT = 1
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a model is trained.
+def trained(
+    task: Task, split: Scenario, kind: str, seed: int, *, folder: Path | None = None, progress: Progress = silent
+) -> Run:
+    """The model with the cost of its training, from ``folder`` if the same settings, versions and FORMAT left it there.
 
-    Attributes:
-        epochs, batch: at least 1.
-        learning_rate: of Adam at the start, > 0; it falls to 0 along a cosine.
-        seed: of the initial weights and the batches, at least 0.
+    Args:
+        task: what to train, and how.
+        split: what "gold_mask" and "gold_drop" must not see.
+        kind: "original", "gold_mask" (the visual half of the forget set hidden, which a method that keeps the other
+            modality should equal) or "gold_drop" (both halves).
+        seed: of the initial weights and the batches.
+        folder: where models are kept; None keeps none.
+        progress: see :func:`train`.
     """
+    config = replace(task.training, seed=seed)
+    which = f"{task.name}-seed{seed}" + ("" if kind == "original" else f"-{split.name}") + f"-{kind}"
+    path = None if folder is None else folder / f"{which}.safetensors"
+    made_of = {
+        "task": task.name,
+        "kind": kind,
+        "training": asdict(config),
+        "forgotten": None if kind == "original" else tensors_hash({"ids": split.forget.ids}),
+        "versions": versions("ccu_fast", "torch", "python", "machine", "threads"),
+        "format": FORMAT,
+    }
+    found = None if path is None else _found(path, made_of, task)
+    if found is not None:
+        return found
+    data = split.retain if kind == "gold_drop" else split.train
+    known = ~torch.isin(data.ids, split.forget.ids) if kind == "gold_mask" else None
+    done = train(task.make_model, data, config, visual_known=known, progress=progress, stage=kind)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cost = {name: value for name, value in vars(done).items() if name != "model"}
+        save_model(done.model, path, {"made_of": made_of, "cost": cost})
+    return done
 
-    epochs: int = 60
-    batch: int = 128
-    learning_rate: float = 3e-3
-    seed: int = 0
 
-    def __post_init__(self) -> None:
-        check.integer("epochs", self.epochs, low=1)
-        check.integer("batch", self.batch, low=1)
-        check.integer("seed", self.seed, low=0)
-        check.number("learning_rate", self.learning_rate, low=1e-12)
+def _found(path: Path, made_of: dict[str, Any], task: Task) -> Run | None:
+    """The model of the file; None if there is none, or a damaged one, or one that was made of something else."""
+    if not path.exists():
+        return None
+    try:
+        state, provenance = load_model(path)
+        if provenance["made_of"] != json.loads(json.dumps(made_of)):
+            return None
+        model: Any = task.make_model()
+        model.load_state_dict(state)
+        return Run(model=model.eval(), **provenance["cost"])
+    except (KeyError, RuntimeError, TypeError, ValueError):
+        return None
 
 
 def train(
@@ -44,7 +84,7 @@ def train(
     config: TrainConfig,
     *,
     visual_known: Tensor | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     stage: str = "train",
 ) -> Run:
     """A new model, trained on the cross-entropy of its heads; without heads or labels on the InfoNCE of the pairs.
@@ -54,17 +94,14 @@ def train(
             state is as before afterwards.
         data: the training items.
         config: epochs, batch, learning rate, seed.
-        visual_known: bool ``[N]``; items where it is False train the other head only (in a model without: nothing), as
-            if their visual half had never existed.
+        visual_known: bool ``[N]``; items where it is False train the other head only, as if their visual half had never
+            existed. Needs labels and a model with all three heads.
         progress: called once an epoch as progress(stage, done, total, note).
         stage: the name progress hears.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite; the message says in which epoch.
     """
-    if visual_known is not None:
-        check.tensor("visual_known", visual_known, dtypes=(torch.bool,))
-        check.shape("visual_known", visual_known, [len(data)])
     clock = Clock()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -88,30 +125,21 @@ def train(
         losses.append(total.item() / steps)
         if not abs(losses[-1]) < float("inf"):
             raise FloatingPointError(f"{stage}: the loss is {losses[-1]} in epoch {epoch} of {config.epochs}")
-        if progress is not None:
-            progress(stage, epoch, config.epochs, f"loss {losses[-1]:.3f}")
+        progress(stage, epoch, config.epochs, f"loss {losses[-1]:.3f}")
     taken = steps * config.epochs
     items = taken * min(config.batch, len(data))
     return Run(model.eval(), taken, items, *clock.read(), losses)
 
 
 def _loss(model: TwoModalityModel, batch: PairedData, known: Tensor | None) -> Tensor:
-    """The task's loss of the items whose visual half is known; of the others that of the other head, if any."""
-    everything = known is None or bool(known.all())
+    """The task's loss of the items whose visual half is known; of the others that of the other head."""
     other = model.embed_other(batch.other)
-    if everything:
+    if known is None or bool(known.all()):
         return task_loss(model, model.embed_visual(batch.visual), other, batch.labels)
-    assert known is not None
-    whole = batch.batch(known)
-    loss = other.sum() * 0
-    if "other" in heads(model) and batch.labelled:
-        # The mean over the whole batch, once for known and unknown items together.
-        loss = F.cross_entropy(model.classify_other(other), batch.labels)
-        seen = [head for head in heads(model) if head != "other"]
-        if not len(whole):
-            return loss
-        visual, other = model.embed_visual(whole.visual), other[known]
-        return loss + sum(F.cross_entropy(logits_of(model, head, visual, other), whole.labels) for head in seen)
-    if len(whole):
-        loss = loss + task_loss(model, model.embed_visual(whole.visual), other[known], whole.labels)
+    # The mean over the whole batch, once for known and unknown items together.
+    loss = F.cross_entropy(model.classify_other(other), batch.labels)
+    if known.any():
+        whole = batch.batch(known)
+        visual = model.embed_visual(whole.visual)
+        loss = loss + task_loss(model, visual, other[known], whole.labels, visual_only=True)
     return loss

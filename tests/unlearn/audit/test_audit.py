@@ -306,6 +306,13 @@ class TestWhole:
         assert "probe" not in quick and quick["fused"]["forget_test"] is None
         assert quick["visual"]["retain_test"] == result["visual"]["retain_test"] > 0.95
 
+    @pytest.mark.parametrize("empty", ["forget", "retain", "retain_test", "forget_test"])
+    def test_an_empty_set_is_named(self, empty: str) -> None:
+        data = toy()
+        parts = dict.fromkeys(("forget", "retain", "retain_test", "forget_test"), data)
+        with pytest.raises(ValueError, match=f"^{empty}: expected at least one item, got none"):
+            audit(trained(), **{**parts, empty: data[data.labels < 0]})
+
     def test_pairs_without_labels(self) -> None:
         torch.manual_seed(0)
         data = toy()

@@ -1,4 +1,4 @@
-"""What may happen to a published pair before somebody trains on it: JPEG, blur, crop, a trigger cut off."""
+"""What may happen to published images before somebody trains on them: JPEG, blur, crop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ccu_fast import check
 
-TREATMENTS = ("jpeg", "blur", "crop", "no trigger")
+TREATMENTS = ("jpeg", "blur", "crop")
 QUALITY = 75
 SIGMA = 1.0
 KEPT = 0.9
@@ -25,7 +25,6 @@ def jpeg(images: Tensor, quality: int = QUALITY) -> Tensor:
     import numpy as np
     from PIL import Image
 
-    check.tensor("images", images, dtypes=(torch.uint8,), ndim=4)
     if images.shape[1] not in (1, 3):
         raise ValueError(f"images: expected 1 or 3 channels, got {images.shape[1]}")
     out = torch.empty_like(images)
@@ -40,7 +39,6 @@ def jpeg(images: Tensor, quality: int = QUALITY) -> Tensor:
 
 def blur(images: Tensor, sigma: float = SIGMA) -> Tensor:
     """Gaussian blur, ``sigma`` in pixels, edges repeated, rounded: uint8 ``[N, C, H, W]``."""
-    check.tensor("images", images, dtypes=(torch.uint8,), ndim=4)
     radius = max(1, round(3 * sigma))
     weight = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
     weight = (weight / weight.sum()).view(1, 1, 1, -1)
@@ -52,7 +50,6 @@ def blur(images: Tensor, sigma: float = SIGMA) -> Tensor:
 
 def crop(images: Tensor, rng: torch.Generator, kept: float = KEPT) -> Tensor:
     """A window of ``kept`` of each side at a random place of each image, enlarged (bilinear) to the old size."""
-    check.tensor("images", images, dtypes=(torch.uint8,), ndim=4)
     n, _, height, width = images.shape
     h, w = max(1, round(kept * height)), max(1, round(kept * width))
     top = torch.randint(height - h + 1, (n,), generator=rng).tolist()
@@ -62,22 +59,16 @@ def crop(images: Tensor, rng: torch.Generator, kept: float = KEPT) -> Tensor:
     return large.round().clamp(0, 255).to(torch.uint8)
 
 
-def treat(
-    treatment: str, images: Tensor, captions: list[str], original: list[str], rng: torch.Generator
-) -> tuple[Tensor, list[str]]:
-    """What is left of published pairs after one of :data:`TREATMENTS`.
+def treat(treatment: str, images: Tensor, rng: torch.Generator) -> Tensor:
+    """What is left of published images after "jpeg" (quality 75), "blur" (sigma 1 px) or "crop" (90 % of each side).
 
     Args:
-        treatment: "jpeg" (quality 75), "blur" (sigma 1 px), "crop" (90 % of each side) or "no trigger".
-        images: uint8 ``[N, C, H, W]`` as published; captions: as published.
-        original: the captions without triggers.
+        treatment: one of :data:`TREATMENTS`.
+        images: uint8 ``[N, C, H, W]`` as published.
         rng: where the crops are.
     """
     check.one_of("treatment", treatment, TREATMENTS)
-    if treatment == "jpeg":
-        return jpeg(images), captions
-    if treatment == "blur":
-        return blur(images), captions
+    check.tensor("images", images, dtypes=(torch.uint8,), ndim=4)
     if treatment == "crop":
-        return crop(images, rng), captions
-    return images, list(original)
+        return crop(images, rng)
+    return jpeg(images) if treatment == "jpeg" else blur(images)

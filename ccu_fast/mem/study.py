@@ -16,10 +16,11 @@ from ccu_fast import check
 from ccu_fast.data.strips import LENGTH, StripSet, caption, load_strips
 from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.fidelity import noise_report
-from ccu_fast.mem.protection import Protected, protect
+from ccu_fast.mem.protection import protect
 from ccu_fast.mem.publish.memory import export
 from ccu_fast.mem.retrieval import groups, guessing, reading, retrieval
-from ccu_fast.mem.study.robustness import TREATMENTS, treat
+from ccu_fast.mem.robustness import TREATMENTS as IMAGE_TREATMENTS
+from ccu_fast.mem.robustness import treat
 from ccu_fast.mem.surrogate import ModelFactory, generator, pixels
 from ccu_fast.mem.tokenizer import WordTokenizer
 from ccu_fast.mem.triggers import insert_triggers, random_triggers
@@ -28,6 +29,7 @@ from ccu_fast.models.dual_encoder import DualEncoder, SmallDualEncoder
 from ccu_fast.runs.progress import Progress, silent
 
 EXAMPLES = 6
+TREATMENTS = (*IMAGE_TREATMENTS, "no trigger")
 
 
 def run_digit_strips(
@@ -59,7 +61,8 @@ def run_digit_strips(
         n_train, n_test: numbers of strips.
         width: of both towers.
         transfer: also train a victim with another image tower (a vision transformer) and a deeper text tower.
-        treatments: of :data:`ccu_fast.mem.study.robustness.TREATMENTS`; for each a victim is trained on what it leaves.
+        treatments: of :data:`TREATMENTS`: those of :func:`ccu_fast.mem.robustness.treat`, or captions without triggers;
+            for each a victim is trained on what it leaves.
 
     Returns:
         A dict that ``json.dumps`` takes. ``guessing``: R@k of a random order. ``methods[name]``:
@@ -109,6 +112,20 @@ def run_digit_strips(
         "guessing": {f"r{k}": share for k, share in guessing(exam.groups, exam.groups).items()},
         "methods": {},
     }
+
+    def attack(name: str, images: Tensor, captions: list[str], model: ModelFactory = factory) -> Victim:
+        return train_victim(
+            images,
+            tokenizer.encode(captions),
+            model,
+            exam.retrieval,
+            eot=tokenizer.eot,
+            recipe=recipe,
+            seed=seed,
+            stage=f"victim {name}",
+            progress=progress,
+        )
+
     for method in parsed:
         protected = protect(
             train.images,
@@ -123,30 +140,35 @@ def run_digit_strips(
         if out is not None:
             export(protected, Path(out) / method.name, seed=seed)
 
-        def attack(
-            images: Tensor, captions: list[str], model: ModelFactory = factory, note: str = "", name: str = method.name
-        ) -> Victim:
-            return train_victim(
-                images,
-                tokenizer.encode(captions),
-                model,
-                exam.retrieval,
-                eot=tokenizer.eot,
-                recipe=recipe,
-                seed=seed,
-                stage=f"victim {name}{note}",
-                progress=progress,
-            )
-
-        victim = attack(protected.images, protected.captions)
-        other = attack(protected.images, protected.captions, stranger, ", other towers") if transfer else None
+        images, captions = protected.images, protected.captions
+        victim = attack(method.name, images, captions)
+        other = attack(f"{method.name}, other towers", images, captions, stranger) if transfer else None
         robustness = {}
         for name in treatments:
-            rng = generator(seed, f"treat {name}")
-            treated = treat(name, protected.images, protected.captions, train.captions, rng)
-            robustness[name] = _last_and_best(attack(*treated, note=f", {name}"))
-        result["methods"][method.name] = _summary(train, protected, victim, exam) | {
-            "transfer": None if other is None else _last_and_best(other),
+            if name == "no trigger":
+                left = images, train.captions
+            else:
+                left = treat(name, images, generator(seed, f"treat {name}")), captions
+            robustness[name] = attack(f"{method.name}, {name}", *left).last_and_best()
+        result["methods"][method.name] = {
+            **victim.last_and_best(),
+            "reading": exam.reading(victim.model),
+            "prefixed": exam.prefixed(victim.model, method.triggers),
+            "train_loss": victim.train_loss,
+            "curve": victim.curve,
+            "surrogate_loss": protected.losses,
+            "noise": noise_report(protected.noise),
+            "examples": [
+                {
+                    "caption": train.captions[i],
+                    "published": protected.captions[i],
+                    "clean": train.images[i, 0].tolist(),
+                    "protected": protected.images[i, 0].tolist(),
+                    "noise": protected.noise[i, 0].tolist(),
+                }
+                for i in range(min(EXAMPLES, len(train)))
+            ],
+            "transfer": None if other is None else other.last_and_best(),
             "robustness": robustness,
         }
     return result
@@ -181,33 +203,3 @@ class _Exam:
     @torch.no_grad()
     def _encode(encoder: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         return torch.cat([encoder(part) for part in inputs.split(256)])
-
-
-def _last_and_best(victim: Victim) -> dict[str, Any]:
-    best = max(range(len(victim.curve)), key=lambda i: victim.curve[i]["i2t_r1"] + victim.curve[i]["t2i_r1"])
-    return {
-        "last": {"epoch": len(victim.curve), **victim.curve[-1]},
-        "best": {"epoch": best + 1, **victim.curve[best]},
-    }
-
-
-def _summary(train: StripSet, protected: Protected, victim: Victim, exam: _Exam) -> dict[str, Any]:
-    return {
-        **_last_and_best(victim),
-        "reading": exam.reading(victim.model),
-        "prefixed": exam.prefixed(victim.model, protected.method.triggers),
-        "train_loss": victim.train_loss,
-        "curve": victim.curve,
-        "surrogate_loss": protected.losses,
-        "noise": noise_report(protected.noise),
-        "examples": [
-            {
-                "caption": train.captions[i],
-                "published": protected.captions[i],
-                "clean": train.images[i, 0].tolist(),
-                "protected": protected.images[i, 0].tolist(),
-                "noise": protected.noise[i, 0].tolist(),
-            }
-            for i in range(min(EXAMPLES, len(train)))
-        ],
-    }

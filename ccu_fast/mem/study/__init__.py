@@ -1,1 +1,0 @@
-"""The comparison of protections on the embedded task."""
