@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.distributed.ranks import Ranks
-from ccu_fast.distributed.similarity import reduce_shards, reduce_similarity
+from ccu_fast.distributed.similarity import reduce_similarity
 from ccu_fast.losses import formulas
 from ccu_fast.losses.formulas import INVERSE_KINDS, Side
 from ccu_fast.losses.functional import REDUCTIONS
@@ -19,8 +19,8 @@ from ccu_fast.losses.functional import REDUCTIONS
 GRADIENTS = ("mean", "sum")
 
 # Only a paired problem says which items belong together without keys.
-PAIRS_OR_IDS = partial(reduce_shards, positives="row_ids and col_ids")
-PAIRS_IDS_OR_LABELS = partial(reduce_shards, positives="row_ids and col_ids or row_labels and col_labels")
+PAIRS_OR_IDS = partial(reduce_similarity, positives="row_ids and col_ids")
+PAIRS_IDS_OR_LABELS = partial(reduce_similarity, positives="row_ids and col_ids or row_labels and col_labels")
 
 
 def info_nce(

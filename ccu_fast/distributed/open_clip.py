@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ccu_fast import check
 from ccu_fast.distributed.losses import global_value
 from ccu_fast.distributed.ranks import Ranks
-from ccu_fast.distributed.similarity import reduce_shards
+from ccu_fast.distributed.similarity import reduce_similarity
 from ccu_fast.losses import formulas
 from ccu_fast.losses.functional import info_nce, sigmoid_loss
 from ccu_fast.ops.reduce_similarity.api import normalize_pair
@@ -153,7 +153,7 @@ class ClipLoss(_OpenClipLoss):
             for name in ("scale", "bias"):
                 if isinstance(options[name], Tensor):
                     options[name] = _SumGradient.apply(options[name], ranks, factor)
-        sides = formulas.info_nce(reduce_shards, images, texts, equal=True, **options)
+        sides = formulas.info_nce(reduce_similarity, images, texts, equal=True, **options)
         if self.local_loss:
             return (sides[0].raw.mean() + sides[1].raw.mean()) / 2
         return global_value(ranks, sides, "mean", factor=factor)
@@ -226,7 +226,7 @@ class SigLipLoss(_OpenClipLoss):
             loss = sigmoid_loss(images, texts, **options)
         else:
             self._ranks()
-            loss = formulas.sigmoid_loss(reduce_shards, images, texts, equal=True, **options).raw.mean()
+            loss = formulas.sigmoid_loss(reduce_similarity, images, texts, equal=True, **options).raw.mean()
         return {"contrastive_loss": loss} if output_dict else loss
 
 

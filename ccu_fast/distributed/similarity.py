@@ -29,6 +29,17 @@ from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
 from ccu_fast.ops.reduce_similarity.relations import count_relations
 
 
+class _Prepared(NamedTuple):
+    """The arguments of this rank, checked."""
+
+    problem: SimilarityProblem
+    rows: list[Reduction]
+    cols: list[Reduction]
+    engine: str
+    workspace: int
+
+
+@never
 def reduce_similarity(
     x: Tensor,
     y: Tensor,
@@ -49,6 +60,7 @@ def reduce_similarity(
     group: dist.ProcessGroup | None = None,
     mode: str = "auto",
     equal: bool = False,
+    positives: str | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Compute :func:`ccu_fast.reduce_similarity` of x and y whose rows lie on several ranks::
 
@@ -78,6 +90,8 @@ def reduce_similarity(
             gradient in fp32 take at most 2 GiB on a CPU and 8 GiB on a GPU (``agreement.GATHER_BYTES``).
         equal: promise that every rank has the same n, the same m and the same options. Saves one exchange of a few
             numbers (and on a GPU a synchronisation) and with it the check; a broken promise may end in a timeout.
+        positives: for a loss that needs positives: the keys that say which they are if the items are not paired, as
+            the error names them.
 
     Returns:
         Two lists in the order asked: row results ``[n]`` and column results ``[m]`` of this rank.
@@ -96,62 +110,6 @@ def reduce_similarity(
         >>> lse
         tensor([1.5514, 1.5514, 1.5514])
     """
-    return reduce_shards(
-        x,
-        y,
-        scale=scale,
-        bias=bias,
-        row_labels=row_labels,
-        col_labels=col_labels,
-        row_ids=row_ids,
-        col_ids=col_ids,
-        paired=paired,
-        normalize=normalize,
-        rows=rows,
-        cols=cols,
-        backend=backend,
-        workspace=workspace,
-        nan_policy=nan_policy,
-        group=group,
-        mode=mode,
-        equal=equal,
-    )
-
-
-class _Prepared(NamedTuple):
-    """The arguments of this rank, checked."""
-
-    problem: SimilarityProblem
-    rows: list[Reduction]
-    cols: list[Reduction]
-    engine: str
-    workspace: int
-
-
-@never
-def reduce_shards(
-    x: Tensor,
-    y: Tensor,
-    *,
-    scale: Any,
-    bias: Any = None,
-    row_labels: Tensor | None = None,
-    col_labels: Tensor | None = None,
-    row_ids: Tensor | None = None,
-    col_ids: Tensor | None = None,
-    paired: bool | None = None,
-    normalize: bool = False,
-    rows: Sequence[Reduction] = (),
-    cols: Sequence[Reduction] = (),
-    backend: str = "auto",
-    workspace: int | None = None,
-    nan_policy: str = "propagate",
-    group: dist.ProcessGroup | None = None,
-    mode: str = "auto",
-    equal: bool = False,
-    positives: str | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """:func:`reduce_similarity`, for a loss that needs positives: a paired problem, or the named keys."""
     ranks = Ranks(group)
     check.one_of("mode", mode, MODES)
     if paired not in (None, True, False):
