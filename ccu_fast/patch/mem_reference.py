@@ -47,11 +47,10 @@ def sites() -> list[Site]:
 
 def get_loss(
     original: Any, umodel: Any, outputs: Any, criterion: Any, options: Any, gather_backdoor_indices: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Any:
     """``(loss, loss, 0)`` with the loss ``info_nce(image, text, scale=exp(logit_scale))``."""
     if not _plain(criterion, options):
-        theirs: tuple[Tensor, Tensor, Tensor] = original(umodel, outputs, criterion, options, gather_backdoor_indices)
-        return theirs
+        return NotImplemented
     loss = info_nce(outputs.image_embeds, outputs.text_embeds, scale=umodel.logit_scale.exp())
     return loss, loss, torch.zeros((), dtype=torch.int64, device=loss.device)
 
@@ -98,20 +97,7 @@ def get_best_candidates(
     are one batched :func:`ccu_fast.info_nce`. ``input_ids`` is written as the authors' function writes it.
     """
     if snli or beam_size != 1 or not _plain(criterion, options) or not hasattr(model, "get_text_features"):
-        return original(
-            model,
-            input_ids,
-            attention_mask,
-            pixel_values,
-            trigger_token_ids,
-            cand_trigger_token_ids,
-            num_trigger_tokens,
-            snli=snli,
-            criterion=criterion,
-            beam_size=beam_size,
-            increase_loss=increase_loss,
-            options=options,
-        )
+        return NotImplemented
     candidates = torch.as_tensor(cand_trigger_token_ids).to(input_ids.device)
     triggers = trigger_token_ids.clone()
     scale = model.logit_scale.exp()
@@ -150,7 +136,7 @@ def min_min_attack(
     Weights get no gradient; the authors' leave the last step's behind.
     """
     if not _plain(criterion, options) or not hasattr(model, "get_text_features"):
-        return original(self, batch, model, criterion, batch_token, random_noise=random_noise, options=options)
+        return NotImplemented
     device = options.device
     ids, mask, pixels = (batch[key].to(device) for key in ("input_ids", "attention_mask", "pixel_values"))
     scale = model.logit_scale.exp().detach()

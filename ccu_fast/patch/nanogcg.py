@@ -42,7 +42,7 @@ def sites() -> list[Site]:
 
     def gradient(original: Any, self: Any, optim_ids: Tensor) -> Any:
         if type(self.embedding_layer) is not nn.Embedding:
-            return original(self, optim_ids)
+            return NotImplemented
         leaf = self.embedding_layer.weight.detach()[optim_ids].to(self.model.dtype).requires_grad_()
         loss = _loss(self, leaf, gcg.mellowmax)
         (grad,) = torch.autograd.grad(loss, leaf)
@@ -52,7 +52,7 @@ def sites() -> list[Site]:
         call = arguments(original, args, kwargs)
         gradient, banned, topk = call["grad"], call["not_allowed_ids"], call["topk"]
         if not isinstance(gradient, TokenGradient):
-            return original(*args, **kwargs)
+            return NotImplemented
         table = _table(gradient.layer, banned if isinstance(banned, Tensor) else None)
         if topk > len(table):  # nanogcg then draws tokens that are not allowed
             return original(**{**call, "grad": gradient.dense()})

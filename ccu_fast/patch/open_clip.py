@@ -23,7 +23,7 @@ def sites() -> list[Site]:
         theirs = call.pop("self")
         # A subclass may make its logits otherwise.
         if theirs.use_horovod or type(theirs).get_logits is not loss.ClipLoss.get_logits:
-            return original(*args, **kwargs)
+            return NotImplemented
         ours = ClipLoss(theirs.local_loss, theirs.gather_with_grad, rank=theirs.rank, world_size=theirs.world_size)
         return ours(**call)
 
@@ -31,10 +31,9 @@ def sites() -> list[Site]:
         call = arguments(original, args, kwargs)
         theirs = call.pop("self")
         kind = type(theirs)
-        if getattr(theirs, "use_horovod", False) or kind._loss is not loss.SigLipLoss._loss:
-            return original(*args, **kwargs)
-        if kind.get_logits is not loss.SigLipLoss.get_logits:
-            return original(*args, **kwargs)
+        own = kind._loss is not loss.SigLipLoss._loss or kind.get_logits is not loss.SigLipLoss.get_logits
+        if own or getattr(theirs, "use_horovod", False):
+            return NotImplemented
         return SigLipLoss(rank=theirs.rank, world_size=theirs.world_size)(**call)
 
     return [

@@ -46,14 +46,14 @@ def sites() -> list[Site]:
         call = arguments(original, args, kwargs)
         loss = call["self"]
         if not usual(call, losses.NTXentLoss) or type(loss.reducer) is not reducers.MeanReducer:
-            return original(*args, **kwargs)
+            return NotImplemented
         value = nt_xent_loss(**_sides(call), temperature=loss.temperature)
         return {"loss": {"losses": value, "indices": None, "reduction_type": "already_reduced"}}
 
     def supervised(original: Any, *args: Any, **kwargs: Any) -> Any:
         call = arguments(original, args, kwargs)
         if not usual(call, losses.SupConLoss):
-            return original(*args, **kwargs)
+            return NotImplemented
         sides = _sides(call)
         rows = sup_con(sides.pop("x"), sides.pop("y"), scale=1 / call["self"].temperature, reduction="none", **sides)
         # Where nothing is negative the library's loss is 0.

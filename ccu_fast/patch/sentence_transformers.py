@@ -24,7 +24,7 @@ def sites() -> list[Site]:
         ways = _ways(self, symmetric)
         usual = self.similarity_fct in (util.cos_sim, util.dot_score) and not self.gather_across_devices
         if ways is None or not usual or len(embeddings) < 2 or any(e.shape != embeddings[0].shape for e in embeddings):
-            return original(self, embeddings, labels)
+            return NotImplemented
         if self.similarity_fct is util.cos_sim:
             embeddings = [F.normalize(e, dim=1) for e in embeddings]
         return ranking_loss(embeddings[0], embeddings[1:], scale=self.scale, symmetric=ways == 2)

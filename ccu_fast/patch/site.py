@@ -11,7 +11,7 @@ from typing import Any
 ABSENT = object()
 
 Replacement = Callable[..., Any]
-"""Called as ``replacement(original, *args, **kwargs)``; what it leaves alone it hands to ``original``."""
+"""Called as ``replacement(original, *args, **kwargs)``; returns NotImplemented for a call that it leaves alone."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,8 @@ class Installed:
         # wraps: libraries read the signature of a forward to decide what to pass it.
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self.on:
-                return replacement(original, *args, **kwargs)
-            return original(*args, **kwargs)
+            result = replacement(original, *args, **kwargs) if self.on else NotImplemented
+            return original(*args, **kwargs) if result is NotImplemented else result
 
         call.installed = self  # type: ignore[attr-defined]
         self.wrapper = call

@@ -43,7 +43,7 @@ def sites() -> list[Site]:
             if len(words) == self.top_n or k == len(table) * len(indices):
                 return words
             if k == MOST:  # rare: the top is full of tokens that are not words
-                return original(self, attacked_text, indices_to_replace)
+                return NotImplemented
             k = min(4 * k, MOST, len(table) * len(indices))
 
     return [

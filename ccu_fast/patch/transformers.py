@@ -77,7 +77,7 @@ def _with(loss: Callable[[Any, Any], Tensor]) -> Callable[..., Any]:
     def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
         call = arguments(original, args, kwargs)
         if not call.get("return_loss"):
-            return original(*args, **kwargs)
+            return NotImplemented
         model = call.pop("self")
         wants = call.pop("return_dict", None)
         if wants is None:
@@ -85,7 +85,7 @@ def _with(loss: Callable[[Any, Any], Tensor]) -> Callable[..., Any]:
         out = original(model, **{**call, "return_loss": False}, return_dict=True)
         other = out.audio_embeds if "audio_embeds" in out else out.image_embeds
         if other.shape != out.text_embeds.shape:  # the library raises its own error
-            return original(*args, **kwargs)
+            return NotImplemented
         result = type(out)(loss=loss(model, out), **dict(out.items()))
         return result if wants else result.to_tuple()
 
