@@ -1,7 +1,8 @@
 """The compiled module, whose sources are in csrc/bindings. Only ccu_fast.ops calls it, after checking the arguments.
 
 An address is that of contiguous memory, 0 for none. Sizes and strides count elements. csrc/ccu_fast.h says what each
-argument holds. A build without CUDA lacks the classes and functions whose names start with "Cuda" and "cuda_".
+argument holds; help() of a name says what it does. A build without CUDA lacks the classes and functions whose names
+start with "Cuda" and "cuda_".
 """
 
 from collections.abc import Sequence
@@ -37,15 +38,10 @@ CUDA_GROUP_STEP: int
 # The largest batch whose candidate_losses take a single kernel on a GPU.
 CUDA_ALONE: int
 
-def cpu_isa() -> str:
-    """The instruction set that the CPU kernels use."""
-
-def largest_team() -> int:
-    """The largest number of threads that an operation has used since the last call."""
+def cpu_isa() -> str: ...
+def largest_team() -> int: ...
 
 class Relations:
-    """The labels and ids that decide which pairs are SELF, SAME or OTHER."""
-
     def __init__(
         self,
         row_labels: tuple[int, int],
@@ -53,18 +49,12 @@ class Relations:
         row_ids: tuple[int, int],
         col_ids: tuple[int, int],
         diagonal: bool,
-    ) -> None:
-        """Each of the four is an address and a stride from bank to bank, (0, 0) for none."""
+    ) -> None: ...
 
 class Reductions:
-    """The codes of the reductions over rows and over columns."""
-
-    def __init__(self, rows: Sequence[int], cols: Sequence[int]) -> None:
-        """At most MAX_REDUCTIONS codes a side."""
+    def __init__(self, rows: Sequence[int], cols: Sequence[int]) -> None: ...
 
 class Tile:
-    """A part of the similarities, and what its rows and columns are."""
-
     def __init__(
         self,
         *,
@@ -77,41 +67,20 @@ class Tile:
         relations: Relations,
         reductions: Reductions,
         threads: int,
-    ) -> None:
-        """``dot`` is (address, dtype), ``shape`` is (banks, rows, cols)."""
+    ) -> None: ...
 
-def similarity_forward(tile: Tile, rows: tuple[int, int, int], cols: tuple[int, int, int]) -> None:
-    """Write the results of rows, and update the running results of columns.
-
-    Args:
-        rows: their address, and the strides from reduction to reduction and from bank to bank.
-        cols: the addresses of their maxima and sums, and the stride from reduction to reduction.
-    """
-
+def similarity_forward(tile: Tile, rows: tuple[int, int, int], cols: tuple[int, int, int]) -> None: ...
 def similarity_backward(
     tile: Tile,
     rows: tuple[int, int, int, int],
     cols: tuple[int, int, int],
     grad: tuple[int, int],
     sums: tuple[int, int],
-) -> None:
-    """Write the gradient of a tile's products, and its sums for scale and bias.
-
-    Args:
-        rows: the addresses of gradients and results, and the strides from reduction to reduction and bank to bank.
-        cols: the addresses of gradients and results, and the stride from reduction to reduction.
-        grad: the address and dtype of the gradient.
-        sums: the addresses of the sums for scale and for bias.
-    """
-
+) -> None: ...
 def similarity_softmax(
     *, tile: Tile, e: int, keys: int, dim: int, shift: int, sum: int, mean: int, group_stride: int
-) -> None:
-    """Add one block of keys to the running softmax of each group of relations."""
-
-def candidate_rest(*, s: int, batch: int, rest: int, fixed: int, threads: int) -> None:
-    """Compute what all candidates of a batch share, on a CPU."""
-
+) -> None: ...
+def candidate_rest(*, s: int, batch: int, rest: int, fixed: int, threads: int) -> None: ...
 def candidate_losses(
     *,
     similarity: int,
@@ -123,12 +92,9 @@ def candidate_losses(
     rows: int,
     out: int,
     threads: int,
-) -> None:
-    """Compute the losses of the candidates of some texts, on a CPU."""
+) -> None: ...
 
 class CudaCandidates:
-    """The arguments of both kernels of candidate_losses."""
-
     def __init__(
         self,
         *,
@@ -144,15 +110,10 @@ class CudaCandidates:
         columns: int,
         out: int,
         stream: int,
-    ) -> None:
-        """An address that a kernel does not use is 0."""
+    ) -> None: ...
 
-def cuda_candidate_rest(problem: CudaCandidates) -> None:
-    """Compute what all candidates of a large batch share, on a GPU."""
-
-def cuda_candidate_losses(problem: CudaCandidates) -> None:
-    """Compute the losses of the candidates of some texts, on a GPU."""
-
+def cuda_candidate_rest(problem: CudaCandidates) -> None: ...
+def cuda_candidate_losses(problem: CudaCandidates) -> None: ...
 def l2_normalize(
     *,
     x: int,
@@ -165,9 +126,7 @@ def l2_normalize(
     other_dtype: int,
     inverse: int,
     threads: int,
-) -> None:
-    """Write rows of unit length or, given a gradient, the gradient of ``x``."""
-
+) -> None: ...
 def topk_flips(
     *,
     grad: int,
@@ -193,9 +152,7 @@ def topk_flips(
     score: int,
     count: int,
     valid: int,
-) -> None:
-    """Find the k best tokens of each gradient row, on a CPU."""
-
+) -> None: ...
 def topk_describe(
     *,
     grad: int,
@@ -210,9 +167,7 @@ def topk_describe(
     about: int,
     cuda: bool,
     stream: int,
-) -> None:
-    """Prepare gradient rows for the coarse scan of a GPU."""
-
+) -> None: ...
 def cuda_topk(
     *,
     table: int,
@@ -245,12 +200,8 @@ def cuda_topk(
     valid: int,
     redo: int,
     stream: int,
-) -> None:
-    """Find the k best tokens of each gradient row, on a GPU."""
-
-def select_candidates(scores: Sequence[float], k: int, err: float, groups: int) -> list[int]:
-    """The sorted candidates that csrc/cuda/topk_select.cu selects from a row of scores, found on a CPU."""
-
+) -> None: ...
+def select_candidates(scores: Sequence[float], k: int, err: float, groups: int) -> list[int]: ...
 def pgd_step(
     *,
     delta: int,
@@ -275,9 +226,7 @@ def pgd_step(
     threads: int,
     cuda: bool,
     stream: int,
-) -> bool:
-    """Make one step in place and, on a CPU, say whether a check failed and nothing was written."""
-
+) -> bool: ...
 def noise_add(
     *,
     images: int,
@@ -296,9 +245,7 @@ def noise_add(
     threads: int,
     cuda: bool,
     stream: int,
-) -> None:
-    """Add a row of the noise to each image and clamp the sum."""
-
+) -> None: ...
 def noise_update(
     *,
     noise: int,
@@ -314,10 +261,7 @@ def noise_update(
     threads: int,
     cuda: bool,
     stream: int,
-) -> None:
-    """Add each delta to its row of the noise and clamp the row."""
-
+) -> None: ...
 def cuda_noise_check(
     *, values: int, dtype: int, whole: bool, slack: float, count: int, found: int, stream: int
-) -> None:
-    """Find the first value that a noise store cannot hold."""
+) -> None: ...
