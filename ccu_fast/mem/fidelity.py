@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,10 +90,6 @@ class Fidelity:
         for name, value in other.items():
             mine = getattr(self, name)
             setattr(self, name, max(mine, value) if name == "largest" else mine + value)
-
-    def sums(self) -> dict[str, Any]:
-        """The sums, for JSON."""
-        return asdict(self)
 
     def report(self) -> dict[str, float | int | None]:
         """The largest change, the peak signal-to-noise ratio in dB, and the mean structural similarity::

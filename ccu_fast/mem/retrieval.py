@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,10 +42,21 @@ def retrieval(image: Tensor, text: Tensor, image_group: Tensor, text_group: Tens
     return result
 
 
-def groups(captions: list[str]) -> Tensor:
-    """Equal captions get equal numbers: int64 ``[N]``."""
-    names: dict[str, int] = {}
-    return torch.tensor([names.setdefault(text, len(names)) for text in captions], dtype=torch.int64)
+def groups(captions: Sequence[str], image_of: Tensor) -> Tensor:
+    """The same number for all rows that share an image or a caption, also through other rows: int64 ``[rows]``."""
+    parent = list(range(len(captions)))
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    first: dict[object, int] = {}
+    for row, (caption, image) in enumerate(zip(captions, image_of.tolist(), strict=True)):
+        for key in (caption, image):
+            parent[root(row)] = root(first.setdefault(key, row))
+    return torch.tensor([root(row) for row in range(len(captions))], dtype=torch.int64)
 
 
 def reading(image: Tensor, classes: Tensor, digits: Tensor) -> dict[str, Any]:

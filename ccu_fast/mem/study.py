@@ -181,7 +181,7 @@ class _Exam:
         self.test, self.tokenizer, self.seed = test, tokenizer, seed
         self.images = pixels(test.images)
         self.tokens = tokenizer.encode(test.captions)
-        self.groups = groups(test.captions)
+        self.groups = groups(test.captions, torch.arange(len(test.captions)))
 
     def retrieval(self, model: DualEncoder, tokens: Tensor | None = None) -> dict[str, float]:
         text = self._encode(model.encode_text, self.tokens if tokens is None else tokens)

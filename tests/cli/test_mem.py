@@ -17,7 +17,6 @@ import torch
 from ccu_fast.cli import main as cli
 from ccu_fast.data.captions import DiskSource, list_pairs
 from ccu_fast.data.strips import write_strips
-from ccu_fast.mem.job.victims import groups
 from ccu_fast.ops import machine
 from tests.support import mem_datasets as made
 from tests.support.forked import fork
@@ -186,8 +185,3 @@ def test_two_processes_share_a_dataset_and_train_one_surrogate(tmp_path: Path) -
         - DiskSource(original, (3, 16, 16), threads=1).images(every).short()
     )
     assert bool((change.abs().amax((1, 2, 3)) > 0).all()), "every image of both processes is protected"
-
-
-def test_groups_join_equal_captions_and_shared_images() -> None:
-    got = groups(["a", "b", "a", "c", "d"], torch.tensor([0, 0, 1, 2, 1]))
-    assert got.unique(return_inverse=True)[1].tolist() in ([0, 0, 0, 1, 0], [1, 1, 1, 0, 1])

@@ -57,8 +57,13 @@ def test_retrieval_in_both_directions_with_five_captions_an_image() -> None:
     assert wrong["i2t_medr"] == (1 + 6) / 2
 
 
+def test_groups_join_equal_captions_and_shared_images() -> None:
+    got = groups(["a", "b", "a", "c", "d"], torch.tensor([0, 0, 1, 2, 1]))
+    assert got.unique(return_inverse=True)[1].tolist() in ([0, 0, 0, 1, 0], [1, 1, 1, 0, 1])
+
+
 def test_groups_and_guessing() -> None:
-    g = groups(["b", "a", "b"])
+    g = groups(["b", "a", "b"], torch.arange(3))
     assert g.tolist() == [0, 1, 0]
     # Two queries have two right answers among three, one has one.
     assert guessing(g, g, (1, 2))[1] == pytest.approx((2 / 3 + 1 / 3 + 2 / 3) / 3)

@@ -253,7 +253,7 @@ class _Run:
         publisher = Publisher(source, made, place.publish, place.folder, part.whole_images.tolist(), self.rank)
         publisher.write(lambda done, total: self.progress("writing", done, total, ""))
         captions = dict(zip(part.rows.tolist(), made.published_captions(part.rows), strict=True))
-        parts = gather_objects((publisher.hashes, publisher.fidelity.sums(), publisher.dropped, captions))
+        parts = gather_objects((publisher.hashes, asdict(publisher.fidelity), publisher.dropped, captions))
         if self.rank == 0:
             hashes, dropped = publisher.hashes, Counter(publisher.dropped)
             for theirs, sums, left, texts in parts[1:]:

@@ -18,7 +18,7 @@ from ccu_fast.data.captions import DiskSource, Listing, Options, list_pairs
 from ccu_fast.data.captions.listing import MANIFEST
 from ccu_fast.data.pictures import encode_png
 from ccu_fast.files import read_json
-from ccu_fast.mem.retrieval import guessing, retrieval
+from ccu_fast.mem.retrieval import groups, guessing, retrieval
 from ccu_fast.mem.robustness import TREATMENTS as PICTURE_TREATMENTS
 from ccu_fast.mem.robustness import treat
 from ccu_fast.mem.source import PairSource
@@ -211,25 +211,6 @@ def trigger_words(dataset: Path) -> int:
         return 0
     told = read_json(folder / MANIFEST, "train")
     return 0 if told.get("settings", {}).get("compat") else int(told.get("method", {}).get("triggers", 0))
-
-
-def groups(captions: Sequence[str], image_of: Tensor) -> Tensor:
-    """Which captions are right for the same images: int64 ``[rows]``. Rows belong together that share an image or have
-    equal captions, also over others.
-    """
-    parent = list(range(len(captions)))
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
-
-    first: dict[object, int] = {}
-    for row, (caption, image) in enumerate(zip(captions, image_of.tolist(), strict=True)):
-        for key in (caption, image):
-            parent[root(row)] = root(first.setdefault(key, row))
-    return torch.tensor([root(row) for row in range(len(captions))], dtype=torch.int64)
 
 
 def _whole(source: PairSource) -> Tensor:

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -156,7 +156,7 @@ class Publisher:
                     path = self._unfinished / "file"
                     path.write_bytes(data)
                     hashes[name] = self._place(path, name, hashlib.sha256(data).hexdigest())
-        return {"sha256": hashes, "sums": sums.sums(), "dropped": dropped}
+        return {"sha256": hashes, "sums": asdict(sums), "dropped": dropped}
 
     def _samples(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[str, bytes, str]]:
         for image, png, (caption,) in self._pictures(chunk, sums):
