@@ -12,6 +12,7 @@ EXTRAS = {
         "rich": "rich",
         "PIL": "pillow",
         "matplotlib": "matplotlib",
+        "jinja2": "jinja2",
         "sklearn": "scikit-learn",
         "safetensors": "safetensors",
         "webdataset": "webdataset",

@@ -149,7 +149,7 @@ def page(results: dict[str, Any], told_figures: dict[str, Any] | None) -> str:
     for by_scenario in results["unlearn"].values():
         for scenario, seeds in by_scenario.items():
             lines += ["", *_markdown(unlearn_table(scenario, seeds))]
-            deep = depth_table(scenario, seeds)
+            deep = depth_table(seeds)
             lines += ["", *_markdown(deep)] if deep else []
     if told_figures is not None:
         lines += [

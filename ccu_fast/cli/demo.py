@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from ccu_fast import check
 from ccu_fast.cli.console import live
+from ccu_fast.cli.report.tables import PROTECT_LABELS, all_tables, show
 from ccu_fast.files import output_folder, write_whole
 from ccu_fast.mem.config import Settings
 from ccu_fast.mem.study import run_digit_strips
@@ -26,11 +26,9 @@ from ccu_fast.runs import cache
 from ccu_fast.runs.progress import Progress
 from ccu_fast.runs.provenance import json_hash, versions
 from ccu_fast.unlearn.study.run import run_task
-from ccu_fast.unlearn.study.tasks import TASKS
+from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 
-SCENARIOS = ("class", "instances")
-METHODS = ("clean", "random-3", "em", "mem")
-HALVES = ("unlearn", "protect")
+VARIANTS = {"unlearn": SCENARIOS, "protect": tuple(PROTECT_LABELS)}
 # Of the kept parts. Raise it whenever the same settings and versions give other figures, or figures of another form.
 FORMAT = 1
 # The threads too: how many of them add up decides the last bits of the protection.
@@ -39,12 +37,16 @@ MADE_WITH = ("ccu_fast", "torch", "python", "machine", "threads")
 
 @dataclass(frozen=True)
 class Part:
-    """One piece of work: its name (also its file's) and what computes it."""
+    """One piece of work."""
 
-    name: str
     half: str
-    seed: int
     variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Also its file's."""
+        return f"{self.half}-{self.variant}-seed{self.seed}"
 
 
 def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool = False) -> dict[str, Any]:
@@ -68,20 +70,20 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
     from rich.console import Console
 
     from ccu_fast.cli.report.page import write_report
-    from ccu_fast.cli.report.tables import print_summary
 
     check.integer("seeds", seeds, low=1)
     if only is not None:
-        check.one_of("only", only, HALVES)
+        check.one_of("only", only, tuple(VARIANTS))
     out = output_folder(Path(out))
     console = Console(stderr=True, quiet=quiet)
-    parts = [part for part in _parts(seeds) if only in (None, part.half)]
-    results: dict[str, Any] = {
-        "versions": versions(*MADE_WITH),
-        "seeds": seeds,
-        "unlearn": {},
-        "protect": {},
-    }
+    parts = [
+        Part(half, variant, seed)
+        for half, variants in VARIANTS.items()
+        if only in (None, half)
+        for seed in range(seeds)
+        for variant in variants
+    ]
+    results: dict[str, Any] = {"versions": versions(*MADE_WITH), "seeds": seeds, "unlearn": {}, "protect": {}}
     started = time.perf_counter()
     with live(quiet) as progress:
         for done, part in enumerate(parts):
@@ -92,18 +94,10 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
     write_whole(out / "results.json", json.dumps(cache.without(results, "embeddings", "examples"), indent=1) + "\n")
     write_report(results, out / "report.html")
     if not quiet:
-        print_summary(results, Console())
+        for table in all_tables(results):
+            show(table, Console())
     console.print(f"{time.perf_counter() - started:.0f} s. Report: [bold]{out / 'report.html'}[/bold]")
     return results
-
-
-def _parts(seeds: int) -> Iterator[Part]:
-    for seed in range(seeds):
-        for scenario in SCENARIOS:
-            yield Part(f"unlearn-{scenario}-seed{seed}", "unlearn", seed, scenario)
-    for seed in range(seeds):
-        for method in METHODS:
-            yield Part(f"protect-{method}-seed{seed}", "protect", seed, method)
 
 
 def _compute(part: Part, out: Path, progress: Progress) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def evaluate(
     """Train models from scratch on datasets, protected or not, and say what they have learned: retrieval among clean
     test pairs after the last and after the best epoch.
     """
-    extras.require("rich", "PIL", *(["matplotlib"] if report else []))
+    extras.require("rich", "PIL", *(["matplotlib", "jinja2"] if report else []))
     from rich.console import Console
 
     from ccu_fast.cli.report.tables import evaluation_table, show
@@ -155,7 +155,7 @@ def evaluate(
     if out is not None:
         write_whole(out, json.dumps(result, indent=1) + "\n")
     if report is not None:
-        from ccu_fast.cli.report.protection import write_evaluation
+        from ccu_fast.cli.report.page import write_evaluation
 
         write_evaluation({**result, "samples": samples}, report)
 

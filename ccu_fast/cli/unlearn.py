@@ -45,7 +45,7 @@ def unlearn(
     if compare and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         print("ccu-fast unlearn: expected one process for --compare, got several by torchrun", file=sys.stderr)
         raise SystemExit(2)
-    extras.require("rich", "safetensors", "sklearn", "matplotlib")
+    extras.require("rich", "safetensors", "sklearn", "matplotlib", "jinja2")
     if settings is None:
         _compare(out, task, scenario, seeds, quiet)
     else:
@@ -58,9 +58,9 @@ def _run(settings: Path, out: Path, overrides: dict[str, dict[str, Any]], quiet:
     import json
 
     from rich.console import Console
-    from rich.table import Table
 
-    from ccu_fast.cli.report.unlearning import write_run
+    from ccu_fast.cli.report.page import write_run
+    from ccu_fast.cli.report.tables import before_after_table, show
     from ccu_fast.files import write_whole
     from ccu_fast.unlearn.job import read_job, run_job
 
@@ -73,18 +73,15 @@ def _run(settings: Path, out: Path, overrides: dict[str, dict[str, Any]], quiet:
     write_whole(out / "results.json", json.dumps(figures, indent=1) + "\n")
     write_run(result, out / "report.html")
     if not quiet:
-        shown = Table("", "before", "after")
-        for name, before, after in result["rows"]:
-            shown.add_row(name, f"{before:.3f}", f"{after:.3f}")
-        Console().print(shown)
+        show(before_after_table(result["rows"]), Console())
     print(f"{out / 'model.safetensors'}  {out / 'report.html'}")
 
 
 def _compare(out: Path, tasks: list[str] | None, scenarios: list[str] | None, seeds: int, quiet: bool) -> None:
     from rich.console import Console
 
+    from ccu_fast.cli.report.page import write_comparison
     from ccu_fast.cli.report.tables import show, unlearn_table
-    from ccu_fast.cli.report.unlearning import write_comparison
     from ccu_fast.unlearn.study.compare import compare
     from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 

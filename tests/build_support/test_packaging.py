@@ -132,8 +132,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, checkout: Path) -
     held = {str(path.relative_to(wheel)) for path in wheel.rglob("*") if path.is_file()}
     sources = {str(path.relative_to(checkout)) for path in (checkout / "ccu_fast").rglob("*.py*")}
     sources = {path for path in sources if path.endswith((".py", ".pyi"))}
-    built = {"ccu_fast/py.typed", "ccu_fast/_build_info.json", f"ccu_fast/{module_of(wheel).name}"}
-    assert {path for path in held if ".dist-info/" not in path} == sources | built
+    data = {"ccu_fast/py.typed", "ccu_fast/cli/report/page.html"}
+    built = {"ccu_fast/_build_info.json", f"ccu_fast/{module_of(wheel).name}"}
+    assert {path for path in held if ".dist-info/" not in path} == sources | data | built
 
 
 def test_wheel_says_what_it_needs(wheel: Path) -> None:
@@ -214,7 +215,9 @@ def test_sdist_holds_what_the_build_reads(checkout: Path) -> None:
     with tarfile.open(archive) as opened:
         held = {name.partition("/")[2] for name in opened.getnames()}
     folders = [path for name in ("csrc", "build_support", "ccu_fast") for path in (checkout / name).rglob("*")]
-    wanted = {str(path.relative_to(checkout)) for path in folders if path.suffix in (".h", ".cpp", ".cu", ".py")}
+    wanted = {
+        str(path.relative_to(checkout)) for path in folders if path.suffix in (".h", ".cpp", ".cu", ".py", ".html")
+    }
     assert wanted | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= held
     assert not [name for name in held if name.endswith((".so", "_build_info.json"))]
 

@@ -76,7 +76,7 @@ def test_writes_a_report_with_everything_in_it(whole: tuple[Path, dict[str, Any]
     assert stored["versions"]["ccu_fast"] == ccu_fast.__version__
 
     html = (folder / "report.html").read_text()
-    pictures = re.findall(r"src='([^']*)'", html)
+    pictures = re.findall(r'src="([^"]*)"', html)
     assert len(pictures) == 2 * 2 + 1 + 3 and all(p.startswith("data:image/png;base64,") for p in pictures)
     assert not re.search(r"(src|href)=['\"](?!data:)", html)
     for table in all_tables(returned):
@@ -166,3 +166,17 @@ def test_spread() -> None:
     assert spread([0.5]) == "0.500"
     assert spread([0.4, 0.6]) == "0.500 ± 0.141"
     assert spread([None]) == "–"
+
+
+def test_names_are_text_on_the_page_and_not_html(tmp_path: Path) -> None:
+    result = {
+        "sizes": {"<i>items": 1},
+        "cost": {},
+        "provenance": {"weights_sha256": "0", "model": "<i>"},
+        "rows": [("<i>accuracy", 0.5, 0.25)],
+        "losses": [1.0],
+        "embeddings": None,
+    }
+    page.write_run(result, tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert "<i>" not in html and html.count("&lt;i&gt;") == 3

@@ -263,11 +263,11 @@ class TestTasks:
         part = both["unlearn"]["digits-halves"]["class"]["0"]
         assert part == first["unlearn"]["digits-halves"]["class"]["0"]
         assert part["best_baseline"] == "fine_tune" and part["metrics"]["ccu"]["relearn_steps"] >= 0
-        from ccu_fast.cli.report.unlearning import write_comparison
+        from ccu_fast.cli.report.page import write_comparison
 
         write_comparison(both, tmp_path / "report.html")
         page = (tmp_path / "report.html").read_text()
-        assert page.count("<h3>") == 2 and "Below the heads" in page and "fine-tuning" in page
+        assert page.count("<h4>") == 2 and "Below the heads" in page and "fine-tuning" in page
         stored = json.loads((tmp_path / "results.json").read_text())
         assert "embeddings" not in stored["unlearn"]["digits-halves"]["class"]["0"]
         monkeypatch.setattr(comparing, "FORMAT", comparing.FORMAT + 1)

@@ -1,81 +1,74 @@
-"""The report's pictures, as PNG bytes."""
+"""The report's pictures, as PNG in base64."""
 
 from __future__ import annotations
 
+import base64
 import io
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from ccu_fast.cli.report.tables import PROTECT_LABELS
 from ccu_fast.unlearn.audit import embedding_map
 
-COLORS = {"clean": "#4c72b0", "random-3": "#55a868", "em": "#dd8452", "mem": "#c44e52"}
 NOISE_GAIN = 8
-
-BARS = {
-    "class": (
-        ("visual, forgotten (0 is right)", "visual", "forget_test", "#c44e52"),
-        ("other modality, forgotten", "other", "forget_test", "#55a868"),
-        ("visual, retained", "visual", "retain_test", "#4c72b0"),
-        ("fused, retained", "fused", "retain_test", "#8172b3"),
-    ),
-    "instances": (
-        ("visual, forgotten (gold is right)", "visual", "forget_train", "#c44e52"),
-        ("other modality, forgotten", "other", "forget_train", "#55a868"),
-        ("visual, retained", "visual", "retain_test", "#4c72b0"),
-        ("fused, retained", "fused", "retain_test", "#8172b3"),
-    ),
-}
+# The part of the forget set whose accuracy is drawn, and the right value of the visual one.
+FORGOTTEN = {"class": ("forget_test", "0 is right"), "instances": ("forget_train", "gold is right")}
 
 
-def unlearn_bars(scenario: str, by_seed: dict[str, Any]) -> bytes:
+def unlearn_bars(scenario: str, by_seed: dict[str, Any]) -> str:
     """Accuracies of every method, gold retraining as dashed lines."""
-    values = list(by_seed.values())
-    methods = list(values[0]["metrics"])
-    bars = BARS[scenario]
-    figure = Figure(figsize=(11, 0.62 * len(methods) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    height = 0.8 / len(bars)
-    for b, (label, modality, part, color) in enumerate(bars):
-        means, errors = [], []
-        for method in methods:
-            seen = [v["metrics"][method][modality][part] for v in values]
-            means.append(np.mean(seen))
-            errors.append(np.std(seen, ddof=1) if len(seen) > 1 else 0.0)
-        where = np.arange(len(methods)) + (b - (len(bars) - 1) / 2) * height
-        axes.barh(where, means, height, xerr=errors if len(values) > 1 else None, color=color, label=label)
-        axes.axvline(means[methods.index("gold_mask")], color=color, linestyle="--", linewidth=0.8)
-    axes.set_yticks(range(len(methods)), [values[0]["metrics"][m]["label"] for m in methods])
-    axes.invert_yaxis()
+    seeds = [value["metrics"] for value in by_seed.values()]
+    methods = list(seeds[0])
+    part, right = FORGOTTEN[scenario]
+    series = {
+        label: (color, np.array([[metrics[method][modality][items] for method in methods] for metrics in seeds]))
+        for label, modality, items, color in (
+            (f"visual, forgotten ({right})", "visual", part, "#c44e52"),
+            ("other modality, forgotten", "other", part, "#55a868"),
+            ("visual, retained", "visual", "retain_test", "#4c72b0"),
+            ("fused, retained", "fused", "retain_test", "#8172b3"),
+        )
+    }
+    figure, axes = _bars((11, 0.62 * len(methods) + 1.2), [seeds[0][method]["label"] for method in methods], series)
+    for color, values in series.values():
+        axes.axvline(values.mean(0)[methods.index("gold_mask")], color=color, linestyle="--", linewidth=0.8)
     axes.set_xlim(0, 1.02)
     axes.set_xlabel("accuracy; dashed: gold retraining with the visual half masked")
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=4, frameon=False)
     return _png(figure)
 
 
-def ablation_bars(by_seed: dict[str, Any]) -> bytes | None:
+def ablation_bars(by_seed: dict[str, Any]) -> str | None:
     """Average gap to gold of CCU and of CCU without each component; None without ablations."""
-    values = list(by_seed.values())
-    methods = [name for name in values[0]["metrics"] if name.startswith("ccu")]
+    seeds = [value["metrics"] for value in by_seed.values()]
+    methods = [name for name in seeds[0] if name.startswith("ccu")]
     if len(methods) < 2:
         return None
-    gaps = np.array([[v["metrics"][m]["average_gap"] for m in methods] for v in values])
-    figure = Figure(figsize=(7, 0.4 * len(methods) + 1), layout="constrained")
-    axes = figure.subplots()
-    errors = gaps.std(0, ddof=1) if len(values) > 1 else None
-    axes.barh(range(len(methods)), gaps.mean(0), 0.6, xerr=errors, color="#dd8452")
-    axes.set_yticks(range(len(methods)), [values[0]["metrics"][m]["label"] for m in methods])
-    axes.invert_yaxis()
+    gaps = np.array([[metrics[method]["average_gap"] for method in methods] for metrics in seeds])
+    labels = [seeds[0][method]["label"] for method in methods]
+    figure, axes = _bars((7, 0.4 * len(methods) + 1), labels, {"gap": ("#dd8452", gaps)})
     axes.set_xlabel("average gap to gold, points (0 is right)")
     return _png(figure)
 
 
-def unlearn_map(value: dict[str, Any]) -> bytes | None:
+def _bars(size: tuple[float, float], names: list[str], series: dict[str, tuple[str, np.ndarray]]) -> tuple[Figure, Any]:
+    """Horizontal bars from ``[seeds, names]`` values of each series: mean and, of several seeds, spread."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(series)
+    for i, (label, (color, values)) in enumerate(series.items()):
+        where = np.arange(len(names)) + (i - (len(series) - 1) / 2) * height
+        errors = values.std(0, ddof=1) if len(values) > 1 else None
+        axes.barh(where, values.mean(0), height, xerr=errors, color=color, label=label)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    return figure, axes
+
+
+def unlearn_map(embeddings: dict[str, Any] | None) -> str | None:
     """Visual embeddings before and after CCU in one plane; crosses are what was to be forgotten."""
-    embeddings = value["embeddings"]
-    if "after" not in embeddings:
+    if embeddings is None or "after" not in embeddings:
         return None
     before, after = (np.asarray(embeddings[k], dtype=np.float32) for k in ("before", "after"))
     labels, forgotten = np.asarray(embeddings["labels"]), np.asarray(embeddings["forgotten"])
@@ -97,7 +90,7 @@ def unlearn_map(value: dict[str, Any]) -> bytes | None:
     return _png(figure)
 
 
-def loss_curve(losses: list[float]) -> bytes:
+def loss_curve(losses: list[float]) -> str:
     """The loss of every step."""
     figure = Figure(figsize=(7, 2.5), layout="constrained")
     axes = figure.subplots()
@@ -107,7 +100,7 @@ def loss_curve(losses: list[float]) -> bytes:
     return _png(figure)
 
 
-def examples(method: dict[str, Any]) -> bytes:
+def examples(method: dict[str, Any]) -> str:
     """Clean strip, protected strip, noise (amplified), with both captions."""
     shown = method["examples"][:4]
     figure = Figure(figsize=(11, 1.25 * len(shown)), layout="constrained")
@@ -125,35 +118,12 @@ def examples(method: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
-def victim_curves(results: dict[str, Any]) -> bytes:
-    """R@1 on clean test strips and the training loss, epoch by epoch."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for method, by_seed in results.items():
-        for i, value in enumerate(by_seed.values()):
-            measured = value["methods"][method]
-            epochs = range(1, len(measured["curve"]) + 1)
-            label = PROTECT_LABELS[method] if i == 0 else None
-            recall = [100 * (e["i2t_r1"] + e["t2i_r1"]) / 2 for e in measured["curve"]]
-            left.plot(epochs, recall, color=COLORS[method], label=label)
-            right.plot(epochs, measured["train_loss"], color=COLORS[method], label=label)
-    left.set_title("retrieval R@1 on clean test strips (%)")
-    left.set_ylim(0, 100)
-    right.set_title("victim's training loss")
-    right.set_yscale("log")
-    for axes in (left, right):
-        axes.set_xlabel("epoch of the victim")
-        axes.grid(alpha=0.3)
-    left.legend(frameon=False)
-    return _png(figure)
-
-
-def evaluation_curves(result: dict[str, Any]) -> bytes:
+def victim_curves(victims: dict[str, list[dict[str, Any]]]) -> str:
     """R@1 among clean test pairs and the training loss of every dataset's victims, epoch by epoch."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for i, (name, dataset) in enumerate(result["datasets"].items()):
-        for j, run in enumerate(dataset["seeds"].values()):
+    for i, (name, runs) in enumerate(victims.items()):
+        for j, run in enumerate(runs):
             epochs = range(1, len(run["curve"]) + 1)
             recall = [100 * (e["i2t_r1"] + e["t2i_r1"]) / 2 for e in run["curve"]]
             style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3], "label": None if j else name}
@@ -170,7 +140,7 @@ def evaluation_curves(result: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,8 +1,11 @@
-"""The figures of a demo as rows, for the terminal and the page alike."""
+"""The figures of a run as rows, for the terminal and the page alike."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -16,41 +19,38 @@ PROTECT_LABELS = {
     "mem": "MEM (noise + trigger)",
 }
 
-# Title, and the path of the value within one method's metrics. U: the forget set's, R: the retain set's.
-UNLEARN_COLUMNS = {
-    "class": (
-        ("visual U train", ("metrics", "visual", "forget_train")),
-        ("visual U test", ("metrics", "visual", "forget_test")),
-        ("other U train", ("metrics", "other", "forget_train")),
-        ("other U test", ("metrics", "other", "forget_test")),
-        ("visual R test", ("metrics", "visual", "retain_test")),
-        ("other R test", ("metrics", "other", "retain_test")),
-        ("fused R test", ("metrics", "fused", "retain_test")),
-        ("MIA AUC", ("metrics", "mia_auc")),
-        ("gap", ("metrics", "average_gap")),
-        ("s", ("cost", "cpu_seconds")),
-    ),
-    "instances": (
-        ("visual U", ("metrics", "visual", "forget_train")),
-        ("other U", ("metrics", "other", "forget_train")),
-        ("visual R test", ("metrics", "visual", "retain_test")),
-        ("other R test", ("metrics", "other", "retain_test")),
-        ("fused R test", ("metrics", "fused", "retain_test")),
-        ("MIA AUC", ("metrics", "mia_auc")),
-        ("gap", ("metrics", "average_gap")),
-        ("s", ("cost", "cpu_seconds")),
-    ),
+# Of every table's columns: the title, and the path of the value. U: the forget set's, R: the retain set's.
+_BOTH_SCENARIOS = {
+    "visual R test": ("visual", "retain_test"),
+    "other R test": ("other", "retain_test"),
+    "fused R test": ("fused", "retain_test"),
+    "MIA AUC": ("mia_auc",),
+    "gap": ("average_gap",),
+    "s": ("cpu_seconds",),
 }
-
-
-DIGITS = {"cpu_seconds": 1, "average_gap": 2, "relearn_steps": 0, "ratio": 3}
-DEEP_COLUMNS = (
-    ("probe U", ("metrics", "probe", "forget")),
-    ("probe U against R", ("metrics", "probe", "forget_vs_rest")),
-    ("probe R", ("metrics", "probe", "retain")),
-    ("relearning, steps", ("metrics", "relearn_steps")),
-    ("time / retraining", ("cost", "ratio")),
-)
+UNLEARN_COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
+    "class": {
+        "visual U train": ("visual", "forget_train"),
+        "visual U test": ("visual", "forget_test"),
+        "other U train": ("other", "forget_train"),
+        "other U test": ("other", "forget_test"),
+        **_BOTH_SCENARIOS,
+    },
+    "instances": {"visual U": ("visual", "forget_train"), "other U": ("other", "forget_train"), **_BOTH_SCENARIOS},
+}
+DEEP_COLUMNS = {
+    "probe U": ("probe", "forget"),
+    "probe U against R": ("probe", "forget_vs_rest"),
+    "probe R": ("probe", "retain"),
+    "relearning, steps": ("relearn_steps",),
+    "time / retraining": ("ratio",),
+}
+RETRIEVAL_COLUMNS = {
+    f"{arrow} {title}": (f"{side}_{title.replace('@', '').lower()}",)
+    for side, arrow in (("i2t", "i→t"), ("t2i", "t→i"))
+    for title in ("R@1", "R@5", "R@10", "medR")
+}
+DIGITS = {"cpu_seconds": 1, "average_gap": 2, "relearn_steps": 0, "i2t_medr": 1, "t2i_medr": 1}
 
 
 @dataclass(frozen=True)
@@ -64,90 +64,89 @@ class Table:
 
 def unlearn_table(scenario: str, by_seed: dict[str, Any]) -> Table:
     """Accuracies, membership attack and time of every method, mean ± spread over the seeds."""
-    columns = UNLEARN_COLUMNS[scenario]
     first = next(iter(by_seed.values()))
-    rows = []
-    for method, metrics in first["metrics"].items():
-        cells = []
-        for _, (kind, *keys) in columns:
-            values = [_dig(value[kind][method], keys) for value in by_seed.values()]
-            cells.append(spread(values, digits=DIGITS.get(keys[-1], 3)))
-        rows.append([metrics["label"], *cells])
     setting = first["setting"]
-    task = setting["task"]
     what = f"class {setting['forget_class']}" if scenario == "class" else "random instances"
     caption = (
-        f"{task}, {what} forgotten (U, {setting['forget_items']} of "
+        f"{setting['task']}, {what} forgotten (U, {setting['forget_items']} of "
         f"{setting['forget_items'] + setting['retain_items']} training items; the rest is R): accuracy of each "
-        f"modality's head, membership attack, average gap to gold in points, processor seconds; seeds "
-        f"{', '.join(by_seed)}"
+        f"modality's head, membership attack, average gap to gold in points, CPU seconds; seeds {', '.join(by_seed)}"
     )
-    return Table(caption, ["method", *(title for title, _ in columns)], rows)
+    return _methods_table(caption, UNLEARN_COLUMNS[scenario], by_seed, list(first["metrics"]))
 
 
-def depth_table(scenario: str, by_seed: dict[str, Any]) -> Table | None:
+def depth_table(by_seed: dict[str, Any]) -> Table | None:
     """What is left below the heads, of the methods that were looked into; None when none was."""
     first = next(iter(by_seed.values()))
-    rows = [
-        [metrics["label"]]
-        + [
-            spread([_dig(value[kind][method], keys) for value in by_seed.values()], digits=DIGITS.get(keys[-1], 3))
-            for _, (kind, *keys) in DEEP_COLUMNS
-        ]
-        for method, metrics in first["metrics"].items()
-        if "probe" in metrics
-    ]
-    if not rows:
-        return None
+    methods = [method for method, metrics in first["metrics"].items() if "probe" in metrics]
     caption = (
         "Below the heads: accuracy of a linear classifier on frozen visual features (forgotten items; forgotten class "
-        "against the rest; retained items), steps of training until the forget set is back at .9, processor "
-        "time over that of retraining"
+        "against the rest; retained items), steps of training until the forget set is back at .9, CPU time over that "
+        "of retraining"
     )
-    return Table(caption, ["method", *(title for title, _ in DEEP_COLUMNS)], rows)
+    return _methods_table(caption, DEEP_COLUMNS, by_seed, methods) if methods else None
+
+
+def _methods_table(
+    caption: str, columns: Mapping[str, tuple[str, ...]], by_seed: dict[str, Any], methods: list[str]
+) -> Table:
+    rows = []
+    for method in methods:
+        runs = [{**value["metrics"][method], **value["cost"][method]} for value in by_seed.values()]
+        rows.append([runs[0]["label"], *_cells(columns, runs)])
+    return Table(caption, ["method", *columns], rows)
+
+
+def before_after_table(rows: list[tuple[str, float, float]]) -> Table:
+    """The audit of one run's model."""
+    return Table(
+        "Before and after",
+        ["", "before", "after"],
+        [[name, f"{before:.3f}", f"{after:.3f}"] for name, before, after in rows],
+    )
 
 
 def protect_table(results: dict[str, Any]) -> Table:
     """Retrieval on clean test strips of a victim trained on each data set, last and best epoch."""
-    columns = ["victim trained on", "epoch"]
-    keys = [f"{side}_{m}" for side in ("i2t", "t2i") for m in ("r1", "r5", "r10", "medr")]
-    titles = [f"{side} {m}" for side in ("i→t", "t→i") for m in ("R@1", "R@5", "R@10", "medR")]
     rows = []
     for method, by_seed in results.items():
         measured = [value["methods"][method] for value in by_seed.values()]
         for when in ("last", "best"):
-            cells = [spread([m[when][key] for m in measured], digits=1 if key.endswith("medr") else 3) for key in keys]
             reading = spread([m["reading"]["digit"] for m in measured]) if when == "last" else ""
+            cells = _cells(RETRIEVAL_COLUMNS, [m[when] for m in measured])
             rows.append([PROTECT_LABELS[method], when, *cells, reading])
-    any_value = next(iter(next(iter(results.values())).values()))
     seeds = next(iter(results.values()))
+    first = next(iter(seeds.values()))
     caption = (
         "digit-strips, retrieval on clean test strips (image to text, text to image) and zero-shot reading: "
-        f"{any_value['train']} training, {any_value['test']} test strips, "
-        f"ε = {any_value['settings']['eps']}/255, seeds {', '.join(seeds)}; guessing gives R@1 "
-        f"{any_value['guessing']['r1']:.3f}, R@10 {any_value['guessing']['r10']:.3f}, digit .100"
+        f"{first['train']} training, {first['test']} test strips, ε = {first['settings']['eps']}/255, seeds "
+        f"{', '.join(seeds)}; guessing gives R@1 {first['guessing']['r1']:.3f}, R@10 {first['guessing']['r10']:.3f}, "
+        "digit .100"
     )
-    return Table(caption, [*columns, *titles, "digits read"], rows)
+    return Table(caption, ["victim trained on", "epoch", *RETRIEVAL_COLUMNS, "digits read"], rows)
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:
     """What :func:`ccu_fast.mem.job.victims.evaluate_datasets` found: last and best epoch of every dataset."""
-    keys = [f"{side}_{m}" for side in ("i2t", "t2i") for m in ("r1", "r5", "r10", "medr")]
-    titles = [f"{side} {m}" for side in ("i→t", "t→i") for m in ("R@1", "R@5", "R@10", "medR")]
-    if "zero_shot" in result["guessing"]:
-        keys, titles = [*keys, "zero_shot"], [*titles, "zero-shot"]
+    guessing = result["guessing"]
+    columns = RETRIEVAL_COLUMNS | ({"zero-shot": ("zero_shot",)} if "zero_shot" in guessing else {})
     rows = []
     for name, dataset in result["datasets"].items():
         for when in ("last", "best"):
             runs = [run[when] for run in dataset["seeds"].values()]
-            cells = [spread([run[key] for run in runs], digits=1 if key.endswith("medr") else 3) for key in keys]
-            rows.append([name, f"{when} ({mean(run['epoch'] for run in runs):g})", *cells])
-    rows.append(["guessing", "", *(f"{result['guessing'][k]:.3f}" if k in result["guessing"] else "" for k in keys)])
+            rows.append([name, f"{when} ({mean(run['epoch'] for run in runs):g})", *_cells(columns, runs)])
+    rows.append(["guessing", "", *(f"{guessing[key]:.3f}" if key in guessing else "" for (key,) in columns.values())])
     caption = (
         f"Image to text, then text to image, on {result['test']['images']} clean test pictures with "
         f"{result['test']['captions']} captions; victims of {result['recipe']['epochs']} epochs"
     )
-    return Table(caption, ["trained on", "epoch", *titles], rows)
+    return Table(caption, ["trained on", "epoch", *columns], rows)
+
+
+def _cells(columns: Mapping[str, tuple[str, ...]], runs: list[dict[str, Any]]) -> Iterable[str]:
+    for path in columns.values():
+        values: list[Any] = [reduce(getitem, path, run) for run in runs]
+        yield spread(values, digits=DIGITS.get(path[-1], 3))
 
 
 def spread(values: list[float | None], *, digits: int = 3) -> str:
@@ -160,15 +159,9 @@ def spread(values: list[float | None], *, digits: int = 3) -> str:
 
 
 def all_tables(results: dict[str, Any]) -> list[Table]:
-    """Every table there is something for."""
+    """Every table of a demo."""
     tables = [unlearn_table(scenario, by_seed) for scenario, by_seed in results["unlearn"].items()]
     return tables + ([protect_table(results["protect"])] if results["protect"] else [])
-
-
-def print_summary(results: dict[str, Any], console: Console) -> None:
-    """The tables in the terminal."""
-    for table in all_tables(results):
-        show(table, console)
 
 
 def show(table: Table, console: Console) -> None:
@@ -184,9 +177,3 @@ def show(table: Table, console: Console) -> None:
     for row in table.rows:
         shown.add_row(*row)
     console.print(shown)
-
-
-def _dig(value: Any, keys: list[str]) -> Any:
-    for key in keys:
-        value = value[key]
-    return value
