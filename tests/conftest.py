@@ -14,16 +14,18 @@ from tests.support.presence import require_backend
 
 # The files that take longest. One process runs a file: if it started last, the others would wait for it.
 FIRST = (
-    "build_support/test_packaging.py",
+    "ops/triton/test_ahead_of_time.py",
     "ops/triton/test_interpreter.py",
     "csrc/test_emulation.py",
-    "ops/triton/test_ahead_of_time.py",
-    "benchmarks/visit/test_visit.py",
-    "distributed/test_on_ranks.py",
+    "build_support/test_packaging.py",
+    "csrc/test_emulation_races.py",
     "unlearn/test_ccu.py",
+    "ops/test_compiling.py",
+    "distributed/test_on_ranks.py",
+    "benchmarks/visit/test_visit.py",
+    "benchmarks/test_machinery.py",
     "unlearn/test_ccu_options.py",
     "cli/test_demo.py",
-    "csrc/test_emulation_races.py",
 )
 # Folders, files and tests that --quick leaves out: compilers, separate processes, long training runs.
 SLOW = (
