@@ -90,8 +90,8 @@ def reduce_similarity(
             gradient in fp32 take at most 2 GiB on a CPU and 8 GiB on a GPU (``agreement.GATHER_BYTES``).
         equal: promise that every rank has the same n, the same m and the same options. Saves one exchange of a few
             numbers (and on a GPU a synchronisation) and with it the check; a broken promise may end in a timeout.
-        positives: for a loss that needs positives: the keys that say which they are if the items are not paired, as
-            the error names them.
+        positives: for a loss in which every item needs a positive: the keys that mark positives when items are not
+            paired, such as "row_ids and col_ids". Items that are neither paired nor have these keys are refused.
 
     Returns:
         Two lists in the order asked: row results ``[n]`` and column results ``[m]`` of this rank.
