@@ -29,10 +29,10 @@ import json, sys
 from ccu_fast.cli import demo
 from ccu_fast.unlearn.study import compare
 from ccu_fast.unlearn.study.tasks import TASKS
-parts = [demo._key(part) for part in demo._parts(1)]
+parts = [demo._key(demo.Part(half, one, 0)) for half, several in demo.VARIANTS.items() for one in several]
 print(json.dumps([compare.__file__, *parts, compare._key(TASKS["digits-halves"], "class", 0, ["ccu"])]))
 """
-PART = demo.Part("protect-mem-seed0", "protect", 0, "mem")
+PART = demo.Part("protect", "mem", 0)
 
 
 def key_of_comparison() -> str:
@@ -73,7 +73,7 @@ def test_what_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
 
 def test_a_key_changes_with_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     of_demo, of_comparison = demo._key(PART), key_of_comparison()
-    assert demo._key(replace(PART, name="protect-mem-seed1")) != of_demo == demo._key(PART)
+    assert demo._key(replace(PART, seed=1)) != of_demo == demo._key(PART)
     monkeypatch.setattr(demo, "Settings", lambda: Settings(rounds=3))
     assert demo._key(PART) != of_demo
     task = TASKS["digits-halves"]
@@ -121,7 +121,8 @@ def test_a_comment_in_the_source_changes_no_key(tmp_path: Path) -> None:
     )
     there, *theirs = json.loads(done.stdout)
     assert Path(comparing.__file__).is_relative_to(PACKAGE) and Path(there).is_relative_to(tmp_path)
-    ours = [*(demo._key(part) for part in demo._parts(1)), key_of_comparison()]
+    parts = [demo._key(demo.Part(half, one, 0)) for half, several in demo.VARIANTS.items() for one in several]
+    ours = [*parts, key_of_comparison()]
     assert ours == theirs and len(set(ours)) == len(ours)
 
 
