@@ -15,6 +15,7 @@ from ccu_fast.data.captions import Options
 from ccu_fast.files import output_folder, write_whole
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.job import Job, protect_dataset
+from ccu_fast.mem.victim import Recipe
 
 MODEL_HELP = "small, small:WIDTH (a multiple of 32), open_clip:NAME or hf:FOLDER."
 
@@ -88,9 +89,7 @@ def evaluate(
     model: Annotated[str, typer.Option(help="The victim: " + MODEL_HELP)] = "small",
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of what the victim sees [64x64].")] = None,
     grey: Annotated[bool, typer.Option("--grey", help="One channel instead of three.")] = False,
-    epochs: Annotated[int, typer.Option(help="Of each victim.", min=1)] = 15,
-    batch: Annotated[int, typer.Option(help="Pairs in a batch.", min=2)] = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate.", min=0)] = 1e-3,
+    recipe: Annotated[dict[str, Any], Fields(Recipe)],
     seeds: Annotated[int, typer.Option(help="Victims for each dataset.", min=1)] = 1,
     treatment: Annotated[
         list[str] | None,
@@ -115,7 +114,6 @@ def evaluate(
     from ccu_fast.cli.report.tables import evaluation_table, show
     from ccu_fast.mem.job.models import choose
     from ccu_fast.mem.job.victims import evaluate_datasets
-    from ccu_fast.mem.victim import Recipe
 
     named = {}
     for item in train:
@@ -136,7 +134,7 @@ def evaluate(
             named,
             test,
             choose(model, size=size, grey=grey),
-            recipe=Recipe(epochs=epochs, batch=batch, lr=lr),
+            recipe=Recipe(**recipe),
             seeds=range(seeds),
             treatments=treatment or (),
             zero_shot=zero_shot,

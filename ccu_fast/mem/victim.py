@@ -31,16 +31,13 @@ class Recipe:
     128
     """
 
-    epochs: int = 15
-    batch: int = 128
-    lr: float = 1e-3
-    weight_decay: float = 0.1
+    epochs: int = check.field(15, "Of each victim.", low=1)
+    batch: int = check.field(128, "Pairs in a batch.", low=2)
+    lr: float = check.field(1e-3, "Learning rate.", low=0.0)
+    weight_decay: float = check.field(0.1, low=0.0)
 
     def __post_init__(self) -> None:
-        check.integer("epochs", self.epochs, low=1)
-        check.integer("batch", self.batch, low=2)
-        check.number("lr", self.lr, low=0.0)
-        check.number("weight_decay", self.weight_decay, low=0.0)
+        check.fields(self)
 
 
 @dataclass(frozen=True)

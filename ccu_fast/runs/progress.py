@@ -14,7 +14,7 @@ def silent(stage: str, done: int, total: int, note: str) -> None:
 
 
 class Clock:
-    """Wall time and processor time since it was made."""
+    """Wall time and CPU time since it was made."""
 
     def __init__(self) -> None:
         self._start = (time.perf_counter(), time.process_time())

@@ -81,7 +81,7 @@ class Run:
         steps: optimiser steps taken.
         items: items of the batches, both sets together.
         seconds: wall time of preparation, steps and checks.
-        cpu_seconds: processor time of the same, of all threads together.
+        cpu_seconds: CPU time of the same, of all threads together.
         losses: the loss of every step.
     """
 

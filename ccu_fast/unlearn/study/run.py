@@ -74,8 +74,8 @@ def run_task(
         ``setting`` – task, scenario, seed, sizes, CCU's configuration. ``metrics`` – for each method what
         :func:`ccu_fast.unlearn.audit.audit` measures, the same against the gold_mask model ("gap_to_gold", signed;
         "mia_gap", absolute; "average_gap", see :func:`ccu_fast.unlearn.audit.average_gap`) and "label".
-        ``cost`` – for each method "steps", "items", "seconds" (wall time), "cpu_seconds" (processor time of the one
-        thread) and "ratio" (its processor time over gold_mask's). All of that is JSON. ``embeddings`` – float32 arrays
+        ``cost`` – for each method "steps", "items", "seconds" (wall time), "cpu_seconds" (CPU time of the one
+        thread) and "ratio" (its CPU time over gold_mask's). All of that is JSON. ``embeddings`` – float32 arrays
         for a picture, visual embeddings of test and forget items: "before" and "after" CCU (when it ran), int64
         "labels", bool "forgotten".
 

@@ -32,16 +32,13 @@ class TrainConfig:
         seed: of the initial weights and the batches, at least 0.
     """
 
-    epochs: int = 60
-    batch: int = 128
-    learning_rate: float = 3e-3
-    seed: int = 0
+    epochs: int = check.field(60, low=1)
+    batch: int = check.field(128, low=1)
+    learning_rate: float = check.field(3e-3, low=1e-12)
+    seed: int = check.field(0, low=0)
 
     def __post_init__(self) -> None:
-        check.integer("epochs", self.epochs, low=1)
-        check.integer("batch", self.batch, low=1)
-        check.integer("seed", self.seed, low=0)
-        check.number("learning_rate", self.learning_rate, low=1e-12)
+        check.fields(self)
 
 
 @dataclass(frozen=True)
