@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from ccu_fast.cli.report import page
 from ccu_fast.cli.report.tables import all_tables, spread
 from ccu_fast.files import write_whole
 from tests.support import small_demo
-from tests.support.forked import fork
+from tests.support.forked import fork, kill_when
 from tests.support.mem_datasets import read_export
 
 PARTS = 6  # two scenarios, four methods
@@ -115,14 +113,7 @@ def test_kill_9_loses_at_most_the_part_that_was_running_and_every_figure_comes_a
     """Each part is computed again here, before or after the kill, so this also shows that figures are reproducible."""
     out = tmp_path / "killed"
     child = fork(lambda: demo.run(out, quiet=True))
-    deadline = time.monotonic() + 120
-    while len(list((out / "parts").glob("[!.]*.json"))) < 2:
-        assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline, (
-            "the demo ended or stalled before two parts"
-        )
-        time.sleep(0.02)
-    os.kill(child, signal.SIGKILL)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    kill_when(child, lambda: len(list((out / "parts").glob("[!.]*.json"))) >= 2, seconds=120)
     before = {p.name: p.stat().st_mtime_ns for p in (out / "parts").glob("[!.]*.json")}
     for path in before:
         json.loads((out / "parts" / path).read_text())

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from ccu_fast.data.captions import DiskSource, list_pairs
 from ccu_fast.data.strips import write_strips
 from ccu_fast.ops import machine
 from tests.support import mem_datasets as made
-from tests.support.forked import fork
+from tests.support.forked import fork, kill_when
 
 TINY = ["--size", "16x16", "--model", "small:32", "--rounds", "2", "--pgd-steps", "2", "--step", "4"]
 TINY += ["--surrogate-steps", "2", "--trigger-rounds", "1", "--candidates", "4", "--batch", "4"]
@@ -147,12 +145,8 @@ def test_kill_9_and_the_same_command(tmp_path: Path) -> None:
     source = made.write_csv(tmp_path / "in", n=40)
     command = ["protect", str(source), "--out", str(tmp_path / "out"), *TINY, "--rounds", "12", "--quiet"]
     child = fork(lambda: cli.main(command))
-    until = time.monotonic() + 120
-    while not (tmp_path / "out.partial" / "checkpoint.json").exists():
-        assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < until
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL and not (tmp_path / "out").exists()
+    kill_when(child, (tmp_path / "out.partial" / "checkpoint.json").exists, seconds=120)
+    assert not (tmp_path / "out").exists()
     done = json.loads((tmp_path / "out.partial" / "checkpoint.json").read_text())["round"]
     assert 1 <= done < 12
     assert cli.main(command) == 0

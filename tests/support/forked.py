@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -42,6 +43,17 @@ def fork(work: Callable[[], object]) -> int:
 def in_child(work: Callable[[], object]) -> int:
     """The wait status of a child that does ``work``."""
     return os.waitpid(fork(work), 0)[1]
+
+
+def kill_when(child: int, ready: Callable[[], bool], seconds: float) -> None:
+    """Kill a child by SIGKILL as soon as ``ready()``, which must come before it ends and within some seconds."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it could be killed"
+        assert time.monotonic() < deadline, f"it was not ready within {seconds} s"
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
 
 def on_ranks(world: int, folder: Path, work: Callable[[int], Any]) -> list[Any]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import signal
 import time
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from ccu_fast.unlearn.parameters import salient
 from ccu_fast.unlearn.study.tasks import TrainConfig
 from ccu_fast.unlearn.study.train import train
 from tests.support import toy_unlearn
-from tests.support.forked import fork
+from tests.support.forked import fork, kill_when
 from tests.support.toy_unlearn import TwoTowers, make_model, toy, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -370,12 +368,7 @@ class TestCheckpoint:
             )
 
         child = fork(slowly)
-        deadline = time.monotonic() + 60
-        while not checkpoint.path.exists():
-            assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(child, signal.SIGKILL)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        kill_when(child, checkpoint.path.exists, seconds=60)
         state = torch.load(checkpoint.path, weights_only=True)
         assert 0 < len(state["losses"]) < 40 and not state["done"]
         for name in ("killed.pt", "whole.pt"):
