@@ -99,6 +99,16 @@ typedef struct {
 
 int ccu_similarity_softmax(const ccu_similarity_softmax_args* args);
 
+// InfoNCE of one small paired batch, see csrc/cpu/small_info_nce.cpp.
+typedef struct {
+  ccu_tile tile;      // one bank in fp32, rows = cols; row_codes lse OTHER and sum SELF, col_codes lse OTHER or none
+  double weight;      // of a row's, and of a column's loss
+  float* loss;        // one number
+  float* scale_grad;  // one number, and `dot` is overwritten with scale * G; or NULL, and only the loss is computed
+} ccu_small_info_nce_args;
+
+int ccu_small_info_nce(const ccu_small_info_nce_args* args);
+
 // ---------------------------------------------------------------------------------------------------------------------
 // topk_flips: for each row the k tokens of lowest score = sign * dot(embedding[id], grad) + penalty in float64, ties to
 // the lowest token; sign = -1 for maximize. Tokens are numbered 0 to tokens - 1 in the packed table.

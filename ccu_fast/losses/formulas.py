@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF
+from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME, SELF
 
 INVERSE_KINDS = ("bounded", "contrastive", "ascent")
 
@@ -40,20 +40,43 @@ class Side(NamedTuple):
         return max(self.raw.shape[-1], 1) if self.counts is None else self.counts.sum(-1).clamp(min=1)
 
 
+def softplus(z: Tensor) -> Tensor:
+    """log(1 + exp(z)) to its last digits: log1p below 50, and above it z is all that a dtype holds."""
+    return torch.nn.functional.softplus(z, threshold=50)
+
+
+def attract(rest: Tensor, inside: Tensor, total: Tensor, count: Tensor) -> Tensor:
+    """log(exp(rest) + exp(inside)) − total / count, of positives with the log-sum-exp ``inside`` and the sum ``total``.
+
+    Written as the softplus of a difference, because where a pair is sure the difference of two log-sum-exps is all
+    rounding: at logits near 100 they agree in every digit that fp32 has.
+    """
+    # The log-sum-exp of one logit is that logit but for its rounding, and the gradient of an only positive must hold no
+    # 1 - 1 beside the sigmoid.
+    several = count > 1
+    spread = torch.where(several, inside - total / count.clamp(min=1), 0)
+    return softplus(rest - torch.where(several, inside, total)) + spread
+
+
 def info_nce(
     reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, bias: Any = None, symmetric: bool = True, **similarity: Any
 ) -> list[Side]:
-    """lse(ALL) − mean(SELF), of the rows and if symmetric of the columns."""
-    spec = [("lse", ALL), ("sum", SELF)]
-    if similarity.get("row_ids") is not None or similarity.get("row_labels") is not None:
+    """softplus(lse(SAME ∪ OTHER) − SELF), of the rows and if symmetric of the columns.
+
+    That is −log(softmax of SELF). Of several SELF it is lse(ALL) − mean(SELF).
+    """
+    spec = [("lse", SAME | OTHER), ("sum", SELF)]
+    if similarity.get("row_ids") is not None:
+        spec += [("lse", SELF), ("count", SELF)]
+    elif similarity.get("row_labels") is not None:
         spec.append(("count", SELF))
     rows, cols = reduce(x, y, scale=scale, bias=bias, rows=spec, cols=spec if symmetric else (), **similarity)
     sides = []
-    for lse, positive, *count in filter(None, (rows, cols)):
-        if count:
-            sides.append(Side(lse - positive / count[0].clamp(min=1), count[0] > 0))
-        else:  # every row has its one positive
-            sides.append(Side(lse - positive, None))
+    for rest, own, *several in filter(None, (rows, cols)):
+        counts = several[-1] > 0 if several else None  # without keys every row has its one positive
+        sides.append(
+            Side(attract(rest, several[0], own, several[1]) if len(several) > 1 else softplus(rest - own), counts)
+        )
     return sides
 
 
@@ -68,15 +91,15 @@ def average(values: Sequence[Tensor]) -> Tensor:
 
 
 def inverse_info_nce(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, kind: str, **similarity: Any) -> Side:
-    """lse(ALL) − lse(OTHER), lse(SAME) − mean(OTHER), or the negated InfoNCE of the rows."""
+    """softplus(lse(SELF ∪ SAME) − lse(OTHER)), lse(SAME) − mean(OTHER), or the negated InfoNCE of the rows."""
     if kind == "ascent":
         (side,) = info_nce(reduce, x, y, scale=scale, symmetric=False, **similarity)
         return Side(-side.raw, side.counts)
     if kind == "bounded":
-        spec = [("lse", ALL), ("lse", OTHER), ("count", OTHER), ("count", SELF | SAME)]
-        (everything, other, n_other, n_positive), _ = reduce(x, y, scale=scale, rows=spec, **similarity)
+        spec = [("lse", SELF | SAME), ("lse", OTHER), ("count", OTHER), ("count", SELF | SAME)]
+        (positive, other, n_other, n_positive), _ = reduce(x, y, scale=scale, rows=spec, **similarity)
         counts = (n_other > 0) & (n_positive > 0)
-        return Side(everything - torch.where(counts, other, 0), counts)
+        return Side(softplus(torch.where(counts, positive, 0) - torch.where(counts, other, 0)), counts)
     if similarity.get("row_labels") is None:
         raise ValueError("row_labels: expected a tensor for kind='contrastive', got None")
     spec = [("lse", SAME), ("sum", OTHER), ("count", OTHER), ("count", SAME)]
@@ -88,10 +111,9 @@ def inverse_info_nce(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, kind: 
 def sup_con(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, row_labels: Tensor, **similarity: Any) -> Side:
     """lse(SAME ∪ OTHER) − mean(SAME) of the rows."""
     check.tensor("row_labels", row_labels, dtypes=check.INTEGERS)
-    spec = [("lse", SAME | OTHER), ("sum", SAME), ("count", SAME)]
-    (rest, positive, n_positive), _ = reduce(x, y, scale=scale, rows=spec, row_labels=row_labels, **similarity)
-    counts = n_positive > 0
-    return Side(torch.where(counts, rest, 0) - positive / n_positive.clamp(min=1), counts)
+    spec = [("lse", OTHER), ("lse", SAME), ("sum", SAME), ("count", SAME)]
+    (rest, *positives), _ = reduce(x, y, scale=scale, rows=spec, row_labels=row_labels, **similarity)
+    return Side(attract(rest, *positives), positives[-1] > 0)
 
 
 def sigmoid_loss(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, bias: Any = None, **similarity: Any) -> Side:

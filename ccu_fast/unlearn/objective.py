@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
+from ccu_fast.losses.formulas import attract, softplus
 from ccu_fast.losses.functional import inverse_info_nce
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF
@@ -129,14 +130,14 @@ def forgetting_loss(
     if bank is None:
         return inverse_info_nce(u, keys, **batch)
     # Two banks are two calls whose log-sum-exps are joined: the large one is not copied.
-    spec = [("lse", ALL), ("lse", OTHER), ("count", OTHER), ("count", SELF | SAME)]
+    spec = [("lse", SELF | SAME), ("lse", OTHER), ("count", OTHER), ("count", SELF | SAME)]
     one, _ = reduce_similarity(u, keys, rows=spec, **batch)
     two, _ = reduce_similarity(u, bank.keys, rows=spec, **{**batch, f"col_{roles}": getattr(bank, roles)})
     counts = (one[2] + two[2] > 0) & (one[3] + two[3] > 0)
-    everything, other = (
+    positive, other = (
         torch.logaddexp(torch.where(counts, one[i], 0), torch.where(counts, two[i], 0)) for i in range(2)
     )
-    return torch.where(counts, everything - other, 0).sum() / counts.sum().clamp(min=1)
+    return torch.where(counts, softplus(positive - other), 0).sum() / counts.sum().clamp(min=1)
 
 
 def retention_loss(
@@ -232,8 +233,9 @@ def unclassify_loss(logits: Tensor, labels: Tensor) -> Tensor:
     check.shape("labels", labels, [len(logits)])
     if logits.shape[1] < 2:
         raise ValueError(f"logits: expected at least two classes, got shape {list(logits.shape)}")
-    other = logits.scatter(1, labels[:, None].long(), -torch.inf)
-    return (logits.logsumexp(1) - other.logsumexp(1)).sum() / max(len(logits), 1)
+    at = labels[:, None].long()
+    other = logits.scatter(1, at, -torch.inf)
+    return softplus(logits.gather(1, at)[:, 0] - other.logsumexp(1)).sum() / max(len(logits), 1)
 
 
 def separation_loss(
@@ -296,14 +298,14 @@ def separation_loss(
         own_role = {"row_labels": retain_labels, "col_labels": retain_labels}
         forgotten_role = {"row_labels": retain_labels, "col_labels": forget_labels}
         positives = negatives = SAME
-    spec = [("lse", ALL), ("sum", positives), ("count", positives)]
-    (own, positive, count), _ = reduce_similarity(r, r0.detach(), rows=spec, **own_role, **shared)
+    spec = [("lse", ALL ^ positives), ("lse", positives), ("sum", positives), ("count", positives)]
+    (retained, *own), _ = reduce_similarity(r, r0.detach(), rows=spec, **own_role, **shared)
     (forgotten,), _ = reduce_similarity(r, u, rows=[("lse", negatives)], **forgotten_role, **shared)
-    has_positive = count > 0
-    # A row that is left out has −inf on both sides, where logaddexp has no derivative.
-    everything = torch.logaddexp(torch.where(has_positive, own, 0), forgotten + math.log(weight))
-    per_row = torch.where(has_positive, everything - positive / count.clamp(min=1), 0)
-    return per_row.sum() / has_positive.sum().clamp(min=1)
+    has_positive = own[-1] > 0
+    # −inf on both sides, where there is nothing to tell apart, has no derivative in logaddexp.
+    retained = retained.clamp(min=torch.finfo(retained.dtype).min)
+    rest = torch.logaddexp(retained, forgotten + math.log(weight))
+    return torch.where(has_positive, attract(rest, *own), 0).sum() / has_positive.sum().clamp(min=1)
 
 
 def neighbour_loss(u: Tensor, neighbours: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ const char* ccu_cpu_isa(void) {
 CCU_OP(similarity_forward)
 CCU_OP(similarity_backward)
 CCU_OP(similarity_softmax)
+CCU_OP(small_info_nce)
 CCU_OP(topk_flips)
 CCU_OP(pgd_step)
 CCU_OP(noise_add)

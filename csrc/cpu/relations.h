@@ -25,6 +25,13 @@ inline Mode mode_of(const ccu_tile& t, int32_t relations) {
   return self == other && other ? Mode::kAll : Mode::kDiagonal;
 }
 
+// The mode of a block of rows [first, last) and columns [begin, end): away from the diagonal there is nothing to check.
+inline Mode mode_of(const ccu_tile& t, int32_t relations, int64_t first, int64_t last, int64_t begin, int64_t end) {
+  const Mode mode = mode_of(t, relations);
+  if (mode != Mode::kDiagonal || !(relations & kOther)) return mode;
+  return t.row0 + first < end && begin < t.row0 + last ? mode : Mode::kAll;
+}
+
 // A bf16 row of the chunk (`row` counted over all banks, row `i` of its bank) as fp32, columns [begin, end), with the
 // unrounded value of the diagonal pair.
 inline void widen(const ccu_tile& t, int64_t row, int64_t i, int64_t begin, int64_t end, float* out) {

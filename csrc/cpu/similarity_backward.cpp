@@ -83,6 +83,9 @@ void add(const Stripe& stripe, const Chooser& chooser, const Side& side) {
     end = std::min(end, chooser.row0 + stripe.i + 1);
   }
   for_vectors(begin, end, [&](int64_t j, auto lanes) {
+    const vi chosen = chooser.choose<mode>(stripe.i, j, lanes);
+    // Few pairs have the same label or id; the others need no exponential.
+    if (mode == Mode::kGeneral && term != Term::kNothing && !any(chosen)) return;
     vf value = side.factors(j, lanes);
     if (term == Term::kOwnExp) {
       value *= exp(stripe.scores(j, lanes) - side.outs(j, lanes));
@@ -92,7 +95,7 @@ void add(const Stripe& stripe, const Chooser& chooser, const Side& side) {
       value *= (s < 0.0f ? e : splat(1.0f)) / (e + 1.0f);
     }
     float* slot = stripe.g + (j - stripe.begin);
-    store(slot, load<vf>(slot) + (chooser.choose<mode>(stripe.i, j, lanes) ? value : splat(0.0f)));
+    store(slot, load<vf>(slot) + (chosen ? value : splat(0.0f)));
   });
 }
 
@@ -149,6 +152,9 @@ void accumulate(const ccu_similarity_backward_args& a, const SharedExponential& 
   const ccu_tile& t = a.tile;
   const int64_t i = stripe.i;
   std::fill(stripe.g, stripe.g + (stripe.end - stripe.begin) + kLanes, 0.0f);
+  const auto mode_in = [&](const Chooser& chooser) {
+    return mode_of(t, chooser.relations, i, i + 1, stripe.begin, stripe.end);
+  };
   const auto each = [&](const auto& of_row, const auto& of_column) {
     for (int r = 0; r < t.n_row; ++r) {
       const int64_t at = r * a.row_reduction_stride + bank * a.row_bank_stride + i;
@@ -166,12 +172,12 @@ void accumulate(const ccu_similarity_backward_args& a, const SharedExponential& 
         [&](Kind kind, const Chooser& chooser, PerRow row) {
           if (kind != kLse) return;
           row.grad *= exponential.factor(splat(row.out))[0];
-          add<Term::kNothing>(stripe, chooser, mode_of(t, chooser.relations), row);
+          add<Term::kNothing>(stripe, chooser, mode_in(chooser), row);
         },
         [&](Kind kind, const Chooser& chooser, PerColumn column, int r) {
           if (kind != kLse) return;
           column.grad = exponential.col_factors.get() + (r * t.banks + bank) * t.cols;
-          add<Term::kNothing>(stripe, chooser, mode_of(t, chooser.relations), column);
+          add<Term::kNothing>(stripe, chooser, mode_in(chooser), column);
         });
     for_vectors(stripe.begin, stripe.end, [&](int64_t j, auto lanes) {
       float* slot = stripe.g + (j - stripe.begin);
@@ -181,7 +187,7 @@ void accumulate(const ccu_similarity_backward_args& a, const SharedExponential& 
     });
   }
   const auto rest = [&](Kind kind, const Chooser& chooser, const auto& side) {
-    const Mode mode = mode_of(t, chooser.relations);
+    const Mode mode = mode_in(chooser);
     if (kind == kSum) add<Term::kNothing>(stripe, chooser, mode, side);
     if (kind == kSoftplus) add<Term::kSigmoid>(stripe, chooser, mode, side);
     if (kind == kLse && !exponential.shared) add<Term::kOwnExp>(stripe, chooser, mode, side);

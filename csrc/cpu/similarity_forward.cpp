@@ -64,18 +64,25 @@ struct Block {
     stride = kStripe;
   }
 
+  template <Mode mode>
+  float highest(const Chooser& wanted) const {
+    vf top = splat(-kInf);
+    for (int64_t i = first; i < last; ++i)
+      for_vectors(begin, end, [&](int64_t j, auto lanes) {
+        top = max(top, wanted.choose<mode>(i, j, lanes) ? scores(i, j, lanes) : splat(-kInf));
+      });
+    return max(top);
+  }
+
   template <class Lanes>
   vf shared_exp(int64_t i, int64_t j, Lanes lanes) const {
     return load<vf>(e + (i - first) * kStripe + (j - begin), lanes);
   }
 
-  void compute_exponentials() {
-    vf highest = splat(-kInf);
-    for (int64_t i = first; i < last; ++i)
-      for_vectors(begin, end, [&](int64_t j, auto lanes) {
-        highest = max(highest, in_use(lanes) ? scores(i, j, lanes) : splat(-kInf));
-      });
-    shift = max(highest);
+  // `wanted` are the pairs of any lse: a positive pair that none wants must not set the shift, which it may raise so
+  // far that of the others nothing is left.
+  void compute_exponentials(const Chooser& wanted, Mode mode) {
+    shift = mode == Mode::kDiagonal ? highest<Mode::kDiagonal>(wanted) : highest<Mode::kAll>(wanted);
     exponentials = std::isfinite(shift);
     if (!exponentials) return;
     for (int64_t i = first; i < last; ++i)
@@ -102,7 +109,15 @@ Partial reduce_row(const Block& block, const Chooser& chooser, Kind kind, int64_
   if (kind == kSum) return {0, add_up([&](int64_t j, auto lanes) { return block.scores(i, j, lanes); })};
   if (kind == kSoftplus) return {0, add_up([&](int64_t j, auto lanes) { return softplus(block.scores(i, j, lanes)); })};
   if (block.exponentials) {
-    const float shared = add_up([&](int64_t j, auto lanes) { return block.shared_exp(i, j, lanes); });
+    vf total = splat(0.0f);
+    vi seen = splat(0);
+    for_vectors(begin, end, [&](int64_t j, auto lanes) {
+      const vi chosen = chooser.choose<mode>(i, j, lanes);
+      seen |= chosen;
+      total += chosen ? block.shared_exp(i, j, lanes) : splat(0.0f);
+    });
+    if (!any(seen)) return {-kInf, 0};
+    const float shared = sum(total);
     if (!(shared < kTrusted)) return {block.shift, shared};
   }
   vf highest = splat(-kInf);
@@ -137,12 +152,20 @@ void reduce_columns(const Block& block, const Chooser& chooser, Kind kind, float
     }
     const vf before = load<vf>(running_shift + j, lanes);
     vf shift = max(before, splat(block.shift));
-    vf total;
+    vf total = splat(0.0f);
     bool trusted = block.exponentials;
     if (trusted) {
-      total = add_up([&](int64_t i) { return block.shared_exp(i, j, lanes); });
-      trusted = !any((total < splat(kTrusted)) & in_use(lanes));
-      total *= exp(block.shift - shift);
+      vi seen = splat(0);
+      for (int64_t i = block.first; i < block.last; ++i) {
+        const vi chosen = chooser.choose<mode>(i, j, lanes);
+        seen |= chosen;
+        total += chosen ? block.shared_exp(i, j, lanes) : splat(0.0f);
+      }
+      if (!any(seen)) return;
+      trusted = !any((total < splat(kTrusted)) & seen);
+      // A column of which nothing is in the block keeps its shift.
+      shift = seen ? shift : before;
+      total = seen ? total * exp(block.shift - shift) : splat(0.0f);
     }
     if (!trusted) {
       vf peak = before;
@@ -167,8 +190,10 @@ int similarity_forward(const ccu_similarity_forward_args& a) {
   const std::unique_ptr<Partial[]> partials(new (std::nothrow) Partial[t.n_row * per_reduction]);
   if (!partials) return CCU_OUT_OF_MEMORY;
 
-  const bool any_lse = std::any_of(t.row_codes, t.row_codes + t.n_row, is_lse) ||
-                       std::any_of(t.col_codes, t.col_codes + t.n_col, is_lse);
+  int32_t of_lse = 0;
+  const auto note = [&](int32_t code) { of_lse |= is_lse(code) ? relations_of(code) : 0; };
+  std::for_each(t.row_codes, t.row_codes + t.n_row, note);
+  std::for_each(t.col_codes, t.col_codes + t.n_col, note);
   parallel_for(t.banks * stripes, t.threads, [&](int64_t task) {
     const int64_t bank = task / stripes, stripe = task % stripes;
     alignas(64) float e[kRowBlock * kStripe];
@@ -178,18 +203,22 @@ int similarity_forward(const ccu_similarity_forward_args& a) {
     for (block.first = 0; block.first < t.rows; block.first = block.last) {
       block.last = std::min(block.first + kRowBlock, t.rows);
       block.fetch(t, bank, widened);
-      if (any_lse) block.compute_exponentials();
+      if (of_lse != 0) {
+        const Chooser wanted(t, bank, of_lse);
+        block.compute_exponentials(wanted, mode_of(t, of_lse, block.first, block.last, begin, end));
+      }
       for (int r = 0; r < t.n_row; ++r) {
         const Chooser chooser(t, bank, relations_of(t.row_codes[r]));
-        const auto reduce = pick(mode_of(t, chooser.relations), reduce_row<Mode::kAll>, reduce_row<Mode::kDiagonal>,
-                                 reduce_row<Mode::kGeneral>);
+        const Mode mode = mode_of(t, chooser.relations, block.first, block.last, begin, end);
+        const auto reduce = pick(mode, reduce_row<Mode::kAll>, reduce_row<Mode::kDiagonal>, reduce_row<Mode::kGeneral>);
         Partial* out = partials.get() + r * per_reduction + (bank * stripes + stripe) * t.rows;
         for (int64_t i = block.first; i < block.last; ++i) out[i] = reduce(block, chooser, kind_of(t.row_codes[r]), i);
       }
       for (int c = 0; c < t.n_col; ++c) {
         const Chooser chooser(t, bank, relations_of(t.col_codes[c]));
-        const auto reduce = pick(mode_of(t, chooser.relations), reduce_columns<Mode::kAll>,
-                                 reduce_columns<Mode::kDiagonal>, reduce_columns<Mode::kGeneral>);
+        const Mode mode = mode_of(t, chooser.relations, block.first, block.last, begin, end);
+        const auto reduce =
+            pick(mode, reduce_columns<Mode::kAll>, reduce_columns<Mode::kDiagonal>, reduce_columns<Mode::kGeneral>);
         const int64_t offset = c * a.col_reduction_stride + bank * t.cols;
         reduce(block, chooser, kind_of(t.col_codes[c]), a.col_max + offset, a.col_sum + offset);
       }

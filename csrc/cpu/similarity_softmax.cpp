@@ -133,7 +133,7 @@ int similarity_softmax(const ccu_similarity_softmax_args& a) {
     for (int64_t g = t.n_row - 1; g >= 0; --g) {
       if (t.row_codes[g] == 0) continue;
       const Row row{dot, t.scale, t.bias, i, t.cols, Chooser(t, 0, relations_of(t.row_codes[g]))};
-      pick(mode_of(t, row.chooser.relations), add_block<Mode::kAll>, add_block<Mode::kDiagonal>,
+      pick(mode_of(t, row.chooser.relations, i, i + 1, 0, t.cols), add_block<Mode::kAll>, add_block<Mode::kDiagonal>,
            add_block<Mode::kGeneral>)(a, row, g);
     }
   });

@@ -1,8 +1,14 @@
 """InfoNCE of a small paired batch as one operator, because there the calls take the time and not the arithmetic.
 
 The general way makes reductions, their differences, means and sums one after another, each with its node in the graph.
-Here one node holds all of it, and the loss and its gradient with respect to the logits come from constants:
-∂loss/∂S = w · (softmax of rows + softmax of columns − 2 · identity).
+Here one node holds all of it::
+
+    z_i = logsumexp(S[i, j] for j != i) - S[i, i]          # the same of columns
+    loss = w * softplus(z).sum()
+    ∂loss/∂S[i, j] = w * sigmoid(z_i) * exp(S[i, j] - logsumexp(S[i, j] for j != i))
+    ∂loss/∂S[i, i] = -w * sigmoid(z_i)
+
+so that nothing cancels however sure the pairs are.
 """
 
 from __future__ import annotations
@@ -16,10 +22,10 @@ from ccu_fast.ops.backend import load, without_autocast
 from ccu_fast.ops.operator import once_differentiable
 from ccu_fast.ops.reduce_similarity.api import as_scalar
 from ccu_fast.ops.reduce_similarity.problem import encode
-from ccu_fast.ops.reduce_similarity.relations import ALL, SELF
+from ccu_fast.ops.reduce_similarity.relations import OTHER, SELF
 
 # The loss as reductions of rows and of columns.
-ROWS = (encode("lse", int(ALL)), encode("sum", int(SELF)))
+ROWS = (encode("lse", int(OTHER)), encode("sum", int(SELF)))
 COLS = ROWS[:1]
 Inputs = tuple[Tensor, Tensor, Tensor]  # x, y, scale
 
@@ -50,16 +56,6 @@ class _SmallInfoNCE(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call = once_differentiable("reduce_similarity", _backward) if torch.is_grad_enabled() else _backward
         return (*call(*ctx.saved_tensors, grad, ctx.needs_input_grad[:3], *ctx.rest), None)
-
-
-def weights(items: int, symmetric: bool, weight: float, device: torch.device) -> Tensor:
-    """``∂loss/∂result``, fp32 ``[3N or 2N]``: of the rows' lse and positives and, if symmetric, of the columns' lse.
-
-    Made at every call and kept for no other: a CUDA graph or another stream must not read what it has not written.
-    """
-    each = torch.full(((3 if symmetric else 2) * items,), weight, dtype=torch.float32, device=device)
-    each[items : 2 * items].fill_(-2 * weight if symmetric else -weight)
-    return each
 
 
 def _backward(x: Tensor, y: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:

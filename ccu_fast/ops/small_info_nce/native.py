@@ -1,4 +1,4 @@
-"""InfoNCE of a small batch on a CPU: one product, two calls into C++, two products; see api.py.
+"""InfoNCE of a small batch on a CPU: one product, one call into C++, two products; see api.py.
 
 The forward pass turns the logits into their gradient in place, which takes N² · 4 bytes until the backward pass. The
 backward pass only multiplies.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ccu_fast import _C
 from ccu_fast.ops.reduce_similarity.native.chunks import FP32, SERIAL_PAIRS, UNLABELLED, reductions
-from ccu_fast.ops.small_info_nce.api import COLS, ROWS, Inputs, weights
+from ccu_fast.ops.small_info_nce.api import COLS, ROWS, Inputs
 
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float, keep: bool) -> tuple[Tensor, ...]:
@@ -31,29 +31,13 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float,
         reductions=reductions(ROWS, COLS if symmetric else ()),
         threads=torch.get_num_threads() if items * items > SERIAL_PAIRS else 1,
     )
-    rows = torch.empty(2, items, **FP32)
-    peaks = torch.full((items,), -torch.inf, **FP32)
-    sums = torch.zeros(items, dtype=torch.float64, device="cpu")
-    _C.similarity_forward(tile, (rows.data_ptr(), items, items), (peaks.data_ptr(), sums.data_ptr(), items))
-    lse, own = rows.unbind(0)
-    values = lse - own
-    cols = peaks
-    if symmetric:
-        cols = sums.log_().add_(peaks).float()
-        values += cols - own
-    loss = values.sum() * weight
+    loss = torch.empty((), **FP32)
     if not keep:
+        _C.small_info_nce(tile=tile, weight=weight, loss=loss.data_ptr(), scale_grad=0)
         return (loss,)
-    incoming = weights(items, symmetric, weight, x.device)  # C++ reads the last row only if there are columns
-    totals = torch.empty(2, items, dtype=torch.float64, device="cpu")
-    _C.similarity_backward(
-        tile,
-        (incoming.data_ptr(), rows.data_ptr(), items, items),
-        (incoming[-items:].data_ptr(), cols.data_ptr(), items),
-        (dot.data_ptr(), _C.F32),
-        (totals.data_ptr(), totals[1].data_ptr()),
-    )
-    return loss, totals[0].sum().float(), dot
+    by_scale = torch.empty((), **FP32)
+    _C.small_info_nce(tile=tile, weight=weight, loss=loss.data_ptr(), scale_grad=by_scale.data_ptr())
+    return loss, by_scale, dot
 
 
 def backward(

@@ -28,6 +28,7 @@ MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100
 MAX_REGISTERS = 255
 PRODUCTS = ("forward_kernel", "gradient_kernel", "online_kernel")
 SMALL = ("small_forward_kernel", "small_gradient_kernel")
+LOSS = ("loss_kernel",)
 NORMALIZE = ("normalize_kernel", "normalize_backward_kernel")
 OTHERS = ("bound_kernel", "merge_kernel", "own_kernel", "norm_kernel", "scale_kernel", "finish_kernel")
 
@@ -102,13 +103,14 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ca
     from ccu_fast.ops.l2_normalize import triton as normalize
     from ccu_fast.ops.reduce_similarity.triton import backward_pass, configs, forward_pass
     from ccu_fast.ops.reduce_similarity.triton import small as small_batch
+    from ccu_fast.ops.small_info_nce import triton as small_info_nce
 
     # So that a launch that leaves the choice to Triton is detected, whatever this release would choose.
     monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
     # Nobody reads the lines of what is compiled here, and they take a sixth of the compiler's time.
     monkeypatch.setattr(triton.knobs.compilation, "disable_line_info", True)
-    homes = [vars(home) for home in (forward_pass, backward_pass, small_batch, normalize)]
-    names = (*PRODUCTS, *OTHERS, *SMALL, *NORMALIZE)
+    homes = [vars(home) for home in (forward_pass, backward_pass, small_batch, small_info_nce, normalize)]
+    names = (*PRODUCTS, *OTHERS, *SMALL, *LOSS, *NORMALIZE)
     kernels = [next(home[name] for home in homes if name in home) for name in names]
 
     def forget() -> None:
@@ -313,3 +315,19 @@ def test_resources_of_small_batches(
         # A tile of 16 rows is too small for wgmma and tcgen05.
         assert "mma.sync" in kernel.asm["ptx"], name
         assert kernel.metadata.shared <= SHARED_LIMIT[capability], f"{name}: {kernel.metadata.shared} B shared"
+
+
+@pytest.mark.parametrize("capability", MATRIX_INSTRUCTION)
+def test_resources_of_the_small_loss(
+    capability: int, compiled_for: Callable[[int], Callable[[], dict[str, Any]]], tmp_path: Path
+) -> None:
+    from ccu_fast.ops.small_info_nce import triton as small_info_nce
+
+    compiled = compiled_for(capability)
+    x = torch.zeros(1024, 64, dtype=torch.bfloat16)
+    loss, *saved = small_info_nce.forward(x, x, torch.ones(()), True, 1 / 2048, True)
+    small_info_nce.backward((x, x, torch.ones(())), saved, loss, (True, True, True), True, 1 / 2048)
+    kernels = compiled()
+    assert {name.split()[0] for name in kernels} == {*SMALL, *LOSS}
+    used = usage(kernels["loss_kernel 0"].asm["cubin"], tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0, used
