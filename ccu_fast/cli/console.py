@@ -31,34 +31,40 @@ def one_sentence(command: str, *, goes_on: bool = True) -> Iterator[None]:
     Raises:
         SystemExit: 1, or 130 after Ctrl-C.
     """
-    status = 1
     try:
         yield
-        return
-    except KeyboardInterrupt:
-        said, status = "interrupted", INTERRUPTED
-    except ImportError as error:
-        said = str(error)
-        if "pip install" not in said:
-            if extras.extra_of(error.name or "") is None:
-                raise
-            said = extras.missing(error.name or "", error)
-    except OSError as error:
+    except BaseException as error:
+        told = _sentence(error, goes_on)
+        if told is None:
+            raise
+        # Notes are those of files.after_the_work.
+        said = "; ".join([told, *getattr(error, "__notes__", ())])
+        print(f"{f'ccu-fast {command}'.strip()}: {' '.join(said.split())}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1) from None
+
+
+def _sentence(error: BaseException, goes_on: bool) -> str | None:
+    """What is said of an error; None for a bug, and for what is no error."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, ImportError):
+        if "pip install" in str(error):
+            return str(error)
+        known = extras.extra_of(error.name or "") is not None
+        return extras.missing(error.name or "", error) if known else None
+    if isinstance(error, OSError):
         said = error.strerror or str(error)
         if error.filename is not None:
             said = f"{error.filename}: {said}"
         if error.errno in FULL:
             said += "; make room and give the same command again" + (": it goes on" if goes_on else "")
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        said = f"{str(error).split('. ')[0] or 'out of memory'}; choose a smaller batch or another device"
-    except FloatingPointError as error:
-        said = str(error)
-    except (ValueError, TypeError) as error:
-        if not NAMED.match(str(error)):
-            raise
-        said = str(error)
-    print(f"{f'ccu-fast {command}'.strip()}: {' '.join(said.split())}", file=sys.stderr)
-    raise SystemExit(status)
+        return said
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return f"{str(error).split('. ')[0] or 'out of memory'}; choose a smaller batch or another device"
+    if isinstance(error, FloatingPointError):
+        return str(error)
+    named = isinstance(error, (ValueError, TypeError)) and NAMED.match(str(error))
+    return str(error) if named else None
 
 
 @contextmanager
