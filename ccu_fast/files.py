@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -10,7 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -41,6 +44,16 @@ def write_whole(path: Path, text: str) -> None:
     """Write ``text`` to ``path``: all of it or nothing, also when the process is killed."""
     with new_file(path) as file:
         file.write(text.encode())
+
+
+def reserve(file: IO[bytes], size: int) -> None:
+    """Take the disk space of a file that will be mapped: on a full disk this raises, and a write to the memory crashes.
+
+    Raises:
+        OSError: there is not so much.
+    """
+    if size:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def output_folder(path: Path, name: str = "out") -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import sys
 from collections.abc import Iterator
@@ -11,10 +10,10 @@ from contextlib import contextmanager
 import torch
 
 from ccu_fast import extras
+from ccu_fast.files import FULL
 from ccu_fast.runs.progress import Progress
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
-FULL = (errno.ENOSPC, errno.EDQUOT)
 # The checks of this package name the argument first; an error without a name is a bug.
 NAMED = re.compile(r"[\w\[\], ./-]+: ")
 SHOWN = 12

@@ -12,7 +12,8 @@ from ccu_fast import check, extras
 from ccu_fast.cli.console import live, one_sentence
 from ccu_fast.cli.options import Config, Fields, with_fields
 from ccu_fast.data.captions import Options
-from ccu_fast.files import output_folder, write_whole
+from ccu_fast.data.captions.listing import is_text
+from ccu_fast.files import after_the_work, output_file, write_whole
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.job import Job, protect_dataset
 from ccu_fast.mem.victim import Recipe
@@ -121,14 +122,22 @@ def evaluate(
         named.update({name: Path(path)} if equals else {Path(item).stem: Path(item)})
     if len(named) != len(train):
         raise ValueError(f"train: expected datasets with different names (NAME=PATH), got {train}")
+    for name in named:
+        if not is_text(name):
+            raise ValueError(f"train: expected names of text, got {name!r} (NAME=PATH gives another)")
+    inputs = [*(("train", path) for path in named.values()), ("test", test)]
+    inputs += [("zero_shot", zero_shot)] if zero_shot is not None else []
+    for option, data in inputs:
+        if not data.exists():
+            raise ValueError(f"{option}: expected a file or folder, got {data}, which is not there")
+    read = [data.resolve() for _, data in inputs]
     for option, file in (("out", out), ("report", report)):
         if file is not None:
-            if file.is_dir():
-                raise IsADirectoryError(f"{option}: expected a file, got the folder {file}")
-            output_folder(file.parent, option)
-    for option, data in (*(("train", path) for path in named.values()), ("test", test), ("zero_shot", zero_shot)):
-        if data is not None and not data.exists():
-            raise ValueError(f"{option}: expected a file or folder, got {data}, which is not there")
+            if file.resolve() in read:
+                raise ValueError(f"{option}: expected another file than the data, got {file}")
+            output_file(file, option)
+    if out is not None and report is not None and out.resolve() == report.resolve():
+        raise ValueError(f"report: expected another file than out, got {report}")
     with live(quiet) as progress:
         result = evaluate_datasets(
             named,
@@ -144,18 +153,26 @@ def evaluate(
             threads=threads,
             progress=progress,
         )
-    # What cost most is told first: a full disk then loses no figure.
-    if not quiet:
-        # A table that is cut loses figures: where the width is not known (a file, a pipe), it is as wide as it needs.
-        console = Console()
-        show(evaluation_table(result), console if console.is_terminal else Console(width=160))
     samples = result.pop("samples")  # pictures belong into the page
-    if out is not None:
-        write_whole(out, json.dumps(result, indent=1) + "\n")
-    if report is not None:
-        from ccu_fast.cli.report.page import write_evaluation
+    where = "the figures are above"
+    try:
+        if out is not None:
+            with after_the_work(where):
+                write_whole(out, json.dumps(result, indent=1) + "\n")
+            where += f" and in {out}"
+        if report is not None:
+            from ccu_fast.cli.report.page import write_evaluation
 
-        write_evaluation({**result, "samples": samples}, report)
+            with after_the_work(where):
+                write_evaluation({**result, "samples": samples}, report)
+    except BaseException:
+        quiet = False  # what cannot be written is at least shown
+        raise
+    finally:
+        if not quiet:
+            # A cut table loses figures: where the width is not known (a file, a pipe), it is as wide as it needs.
+            console = Console()
+            show(evaluation_table(result), console if console.is_terminal else Console(width=160))
 
 
 def _tell(out: Path, manifest: dict[str, Any]) -> None:
@@ -167,7 +184,8 @@ def _tell(out: Path, manifest: dict[str, Any]) -> None:
         quality += f", PSNR {measured['psnr_db']:.1f} dB"
     if measured["ssim"] is not None:
         quality += f", SSIM {measured['ssim']:.4f}"
-    console = Console(highlight=False)
-    console.print(f"{manifest['images']} images, {manifest['rows']} captions in {out}: {quality}")
+    console = Console(highlight=False, markup=False, emoji=False)
+    place = os.fsencode(out).decode(errors="backslashreplace")
+    console.print(f"{manifest['images']} images, {manifest['rows']} captions in {place}: {quality}")
     if skipped:
         console.print(f"{skipped} items left out; manifest.json lists them")

@@ -135,7 +135,7 @@ def test_bad_items_are_listed_and_skipped(tmp_path: Path, capsys: pytest.Capture
     command = ["protect", str(source), "--out", str(tmp_path / "out"), *TINY]
     assert cli.main(command) == 1
     assert "2.png: not a picture" in capsys.readouterr().err
-    assert cli.main([*command, "--skip-bad", "--fresh"]) == 0
+    assert cli.main([*command, "--skip-bad"]) == 0
     assert "1 items left out" in capsys.readouterr().out
     assert not (tmp_path / "out" / "2.png").exists() and not (tmp_path / "out" / "2.txt").exists()
 

@@ -122,11 +122,11 @@ def victim_curves(victims: dict[str, list[dict[str, Any]]]) -> str:
     """R@1 among clean test pairs and the training loss of every dataset's victims, epoch by epoch."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for i, (name, runs) in enumerate(victims.items()):
+    for i, runs in enumerate(victims.values()):
         for j, run in enumerate(runs):
             epochs = range(1, len(run["curve"]) + 1)
             recall = [100 * (e["i2t_r1"] + e["t2i_r1"]) / 2 for e in run["curve"]]
-            style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3], "label": None if j else name}
+            style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3], "label": None if j else f"{i}"}
             left.plot(epochs, recall, marker="." if len(recall) == 1 else None, **style)
             right.plot(epochs, run["train_loss"], marker="." if len(recall) == 1 else None, **style)
     left.set_title("retrieval R@1 on clean test pairs (%)")
@@ -136,7 +136,10 @@ def victim_curves(victims: dict[str, list[dict[str, Any]]]) -> str:
     for axes in (left, right):
         axes.set_xlabel("epoch of the victim")
         axes.grid(alpha=0.3)
-    left.legend(frameon=False)
+    # A name is no formula, and no label to hide where it begins with an underscore.
+    for text, name in zip(left.legend(frameon=False).get_texts(), victims, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)
     return _png(figure)
 
 

@@ -168,12 +168,13 @@ def show(table: Table, console: Console) -> None:
     """One table in the terminal."""
     from rich import box
     from rich.table import Table as RichTable
+    from rich.text import Text
 
     shown = RichTable(
-        title=table.caption, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        title=Text(table.caption), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for i, column in enumerate(table.columns):
         shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0, min_width=5 if i else None)
     for row in table.rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))  # a name in brackets is no markup
     console.print(shown)

@@ -28,6 +28,11 @@ class Bad:
     where: str
     why: str
 
+    def __post_init__(self) -> None:
+        # A name may be bytes that are no text; what is told and written down is text.
+        for name, value in (("where", self.where), ("why", self.why)):
+            object.__setattr__(self, name, value.encode("utf-8", "backslashreplace").decode())
+
     def __str__(self) -> str:
         return f"{self.where}: {self.why}"
 
@@ -79,7 +84,8 @@ class Listing:
         root: the CSV file, the folder, or the folder of the shards.
         metadata: the file that names images and captions (CSV, imagefolder), with its two columns in ``columns``.
         files: for each image its path, or ``shard.tar/key.jpg``.
-        names: for each image its published path, relative to the output, ending in ``.png``.
+        names: for each image its published path, relative to the output, ending in ``.png``; of a webdataset
+            ``shard.tar/key.png``, with the key as it came.
         spans: webdataset: int64 ``[images, 3]``: shard, offset and size in bytes of each image.
         shards: webdataset: the tar files.
         captions: for each row.
@@ -146,7 +152,7 @@ class Listing:
 
 
 class Rows:
-    """Collects rows while a dataset is read; refuses empty captions and repeated rows."""
+    """Collects rows while a dataset is read; refuses empty captions, repeated rows, and what is no text or no path."""
 
     def __init__(self) -> None:
         self.files: list[str] = []
@@ -165,6 +171,9 @@ class Rows:
         """A row; False (and an entry in ``bad``) when it cannot be used."""
         if not caption.strip():
             self.refuse(where, "empty caption")
+            return False
+        if "\0" in file or not is_text(caption):
+            self.refuse(where, "a path with a NUL" if "\0" in file else "a caption with half of a surrogate pair")
             return False
         number = self._number.get(file, len(self.files))
         if (number, caption) in self._seen:
@@ -194,6 +203,15 @@ class Rows:
         )
 
 
+def is_text(value: str) -> bool:
+    """Whether it can be written in UTF-8: a JSON escape or a file's name may be half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def published_names(files: Sequence[str], root: Path) -> list[str]:
     """Where each image goes: its path below ``root`` if it has one, else below ``images/``; always with ``.png``.
 
@@ -212,8 +230,4 @@ def published_names(files: Sequence[str], root: Path) -> list[str]:
     ]
     short = [str(PurePosixPath(name).with_suffix(".png")) for name in relative]
     count = Counter(short)
-    names = [new if count[new] == 1 else f"{old}.png" for new, old in zip(short, relative, strict=True)]
-    if len(set(names)) != len(names):
-        twice = next(name for name, n in Counter(names).items() if n > 1)
-        raise ValueError(f"expected images whose published names differ, got {twice} more than once")
-    return names
+    return [new if count[new] == 1 else f"{old}.png" for new, old in zip(short, relative, strict=True)]

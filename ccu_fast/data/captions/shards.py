@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -25,13 +25,15 @@ class BadShard(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """The members of one key: extension → (offset, size)."""
+    """The members of one key: extension → (offset, size); ``repeated`` are extensions that came again."""
 
     key: str
     members: dict[str, tuple[int, int]]
+    repeated: list[str] = field(default_factory=list)
 
     @property
     def pictures(self) -> list[str]:
+        """Extensions of its pictures."""
         return [extension for extension in self.members if extension.rpartition(".")[2] in EXTENSIONS]
 
 
@@ -41,7 +43,7 @@ def list_shards(path: Path) -> Listing:
     A shard that cannot be read to its end is left out as a whole.
     """
     shards = [path] if path.is_file() else sorted(path.glob("*.tar"))
-    rows, spans, good = Rows(), [], []
+    rows, spans, names, good = Rows(), [], [], []
     record = -1
     for shard in shards:
         try:
@@ -50,11 +52,16 @@ def list_shards(path: Path) -> Listing:
             rows.refuse(shard.name, f"unreadable shard: {error}")
             continue
         good.append(shard)
+        keys: set[str] = set()
         for sample in samples:
             record += 1
             where = f"{shard.name}/{sample.key}"
             pictures = sample.pictures
-            if len(pictures) != 1:
+            again = sample.key in keys
+            keys.add(sample.key)
+            if again or sample.repeated:
+                rows.refuse(where, "the key of an earlier sample" if again else f"{sample.repeated[0]} occurs twice")
+            elif len(pictures) != 1:
                 rows.refuse(where, f"expected one picture, got {pictures or 'none'}")
             elif "txt" not in sample.members:
                 rows.refuse(where, f"no caption {sample.key}.txt")
@@ -64,15 +71,13 @@ def list_shards(path: Path) -> Listing:
                 except UnicodeDecodeError as error:
                     rows.refuse(f"{where}.txt", f"expected UTF-8 text, got {error}")
                     continue
-                before = len(rows.files)
                 if rows.add(record, where, f"{where}.{pictures[0]}", caption):
-                    if len(rows.files) == before:
-                        raise ValueError(f"{shard}: expected every key once, got {sample.key} again")
+                    names.append(f"{where}.png")
                     spans.append((len(good) - 1, *sample.members[pictures[0]]))
     return rows.listing(
         "webdataset",
         path.parent if path.is_file() else path,
-        names=[str(PurePosixPath(name[: -len(PurePosixPath(name).suffix)] + ".png")) for name in rows.files],
+        names=names,
         spans=torch.tensor(spans, dtype=torch.int64).reshape(-1, 3),
         shards=good,
     )
@@ -80,6 +85,8 @@ def list_shards(path: Path) -> Listing:
 
 def read_index(shard: Path) -> Iterator[Sample]:
     """The samples of a shard: neighbours with the same key (the path up to the first dot of its last part).
+
+    Members without a key or an extension belong to no sample, as in webdataset.
 
     Raises:
         BadShard: not a plain tar file, damaged, or truncated. The tarfile module takes a damaged header in the middle
@@ -89,6 +96,7 @@ def read_index(shard: Path) -> Iterator[Sample]:
     end = 0
     key = ""
     members: dict[str, tuple[int, int]] = {}
+    repeated: list[str] = []
     try:
         with tarfile.open(shard, mode="r:") as archive:
             for member in archive:
@@ -97,19 +105,21 @@ def read_index(shard: Path) -> Iterator[Sample]:
                     if member.offset_data + member.size > size:
                         raise BadShard(f"truncated in {member.name}")
                     name, extension = split_key(member.name)
-                    if name != key and members:
-                        yield Sample(key, members)
-                        members = {}
-                    if extension in members:
-                        raise BadShard(f"{member.name} occurs twice")
-                    key = name
-                    members[extension] = (member.offset_data, member.size)
+                    if extension and name and not name.endswith("/"):
+                        if name != key and members:
+                            yield Sample(key, members, repeated)
+                            members, repeated = {}, []
+                        key = name
+                        if extension in members:
+                            repeated.append(extension)
+                        else:
+                            members[extension] = (member.offset_data, member.size)
                 # The module keeps every header it has read.
                 archive.members = []  # type: ignore[attr-defined]
     except tarfile.TarError as error:
         raise BadShard(f"not a whole, uncompressed tar file ({error})") from error
     if members:
-        yield Sample(key, members)
+        yield Sample(key, members, repeated)
     with shard.open("rb") as file:
         file.seek(end)
         if file.read(_BLOCK).strip(b"\0"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ccu_fast.data.captions.listing import Listing, Rows
+from ccu_fast.files import json_text
 
 # A field may be as long as a C long allows; the default of 128 KiB is less than some scraped captions.
 _FIELD_LIMIT = 2**31 - 1
@@ -71,7 +72,7 @@ def _writer(source: Path, file: TextIO, columns: list[str]) -> Callable[[dict[st
     if source.suffix == ".jsonl":
 
         def write_line(record: dict[str, Any]) -> None:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json_text(record) + "\n")
 
         return write_line
     with source.open("rb") as raw:
@@ -111,7 +112,7 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[dict[Any, Any]]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number + 1}: expected JSON, got {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number + 1}: expected a JSON object, got {type(record).__name__}")

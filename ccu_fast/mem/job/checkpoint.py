@@ -1,20 +1,20 @@
 """The folder of an unfinished run: what the run is, its checkpoints, and the dataset that is being written.
 
-run.json          what is being made; no other run may use the folder
+run.json          what is being made; once something is, no other run may use the folder
 scan-R.pt         what process R found in its pictures
 checkpoint.json   the last finished round
 round-00003/      R.noise and R.pt of each process R after three rounds
 publish/          becomes the output when it is complete
+published-R.jsonl what process R has written there
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ccu_fast.distributed.ranks import barrier
-from ccu_fast.files import read_json, write_whole
+from ccu_fast.files import after_the_work, locked, read_json, write_whole
 from ccu_fast.mem.protection import Protection
 from ccu_fast.ops.noise_store.api import NoiseStore
 from ccu_fast.ops.noise_store.file import NoiseFile, scratch
@@ -30,44 +30,68 @@ from ccu_fast.runs.checkpoint import read_state, write_state
 from ccu_fast.runs.provenance import json_hash
 
 SHARED = ("model", "optimizer")  # of the surrogate, which is everybody's: rank 0 keeps them
+# What a run makes besides run.json; nothing else in its folder is ever removed.
+OURS = ("scan-*.pt", "checkpoint.json", "round-*", "publish", "published-*.jsonl", "unfinished-*", "trial-*")
+TEMPORARY = (".scan-*", ".checkpoint.json.*", ".run.json.*")
 
 
 @contextmanager
-def workplace(folder: Path, run: Mapping[str, Any], rank: int = 0) -> Iterator[Workplace]:
+def workplace(folder: Path, run: Mapping[str, Any], rank: int = 0, *, fresh: bool = False) -> Iterator[Workplace]:
     """One process's view of the folder, locked against a second run.
 
+    Where the run before has made nothing that cost more than a look at its input, this one takes its place.
+
     Args:
-        folder: made if needed.
+        folder: made if needed; gone afterwards if empty.
         run: JSON values that determine the output.
         rank: of this process.
+        fresh: throw away what another run, or this one, has made.
 
     Raises:
         ValueError: the folder is another run's; names what differs.
         BlockingIOError: that run is going on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"lock-{rank}").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BlockingIOError(f"out: expected no other process at work in {folder}, got one") from None
-        path, here = folder / "run.json", json.loads(json.dumps(run))
-        others = [p.name for p in folder.iterdir() if not p.name.startswith(("lock-", "."))]
-        if others and not path.exists():
-            raise ValueError(f"out: expected the folder of an unfinished run in {folder}, got {others}")
-        barrier()  # before rank 0 writes what the others look for
-        if rank == 0 and not path.exists():
-            write_whole(path, json.dumps(here, indent=1) + "\n")
-        barrier()
-        there = read_json(path)
-        if there != here:
-            names = [n for n in sorted({*there, *here}) if there.get(n) != here.get(n)]
-            told = "; ".join(f"{n} {_short(there.get(n))} there, {_short(here.get(n))} here" for n in names)
-            raise ValueError(
-                f"out: expected the same run as the unfinished one in {folder}, got another ({told}). "
-                "Repeat its command to finish it, choose another output, or start anew (--fresh)"
-            )
-        yield Workplace(folder, rank, json_hash(run))
+    here = json.loads(json.dumps(run))
+    try:
+        with locked(folder / f"lock-{rank}"):
+            barrier()  # all processes are here, and none of another run
+            if rank == 0:
+                _take(folder, here, fresh)
+            barrier()
+            yield Workplace(folder, rank, json_hash(run))
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _take(folder: Path, here: Mapping[str, Any], fresh: bool) -> None:
+    path = folder / "run.json"
+    others = [p.name for p in folder.iterdir() if not p.name.startswith(("lock-", "."))]
+    if others and not path.exists():
+        raise ValueError(f"out: expected the folder of an unfinished run in {folder}, got {others}")
+    there = None if fresh or not path.exists() else read_json(path)
+    if there == here:
+        return
+    if there is not None and ((folder / "checkpoint.json").exists() or any(folder.glob("published-*.jsonl"))):
+        names = [n for n in sorted({*there, *here}) if there.get(n) != here.get(n)]
+        told = "; ".join(f"{n} {_short(there.get(n))} there, {_short(here.get(n))} here" for n in names)
+        raise ValueError(
+            f"out: expected the same run as the unfinished one in {folder}, got another ({told}). "
+            "Repeat its command to finish it, choose another output, or start anew (--fresh)"
+        )
+    remove_run(folder)
+    write_whole(path, json.dumps(here, indent=1) + "\n")
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run has made, and nothing else."""
+    # run.json last: it tells whose folder this is.
+    for path in [path for pattern in (*OURS, *TEMPORARY, "run.json") for path in folder.glob(pattern)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @dataclass(frozen=True)
@@ -144,9 +168,11 @@ class Workplace:
         return self.folder / f"round-{done:05d}"
 
     def finish(self, out: Path) -> None:
-        """Move the dataset into place and remove the folder. Called on rank 0 alone, after all have closed."""
-        os.replace(self.publish, out)
-        shutil.rmtree(self.folder)
+        """Move the dataset into place and remove the rest. Called on rank 0 alone, when all have written."""
+        with after_the_work(f"the protected dataset is whole in {self.publish}; the same command moves it to {out}"):
+            os.replace(self.publish, out)
+        with after_the_work(f"the protected dataset is whole in {out}; what is left in {self.folder} is of no use"):
+            remove_run(self.folder)
 
 
 def _short(value: Any) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import shutil
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,11 +21,12 @@ from ccu_fast.data.captions.listing import MANIFEST
 from ccu_fast.data.pictures import MAX_PIXELS
 from ccu_fast.distributed.parameters import average_
 from ccu_fast.distributed.ranks import barrier, gather_objects, processes
-from ccu_fast.files import output_folder, read_json
+from ccu_fast.files import after_the_work, locked, new_folder, output_folder, read_json
 from ccu_fast.mem.config import Execution, Method, Settings
-from ccu_fast.mem.job.checkpoint import Workplace, workplace
+from ccu_fast.mem.job.checkpoint import Workplace, remove_run, workplace
 from ccu_fast.mem.protection import Protection
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
+from ccu_fast.mem.publish.rehearse import check_space, unwritable_files, unwritable_samples
 from ccu_fast.mem.publish.writer import write_metadata
 from ccu_fast.mem.source import Part
 from ccu_fast.models.named import Model
@@ -42,12 +43,13 @@ class Job:
 
     Attributes:
         input: see :func:`ccu_fast.data.captions.list_pairs`.
-        out: a folder that does not exist or is empty. Until the run is complete its files are in ``<out>.partial``.
+        out: a folder that does not exist or is empty, or a link to such a one. Until the run is complete its files are
+            in ``<out>.partial``, beside the folder itself.
         model: all captions of the listing → the surrogate; called once.
         method, settings, seed: of the generator.
         options: how to read the input.
         skip_bad: leave out what cannot be used, and list it in the manifest; otherwise it is an error.
-        fresh: throw an unfinished run away first.
+        fresh: throw an unfinished run away first, unless it is going on.
         noise_on_disk: keep the noise in a mapped file instead of in memory.
         reference_files: also write ``noise.pt`` and ``token.pt`` into ``<out>.reference``; see
             :func:`write_reference_files`.
@@ -94,7 +96,7 @@ def protect_dataset(job: Job, progress: Progress = silent) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        BadData: something in the input cannot be used and ``skip_bad`` is not set.
+        BadData: something in the input cannot be used, or not be published, and ``skip_bad`` is not set.
         FileExistsError: ``out`` has contents that are not this run's.
         ValueError: naming the argument.
         OSError: the disk. What was done stays in ``<out>.partial``.
@@ -115,7 +117,10 @@ def protect_dataset(job: Job, progress: Progress = silent) -> dict[str, Any]:
 class _Run:
     def __init__(self, job: Job, rank: int, world: int, progress: Progress) -> None:
         self.job, self.rank, self.world, self.progress = job, rank, world, progress
-        self.partial = job.out.with_name(job.out.name + ".partial")
+        self.out = Path(os.path.realpath(job.out))
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        # Beside the dataset, not in it: they undo the protection.
+        self.reference = self.out.with_name(self.out.name + ".reference")
         if world > 1 and job.method.noise == "universal":
             raise ValueError("method: expected one process for uap, whose noise all images share")
         if world > 1 and job.reference_files:
@@ -123,21 +128,24 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         job = self.job
-        output_folder(job.out.parent)
+        complete = (self.out / MANIFEST).is_file()
+        if self.rank == 0 and not complete:
+            new_folder(job.out)
+            if job.reference_files:
+                output_folder(self.reference, "reference_files")
+        barrier()
         listing = list_pairs(job.input, job.options)
+        if listing.format == "folder" and self.out.is_relative_to(os.path.realpath(listing.root)):
+            raise ValueError(f"out: expected a folder outside the input, all of which is read, got {job.out}")
         if listing.spans is not None:
             extras.require("webdataset")
         if not job.skip_bad:
             listing.whole(SKIP)
         model = job.model(listing.captions)
         run = self._describe(listing, model)
-        finished = self._finished(run)
-        if finished is not None:
-            return finished
-        if job.fresh and self.rank == 0:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        barrier()
-        with workplace(self.partial, run, self.rank) as place:
+        if complete:
+            return self._finished(run)
+        with workplace(self.partial, run, self.rank, fresh=job.fresh) as place:
             listing, mine, digests = self._look(place, listing, model)
             if job.settings.compat and len(listing.captions) != listing.n_images:
                 raise ValueError(
@@ -146,11 +154,13 @@ class _Run:
                 )
             with closing(self._source(listing, model, digests)) as source:
                 part = Part(source, torch.tensor(mine))
+                self._check_space(place, source, mine)
                 protection = self._generate(place, part, model)
-                manifest = self._publish(place, source, part, protection, run)
-        barrier()
-        if self.rank == 0:
-            place.finish(job.out)
+                with after_the_work(f"all rounds are kept in {self.partial}, where the same command goes on"):
+                    manifest = self._publish(place, source, part, protection, run)
+            barrier()
+            if self.rank == 0:
+                place.finish(self.out)
         barrier()
         return manifest
 
@@ -163,25 +173,23 @@ class _Run:
             "execution": {**asdict(job.execution), "autocast": str(job.execution.autocast)},
             "surrogate": model.about,
             "input": listing.fingerprint(),
-            "skip_bad": job.skip_bad,
             "max_pixels": job.max_pixels,
             "reference_files": job.reference_files,
             "processes": self.world,
             "made_with": versions("ccu_fast", "torch", "threads"),
         }
 
-    def _finished(self, run: dict[str, Any]) -> dict[str, Any] | None:
-        """The manifest, if this very run is complete; else the output must be free."""
-        out = self.job.out
-        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-            return None
-        if (out / MANIFEST).is_file():
-            manifest: dict[str, Any] = read_json(out / MANIFEST)
-            if manifest.get("run") == json_hash(run):
-                if self.rank == 0:  # killed between the last two steps
-                    shutil.rmtree(self.partial, ignore_errors=True)
-                return manifest
-        raise FileExistsError(f"out: expected a new or empty folder, got {out}")
+    def _finished(self, run: dict[str, Any]) -> dict[str, Any]:
+        """The manifest, if this very run is complete."""
+        manifest = read_json(self.out / MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("run") != json_hash(run):
+            raise FileExistsError(f"out: expected a new or empty folder, got {self.job.out}")
+        if self.rank == 0 and self.partial.is_dir():  # killed between the last two steps
+            with locked(self.partial / "lock-0"):
+                remove_run(self.partial)
+            with suppress(OSError):
+                self.partial.rmdir()
+        return manifest
 
     def _source(self, listing: Listing, model: Model, digests: Tensor | None = None) -> DiskSource:
         job = self.job
@@ -196,14 +204,17 @@ class _Run:
         else:
             with closing(self._source(listing, model)) as source:
                 seen = scan(source, mine, lambda done, n: self.progress("checking pictures", done, n, ""))
-            found = {"digests": seen.digests[mine], "bad": seen.bad}
-            write_state(path, found)
+                names = unwritable_files(listing, place.folder) if self.rank == 0 else {}
+                found = {
+                    "digests": seen.digests[mine],
+                    "bad": {**names, **unwritable_samples(source, mine), **seen.bad},
+                }
         parts = gather_objects((found["bad"], found["digests"]))
         bad = {number: why for items, _ in parts for number, why in items.items()}
         if bad and not self.job.skip_bad:
-            barrier()
-            path.unlink()  # the pictures may be mended before the next try
-            raise BadData(bad_pictures(listing, bad), SKIP)
+            raise BadData(bad_pictures(listing, bad), SKIP)  # nothing is kept: they may be mended before the next try
+        if not path.exists():
+            write_state(path, found)
         digests = torch.cat([part for _, part in parts])
         keep = [number for number in range(listing.n_images) if number not in bad]
         usable = listing.without(list(bad), bad_pictures(listing, bad))
@@ -212,6 +223,19 @@ class _Run:
         if min(counts) < 2:
             raise ValueError(f"input: expected at least two usable images for each process, got {counts}")
         return usable, kept, digests[keep]
+
+    def _check_space(self, place: Workplace, source: DiskSource, mine: list[int]) -> None:
+        job = self.job
+        if self.rank == 0:
+            check_space(
+                source,
+                mine,
+                place.folder,
+                eps=0 if job.method.noise == "none" else job.settings.eps,
+                noise_files=2 * (job.method.generates and job.method.noise != "universal") + job.noise_on_disk,
+                reference_files=job.reference_files,
+            )
+        barrier()
 
     def _generate(self, place: Workplace, part: Part, model: Model) -> Protection:
         job = self.job
@@ -263,10 +287,8 @@ class _Run:
                 dropped.update(left)
             hashes |= write_metadata(source.listing, captions.__getitem__, place.publish)
             if self.job.reference_files:
-                # Beside the dataset, not in it: they undo the protection.
-                folder = self.job.out.with_name(self.job.out.name + ".reference")
-                folder.mkdir(parents=True, exist_ok=True)
-                write_reference_files(source, made, protection.triggers, folder)
+                self.reference.mkdir(parents=True, exist_ok=True)
+                write_reference_files(source, made, protection.triggers, self.reference)
             write_manifest(
                 place.publish,
                 source.listing,
@@ -299,8 +321,8 @@ def _check_complete(folder: Path, expected: set[str]) -> None:
     """Exactly the files of the manifest are there."""
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     if there != expected:
-        odd = sorted(there ^ expected)
-        raise RuntimeError(f"{folder}: expected the files that were written, and no others; {odd[:3]} differ")
+        odd = ", ".join(f"{name} {'more' if name in there else 'less'}" for name in sorted(there ^ expected)[:3])
+        raise ValueError(f"out: expected the files that were written to {folder} and no others, got {odd}")
 
 
 def share(listing: Listing, rank: int, world: int) -> list[int]:

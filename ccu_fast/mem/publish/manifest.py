@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ccu_fast.data.captions.listing import MANIFEST, Bad, Listing
-from ccu_fast.files import write_whole
+from ccu_fast.files import json_text, write_whole
 from ccu_fast.mem.fidelity import Fidelity
 from ccu_fast.runs.provenance import versions
 
@@ -51,4 +50,4 @@ def write_manifest(
         "losses": dict(losses),
         "sha256": dict(sorted(hashes.items())),
     }
-    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / MANIFEST, json_text(manifest, indent=1) + "\n")

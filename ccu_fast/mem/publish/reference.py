@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.data.captions.dataset import DiskSource
-from ccu_fast.files import new_file
+from ccu_fast.files import new_file, reserve
 from ccu_fast.mem.publish.writer import CHUNK, Published
 from ccu_fast.models.clip import STD
 
@@ -35,6 +35,7 @@ def write_reference_files(source: DiskSource, made: Published, triggers: Tensor,
     divisor = torch.tensor(std).view(1, -1, 1, 1) * 255
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".noise.") as file:
         size = len(image_of) * shape[0] * shape[1] * shape[2]
+        reserve(file, 4 * size)
         noise = torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(-1, *shape)
         for rows in torch.arange(len(image_of)).split(CHUNK):
             index = image_of[rows]

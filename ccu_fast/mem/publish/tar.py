@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ccu_fast.data.captions.shards import read_index, read_span
-from ccu_fast.data.pictures import EXTENSIONS
+from ccu_fast.data.captions.shards import Sample, read_index, read_span
+from ccu_fast.files import json_text
 
 KEPT = ("json", "cls")
 
 
 def write_shard(
-    source: Path, target: Path, samples: Iterator[tuple[str, bytes, str]], size: tuple[int, int]
+    source: Path, target: Path, samples: Iterable[tuple[str, bytes, str]], size: tuple[int, int]
 ) -> dict[str, int]:
     """Write (key, PNG, caption) in their order; ``json`` and ``cls`` members are taken over.
 
@@ -27,31 +27,45 @@ def write_shard(
     Returns:
         How many members of each extension were left out.
     """
-    from webdataset import TarWriter
-
     dropped: Counter[str] = Counter()
     index = read_index(source)
-    # The same input gives the same bytes: no time, no user.
-    with target.open("wb") as file:
-        options: Any = {"mtime": 0, "user": "", "group": "", "mode": 0o644, "format": "PAX_FORMAT"}
-        with TarWriter(file, encoder=False, **options) as archive:
-            for key, png, caption in samples:
-                members = next(sample.members for sample in index if sample.key == key)
-                written: dict[str, Any] = {"__key__": key, "png": png, "txt": caption.encode()}
-                for extension, span in members.items():
-                    if extension == "json":
-                        written["json"] = _about(read_span(source, *span), caption, png, size)
-                    elif extension in KEPT:
-                        written[extension] = read_span(source, *span)
-                    elif extension != "txt" and extension not in EXTENSIONS:
-                        dropped[extension] += 1
-                archive.write(written)
+    with target.open("wb") as file, writer(file) as archive:
+        for key, png, caption in samples:
+            sample = next(sample for sample in index if sample.key == key)
+            archive.write(published(source, sample, png, caption, size))
+            taken = {*KEPT, "txt", *sample.pictures}
+            dropped.update(extension for extension in sample.members if extension not in taken)
     return dict(dropped)
 
 
+def writer(file: BinaryIO) -> Any:
+    """A ``TarWriter`` that gives the same bytes for the same input: no time, no user."""
+    from webdataset import TarWriter
+
+    options: Any = {"mtime": 0, "user": "", "group": "", "mode": 0o644, "format": "PAX_FORMAT"}
+    return TarWriter(file, encoder=False, **options)
+
+
+def published(shard: Path, sample: Sample, png: bytes, caption: str, size: tuple[int, int]) -> dict[str, Any]:
+    """What is written in the place of a sample, as webdataset takes it.
+
+    Raises:
+        ValueError: the sample's ``json`` is none.
+    """
+    written: dict[str, Any] = {"__key__": sample.key, "png": png, "txt": caption.encode()}
+    for extension in KEPT:
+        if extension in sample.members:
+            data = read_span(shard, *sample.members[extension])
+            written[extension] = _about(data, caption, png, size) if extension == "json" else data
+    return written
+
+
 def _about(data: bytes, caption: str, png: bytes, size: tuple[int, int]) -> bytes:
-    about = json.loads(data)
+    try:
+        about = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its json is no JSON ({error})") from error
     if isinstance(about, dict):
         new = {"caption": caption, "sha256": sha256(png).hexdigest(), "width": size[0], "height": size[1]}
         about.update({name: value for name, value in new.items() if name in about})
-    return json.dumps(about, ensure_ascii=False).encode()
+    return json_text(about).encode()

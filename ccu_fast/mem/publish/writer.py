@@ -148,11 +148,8 @@ class Publisher:
             hashes[shard.name] = self._place(path, shard.name)
         else:
             for image, png, captions in self._pictures(chunk, sums):
-                files = {self.listing.names[image]: png}
-                if self.listing.format == "folder":
-                    name = self.listing.names[image].removesuffix(".png") + ".txt"
-                    files[name] = "".join(f"{text}\n" for text in captions).encode()
-                for name, data in files.items():
+                text = "".join(f"{caption}\n" for caption in captions).encode()
+                for name, data in zip(published_files(self.listing, image), (png, text), strict=False):
                     path = self._unfinished / "file"
                     path.write_bytes(data)
                     hashes[name] = self._place(path, name, hashlib.sha256(data).hexdigest())
@@ -186,6 +183,14 @@ class Publisher:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
         return digest
+
+
+def published_files(listing: Listing, image: int) -> list[str]:
+    """Where an image goes and, if captions have their own files, its captions; of a sample in a shard, nothing."""
+    name = listing.names[image]
+    if listing.spans is not None:
+        return []
+    return [name, name.removesuffix(".png") + ".txt"] if listing.format == "folder" else [name]
 
 
 def write_metadata(listing: Listing, captions: Callable[[int], str], folder: Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccu_fast.files import new_file
+from ccu_fast.files import new_file, reserve
 
 _MAGIC = b"ccu_fast.NoiseStore 1\n"
 _SLOT, _DATA = 4096, 8192
@@ -152,7 +152,8 @@ class NoiseFile:
 def scratch(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros in a file without a name, mapped into memory; it goes with the process, however that ends."""
     with tempfile.TemporaryFile(dir=folder) as file:
-        return _mapped(file, shape, dtype, mode="w+")
+        reserve(file, math.prod(shape) * dtype.itemsize)
+        return _mapped(file, shape, dtype, mode="r+")
 
 
 def _mapped(file: Any, shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> Tensor:

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import signal
 import tarfile
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from torch import nn
 from ccu_fast.data.captions import DiskSource, list_pairs
 from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.job import BadData, Job, protect_dataset
+from ccu_fast.mem.job import checkpoint as checkpoint_module
 from ccu_fast.mem.job import protect as job_module
 from ccu_fast.mem.job.checkpoint import Workplace, workplace
 from ccu_fast.mem.job.models import small
@@ -188,7 +188,7 @@ MOMENTS = {
     "in the second chunk": (writer_module.Publisher, "_write_chunk", 2),
     "before the manifest": (job_module, "write_manifest", 1),
     "before the last rename": (Workplace, "finish", 1),
-    "after the last rename": (shutil, "rmtree", 3),
+    "after the last rename": (checkpoint_module, "remove_run", 2),
 }
 
 ON_DISK = ("in the second round", "when its noise is written", "in the middle of the export")  # where it differs
@@ -273,9 +273,9 @@ def test_bad_parts_are_an_error_or_a_listed_skip(tmp_path: Path) -> None:
     with source.open("a") as file:
         file.write("x,pictures/3.png,\r\n")
     with pytest.raises(BadData, match="record 10: empty caption"):
-        protect_dataset(job(source, tmp_path / "out", fresh=True))
+        protect_dataset(job(source, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    manifest = protect_dataset(job(source, tmp_path / "out", skip_bad=True, fresh=True))
+    manifest = protect_dataset(job(source, tmp_path / "out", skip_bad=True))
     assert manifest["skipped"]["count"] == 3
     assert [Path(item["where"]).name for item in manifest["skipped"]["items"]] == [
         "train.csv, record 10",
@@ -335,10 +335,11 @@ def test_outputs_that_are_taken(tmp_path: Path) -> None:
         protect_dataset(job(source, tmp_path / "b"))
     task = job(source, tmp_path / "c")
     with (
-        workplace(tmp_path / "c.partial", {"seed": 1}),
+        workplace(tmp_path / "c.partial", {"seed": 1}) as place,
         pytest.raises(BlockingIOError, match="no other process at work"),
     ):
-        protect_dataset(task)
+        protect_dataset(replace(task, fresh=True))
+    (place.folder / "checkpoint.json").write_text('{"round": 1}')
     with pytest.raises(ValueError, match=r"expected the same run.*seed 1 there, 0 here.*--fresh"):
         protect_dataset(task)
     protect_dataset(replace(task, fresh=True))

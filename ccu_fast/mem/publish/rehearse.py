@@ -1,0 +1,140 @@
+"""What publishing could fail on after hours is found before: all but the pixels is written once, by the same code."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ccu_fast.data.captions import DiskSource, Listing
+from ccu_fast.data.captions.listing import MANIFEST, is_text
+from ccu_fast.data.captions.shards import Sample, read_index, split_key
+from ccu_fast.data.pictures import encode_png
+from ccu_fast.files import FULL, readable
+from ccu_fast.mem.publish.tar import published, writer
+from ccu_fast.mem.publish.writer import published_files, write_metadata
+
+_SAMPLED = 16  # pictures whose size tells that of all
+_BLOCK = 4096  # of a file system: what the smallest file takes
+
+
+def unwritable_files(listing: Listing, folder: Path) -> dict[int, str]:
+    """Make every file of the output, empty, and its table; what they are made in is gone afterwards.
+
+    Args:
+        listing: what is to be protected.
+        folder: on the file system of the output.
+
+    Returns:
+        Image number → why it cannot be published: its name is no text, is too long for the file system, or is taken.
+
+    Raises:
+        OSError: the disk is full.
+        ValueError: the table cannot be written.
+    """
+    bad: dict[int, str] = {}
+    with tempfile.TemporaryDirectory(dir=folder, prefix="trial-") as trial:
+        (Path(trial) / MANIFEST).touch()
+        if listing.metadata is not None:
+            with readable(listing.metadata, listing.argument):
+                write_metadata(listing, listing.captions.__getitem__, Path(trial))
+        for image, name in ((i, name) for i in range(listing.n_images) for name in published_files(listing, i)):
+            if not is_text(name):
+                bad[image] = "its name is not UTF-8"
+                continue
+            target = Path(trial) / name
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.touch(exist_ok=False)
+            except OSError as error:
+                if error.errno in FULL:
+                    raise
+                taken = isinstance(error, FileExistsError)
+                bad[image] = f"cannot be published as {name}: {'the name is taken' if taken else error.strerror}"
+    return bad
+
+
+def unwritable_samples(source: DiskSource, images: Sequence[int]) -> dict[int, str]:
+    """Write every sample of these images to a shard in memory and read its key back; of other formats none.
+
+    Returns:
+        Image number → why it cannot be published.
+    """
+    listing = source.listing
+    bad: dict[int, str] = {}
+    if listing.spans is None:
+        return {}
+    by_shard: dict[int, dict[str, int]] = {}
+    for image, shard in zip(images, listing.spans[list(images), 0].tolist(), strict=True):
+        key = listing.names[image].removesuffix(".png").partition("/")[2]
+        by_shard.setdefault(shard, {})[key] = image
+    caption_of = dict(zip(listing.image_of.tolist(), listing.captions, strict=True))
+    for shard, image_of in by_shard.items():
+        for sample in read_index(listing.shards[shard]):
+            if sample.key in image_of:
+                number = image_of[sample.key]
+                try:
+                    _write_sample(listing.shards[shard], sample, caption_of[number])
+                except Exception as error:  # whatever a parser or the archive raises
+                    bad[number] = f"cannot be published: {str(error) or type(error).__name__}"
+    return bad
+
+
+def _write_sample(shard: Path, sample: Sample, caption: str) -> None:
+    if not is_text(f"{shard.name}/{sample.key}"):
+        raise ValueError("its name is not UTF-8")
+    if sample.key.startswith("/") or ".." in sample.key.split("/"):
+        raise ValueError("its key leads out of the folder that a shard is unpacked in")
+    members = published(shard, sample, b"", caption, (1, 1))
+    memory = io.BytesIO()
+    with writer(memory) as archive:
+        archive.write(members)
+    memory.seek(0)
+    with tarfile.open(fileobj=memory) as archive:
+        found = {split_key(member.name) for member in archive}
+    if found != {(sample.key, name) for name in members if name != "__key__"}:
+        raise ValueError("its key is read back as another")
+
+
+def check_space(
+    source: DiskSource, images: Sequence[int], folder: Path, *, eps: int, noise_files: int, reference_files: bool
+) -> None:
+    """The disk has room for the noise of the checkpoints and then for the pictures, as far as can be told.
+
+    Args:
+        source: all pictures.
+        images: those of this process, of which a few are encoded with noise.
+        folder: where the run works; what it holds already is counted as room.
+        eps: largest noise, in 1/255.
+        noise_files: how many times the noise is on the disk while a round is saved.
+        reference_files: whether they are written: fp32 noise for each row, twice.
+
+    Raises:
+        OSError: it has not; tells how much is needed and how much there is.
+    """
+    some = torch.tensor(images)[torch.linspace(0, len(images) - 1, min(_SAMPLED, len(images))).long()]
+    original = source.images(some).short()
+    noise = torch.randint(-eps, eps + 1, original.shape, generator=torch.Generator().manual_seed(0))
+    sizes = [len(encode_png(pixels)) for pixels in (original + noise).clamp(0, 255).to(torch.uint8)]
+    pixels = original[0].numel()
+    published = source.n_images * (sum(sizes) / len(sizes) + _BLOCK)
+    reference = 8 * pixels * len(source.captions) if reference_files else 0
+    stored = source.n_images * pixels
+    needed = max(noise_files * stored, max(noise_files - 1, 0) * stored + published + reference)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free + there
+    if needed > free:
+        n, (_, height, width) = source.n_images, source.image_shape
+        raise OSError(
+            f"out: expected about {_size(needed)} of free space in {folder} for {n} pictures of {height}x{width}, "
+            f"got {_size(free)}"
+        )
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
