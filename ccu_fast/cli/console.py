@@ -73,8 +73,10 @@ def live(quiet: bool) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = [TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    columns += [TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+    # A stage may have the name of a dataset, whose brackets are no markup.
+    stage, note = (TextColumn(text, markup=False) for text in ("{task.description:<24}", "{task.fields[note]}"))
+    columns = [stage, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns += [TextColumn("left"), TimeRemainingColumn(), note]
     console = Console(stderr=True)
     console.quiet = quiet or not console.is_interactive  # a log is not full of bars
     with Bars(*columns, console=console, transient=True) as bars:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -15,17 +17,16 @@ import torch
 from ccu_fast.cli import main as cli
 from ccu_fast.data.captions import DiskSource, list_pairs
 from ccu_fast.data.strips import write_strips
+from ccu_fast.mem.protection import Protection
 from ccu_fast.ops import machine
 from tests.support import mem_datasets as made
-from tests.support.forked import fork, kill_when
+from tests.support.forked import fork, in_child, kill_when
+from tests.support.mem_jobs import tree
 
 TINY = ["--size", "16x16", "--model", "small:32", "--rounds", "2", "--pgd-steps", "2", "--step", "4"]
 TINY += ["--surrogate-steps", "2", "--trigger-rounds", "1", "--candidates", "4", "--batch", "4"]
+EVALUATION = ["--size", "16x16", "--model", "small:32", "--epochs", "1", "--batch", "4"]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_protect_and_evaluate_real_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +139,85 @@ def test_bad_items_are_listed_and_skipped(tmp_path: Path, capsys: pytest.Capture
     assert cli.main([*command, "--skip-bad"]) == 0
     assert "1 items left out" in capsys.readouterr().out
     assert not (tmp_path / "out" / "2.png").exists() and not (tmp_path / "out" / "2.txt").exists()
+
+
+NAMES = ["$\\frac$", "a$b$c", "[/bold]", "[red]x", "_hidden", ":smile:", "<b>&"]
+
+
+def test_evaluate_takes_names_of_any_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = made.write_csv(tmp_path / "in")
+    page, figures = tmp_path / "page.html", tmp_path / "figures.json"
+    options = ["--test", source, "--out", figures, "--report", page, *EVALUATION]
+    assert cli.main(list(map(str, ["evaluate", *(f"{name}={source}" for name in NAMES), *options]))) == 0
+    shown = capsys.readouterr().out
+    assert list(json.loads(figures.read_text())["datasets"]) == NAMES
+    assert all(name in shown for name in NAMES) and "&lt;b&gt;&amp;" in page.read_text()
+
+
+def test_evaluate_writes_the_figures_before_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = made.write_csv(tmp_path / "in")
+    figures = tmp_path / "figures.json"
+
+    def broken(*_: object) -> None:
+        assert figures.exists()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "page.html")
+
+    monkeypatch.setattr("ccu_fast.cli.report.page.write_evaluation", broken)
+    command = ["evaluate", source, "--test", source, "--report", tmp_path / "page.html", *EVALUATION, "--quiet"]
+    assert cli.main(list(map(str, [*command, "--out", figures]))) == 1
+    told = capsys.readouterr()
+    assert "guessing" in told.out, "shown though quiet"
+    assert told.err.endswith(f"give the same command again; the figures are above and in {figures}\n")
+    monkeypatch.setattr("ccu_fast.cli.mem.write_whole", broken)
+    assert cli.main(list(map(str, [*command, "--out", figures]))) == 1
+    told = capsys.readouterr()
+    assert "guessing" in told.out and told.err.endswith("; the figures are above\n")
+
+
+def test_outputs_of_evaluate_that_would_cost_something(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = made.write_csv(tmp_path / "in")
+    before = source.read_bytes()
+    for option in ("--out", "--report"):
+        assert cli.main(["evaluate", str(source), "--test", str(source), option, str(source), *EVALUATION]) == 1
+        assert f"{option[2:]}: expected another file than the data" in capsys.readouterr().err
+    same = str(tmp_path / "same")
+    command = ["evaluate", str(source), "--test", str(source), "--out", same, "--report", same, *EVALUATION]
+    assert cli.main(command) == 1 and "report: expected another file than out" in capsys.readouterr().err
+    command = ["evaluate", f"caf\udce9={source}", "--test", str(source), *EVALUATION]
+    assert cli.main(command) == 1 and "train: expected names of text" in capsys.readouterr().err
+    assert source.read_bytes() == before
+
+
+def test_a_finished_run_is_told_whatever_its_folder_is_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = made.write_csv(tmp_path / "in")
+    for name in ("out [/bold]", "caf\udce9"):
+        assert cli.main(["protect", str(source), "--out", str(tmp_path / name), *TINY]) == 0
+        assert "6 images, 7 captions" in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_while_the_dataset_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a child, whose every write to the unfinished dataset fails; the same command then goes on."""
+    source = made.write_csv(tmp_path / "in")
+    command = ["protect", str(source), "--out", str(tmp_path / "out"), *TINY, "--quiet"]
+
+    def on_a_full_disk() -> None:
+        def full(path: Path, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        Path.write_bytes = full  # type: ignore[method-assign]
+        with (tmp_path / "told").open("w") as told, redirect_stderr(told):
+            assert cli.main(command) == 1
+
+    assert in_child(on_a_full_disk) == 0
+    told = (tmp_path / "told").read_text()
+    assert "make room and give the same command again: it goes on" in told and told.count("\n") == 1
+    assert told.endswith(f"all rounds are kept in {tmp_path}/out.partial, where the same command goes on\n")
+    monkeypatch.setattr(Protection, "round", lambda *_: pytest.fail("a round was done again"))
+    assert cli.main(command) == 0
 
 
 def test_kill_9_and_the_same_command(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ccu_fast.data.captions import DiskSource, list_pairs
-from ccu_fast.mem.config import Method, Settings
+from ccu_fast.mem.config import Method
 from ccu_fast.mem.job import BadData, Job, protect_dataset
 from ccu_fast.mem.job import checkpoint as checkpoint_module
 from ccu_fast.mem.job import protect as job_module
@@ -32,11 +32,8 @@ from ccu_fast.mem.publish import writer as writer_module
 from ccu_fast.ops.noise_store.api import NoiseStore
 from tests.support import mem_datasets as made
 from tests.support.forked import in_child, on_ranks
+from tests.support.mem_jobs import SHAPE, TINY, job, tree
 
-SHAPE = (3, 16, 16)
-TINY = Settings(
-    eps=8, step=4, pgd_steps=2, rounds=2, trigger_rounds=1, trigger_words=8, candidates=4, surrogate_steps=2, batch=4
-)
 WRITERS = {
     "csv": made.write_csv,
     "folder": made.write_folder,
@@ -44,15 +41,6 @@ WRITERS = {
     "webdataset": made.write_shards,
 }
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def job(source: Path, out: Path, **options: Any) -> Job:
-    model = partial(small, image_shape=SHAPE, width=32)
-    return Job(source, out, model, **{"settings": TINY, "threads": 2, **options})
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
