@@ -172,8 +172,11 @@ class Rows:
         if not caption.strip():
             self.refuse(where, "empty caption")
             return False
-        if "\0" in file or not is_text(caption):
-            self.refuse(where, "a path with a NUL" if "\0" in file else "a caption with half of a surrogate pair")
+        if not is_text(caption):
+            self.refuse(where, "a caption with half of a surrogate pair")
+            return False
+        if not _is_path(file):
+            self.refuse(where, "a path that no file can have")
             return False
         number = self._number.get(file, len(self.files))
         if (number, caption) in self._seen:
@@ -210,6 +213,13 @@ def is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _is_path(value: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def published_names(files: Sequence[str], root: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -72,12 +73,12 @@ def choose(
         if size is not None or grey:
             raise ValueError(f"size, grey: expected neither for {spec!r}, which has its own input")
         return lambda captions: _hashed(named_model(spec, checkpoint), checkpoint)
-    if rest and not rest.isdigit():
+    if not re.fullmatch(r"\d*", rest, re.ASCII):
         raise ValueError(f"model: expected small or small:WIDTH, got {spec!r}")
-    numbers = (size or "64x64").lower().split("x")
-    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+    numbers = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", (size or "64x64").lower(), re.ASCII)
+    if numbers is None:
         raise ValueError(f"size: expected HEIGHTxWIDTH in pixels, such as 64x64, got {size!r}")
-    shape = (1 if grey else 3, int(numbers[0]), int(numbers[1]))
+    shape = (1 if grey else 3, int(numbers[1]), int(numbers[2]))
     return partial(small, image_shape=shape, width=int(rest or 96), checkpoint=checkpoint)
 
 

@@ -214,11 +214,12 @@ def test_a_name_that_becomes_too_long(tmp_path: Path) -> None:
     protect_dataset(job(source, tmp_path / "out", skip_bad=True))
 
 
-def test_a_path_with_a_nul_is_a_bad_row(tmp_path: Path, idle: None) -> None:
+@pytest.mark.parametrize("name", ["1\\u0000.png", "\\ud83d.png"])
+def test_a_path_that_no_file_can_have(tmp_path: Path, idle: None, name: str) -> None:
     source = made.write_imagefolder(tmp_path / "in")
     with (source / "metadata.jsonl").open("a") as file:
-        file.write('{"file_name": "1\\u0000.png", "text": "x", "boxes": []}\n')
-    assert refused(job(source, tmp_path / "out")) == ["metadata.jsonl, record 7: a path with a NUL"]
+        file.write(f'{{"file_name": "{name}", "text": "x", "boxes": []}}\n')
+    assert refused(job(source, tmp_path / "out")) == ["metadata.jsonl, record 7: a path that no file can have"]
 
 
 # The place
