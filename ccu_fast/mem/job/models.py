@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ccu_fast.mem.tokenizer import NEUTRAL, WordTokenizer
+from ccu_fast.mem.tokenizer import NEUTRAL, SPECIAL, WordTokenizer
 from ccu_fast.models.dual_encoder import SmallDualEncoder
 from ccu_fast.models.named import KINDS, Model, named_model
 from ccu_fast.models.weights import from_checkpoint
@@ -30,7 +30,7 @@ def small(
         width: of both towers.
         checkpoint: a ``state_dict`` to start from; its vocabulary must be the same.
     """
-    words = {word for caption in captions for word in caption.split()}
+    words = {word for caption in captions for word in caption.split()}.difference(SPECIAL)
     unused = [word for word in NEUTRAL if word not in words]
     tokenizer = WordTokenizer(sorted(words | set(NEUTRAL)), unused, context=CONTEXT)
     make = partial(

@@ -26,7 +26,7 @@ from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.job.checkpoint import Workplace, remove_run, workplace
 from ccu_fast.mem.protection import Protection
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
-from ccu_fast.mem.publish.rehearse import check_space, unwritable_files, unwritable_samples
+from ccu_fast.mem.publish.rehearse import check_space, unreadable_captions, unwritable_files, unwritable_samples
 from ccu_fast.mem.publish.writer import write_metadata
 from ccu_fast.mem.source import Part
 from ccu_fast.models.named import Model
@@ -204,11 +204,11 @@ class _Run:
         else:
             with closing(self._source(listing, model)) as source:
                 seen = scan(source, mine, lambda done, n: self.progress("checking pictures", done, n, ""))
-                names = unwritable_files(listing, place.folder) if self.rank == 0 else {}
-                found = {
-                    "digests": seen.digests[mine],
-                    "bad": {**names, **unwritable_samples(source, mine), **seen.bad},
-                }
+                triggers = 0 if self.job.settings.compat else self.job.method.triggers
+                bad = unreadable_captions(listing, mine, model.tokenizer, triggers)
+                bad |= unwritable_samples(source, mine)
+                bad |= unwritable_files(listing, place.folder) if self.rank == 0 else {}
+                found = {"digests": seen.digests[mine], "bad": bad | seen.bad}
         parts = gather_objects((found["bad"], found["digests"]))
         bad = {number: why for items, _ in parts for number, why in items.items()}
         if bad and not self.job.skip_bad:

@@ -18,6 +18,8 @@ from ccu_fast.data.pictures import encode_png
 from ccu_fast.files import FULL, readable
 from ccu_fast.mem.publish.tar import published, writer
 from ccu_fast.mem.publish.writer import published_files, write_metadata
+from ccu_fast.mem.triggers import survivors
+from ccu_fast.models.tokenizer import Tokenizer
 
 _SAMPLED = 16  # pictures whose size tells that of all
 _BLOCK = 4096  # of a file system: what the smallest file takes
@@ -82,6 +84,25 @@ def unwritable_samples(source: DiskSource, images: Sequence[int]) -> dict[int, s
                     _write_sample(listing.shards[shard], sample, caption_of[number])
                 except Exception as error:  # whatever a parser or the archive raises
                     bad[number] = f"cannot be published: {str(error) or type(error).__name__}"
+    return bad
+
+
+def unreadable_captions(listing: Listing, images: Sequence[int], tokenizer: Tokenizer, triggers: int) -> dict[int, str]:
+    """Encode every caption of these images, alone and behind as many words as will be published in front of it.
+
+    Returns:
+        Image number → why it cannot be used: no token is in a caption, or others are read back than were meant.
+    """
+    mine, bad = set(images), {}
+    words = tokenizer.allowed().nonzero()[:triggers, 0][None]
+    for caption, image in zip(listing.captions, listing.image_of.tolist(), strict=True):
+        if image in mine:
+            try:
+                tokens = tokenizer.encode([caption])
+                if not bool(survivors([caption], tokens, words, tokenizer)):
+                    bad[image] = f"caption {caption[:40]!r}: read in another way behind trigger words"
+            except Exception as error:  # whatever a tokenizer raises
+                bad[image] = f"caption {caption[:40]!r}: {error}"
     return bad
 
 

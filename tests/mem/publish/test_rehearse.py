@@ -8,7 +8,7 @@ import os
 import shutil
 import tarfile
 from collections import namedtuple
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from ccu_fast.data.captions import BadData, list_pairs
 from ccu_fast.mem.job import Job, protect_dataset
 from ccu_fast.mem.job import protect as job_module
+from ccu_fast.mem.publish.rehearse import unreadable_captions
+from ccu_fast.mem.tokenizer import WordTokenizer
 from tests.support import mem_datasets as made
 from tests.support.mem_jobs import job, tree
 
@@ -220,6 +222,35 @@ def test_a_path_that_no_file_can_have(tmp_path: Path, idle: None, name: str) -> 
     with (source / "metadata.jsonl").open("a") as file:
         file.write(f'{{"file_name": "{name}", "text": "x", "boxes": []}}\n')
     assert refused(job(source, tmp_path / "out")) == ["metadata.jsonl, record 7: a path that no file can have"]
+
+
+# Captions
+
+
+def test_a_caption_with_a_word_that_the_model_keeps_for_itself(tmp_path: Path) -> None:
+    source = made.write_csv(tmp_path / "in")
+    with source.open("a") as file:
+        file.write("x,pictures/3.png,end <eot>\r\n")
+    (said,) = refused(job(source, tmp_path / "out"))
+    assert said.endswith("caption 'end <eot>': captions: expected words of the vocabulary, got '<eot>' in 'end <eot>'")
+    assert protect_dataset(job(source, tmp_path / "out", skip_bad=True))["images"] == 5
+
+
+class Forgetful(WordTokenizer):
+    """Skips the first word of a row of more than ten, as open_clip's reads what is behind its end in another way."""
+
+    def encode(self, captions: Sequence[str]) -> torch.Tensor:
+        return super().encode([" ".join(text.split()[1:]) if len(text.split()) > 10 else text for text in captions])
+
+
+def test_a_caption_that_is_read_in_another_way_behind_triggers(tmp_path: Path) -> None:
+    listing = list_pairs(made.write_csv(tmp_path / "in"))
+    listing.captions[2] = "a photo of one two three four five"
+    words = sorted({word for caption in listing.captions for word in caption.split()})
+    tokenizer = Forgetful([*words, "x", "y", "z"], ["x", "y", "z"])
+    assert unreadable_captions(listing, range(6), tokenizer, 2) == {}
+    (bad,) = unreadable_captions(listing, range(6), tokenizer, 3).items()
+    assert bad == (2, f"caption {listing.captions[2]!r}: read in another way behind trigger words")
 
 
 # The place
