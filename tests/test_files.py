@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from ccu_fast import files
 from ccu_fast.cli.console import one_sentence
+from ccu_fast.ops.noise_store.file import scratch
 from tests.support.forked import in_child
 
 
@@ -84,6 +86,23 @@ def test_an_error_after_the_work_says_where_that_lies(capsys: pytest.CaptureFixt
     with pytest.raises(KeyError) as caught, files.after_the_work("a"), files.after_the_work("b"):
         raise KeyError
     assert caught.value.__notes__ == ["b", "a"]
+
+
+def test_space_that_is_reserved_is_taken(tmp_path: Path) -> None:
+    """A sparse file would crash the process (SIGBUS) when its mapped memory meets a full disk."""
+    with (tmp_path / "mapped").open("wb") as file:
+        files.reserve(file, 0)
+        files.reserve(file, 1 << 20)
+    assert (tmp_path / "mapped").stat().st_blocks * 512 >= 1 << 20
+
+
+def test_noise_on_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        scratch(tmp_path, (3, 4), torch.int8)
 
 
 def test_json_is_readable_and_can_always_be_written() -> None:

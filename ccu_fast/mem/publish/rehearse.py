@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import shutil
 import tarfile
@@ -152,8 +153,9 @@ def check_space(
     if needed > free:
         n, (_, height, width) = source.n_images, source.image_shape
         raise OSError(
+            errno.ENOSPC,
             f"out: expected about {_size(needed)} of free space in {folder} for {n} pictures of {height}x{width}, "
-            f"got {_size(free)}"
+            f"got {_size(free)}",
         )
 
 

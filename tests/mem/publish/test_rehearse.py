@@ -297,8 +297,10 @@ def test_places_that_cannot_be(tmp_path: Path, idle: None, monkeypatch: pytest.M
 def test_a_disk_that_is_too_small(tmp_path: Path, idle: None, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 100, 100))
-    with pytest.raises(OSError, match=r"out: expected about 0\.\d MB of free space in .* for 6 pictures of 16x16, got"):
+    said = r"out: expected about 0\.\d MB of free space in .* for 6 pictures of 16x16, got 0\.0 MB"
+    with pytest.raises(OSError, match=said) as caught:
         protect_dataset(job(made.write_csv(tmp_path / "in"), tmp_path / "out"))
+    assert caught.value.errno == errno.ENOSPC, "so that the command says to make room"
 
 
 def test_the_space_that_is_expected_is_about_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
