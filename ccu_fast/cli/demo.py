@@ -18,6 +18,7 @@ from typing import Any
 from ccu_fast import check
 from ccu_fast.cli.console import live
 from ccu_fast.cli.report.tables import PROTECT_LABELS, all_tables, show
+from ccu_fast.data.captions.listing import MANIFEST
 from ccu_fast.files import output_folder, write_whole
 from ccu_fast.mem.config import Settings
 from ccu_fast.mem.study import run_digit_strips
@@ -106,9 +107,9 @@ def _compute(part: Part, out: Path, progress: Progress) -> dict[str, Any]:
         value = run_task(TASKS["digits-halves"], part.seed, part.variant, progress=progress)
     else:
         published = out / "protected"
-        if part.seed == 0:
+        if part.seed == 0 and (published / part.variant / MANIFEST).is_file():
             # Left by a run that was killed after the export and before its part was written.
-            shutil.rmtree(published / part.variant, ignore_errors=True)
+            shutil.rmtree(published / part.variant)
         value = run_digit_strips(
             part.seed, (part.variant,), progress=progress, out=published if part.seed == 0 else None
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.data.strips import LENGTH, StripSet, caption, load_strips
+from ccu_fast.files import new_folder
 from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.fidelity import noise_report
 from ccu_fast.mem.protection import protect
@@ -80,6 +81,7 @@ def run_digit_strips(
 
     Raises:
         ValueError: unknown or repeated method.
+        OSError: a folder below ``out`` has contents or cannot be written.
 
     Source: the protocol of Liu et al. 2024 (arXiv 2407.16307) on this project's small task.
 
@@ -91,6 +93,9 @@ def run_digit_strips(
     if len(set(methods)) != len(parsed):
         raise ValueError(f"methods: expected each method once, got {list(methods)}")
     check.integer("seed", seed, low=0)
+    if out is not None:
+        for method in parsed:
+            new_folder(Path(out) / method.name)
     progress = silent if progress is None else progress
     settings = Settings() if settings is None else settings
     recipe = Recipe() if recipe is None else recipe

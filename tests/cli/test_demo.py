@@ -86,6 +86,16 @@ def test_writes_a_report_with_everything_in_it(whole: tuple[Path, dict[str, Any]
 
 
 @pytest.mark.usefixtures("small", "no_report")
+def test_a_folder_that_the_demo_did_not_write_stays(tmp_path: Path) -> None:
+    mine = tmp_path / "protected" / "clean" / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    with pytest.raises(FileExistsError, match=r"out: expected a new or empty folder, got .*clean"):
+        demo.run(tmp_path, only="protect", quiet=True)
+    assert mine.exists()
+
+
+@pytest.mark.usefixtures("small", "no_report")
 def test_a_finished_part_is_not_computed_again_unless_its_format_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ccu_fast.mem import study
 from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.fidelity import noise_report
 from ccu_fast.mem.protection import Protected
@@ -105,3 +106,22 @@ def test_psnr() -> None:
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 or 3 channels, got 2"):
         export(example(channels=2), tmp_path / "out")
+    made = example()
+    made.captions[1] = "\ud83d"
+    with pytest.raises(ValueError, match=r"protected: expected captions of text, got half .* in caption 1"):
+        export(made, tmp_path / "out")
+
+
+def test_a_link_to_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    export(example(), tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "real" / "captions.csv").exists()
+
+
+def test_a_study_tries_its_outputs_before_it_protects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "protect", lambda *_, **__: pytest.fail("the work began"))
+    (tmp_path / "em").mkdir()
+    (tmp_path / "em" / "mine").touch()
+    with pytest.raises(FileExistsError, match=r"out: expected a new or empty folder, got .*em"):
+        study.run_digit_strips(methods=["clean", "em"], out=tmp_path, n_train=32, n_test=10)

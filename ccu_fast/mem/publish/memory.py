@@ -16,7 +16,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ccu_fast.data.captions.listing import MANIFEST, Listing
+from ccu_fast.data.captions.listing import MANIFEST, Listing, is_text
+from ccu_fast.files import new_folder
 from ccu_fast.mem.fidelity import noise_report
 from ccu_fast.mem.protection import Protected
 from ccu_fast.mem.publish.writer import Publisher
@@ -29,11 +30,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: ``target`` exists and is not an empty folder.
+        OSError: nothing can be renamed to it; see :func:`ccu_fast.files.new_folder`.
     """
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"out: expected a new or empty folder, got {target}")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = new_folder(Path(target))
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         # mkdtemp makes it private; what is published has the rights any new folder would have.
@@ -82,7 +81,8 @@ def export(protected: Protected, out: str | Path, *, seed: int | None = None) ->
 
     Raises:
         FileExistsError: ``out`` has contents.
-        ValueError: images of another number of channels.
+        OSError: ``out`` cannot be written, or is a mount point.
+        ValueError: images of another number of channels, a caption that UTF-8 cannot hold.
 
     >>> import tempfile
     >>> images, noise = torch.full((2, 1, 4, 4), 9, dtype=torch.uint8), torch.ones(2, 1, 4, 4, dtype=torch.int8)
@@ -95,6 +95,9 @@ def export(protected: Protected, out: str | Path, *, seed: int | None = None) ->
     n, channels = protected.images.shape[:2]
     if channels not in (1, 3):
         raise ValueError(f"protected: expected images of 1 or 3 channels, got {channels}")
+    for number, caption in enumerate(protected.captions):
+        if not is_text(caption):
+            raise ValueError(f"protected: expected captions of text, got half of a surrogate pair in caption {number}")
     names = [f"images/{i:05d}.png" for i in range(n)]
     listing = Listing("csv", out, names, names, protected.captions, torch.arange(n), list(range(n)))
     made = _Memory(protected, listing)

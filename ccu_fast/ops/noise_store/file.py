@@ -123,7 +123,7 @@ class NoiseFile:
         there = self.read()
         made = scratch(self.path.parent, there.shape, self.dtype)
         for old, new in zip(_blocks(there), _blocks(made), strict=True):
-            if old.any():  # zeros take no space where the file system can
+            if old.any():  # zeros are there
                 new.copy_(old)
         return made
 
