@@ -186,6 +186,17 @@ def test_outputs_of_evaluate_that_would_cost_something(tmp_path: Path, capsys: p
     same = str(tmp_path / "same")
     command = ["evaluate", str(source), "--test", str(source), "--out", same, "--report", same, *EVALUATION]
     assert cli.main(command) == 1 and "report: expected another file than out" in capsys.readouterr().err
+    command = [
+        "evaluate",
+        f"a={source}",
+        f"a, jpeg={source}",
+        "--test",
+        str(source),
+        "--treatment",
+        "jpeg",
+        *EVALUATION,
+    ]
+    assert cli.main(command) == 1 and "train: expected no dataset named a, jpeg" in capsys.readouterr().err
     command = ["evaluate", f"caf\udce9={source}", "--test", str(source), *EVALUATION]
     assert cli.main(command) == 1 and "train: expected names of text" in capsys.readouterr().err
     assert source.read_bytes() == before

@@ -339,8 +339,6 @@ def share(listing: Listing, rank: int, world: int) -> list[int]:
         sizes = torch.bincount(listing.spans[:, 0], minlength=len(listing.shards))
         owner = ((sizes.cumsum(0) - sizes / 2) * world / max(n, 1)).long().clamp(max=world - 1)
         cuts = [0, *(int(sizes[owner <= r].sum()) for r in range(world))]
-    if world == 1 and n < 2:
-        raise ValueError(f"input: expected at least two usable images, got {n}")
     if min(b - a for a, b in itertools.pairwise(cuts)) < 2:
         unit = "images" if listing.spans is None else "images in whole shards"
         raise ValueError(

@@ -90,6 +90,11 @@ def evaluate_datasets(
     recipe = recipe or Recipe()
     for asked in treatments:
         check.one_of("treatments", asked, TREATMENTS)
+        taken = [name for name in train if f"{name}, {asked}" in train]
+        if taken:
+            raise ValueError(
+                f"train: expected no dataset named {taken[0]}, {asked}: so are victims of {taken[0]} named"
+            )
     check.integer("samples", samples, low=0)
     where = check.device("device", device)
     prefixes = {name: trigger_words(path) for name, path in train.items()}

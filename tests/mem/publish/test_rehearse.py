@@ -167,9 +167,10 @@ def test_other_columns_of_jsonl_are_kept_whatever_they_hold(tmp_path: Path) -> N
     source = made.write_imagefolder(tmp_path / "in")
     with (source / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "1.png", "text": "again", "boxes": ["\\ud83d", "\\u00fc"]}\n')
+        file.write('{"file_name": "2.png", "text": "null elsewhere", "boxes": null}\n')
     protect_dataset(job(source, tmp_path / "out"))
     records = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
-    assert records[6]["boxes"] == ["\ud83d", "ü"]
+    assert records[6]["boxes"] == ["\ud83d", "ü"] and records[7]["boxes"] is None
 
 
 def test_a_line_of_jsonl_that_no_parser_takes_is_named(tmp_path: Path, idle: None) -> None:
