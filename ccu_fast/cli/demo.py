@@ -69,6 +69,7 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
         OSError: ``out`` cannot be written.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from ccu_fast.cli.report.page import write_report
 
@@ -97,7 +98,7 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
     if not quiet:
         for table in all_tables(results):
             show(table, Console())
-    console.print(f"{time.perf_counter() - started:.0f} s. Report: [bold]{out / 'report.html'}[/bold]")
+    console.print(f"{time.perf_counter() - started:.0f} s. Report: [bold]{escape(str(out / 'report.html'))}[/bold]")
     return results
 
 

@@ -77,7 +77,8 @@ def protect(
     with live(quiet) as progress:
         manifest = protect_dataset(job, progress)
     if not quiet:
-        _tell(out, manifest)
+        with after_the_work(f"the protected dataset is whole in {out}"):
+            _tell(out, manifest)
 
 
 @one_sentence("evaluate", goes_on=False)

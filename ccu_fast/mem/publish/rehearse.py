@@ -8,6 +8,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from ccu_fast.data.captions.shards import Sample, read_index, split_key
 from ccu_fast.data.pictures import encode_png
 from ccu_fast.files import FULL, readable
 from ccu_fast.mem.publish.tar import published, writer
-from ccu_fast.mem.publish.writer import published_files, write_metadata
+from ccu_fast.mem.publish.writer import CHUNK, published_files, write_metadata
 from ccu_fast.mem.triggers import survivors
 from ccu_fast.models.tokenizer import Tokenizer
 
@@ -91,16 +92,33 @@ def unwritable_samples(source: DiskSource, images: Sequence[int]) -> dict[int, s
 def unreadable_captions(listing: Listing, images: Sequence[int], tokenizer: Tokenizer, triggers: int) -> dict[int, str]:
     """Encode every caption of these images, alone and behind as many words as will be published in front of it.
 
+    Args:
+        listing: all captions.
+        images: those of this process.
+        tokenizer: of the surrogate.
+        triggers: how many words.
+
     Returns:
         Image number → why it cannot be used: no token is in a caption, or others are read back than were meant.
     """
-    mine, bad = set(images), {}
-    words = tokenizer.allowed().nonzero()[:triggers, 0][None]
-    for caption, image in zip(listing.captions, listing.image_of.tolist(), strict=True):
-        if image in mine:
+    mine = set(images)
+    rows = [(row, image) for row, image in enumerate(listing.image_of.tolist()) if image in mine]
+    words = tokenizer.allowed().nonzero()[:triggers, 0]
+
+    def are_read(captions: list[str]) -> bool:
+        tokens = tokenizer.encode(captions)
+        return bool(survivors(captions, tokens, words.expand(len(captions), -1), tokenizer).all())
+
+    bad: dict[int, str] = {}
+    for start in range(0, len(rows), CHUNK):
+        part = rows[start : start + CHUNK]
+        with suppress(Exception):  # of which caption, is asked below
+            if are_read([listing.captions[row] for row, _ in part]):
+                continue
+        for row, image in part:
+            caption = listing.captions[row]
             try:
-                tokens = tokenizer.encode([caption])
-                if not bool(survivors([caption], tokens, words, tokenizer)):
+                if not are_read([caption]):
                     bad[image] = f"caption {caption[:40]!r}: read in another way behind trigger words"
             except Exception as error:  # whatever a tokenizer raises
                 bad[image] = f"caption {caption[:40]!r}: {error}"

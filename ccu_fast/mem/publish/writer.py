@@ -211,8 +211,11 @@ def write_metadata(listing: Listing, captions: Callable[[int], str], folder: Pat
         row = row_of.get(number)
         if row is None:
             return None
-        if record[caption_column] != listing.captions[row]:
-            raise ValueError(f"{listing.metadata}: expected the rows that were protected, got another record {number}")
+        if record.get(caption_column) != listing.captions[row]:
+            raise ValueError(
+                f"{listing.argument}: expected the rows of {listing.metadata} that were protected, got another record "
+                f"{number + 1}; put it back as it was"
+            )
         return {**record, image_column: listing.names[images[row]], caption_column: captions(row)}
 
     target = folder / listing.metadata.name

@@ -18,6 +18,7 @@ import torch
 from ccu_fast.data.captions import BadData, list_pairs
 from ccu_fast.mem.job import Job, protect_dataset
 from ccu_fast.mem.job import protect as job_module
+from ccu_fast.mem.protection import Protection
 from ccu_fast.mem.publish.rehearse import unreadable_captions
 from ccu_fast.mem.tokenizer import WordTokenizer
 from tests.support import mem_datasets as made
@@ -340,6 +341,27 @@ def test_skip_bad_after_rounds_were_made_without_it(tmp_path: Path, monkeypatch:
     assert caught.value.__notes__ == [f"all rounds are kept in {tmp_path}/out.partial, where the same command goes on"]
     monkeypatch.setattr(job_module, "scan", lambda *_: pytest.fail("looked again"))
     protect_dataset(job(source, tmp_path / "out", skip_bad=True))
+
+
+@pytest.mark.parametrize("change", [("digits zero three", "digits"), ("caption", "text")])
+def test_a_table_that_changes_meanwhile_is_told_and_published_once_put_back(
+    tmp_path: Path, change: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = made.write_csv(tmp_path / "in")
+    before = source.read_bytes()
+    inner = job_module.write_metadata
+
+    def changed(*arguments: Any) -> Any:
+        source.write_bytes(before.replace(change[0].encode(), change[1].encode()))
+        return inner(*arguments)
+
+    with monkeypatch.context() as editor:
+        editor.setattr(job_module, "write_metadata", changed)
+        with pytest.raises(ValueError, match=r"input: expected the rows of .*, got another record \d; put it back as"):
+            protect_dataset(job(source, tmp_path / "out"))
+    source.write_bytes(before)
+    monkeypatch.setattr(Protection, "round", lambda *_: pytest.fail("a round was done again"))
+    protect_dataset(job(source, tmp_path / "out"))
 
 
 def test_what_is_not_ours_is_never_removed(tmp_path: Path) -> None:
