@@ -27,6 +27,9 @@ def unlearn(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of what is written; made if needed.")] = Path("ccu_fast_unlearn"),
     *,
+    classes: Annotated[
+        list[str] | None, typer.Option(help="A class to forget, by name or number; may be repeated.")
+    ] = None,
     budget: Annotated[dict[str, Any], Fields(Budget, given=True)],
     ccu: Annotated[dict[str, Any], Fields(UnlearnConfig, given=True)],
     compare: Annotated[bool, typer.Option("--compare", help="Compare all methods on the embedded tasks.")] = False,
@@ -49,7 +52,7 @@ def unlearn(
     if settings is None:
         _compare(out, task, scenario, seeds, quiet)
     else:
-        given = {"ccu": ccu, "budget": budget}
+        given = {"ccu": ccu, "budget": budget, "forget": {"classes": classes or None}}
         overrides = {name: {k: v for k, v in table.items() if v is not None} for name, table in given.items()}
         _run(settings, out, overrides, quiet)
 

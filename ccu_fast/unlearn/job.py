@@ -9,8 +9,8 @@ The settings are TOML::
     path = "pairs.npz"                        # see ccu_fast.data.load.load_pairs
     [forget]
     kind = "class"                            # or "instances" or "pairs"
-    classes = [3]                             # for a class
-    ids = "to_forget.txt"                     # for instances and pairs: one id a line
+    classes = [3]                             # for a class; ["cat"] where classes have names
+    ids = "to_forget.txt"                     # for instances and pairs: one id a line; or a list of ids
     [ccu]                                     # fields of UnlearnConfig but forget and budget
     anchor = 3.0
     [budget]                                  # fields of Budget
@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -47,9 +46,10 @@ from torch import Tensor, nn
 from ccu_fast import check
 from ccu_fast.data.captions import Options
 from ccu_fast.data.load import load_captions, load_pairs
+from ccu_fast.data.names import Names, canonical
 from ccu_fast.data.paired import PairedData
 from ccu_fast.distributed.ranks import processes
-from ccu_fast.files import output_folder
+from ccu_fast.files import output_folder, readable
 from ccu_fast.models.clip import ClipEncoder
 from ccu_fast.models.named import named_model
 from ccu_fast.models.weights import from_checkpoint
@@ -69,6 +69,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "ccu": tuple(f.name for f in fields(UnlearnConfig) if f.name not in ("forget", "budget", "early_stop")),
     "budget": tuple(f.name for f in fields(Budget)),
 }
+SHOWN = 20  # names of classes in an error
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Job:
         weights: file of its trained state_dict; None for those in the folder of its name.
         data: see :func:`ccu_fast.data.load.load_pairs` and, with a named model, ``load_captions``.
         options: how to read captions.
-        classes: to forget, for config.forget "class".
-        ids: file of the ids to forget, for "instances" and "pairs".
+        classes: names of those to forget, for config.forget "class"; of a number its digits.
+        ids: file of the ids to forget, or the ids, for "instances" and "pairs".
         config: of CCU.
     """
 
@@ -91,23 +92,24 @@ class Job:
     weights: Path | None
     data: Path
     options: Options
-    classes: tuple[int, ...]
-    ids: Path | None
+    classes: tuple[str, ...]
+    ids: Path | tuple[str, ...] | None
     config: UnlearnConfig
 
 
 def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Job:
-    """The settings of a TOML file, whose paths are relative to it; ``overrides``, of [ccu] and [budget], win.
+    """The settings of a TOML file, whose paths are relative to it; ``overrides``, of its tables by name, win.
 
     Raises:
         ValueError: no such file, not TOML, an unknown table or key, a missing one, a value that cannot be.
     """
+    given = overrides or {}
     tables = {name: {} for name in TABLES} | with_known_keys(read_toml(path, "settings"), TABLES, "settings", path)
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ValueError(f"settings: expected a table [{name}] in {path}, got {table!r}")
         tables[name] = with_known_keys(table, TABLES[name], f"settings [{name}]", path)
-    model, data, forget = tables["model"], tables["data"], tables["forget"]
+    model, data, forget = tables["model"], tables["data"], tables["forget"] | given.get("forget", {})
     named = "name" in model
     if named and "make" in model:
         raise ValueError(f"settings: expected make or name in [model] of {path}, got both")
@@ -115,11 +117,8 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
     texts += [("data", "path"), *((table, key) for table in ("model", "data", "forget") for key in tables[table])]
     for table, key in texts:
         value = tables[table].get(key)
-        if key != "classes" and not isinstance(value, str):
+        if key not in ("classes", "ids") and not isinstance(value, str):
             raise ValueError(f"settings: expected text as {key} in [{table}] of {path}, got {value or 'none'!r}")
-    classes = forget.get("classes", [])
-    if not isinstance(classes, list) or not all(isinstance(label, int) for label in classes):
-        raise ValueError(f"settings: expected whole numbers as classes in [forget] of {path}, got {classes!r}")
     kind = check.one_of("settings [forget] kind", forget.get("kind", "class"), ROLES)
     needed, other = ("classes", "ids") if kind == "class" else ("ids", "classes")
     if needed not in forget or other in forget:
@@ -129,8 +128,7 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         raise ValueError(f"settings: expected {', '.join(options)} in [data] with captions and a named model only")
     budget = from_table(Budget, tables["budget"], "settings [budget]", path)
     config = from_table(partial(UnlearnConfig, forget=kind), tables["ccu"], "settings [ccu]", path)
-    given = overrides or {}
-    base = path.resolve().parent
+    base, ids = path.resolve().parent, forget.get("ids")
     chosen = model["name" if named else "make"]
     return Job(
         model=f"hf:{base / chosen[3:]}" if named and chosen.startswith("hf:") else chosen,
@@ -138,10 +136,18 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         weights=base / model["weights"] if "weights" in model else None,
         data=base / data["path"],
         options=from_table(Options, options, "settings [data]", path),
-        classes=tuple(classes),
-        ids=base / forget["ids"] if "ids" in forget else None,
+        classes=_listed(forget.get("classes", []), "classes", path),
+        ids=base / ids if isinstance(ids, str) else None if ids is None else _listed(ids, "ids", path),
         config=replace(config, budget=replace(budget, **given.get("budget", {})), **given.get("ccu", {})),
     )
+
+
+def _listed(values: Any, key: str, path: Path) -> tuple[str, ...]:
+    """The names in a list of [forget]."""
+    if not isinstance(values, list) or not all(type(value) in (int, float, str) for value in values):
+        what = "a list of numbers or names" + (", or a file," if key == "ids" else "")
+        raise ValueError(f"settings: expected {what} as {key} in [forget] of {path}, got {values!r}")
+    return tuple(map(canonical, values))
 
 
 def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[str, Any] | None:
@@ -165,8 +171,8 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
         ValueError, TypeError, FloatingPointError, ImportError: see :func:`ccu_fast.unlearn.unlearn`, ``read_job`` and
             ``load_pairs``.
     """
-    model, data, files = load(job)
-    forget, retain = split(data, job, files)
+    model, data, names = load(job)
+    forget, retain = split(data, job, names)
     check_problem(model, forget, retain, job.config.forget)
     output_folder(out)
     settings = asdict(job.config)
@@ -187,6 +193,7 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
         "method": "CCU as defined in ccu_fast.unlearn.method",
         "seed": job.config.seed,
         "config": settings,
+        "forgotten_classes": list(job.classes),
         "processes": world,
         "model": job.model,
         "original_sha256": tensors_hash(_own(model).state_dict()),
@@ -209,8 +216,8 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
     }
 
 
-def load(job: Job) -> tuple[Any, PairedData, list[str]]:
-    """The model, the data and, where the data are captions, the file of each item's picture.
+def load(job: Job) -> tuple[Any, PairedData, Names]:
+    """The model, the data, and what their classes and items are called.
 
     Raises:
         OSError, ValueError, TypeError, ImportError: see ``load_user_model``, ``named_model``, ``load_pairs`` and
@@ -218,13 +225,19 @@ def load(job: Job) -> tuple[Any, PairedData, list[str]]:
     """
     if not job.named:
         assert job.weights is not None
-        return load_user_model(job.model, job.weights), load_pairs(job.data), []
+        return load_user_model(job.model, job.weights), *load_pairs(job.data)
     found = named_model(job.model, job.weights, argument="weights")
     if not found.trained:
         raise ValueError(f"weights: expected a file of trained weights for {job.model}, which has none, got none")
     model = cast(nn.Module, found.factory()).eval()
     if job.data.suffix == ".npz":
-        return model, load_pairs(job.data), []
+        data, names = load_pairs(job.data)
+        if data.visual.is_floating_point() and not 0 <= float(data.visual.min()) <= float(data.visual.max()) <= 1:
+            raise ValueError(
+                f"path: expected uint8 pixels or numbers in [0, 1] as visual in {job.data}, got numbers from "
+                f"{float(data.visual.min()):.4g} to {float(data.visual.max()):.4g}"
+            )
+        return model, data, names
     return model, *load_captions(job.data, found.image_shape, found.tokenizer.encode, job.options)
 
 
@@ -251,13 +264,13 @@ def load_user_model(make: str, weights: Path) -> Any:
     return from_checkpoint(lambda: made, weights, "weights")().eval()
 
 
-def split(data: PairedData, job: Job, files: Sequence[str] = ()) -> tuple[PairedData, PairedData]:
+def split(data: PairedData, job: Job, names: Names) -> tuple[PairedData, PairedData]:
     """What to forget, and the rest.
 
     Args:
         data: all items.
         job: says which are to be forgotten.
-        files: for each item the file of its picture, where items may go by it.
+        names: of the classes and the items.
 
     Returns:
         The two parts, in the order of ``data``.
@@ -268,34 +281,33 @@ def split(data: PairedData, job: Job, files: Sequence[str] = ()) -> tuple[Paired
     if job.config.forget == "class":
         if not data.labelled:
             raise ValueError(f"data: expected labels to forget classes, got items without in {job.data}")
-        for label in job.classes:
-            if not bool((data.labels == label).any()):
-                known = data.labels.unique().tolist()
-                raise ValueError(f"classes: expected some of {known}, got {label}")
-        gone = torch.isin(data.labels, torch.tensor(job.classes))
+        for name in job.classes:
+            if name not in names.classes:
+                known = [*names.classes][:SHOWN] + ["…"] * (len(names.classes) > SHOWN)
+                raise ValueError(f"classes: expected some of [{', '.join(known)}], got {name}")
+        gone = torch.isin(data.labels, torch.tensor([names.classes[name] for name in job.classes], dtype=torch.int64))
         return data[gone], data[~gone]
-    assert job.ids is not None
+    wanted: list[int] = []
+    for line in _wanted(job):
+        # Several numbers may stand in a line; a name may have blanks in it.
+        for name in [line] if names.find(line) else line.split():
+            found = names.find(name)
+            if not found:
+                what = "ids or pictures" if names.files else "ids"
+                raise ValueError(f"ids: expected {what} of items in {job.data}, got {line!r}, which none has")
+            wanted += found
+    gone = torch.isin(data.ids, torch.tensor(wanted, dtype=torch.int64))
+    return data[gone], data[~gone]
+
+
+def _wanted(job: Job) -> Sequence[str]:
+    """The names of the items to forget."""
+    if not isinstance(job.ids, Path):
+        return job.ids or ()
     if not job.ids.is_file():
         raise ValueError(f"ids: expected a file, got {job.ids}, which is not there")
-    root = job.data if job.data.is_dir() else job.data.parent
-    named: dict[str, list[int]] = {}
-    for item, file in zip(data.ids.tolist(), files, strict=False):
-        named.setdefault(os.path.normpath(root / file), []).append(item)
-    wanted: list[int] = []
-    text = job.ids.read_text(encoding="utf-8")
-    for line in filter(None, map(str.strip, text.splitlines())) if files else text.split():
-        items = named.get(os.path.normpath(root / line))
-        try:
-            wanted += [int(line)] if items is None else items
-        except ValueError as error:
-            what = "number or picture" if files else "whole number"
-            raise ValueError(f"ids: expected one {what} of the data a line in {job.ids}, got {line!r}") from error
-    ids = torch.tensor(wanted, dtype=torch.int64)
-    unknown = ids[~torch.isin(ids, data.ids)]
-    if len(unknown):
-        raise ValueError(f"ids: expected ids of items in {job.data}, got {int(unknown[0])}, which none has")
-    gone = torch.isin(data.ids, ids)
-    return data[gone], data[~gone]
+    with readable(job.ids, "ids"):
+        return list(filter(None, map(str.strip, job.ids.read_text(encoding="utf-8-sig").splitlines())))
 
 
 def _own(model: Any) -> Any:

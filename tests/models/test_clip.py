@@ -304,8 +304,8 @@ class TestUnlearning:
             ('"hf:clip"', '"hf:clip"\nweights = "none.pt"', "3", "weights: expected a file"),
             ("train.csv", "none.csv", "3", "path: expected a file or folder"),
             ('train.csv"', 'train.csv"\ncaption_column = "words"', "3", "expected the columns images and words"),
-            ("steps", "steps", "12", "ids: expected ids of items"),
-            ("steps", "steps", "train/99999.png", "ids: expected one number or picture"),
+            ("steps", "steps", "12", "ids: expected ids or pictures of items"),
+            ("steps", "steps", "train/99999.png", "ids: expected ids or pictures of items"),
             ('kind = "pairs"\nids = "gone.txt"', "classes = [1]", "3", "data: expected labels to forget classes"),
         ],
     )
