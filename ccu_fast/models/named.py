@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from ccu_fast.files import readable
 from ccu_fast.models.clip import ClipEncoder, OpenClipEncoder, TransformersClipEncoder
 from ccu_fast.models.dual_encoder import DualEncoder
 from ccu_fast.models.tokenizer import ClipTokenizer, Tokenizer
-from ccu_fast.models.weights import from_checkpoint
+from ccu_fast.models.weights import check_no_pointer, from_checkpoint
 
 KINDS = ("open_clip", "hf")
 
@@ -87,10 +88,23 @@ def _transformers(folder: str) -> _Parts:
     config = library.AutoConfig.from_pretrained(path)
     if config.model_type != "clip":
         raise ValueError(f"model: expected a CLIP in {folder!r}, got a {config.model_type!r}")
-    trained = any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
-    make = partial(library.CLIPModel.from_pretrained, path) if trained else partial(library.CLIPModel, config)
+    files = [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]
+    for file in files:
+        check_no_pointer(file, "model")
+    make = partial(_saved, library, path) if files else partial(library.CLIPModel, config)
     side = config.vision_config.image_size
-    return make, TransformersClipEncoder, library.AutoTokenizer.from_pretrained(path), (side, side), trained
+    return make, TransformersClipEncoder, library.AutoTokenizer.from_pretrained(path), (side, side), bool(files)
+
+
+def _saved(library: Any, path: Path) -> nn.Module:
+    """A CLIP of a folder with all its weights: transformers would only warn of those that it makes up."""
+    with readable(path, "model"):
+        model, found = library.CLIPModel.from_pretrained(path, output_loading_info=True)
+    lacking = sorted({*map(str, found["missing_keys"]), *map(str, found["mismatched_keys"])})
+    if lacking:
+        raise ValueError(f"model: expected all weights of the CLIP in {path}, got none that fit {lacking[0]}")
+    made: nn.Module = model
+    return made
 
 
 def _library(module: str, distribution: str) -> Any:

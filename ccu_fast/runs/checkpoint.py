@@ -13,7 +13,7 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.files import new_file, readable
-from ccu_fast.runs.provenance import json_hash, tensors_hash
+from ccu_fast.runs.provenance import json_hash, only_tensors, tensors_hash
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,13 @@ class Checkpoint:
 
 
 def fingerprint(state: Mapping[str, Tensor], forget: PairedData, retain: PairedData, settings: Any) -> str:
-    """SHA-256 of a model's weights, both sets and the settings: equal ones give equal runs."""
+    """SHA-256 of a model's weights, both sets and the settings: equal ones give equal runs.
+
+    Raises:
+        ValueError: the weights are not tensors alone.
+    """
     sets = [{"visual": d.visual, "other": d.other, "labels": d.labels, "ids": d.ids} for d in (forget, retain)]
-    return json_hash([settings, tensors_hash(state), *map(tensors_hash, sets)])
+    return json_hash([settings, tensors_hash(only_tensors(state)), *map(tensors_hash, sets)])
 
 
 class Keeper:

@@ -72,6 +72,42 @@ class Weights(Protocol):
         """As of ``nn.Module``."""
 
 
+def only_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The ``state_dict`` of a model, if it holds tensors alone.
+
+    Raises:
+        ValueError: it holds something else, such as what a ``get_extra_state`` returns; names it.
+    """
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"model: expected a state_dict of tensors, which can be written, got {type(value).__name__} as {name!r}"
+            )
+    return dict(state)
+
+
+def saved_state(model: Weights) -> dict[str, Tensor]:
+    """The ``state_dict`` of a model, if :func:`save_model` can write it; nothing is copied.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: it holds something else than plain tensors; names it.
+    """
+    extras.require("safetensors")
+    from safetensors.torch import save
+
+    state = only_tensors(model.state_dict())
+    for name, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+            kind = "without values" if value.device.type == "meta" else f"{value.layout} {value.dtype}"
+            raise ValueError(f"model: expected plain tensors in its state_dict, got one {kind} as {name!r}")
+        try:
+            save({name: torch.empty(0, dtype=value.dtype)})
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"model: expected dtypes of safetensors, got {value.dtype} as {name!r}") from error
+    return state
+
+
 def save_model(model: Weights, path: str | Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Write the weights and, in the file's metadata, what made them; all of it or nothing.
 
@@ -85,11 +121,18 @@ def save_model(model: Weights, path: str | Path, provenance: Mapping[str, Any]) 
 
     Raises:
         ImportError: safetensors is not installed.
+        ValueError: the state_dict holds what the file cannot, see :func:`saved_state`.
     """
-    extras.require("safetensors")
+    state = saved_state(model)
     from safetensors.torch import save
 
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    places = set()
+    for name, value in state.items():
+        state[name] = value = value.detach().cpu().contiguous()
+        place = value.untyped_storage().data_ptr()
+        if place in places:  # a file has no tensors that are one: tied ones are written under each of their names
+            state[name] = value.clone()
+        places.add(place)
     written = {**provenance, "versions": versions(), "weights_sha256": tensors_hash(state)}
     with new_file(Path(path)) as file:
         file.write(save(state, metadata={"ccu_fast": json.dumps(written)}))

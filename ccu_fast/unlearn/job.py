@@ -55,7 +55,7 @@ from ccu_fast.models.named import named_model
 from ccu_fast.models.weights import from_checkpoint
 from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.progress import Progress
-from ccu_fast.runs.provenance import save_model, tensors_hash
+from ccu_fast.runs.provenance import save_model, saved_state, tensors_hash
 from ccu_fast.runs.settings import from_table, read_toml, with_known_keys
 from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
 from ccu_fast.unlearn.loop import accuracies, embed
@@ -174,6 +174,7 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
     model, data, names = load(job)
     forget, retain = split(data, job, names)
     check_problem(model, forget, retain, job.config.forget)
+    saved_state(_own(model))  # what cannot be written is refused before the work
     output_folder(out)
     settings = asdict(job.config)
     checkpoint = Checkpoint(out / "checkpoint.pt", settings=settings)

@@ -8,6 +8,7 @@ import socket
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,7 +21,10 @@ from ccu_fast.cli.report import figures
 from ccu_fast.data.halves import Halves
 from ccu_fast.data.load import load_pairs
 from ccu_fast.data.views import STRIDE, load_views
+from ccu_fast.models.weights import from_checkpoint
+from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.provenance import load_model, save_model
+from ccu_fast.unlearn import unlearn
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.job import _data_hash, load, load_user_model, read_job, run_job, split
 from ccu_fast.unlearn.loop import accuracies
@@ -129,6 +133,30 @@ class TestCommand:
         assert result is not None and result["sizes"] == {"forget items": 3, "retain items": 57}
         (folder / "gone.txt").write_text("7\n9999\n")
         assert "'9999', which none has" in run(str(folder / "settings.toml"), "--out", str(folder / "two"))
+
+    def test_tied_weights_are_written_under_all_their_names(self, folder: Path) -> None:
+        model = toy_unlearn.TiedTowers()
+        save_model(model, folder / "weights.safetensors", {})
+        pairs = TOML.replace("classes = [1]", 'kind = "pairs"\nids = [7, 8]').replace("steps = 30", "steps = 2")
+        (folder / "settings.toml").write_text(pairs.replace(":make_model", ":TiedTowers"))
+        assert run(str(folder / "settings.toml"), "--out", str(folder / "out"), "--quiet").startswith("0 ")
+        clean = from_checkpoint(toy_unlearn.TiedTowers, folder / "out" / "model.safetensors")()
+        assert clean.visual.weight is clean.other.weight and not torch.equal(weights(clean), weights(model))
+        state, _ = load_model(folder / "out" / "model.safetensors")
+        assert torch.equal(state["visual.weight"], state["other.weight"])
+
+    def test_a_state_that_cannot_be_written_is_refused_before_the_work(self, folder: Path) -> None:
+        torch.save({**toy_unlearn.TwoTowers().state_dict(), "_extra_state": torch.zeros(1)}, folder / "w.pt")
+        text = TOML.replace(":make_model", ":Counting").replace("weights.safetensors", "w.pt")
+        (folder / "settings.toml").write_text(text.replace("classes = [1]", 'kind = "pairs"\nids = [7]'))
+        with patch.object(toy_unlearn.Counting, "set_extra_state"):
+            said = run(str(folder / "settings.toml"), "--out", str(folder / "out"), "--quiet")
+        assert "model: expected a state_dict of tensors, which can be written, got dict as '_extra_state'" in said
+        assert not (folder / "out").exists()
+        forget, retain = toy_unlearn.split("pairs")
+        options = {"checkpoint": Checkpoint(folder / "c.pt")}
+        with pytest.raises(ValueError, match="model: expected a state_dict of tensors"):
+            unlearn(toy_unlearn.Counting(), forget, retain, UnlearnConfig(forget="pairs"), **options)
 
     @pytest.mark.parametrize("given", ["settings", "flags"])
     def test_a_class_by_its_name(self, folder: Path, given: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from ccu_fast.cli import main as cli
 from ccu_fast.data.strips import load_strips, write_strips
@@ -318,6 +319,19 @@ class TestUnlearning:
 
 def open_clip_model(name: str, open_clip: Any) -> Any:
     return lambda: open_clip.create_model(name, pretrained=None)
+
+
+def test_a_folder_whose_weights_are_not_all_there(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    for changed, message in (
+        ({key: value for key, value in state.items() if key != "logit_scale"}, "got none that fit logit_scale"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "model: expected weights, got a Git LFS pointer"),
+        (b"junk", "model: expected an undamaged file"),
+    ):
+        file.write_bytes(changed if isinstance(changed, bytes) else save(changed, {"format": "pt"}))
+        with pytest.raises(ValueError, match=message):
+            choose(f"hf:{folder}")(["a caption"]).factory()
 
 
 @pytest.mark.parametrize(

@@ -73,3 +73,21 @@ class TwoTowers(nn.Module):
 
     def embed_other(self, other: Tensor) -> Tensor:
         return F.normalize(self.other(other), dim=-1)
+
+
+class TiedTowers(TwoTowers):
+    """Both towers are one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other.weight = self.visual.weight
+
+
+class Counting(TwoTowers):
+    """Its state is more than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"calls": 1}
