@@ -72,7 +72,7 @@ def _run(settings: Path, out: Path, overrides: dict[str, dict[str, Any]], quiet:
         result = run_job(job, out, progress=progress)
     if result is None:  # the first process has written it
         return
-    figures = {key: result[key] for key in ("provenance", "sizes", "cost", "rows", "losses")}
+    figures = {key: result[key] for key in ("provenance", "sizes", "cost", "rows", "pool", "losses")}
     write_whole(out / "results.json", json.dumps(figures, indent=1) + "\n")
     write_run(result, out / "report.html")
     if not quiet:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.runs.retrieval import recall_at, retrieval_ranks
+from ccu_fast.runs.retrieval import recall_at, retrieval_ranks, shared_groups
 
 
 def retrieval(image: Tensor, text: Tensor, image_group: Tensor, text_group: Tensor) -> dict[str, float]:
@@ -44,19 +44,7 @@ def retrieval(image: Tensor, text: Tensor, image_group: Tensor, text_group: Tens
 
 def groups(captions: Sequence[str], image_of: Tensor) -> Tensor:
     """The same number for all rows that share an image or a caption, also through other rows: int64 ``[rows]``."""
-    parent = list(range(len(captions)))
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
-
-    first: dict[object, int] = {}
-    for row, (caption, image) in enumerate(zip(captions, image_of.tolist(), strict=True)):
-        for key in (caption, image):
-            parent[root(row)] = root(first.setdefault(key, row))
-    return torch.tensor([root(row) for row in range(len(captions))], dtype=torch.int64)
+    return shared_groups(captions, image_of.tolist())
 
 
 def reading(image: Tensor, classes: Tensor, digits: Tensor) -> dict[str, Any]:

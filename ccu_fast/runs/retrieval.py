@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,3 +63,27 @@ def recall_at(ranks: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]
         TypeError, ValueError: not such numbers.
     """
     return {check.integer("ks", k, low=1): float((ranks <= k).double().mean()) for k in ks}
+
+
+def shared_groups(*views: Sequence[Hashable]) -> Tensor:
+    """The same number for all rows that share a value in one of the views, also through other rows.
+
+    Args:
+        views: each with a value for every row, such as its caption or the number of its image.
+
+    Returns:
+        int64 ``[rows]``.
+    """
+    parent = list(range(len(views[0])))
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    for view in views:
+        first: dict[Hashable, int] = {}
+        for row, value in enumerate(view):
+            parent[root(row)] = root(first.setdefault(value, row))
+    return torch.tensor([root(row) for row in range(len(parent))], dtype=torch.int64)

@@ -58,7 +58,7 @@ from ccu_fast.runs.progress import Progress
 from ccu_fast.runs.provenance import save_model, saved_state, tensors_hash
 from ccu_fast.runs.settings import from_table, read_toml, with_known_keys
 from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
-from ccu_fast.unlearn.loop import accuracies, embed
+from ccu_fast.unlearn.loop import answers, chances, embed, right_shares
 from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.model import TwoModalityModel, check_problem
 
@@ -163,8 +163,9 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
         progress: called every few steps as progress(stage, done, total, note).
 
     Returns:
-        "provenance" (as in the saved model), "sizes", "cost", "losses", "rows" (name, before, after), "embeddings";
-        None on the processes that are not the first.
+        "provenance" (as in the saved model), "sizes", "cost", "losses", "rows" (name, before, after), "embeddings" and,
+        for a model without heads or items without labels, the "pool" that a pair's partner is sought in, with the
+        share that would be right by chance; None on the processes that are not the first.
 
     Raises:
         OSError: ``out`` cannot be written.
@@ -202,10 +203,13 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
         "retain_sha256": _data_hash(retain),
     }
     written = save_model(_own(done.model), out / "model.safetensors", provenance)
+    parts = {"forget": forget, "retain": retain}
+    found = [[answers(judged, part) for part in parts.values()] for judged in (model, done.model)]
+    ranked = not found[0][0].logits
+    chance = dict(zip(parts, chances(*parts.values()), strict=True)) if ranked else {}
     rows = []
-    for name, part in (("forget", forget), ("retain", retain)):
-        before, after = accuracies(model, part), accuracies(done.model, part)
-        what = "accuracy" if "fused" in before or part.labelled else "nearest is the partner"
+    for name, before, after in zip(parts, *(right_shares(*of_both) for of_both in found), strict=True):
+        what = f"partner first of {len(data)} (chance {chance[name]:.2g})" if ranked else "accuracy"
         rows += [(f"{name}: {key}, {what}", before[key], after[key]) for key in before]
     return {
         "provenance": written,
@@ -213,6 +217,7 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
         "cost": {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)},
         "losses": done.losses,
         "rows": rows,
+        "pool": {"pairs": len(data), "chance": chance} if ranked else None,
         "embeddings": _embeddings(model, done.model, forget, retain) if data.labelled else None,
     }
 

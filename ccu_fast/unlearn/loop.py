@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor
 from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.checkpoint import Checkpoint, Keeper, fingerprint
 from ccu_fast.runs.progress import Clock, Progress
+from ccu_fast.runs.retrieval import retrieval_ranks, shared_groups
 from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of
 from ccu_fast.unlearn.parallel import Alone, Shared
@@ -54,7 +56,7 @@ class HeldOut:
     """When to stop: as soon as the forget set looks unseen and the rest is intact.
 
     That is at the first check (every 5 steps) where the visual accuracy on the forget set is at most ``level`` and each
-    of the accuracies on ``retain`` is at most ``slack`` below the original's (:func:`accuracies`).
+    of the accuracies on ``retain`` is at most ``slack`` below the original's (:func:`right_shares` of both).
 
     Attributes:
         retain: held-out items of the classes that stay.
@@ -147,7 +149,10 @@ def run(
     together = Alone() if group is None else Shared(group, key, rows, device)
     open_weights = {} if saliency == 1 else together.of_first(partial(salient, original, forget, saliency))
     step_loss = prepare(frozen, forget, retain, seed)
-    floor = {} if held_out is None else {k: v - held_out.slack for k, v in accuracies(frozen, held_out.retain).items()}
+    floor: dict[str, float] = {}
+    if held_out is not None:
+        _, intact = _both_shares(frozen, forget, held_out)
+        floor = {name: value - held_out.slack for name, value in intact.items()}
     losses: list[float] = []
     keeper = None if checkpoint is None else Keeper(checkpoint, key, device)
     stored = None if keeper is None else together.of_first(keeper.load)
@@ -230,30 +235,15 @@ class Answers:
     """What a model makes of items, in evaluation mode.
 
     Attributes:
+        data: the items.
         visual, other: embeddings ``[N, D]``.
         logits: ``[N, classes]`` of each of its heads; none for items without labels.
-        labels: of the items.
     """
 
+    data: PairedData
     visual: Tensor
     other: Tensor
     logits: dict[str, Tensor]
-    labels: Tensor
-
-    def accuracies(self) -> dict[str, float]:
-        """The share of items each head names right: ``{"visual": …, "other": …, "fused": …}`` in [0, 1].
-
-        Without logits the share of items whose partner is the nearest of the whole set, from the visual to the other
-        modality ("visual") and back ("other").
-        """
-        right = {head: logits.argmax(-1) == self.labels for head, logits in self.logits.items()}
-        if not right:
-            everyone = torch.arange(len(self.visual), device=self.visual.device)
-            right = {
-                "visual": nearest(self.visual, self.other) == everyone,
-                "other": nearest(self.other, self.visual) == everyone,
-            }
-        return {name: hits.double().mean().item() for name, hits in right.items()}
 
 
 def answers(model: TwoModalityModel, data: PairedData) -> Answers:
@@ -262,12 +252,55 @@ def answers(model: TwoModalityModel, data: PairedData) -> Answers:
     with evaluating(model):
         named = heads(model) if data.labelled else ()
         logits = {head: logits_of(model, head, visual, other) for head in named}
-    return Answers(visual, other, logits, data.labels)
+    return Answers(data, visual, other, logits)
 
 
 def accuracies(model: TwoModalityModel, data: PairedData) -> dict[str, float]:
-    """:meth:`Answers.accuracies` of all items."""
-    return answers(model, data).accuracies()
+    """:func:`right_shares` of all items, among themselves."""
+    return right_shares(answers(model, data))[0]
+
+
+def right_shares(*parts: Answers) -> list[dict[str, float]]:
+    """The share of items that each head names right, ``{"visual": …, "other": …, "fused": …}`` in [0, 1] for each part.
+
+    Without heads or labels the share of items that find their partner first among the items of all parts together, from
+    the visual to the other modality ("visual") and back ("other"). :func:`~ccu_fast.runs.retrieval.retrieval_ranks`
+    says what ties count; of items with the same visual or other input (:func:`same_thing`) each is the other's partner.
+    """
+    if all(part.logits for part in parts):
+        right = [
+            {head: logits.argmax(-1) == part.data.labels for head, logits in part.logits.items()} for part in parts
+        ]
+    else:
+        visual, other = (torch.cat([getattr(part, side) for part in parts]) for side in ("visual", "other"))
+        thing = same_thing(*(part.data for part in parts)).to(visual.device)
+        sizes = [len(part.data) for part in parts]
+        first = {
+            side: (retrieval_ranks(query, gallery, thing, thing) == 1).split(sizes)
+            for side, query, gallery in (("visual", visual, other), ("other", other, visual))
+        }
+        right = [{side: hits[number] for side, hits in first.items()} for number in range(len(parts))]
+    return [{name: hits.double().mean().item() for name, hits in of_part.items()} for of_part in right]
+
+
+def same_thing(*parts: PairedData) -> Tensor:
+    """The same number for all items of these sets that share a visual or an other input: int64 ``[items]``, on the CPU.
+
+    A caption of several pictures is right for each, and so is a picture for each of its captions.
+    """
+    views = [
+        [hashlib.sha256(row.numpy().tobytes()).digest() for part in parts for row in getattr(part, side).cpu()]
+        for side in ("visual", "other")
+    ]
+    return shared_groups(*views)
+
+
+def chances(*parts: PairedData) -> list[float]:
+    """What :func:`right_shares` expects of a model that has learned nothing, for each part, without heads or labels."""
+    thing = same_thing(*parts)
+    _, number, count = thing.unique(return_inverse=True, return_counts=True)
+    by_item = (count[number] / len(thing)).split([len(part) for part in parts])
+    return [float(chance.double().mean()) for chance in by_item]
 
 
 def nearest(x: Tensor, y: Tensor) -> Tensor:
@@ -309,7 +342,10 @@ def _batches(forget: PairedData, retain: PairedData, budget: Budget, seed: int) 
         yield Batch(forget_batch, retain.batch(r), u, r, step, budget.steps)
 
 
+def _both_shares(model: TwoModalityModel, forget: PairedData, held_out: HeldOut) -> list[dict[str, float]]:
+    return right_shares(answers(model, forget), answers(model, held_out.retain))
+
+
 def _reached(model: TwoModalityModel, forget: PairedData, held_out: HeldOut, floor: dict[str, float]) -> bool:
-    if accuracies(model, forget)["visual"] > held_out.level:
-        return False
-    return all(value >= floor[name] for name, value in accuracies(model, held_out.retain).items())
+    gone, kept = _both_shares(model, forget, held_out)
+    return gone["visual"] <= held_out.level and all(value >= floor[name] for name, value in kept.items())

@@ -267,6 +267,8 @@ class TestUnlearning:
         status, figures = self.run(tmp_path, UNLEARN, "3\ntrain/00000.png\n", "one")
         assert status == 0 and figures["sizes"] == {"forget items": 2, "retain items": 10}
         assert figures["provenance"]["model"] == f"hf:{folder}"
+        assert figures["pool"]["pairs"] == 12 and figures["pool"]["chance"]["forget"] == pytest.approx(1 / 12)
+        assert "partner first of 12 (chance 0.083)" in (tmp_path / "one" / "report.html").read_text()
         # The written weights can be read by the library and by every --checkpoint.
         clean = transformers.CLIPModel.from_pretrained(folder)
         clean.load_state_dict(read_weights(tmp_path / "one" / "model.safetensors"))

@@ -10,7 +10,7 @@ from ccu_fast.unlearn.audit.probe import linear_probe
 from ccu_fast.unlearn.audit.relearn import relearn_steps
 from ccu_fast.unlearn.audit.retrieval import recall
 from ccu_fast.unlearn.audit.summary import MODALITIES
-from ccu_fast.unlearn.loop import answers
+from ccu_fast.unlearn.loop import answers, right_shares
 from ccu_fast.unlearn.model import TwoModalityModel
 
 
@@ -34,11 +34,12 @@ def audit(
 
     Returns:
         For each modality whose head the model has, the accuracies "forget_train", "forget_test" (None without such
-        items), "retain_train" and "retain_test" in [0, 1]; without heads or labels the share of pairs whose partner is
-        the nearest. ``"mia_auc"`` and ``"mia_entropy_auc"`` (None without labels): ``membership_auc`` of the
-        forget set against forget_test, or retain_test where there is none. When deep ``"probe"``
-        (:func:`linear_probe`) and ``"relearn_steps"`` (:func:`relearn_steps`). Without labels ``"retrieval"``:
-        :func:`recall` of the forget and the retain set among both. Each is to be compared with a retrained model's.
+        items), "retain_train" and "retain_test" in [0, 1]; without heads or labels the share of pairs whose partner
+        comes first among all training pairs, or all unseen ones. ``"mia_auc"`` and ``"mia_entropy_auc"`` (None without
+        labels): ``membership_auc`` of the forget set against forget_test, or retain_test where there is none. When deep
+        ``"probe"`` (:func:`linear_probe`) and ``"relearn_steps"`` (:func:`relearn_steps`). Without labels
+        ``"retrieval"``: :func:`recall` of the forget and the retain set among both. Each is to be compared with a
+        retrained model's.
 
     Raises:
         ValueError: an empty set.
@@ -58,11 +59,14 @@ def audit(
             raise ValueError(f"{name}: expected at least one item, got none")
     parts = {"forget_train": forget, "forget_test": forget_test, "retain_train": retain, "retain_test": retain_test}
     found = {name: answers(model, data) for name, data in parts.items() if data is not None}
-    measured = {name: part.accuracies() for name, part in found.items()}
+    measured: dict[str, dict[str, float]] = {}
+    for pool in (("forget_train", "retain_train"), ("forget_test", "retain_test")):  # pairs choose among these
+        names = [name for name in pool if name in found]
+        measured |= zip(names, right_shares(*(found[name] for name in names)), strict=True)
     result: dict[str, object] = {
         modality: {name: measured[name][modality] if name in measured else None for name in parts}
         for modality in MODALITIES
-        if all(modality in accuracies for accuracies in measured.values())
+        if all(modality in shares for shares in measured.values())
     }
     members, unseen = found["forget_train"], found.get("forget_test", found["retain_test"])
     labelled = "visual" in members.logits

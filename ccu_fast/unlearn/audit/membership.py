@@ -57,7 +57,7 @@ def confidence(found: Answers) -> Tensor:
     """
     if "visual" not in found.logits:
         return (found.visual.double() * found.other.double()).sum(1)
-    logits, own = found.logits["visual"].double(), found.labels[:, None]
+    logits, own = found.logits["visual"].double(), found.data.labels[:, None]
     return logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).logsumexp(1)
 
 
@@ -65,7 +65,7 @@ def certainty(found: Answers) -> Tensor:
     """The negated :func:`modified_entropy` of the visual head, fp64 ``[N]``."""
     if "visual" not in found.logits:
         raise ValueError("attack: expected a visual head and labels for 'entropy', got a model or data without")
-    return -modified_entropy(found.logits["visual"], found.labels)
+    return -modified_entropy(found.logits["visual"], found.data.labels)
 
 
 def modified_entropy(logits: Tensor, labels: Tensor) -> Tensor:
