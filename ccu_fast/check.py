@@ -105,7 +105,7 @@ def device(name: str, value: str | torch.device) -> torch.device:
         if where.type == "meta":
             raise ValueError("it holds no values")
         torch.empty(0, device=where)
-    except (AssertionError, ImportError, RuntimeError, ValueError) as error:
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         why = str(error).splitlines()[0][:120]
         said = f"{name}: expected cpu or a GPU that is here (cuda, cuda:1), got {value} ({why})"
         raise ValueError(said) from error

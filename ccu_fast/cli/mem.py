@@ -120,7 +120,11 @@ def evaluate(
     named = {}
     for item in train:
         name, equals, path = item.partition("=")
-        named.update({name: Path(path)} if equals else {Path(item).stem: Path(item)})
+        if not equals or Path(item).exists() or ("/" in name and not Path(path).exists()):  # an = of the path itself
+            name, path = Path(item).stem, item
+        if not name or not path:
+            raise ValueError(f"train: expected PATH or NAME=PATH, got {item!r}")
+        named[name] = Path(path)
     if len(named) != len(train):
         raise ValueError(f"train: expected datasets with different names (NAME=PATH), got {train}")
     for name in named:

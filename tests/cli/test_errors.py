@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +58,7 @@ WORKERS = {
     "evaluate": "ccu_fast.mem.job.victims.train_victim",
     "bench": "benchmarks.__main__.run",
 }
+BOGUS = ("cuda:77", "cuda:-1", "nonsense", "", "meta", "mps")  # devices
 WRITERS = [name for name in WORK if name != "bench"]
 Ends = Callable[..., str]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,6 +73,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(toy_unlearn.make_model(), folder / "weights.safetensors", {})
     (folder / "settings.toml").write_text(SETTINGS)
     made.write_csv(folder / "in")
+    (folder / "in" / "one.csv").write_text("images,caption\npictures/0.png,a picture\n")
+    (folder / "in" / "gap.csv").write_text("images,caption\npictures/0.png,a picture\npictures/1.png,\n")
+    (folder / "uncaptioned").mkdir()
+    for number in range(3):
+        (folder / "uncaptioned" / f"{number}.png").write_bytes(made.encoded(number))
     return folder
 
 
@@ -225,10 +232,36 @@ def test_a_package_that_is_there_but_broken(name: str, ends: Ends, idle: Any) ->
         (["evaluate", "nowhere", "--test", "in/train.csv"], "train: expected a file or folder"),
         (["evaluate", "in/train.csv", "--test", "nowhere"], "test: expected a file or folder"),
         (["evaluate", "in/train.csv", "in/train.csv", "--test", "in/train.csv"], "train: expected datasets with diff"),
+        (
+            ["evaluate", "=in/train.csv", "--test", "in/train.csv"],
+            "train: expected PATH or NAME=PATH, got '=in/train.csv'",
+        ),
+        (["evaluate", "in/a=b.csv", "--test", "in/train.csv"], "train: expected a file or folder, got in/a=b.csv"),
+        (["evaluate", "x=in/a=b.csv", "--test", "in/train.csv"], "train: expected a file or folder, got in/a=b.csv"),
+        *(
+            ([command, *words, "--size", "16x16", "--model", "small:32"], message)
+            for command, words, message in (
+                ("protect", ["in/one.csv", "--out", "{out}"], "input: expected at least two images, got 1 in in"),
+                ("evaluate", ["in/one.csv", "--test", "in/train.csv"], "train: expected at least two images, got 1"),
+                ("evaluate", ["in/train.csv", "--test", "in/one.csv"], "test: expected at least two images, got 1"),
+                ("protect", ["uncaptioned", "--out", "{out}"], "0.png: no caption file 0.txt"),
+                ("protect", ["uncaptioned", "--out", "{out}", "--skip-bad"], "at least two images, got none"),
+                ("evaluate", ["in/gap.csv", "--test", "in/train.csv"], "gap.csv, record 2: empty caption"),
+                ("evaluate", ["in/train.csv", "--test", "uncaptioned"], "test: expected usable pairs, got 3 bad items"),
+            )
+        ),
         *(
             ([*WORK[name], "--device", device], "device: expected cpu or a GPU that is here")
             for name in ("protect", "evaluate")
-            for device in ("cuda:77", "nonsense", "meta", *(() if torch.cuda.is_available() else ("cuda",)))
+            for device in (
+                "cuda:77",
+                "cuda:-1",
+                "nonsense",
+                "",
+                "meta",
+                "mps",
+                *(() if torch.cuda.is_available() else ("cuda",)),
+            )
         ),
     ],
 )
@@ -236,6 +269,19 @@ def test_bad_input_is_named(words: list[str], message: str, ends: Ends, idle: An
     for name in ("unlearn", "protect", "evaluate"):
         idle(name)
     assert message in ends(words)
+
+
+def test_an_equals_sign_in_a_path(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    named: list[Any] = []
+    monkeypatch.setattr(
+        "ccu_fast.mem.job.victims.evaluate_datasets", lambda train, *_, **__: named.append(train) or {"samples": {}}
+    )
+    for item in ("in/lr=3/train.csv", "x=in/lr=3/train.csv", "lr=3.csv"):
+        Path(item.removeprefix("x=")).parent.mkdir(exist_ok=True)
+        shutil.copy("in/train.csv", item.removeprefix("x="))
+        assert cli.main(["evaluate", item, "--test", "in/train.csv", "--quiet"]) == 0
+    assert named == [{"train": Path("in/lr=3/train.csv")}, {"x": Path("in/lr=3/train.csv")}, {"lr=3": Path("lr=3.csv")}]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +292,7 @@ def test_bad_input_is_named(words: list[str], message: str, ends: Ends, idle: An
         ('"weights.safetensors"', "3", "settings: expected text as weights in [model]"),
         ("[1]", "1", "settings: expected a list of numbers or names as classes in [forget]"),
         ("classes = [1]", 'kind = "instances"\nids = 1', "expected a list of numbers or names, or a file, as ids"),
-        ("classes = [1]", 'kind = "instances"\nids = "damaged.npz"', "ids: expected an undamaged file"),
+        ("classes = [1]", 'kind = "instances"\nids = "pairs.npz"', "ids: expected an undamaged file"),
         ("[budget]", "[ccu]\ntrainable = 3\n[budget]", "trainable: expected a sequence of patterns"),
         ("weights.safetensors", "pairs.npz", "weights: expected an undamaged file"),
         ("weights.safetensors", "damaged.safetensors", "weights: expected an undamaged file"),
@@ -323,6 +369,8 @@ def test_a_wrong_command_line_is_2(words: list[str], ends: Ends) -> None:
 
 def test_the_device_that_is_there() -> None:
     assert check.device("device", "cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device: expected cpu or a GPU that is here"):
+        check.device("device", None)  # type: ignore[arg-type]
 
 
 def test_the_display_takes_stages_that_come_again_and_many_of_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -221,7 +221,8 @@ class _Run:
         kept = [new for new, number in enumerate(keep) if mine[0] <= number <= mine[-1]]
         counts = gather_objects(len(kept))
         if min(counts) < 2:
-            raise ValueError(f"input: expected at least two usable images for each process, got {counts}")
+            each = " for each process" if len(counts) > 1 else ""
+            raise ValueError(f"input: expected at least two usable images{each}, got {', '.join(map(str, counts))}")
         return usable, kept, digests[keep]
 
     def _check_space(self, place: Workplace, source: DiskSource, mine: list[int]) -> None:
@@ -340,6 +341,8 @@ def share(listing: Listing, rank: int, world: int) -> list[int]:
         owner = ((sizes.cumsum(0) - sizes / 2) * world / max(n, 1)).long().clamp(max=world - 1)
         cuts = [0, *(int(sizes[owner <= r].sum()) for r in range(world))]
     if min(b - a for a, b in itertools.pairwise(cuts)) < 2:
+        if world == 1:
+            raise ValueError(f"{listing.argument}: expected at least two images, got {n or 'none'} in {listing.root}")
         unit = "images" if listing.spans is None else "images in whole shards"
         raise ValueError(
             f"processes: expected at least two {unit} for each of {world}, got shares that end at {cuts[1:]}"

@@ -100,6 +100,9 @@ def evaluate_datasets(
     prefixes = {name: trigger_words(path) for name, path in train.items()}
     listings = {name: list_pairs(path, options, "train").whole() for name, path in train.items()}
     clean = list_pairs(test, options, "test").whole()
+    for argument, listing in (*(("train", item) for item in listings.values()), ("test", clean)):
+        if listing.n_images < 2:
+            raise ValueError(f"{argument}: expected at least two images, got {listing.n_images} in {listing.root}")
     classes = None if zero_shot is None else list_pairs(zero_shot, options, "zero_shot").whole()
     victim = model([text for listing in (*listings.values(), clean, classes) if listing for text in listing.captions])
     with ExitStack() as stack:
