@@ -11,6 +11,7 @@ import typer
 from ccu_fast import extras
 from ccu_fast.cli.console import live, one_sentence
 from ccu_fast.cli.options import Fields, with_fields
+from ccu_fast.files import after_the_work
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
 
 EXAMPLE = (
@@ -36,6 +37,7 @@ def unlearn(
     task: Annotated[list[str] | None, typer.Option(help="With --compare: a task; may be repeated.")] = None,
     scenario: Annotated[list[str] | None, typer.Option(help="With --compare: class or instances.")] = None,
     seeds: Annotated[int, typer.Option(help="With --compare: how many.", min=1)] = 3,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw an earlier run with this output away.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No live progress, no table.")] = False,
 ) -> None:
     """Take the visual knowledge of a forget set out of a trained model; a killed run goes on where it was.
@@ -48,36 +50,39 @@ def unlearn(
     if compare and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         print("ccu-fast unlearn: expected one process for --compare, got several by torchrun", file=sys.stderr)
         raise SystemExit(2)
+    given = {"ccu": ccu, "budget": budget, "forget": {"classes": classes or None}}
+    overrides = {name: {k: v for k, v in table.items() if v is not None} for name, table in given.items()}
+    unused = [name for table in overrides.values() for name in table] + ["fresh"] * fresh
+    if not compare:
+        unused = [name for name, value in (("task", task), ("scenario", scenario)) if value]
+    if unused:
+        goes = "with a settings file" if compare else "with --compare"
+        print(f"ccu-fast unlearn: expected {', '.join(unused)} only {goes}", file=sys.stderr)
+        raise SystemExit(2)
     extras.require("rich", "safetensors", "sklearn", "matplotlib", "jinja2")
     if settings is None:
         _compare(out, task, scenario, seeds, quiet)
     else:
-        given = {"ccu": ccu, "budget": budget, "forget": {"classes": classes or None}}
-        overrides = {name: {k: v for k, v in table.items() if v is not None} for name, table in given.items()}
-        _run(settings, out, overrides, quiet)
+        _run(settings, out, overrides, fresh, quiet)
 
 
-def _run(settings: Path, out: Path, overrides: dict[str, dict[str, Any]], quiet: bool) -> None:
-    import json
-
+def _run(settings: Path, out: Path, overrides: dict[str, dict[str, Any]], fresh: bool, quiet: bool) -> None:
     from rich.console import Console
 
     from ccu_fast.cli.report.page import write_run
     from ccu_fast.cli.report.tables import before_after_table, show
-    from ccu_fast.files import write_whole
     from ccu_fast.unlearn.job import read_job, run_job
 
     job = read_job(settings, overrides)
     with live(quiet or int(os.environ.get("RANK", "0")) > 0) as progress:
-        result = run_job(job, out, progress=progress)
+        result = run_job(job, out, fresh=fresh, progress=progress)
     if result is None:  # the first process has written it
         return
-    figures = {key: result[key] for key in ("provenance", "sizes", "cost", "rows", "pool", "losses")}
-    write_whole(out / "results.json", json.dumps(figures, indent=1) + "\n")
-    write_run(result, out / "report.html")
-    if not quiet:
-        show(before_after_table(result["rows"]), Console())
-    print(f"{out / 'model.safetensors'}  {out / 'report.html'}")
+    with after_the_work(f"the unlearned model and results.json are in {out}"):
+        write_run(result, out / "report.html")
+        if not quiet:
+            show(before_after_table(result["rows"]), Console())
+        print(f"{out / 'model.safetensors'}  {out / 'report.html'}")
 
 
 def _compare(out: Path, tasks: list[str] | None, scenarios: list[str] | None, seeds: int, quiet: bool) -> None:
@@ -92,9 +97,10 @@ def _compare(out: Path, tasks: list[str] | None, scenarios: list[str] | None, se
         results = compare(
             out, tasks=tasks or tuple(TASKS), scenarios=scenarios or SCENARIOS, seeds=range(seeds), progress=progress
         )
-    write_comparison(results, out / "report.html")
-    if not quiet:
-        for by_scenario in results["unlearn"].values():
-            for name, by_seed in by_scenario.items():
-                show(unlearn_table(name, by_seed), Console())
-    print(f"{out / 'results.json'}  {out / 'report.html'}")
+    with after_the_work(f"the figures are in {out / 'results.json'}"):
+        write_comparison(results, out / "report.html")
+        if not quiet:
+            for by_scenario in results["unlearn"].values():
+                for name, by_seed in by_scenario.items():
+                    show(unlearn_table(name, by_seed), Console())
+        print(f"{out / 'results.json'}  {out / 'report.html'}")

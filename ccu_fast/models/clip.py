@@ -40,7 +40,7 @@ class ClipEncoder(nn.Module):
 
     def embed_other(self, other: Tensor) -> Tensor:
         """Token ids ``[N, L]`` → unit vectors ``[N, D]``."""
-        return self.encode_text(other)
+        return self.encode_text(other if other.is_floating_point() else other.long())
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1], ``[N, 3, H, W]`` → unit vectors ``[N, D]``."""

@@ -82,7 +82,7 @@ class Keeper:
         if state.get("key") != self.key:
             raise ValueError(
                 f"checkpoint: expected the state of this run in {path}, got that of one with another model, "
-                "other data or other settings; remove the file to start anew"
+                "other data or other settings; remove the file to start anew (--fresh does)"
             )
         return state
 

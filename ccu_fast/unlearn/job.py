@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -48,12 +49,12 @@ from ccu_fast.data.captions import Options
 from ccu_fast.data.load import load_captions, load_pairs
 from ccu_fast.data.names import Names, canonical
 from ccu_fast.data.paired import PairedData
-from ccu_fast.distributed.ranks import processes
-from ccu_fast.files import output_folder, readable
+from ccu_fast.distributed.ranks import Ranks, processes
+from ccu_fast.files import after_the_work, locked, output_folder, readable, write_whole
 from ccu_fast.models.clip import ClipEncoder
 from ccu_fast.models.named import named_model
 from ccu_fast.models.weights import from_checkpoint
-from ccu_fast.runs.checkpoint import Checkpoint
+from ccu_fast.runs.checkpoint import Checkpoint, read_state
 from ccu_fast.runs.progress import Progress
 from ccu_fast.runs.provenance import save_model, saved_state, tensors_hash
 from ccu_fast.runs.settings import from_table, read_toml, with_known_keys
@@ -69,6 +70,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "ccu": tuple(f.name for f in fields(UnlearnConfig) if f.name not in ("forget", "budget", "early_stop")),
     "budget": tuple(f.name for f in fields(Budget)),
 }
+WRITTEN = ("checkpoint.pt", "model.safetensors", "results.json", "report.html")  # the last by the command
 SHOWN = 20  # names of classes in an error
 
 
@@ -150,7 +152,7 @@ def _listed(values: Any, key: str, path: Path) -> tuple[str, ...]:
     return tuple(map(canonical, values))
 
 
-def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[str, Any] | None:
+def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | None = None) -> dict[str, Any] | None:
     """Load, check, unlearn, save.
 
     Under ``torchrun`` the processes share the run (:mod:`ccu_fast.unlearn.parallel`): each loads the model and the data
@@ -158,17 +160,20 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
 
     Args:
         job: the settings.
-        out: folder of ``model.safetensors`` and ``checkpoint.pt``; made if needed. A killed run goes on from its
-            checkpoint; a finished one is not run again.
+        out: folder of ``model.safetensors``, ``results.json`` and ``checkpoint.pt``; made if needed. A killed run goes
+            on from its checkpoint; a finished one is not run again.
+        fresh: throw what an earlier run left in ``out`` away first.
         progress: called every few steps as progress(stage, done, total, note).
 
     Returns:
-        "provenance" (as in the saved model), "sizes", "cost", "losses", "rows" (name, before, after), "embeddings" and,
-        for a model without heads or items without labels, the "pool" that a pair's partner is sought in, with the
-        share that would be right by chance; None on the processes that are not the first.
+        What ``results.json`` holds: "provenance" (as in the saved model), "sizes", "cost", "losses", "rows" (name,
+        before, after) and, for a model without heads or items without labels, the "pool" that a pair's partner is
+        sought in, with the share that would be right by chance. Besides, "embeddings" for a picture. None on the
+        processes that are not the first.
 
     Raises:
-        OSError: ``out`` cannot be written.
+        OSError: ``out`` cannot be written, holds such files that are not of an earlier run, or has another process at
+            work in it.
         ValueError, TypeError, FloatingPointError, ImportError: see :func:`ccu_fast.unlearn.unlearn`, ``read_job`` and
             ``load_pairs``.
     """
@@ -177,9 +182,11 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
     check_problem(model, forget, retain, job.config.forget)
     saved_state(_own(model))  # what cannot be written is refused before the work
     output_folder(out)
-    settings = asdict(job.config)
-    checkpoint = Checkpoint(out / "checkpoint.pt", settings=settings)
-    with processes(forget.labels.device) as (rank, world):
+    written = out / "model.safetensors"
+    with processes(forget.labels.device) as (rank, world), locked(out / f"lock-{rank}"):
+        take = partial(_take, out, job, fresh)
+        Ranks().of_first(take) if world > 1 else take()
+        checkpoint = Checkpoint(out / "checkpoint.pt", settings=asdict(job.config))
         done = run_ccu(
             model,
             forget,
@@ -189,12 +196,40 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
             progress=progress,
             group=dist.group.WORLD if world > 1 else None,
         )
-    if rank:
-        return None
-    provenance = {
+        if rank:
+            return None
+        with after_the_work(f"the finished run is in {checkpoint.path}"):
+            provenance = save_model(_own(done.model), written, _provenance(job, model, forget, retain, world))
+        with after_the_work(f"the unlearned model is in {written}"):
+            cost = {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)}
+            result = {"provenance": provenance, "cost": cost, **_figures(model, done.model, forget, retain)}
+            result["losses"] = done.losses
+            write_whole(out / "results.json", json.dumps(result, indent=1) + "\n")
+            pictured = _embeddings(model, done.model, forget, retain) if data.labelled else None
+            return {**result, "embeddings": pictured}
+
+
+def _take(out: Path, job: Job, fresh: bool) -> None:
+    """Make sure that nothing is lost when the files of a run are written, and remove those of an earlier run."""
+    files = [out / name for name in WRITTEN]
+    there = [file for file in files if file.exists()]
+    for file in there:
+        if file.is_dir():
+            raise IsADirectoryError(f"out: expected a file {file.name} or none in {out}, got a folder")
+        if job.weights is not None and file.samefile(job.weights):
+            raise FileExistsError(f"out: expected another folder than that of the weights, {file}, got {out}")
+    checkpoint = out / "checkpoint.pt"
+    if there and not (checkpoint.exists() and "key" in read_state(checkpoint, "checkpoint")):
+        raise FileExistsError(f"out: expected a folder without {there[0].name}, or an earlier run's, got {out}")
+    for file in there if fresh else ():
+        file.unlink()
+
+
+def _provenance(job: Job, model: Any, forget: PairedData, retain: PairedData, world: int) -> dict[str, Any]:
+    return {
         "method": "CCU as defined in ccu_fast.unlearn.method",
         "seed": job.config.seed,
-        "config": settings,
+        "config": asdict(job.config),
         "forgotten_classes": list(job.classes),
         "processes": world,
         "model": job.model,
@@ -202,23 +237,23 @@ def run_job(job: Job, out: Path, *, progress: Progress | None = None) -> dict[st
         "forget_sha256": _data_hash(forget),
         "retain_sha256": _data_hash(retain),
     }
-    written = save_model(_own(done.model), out / "model.safetensors", provenance)
+
+
+def _figures(before: TwoModalityModel, after: TwoModalityModel, forget: PairedData, retain: PairedData) -> Any:
+    """What both models make of both sets: "sizes", "rows" and "pool" of a result."""
     parts = {"forget": forget, "retain": retain}
-    found = [[answers(judged, part) for part in parts.values()] for judged in (model, done.model)]
+    items = len(forget) + len(retain)
+    found = [[answers(model, part) for part in parts.values()] for model in (before, after)]
     ranked = not found[0][0].logits
     chance = dict(zip(parts, chances(*parts.values()), strict=True)) if ranked else {}
     rows = []
-    for name, before, after in zip(parts, *(right_shares(*of_both) for of_both in found), strict=True):
-        what = f"partner first of {len(data)} (chance {chance[name]:.2g})" if ranked else "accuracy"
-        rows += [(f"{name}: {key}, {what}", before[key], after[key]) for key in before]
+    for name, old, new in zip(parts, *(right_shares(*of_both) for of_both in found), strict=True):
+        what = f"partner first of {items} (chance {chance[name]:.2g})" if ranked else "accuracy"
+        rows += [(f"{name}: {key}, {what}", old[key], new[key]) for key in old]
     return {
-        "provenance": written,
-        "sizes": {"forget items": len(forget), "retain items": len(retain)},
-        "cost": {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)},
-        "losses": done.losses,
+        "sizes": {f"{name} items": len(part) for name, part in parts.items()},
         "rows": rows,
-        "pool": {"pairs": len(data), "chance": chance} if ranked else None,
-        "embeddings": _embeddings(model, done.model, forget, retain) if data.labelled else None,
+        "pool": {"pairs": items, "chance": chance} if ranked else None,
     }
 
 

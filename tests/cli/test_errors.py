@@ -339,10 +339,49 @@ def test_what_was_finished_stays(ends: Ends, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(demo, "_compute", part)
     assert ends(WORK["demo"]).endswith("goes on")
     assert [p.stem for p in (tmp_path / "out" / "parts").iterdir()] == written
-    monkeypatch.setattr("ccu_fast.unlearn.job.save_model", _full)
-    assert ends(WORK["unlearn"], tmp_path / "model").endswith("goes on")
-    monkeypatch.undo()
-    assert [p.name for p in (tmp_path / "model").iterdir()] == ["checkpoint.pt"]
+    checkpoint, model, figures = (
+        tmp_path / "model" / n for n in ("checkpoint.pt", "model.safetensors", "results.json")
+    )
+    for name, finished, where in (
+        ("ccu_fast.unlearn.job.save_model", {checkpoint}, f"the finished run is in {checkpoint}"),
+        ("ccu_fast.unlearn.job.answers", {checkpoint, model}, f"the unlearned model is in {model}"),
+        ("ccu_fast.unlearn.job.write_whole", {checkpoint, model}, f"the unlearned model is in {model}"),
+        (
+            "ccu_fast.cli.report.page.write_run",
+            {checkpoint, model, figures},
+            f"the unlearned model and results.json are in {model.parent}",
+        ),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(name, _full)
+            told = ends(WORK["unlearn"], tmp_path / "model")
+        assert told.endswith(f"goes on; {where}") and set(model.parent.iterdir()) == finished
+
+
+@pytest.mark.parametrize("name", ["unlearn", "compare"])
+def test_two_runs_into_one_output(name: str, ends: Ends, idle: Any, tmp_path: Path) -> None:
+    idle(name)
+    (tmp_path / "out").mkdir()
+    with files.locked(tmp_path / "out" / {"unlearn": "lock-0", "compare": "lock"}[name]):
+        told = ends([*WORK[name], *(["--fresh"] if name == "unlearn" else [])])
+    assert f"out: expected no other process at work in {tmp_path / 'out'}, got one" in told
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "results.json", "report.html"])
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+def test_what_is_not_of_an_earlier_run_is_not_replaced(
+    file: str, fresh: list[str], ends: Ends, idle: Any, tmp_path: Path
+) -> None:
+    idle("unlearn")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).write_text("mine")
+    assert f"out: expected a folder without {file}, or an earlier run's" in ends([*WORK["unlearn"], *fresh])
+    assert (tmp_path / "out" / file).read_text() == "mine"
+    torch.save({"mine": 1}, tmp_path / "out" / "checkpoint.pt")
+    assert "out: expected a folder without checkpoint.pt" in ends([*WORK["unlearn"], *fresh])
+    (tmp_path / "out" / file).unlink()
+    (tmp_path / "out" / file).mkdir()
+    assert f"out: expected a file {file} or none" in ends([*WORK["unlearn"], *fresh])
 
 
 def _full(*_: Any, **__: Any) -> None:
@@ -362,9 +401,18 @@ def test_info_ends_as_the_others_do(monkeypatch: pytest.MonkeyPatch, ends: Ends)
         assert ends(["info"], status=130 if said == "interrupted" else 1).endswith(said)
 
 
-@pytest.mark.parametrize("words", [["unlearn"], ["unlearn", "x.toml", "--compare"]])
-def test_a_wrong_command_line_is_2(words: list[str], ends: Ends) -> None:
-    assert "expected a settings file or --compare" in ends(words, status=2)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["unlearn"], "expected a settings file or --compare"),
+        (["unlearn", "x.toml", "--compare"], "expected a settings file or --compare"),
+        (["unlearn", "--compare", "--steps", "3", "--fresh"], "expected steps, fresh only with a settings file"),
+        (["unlearn", "--compare", "--classes", "3"], "expected classes only with a settings file"),
+        (["unlearn", "x.toml", "--task", "digits-halves"], "expected task only with --compare"),
+    ],
+)
+def test_a_wrong_command_line_is_2(words: list[str], message: str, ends: Ends) -> None:
+    assert message in ends(words, status=2)
 
 
 def test_the_device_that_is_there() -> None:

@@ -89,6 +89,23 @@ class TestCommand:
         assert run(str(folder / "settings.toml"), "--out", str(out), "--seed", "3", "--quiet").startswith("0 ")
         assert "other settings" in run(str(folder / "settings.toml"), "--out", str(out), "--quiet")
 
+    def test_fresh_removes_what_an_earlier_run_wrote_and_no_more(self, folder: Path) -> None:
+        (folder / "settings.toml").write_text(TOML.replace("steps = 30", "steps = 1"))
+        out, words = folder / "out", [str(folder / "settings.toml"), "--out", str(folder / "out"), "--quiet"]
+        assert run(*words).startswith("0 ")
+        (out / "notes.txt").write_text("mine")
+        assert "remove the file to start anew (--fresh does)" in run(*words, "--seed", "2")
+        assert run(*words, "--seed", "2", "--fresh").startswith("0 ")
+        assert load_model(out / "model.safetensors")[1]["seed"] == 2
+        assert sorted(p.name for p in out.iterdir()) == [
+            "checkpoint.pt", "model.safetensors", "notes.txt", "report.html", "results.json"
+        ]  # fmt: skip
+        # Its own result as the next run's weights.
+        before = (out / "model.safetensors").read_bytes()
+        (folder / "settings.toml").write_text(TOML.replace('"weights.safetensors"', '"out/model.safetensors"'))
+        assert "out: expected another folder than that of the weights" in run(*words, "--fresh")
+        assert (out / "model.safetensors").read_bytes() == before
+
     def test_flags_win_and_reach_the_method(self, folder: Path) -> None:
         job = read_job(folder / "settings.toml", {"budget": {"steps": 4}, "ccu": {"trainable": ["visual_tower.*"]}})
         assert job.config.budget == Budget(steps=4, learning_rate=5e-3, batch=20)

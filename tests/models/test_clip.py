@@ -20,7 +20,7 @@ from ccu_fast.mem.source import TensorSource
 from ccu_fast.models.clip import MEAN, STD, OpenClipEncoder, TransformersClipEncoder
 from ccu_fast.models.tokenizer import ClipTokenizer
 from ccu_fast.models.weights import from_checkpoint, read_weights
-from ccu_fast.unlearn.job import read_job, run_job
+from ccu_fast.unlearn.job import load, read_job, run_job
 from tests.support import torchvision_stub
 from tests.support.presence import absent
 
@@ -289,7 +289,9 @@ class TestUnlearning:
         named = UNLEARN.replace("hf:clip", "open_clip:tiny-clip").replace("digits/train.csv", "pairs.npz")
         pictures = np.random.default_rng(0).integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
         tokens = open_clip.get_tokenizer("tiny-clip")([f"picture number {i}" for i in range(12)])
-        np.savez(tmp_path / "pairs.npz", visual=pictures, other=tokens, ids=np.arange(12) + 20)
+        np.savez(
+            tmp_path / "pairs.npz", visual=pictures, other=tokens.numpy().astype(np.uint16), ids=np.arange(12) + 20
+        )
         with pytest.raises(ValueError, match="weights: expected a file of trained weights"):
             (tmp_path / "settings.toml").write_text(named)
             run_job(read_job(tmp_path / "settings.toml"), tmp_path / "none")
@@ -297,6 +299,12 @@ class TestUnlearning:
         assert status == 0 and figures["sizes"] == {"forget items": 2, "retain items": 10}
         written = from_checkpoint(open_clip_model("tiny-clip", open_clip), tmp_path / "out" / "model.safetensors")
         assert OpenClipEncoder(written()).embed_visual(torch.from_numpy(pictures)).shape == (12, 16)
+        np.savez(tmp_path / "pairs.npz", visual=pictures.astype(np.float32), other=tokens.int(), ids=np.arange(12) + 20)
+        with pytest.raises(ValueError, match=r"path: expected uint8 pixels or numbers in \[0, 1\] as visual"):
+            load(read_job(tmp_path / "settings.toml"))
+        np.savez(tmp_path / "pairs.npz", visual=pictures / 255, other=tokens.int(), ids=np.arange(12) + 20)
+        model, data, _ = load(read_job(tmp_path / "settings.toml"))
+        assert model.embed_other(data.other).shape == (12, 16)
 
     @pytest.mark.parametrize(
         ("old", "new", "ids", "message"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ccu_fast import check
-from ccu_fast.files import output_folder, write_whole
+from ccu_fast.files import locked, output_file, write_whole
 from ccu_fast.runs import cache
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.runs.provenance import json_hash, versions
@@ -51,18 +51,19 @@ def compare(
 
     Raises:
         ValueError: an unknown task or scenario; a damaged part.
-        OSError: ``out`` cannot be written.
+        OSError: ``out`` cannot be written, or another process is at work in it.
     """
     for name in tasks:
         check.one_of("tasks", name, tuple(TASKS))
     for name in scenarios:
         check.one_of("scenarios", name, SCENARIOS)
-    output_folder(out)
+    output_file(out / "results.json")
     results: dict[str, Any] = {"versions": versions(), "seeds": list(seeds), "unlearn": {}}
-    for task, seed, scenario in itertools.product(tasks, seeds, scenarios):
-        value = _part(out, TASKS[task], scenario, seed, progress)
-        results["unlearn"].setdefault(task, {}).setdefault(scenario, {})[str(seed)] = value
-    write_whole(out / "results.json", json.dumps(cache.without(results, "embeddings"), indent=1) + "\n")
+    with locked(out / "lock"):
+        for task, seed, scenario in itertools.product(tasks, seeds, scenarios):
+            value = _part(out, TASKS[task], scenario, seed, progress)
+            results["unlearn"].setdefault(task, {}).setdefault(scenario, {})[str(seed)] = value
+        write_whole(out / "results.json", json.dumps(cache.without(results, "embeddings"), indent=1) + "\n")
     return results
 
 
