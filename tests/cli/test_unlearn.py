@@ -151,6 +151,13 @@ class TestCommand:
         (folder / "gone.txt").write_text("7\n9999\n")
         assert "'9999', which none has" in run(str(folder / "settings.toml"), "--out", str(folder / "two"))
 
+    def test_a_few_items_have_a_report_too(self, folder: Path) -> None:
+        data = toy()[torch.arange(8)]
+        np.savez(folder / "pairs.npz", visual=data.visual, other=data.other, labels=data.labels)
+        (folder / "settings.toml").write_text(TOML.replace("steps = 30", "steps = 1"))
+        assert run(str(folder / "settings.toml"), "--out", str(folder / "out"), "--quiet").startswith("0 ")
+        assert (folder / "out" / "report.html").is_file()
+
     def test_tied_weights_are_written_under_all_their_names(self, folder: Path) -> None:
         model = toy_unlearn.TiedTowers()
         save_model(model, folder / "weights.safetensors", {})

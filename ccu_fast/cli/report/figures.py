@@ -72,6 +72,7 @@ def unlearn_map(embeddings: dict[str, Any] | None) -> str | None:
         return None
     before, after = (np.asarray(embeddings[k], dtype=np.float32) for k in ("before", "after"))
     labels, forgotten = np.asarray(embeddings["labels"]), np.asarray(embeddings["forgotten"])
+    classes = np.unique(labels)
     figure = Figure(figsize=(11, 5), layout="constrained")
     for axes, points, title in zip(
         figure.subplots(1, 2, sharex=True, sharey=True),
@@ -80,13 +81,17 @@ def unlearn_map(embeddings: dict[str, Any] | None) -> str | None:
         strict=True,
     ):
         kept = ~forgotten
-        shown = axes.scatter(*points[kept].T, c=labels[kept], cmap="tab10", vmin=-0.5, vmax=9.5, s=8)
+        # Ten colours: of more classes some share one.
+        colors = np.searchsorted(classes, labels[kept]) % 10
+        shown = axes.scatter(*points[kept].T, c=colors, cmap="tab10", vmin=-0.5, vmax=9.5, s=8)
         axes.scatter(*points[forgotten].T, c="black", marker="x", s=14, linewidths=0.8, label="to be forgotten")
         axes.set_title(title)
         axes.set_xticks([])
         axes.set_yticks([])
     axes.legend(loc="lower right")
-    figure.colorbar(shown, ax=figure.axes, ticks=range(10), label="digit", shrink=0.8)
+    if len(classes) <= 10:
+        bar = figure.colorbar(shown, ax=figure.axes, ticks=range(len(classes)), label="class", shrink=0.8)
+        bar.set_ticklabels([str(label) for label in classes])
     return _png(figure)
 
 

@@ -83,7 +83,9 @@ def embedding_map(before: np.ndarray, after: np.ndarray, *, kind: str = "pca", s
     if kind == "pca":
         plane = PCA(n_components=2, svd_solver="full").fit(before)
         return [plane.transform(before), plane.transform(after)]
-    both = TSNE(n_components=2, init="pca", random_state=seed).fit_transform(np.concatenate([before, after]))
+    points = np.concatenate([before, after])
+    near = min(30.0, (len(points) - 1) / 3)  # neighbours of a point: at most as many as there are, three times over
+    both = TSNE(n_components=2, init="pca", perplexity=near, random_state=seed).fit_transform(points)
     return [both[: len(before)], both[len(before) :]]
 
 
