@@ -36,14 +36,13 @@ def from_checkpoint(make: Callable[[], M], checkpoint: Path | str, name: str = "
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: (by the factory) not a file of tensors, or the weights of another model: says which.
+        ValueError: not a file of tensors; (by the factory) the weights of another model: says which.
     """
     path = Path(checkpoint)
     if not path.is_file():
         what = "the folder" if path.is_dir() else "none at"
         raise FileNotFoundError(f"{name}: expected a file, got {what} {path}")
-    if ".safetensors" in path.suffixes:
-        extras.require("safetensors")
+    read_weights(path, name)  # what is no checkpoint is named now, and not when the work has begun
 
     def made() -> M:
         model = make()

@@ -288,10 +288,12 @@ def same_thing(*parts: PairedData) -> Tensor:
 
     A caption of several pictures is right for each, and so is a picture for each of its captions.
     """
-    views = [
-        [hashlib.sha256(row.numpy().tobytes()).digest() for part in parts for row in getattr(part, side).cpu()]
-        for side in ("visual", "other")
-    ]
+
+    def digests(inputs: Tensor) -> list[bytes]:
+        rows = inputs.cpu().contiguous().reshape(len(inputs), -1).view(torch.uint8)
+        return [hashlib.sha256(row.numpy().tobytes()).digest() for row in rows]
+
+    views = [[digest for part in parts for digest in digests(getattr(part, side))] for side in ("visual", "other")]
     return shared_groups(*views)
 
 

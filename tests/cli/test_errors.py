@@ -75,6 +75,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.write_csv(folder / "in")
     (folder / "in" / "one.csv").write_text("images,caption\npictures/0.png,a picture\n")
     (folder / "in" / "gap.csv").write_text("images,caption\npictures/0.png,a picture\npictures/1.png,\n")
+    (folder / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    torch.save(torch.nn.Linear(1, 1), folder / "code.pt")
     (folder / "uncaptioned").mkdir()
     for number in range(3):
         (folder / "uncaptioned" / f"{number}.png").write_bytes(made.encoded(number))
@@ -297,6 +299,13 @@ def test_an_equals_sign_in_a_path(place: Path, monkeypatch: pytest.MonkeyPatch) 
         ("weights.safetensors", "pairs.npz", "weights: expected an undamaged file"),
         ("weights.safetensors", "damaged.safetensors", "weights: expected an undamaged file"),
         ("pairs.npz", "damaged.npz", "path: expected an undamaged file"),
+        ("weights.safetensors", "pointer.pt", "weights: expected weights, got a Git LFS pointer in"),
+        (
+            "weights.safetensors",
+            "code.pt",
+            "weights: expected tensors as torch.save(model.state_dict(), …) writes them",
+        ),
+        ("weights.safetensors", ".", "weights: expected a file, got the folder"),
     ],
 )
 def test_bad_settings_are_named(old: str, new: str, message: str, ends: Ends, place: Path, idle: Any) -> None:
@@ -308,8 +317,11 @@ def test_bad_settings_are_named(old: str, new: str, message: str, ends: Ends, pl
 
 
 def test_damaged_files(ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file, said in (("pointer.pt", "weights, got a Git LFS pointer"), ("code.pt", "tensors as torch.save(")):
+        assert f"checkpoint: expected {said}" in ends([*WORK["protect"], "--checkpoint", file])
     told = ends([*WORK["protect"], "--checkpoint", "settings.toml"])
     assert "checkpoint: expected an undamaged file, got settings.toml" in told
+    assert not list(tmp_path.iterdir()), "nothing that a right checkpoint would be kept from"
     out = tmp_path / "out"
     out.mkdir()
     (out / "checkpoint.pt").write_bytes(b"half")

@@ -42,8 +42,8 @@ def test_equal_captions_and_captions_of_one_picture_are_equally_right() -> None:
     data = PairedData(pictures, captions)
     assert accuracies(AsGiven(), data)["visual"] == 0.75  # the last picture is nearest to nothing
     assert chances(data) == [0.5]
-    same = PairedData(unit(0, 0, 0), torch.rand(3, 6))
-    assert chances(same) == [1.0]
+    for dtype in (torch.bfloat16, torch.bool, torch.int64):
+        assert chances(PairedData(torch.zeros(3, dtype=dtype), torch.rand(6, 3).T)) == [1.0]
 
 
 def test_one_point_for_everything_finds_nothing() -> None:
