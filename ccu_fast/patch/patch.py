@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,11 +30,13 @@ class Target:
 
     Attributes:
         distribution: what ``pip`` calls it; None for code that is not installed but imported by the user.
+        package: what Python calls it; None for that code.
         since, before: the known versions: since ≤ version < before.
         replaces: what is replaced, for people.
     """
 
     distribution: str | None
+    package: str | None
     since: str
     before: str
     replaces: str
@@ -41,23 +44,39 @@ class Target:
 
 TARGETS = {
     "open_clip": Target(
-        "open_clip_torch", "2.24", "4", "ClipLoss and SigLipLoss (CoCaLoss inherits it), on one process or several"
+        "open_clip_torch",
+        "open_clip",
+        "2.24",
+        "4",
+        "ClipLoss and SigLipLoss (CoCaLoss inherits it), on one process or several",
     ),
     "transformers": Target(
-        "transformers", "4.40", "6", "the loss in the forward of CLIP, SigLIP, ALIGN and CLAP models (return_loss=True)"
+        "transformers",
+        "transformers",
+        "4.40",
+        "6",
+        "the loss in the forward of CLIP, SigLIP, ALIGN and CLAP models (return_loss=True)",
     ),
     "sentence_transformers": Target(
         "sentence-transformers",
+        "sentence_transformers",
         "5",
         "7",
         "MultipleNegativesRankingLoss, also symmetric and with hard negatives, with cos_sim or dot_score",
     ),
     "pytorch_metric_learning": Target(
-        "pytorch-metric-learning", "2.3", "3", "NTXentLoss and SupConLoss over labels, with their default reducers"
+        "pytorch-metric-learning",
+        "pytorch_metric_learning",
+        "2.3",
+        "3",
+        "NTXentLoss and SupConLoss over labels, with their default reducers",
     ),
-    "nanogcg": Target("nanogcg", "0.2", "0.4", "the token gradient (no one-hot) and sample_ids_from_grad"),
-    "textattack": Target("textattack", "0.3.8", "0.4", "WordSwapGradientBased: no sort of words × vocabulary"),
+    "nanogcg": Target("nanogcg", "nanogcg", "0.2", "0.4", "the token gradient (no one-hot) and sample_ids_from_grad"),
+    "textattack": Target(
+        "textattack", "textattack", "0.3.8", "0.4", "WordSwapGradientBased: no sort of words × vocabulary"
+    ),
     "mem_reference": Target(
+        None,
         None,
         "",
         "",
@@ -67,6 +86,9 @@ TARGETS = {
 }
 
 _installed: dict[str, list[Installed]] = {}
+# Held while functions change hands, so that no thread takes another's wrapper for the library's function. Reentrant:
+# what an import runs may patch too.
+_lock = threading.RLock()
 
 
 def targets() -> dict[str, str]:
@@ -90,7 +112,8 @@ def active() -> dict[str, list[str]]:
     >>> ccu_fast.patch.active()
     {}
     """
-    return {name: [item.site.name for item in items] for name, items in _installed.items()}
+    with _lock:
+        return {name: [item.site.name for item in items] for name, items in _installed.items()}
 
 
 def apply(name: str) -> list[str]:
@@ -103,8 +126,8 @@ def apply(name: str) -> list[str]:
         name: a key of :func:`targets`.
 
     Returns:
-        The dotted names of what is replaced; empty, with a ``UserWarning``, when the version is not known or a function
-        is not the one expected: then nothing at all was changed.
+        The dotted names of what is replaced; empty, with a ``UserWarning``, when the version is not known, or when a
+        module, class or function is missing or not the library's own: then nothing at all was changed.
 
     Raises:
         ValueError: unknown name.
@@ -115,16 +138,14 @@ def apply(name: str) -> list[str]:
     >>> ccu_fast.patch.revert("pytorch_metric_learning")
     """
     check.one_of("name", name, tuple(TARGETS))
-    if name not in _installed:
-        reason = _unknown_version(name)
-        if reason is None:
-            sites: list[Site] = importlib.import_module(f"ccu_fast.patch.{name}").sites()
-            reason = next(filter(None, (site.mismatch() for site in sites)), None)
-        if reason is not None:
-            warnings.warn(f"ccu_fast.patch: {name} is left alone: {reason}", stacklevel=2)
-            return []
-        _installed[name] = [Installed(site) for site in sites]
-    return active()[name]
+    with _lock:
+        if name not in _installed:
+            sites, reason = _sites(name)
+            if reason is not None:
+                warnings.warn(f"ccu_fast.patch: {name} is left alone: {reason}", stacklevel=2)
+                return []
+            _installed[name] = [Installed(site) for site in sites]
+        return active()[name]
 
 
 def revert(name: str) -> None:
@@ -139,8 +160,9 @@ def revert(name: str) -> None:
     >>> ccu_fast.patch.revert("open_clip")
     """
     check.one_of("name", name, tuple(TARGETS))
-    for item in reversed(_installed.pop(name, [])):
-        item.remove()
+    with _lock:
+        for item in reversed(_installed.pop(name, [])):
+            item.remove()
 
 
 @contextmanager
@@ -164,14 +186,30 @@ def applied(*names: str) -> Iterator[list[str]]:
     replaced: list[str] = []
     try:
         for name in names:
-            before = name in _installed
-            replaced += apply(name)
+            with _lock:
+                before = name in _installed
+                replaced += apply(name)
             if not before:
                 ours.append(name)
         yield replaced
     finally:
         for name in reversed(ours):
             revert(name)
+
+
+def _sites(name: str) -> tuple[list[Site], str | None]:
+    """What a patch replaces, and why it replaces nothing if it does not."""
+    target = TARGETS[name]
+    reason = _unknown_version(name)
+    if reason is not None:
+        return [], reason
+    try:
+        sites: list[Site] = importlib.import_module(f"ccu_fast.patch.{name}").sites()
+    except (ImportError, AttributeError) as error:  # a module or a class is not where it was
+        if target.package is None:
+            raise
+        return [], str(error)
+    return sites, next(filter(None, (site.mismatch(target.package) for site in sites)), None)
 
 
 def _unknown_version(name: str) -> str | None:

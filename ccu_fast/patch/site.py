@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ccu_fast.ops.operator import constant
 
 ABSENT = object()
 
@@ -35,11 +42,21 @@ class Site:
         owner = self.owner.__name__
         return f"{owner if inspect.ismodule(self.owner) else f'{self.owner.__module__}.{owner}'}.{self.attribute}"
 
-    def mismatch(self) -> str | None:
-        """Why this is not the function that is known; None when it is."""
+    def mismatch(self, package: str | None) -> str | None:
+        """Why this is not the function that is known; None when it is.
+
+        Args:
+            package: whose functions are known; None for any.
+        """
         function = getattr(self.owner, self.attribute, None)
         if not callable(function):
             return f"{self.name} does not exist"
+        if package is not None:
+            if self.name.partition(".")[0] != package:
+                return f"{self.name.rpartition('.')[0]} is not {package}'s own"
+            theirs = _stranger(_layers(function), package)
+            if theirs is not None:
+                return f"{self.name} is not {package}'s own but {theirs}"
         found = tuple(inspect.signature(function).parameters)
         if found[: len(self.parameters)] != self.parameters:
             return f"{self.name} has the parameters {found}, expected them to begin with {self.parameters}"
@@ -83,12 +100,92 @@ class Installed:
         if vars(owner).get(attribute, ABSENT) is not self.wrapper:
             return
         below = self._own
-        while isinstance(inner := getattr(below, "installed", None), Installed) and not inner.on:
+        while (inner := _installed(below)) is not None and not inner.on:
             below = inner._own  # reverted while ours lay over it
         if below is ABSENT:
             delattr(owner, attribute)
         else:
             setattr(owner, attribute, below)
+
+
+def is_stock(found: Any, name: str) -> bool:
+    """Whether a function is the one that a library's source defines under a name.
+
+    It is not when a subclass, the object itself or anybody who changed the class or module has put another in its
+    place, whether before or after the patch.
+
+    Args:
+        found: the function or bound method that the library would call: ``loss.get_logits``.
+        name: its dotted name: ``"open_clip.loss.ClipLoss.get_logits"``.
+    """
+    return _is_stock(found.__func__ if inspect.ismethod(found) else found, name)
+
+
+@constant
+def _is_stock(function: Any, name: str) -> bool:
+    layers = _layers(function)
+    return _stranger(layers, name.partition(".")[0]) is None and _name(layers[-1]) == name
+
+
+def are_plain(*tensors: Any) -> bool:
+    """Whether a kernel may read these tensors, and nobody but autograd wants to know what it does with them.
+
+    It may not under vmap, func.grad, forward-mode AD, tracing and dispatch modes, nor read subclasses (fake tensors,
+    DTensor) and tensors without values or with another layout than strides.
+    """
+    if torch._C._are_functorch_transforms_active() or not all(
+        type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and t.device.type != "meta" for t in tensors
+    ):
+        return False
+    if torch.compiler.is_compiling():  # the graph is made with the rest in mind
+        return True
+    if torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return not any(t.is_nested or t.is_neg() or forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def is_one_number(value: Any, like: Tensor) -> bool:
+    """Whether a scale or bias is one finite number, or a plain tensor of one that leaves ``like`` its dtype.
+
+    What else a library takes, by broadcasting, is a matter of its own: one number for each row, a matrix.
+    """
+    if isinstance(value, Tensor):
+        one = are_plain(value) and value.numel() == 1 and value.ndim <= 2 and value.is_floating_point()
+        same_dtype = value.ndim == 0 or torch.promote_types(like.dtype, value.dtype) == like.dtype
+        return one and same_dtype and value.device == like.device
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _layers(function: Any) -> list[Any]:
+    """A function and what it wraps, outermost first, without the wrappers that patches put there."""
+    layers = []
+    while True:
+        function = getattr(function, "__func__", function)
+        ours = _installed(function)
+        if ours is None:
+            layers.append(function)
+            if not hasattr(function, "__wrapped__"):
+                return layers
+        function = function.__wrapped__
+
+
+def _installed(function: Any) -> Installed | None:
+    """The patch whose wrapper this is. functools.wraps copies the mark to the wrappers of others."""
+    installed = getattr(function, "installed", None)
+    return installed if isinstance(installed, Installed) and installed.wrapper is function else None
+
+
+def _name(function: Any) -> str:
+    """Where the source defines a function. ``__module__`` is what a decorator says."""
+    kind = type(function)
+    module = getattr(function, "__globals__", {}).get("__name__", kind.__module__)
+    return f"{module}.{getattr(function, '__qualname__', kind.__qualname__)}"
+
+
+def _stranger(layers: list[Any], package: str) -> str | None:
+    """The name of the first layer that is neither the package's own nor one of torch's decorators."""
+    names = (_name(layer) for layer in layers)
+    return next((name for name in names if name.partition(".")[0] not in (package, "torch")), None)
 
 
 @functools.lru_cache(maxsize=64)

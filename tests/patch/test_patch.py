@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 
 from ccu_fast import patch
 from ccu_fast.patch.patch import Target
-from ccu_fast.patch.site import Site, arguments
+from ccu_fast.patch.site import Installed, Site, arguments
 
 
 class Library:
@@ -43,7 +46,7 @@ def targets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         site = Site(Library, "forward", ("self", "x"), replacement)
         module.sites = lambda site=site: [site]  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setitem(patch.TARGETS, name, Target("pytest", "1", "1000", name))
+        monkeypatch.setitem(patch.TARGETS, name, Target("pytest", "tests", "1", "1000", name))
     yield
     assert Library.forward is OWN
     assert patch.active() == {}
@@ -124,8 +127,83 @@ def test_another_signature_is_left_alone_with_a_warning(monkeypatch: pytest.Monk
     assert Child().forward(1) == 2, "half a patch"
 
 
+@pytest.mark.parametrize("path", ["pytest.not_there", "pytest.not_there.Class", "pytest.NotThere"])
+def test_what_has_moved_is_left_alone_with_a_warning(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sites() -> list[Site]:
+        module, _, name = path.rpartition(".")
+        owner = getattr(importlib.import_module(module), name)
+        return [Site(owner, "forward", ("self",), doubled)]
+
+    monkeypatch.setattr(sys.modules["ccu_fast.patch.double"], "sites", sites)
+    with pytest.warns(UserWarning, match="double is left alone: .*(not_there|NotThere)"):
+        assert patch.apply("double") == []
+
+
+def by_a_user(function: Callable[..., Any], wraps: bool) -> Callable[..., Any]:
+    """A function with the signature of ``function``, defined in another package."""
+    scope: dict[str, Any] = {"__name__": "users.module", "theirs": function}
+    exec("def forward(self, x, y=1): return 100 + theirs(self, x, y)", scope)
+    made: Callable[..., Any] = scope["forward"]
+    return functools.wraps(function)(made) if wraps else made
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_function_that_somebody_has_replaced_is_left_alone_with_a_warning(
+    wraps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Library, "forward", by_a_user(OWN, wraps))
+    with pytest.warns(UserWarning, match=r"Library.forward is not tests's own but users.module\."):
+        assert patch.apply("double") == []
+    assert Library().forward(1) == 102
+    Library.forward = OWN  # type: ignore[method-assign]
+
+
+def test_a_class_that_somebody_has_replaced_is_left_alone_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = type("Library", (Library,), {"__module__": "users.module"})
+    site = Site(theirs, "forward", ("self", "x"), doubled)
+    monkeypatch.setattr(sys.modules["ccu_fast.patch.double"], "sites", lambda: [site])
+    with pytest.warns(UserWarning, match=r"left alone: users.module.Library is not tests's own"):
+        assert patch.apply("double") == []
+
+
+def test_reverting_between_two_patches_leaves_a_wrapper_that_copies_our_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch.apply("double")
+    theirs = by_a_user(Library.forward, wraps=True)
+    monkeypatch.setattr(Library, "forward", theirs)
+    installed = Installed(Site(Library, "forward", ("self", "x"), tripled))
+    patch.revert("double")
+    installed.remove()
+    assert Library.forward is theirs
+    assert Library().forward(1) == 102
+    Library.forward = OWN  # type: ignore[method-assign]
+
+
+def test_many_threads_leave_nothing_behind() -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(30):
+            start = threading.Barrier(8)
+
+            def work(number: int, start: threading.Barrier = start) -> None:
+                start.wait()
+                for _ in range(20):
+                    with patch.applied(("double", "triple")[number % 2]):
+                        Library().forward(1)
+
+            threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert patch.active() == {}
+            assert Library.forward is OWN
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_a_missing_library_and_an_unknown_name() -> None:
-    patch.TARGETS["double"] = Target("no-such-distribution", "1", "2", "")
+    patch.TARGETS["double"] = Target("no-such-distribution", "tests", "1", "2", "")
     with pytest.raises(ModuleNotFoundError, match="double: no-such-distribution is not installed"):
         patch.apply("double")
     with pytest.raises(ValueError, match="name: expected one of"):
