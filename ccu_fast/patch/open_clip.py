@@ -1,42 +1,97 @@
-"""open_clip: ``ClipLoss.forward`` and ``SigLipLoss.forward``.
-
-``CoCaLoss`` calls the former for its contrastive part. The loss comes back in fp32, open_clip's in the dtype of its
-logits.
-"""
+"""open_clip: ``ClipLoss.forward`` and ``SigLipLoss.forward``; ``CoCaLoss`` calls the former as part of its own."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ccu_fast import check
 from ccu_fast.distributed.open_clip import ClipLoss, SigLipLoss
-from ccu_fast.patch.site import Site, arguments
+from ccu_fast.patch.site import Site, are_plain, arguments, cross_entropy_dtype, is_one_number, is_stock
+
+PARAMETERS = ("self", "image_features", "text_features", "logit_scale")
 
 
 def sites() -> list[Site]:
     """What is replaced."""
-    loss = importlib.import_module("open_clip.loss")
-    parameters = ("self", "image_features", "text_features", "logit_scale")
+    module = importlib.import_module("open_clip.loss")
 
-    def clip(original: Any, *args: Any, **kwargs: Any) -> Any:
-        call = arguments(original, args, kwargs)
-        theirs = call.pop("self")
-        # A subclass may make its logits otherwise.
-        if theirs.use_horovod or type(theirs).get_logits is not loss.ClipLoss.get_logits:
-            return NotImplemented
-        ours = ClipLoss(theirs.local_loss, theirs.gather_with_grad, rank=theirs.rank, world_size=theirs.world_size)
-        return ours(**call)
+    def are_stock(theirs: Any, kind: str, methods: tuple[str, ...], functions: tuple[str, ...]) -> bool:
+        return all(is_stock(getattr(theirs, m, None), f"open_clip.loss.{kind}.{m}") for m in methods) and all(
+            is_stock(getattr(module, f, None), f"open_clip.loss.{f}") for f in functions
+        )
 
-    def siglip(original: Any, *args: Any, **kwargs: Any) -> Any:
-        call = arguments(original, args, kwargs)
-        theirs = call.pop("self")
-        kind = type(theirs)
-        own = kind._loss is not loss.SigLipLoss._loss or kind.get_logits is not loss.SigLipLoss.get_logits
-        if own or getattr(theirs, "use_horovod", False):
-            return NotImplemented
-        return SigLipLoss(rank=theirs.rank, world_size=theirs.world_size)(**call)
+    def clip(theirs: Any, images: Tensor, ranks: dict[str, Any]) -> Any:
+        if not are_stock(theirs, "ClipLoss", ("get_logits", "get_ground_truth"), ("gather_features",)):
+            return None
+        if not is_stock(module.F.cross_entropy, "torch.nn.functional.cross_entropy"):
+            return None
+        return ClipLoss(theirs.local_loss, theirs.gather_with_grad, **ranks), cross_entropy_dtype(images)
+
+    def siglip(theirs: Any, images: Tensor, ranks: dict[str, Any]) -> Any:
+        exchanges = ("neighbour_exchange_with_grad", "neighbour_exchange_bidir_with_grad")
+        if not are_stock(theirs, "SigLipLoss", ("_loss", "get_logits", "get_ground_truth"), exchanges):
+            return None
+        if not is_stock(module.F.logsigmoid, "builtins.log_sigmoid"):
+            return None
+        dtype = cross_entropy_dtype(images)
+        # Its last operation is a sum, which autocast takes to fp32 on a GPU only.
+        if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            dtype = torch.promote_types(images.dtype, torch.get_autocast_dtype("cpu"))
+        return SigLipLoss(**ranks), dtype
 
     return [
-        Site(loss.ClipLoss, "forward", parameters, clip),
-        Site(loss.SigLipLoss, "forward", (*parameters, "logit_bias"), siglip),
+        Site(module.ClipLoss, "forward", PARAMETERS, _by(clip)),
+        Site(module.SigLipLoss, "forward", (*PARAMETERS, "logit_bias"), _by(siglip)),
     ]
+
+
+def _by(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward by the loss that ``ours`` makes in place of one of theirs, in the dtype that it names."""
+
+    def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
+        call = arguments(original, args, kwargs)
+        theirs, as_dict = call.pop("self"), call.pop("output_dict", False)
+        ranks = _ranks(theirs)
+        found = ours(theirs, call["image_features"], ranks) if ranks is not None and _is_usual(**call) else None
+        if found is None:
+            return NotImplemented
+        loss, dtype = found
+        value = loss(**call).to(dtype)
+        return {"contrastive_loss": value} if as_dict else value
+
+    return forward
+
+
+def _is_usual(
+    image_features: Any, text_features: Any, logit_scale: Any, logit_bias: Any = None, **unknown: Any
+) -> bool:
+    """Matrices of one shape, dtype and device; one scale and at most one bias."""
+    return (
+        not unknown
+        and are_plain(image_features, text_features)
+        and image_features.ndim == 2
+        and image_features.shape == text_features.shape
+        and image_features.numel() > 0
+        and image_features.dtype == text_features.dtype
+        and image_features.dtype in check.FLOATS
+        and image_features.device == text_features.device
+        and is_one_number(logit_scale, image_features)
+        and (logit_bias is None or is_one_number(logit_bias, image_features))
+    )
+
+
+def _ranks(theirs: Any) -> dict[str, Any] | None:
+    """Nothing on one process, else the place in the default group; None when torch.distributed knows another one."""
+    if getattr(theirs, "use_horovod", False):
+        return None
+    if theirs.world_size == 1:
+        return {}
+    ranks = {"rank": theirs.rank, "world_size": theirs.world_size}
+    here = dist.is_available() and dist.is_initialized()
+    return ranks if here and ranks == {"rank": dist.get_rank(), "world_size": dist.get_world_size()} else None

@@ -156,6 +156,12 @@ def is_one_number(value: Any, like: Tensor) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def cross_entropy_dtype(logits: Tensor) -> torch.dtype:
+    """What torch's cross-entropy returns, also of logits that are a product of half-precision features."""
+    autocast = torch.is_autocast_enabled(logits.device.type) and logits.dtype != torch.float64
+    return torch.float32 if autocast else logits.dtype
+
+
 def _layers(function: Any) -> list[Any]:
     """A function and what it wraps, outermost first, without the wrappers that patches put there."""
     layers = []

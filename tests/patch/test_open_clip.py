@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ccu_fast
 from tests.support import torchvision_stub
-from tests.support.drop_in import library, same_numbers, same_training, speed, train_towers, unit
+from tests.support.drop_in import counted, left_alone, library, same_numbers, same_training, speed, train_towers, unit
 
 SCALE, BIAS = 30.0, -6.0
 
@@ -59,24 +66,188 @@ def test_training_is_the_same(loss_py) -> None:  # type: ignore[no-untyped-def]
 
 def test_objects_that_exist_are_served_and_given_back(loss_py) -> None:  # type: ignore[no-untyped-def]
     existing, own = loss_py.ClipLoss(), loss_py.ClipLoss.forward
-    x, y, scale = towers(torch.bfloat16)
-    assert existing(x, y, scale).dtype == torch.bfloat16
-    with ccu_fast.patch.applied("open_clip") as replaced:
-        assert replaced == ["open_clip.loss.ClipLoss.forward", "open_clip.loss.SigLipLoss.forward"]
-        assert existing(x, y, scale).dtype == torch.float32
-    assert loss_py.ClipLoss.forward is own
-    assert existing(x, y, scale).dtype == torch.bfloat16
-
-
-def test_a_subclass_with_logits_of_its_own_keeps_them(loss_py) -> None:  # type: ignore[no-untyped-def]
-    class Doubled(loss_py.ClipLoss):  # type: ignore[misc, name-defined]
-        def get_logits(self, *args: object, **kwargs: object) -> object:
-            return [2 * logits for logits in super().get_logits(*args, **kwargs)]
-
     leaves = towers(torch.float32)
-    before = Doubled()(*leaves)
-    with ccu_fast.patch.applied("open_clip"):
-        assert torch.equal(Doubled()(*leaves), before)
+    with counted("open_clip") as calls:
+        assert ccu_fast.patch.active()["open_clip"] == [
+            "open_clip.loss.ClipLoss.forward",
+            "open_clip.loss.SigLipLoss.forward",
+        ]
+        existing(*leaves)
+    assert calls.kernels == 1
+    assert loss_py.ClipLoss.forward is own
+
+
+def both(loss_py: Any) -> list[Callable[..., Any]]:
+    """The two losses as functions of (images, texts, scale, bias)."""
+    return [loss_py.ClipLoss(), loss_py.SigLipLoss()]
+
+
+@pytest.mark.parametrize("kind", ["ClipLoss", "SigLipLoss"])
+@pytest.mark.parametrize("method", ["get_logits", "get_ground_truth", "_loss"])
+@pytest.mark.parametrize("where", ["subclass", "instance", "class"])
+def test_a_method_that_somebody_overrides_is_used(
+    kind: str,
+    method: str,
+    where: str,
+    loss_py,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stock = getattr(loss_py, kind)
+    own = getattr(stock, method, None)
+    if own is None:
+        pytest.skip(f"{kind} has no {method}")
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = own(self, *args, **kwargs)
+        return tuple(2 * r for r in result) if isinstance(result, tuple) else result.flip(0) if result.ndim else -result
+
+    loss = type("Theirs", (stock,), {method: changed} if where == "subclass" else {})()
+    if where == "instance":
+        setattr(loss, method, partial(changed, loss))
+    if where == "class":
+        monkeypatch.setattr(stock, method, changed)
+    bias = torch.tensor(BIAS)
+    left_alone("open_clip", lambda: loss(*towers(torch.float32), bias))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_loss_that_somebody_replaces_in_torch_is_used(
+    loss_py,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+    wrapped: bool,
+) -> None:
+    own = torch.nn.functional.cross_entropy
+
+    def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+        return own(logits, labels, label_smoothing=0.1)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", wraps(own)(smoothed) if wrapped else smoothed)
+    left_alone("open_clip", lambda: loss_py.ClipLoss()(*towers(torch.float32)))
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        torch.linspace(1, 3, 37),
+        torch.linspace(1, 3, 37)[:, None],
+        torch.linspace(1, 3, 24),
+        torch.ones(37, 24),
+        torch.ones(1, 1, 1),
+        torch.tensor(3),
+        torch.tensor(True),
+        torch.inf,
+        True,
+    ],
+    ids=["row", "column", "dimensions", "matrix", "cube", "integer", "boolean", "infinite", "True"],
+)
+def test_what_is_no_number_is_the_library_s(loss_py, scale: Any) -> None:  # type: ignore[no-untyped-def]
+    x, y, one = (t.detach() for t in towers(torch.float32))
+    for loss in both(loss_py):
+        left_alone("open_clip", partial(loss, x, y, scale, -1.0))
+        left_alone("open_clip", partial(loss, x, y, one, scale))
+
+
+@pytest.mark.parametrize("number", [3, 3.5, torch.tensor(3.5), torch.tensor([3.5]), torch.tensor(3.5).double()])
+def test_one_number_of_any_kind_is_served(loss_py, number: Any) -> None:  # type: ignore[no-untyped-def]
+    x, y, _ = towers(torch.float32)
+    for loss in both(loss_py):
+        theirs = loss(x, y, number, number)
+        with counted("open_clip") as calls:
+            ours = loss(x, y, number, number)
+        assert calls.kernels == 1
+        torch.testing.assert_close(ours, theirs)
+
+
+class Mine(Tensor):
+    """A subclass that changes nothing."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.to("meta"),
+        lambda t: t.as_subclass(Mine),
+        lambda t: t[:0],
+        lambda t: t[None],
+        lambda t: t.to(torch.complex64),
+        lambda t: t.to_sparse(),
+        lambda t: t.double(),
+    ],
+    ids=["meta", "subclass", "empty", "batch", "complex", "sparse", "other dtype"],
+)
+def test_what_is_no_plain_matrix_is_the_library_s(loss_py, change: Callable[[Tensor], Tensor]) -> None:  # type: ignore[no-untyped-def]
+    x, y, scale = (t.detach() for t in towers(torch.float32))
+    left_alone("open_clip", partial(loss_py.ClipLoss(), x, y[:-1], scale))
+    for loss in both(loss_py):
+        left_alone("open_clip", partial(loss, change(x), y, scale, -1.0))
+        if change(x).dtype != torch.float64:
+            left_alone("open_clip", partial(loss, change(x), change(y), scale, -1.0))
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "dual", "fake", "make_fx"])
+def test_a_call_under_a_transform_is_the_library_s(loss_py, transform: str) -> None:  # type: ignore[no-untyped-def]
+    x, y, scale = (t.detach() for t in towers(torch.float32))
+
+    def transformed(loss: Callable[..., Any]) -> Any:
+        def of(x: Tensor) -> Any:
+            return loss(x, y, scale, torch.tensor(-1.0))
+
+        if transform == "vmap":
+            return torch.vmap(of)(torch.stack([x, y]))
+        if transform == "grad":
+            return torch.func.grad(of)(x)
+        if transform == "make_fx":
+            return make_fx(of)(x)(y)
+        if transform == "fake":
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                return torch.empty(of(mode.from_tensor(x)).shape, device="meta")
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(of(forward_ad.make_dual(x, y))).tangent
+
+    for loss in both(loss_py):
+        left_alone("open_clip", partial(transformed, loss))
+
+
+@pytest.mark.parametrize("settings", [{"rank": 3}, {"world_size": 2}, {"rank": 1, "world_size": 2}])
+def test_a_rank_without_a_group(loss_py, settings: dict[str, int]) -> None:  # type: ignore[no-untyped-def]
+    leaves = [*towers(torch.float32), torch.tensor(BIAS)]
+    for kind in (loss_py.ClipLoss, loss_py.SigLipLoss):
+        if "world_size" in settings:
+            left_alone("open_clip", partial(kind(**settings), *leaves))
+        else:  # of one process it means nothing
+            with counted("open_clip") as calls:
+                kind(**settings)(*leaves)
+            assert calls.kernels == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_the_loss_has_the_library_s_dtype(loss_py, dtype: torch.dtype, autocast: torch.dtype | None) -> None:  # type: ignore[no-untyped-def]
+    leaves = [*towers(dtype), torch.tensor(BIAS, dtype=dtype)]
+    for loss in both(loss_py):
+        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            theirs = loss(*leaves)
+            with ccu_fast.patch.applied("open_clip"):
+                ours = loss(*leaves)
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_a_compiled_loss_is_served_in_one_graph(loss_py) -> None:  # type: ignore[no-untyped-def]
+    leaves = [*towers(torch.float32), torch.tensor(BIAS, requires_grad=True)]
+    for loss in both(loss_py):
+        theirs = loss(*leaves)
+        graphs: list[str] = []
+
+        def keep(graph: torch.fx.GraphModule, inputs: Any, graphs: list[str] = graphs) -> Any:
+            graphs.append(graph.print_readable(print_output=False))
+            return graph
+
+        torch._dynamo.reset()
+        with ccu_fast.patch.applied("open_clip"):
+            ours = torch.compile(loss, fullgraph=True, backend=keep)(*leaves)
+        assert "ccu_fast.reduce_similarity" in graphs[0]
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_speed(loss_py) -> None:  # type: ignore[no-untyped-def]

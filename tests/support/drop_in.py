@@ -99,6 +99,26 @@ class counted:
             setattr(module, name, value)
 
 
+def left_alone(target: str, call: Callable[[], Any]) -> None:
+    """With the patch a call does what it does without: the same bits or the same error, and none of our kernels."""
+
+    def outcome() -> Any:
+        try:
+            return call()
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+            return type(error)
+
+    theirs = outcome()
+    with counted(target) as calls:
+        ours = outcome()
+    assert calls.kernels == 0, f"{target}: taken, not left alone"
+    assert type(ours) is type(theirs)
+    if not isinstance(theirs, Tensor):
+        assert ours == theirs
+    elif theirs.device.type != "meta":
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
 def speed(target: str, what: str, call: Callable[[], Any], rounds: int = 7) -> None:
     """Records how much faster ``call`` is with the patch: the median ratio over rounds that take turns."""
     if RECORD is None:
