@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.distributed.open_clip import ClipLoss, SigLipLoss
-from ccu_fast.patch.site import Site, are_plain, arguments, cross_entropy_dtype, is_one_number, is_stock
+from ccu_fast.patch.site import Site, are_plain, arguments, cross_entropy_dtype, is_one_number, is_stock, torch_is_stock
 
 PARAMETERS = ("self", "image_features", "text_features", "logit_scale")
 
@@ -29,15 +29,11 @@ def sites() -> list[Site]:
     def clip(theirs: Any, images: Tensor, ranks: dict[str, Any]) -> Any:
         if not are_stock(theirs, "ClipLoss", ("get_logits", "get_ground_truth"), ("gather_features",)):
             return None
-        if not is_stock(module.F.cross_entropy, "torch.nn.functional.cross_entropy"):
-            return None
         return ClipLoss(theirs.local_loss, theirs.gather_with_grad, **ranks), cross_entropy_dtype(images)
 
     def siglip(theirs: Any, images: Tensor, ranks: dict[str, Any]) -> Any:
         exchanges = ("neighbour_exchange_with_grad", "neighbour_exchange_bidir_with_grad")
         if not are_stock(theirs, "SigLipLoss", ("_loss", "get_logits", "get_ground_truth"), exchanges):
-            return None
-        if not is_stock(module.F.logsigmoid, "builtins.log_sigmoid"):
             return None
         dtype = cross_entropy_dtype(images)
         # Its last operation is a sum, which autocast takes to fp32 on a GPU only.
@@ -58,7 +54,9 @@ def _by(ours: Callable[..., Any]) -> Callable[..., Any]:
         call = arguments(original, args, kwargs)
         theirs, as_dict = call.pop("self"), call.pop("output_dict", False)
         ranks = _ranks(theirs)
-        found = ours(theirs, call["image_features"], ranks) if ranks is not None and _is_usual(**call) else None
+        if ranks is None or not torch_is_stock() or not _is_usual(**call):
+            return NotImplemented
+        found = ours(theirs, call["image_features"], ranks)
         if found is None:
             return NotImplemented
         loss, dtype = found

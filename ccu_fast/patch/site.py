@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 from ccu_fast.ops.operator import constant
 
@@ -125,6 +126,13 @@ def is_stock(found: Any, name: str) -> bool:
 def _is_stock(function: Any, name: str) -> bool:
     layers = _layers(function)
     return _stranger(layers, name.partition(".")[0]) is None and _name(layers[-1]) == name
+
+
+def torch_is_stock() -> bool:
+    """Whether cross-entropy and log-sigmoid are torch's own, which some libraries replace for everybody."""
+    return is_stock(F.cross_entropy, "torch.nn.functional.cross_entropy") and is_stock(
+        F.logsigmoid, "builtins.log_sigmoid"
+    )
 
 
 def are_plain(*tensors: Any) -> bool:

@@ -2,32 +2,36 @@
 
 The model's own forward runs without its loss; the loss is computed from the embeddings it returns. The logits that the
 output carries are still computed, as its users expect them; what is saved is everything between them and the loss, in
-both passes. The loss is fp32.
+both passes.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ccu_fast import check
 from ccu_fast.losses.functional import info_nce, sigmoid_loss
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import ALL, SELF
-from ccu_fast.patch.site import Site, arguments
+from ccu_fast.patch.site import Site, are_plain, arguments, cross_entropy_dtype, is_one_number, is_stock, torch_is_stock
 
 
-# The image tower of CLIP and SigLIP may live on another device.
+# The image tower of CLIP and SigLIP may live on another device than the text tower, and so may their scale.
 def _clip(model: Any, out: Any) -> Tensor:
-    image = out.image_embeds.to(out.text_embeds.device)
-    return info_nce(out.text_embeds, image, scale=model.logit_scale.exp())
+    where = out.text_embeds.device
+    return info_nce(out.text_embeds, out.image_embeds.to(where), scale=model.logit_scale.exp().to(where))
 
 
 def _siglip(model: Any, out: Any) -> Tensor:
-    image = out.image_embeds.to(out.text_embeds.device)
-    return sigmoid_loss(out.text_embeds, image, scale=model.logit_scale.exp(), bias=model.logit_bias)
+    where = out.text_embeds.device
+    scale, bias = model.logit_scale.exp().to(where), model.logit_bias.to(where)
+    return sigmoid_loss(out.text_embeds, out.image_embeds.to(where), scale=scale, bias=bias)
 
 
 def _align(model: Any, out: Any) -> Tensor:
@@ -41,20 +45,39 @@ def _clap(model: Any, out: Any) -> Tensor:
     return (losses[0] + losses[1]) / 2
 
 
-_MODELS: dict[str, tuple[str, Callable[[Any, Any], Tensor]]] = {
-    "clip": ("CLIPModel", _clip),
-    "siglip": ("SiglipModel", _siglip),
-    "align": ("AlignModel", _align),
-    "clap": ("ClapModel", _clap),
+@dataclass(frozen=True)
+class _Model:
+    """A model whose loss is known.
+
+    Attributes:
+        name: its class.
+        scales: its parameters that make the logits: one number each.
+        functions: those of its module that make the loss, under all names that they have had.
+        loss: what they give, of the model and of its output.
+    """
+
+    name: str
+    scales: tuple[str, ...]
+    functions: tuple[str, ...]
+    loss: Callable[[Any, Any], Tensor]
+
+
+_MODELS = {
+    "clip": _Model(
+        "CLIPModel", ("logit_scale",), ("contrastive_loss", "clip_loss", "image_text_contrastive_loss"), _clip
+    ),
+    "siglip": _Model("SiglipModel", ("logit_scale", "logit_bias"), (), _siglip),
+    "align": _Model("AlignModel", ("temperature",), ("contrastive_loss", "align_loss"), _align),
+    "clap": _Model("ClapModel", ("logit_scale_t", "logit_scale_a"), ("contrastive_loss",), _clap),
 }
 
 
 def sites() -> list[Site]:
     """What is replaced."""
     found = []
-    for module, (name, loss) in _MODELS.items():
-        owner = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name)
-        found.append(Site(owner, "forward", ("self", "input_ids"), _with(loss)))
+    for name, known in _MODELS.items():
+        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        found.append(Site(getattr(module, known.name), "forward", ("self", "input_ids"), _with(known, module)))
     return found
 
 
@@ -73,10 +96,10 @@ def smoothed_info_nce(x: Tensor, y: Tensor, *, scale: Tensor, smoothing: float) 
     return (losses[0] + losses[1]).mean() / 2
 
 
-def _with(loss: Callable[[Any, Any], Tensor]) -> Callable[..., Any]:
+def _with(known: _Model, module: Any) -> Callable[..., Any]:
     def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
         call = arguments(original, args, kwargs)
-        if not call.get("return_loss"):
+        if not call.get("return_loss") or not _is_usual(known, module, call):
             return NotImplemented
         model = call.pop("self")
         wants = call.pop("return_dict", None)
@@ -84,9 +107,32 @@ def _with(loss: Callable[[Any, Any], Tensor]) -> Callable[..., Any]:
             wants = getattr(model.config, "return_dict", True)
         out = original(model, **{**call, "return_loss": False}, return_dict=True)
         other = out.audio_embeds if "audio_embeds" in out else out.image_embeds
-        if other.shape != out.text_embeds.shape:  # the library raises its own error
+        if not _are_pairs(out.text_embeds, other):
             return NotImplemented
-        result = type(out)(loss=loss(model, out), **dict(out.items()))
+        loss = known.loss(model, out).to(_dtype(known, out.logits_per_text))
+        result = type(out)(loss=loss, **dict(out.items()))
         return result if wants else result.to_tuple()
 
     return forward
+
+
+def _is_usual(known: _Model, module: Any, call: dict[str, Any]) -> bool:
+    """What can be said before the towers run: nobody has replaced a loss, and the tensors are plain."""
+    there = [name for name in known.functions if hasattr(module, name)]
+    if not torch_is_stock() or not all(is_stock(getattr(module, n), f"{module.__name__}.{n}") for n in there):
+        return False
+    scales = [getattr(call["self"], name) for name in known.scales]
+    return all(is_one_number(scale, scale) for scale in scales) and are_plain(
+        *(value for value in call.values() if isinstance(value, Tensor))
+    )
+
+
+def _are_pairs(x: Tensor, y: Tensor) -> bool:
+    # Of what is not, the library makes its own error or, for weights that are no plain tensors, its own loss.
+    return are_plain(x, y) and x.shape == y.shape and x.numel() > 0 and x.dtype == y.dtype and x.dtype in check.FLOATS
+
+
+def _dtype(known: _Model, logits: Tensor) -> torch.dtype:
+    if known.functions:
+        return cross_entropy_dtype(logits)
+    return torch.promote_types(logits.dtype, torch.get_default_dtype())  # of the identity matrix that makes the signs

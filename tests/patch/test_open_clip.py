@@ -82,8 +82,13 @@ def both(loss_py: Any) -> list[Callable[..., Any]]:
     return [loss_py.ClipLoss(), loss_py.SigLipLoss()]
 
 
-@pytest.mark.parametrize("kind", ["ClipLoss", "SigLipLoss"])
-@pytest.mark.parametrize("method", ["get_logits", "get_ground_truth", "_loss"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        *(("ClipLoss", method) for method in ("get_logits", "get_ground_truth")),
+        *(("SigLipLoss", method) for method in ("get_logits", "get_ground_truth", "_loss")),
+    ],
+)
 @pytest.mark.parametrize("where", ["subclass", "instance", "class"])
 def test_a_method_that_somebody_overrides_is_used(
     kind: str,
@@ -93,9 +98,7 @@ def test_a_method_that_somebody_overrides_is_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stock = getattr(loss_py, kind)
-    own = getattr(stock, method, None)
-    if own is None:
-        pytest.skip(f"{kind} has no {method}")
+    own = getattr(stock, method)
 
     def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = own(self, *args, **kwargs)

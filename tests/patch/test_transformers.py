@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import ccu_fast
-from tests.support.drop_in import library, same_numbers, same_training, speed
+from tests.support.drop_in import counted, left_alone, library, same_numbers, same_training, speed
 
 N = 12
 TEXT = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -142,6 +145,106 @@ def test_outputs_are_the_library_s(built: tuple[Any, dict[str, Any]]) -> None:
     for key in theirs:
         if isinstance(theirs[key], torch.Tensor) and key != "loss":
             assert torch.equal(ours[key], theirs[key]), key
+
+
+def loss_of(built: tuple[Any, dict[str, Any]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    model, inputs = built
+    given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    loss: torch.Tensor = model(**given, return_loss=True).loss
+    return loss
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_loss_that_somebody_replaces_in_the_module_is_used(
+    built: tuple[Any, dict[str, Any]], when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules[type(built[0]).__module__]
+    for name in ("contrastive_loss", "align_loss", "image_text_contrastive_loss"):
+        with monkeypatch.context() as change:
+
+            def replace(name: str = name, change: pytest.MonkeyPatch = change) -> None:
+                if hasattr(module, name):
+                    change.setattr(module, name, lambda logits: logits.square().mean())
+
+            if when == "before":
+                replace()
+            with ccu_fast.patch.applied("transformers"):
+                replace()
+                ours = loss_of(built)
+            torch.testing.assert_close(ours, loss_of(built))
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "logsigmoid"])
+def test_a_loss_that_somebody_replaces_in_torch_is_used(
+    built: tuple[Any, dict[str, Any]], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = getattr(nn.functional, name)
+    monkeypatch.setattr(nn.functional, name, lambda *args, **options: 2 * own(*args, **options))
+    left_alone("transformers", lambda: loss_of(built).detach())
+
+
+def test_a_forward_that_somebody_replaced_is_left_alone_with_a_warning(
+    built: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(built[0])
+    own = kind.forward
+
+    @functools.wraps(own)
+    def theirs(self: Any, *args: Any, **options: Any) -> Any:
+        out = own(self, *args, **options)
+        out.loss = 2 * out.loss
+        return out
+
+    monkeypatch.setattr(kind, "forward", theirs)
+    with pytest.warns(UserWarning, match=f"{kind.__name__}.forward is not transformers's own but {__name__}."):
+        assert ccu_fast.patch.apply("transformers") == []
+
+
+def test_a_scale_that_is_no_number_is_the_library_s(built: tuple[Any, dict[str, Any]]) -> None:
+    model = built[0]
+    name = next(n for n, _ in model.named_parameters() if "logit" in n or n == "temperature")
+    setattr(model, name, nn.Parameter(torch.linspace(0.5, 1.5, N)))
+    left_alone("transformers", lambda: loss_of(built).detach())
+
+
+def test_a_call_under_a_transform_is_the_library_s(built: tuple[Any, dict[str, Any]]) -> None:
+    model, inputs = built
+    name, weight = next((n, p.detach()) for n, p in model.named_parameters() if "projection" in n or "head" in n)
+
+    def loss(weight: torch.Tensor) -> Any:
+        return torch.func.functional_call(model, {name: weight}, kwargs={**inputs, "return_loss": True}).loss
+
+    def tangent() -> torch.Tensor:
+        with forward_ad.dual_level():
+            out = loss(forward_ad.make_dual(weight, torch.ones_like(weight)))
+            return forward_ad.unpack_dual(out).tangent
+
+    left_alone("transformers", lambda: torch.func.grad(loss)(weight))
+    left_alone("transformers", lambda: torch.vmap(loss)(torch.stack([weight, 2 * weight])).detach())
+    left_alone("transformers", lambda: tangent().detach())
+
+
+def test_a_model_without_values_stays_without(built: tuple[Any, dict[str, Any]]) -> None:
+    model, inputs = built
+    meta = {k: v.to("meta") for k, v in inputs.items()}
+    left_alone("transformers", lambda: loss_of((model.to("meta"), meta)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_loss_has_the_library_s_dtype(
+    built: tuple[Any, dict[str, Any]], dtype: torch.dtype, autocast: bool
+) -> None:
+    if autocast and dtype == torch.float16:
+        pytest.skip("a CPU mixes no two half-precision dtypes")
+    built[0].to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        theirs = loss_of(built, dtype)
+        with counted("transformers") as calls:
+            ours = loss_of(built, dtype)
+    assert ours.dtype == theirs.dtype
+    assert calls.kernels > 0 or dtype == torch.float64  # which the reference serves
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2, equal_nan=True)
 
 
 def test_training_is_the_same() -> None:
