@@ -118,7 +118,10 @@ class Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("ccu_fast.distributed: second derivatives (create_graph=True) are not supported")
+            raise RuntimeError(
+                "ccu_fast.distributed: second derivatives (create_graph=True) are not supported over ranks; "
+                "gather the features and call the loss of the same name in ccu_fast"
+            )
         plan, needs = ctx.plan, list(ctx.needs_input_grad[:4])
         x, y, scale, bias, rows, cols, *stash = ctx.saved_tensors
         grads = grad_rows.contiguous()[:, None], grad_cols.contiguous()[:, None]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,24 +46,41 @@ def in_place(*_: Any) -> None:
     """The ``fake`` of an operator that returns nothing."""
 
 
-def once_differentiable(op: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
-    """``gradient``, for create_graph=True: differentiating what it returns raises an error that names ``op``.
+def twice_differentiable(gradient: Callable[..., Any], again: Callable[..., Any]) -> Callable[..., Any]:
+    """``gradient``, for create_graph=True: it can be differentiated, and what it returns has the gradient of ``again``.
 
-    torch's decorator of this name raises only when the incoming gradient requires grad. That of a loss does not, and
-    the second derivative would silently be zero.
+    Args:
+        gradient: a backward pass, by a kernel.
+        again: the same of the same arguments, in operations of torch. Called only for a second derivative.
     """
-    return functools.partial(_OnceDifferentiable.apply, op, gradient)
+    return functools.partial(_TwiceDifferentiable.apply, gradient, again)
 
 
-class _OnceDifferentiable(torch.autograd.Function):
+class _TwiceDifferentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: str, gradient: Callable[..., Any], *args: Any) -> Any:
-        ctx.op = op
+    def forward(ctx: Any, gradient: Callable[..., Any], again: Callable[..., Any], *args: Any) -> Any:
+        ctx.again = again
+        ctx.rest = [None if isinstance(a, Tensor) else a for a in args]
+        ctx.places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+        ctx.save_for_backward(*(args[i] for i in ctx.places))
         return gradient(*args)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise RuntimeError(f"{ctx.op}: second derivatives need backend='reference'")
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        args, third = list(ctx.rest), torch.is_grad_enabled()
+        for i, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+            args[i] = tensor
+        places = [i for i in ctx.places if ctx.needs_input_grad[2 + i]]
+        with torch.enable_grad():
+            # Another tensor of the same values: y may be made from x.
+            inputs = [args[i].view_as(args[i]) for i in places]
+            for i, tensor in zip(places, inputs, strict=True):
+                args[i] = tensor
+            pairs = [(own, g) for own, g in zip(ctx.again(*args), grads, strict=True) if own is not None]
+            firsts, seconds = zip(*pairs, strict=True)
+            found = torch.autograd.grad(firsts, inputs, seconds, create_graph=third, allow_unused=True)
+        by_place = dict(zip(places, found, strict=True))
+        return None, None, *(by_place.get(i) for i in range(len(args)))
 
 
 def constant(function: F) -> F:

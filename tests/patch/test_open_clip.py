@@ -236,6 +236,24 @@ def test_the_loss_has_the_library_s_dtype(loss_py, dtype: torch.dtype, autocast:
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
+def test_a_gradient_penalty_is_the_library_s(loss_py) -> None:  # type: ignore[no-untyped-def]
+    leaves = [*towers(torch.float64), torch.tensor(BIAS, requires_grad=True, dtype=torch.float64)]
+    single = [t.detach().float().requires_grad_() for t in leaves]
+
+    def gradients(loss: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        firsts = torch.autograd.grad(loss(*leaves), leaves, create_graph=True, allow_unused=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in firsts), leaves)
+
+    for loss in both(loss_py):
+        exact = gradients(loss, leaves)
+        with counted("open_clip") as calls:
+            ours = gradients(loss, single)
+        assert calls.kernels == 1
+        peak = max(float(e.abs().max()) for e in exact)
+        for o, e in zip(ours, exact, strict=True):
+            torch.testing.assert_close(o.double(), e, rtol=1e-3, atol=1e-5 * peak)
+
+
 def test_a_compiled_loss_is_served_in_one_graph(loss_py) -> None:  # type: ignore[no-untyped-def]
     leaves = [*towers(torch.float32), torch.tensor(BIAS, requires_grad=True)]
     for loss in both(loss_py):

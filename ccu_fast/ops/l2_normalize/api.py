@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.ops.backend import choose, load, without_autocast
-from ccu_fast.ops.operator import once_differentiable, operator
+from ccu_fast.ops.operator import operator, twice_differentiable
 
 EPS = 1e-12  # torch.nn.functional.normalize's
 
@@ -100,5 +100,13 @@ class _Normalize(torch.autograd.Function):
         if torch.compiler.is_compiling():
             call = torch.ops.ccu_fast.l2_normalize_backward
         elif torch.is_grad_enabled():
-            call = once_differentiable("l2_normalize", _backward)
+            call = twice_differentiable(_backward, _backward_again)
         return call(grad.contiguous(), x, inverse, ctx.backend), None, None
+
+
+def _backward_again(grad: Tensor, x: Tensor, inverse: Tensor, backend: str) -> tuple[Tensor, ...]:
+    """:func:`_backward` in plain torch."""
+    with without_autocast(x.device), torch.enable_grad():
+        given = x if x.requires_grad else x.detach().requires_grad_()
+        unit = torch.nn.functional.normalize(given.float(), dim=-1, eps=EPS).to(grad.dtype)
+        return torch.autograd.grad(unit, given, grad, create_graph=True)

@@ -89,7 +89,7 @@ def reduce_similarity(
         TypeError, ValueError: naming the argument, what was expected and what came.
 
     Under autocast the inputs are cast to the autocast dtype, as torch.matmul does. Accumulation is in fp32. The
-    result is deterministic.
+    result is deterministic. Second derivatives (create_graph=True) are computed in plain torch, which stores S.
 
     Source: this project's definition; each loss over it names its paper.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast.ops.backend import load, without_autocast
-from ccu_fast.ops.operator import once_differentiable, operator
+from ccu_fast.ops.operator import operator, twice_differentiable
 from ccu_fast.ops.reduce_similarity.problem import Gradients, SimilarityProblem, decode
 
 _FIELDS = (
@@ -130,6 +130,15 @@ def _backward(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> Gradients:
     return run_backward(p, backend, grad_rows, grad_cols, row_out, col_out, stash, needs, workspace)
 
 
+def _backward_again(grad_rows: Tensor, grad_cols: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    """:func:`_backward` in plain torch, with None for an empty gradient."""
+    p = _problem(args)
+    with without_autocast(p.x.device):
+        dx, dy, *rest = load("reduce_similarity", "reference").differentiable_backward(p, grad_rows, grad_cols)
+    needs = args[_N_FIELDS + 3]
+    return dx if needs[0] else None, dy if needs[1] else None, *rest
+
+
 class SimilarityReduction(torch.autograd.Function):
     """Row and column results of one problem; the stash is whatever the backend keeps for its backward pass."""
 
@@ -154,6 +163,6 @@ class SimilarityReduction(torch.autograd.Function):
         if torch.compiler.is_compiling():
             call = torch.ops.ccu_fast.reduce_similarity_backward
         elif torch.is_grad_enabled():
-            call = once_differentiable("reduce_similarity", _backward)
+            call = twice_differentiable(_backward, _backward_again)
         grads = call(*incoming, *problem, *kept)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 10)

@@ -74,6 +74,16 @@ def backward(
     return dx if needs[0] else empty, dy if needs[1] else empty, dscale, dbias
 
 
+def differentiable_backward(p: SimilarityProblem, grad_rows: Tensor, grad_cols: Tensor) -> tuple[Tensor, ...]:
+    """dx, dy, dscale and dbias for gradients ``[R, B, N]`` and ``[C, B, M]``, all of which can be differentiated."""
+    bias = torch.zeros_like(p.scale) if p.bias is None else p.bias
+    with torch.enable_grad():
+        inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in (p.x, p.y, p.scale, bias)]
+        x, y, scale, bias = inputs
+        rows, cols = reduce(replace(p, x=x, y=y, scale=scale, bias=bias).without_ignored())
+        return torch.autograd.grad([*rows, *cols], inputs, [*grad_rows, *grad_cols], create_graph=True)
+
+
 def _stack(results: list[Tensor], p: SimilarityProblem, items: int) -> Tensor:
     return torch.stack(results) if results else p.scale.new_empty((0, p.banks, items))
 

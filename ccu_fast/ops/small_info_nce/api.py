@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ccu_fast.ops.backend import load, without_autocast
-from ccu_fast.ops.operator import once_differentiable
+from ccu_fast.ops.operator import twice_differentiable
 from ccu_fast.ops.reduce_similarity.api import as_scalar
-from ccu_fast.ops.reduce_similarity.problem import encode
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SELF
 
 # The loss as reductions of rows and of columns.
@@ -54,7 +54,7 @@ class _SmallInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        call = once_differentiable("reduce_similarity", _backward) if torch.is_grad_enabled() else _backward
+        call = twice_differentiable(_backward, _backward_again) if torch.is_grad_enabled() else _backward
         return (*call(*ctx.saved_tensors, grad, ctx.needs_input_grad[:3], *ctx.rest), None)
 
 
@@ -62,3 +62,18 @@ def _backward(x: Tensor, y: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor |
     *saved, grad, needs, symmetric, weight, backend = rest
     with without_autocast(x.device):
         return load("small_info_nce", backend).backward((x, y, scale), saved, grad, needs, symmetric, weight)
+
+
+def _backward_again(x: Tensor, y: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    """:func:`_backward` in plain torch."""
+    *_, grad, needs, symmetric, weight, _ = rest
+    with torch.enable_grad(), without_autocast(x.device):
+        inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in (x, y, scale)]
+        x, y, scale = inputs
+        cols = COLS if symmetric else ()
+        p = SimilarityProblem(x[None], y[None], scale, None, None, None, None, None, True, ROWS, cols)
+        (of_rows, own), of_cols = load("reduce_similarity", "reference").reduce(p)
+        margins = torch.cat([lse - own for lse in (of_rows, *of_cols)])
+        loss = weight * torch.nn.functional.softplus(margins, threshold=50).sum()
+        grads = torch.autograd.grad(loss, inputs, grad, create_graph=True)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))

@@ -417,14 +417,49 @@ def test_inputs_are_not_written(backend: str) -> None:
     assert torch.equal(y, before[1])
 
 
-def test_second_derivatives_are_refused_not_wrong(native: str) -> None:
+def test_second_derivatives_are_those_of_the_formula(native: str) -> None:
+    values = [torch.randn(2, 6, 4), torch.randn(2, 9, 4), torch.tensor(3.0), torch.tensor(-1.0)]
+    labels = {"row_labels": torch.tensor([0, 1, 2, -1, 0, 1]), "col_labels": torch.arange(9) % 4}
+
+    def penalty_gradients(backend: str, values: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in values]
+        x, y, scale, bias = leaves
+        z = torch.nn.functional.normalize(x, dim=-1)  # has a second derivative of its own, which must not hide ours
+        rows, cols = reduce_similarity(
+            z, y, scale=scale, bias=bias, rows=MIX, cols=MIX, paired=False, backend=backend, **labels
+        )
+        total = sum(r[r.isfinite()].square().sum() for r in (*rows, *cols))
+        firsts = torch.autograd.grad(total, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in firsts), leaves)
+
+    exact = penalty_gradients("reference", [t.double() for t in values])
+    for got, want in zip(penalty_gradients(native, values), exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+
+
+def test_second_derivatives_of_a_bank_with_itself_and_of_frozen_keys(native: str) -> None:
+    values = torch.randn(6, 4)
+    keys = torch.randn(6, 4)
+    for other in (lambda x: x, lambda x: 2 * x.tanh(), lambda x: keys.to(x.dtype)):
+
+        def penalty_gradient(backend: str, x: torch.Tensor, other: Any = other) -> torch.Tensor:
+            x = x.clone().requires_grad_()
+            loss = info_nce(x, other(x), scale=1.5, bias=0.5, backend=backend)
+            (first,) = torch.autograd.grad(loss, x, create_graph=True)
+            (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+            (third,) = torch.autograd.grad(second.square().sum(), x)
+            return torch.stack([second.detach(), third])
+
+        exact = penalty_gradient("reference", values.double())
+        torch.testing.assert_close(penalty_gradient(native, values).double(), exact, rtol=1e-3, atol=1e-5)
+
+
+def test_a_gradient_that_may_be_differentiated_is_the_same_gradient(native: str) -> None:
     x, y = (torch.randn(6, 4, requires_grad=True) for _ in "xy")
-    z = torch.nn.functional.normalize(x, dim=-1)  # has a second derivative of its own, which must not hide ours
-    (grad,) = torch.autograd.grad(info_nce(z, y, scale=3.0, backend=native), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivatives need backend='reference'"):
-        grad.square().sum().backward()
-    (once,) = torch.autograd.grad(info_nce(torch.nn.functional.normalize(x, dim=-1), y, scale=3.0, backend=native), x)
-    assert torch.equal(grad, once)
+    loss = info_nce(x, y, scale=3.0, bias=1.0, backend=native)
+    (again,) = torch.autograd.grad(loss, x, create_graph=True)
+    (once,) = torch.autograd.grad(loss, x)
+    assert torch.equal(again, once)
 
 
 def test_second_derivatives_of_the_reference() -> None:
