@@ -18,7 +18,32 @@ from torch import Tensor, nn
 
 from ccu_fast.losses.functional import info_nce
 from ccu_fast.ops.topk_flips.api import TokenTable, topk_flips
-from ccu_fast.patch.site import Site
+from ccu_fast.patch.site import (
+    Site,
+    are_pairs,
+    are_plain,
+    below_patches,
+    cross_entropy_dtype,
+    is_one_number,
+    is_stock,
+    torch_is_stock,
+)
+
+# The names that the code of the authors' functions must use, and those that it may use. A copy that uses others, or a
+# wrapper, is somebody else's: it is left alone.
+NAMES = {
+    "get_loss": (
+        "arange exp image_embeds logit_scale t text_embeds",
+        "all_gather cat clip_weight constraint_weight device diagonal dist distributed inmodal inmodal_weight len long "
+        "mean nonzero num_devices range rank shape square squeeze tensor to torch unlearn unlearn_target zeros_like",
+    ),
+    "hotflip_attack": ("cpu max numpy topk transpose", "detach matmul torch"),
+    "get_best_candidates": ("get_loss_per_candidate heapq itemgetter nlargest nsmallest range", "max"),
+    "get_loss_per_candidate": (
+        "LongTensor append cpu deepcopy get_loss no_grad range shape",
+        "detach device numpy to torch",
+    ),
+}
 
 
 def sites() -> list[Site]:
@@ -49,9 +74,10 @@ def get_loss(
     original: Any, umodel: Any, outputs: Any, criterion: Any, options: Any, gather_backdoor_indices: Any
 ) -> Any:
     """``(loss, loss, 0)`` with the loss ``info_nce(image, text, scale=exp(logit_scale))``."""
-    if not _plain(criterion, options):
+    image, text = outputs.image_embeds, outputs.text_embeds
+    if not _plain(criterion, options) or not are_pairs(image, text) or not is_one_number(umodel.logit_scale, image):
         return NotImplemented
-    loss = info_nce(outputs.image_embeds, outputs.text_embeds, scale=umodel.logit_scale.exp())
+    loss = info_nce(image, text, scale=umodel.logit_scale.exp()).to(cross_entropy_dtype(image))
     return loss, loss, torch.zeros((), dtype=torch.int64, device=loss.device)
 
 
@@ -68,6 +94,9 @@ def hotflip_attack(
 
     ``[B, n, k]``; for k = 1 ``[n]``, those of the first row, as the authors' function has it.
     """
+    usual = are_plain(averaged_grad, embedding_matrix) and isinstance(num_candidates, int)
+    if not usual or not 1 <= num_candidates <= len(embedding_matrix):
+        return NotImplemented
     grad = averaged_grad.detach()[:, 1 : 1 + num_trigger_tokens].to(embedding_matrix.device)
     # Not kept between calls: changes through .data, which that code makes, are not counted by torch.
     table = TokenTable(embedding_matrix.detach())
@@ -96,7 +125,8 @@ def get_best_candidates(
     The image tower runs once, the text tower once for each candidate and once for each position; a position's losses
     are one batched :func:`ccu_fast.info_nce`. ``input_ids`` is written as the authors' function writes it.
     """
-    if snli or beam_size != 1 or not _plain(criterion, options) or not hasattr(model, "get_text_features"):
+    usual = _plain(criterion, options) and _calls(original, "get_loss_per_candidate", "get_loss")
+    if snli or beam_size != 1 or not usual or not hasattr(model, "get_text_features"):
         return NotImplemented
     candidates = torch.as_tensor(cand_trigger_token_ids).to(input_ids.device)
     triggers = trigger_token_ids.clone()
@@ -135,7 +165,8 @@ def min_min_attack(
     Each step puts another permutation of the captions behind the triggers, drawn as the authors' function draws it.
     Weights get no gradient; the authors' leave the last step's behind.
     """
-    if not _plain(criterion, options) or not hasattr(model, "get_text_features"):
+    usual = _plain(criterion, options) and _calls(original, "get_loss")
+    if not usual or not hasattr(model, "get_text_features"):
         return NotImplemented
     device = options.device
     ids, mask, pixels = (batch[key].to(device) for key in ("input_ids", "attention_mask", "pixel_values"))
@@ -174,10 +205,27 @@ def _plain(criterion: Any, options: Any) -> bool:
     """The loss is CLIP's: no second views, no gathering, no constraint, torch's cross-entropy as it comes."""
     return (
         isinstance(criterion, nn.CrossEntropyLoss)
+        and is_stock(criterion.forward, "torch.nn.modules.loss.CrossEntropyLoss.forward")
+        and torch_is_stock()
         and criterion.weight is None
         and (criterion.reduction, criterion.label_smoothing) == ("mean", 0.0)
+        and criterion.ignore_index < 0  # no label of this batch
         and not any(getattr(options, name, False) for name in ("inmodal", "distributed", "unlearn"))
     )
+
+
+def _calls(original: Any, *names: str) -> bool:
+    """Whether the functions that an authors' function calls by these names are the authors' too, where it has them."""
+    found = {name: inspect.unwrap(original).__globals__.get(name) for name in names}
+    return all(function is None or _is_authors(function, name) for name, function in found.items())
+
+
+def _is_authors(function: Any, name: str) -> bool:
+    function = below_patches(function)
+    if not inspect.isfunction(function) or hasattr(function, "__wrapped__") or function.__closure__:
+        return False
+    (must, may), names = map(str.split, NAMES[name]), set(function.__code__.co_names)
+    return set(must) <= names <= {*must, *may}
 
 
 def _modules() -> list[ModuleType]:
@@ -191,7 +239,8 @@ def _site(owner: Any, replacement: Callable[..., Any]) -> Site:
 
 
 def _serves(replacement: Callable[..., Any], function: Any) -> bool:
-    if not inspect.isfunction(function):
+    name = replacement.__name__
+    if not inspect.isfunction(function) or (name in NAMES and not _is_authors(function, name)):
         return False
     return tuple(inspect.signature(function).parameters) == _site(None, replacement).parameters
 
@@ -203,5 +252,6 @@ def _is_published(attack: Any) -> bool:
     """
     if not _serves(min_min_attack, attack):
         return False
-    names = set(inspect.unwrap(attack).__code__.co_names)
+    attack = below_patches(attack)
+    names = set(attack.__code__.co_names) if not hasattr(attack, "__wrapped__") else set()
     return {"randperm", "get_loss", "step_size", "epsilon"} <= names and not names & {"image_loss", "KMeans"}

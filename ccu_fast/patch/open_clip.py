@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ccu_fast import check
 from ccu_fast.distributed.open_clip import ClipLoss, SigLipLoss
-from ccu_fast.patch.site import Site, are_plain, arguments, cross_entropy_dtype, is_one_number, is_stock, torch_is_stock
+from ccu_fast.patch.site import Site, are_pairs, arguments, cross_entropy_dtype, is_one_number, is_stock, torch_is_stock
 
 PARAMETERS = ("self", "image_features", "text_features", "logit_scale")
 
@@ -69,16 +68,10 @@ def _by(ours: Callable[..., Any]) -> Callable[..., Any]:
 def _is_usual(
     image_features: Any, text_features: Any, logit_scale: Any, logit_bias: Any = None, **unknown: Any
 ) -> bool:
-    """Matrices of one shape, dtype and device; one scale and at most one bias."""
+    """Pairs, one scale and at most one bias."""
     return (
         not unknown
-        and are_plain(image_features, text_features)
-        and image_features.ndim == 2
-        and image_features.shape == text_features.shape
-        and image_features.numel() > 0
-        and image_features.dtype == text_features.dtype
-        and image_features.dtype in check.FLOATS
-        and image_features.device == text_features.device
+        and are_pairs(image_features, text_features)
         and is_one_number(logit_scale, image_features)
         and (logit_bias is None or is_one_number(logit_bias, image_features))
     )

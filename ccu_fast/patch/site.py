@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from ccu_fast import check
 from ccu_fast.ops.operator import constant
 
 ABSENT = object()
@@ -152,6 +153,19 @@ def are_plain(*tensors: Any) -> bool:
     return not any(t.is_nested or t.is_neg() or forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def are_pairs(x: Any, y: Any) -> bool:
+    """Whether these are two plain matrices of one shape, dtype and device, with at least one number."""
+    return (
+        are_plain(x, y)
+        and x.ndim == 2
+        and x.shape == y.shape
+        and x.numel() > 0
+        and x.dtype == y.dtype
+        and x.dtype in check.FLOATS
+        and x.device == y.device
+    )
+
+
 def is_one_number(value: Any, like: Tensor) -> bool:
     """Whether a scale or bias is one finite number, or a plain tensor of one that leaves ``like`` its dtype.
 
@@ -170,17 +184,19 @@ def cross_entropy_dtype(logits: Tensor) -> torch.dtype:
     return torch.float32 if autocast else logits.dtype
 
 
+def below_patches(function: Any) -> Any:
+    """The function that lies below the wrappers of patches."""
+    while (ours := _installed(function)) is not None:
+        function = ours.original
+    return function
+
+
 def _layers(function: Any) -> list[Any]:
     """A function and what it wraps, outermost first, without the wrappers that patches put there."""
-    layers = []
-    while True:
-        function = getattr(function, "__func__", function)
-        ours = _installed(function)
-        if ours is None:
-            layers.append(function)
-            if not hasattr(function, "__wrapped__"):
-                return layers
-        function = function.__wrapped__
+    layers = [below_patches(function)]
+    while (inner := getattr(layers[-1], "__wrapped__", None)) is not None:
+        layers.append(below_patches(inner))
+    return layers
 
 
 def _installed(function: Any) -> Installed | None:

@@ -15,11 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccu_fast import check
 from ccu_fast.losses.functional import info_nce, sigmoid_loss
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import ALL, SELF
-from ccu_fast.patch.site import Site, are_plain, arguments, cross_entropy_dtype, is_one_number, is_stock, torch_is_stock
+from ccu_fast.patch.site import (
+    Site,
+    are_pairs,
+    are_plain,
+    arguments,
+    cross_entropy_dtype,
+    is_one_number,
+    is_stock,
+    torch_is_stock,
+)
 
 
 # The image tower of CLIP and SigLIP may live on another device than the text tower, and so may their scale.
@@ -107,7 +115,8 @@ def _with(known: _Model, module: Any) -> Callable[..., Any]:
             wants = getattr(model.config, "return_dict", True)
         out = original(model, **{**call, "return_loss": False}, return_dict=True)
         other = out.audio_embeds if "audio_embeds" in out else out.image_embeds
-        if not _are_pairs(out.text_embeds, other):
+        # The towers may live on two devices. What are no pairs, the library refuses, or its weights are not plain.
+        if not are_pairs(out.text_embeds, other.to(out.text_embeds.device)):
             return NotImplemented
         loss = known.loss(model, out).to(_dtype(known, out.logits_per_text))
         result = type(out)(loss=loss, **dict(out.items()))
@@ -125,11 +134,6 @@ def _is_usual(known: _Model, module: Any, call: dict[str, Any]) -> bool:
     return all(is_one_number(scale, scale) for scale in scales) and are_plain(
         *(value for value in call.values() if isinstance(value, Tensor))
     )
-
-
-def _are_pairs(x: Tensor, y: Tensor) -> bool:
-    # Of what is not, the library makes its own error or, for weights that are no plain tensors, its own loss.
-    return are_plain(x, y) and x.shape == y.shape and x.numel() > 0 and x.dtype == y.dtype and x.dtype in check.FLOATS
 
 
 def _dtype(known: _Model, logits: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial, wraps
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import ccu_fast
 from tests.support import torchvision_stub
-from tests.support.drop_in import counted, record, same_numbers, same_training, speed, train_towers, unit
+from tests.support.drop_in import counted, left_alone, record, same_numbers, same_training, speed, train_towers, unit
 
 CHECKOUT = os.environ.get("CCU_FAST_MEM_REFERENCE")
 N, LENGTH, V, WORDS = 10, 12, 120, 3
@@ -102,12 +103,61 @@ def test_get_loss_has_the_same_numbers(authors: Authors) -> None:
     same_numbers("mem_reference", problem)
 
 
-def test_another_loss_stays_with_the_authors(authors: Authors) -> None:
+class Doubled(nn.CrossEntropyLoss):
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return 2 * super().forward(logits, target)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(ignore_index=0), Doubled()],
+    ids=["smoothed", "ignores", "subclass"],
+)
+def test_another_loss_stays_with_the_authors(authors: Authors, criterion: nn.Module) -> None:
     outputs = SimpleNamespace(image_embeds=unit(N, 12, seed=1), text_embeds=unit(N, 12, seed=2))
-    smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
-    before = authors.loss.get_loss(model(), outputs, smoothed, OPTIONS, None)[0]
+    left_alone("mem_reference", lambda: authors.loss.get_loss(model(), outputs, criterion, OPTIONS, None)[0].detach())
+
+
+@pytest.mark.parametrize("change", [lambda t: t.to("meta"), lambda t: t[:0], lambda t: t.to_sparse()])
+def test_other_tensors_stay_with_the_authors(authors: Authors, change: Any) -> None:
+    outputs = SimpleNamespace(image_embeds=change(unit(N, 12, seed=1)), text_embeds=change(unit(N, 12, seed=2)))
+    call = partial(authors.loss.get_loss, model(), outputs, nn.CrossEntropyLoss(), OPTIONS, None)
+    left_alone("mem_reference", lambda: call()[0].detach())
+
+
+def test_the_loss_has_the_authors_dtype(authors: Authors) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        outputs = SimpleNamespace(image_embeds=unit(N, 12, dtype=dtype), text_embeds=unit(N, 12, seed=2, dtype=dtype))
+        with ccu_fast.patch.applied("mem_reference"):
+            loss = authors.loss.get_loss(model().to(dtype), outputs, nn.CrossEntropyLoss(), OPTIONS, None)[0]
+        assert loss.dtype == dtype
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_loss_that_somebody_changed_is_used(authors: Authors, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = authors.search.get_loss
+
+    @wraps(own)
+    def changed(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, *rest = own(*args, **options)
+        return -loss, *rest
+
+    def search() -> Any:
+        data = batch()
+        given = model(), data["input_ids"], data["attention_mask"], data["pixel_values"]
+        torch.manual_seed(0)
+        triggers, candidates = torch.randint(0, V, (N, WORDS)), torch.randint(0, V, (N, WORDS, 6)).numpy()
+        options = {"criterion": nn.CrossEntropyLoss(), "options": OPTIONS}
+        return authors.search.get_best_candidates(*given, triggers, candidates, WORDS, **options)
+
+    monkeypatch.setattr(authors.search, "get_loss", changed)
+    theirs = search()
+    monkeypatch.undo()
+    if when == "before":
+        monkeypatch.setattr(authors.search, "get_loss", changed)
     with ccu_fast.patch.applied("mem_reference"):
-        assert torch.equal(authors.loss.get_loss(model(), outputs, smoothed, OPTIONS, None)[0], before)
+        monkeypatch.setattr(authors.search, "get_loss", changed)
+        assert torch.equal(search(), theirs)
 
 
 @pytest.mark.parametrize("increase", [False, True])

@@ -6,6 +6,10 @@ full forward for every candidate, weight gradients in the noise steps.
 
 from __future__ import annotations
 
+import heapq
+from copy import deepcopy
+from operator import itemgetter
+
 import torch
 
 
@@ -21,12 +25,12 @@ def get_loss(umodel, outputs, criterion, options, gather_backdoor_indices):  # t
 def hotflip_attack(  # type: ignore[no-untyped-def]
     averaged_grad, embedding_matrix, increase_loss=False, num_candidates=1, num_trigger_tokens=1, no_zero_index=None
 ):
-    scores = averaged_grad.cpu()[:, 1 : 1 + num_trigger_tokens] @ embedding_matrix.cpu().t()
+    scores = averaged_grad.cpu()[:, 1 : 1 + num_trigger_tokens] @ embedding_matrix.cpu().transpose(0, 1)
     if not increase_loss:
         scores = -scores
     if num_candidates > 1:
-        return scores.topk(num_candidates, dim=2).indices.numpy()
-    return scores.max(2).indices[0].numpy()
+        return scores.topk(num_candidates, dim=2)[1].numpy()
+    return scores.max(2)[1][0].numpy()
 
 
 def get_best_candidates(  # type: ignore[no-untyped-def]
@@ -45,21 +49,35 @@ def get_best_candidates(  # type: ignore[no-untyped-def]
 ):
     best = trigger_token_ids
     for position in range(num_trigger_tokens):
-        input_ids[:, 1 : 1 + num_trigger_tokens] = best
-        tried = [best]
-        for k in range(cand_trigger_token_ids.shape[-1]):
-            changed = best.clone()
-            changed[:, position] = torch.as_tensor(cand_trigger_token_ids)[:, position, k]
-            tried.append(changed)
-        losses = []
-        for triggers in tried:
-            ids = input_ids.clone()
-            ids[:, 1 : 1 + num_trigger_tokens] = triggers
-            with torch.no_grad():
-                outputs = model(input_ids=ids, attention_mask=attention_mask, pixel_values=pixel_values)
-                losses.append(float(get_loss(model, outputs, criterion, options, None)[0]))
-        best = tried[losses.index(max(losses) if increase_loss else min(losses))]
+        tried = get_loss_per_candidate(
+            position,
+            model,
+            (input_ids, attention_mask, pixel_values),
+            best,
+            cand_trigger_token_ids,
+            num_trigger_tokens,
+            criterion,
+            options,
+        )
+        choose = heapq.nlargest if increase_loss else heapq.nsmallest
+        best = choose(1, tried, key=itemgetter(1))[0][0]
     return best
+
+
+def get_loss_per_candidate(position, model, batch, triggers, candidates, words, criterion, options):  # type: ignore[no-untyped-def]
+    input_ids, attention_mask, pixel_values = batch
+    input_ids[:, 1 : 1 + words] = triggers
+    tried = []
+    for k in range(-1, candidates.shape[-1]):
+        changed, ids = deepcopy(triggers), deepcopy(input_ids)
+        if k >= 0:
+            changed[:, position] = torch.LongTensor(candidates)[:, position, k]
+            ids[:, 1 : 1 + words] = changed
+        with torch.no_grad():
+            outputs = model(input_ids=ids, attention_mask=attention_mask, pixel_values=pixel_values)
+            loss = get_loss(model, outputs, criterion, options, None)[0]
+        tried.append((changed, loss.cpu().numpy()))
+    return tried
 
 
 class PerturbationTool:
