@@ -5,8 +5,8 @@
     with ccu_fast.patch.applied("open_clip"):       # or apply("open_clip") … revert("open_clip")
         train()
 
-Importing this module changes nothing. What a patch cannot do with the same numbers (a subclass with logits of its own,
-an unusual option) goes to the library's own code, call by call.
+Importing this module changes nothing. What a patch cannot do with the same numbers (a subclass or object with logits of
+its own, a loss that somebody replaced, an unusual option or tensor) goes to the library's own code, call by call.
 """
 
 from __future__ import annotations

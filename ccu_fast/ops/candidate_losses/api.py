@@ -8,7 +8,7 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.ops.backend import choose, load
 from ccu_fast.ops.candidate_losses import reference
-from ccu_fast.ops.operator import operator
+from ccu_fast.ops.operator import is_recorded, operator
 
 
 def candidate_losses(
@@ -79,7 +79,7 @@ def candidate_losses(
     with torch.autocast(image.device.type, enabled=False):
         if follows:  # in a graph too: torch has to see what it is to differentiate
             return reference.solve(text_candidates, image, text, number, tensor)
-        call = torch.ops.ccu_fast.candidate_losses if torch.compiler.is_compiling() else _solve
+        call = torch.ops.ccu_fast.candidate_losses if is_recorded(image) else _solve
         losses: Tensor = call(text_candidates, image, text, number, tensor, name)
         return losses
 

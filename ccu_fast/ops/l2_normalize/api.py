@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.ops.backend import choose, load, without_autocast
-from ccu_fast.ops.operator import operator, twice_differentiable
+from ccu_fast.ops.operator import is_recorded, operator, twice_differentiable
 
 EPS = 1e-12  # torch.nn.functional.normalize's
 
@@ -87,7 +87,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-        call = torch.ops.ccu_fast.l2_normalize if torch.compiler.is_compiling() else _forward
+        call = torch.ops.ccu_fast.l2_normalize if is_recorded(x) else _forward
         out, inverse = call(x, dtype, backend)
         ctx.save_for_backward(x, inverse)
         ctx.backend = backend
@@ -97,7 +97,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, inverse = ctx.saved_tensors
         call: Any = _backward
-        if torch.compiler.is_compiling():
+        if is_recorded(grad):
             call = torch.ops.ccu_fast.l2_normalize_backward
         elif torch.is_grad_enabled():
             call = twice_differentiable(_backward, _backward_again)
