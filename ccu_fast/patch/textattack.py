@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ccu_fast.ops.topk_flips.api import TokenTable, topk_flips
-from ccu_fast.patch.site import Site
+from ccu_fast.patch.site import Site, are_plain
 
 FIRST, MOST = 64, 1024
 
@@ -19,32 +22,16 @@ def sites() -> list[Site]:
     utils = importlib.import_module("textattack.shared.utils")
 
     def replacements(original: Any, self: Any, attacked_text: Any, indices_to_replace: Any) -> Any:
-        indices = list(indices_to_replace)
-        if not indices:
-            return []
-        weight = self.model.get_input_embeddings().weight.detach()
+        weight = self.model.get_input_embeddings().weight
+        if not isinstance(indices_to_replace, list | tuple | set) or not indices_to_replace or not are_plain(weight):
+            return NotImplemented
         found = self.model_wrapper.get_grad(attacked_text.tokenizer_input)
-        gradient = torch.as_tensor(found["gradient"], dtype=weight.dtype, device=weight.device)
-        ids = torch.as_tensor(found["ids"], device=weight.device).reshape(-1)
-        inside = torch.tensor([i < len(gradient) for i in indices], device=weight.device)
-        at = torch.tensor([i if i < len(gradient) else 0 for i in indices], device=weight.device)
-        # A word beyond the gradient keeps zeros: every token changes it by nothing.
-        rows = torch.where(inside[:, None], gradient[at], 0)
-        current = torch.where(inside, ids[at], 0)
-        allowed = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
-        allowed[self.tokenizer.pad_token_id] = False
-        table = TokenTable(weight, allowed)
-
-        k = min(max(FIRST, 4 * self.top_n), len(table) * len(indices))
-        while True:
-            flips = topk_flips(rows, table, k, maximize=True, current_ids=current, scope="global")
-            assert flips.rows is not None
-            words = _words(self, utils, indices, flips.ids.tolist(), flips.rows.tolist())
-            if len(words) == self.top_n or k == len(table) * len(indices):
-                return words
-            if k == MOST:  # rare: the top is full of tokens that are not words
-                return NotImplemented
-            k = min(4 * k, MOST, len(table) * len(indices))
+        words = _best_words(self, utils, weight.detach(), found, list(indices_to_replace))
+        if words is None:  # TextAttack goes on from this gradient: dropout would give it another one
+            theirs = copy.copy(self)
+            theirs.model_wrapper = SimpleNamespace(get_grad=lambda _: found)
+            return original(theirs, attacked_text, indices_to_replace)
+        return words
 
     return [
         Site(
@@ -54,6 +41,49 @@ def sites() -> list[Site]:
             replacements,
         )
     ]
+
+
+def _best_words(
+    swap: Any, utils: Any, weight: Tensor, found: dict[str, Any], indices: list[int]
+) -> list[tuple[str, int]] | None:
+    """The ``top_n`` words that raise the loss most, each with the place it is for; None for what is not understood."""
+    gradient, ids, pad = torch.as_tensor(found["gradient"]), found["ids"], swap.tokenizer.pad_token_id
+    tokens, width = weight.shape
+    usual = (
+        isinstance(ids, list)
+        and all(type(i) is int and 0 <= i < tokens for i in ids)
+        and type(pad) is int
+        and -tokens <= pad < tokens
+        and gradient.ndim == 2
+        and (gradient.shape[1], gradient.dtype) == (width, weight.dtype)
+        and 0 < len(gradient) <= len(ids)
+        and all(i >= 0 for i in indices)
+        and swap.top_n >= 1
+    )
+    if not usual or not bool(torch.isfinite(gradient).all()):
+        return None
+    allowed = torch.ones(tokens, dtype=torch.bool, device=weight.device)
+    allowed[pad] = False
+    try:
+        table = TokenTable(weight, allowed)
+    except ValueError:  # NaN or inf in the embedding, or nothing but the pad token
+        return None
+    # A word beyond the gradient keeps zeros: every token changes it by nothing.
+    inside = torch.tensor([i < len(gradient) for i in indices])
+    at = torch.tensor(indices).where(inside, 0)
+    rows = torch.where(inside[:, None], gradient[at], 0).to(weight.device)
+    current = torch.where(inside, torch.tensor(ids)[at], 0).to(weight.device)
+    k, every = max(FIRST, 4 * swap.top_n), len(table) * len(indices)
+    while True:
+        flips = topk_flips(rows, table, min(k, every), maximize=True, current_ids=current, scope="global")
+        assert flips.rows is not None
+        words = _words(swap, utils, indices, flips.ids.tolist(), flips.rows.tolist())
+        if len(words) == swap.top_n:
+            return words
+        # Rare: the top is full of tokens that are no words. Behind all others TextAttack offers even the pad token.
+        if k >= min(every, MOST):
+            return None
+        k *= 4
 
 
 def _words(swap: Any, utils: Any, indices: list[int], ids: list[int], rows: list[int]) -> list[tuple[str, int]]:

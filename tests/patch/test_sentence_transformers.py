@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import ccu_fast
-from tests.support.drop_in import library, same_numbers, same_training, speed, train_towers, unit
+from tests.support.drop_in import counted, library, same_numbers, same_training, speed, train_towers, unit
+from tests.support.tolerance import assert_three_way
 
 
 class Towers(nn.Module):
@@ -61,12 +64,191 @@ def test_training_is_the_same() -> None:
     same_training("sentence_transformers", train)
 
 
-def test_what_only_the_library_has_stays_with_it() -> None:
+HALF = [torch.float16, torch.bfloat16]
+WIDTH = 12
+
+
+def batch(*dtypes: torch.dtype, grad: bool = False) -> list[Tensor]:
+    """A column for each dtype, with the values of bf16."""
+    columns = [1.5 * unit(23, WIDTH, seed=i, dtype=torch.bfloat16) for i in range(len(dtypes))]
+    return [c.to(dtype).requires_grad_(grad) for c, dtype in zip(columns, dtypes, strict=True)]
+
+
+def evaluated(loss: Any, columns: list[Tensor], autocast: torch.dtype | None = None) -> list[Tensor]:
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        value = forward(loss, columns)
+    return [value.detach(), *torch.autograd.grad(value, columns)]
+
+
+def same_as_the_library(kind: str, dtypes: list[torch.dtype], autocast: torch.dtype | None = None) -> None:
+    """Loss and gradients have the library's dtypes and are at least as near to float64 as the library's."""
+    make = kinds()[kind]
+    theirs = evaluated(make(), batch(*dtypes, grad=True), autocast)
+    with counted("sentence_transformers") as calls:
+        ours = evaluated(make(), batch(*dtypes, grad=True), autocast)
+    assert calls.kernels > 0
+    exact = evaluated(make(), batch(*[torch.float64] * len(dtypes), grad=True))
+    for name, o, t, e in zip(["loss", *map(str, dtypes)], ours, theirs, exact, strict=True):
+        assert o.dtype == t.dtype, name
+        assert_three_way(f"{kind} {name}", o, t, e)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", ["one_way", "dot", "symmetric"])
+def test_half_precision(kind: str, dtype: torch.dtype) -> None:
+    """Since version 6 the library widens it before it normalises, and its loss is fp32."""
+    same_as_the_library(kind, [dtype] * 3)
+
+
+@pytest.mark.parametrize("kind", ["one_way", "dot", "symmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(kind: str, dtype: torch.dtype) -> None:
+    same_as_the_library(kind, [dtype] * 2, torch.bfloat16)
+
+
+def test_queries_and_documents_of_different_dtypes() -> None:
+    columns = [torch.bfloat16, torch.float32, torch.float16]
+    loss = losses().MultipleNegativesRankingLoss(Towers())
+    try:
+        forward(loss, batch(*columns))
+    except RuntimeError:  # before version 6
+        with ccu_fast.patch.applied("sentence_transformers"), pytest.raises(RuntimeError):
+            forward(loss, batch(*columns))
+    else:
+        same_as_the_library("one_way", columns)
+
+
+def tanh(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T).tanh()
+
+
+class Sub(Tensor):
+    pass
+
+
+OBJECTS: dict[str, Callable[[Any], Any]] = {
+    "similarity_fct": lambda loss: setattr(loss, "similarity_fct", tanh),
+    "similarity_fct that wraps": lambda loss: setattr(loss, "similarity_fct", doubled(loss.similarity_fct)),
+    "scale for each row": lambda loss: setattr(loss, "scale", torch.linspace(1, 20, 9)[:, None]),
+    "scale for each column": lambda loss: setattr(loss, "scale", torch.linspace(1, 20, 27)),
+    "scale for each pair": lambda loss: setattr(loss, "scale", torch.linspace(1, 20, 9 * 27).reshape(9, 27)),
+    "integer tensor as scale": lambda loss: setattr(loss, "scale", torch.tensor(20)),
+    "scale in double": lambda loss: setattr(loss, "scale", torch.tensor([20.0], dtype=torch.float64)),
+    "infinite scale": lambda loss: setattr(loss, "scale", float("inf")),
+    "True as scale": lambda loss: setattr(loss, "scale", True),
+    "gather_across_devices": lambda loss: setattr(loss, "gather_across_devices", True),
+    "cross_entropy_loss": lambda loss: setattr(loss, "cross_entropy_loss", nn.CrossEntropyLoss(label_smoothing=0.1)),
+    "directions": lambda loss: setattr(loss, "directions", ("query_to_doc", "query_to_query")),
+    "directions in one softmax": lambda loss: setattr(loss, "directions", ("query_to_doc", "doc_to_query")),
+    "hardness_mode": lambda loss: (
+        setattr(loss, "hardness_mode", "all_negatives"),
+        setattr(loss, "hardness_strength", 2),
+    ),
+}
+
+
+def doubled(similarity: Any) -> Any:
+    @functools.wraps(similarity)
+    def wrapper(a: Tensor, b: Tensor) -> Tensor:
+        value: Tensor = 2 * similarity(a, b)
+        return value
+
+    return wrapper
+
+
+@pytest.mark.parametrize("change", OBJECTS)
+def test_an_object_that_is_not_the_stock_one_stays_with_the_library(change: str) -> None:
+    attribute = change.split()[0]
+    loss = losses().MultipleNegativesRankingLoss(Towers())
+    if attribute in ("cross_entropy_loss", "directions", "hardness_mode") and not hasattr(loss, attribute):
+        pytest.skip(f"this version has no {attribute}")
+    OBJECTS[change](loss)
+    stays_with_the_library(lambda columns: forward(loss, columns))
+
+
+def test_a_subclass_keeps_what_it_changes() -> None:
+    base = losses().MultipleNegativesRankingLoss
+
+    class Warm(base):  # type: ignore[misc, valid-type]
+        """Its scale and similarity are its own."""
+
+        scale = property(lambda self: 3.0, lambda self, value: None)
+
+        def similarity_fct(self, a: Tensor, b: Tensor) -> Tensor:
+            return tanh(a, b)
+
+    loss = Warm(Towers())
+    del loss.similarity_fct
+    stays_with_the_library(lambda columns: forward(loss, columns))
+
+    class Twice(base):  # type: ignore[misc, valid-type]
+        scale = property(lambda self: 3.0, lambda self, value: None)
+
+        def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Any) -> Tensor:
+            value: Tensor = 2 * super().compute_loss_from_embeddings([2 * e for e in embeddings], labels)
+            return value
+
     columns = [unit(9, 8, seed=i) for i in range(3)]
-    weird = losses().MultipleNegativesRankingLoss(Towers(), similarity_fct=lambda a, b: (a @ b.T).tanh())
-    before = forward(weird, columns)
-    with ccu_fast.patch.applied("sentence_transformers"):
-        assert torch.equal(forward(weird, columns), before)
+    before = forward(Twice(Towers()), columns)
+    with counted("sentence_transformers") as calls:
+        ours = forward(Twice(Towers()), columns)
+    assert calls.kernels > 0
+    torch.testing.assert_close(ours, before)
+
+
+def stays_with_the_library(evaluate: Callable[[list[Tensor]], Tensor]) -> None:
+    """The same bits, or the same error, and no kernel of ours."""
+
+    def outcome() -> Any:
+        try:
+            return evaluate([unit(9, 8, seed=i) for i in range(4)])
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    before = outcome()
+    with counted("sentence_transformers") as calls:
+        after = outcome()
+    assert calls.kernels == 0
+    if isinstance(before, Tensor):
+        assert type(after) is type(before)
+        assert (after.dtype, after.shape) == (before.dtype, before.shape)
+        assert before.is_meta or torch.equal(torch.nan_to_num(after), torch.nan_to_num(before))
+    else:
+        assert after == before
+
+
+def dual(columns: list[Tensor]) -> Tensor:
+    with forward_ad.dual_level():
+        first = forward_ad.make_dual(columns[0], torch.ones_like(columns[0]))
+        tangent = forward_ad.unpack_dual(forward(one_way(), [first, *columns[1:]])).tangent
+        assert tangent is not None
+        return tangent
+
+
+def one_way() -> Any:
+    return losses().MultipleNegativesRankingLoss(Towers())
+
+
+EMBEDDINGS: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "meta": lambda columns: forward(one_way(), [c.to("meta") for c in columns]),
+    "subclass": lambda columns: forward(one_way(), [c.as_subclass(Sub) for c in columns]),
+    "integers": lambda columns: forward(one_way(), [(9 * c).long() for c in columns]),
+    "sparse": lambda columns: forward(one_way(), [c.to_sparse() for c in columns]),
+    "more hard negatives than queries": lambda columns: forward(one_way(), [*columns[:2], torch.cat(columns[2:])]),
+    "three dimensions": lambda columns: forward(one_way(), [torch.stack([c, c]) for c in columns]),
+    "one dimension": lambda columns: forward(one_way(), [c[0] for c in columns]),
+    "no items": lambda columns: forward(one_way(), [c[:0] for c in columns]),
+    "one tensor": lambda columns: forward(one_way(), torch.stack(columns)),  # type: ignore[arg-type]
+    "queries alone": lambda columns: forward(one_way(), columns[:1]),
+    "vmap": lambda columns: torch.vmap(lambda x: forward(one_way(), [x, x]))(torch.stack(columns)),
+    "func.grad": lambda columns: torch.func.grad(lambda x: forward(one_way(), [x, *columns[1:]]))(columns[0]),
+    "forward mode": dual,
+}
+
+
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+def test_embeddings_that_are_not_understood_stay_with_the_library(kind: str) -> None:
+    stays_with_the_library(EMBEDDINGS[kind])
 
 
 def test_speed() -> None:

@@ -114,6 +114,109 @@ def test_a_hundred_swaps_are_the_same(textattack: Any) -> None:
     record("textattack", check="training", difference=0.0)
 
 
+def spoil_embedding(transformation: Any) -> None:
+    transformation.model.embedding.weight.data[7] = torch.inf
+
+
+def pad_is_nothing(transformation: Any) -> None:
+    transformation.tokenizer.pad_token_id = None
+
+
+def pad_is_a_word(transformation: Any) -> None:
+    transformation.tokenizer.pad_token_id = 1
+
+
+def ids_as_a_matrix(transformation: Any) -> None:
+    """As of HuggingFaceModelWrapper."""
+    get_grad = transformation.model_wrapper.get_grad
+    transformation.model_wrapper.get_grad = lambda text: {**(g := get_grad(text)), "ids": torch.tensor([g["ids"]])}
+
+
+def embedding_in_double(transformation: Any) -> None:
+    get_grad = transformation.model_wrapper.get_grad
+    transformation.model_wrapper.get_grad = lambda text: {
+        **(g := get_grad(text)),
+        "gradient": g["gradient"].astype("d"),
+    }
+
+
+def spoil_gradient(transformation: Any) -> None:
+    get_grad = transformation.model_wrapper.get_grad
+    transformation.model_wrapper.get_grad = lambda text: {
+        **(g := get_grad(text)),
+        "gradient": g["gradient"] + torch.inf,
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [spoil_embedding, spoil_gradient, pad_is_nothing, ids_as_a_matrix, embedding_in_double],
+    ids=lambda change: str(change.__name__),
+)
+def test_what_only_textattack_has_stays_with_it(textattack: Any, change: Any) -> None:
+    """With the same words or the same error, and from one gradient: under dropout another would be different."""
+
+    def outcome() -> Any:
+        transformation = swap(textattack)
+        change(transformation)
+        get_grad, asked = transformation.model_wrapper.get_grad, []
+        transformation.model_wrapper.get_grad = lambda text: (asked.append(text), get_grad(text))[1]
+        try:
+            words = transformation._get_replacement_words_by_grad(textattack.shared.AttackedText(TEXT), [2, 5])
+        except Exception as error:
+            words = f"{type(error).__name__}: {error}"
+        return words, len(asked)
+
+    theirs = outcome()
+    with counted("textattack") as calls:
+        ours = outcome()
+    assert ours == theirs
+    assert calls.kernels == 0
+
+
+def test_more_words_than_there_are_ends_with_the_pad_token_as_in_textattack(textattack: Any) -> None:
+    def words() -> Any:
+        transformation = swap(textattack, vocabulary=12, top_n=40)
+        pad_is_a_word(transformation)
+        return transformation._get_replacement_words_by_grad(textattack.shared.AttackedText(TEXT), [2, 5])
+
+    theirs = words()
+    with ccu_fast.patch.applied("textattack"):
+        ours = words()
+    assert ours == theirs
+    assert ("wb", 2) in ours[-2:], "the pad token is the last word"
+
+
+def test_rows_of_the_embedding_without_a_token(textattack: Any) -> None:
+    """An embedding taller than the vocabulary: the tokenizer is asked for what TextAttack asks it for."""
+
+    def words(vocabulary: int) -> Any:
+        transformation = swap(textattack)
+        word_of = transformation.tokenizer.convert_id_to_word
+        transformation.tokenizer.convert_id_to_word = lambda i: word_of(i) if i < vocabulary else "[unused0]"
+        return transformation._get_replacement_words_by_grad(textattack.shared.AttackedText(TEXT), [2, 5])
+
+    for vocabulary in (2000, 1000, 3):
+        theirs = words(vocabulary)
+        with ccu_fast.patch.applied("textattack"):
+            assert words(vocabulary) == theirs
+
+
+def test_a_changed_embedding_is_read_anew(textattack: Any) -> None:
+    transformation = swap(textattack)
+    text = textattack.shared.AttackedText(TEXT)
+    for change in (
+        lambda: transformation.model.embedding.weight.data.mul_(-1),
+        lambda: setattr(transformation.model.embedding, "weight", nn.Parameter(torch.randn(2000, 24))),
+        lambda: setattr(transformation.model, "embedding", nn.Embedding(2100, 24)),
+    ):
+        with ccu_fast.patch.applied("textattack"):
+            transformation._get_replacement_words_by_grad(text, [1])
+            change()
+            ours = transformation._get_replacement_words_by_grad(text, [1])
+        assert ours == transformation._get_replacement_words_by_grad(text, [1])
+
+
 def test_no_words_to_replace(textattack: Any) -> None:
     with ccu_fast.patch.applied("textattack"):
         assert swap(textattack)._get_replacement_words_by_grad(textattack.shared.AttackedText(TEXT), []) == []
