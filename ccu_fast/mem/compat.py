@@ -33,7 +33,8 @@ class CompatRound(Round):
         self.train_surrogate(s.surrogate_steps)
         triggers: list[Tensor] = []
         noise: list[Tensor] = []
-        table = TokenTable(self.surrogate.embedding_matrix.detach())
+        # The authors look at every row. One behind the tokenizer's last id is no text that could be published.
+        table = TokenTable(self.surrogate.embedding_matrix.detach(), allowed=self.alphabet.to(self.device))
         plan = self._full(torch.arange(len(self.tokens)))
         for rows, images in read_ahead(self.source, plan, self.source.image_of):
             base = self._levels(images)

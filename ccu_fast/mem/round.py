@@ -94,9 +94,7 @@ class Round:
 
     def improve_triggers(self) -> None:
         """One pass over all rows."""
-        allowed = torch.zeros(len(self.tokenizer), dtype=torch.bool)
-        allowed[self.alphabet] = True
-        table = TokenTable(self.surrogate.embedding_matrix.detach(), allowed=allowed.to(self.device))
+        table = TokenTable(self.surrogate.embedding_matrix.detach(), allowed=self.alphabet.to(self.device))
         losses, waiting = [], []
         plan = batches(len(self.tokens), self.settings.batch, self.rng)
         for rows, images in read_ahead(self.source, plan, self.source.image_of):

@@ -173,6 +173,27 @@ def test_captions_that_fill_the_context_keep_their_end() -> None:
         Protection(run.source, tokenizer, FACTORY, method=Method.parse("mem-4"), settings=TINY)
 
 
+@pytest.mark.parametrize("compat", [False, True])
+def test_an_embedding_taller_than_the_vocabulary_gives_no_triggers_without_a_word(compat: bool) -> None:
+    """As checkpoints have it whose rows were padded to a round number; the padding would be chosen first."""
+
+    def padded() -> SmallDualEncoder:
+        model = SmallDualEncoder(len(TOKENIZER) + 40, TOKENIZER.eot, width=32, dim=32)
+        with torch.no_grad():
+            model.embedding_matrix[len(TOKENIZER) :] *= 1000
+        return model
+
+    settings = replace(TINY, compat=compat, restart=0, **({"trigger_words": None} if compat else {}))
+    run = Protection(
+        TensorSource(STRIPS.images, STRIPS.captions), TOKENIZER, padded, method=Method.parse("mem-2"), settings=settings
+    )
+    before = run.triggers.clone()
+    run.round(0)
+    assert (run.triggers != before).any()
+    assert int(run.triggers.max()) < len(TOKENIZER)
+    assert len(run.published_captions(torch.arange(len(STRIPS.captions)))) == len(STRIPS.captions)
+
+
 def test_a_loss_that_is_not_finite_is_no_protection() -> None:
     class Broken(SmallDualEncoder):
         def encode_image(self, images: torch.Tensor) -> torch.Tensor:
