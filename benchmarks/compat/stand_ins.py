@@ -26,7 +26,7 @@ def make(folder: Path) -> Path:
     bert = folder / "bert"
     bert.mkdir()
     (bert / "vocab.txt").write_text("\n".join(words) + "\n")
-    transformers.BertTokenizerFast(vocab=str(bert / "vocab.txt"), model_max_length=128).save_pretrained(bert)
+    transformers.BertTokenizer(vocab=str(bert / "vocab.txt"), model_max_length=128).save_pretrained(bert)
     config = transformers.BertConfig(
         vocab_size=len(words), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512
     )
