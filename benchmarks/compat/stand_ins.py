@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-NAMES = (
-    "sentence-transformers-testing/stsb-bert-tiny-safetensors",
-    "sparse-encoder-testing/splade-bert-tiny-nq",
-)
+PLAIN = "distilbert/distilbert-base-uncased"
+DENSE = "sentence-transformers-testing/stsb-bert-tiny-safetensors"
+SPARSE = "sparse-encoder-testing/splade-bert-tiny-nq"
 REVISION = "0" * 40
 
 
@@ -23,8 +22,7 @@ def make(folder: Path) -> Path:
 
     characters = string.ascii_letters + string.digits + string.punctuation
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters)]
-    bert = folder / "bert"
-    bert.mkdir()
+    bert = _repository(folder, PLAIN)
     (bert / "vocab.txt").write_text("\n".join(words) + "\n")
     transformers.BertTokenizer(vocab=str(bert / "vocab.txt"), model_max_length=128).save_pretrained(bert)
     config = transformers.BertConfig(
@@ -33,14 +31,18 @@ def make(folder: Path) -> Path:
     torch.manual_seed(0)
     transformers.BertForMaskedLM(config).save_pretrained(bert)
 
-    dense, sparse = Transformer(str(bert)), MLMTransformer(str(bert))
-    models = (
-        SentenceTransformer(modules=[dense, Pooling(128)]),
-        SparseEncoder(modules=[sparse, SpladePooling("max")]),
-    )
-    for name, model in zip(NAMES, models, strict=True):
-        repository = folder / "hub" / f"models--{name.replace('/', '--')}"
-        model.save(str(repository / "snapshots" / REVISION), create_model_card=False)
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text(REVISION)
+    dense = SentenceTransformer(modules=[Transformer(str(bert)), Pooling(config.hidden_size)])
+    dense.save(str(_repository(folder, DENSE)), create_model_card=False)
+    sparse = SparseEncoder(modules=[MLMTransformer(str(bert)), SpladePooling("max")])
+    sparse.save(str(_repository(folder, SPARSE)), create_model_card=False)
     return folder
+
+
+def _repository(home: Path, name: str) -> Path:
+    """Where the files of a model go."""
+    repository = home / "hub" / f"models--{name.replace('/', '--')}"
+    files = repository / "snapshots" / REVISION
+    files.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(REVISION)
+    return files
