@@ -64,7 +64,6 @@ SUITES = (
             "tests/losses/test_ntxent_loss.py",
             "tests/losses/test_losses_without_labels.py",
             "tests/losses/test_self_supervised_loss.py",
-            "tests/losses/test_cross_batch_memory.py",
         ),
         (("TEST_DEVICE", "cpu"),),
     ),
