@@ -118,6 +118,23 @@ def test_queries_and_documents_of_different_dtypes() -> None:
         same_as_the_library("one_way", columns)
 
 
+def test_a_gradient_penalty() -> None:
+    """create_graph=True: the gradient is differentiated again."""
+    loss = losses().MultipleNegativesRankingLoss(Towers())
+
+    def penalty(dtype: torch.dtype) -> Tensor:
+        columns = batch(dtype, dtype, dtype, grad=True)
+        grads = torch.autograd.grad(forward(loss, columns), columns, create_graph=True)
+        second: Tensor = torch.autograd.grad(sum(g.square().sum() for g in grads), columns)[0]
+        return second
+
+    theirs, exact = penalty(torch.float32), penalty(torch.float64)
+    with counted("sentence_transformers") as calls:
+        ours = penalty(torch.float32)
+    assert calls.kernels > 0
+    assert_three_way("second derivative", ours, theirs, exact)
+
+
 def tanh(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T).tanh()
 
