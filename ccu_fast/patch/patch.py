@@ -85,7 +85,11 @@ TARGETS = {
     ),
 }
 
+# Patches that can also give more exact numbers than the library.
+EXACT = ("pytorch_metric_learning",)
+
 _installed: dict[str, list[Installed]] = {}
+_exact: set[str] = set()  # those of _installed that do
 # Held while functions change hands, so that no thread takes another's wrapper for the library's function. Reentrant:
 # what an import runs may patch too.
 _lock = threading.RLock()
@@ -116,7 +120,7 @@ def active() -> dict[str, list[str]]:
         return {name: [item.site.name for item in items] for name, items in _installed.items()}
 
 
-def apply(name: str) -> list[str]:
+def apply(name: str, *, exact: bool = False) -> list[str]:
     """Replace a library's losses or token scoring by ccu_fast's until :func:`revert`.
 
     Applying what is applied changes nothing. Functions are replaced in the classes and modules that own them, so
@@ -124,27 +128,35 @@ def apply(name: str) -> list[str]:
 
     Args:
         name: a key of :func:`targets`.
+        exact: for "pytorch_metric_learning": losses in fp32 for half precision, and NTXentLoss without the library's
+            ``small_val``, which is added to every probability and keeps a pair's loss below 87.3 (9.7 in fp16). By
+            default dtype and numbers are the library's, which computes NTXentLoss of fp16 itself.
 
     Returns:
         The dotted names of what is replaced; empty, with a ``UserWarning``, when the version is not known, or when a
         module, class or function is missing or not the library's own: then nothing at all was changed.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name; exact for another library, or other than the patch that is applied.
         ModuleNotFoundError: the library is not installed; for "mem_reference": its modules are not imported yet.
 
     >>> ccu_fast.patch.apply("pytorch_metric_learning")[0]
-    'pytorch_metric_learning.losses.ntxent_loss.NTXentLoss.compute_loss'
+    'pytorch_metric_learning.losses.ntxent_loss.NTXentLoss.forward'
     >>> ccu_fast.patch.revert("pytorch_metric_learning")
     """
     check.one_of("name", name, tuple(TARGETS))
+    if check.boolean("exact", exact) and name not in EXACT:
+        raise ValueError(f"exact: expected False for {name} (only {', '.join(EXACT)} takes it), got True")
     with _lock:
+        if name in _installed and exact != (name in _exact):
+            raise ValueError(f"exact: expected {not exact}, with which {name} is applied, got {exact}; revert it first")
         if name not in _installed:
-            sites, reason = _sites(name)
+            sites, reason = _sites(name, exact)
             if reason is not None:
                 warnings.warn(f"ccu_fast.patch: {name} is left alone: {reason}", stacklevel=2)
                 return []
             _installed[name] = [Installed(site) for site in sites]
+            _exact.update([name] if exact else [])
         return active()[name]
 
 
@@ -161,16 +173,18 @@ def revert(name: str) -> None:
     """
     check.one_of("name", name, tuple(TARGETS))
     with _lock:
+        _exact.discard(name)
         for item in reversed(_installed.pop(name, [])):
             item.remove()
 
 
 @contextmanager
-def applied(*names: str) -> Iterator[list[str]]:
+def applied(*names: str, exact: bool = False) -> Iterator[list[str]]:
     """Keep libraries patched for the length of a block; what was applied before stays applied after it.
 
     Args:
         names: keys of :func:`targets`.
+        exact: as of :func:`apply`.
 
     Returns:
         A context manager that gives the dotted names of what is replaced.
@@ -188,7 +202,7 @@ def applied(*names: str) -> Iterator[list[str]]:
         for name in names:
             with _lock:
                 before = name in _installed
-                replaced += apply(name)
+                replaced += apply(name, exact=exact)
             if not before:
                 ours.append(name)
         yield replaced
@@ -197,14 +211,15 @@ def applied(*names: str) -> Iterator[list[str]]:
             revert(name)
 
 
-def _sites(name: str) -> tuple[list[Site], str | None]:
+def _sites(name: str, exact: bool) -> tuple[list[Site], str | None]:
     """What a patch replaces, and why it replaces nothing if it does not."""
     target = TARGETS[name]
     reason = _unknown_version(name)
     if reason is not None:
         return [], reason
     try:
-        sites: list[Site] = importlib.import_module(f"ccu_fast.patch.{name}").sites()
+        module = importlib.import_module(f"ccu_fast.patch.{name}")
+        sites: list[Site] = module.sites(exact=True) if exact else module.sites()
     except (ImportError, AttributeError) as error:  # a module or a class is not where it was
         if target.package is None:
             raise

@@ -1,12 +1,16 @@
 """pytorch-metric-learning: NTXentLoss and SupConLoss over labels, without their lists of pairs.
 
 Both work on every pair of rows with equal labels against the pairs with different ones. Mined pairs, other distances
-than cosine and dot product, and reducers that want the loss of every pair go to the library.
+than cosine and dot product, reducers that want the loss of every pair, and methods other than the library's own go to
+the library. So does a batch without anything to compare.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,104 +18,269 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.losses.functional import sup_con
+from ccu_fast.ops.backend import without_autocast
+from ccu_fast.ops.operator import never
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME
-from ccu_fast.patch.site import Site, arguments
+from ccu_fast.patch.site import Site, are_plain, arguments, is_one_number, is_stock
 
 PARAMETERS = ("self", "embeddings", "labels", "indices_tuple", "ref_emb", "ref_labels")
-NO_NEGATIVES = -1e4  # stands for −inf in a GEMM, where −inf · 0 would be NaN; softplus of it is 0
+# Integers without a sign are read as those with one: their names are others, and differ where they did.
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+LABELS = (torch.bool, *check.INTEGERS, *SIGNED, *check.FLOATS)
+FARTHEST = 1e4  # the largest difference of two logits that fp32 holds to three places
+
+# What the library calls on the way from embeddings to pairs and from pairs to a loss.
+NT_XENT_METHODS = ("compute_loss", "_compute_loss", "add_embedding_regularization_to_loss_dict")
+SUP_CON_METHODS = ("_compute_loss", "_assert_either_pos_or_neg")
+DISTANCE_METHODS = ("forward", "check_shapes", "maybe_normalize", "normalize", "set_default_stats", "compute_mat")
+REDUCER_METHODS = (
+    *("forward", "unpack_loss_info", "reduce_the_loss", "set_losses_size_stat", "input_is_zero_loss", "assert_sizes"),
+    *("assert_sizes_pos_pair", "assert_sizes_pair", "get_reduction_func", "pos_pair_reduction", "element_reduction"),
+)
+COMMON_FUNCTIONS = ("neg_inf", "small_val", "to_dtype")
+PAIRS_FUNCTIONS = ("convert_to_pairs", "get_all_pairs_indices", "get_matches_and_diffs", "logsumexp")
 
 
-def sites() -> list[Site]:
-    """What is replaced."""
+@dataclass(frozen=True)
+class Problem:
+    """Two banks of embeddings and which of their pairs are positive.
+
+    Attributes:
+        x: ``[N, D]``; y: ``[M, D]``: as the library multiplies them, in the dtype of its similarities.
+        scale: 1 / temperature.
+        names: ``row_labels``, ``col_labels`` and ``paired`` as reduce_similarity takes them.
+        alike: int64 ``[N]``: how many columns have the label of a row.
+        farthest: no two logits of a row differ by more, nor does the log-sum-exp of some of them from one.
+    """
+
+    x: Tensor
+    y: Tensor
+    scale: float | Tensor
+    names: dict[str, Any]
+    alike: Tensor
+    farthest: float
+
+
+def sites(*, exact: bool = False) -> list[Site]:
+    """What is replaced.
+
+    Args:
+        exact: losses in fp32 for half precision, NTXentLoss of fp16 too, and without the number that the library adds
+            inside its logarithm.
+    """
     losses = importlib.import_module("pytorch_metric_learning.losses")
     distances = importlib.import_module("pytorch_metric_learning.distances")
     reducers = importlib.import_module("pytorch_metric_learning.reducers")
+    common = importlib.import_module("pytorch_metric_learning.utils.common_functions")
+    pairs = importlib.import_module("pytorch_metric_learning.utils.loss_and_miner_utils")
+    base = importlib.import_module("pytorch_metric_learning.losses.base_metric_loss_function").BaseMetricLossFunction
+    generic = importlib.import_module("pytorch_metric_learning.losses.generic_pair_loss").GenericPairLoss
 
-    def usual(call: dict[str, Any], kind: type) -> bool:
-        loss, labels, distance = call["self"], call["labels"], call["self"].distance
-        integers = labels is not None and labels.dtype in check.INTEGERS and labels.ndim == 1
+    def is_usual(loss: Any, kind: type, method: str, *methods: str) -> bool:
+        """Whether the loss, its distance and the way to its pairs are the library's own."""
+        distance = loss.distance
         return (
-            integers
-            and call["indices_tuple"] is None
-            and call["ref_labels"] is not None
-            and type(loss)._compute_loss is kind._compute_loss  # type: ignore[attr-defined]
+            _is_own(loss, kind, *methods)
+            and is_stock(loss.loss_method, _home(generic, method))
+            and loss.loss_method.__self__ is loss
             and type(distance) in (distances.CosineSimilarity, distances.DotProductSimilarity)
-            and (distance.p, distance.power, distance.collect_stats) == (2, 1, False)
-            # Two pairs or less: the library calls that nothing to learn from.
-            and len(labels) * len(call["ref_labels"]) > 4
+            and (distance.p, distance.power, distance.is_inverted, distance.collect_stats) == (2, 1, True, False)
+            and _is_own(distance, type(distance), *DISTANCE_METHODS)
+            and not _is_hooked(distance)
+            and all(is_stock(getattr(pairs, name), f"{pairs.__name__}.{name}") for name in PAIRS_FUNCTIONS)
+            and all(is_stock(getattr(common, name), f"{common.__name__}.{name}") for name in COMMON_FUNCTIONS)
         )
 
-    def nt_xent(original: Any, *args: Any, **kwargs: Any) -> Any:
-        call = arguments(original, args, kwargs)
-        loss = call["self"]
-        if not usual(call, losses.NTXentLoss) or type(loss.reducer) is not reducers.MeanReducer:
-            return NotImplemented
-        value = nt_xent_loss(**_sides(call), temperature=loss.temperature)
-        return {"loss": {"losses": value, "indices": None, "reduction_type": "already_reduced"}}
+    def averages(loss: Any) -> bool:
+        """Whether what is made of the losses of all pairs is their mean."""
+        reducer = loss.reducer
+        return (
+            loss.embedding_regularizer is None
+            and type(reducer) is reducers.MeanReducer
+            and not reducer.collect_stats
+            and _is_own(reducer, reducers.MeanReducer, *REDUCER_METHODS)
+            and not _is_hooked(reducer)
+        )
 
-    def supervised(original: Any, *args: Any, **kwargs: Any) -> Any:
-        call = arguments(original, args, kwargs)
-        if not usual(call, losses.SupConLoss):
+    @never
+    def nt_xent(original: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_stock(original, _home(base, "forward")):
             return NotImplemented
-        sides = _sides(call)
-        rows = sup_con(sides.pop("x"), sides.pop("y"), scale=1 / call["self"].temperature, reduction="none", **sides)
-        # Where nothing is negative the library's loss is 0.
-        negatives = (sides["row_labels"][0] != sides["col_labels"]).any() | (
-            sides["row_labels"] != sides["col_labels"][0]
-        ).any()
-        rows = torch.where(negatives, rows, 0)
+        call = arguments(original, args, kwargs)
+        loss, x, labels, indices, y, others = (call[name] for name in PARAMETERS)
+        if (
+            len(call) > len(PARAMETERS)
+            or not is_usual(loss, losses.NTXentLoss, "pair_based_loss", *NT_XENT_METHODS)
+            or not averages(loss)
+            or indices is not None
+            or not (isinstance(x, Tensor) and isinstance(labels, Tensor))
+        ):
+            return NotImplemented
+        # As the library's forward begins.
+        loss.reset_stats()
+        common.check_shapes(x, labels)
+        labels = common.to_device(labels, x)
+        y, others = common.set_ref_emb(x, labels, y, others)
+        p = _problem(loss, x, labels, y, others)
+        # In fp16 the library's number is made by its roundings, which no other order of sums repeats.
+        if p is None or (p.x.dtype == torch.float16 and not exact):
+            return NotImplemented
+        floor = None if exact else math.log(common.small_val(p.x.dtype))
+        if floor is not None and p.farthest + floor < math.log(torch.finfo(p.x.dtype).eps):
+            floor = None  # it would be lost to rounding
+        with without_autocast(x.device):
+            value = nt_xent_loss(p.x, p.y, scale=p.scale, alike=p.alike, floor=floor, **p.names)
+        return value if exact else value.to(torch.log(torch.exp(p.x.detach()[:0])).dtype)
+
+    @never
+    def supervised(original: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_stock(original, _home(generic, "compute_loss")):
+            return NotImplemented
+        call = arguments(original, args, kwargs)
+        loss, x, labels, indices, y, others = (call[name] for name in PARAMETERS)
+        if (
+            len(call) > len(PARAMETERS)
+            or not is_usual(loss, losses.SupConLoss, "mat_based_loss", *SUP_CON_METHODS)
+            or indices is not None
+        ):
+            return NotImplemented
+        p = _problem(loss, x, labels, y, others)
+        if p is None:
+            return NotImplemented
+        with without_autocast(x.device):
+            rows = sup_con(p.x, p.y, scale=p.scale, reduction="none", **p.names)
+        if not exact:
+            rows = rows.to(torch.sum(p.x.detach()[:0], dim=1).dtype)
         indices = torch.arange(len(rows), device=rows.device)
         return {"loss": {"losses": rows, "indices": indices, "reduction_type": "element"}}
 
     return [
-        Site(losses.NTXentLoss, "compute_loss", PARAMETERS, nt_xent),
+        Site(losses.NTXentLoss, "forward", PARAMETERS, nt_xent),
         Site(losses.SupConLoss, "compute_loss", PARAMETERS, supervised),
     ]
 
 
 def nt_xent_loss(
-    x: Tensor, y: Tensor, *, row_labels: Tensor, col_labels: Tensor, paired: bool, temperature: float
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor,
+    row_labels: Tensor,
+    col_labels: Tensor,
+    paired: bool,
+    alike: Tensor,
+    floor: float | None = None,
 ) -> Tensor:
     """NT-Xent over every positive pair, each against the negatives of its row alone::
 
-        s = x @ y.T / temperature
+        s = scale * x @ y.T
         mean over pairs (i, p) of SAME:  log(exp(s[i, p]) + sum(exp(s[i, OTHER]))) - s[i, p]
                                       =  softplus(logsumexp(s[i, OTHER]) - s[i, p])
+        with a floor:                    -log(exp(-that) + exp(floor))
+                                      ≈  that - softplus(logsumexp(s[i, OTHER]) - s[i, p] + floor)
 
     Two passes: the log-sum-exp of the negatives, then, with it as one more column of x (and 1 in y), the softplus of a
-    similarity.
+    similarity. The floor takes a third.
 
     Args:
         x: ``[N, D]``; y: ``[M, D]``.
+        scale: number or one-element tensor; 1 / temperature.
         row_labels: int64 ``[N]`` ≥ 0; col_labels: int64 ``[M]`` ≥ 0.
         paired: x and y are one bank: the pair (i, i) is left out.
-        temperature: > 0.
+        alike: int64 ``[N]``, how many columns have the label of a row; there is at least one pair of SAME.
+        floor: logarithm of the number that every probability is raised by; ≈ is off by that number at most.
 
     Returns:
-        fp32 scalar; 0 without a positive pair.
+        fp32 scalar (fp64 for fp64).
 
     Source: Sohn 2016 and Chen et al. 2020 (arXiv 2002.05709), eq. 1, as pytorch-metric-learning generalises it.
     """
-    x, y = x.float(), y.float()
+    if x.dtype != torch.float64:
+        x, y = x.float(), y.float()
+    # The pairs of a row without negatives cost nothing.
+    row_labels = row_labels.masked_fill(alike == len(y), -1)
     keys: dict[str, Any] = {"row_labels": row_labels, "col_labels": col_labels, "paired": paired}
-    (negatives, pairs), _ = reduce_similarity(
-        x, y, scale=1 / temperature, rows=[("lse", OTHER), ("count", SAME)], **keys
-    )
-    wider = torch.cat([x * (-1 / temperature), negatives.clamp(min=NO_NEGATIVES)[:, None]], 1)
+    (negatives,), _ = reduce_similarity(x, y, scale=scale, rows=[("lse", OTHER)], **keys)
+    wider = torch.cat([x * -scale, negatives.masked_fill(row_labels < 0, 0)[:, None]], 1)
     ones = torch.cat([y, y.new_ones(len(y), 1)], 1)
     (losses,), _ = reduce_similarity(wider, ones, rows=[("softplus", SAME)], **keys)
-    return losses.sum() / pairs.sum().clamp(min=1)
+    if floor is not None:
+        (beyond,), _ = reduce_similarity(wider, ones, bias=floor, rows=[("softplus", SAME)], **keys)
+        losses = losses - beyond
+    return losses.sum() / (alike.sum() - (len(x) if paired else 0))
 
 
-def _sides(call: dict[str, Any]) -> dict[str, Any]:
-    """Both sides as the library compares them, with labels that are not negative."""
-    labels, others, distance = call["labels"], call["ref_labels"], call["self"].distance
-    lowest = torch.minimum(labels.min(), others.min())
-    return {
-        "x": distance.maybe_normalize(call["embeddings"]),
-        "y": distance.maybe_normalize(call["ref_emb"]),
-        "row_labels": (labels - lowest).long(),
-        "col_labels": (others - lowest).long(),
-        "paired": others is labels,
-    }
+def _problem(loss: Any, x: Any, labels: Any, y: Any, others: Any) -> Problem | None:
+    """None where our kernels would give other numbers than the library, or none."""
+    temperature = loss.temperature
+    if (
+        not are_plain(x, y, labels, others)
+        or not (x.ndim == y.ndim == 2 and x.shape[1] == y.shape[1])
+        or x.dtype != y.dtype
+        or x.dtype not in check.FLOATS
+        or labels.dtype != others.dtype
+        or labels.dtype not in LABELS
+        or labels.shape != x.shape[:1]
+        or others.shape != y.shape[:1]
+        or len({x.device, y.device, labels.device, others.device}) > 1
+        # Two pairs or less, or one column: the library calls that nothing to learn from.
+        or len(y) < 2
+        or len(x) * len(y) <= 4
+        or not is_one_number(temperature, x)
+        or (isinstance(temperature, Tensor) and temperature.ndim > 0)
+    ):
+        return None
+    paired = others is labels
+    both = torch.cat([labels, others])
+    distinct, names = both.view(SIGNED.get(both.dtype, both.dtype)).unique(return_inverse=True)
+    rows, cols = names[: len(x)], names[len(x) :]
+    alike = torch.bincount(cols, minlength=len(distinct))[rows]
+    of_rows, of_cols = (torch.linalg.vector_norm(t.detach(), dim=1).max().float() for t in (x, y))
+    facts = (
+        alike.sum() > (len(x) if paired else 0),
+        alike.sum() < len(x) * len(y),
+        (both != both).any(),
+        of_rows * of_cols,
+        torch.as_tensor(temperature, device=x.device).detach(),
+    )
+    # The host waits once; the library waits for its lists of pairs.
+    positives, negatives, nan, largest, heat = torch.stack([fact.float() for fact in facts]).tolist()
+    if not (positives and negatives and not nan and heat > 0 and math.isfinite(largest)):
+        return None
+    if loss.distance.normalize_embeddings:
+        largest = 1.0
+    farthest = 2 * largest / heat + math.log(len(y))
+    if not farthest <= FARTHEST:
+        return None
+    dtype = torch.matmul(x.detach()[:0], y.detach()[:0].T).dtype  # autocast has a say
+    normalize = loss.distance.maybe_normalize
+    unit = normalize(x).to(dtype)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return Problem(
+        x=unit,
+        y=unit if y is x else normalize(y).to(dtype),
+        scale=1 / temperature,
+        names={"row_labels": rows, "col_labels": cols, "paired": paired},
+        alike=alike,
+        farthest=farthest,
+    )
+
+
+def _is_own(thing: Any, kind: type, *names: str) -> bool:
+    """Whether methods are those that the library wrote for a class: nobody's subclass, object or class has others."""
+    return all(is_stock(getattr(thing, name), _home(kind, name)) for name in names)
+
+
+@functools.cache
+def _home(kind: type, name: str) -> str:
+    """The dotted name of a method, after the class that defines it."""
+    owner = next(c for c in kind.__mro__ if name in vars(c))
+    return f"{owner.__module__}.{owner.__qualname__}.{name}"
+
+
+def _is_hooked(module: Any) -> bool:
+    """Whether somebody is told of every call of a module."""
+    kinds = ("forward_pre", "forward", "backward_pre", "backward")
+    return torch.nn.modules.module._has_any_global_hook() or any(getattr(module, f"_{kind}_hooks") for kind in kinds)

@@ -80,12 +80,15 @@ class Installed:
         self._own = vars(owner).get(attribute, ABSENT)
         self.original = original = getattr(owner, attribute)
         replacement = self.site.replacement
+        inherited = self._own is ABSENT and inspect.isclass(owner)
 
         # wraps: libraries read the signature of a forward to decide what to pass it.
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            result = replacement(original, *args, **kwargs) if self.on else NotImplemented
-            return original(*args, **kwargs) if result is NotImplemented else result
+            # What a class inherits may be replaced there after the patch.
+            theirs = getattr(super(owner, owner), attribute) if inherited else original
+            result = replacement(theirs, *args, **kwargs) if self.on else NotImplemented
+            return theirs(*args, **kwargs) if result is NotImplemented else result
 
         call.installed = self  # type: ignore[attr-defined]
         self.wrapper = call

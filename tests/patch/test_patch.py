@@ -112,6 +112,16 @@ def test_a_method_that_is_inherited_is_given_back_by_removing_it(monkeypatch: py
     assert "forward" not in vars(Child)
 
 
+def test_what_is_inherited_may_be_replaced_above_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(Child, "forward", ("self", "x"), doubled)
+    monkeypatch.setattr(sys.modules["ccu_fast.patch.double"], "sites", lambda: [site])
+    with patch.applied("double"):
+        with monkeypatch.context() as context:
+            context.setattr(Library, "forward", lambda self, x: 10 * x)
+            assert Child().forward(1) == 20
+        assert Child().forward(1) == 4
+
+
 def test_an_unknown_version_is_left_alone_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: "1000.0rc1")
     with pytest.warns(UserWarning, match=r"left alone: version 1000.0rc1 of pytest is not known \(known: 1 ≤"):

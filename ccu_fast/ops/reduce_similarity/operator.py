@@ -162,6 +162,8 @@ class SimilarityReduction(torch.autograd.Function):
         call: Any = _backward
         if torch.compiler.is_compiling():
             call = torch.ops.ccu_fast.reduce_similarity_backward
+        elif any(map(torch._C._functorch.is_legacy_batchedtensor, incoming)):
+            call = _backward_again  # is_grads_batched=True: many gradients at once, which no kernel can read
         elif torch.is_grad_enabled():
             call = twice_differentiable(_backward, _backward_again)
         grads = call(*incoming, *problem, *kept)

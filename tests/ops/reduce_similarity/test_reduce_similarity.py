@@ -454,6 +454,18 @@ def test_second_derivatives_of_a_bank_with_itself_and_of_frozen_keys(native: str
         torch.testing.assert_close(penalty_gradient(native, values).double(), exact, rtol=1e-3, atol=1e-5)
 
 
+def test_gradients_of_many_cotangents_at_once(native: str) -> None:
+    x, y = (torch.randn(6, 4, requires_grad=True) for _ in "xy")
+    (lse,), _ = reduce_similarity(x, y, rows=[("lse", ALL)], backend=native)
+    cotangents = torch.randn(3, 6)
+    together = torch.autograd.grad(lse, (x, y), cotangents, is_grads_batched=True, retain_graph=True)
+    for i, cotangent in enumerate(cotangents):
+        for all_of_them, one in zip(
+            together, torch.autograd.grad(lse, (x, y), cotangent, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(all_of_them[i], one)
+
+
 def test_a_gradient_that_may_be_differentiated_is_the_same_gradient(native: str) -> None:
     x, y = (torch.randn(6, 4, requires_grad=True) for _ in "xy")
     loss = info_nce(x, y, scale=3.0, bias=1.0, backend=native)
