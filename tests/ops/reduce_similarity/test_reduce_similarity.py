@@ -454,6 +454,13 @@ def test_second_derivatives_of_a_bank_with_itself_and_of_frozen_keys(native: str
         torch.testing.assert_close(penalty_gradient(native, values).double(), exact, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["row_labels", "row_ids"])
+def test_integers_that_int64_does_not_hold_are_refused(name: str) -> None:
+    x, keys = torch.randn(3, 4), torch.tensor([2**63, 0, 1], dtype=torch.uint64)
+    with pytest.raises(TypeError, match=rf"^{name}: expected dtype int64 .*, got torch.uint64$"):
+        reduce_similarity(x, x, rows=[("lse", ALL)], **{name: keys})
+
+
 def test_gradients_of_many_cotangents_at_once(native: str) -> None:
     x, y = (torch.randn(6, 4, requires_grad=True) for _ in "xy")
     (lse,), _ = reduce_similarity(x, y, rows=[("lse", ALL)], backend=native)
