@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from numbers import Real
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeGuard, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,16 +15,63 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
+# A subclass with another one than this answers for torch's operators itself, and its own memory may hold nothing.
+_NO_DISPATCH = Tensor.__torch_dispatch__
+
 
 def tensor(name: str, value: Any, *, dtypes: Sequence[torch.dtype] | None = FLOATS, ndim: int | None = None) -> Tensor:
     """``value`` as it is, or a TypeError/ValueError that names the argument."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if not readable(value):
+        raise TypeError(f"{name}: expected {_unlike(value)}")
     if dtypes is not None and value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {names(dtypes)}, got {value.dtype}")
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {list(value.shape)}")
     return value
+
+
+def at_hand(*values: Any) -> bool:
+    """All are tensors whose values a kernel can read now."""
+    return all(readable(value) and not by_operator(value) for value in values)
+
+
+def readable(value: Any) -> TypeGuard[Tensor]:
+    """``value`` is a tensor that holds its values itself, or, in a graph, one that torch will see to."""
+    kind = type(value)
+    if kind is not Tensor and kind is not torch.nn.Parameter:
+        if not isinstance(value, Tensor) or hasattr(value, "full_tensor"):
+            return False
+        if not _traced() and kind.__torch_dispatch__ is not _NO_DISPATCH:
+            return False
+    if value.layout is not torch.strided or value.is_nested:
+        return False
+    return torch.compiler.is_compiling() or not (value.is_neg() or value._is_zerotensor())
+
+
+def _unlike(value: Any) -> str:
+    """What to pass instead of a value that is not :func:`readable`, and what it is."""
+    kind = type(value).__name__
+    if not isinstance(value, Tensor):
+        return f"a torch.Tensor, got {kind}"
+    if hasattr(value, "full_tensor"):
+        return f"this process's own torch.Tensor (.to_local() for ccu_fast.distributed, or .full_tensor()), got {kind}"
+    if value.layout is not torch.strided or value.is_nested:
+        return f"a dense torch.Tensor, got {'a nested one' if value.is_nested else value.layout}"
+    if value.is_neg() or value._is_zerotensor():
+        return "a torch.Tensor with its values in memory (.clone()), got one that torch computes when it is read"
+    return f"a torch.Tensor with its values in memory, got {kind}"
+
+
+def by_operator(value: Tensor) -> bool:
+    """Whether to call ``torch.ops``: torch makes a graph, or it is asked for shapes alone, or a mode is looking on.
+
+    A kernel called in another way is invisible to make_fx or a FLOP counter, and reads what FakeTensorMode never wrote.
+    """
+    return _traced() or value.is_meta
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
 
 
 def same(name: str, value: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
@@ -66,12 +113,26 @@ def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.
 
 
 def one_element(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
-    """``value`` is one floating-point number in a tensor on the device of ``other``; returned without dimensions."""
+    """``value`` is one floating-point number in a tensor on the device of ``other``; returned without dimensions.
+
+    Of a DTensor that every rank holds whole this is the rank's own, whose gradient is what this rank computes.
+    """
+    value = _local(name, value)
     tensor(name, value)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one element, got shape {list(value.shape)}")
     same(name, value, other_name, other, dtype=False)
     return value.reshape(())
+
+
+def _local(name: str, value: Any) -> Any:
+    if not hasattr(value, "full_tensor"):
+        return value
+    mesh = value.device_mesh
+    if not all(place.is_replicate() or mesh.size(dim) == 1 for dim, place in enumerate(value.placements)):
+        places = ", ".join(str(place) for place in value.placements)
+        raise TypeError(f"{name}: expected one that every rank holds whole (.full_tensor()), got a DTensor in {places}")
+    return value.to_local()
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -114,6 +175,8 @@ def device(name: str, value: str | torch.device) -> torch.device:
 
 def finite(name: str, value: Tensor) -> None:
     """Every element is finite. The host reads the tensor, which synchronises a GPU."""
+    if value.is_meta:
+        return
     bad = ~torch.isfinite(value)
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()

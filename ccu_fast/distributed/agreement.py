@@ -29,15 +29,6 @@ class Sizes(NamedTuple):
         return self.x == self.y
 
 
-def plain(name: str, value: Any) -> None:
-    """``value`` is a tensor of this rank's own, not one that torch.distributed.tensor spread over ranks."""
-    if isinstance(value, Tensor) and hasattr(value, "placements") and hasattr(value, "to_local"):
-        raise TypeError(
-            f"{name}: expected this rank's own rows as a torch.Tensor (DTensor.to_local()) or a full one-element "
-            f"tensor (DTensor.full_tensor()), got {type(value).__name__}"
-        )
-
-
 def agree(ranks: Ranks, prepare: Callable[[], tuple[T, list[int]]], x: Any, *, equal: bool) -> tuple[T, Sizes]:
     """``prepare()`` on every rank, and every rank's numbers of rows.
 

@@ -78,7 +78,8 @@ def reduce_similarity(
     Args:
         x: ``[n, D]``, this rank's rows; n may differ from rank to rank and be 0.
         y: ``[m, D]``, this rank's columns.
-        scale, bias: numbers or one-element tensors, the same on every rank.
+        scale, bias: numbers or one-element tensors, the same on every rank. A replicated DTensor counts as this rank's
+            own copy, of which the gradient is this rank's part.
         row_labels, row_ids: int64 ``[n]``, those of this rank's rows; equal keys mean the same on every rank.
         col_labels, col_ids: int64 ``[m]``.
         paired: as there, for X and Y: item i of X is item i of Y.
@@ -97,7 +98,7 @@ def reduce_similarity(
         Two lists in the order asked: row results ``[n]`` and column results ``[m]`` of this rank.
 
     Raises:
-        TypeError, ValueError: as there, on every rank if ``equal`` is False; a DTensor; sizes that do not fit.
+        TypeError, ValueError: as there, on every rank if ``equal`` is False; sizes that do not fit.
         RuntimeError: torch.distributed is not initialised, or a rank failed or did not answer within the timeout that
             the process group was made with.
 
@@ -119,8 +120,6 @@ def reduce_similarity(
         raise ValueError(f"paired: expected True or {positives}, got False")
 
     def prepare() -> tuple[_Prepared, list[int]]:
-        for name, value in (("x", x), ("y", y), ("scale", scale), ("bias", bias)):
-            agreement.plain(name, value)
         for name, value in (("x", x), ("y", y)):
             check.tensor(name, value, ndim=2)
         pair = normalize_pair(x, y, backend) if check.boolean("normalize", normalize) else (x, y)

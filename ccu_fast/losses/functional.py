@@ -10,7 +10,7 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.losses import formulas
 from ccu_fast.losses.formulas import INVERSE_KINDS
-from ccu_fast.ops.backend import choose, fp32_precision
+from ccu_fast.ops.backend import autocast_dtype, choose, fp32_precision
 from ccu_fast.ops.reduce_similarity import operator
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.small_info_nce.api import small_info_nce
@@ -207,9 +207,7 @@ def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
 
     Two matrices of one shape and dtype without keys, fp32 on a CPU, half precision on a GPU.
     """
-    if torch.compiler.is_compiling():  # a graph must not depend on the size
-        return None
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == 2 and x.shape == y.shape):
+    if not check.at_hand(x, y) or x.ndim != 2 or x.shape != y.shape:  # a graph must not depend on the size
         return None
     if x.dtype != y.dtype or x.device != y.device or (options and any(map(_asks_for_more, options.items()))):
         return None
@@ -217,7 +215,7 @@ def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
     if not 0 < items * items <= operator.SMALL_PAIRS or dim == 0:
         return None
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
+    if autocast_dtype(kind) not in (None, x.dtype):
         return None
     if x.dtype in operator.HALF and dim <= operator.SMALL_DIM:
         wanted = "triton"
@@ -237,7 +235,7 @@ def _require_positives(
     x: Tensor, y: Tensor, similarity: dict[str, Any], *, labels: bool = False, negatives_only: bool = False
 ) -> None:
     """Without ids (or labels, where they make positives) only a paired problem says which items belong together."""
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.ndim < 2 or y.ndim < 2:
+    if not all(isinstance(t, Tensor) and not t.is_nested and t.ndim >= 2 for t in (x, y)):
         return  # reduce_similarity says what is wrong
     if similarity.get("row_ids") is not None or (labels and similarity.get("row_labels") is not None):
         return

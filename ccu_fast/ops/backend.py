@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from ccu_fast.ops import machine
 from ccu_fast.ops.operator import constant
@@ -147,9 +149,46 @@ def _tell(op: str, device: torch.device, dtype: torch.dtype, reasons: dict[str, 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """The dtypes were decided at the door; a GEMM inside must not be cast again."""
-    if torch.is_autocast_enabled(device.type):
+    if autocast_dtype(device.type) is not None:
         return torch.autocast(device.type, enabled=False)
     return _NOTHING
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors is inside a transform of torch.func, which no kernel can look into."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+
+
+def outside_transforms(op: str, *tensors: Tensor | None) -> None:
+    """Raise for a tensor inside a transform of torch.func: of an operation that has no gradient."""
+    if transformed(*tensors):
+        raise RuntimeError(f"{op}: expected tensors from outside torch.func's transforms (vmap, grad), got one inside")
+
+
+def reverse_mode_alone(op: str, *inputs: Tensor | None) -> None:
+    """Raise where torch needs a rule beyond the backward pass, which the kernels of ``op`` do not have."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():  # torch refuses the call then, whatever its inputs are
+        raise RuntimeError(f"{op}: torch.func's transforms (vmap, grad, jvp) need backend='reference'")
+    if has_tangent(*inputs):
+        raise RuntimeError(f"{op}: forward-mode derivatives need backend='reference'")
+
+
+def has_tangent(*inputs: Tensor | None) -> bool:
+    """Whether one of them carries a forward-mode derivative."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast multiplies in there; None where it is off."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def fp32_precision(device_type: str) -> str:

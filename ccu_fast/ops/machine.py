@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ccu_fast import check
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -195,7 +197,7 @@ def host_sees(device: torch.device) -> bool:
 
 def check_range(name: str, what: str, index: Tensor, size: int) -> None:
     """Raise unless an index on the host is in [0, size). Kernels check that of a GPU, operators that of a graph."""
-    if not host_sees(index.device) or torch.compiler.is_compiling() or not index.numel():
+    if not host_sees(index.device) or check.by_operator(index) or not index.numel():
         return
     low, high = (int(v) for v in index.aminmax())
     if low < 0 or high >= size:

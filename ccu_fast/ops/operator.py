@@ -25,7 +25,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
     The function itself stays as it is. Who calls it takes the operator only while a graph is made: in eager mode the
     dispatcher would cost more than a small problem's arithmetic. ::
 
-        call = torch.ops.ccu_fast.NAME if is_recorded(x) else function
+        call = torch.ops.ccu_fast.NAME if check.by_operator(x) else function
 
     Args:
         schema: ``"NAME(Tensor x, …) -> Tensor"``. Arguments are positional.
@@ -40,19 +40,6 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
         return function
 
     return register
-
-
-def is_recorded(x: Tensor) -> bool:
-    """Whether a graph is made of what happens to ``x``, or ``x`` is of a kind that only torch's dispatcher can read.
-
-    A kernel that is called past the dispatcher leaves no trace in a graph, and fake tensors have no memory.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
-    )
 
 
 def in_place(*_: Any) -> None:

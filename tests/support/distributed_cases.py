@@ -387,15 +387,19 @@ def wrong_arguments_are_refused_on_every_rank() -> None:
 
 
 @case_on_two
-def dtensors_are_refused() -> None:
+def dtensors_are_refused_but_for_a_scale_that_every_rank_has() -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (world(),))
     spread = distribute_tensor(torch.randn(4 * world(), 3), mesh, [Shard(0)])
-    refuses(TypeError, "x: expected this rank's own rows", lambda: over.info_nce(spread, spread, scale=1.0))
+    refuses(TypeError, "x: expected this process's own torch.Tensor", lambda: over.info_nce(spread, spread, scale=1.0))
     local = spread.to_local()
-    assert over.info_nce(local, local, scale=1.0).isfinite()
+    plain = over.info_nce(local, local, scale=2.0)
+    sharded, whole = (distribute_tensor(torch.tensor([2.0]), mesh, [place]) for place in (Shard(0), Replicate()))
+    refuses(TypeError, "scale: expected one that every", lambda: over.info_nce(local, local, scale=sharded))
+    assert torch.equal(over.info_nce(local, local, scale=whole), plain)
+    assert torch.equal(over.info_nce(local, local, scale=sharded.full_tensor()), plain)
 
 
 @case

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.ops.backend import choose, load
+from ccu_fast.ops.backend import choose, has_tangent, load, transformed, without_autocast
 from ccu_fast.ops.candidate_losses import reference
-from ccu_fast.ops.operator import is_recorded, operator
+from ccu_fast.ops.operator import operator
 
 
 def candidate_losses(
@@ -69,17 +69,17 @@ def candidate_losses(
     batch, candidates, _ = text_candidates.shape
     if batch == 0 or candidates == 0:
         return text_candidates.new_zeros((batch, candidates), dtype=compute)
-    follows = torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in (text_candidates, image, text, scale)
-    )
+    inputs = (text_candidates, image, text, factor if isinstance(factor, Tensor) else None)
+    follows = transformed(*inputs) or has_tangent(*inputs)
+    follows = follows or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs))
     if follows and backend == "native":
         raise ValueError("backend: 'native' has no gradient; call under torch.no_grad() or detach the inputs")
     name = choose("reference" if follows else backend, "candidate_losses", image.device, image.dtype)
     number, tensor = (1.0, factor) if isinstance(factor, Tensor) else (factor, None)
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast(image.device):
         if follows:  # in a graph too: torch has to see what it is to differentiate
             return reference.solve(text_candidates, image, text, number, tensor)
-        call = torch.ops.ccu_fast.candidate_losses if is_recorded(image) else _solve
+        call = torch.ops.ccu_fast.candidate_losses if check.by_operator(image) else _solve
         losses: Tensor = call(text_candidates, image, text, number, tensor, name)
         return losses
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.ops.backend import choose, load, without_autocast
-from ccu_fast.ops.operator import is_recorded, operator, twice_differentiable
+from ccu_fast.ops.backend import autocast_dtype, choose, load, reverse_mode_alone, without_autocast
+from ccu_fast.ops.operator import operator, twice_differentiable
 
 EPS = 1e-12  # torch.nn.functional.normalize's
 
@@ -48,9 +48,7 @@ def l2_normalize(x: Tensor, *, dtype: torch.dtype | None = None, backend: str = 
     if x.ndim < 1:
         raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
     if dtype is None:
-        kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        dtype = (None if x.dtype == torch.float64 else autocast_dtype(x.device.type)) or x.dtype
     elif dtype not in check.FLOATS or (torch.float64 in (dtype, x.dtype) and dtype != x.dtype):
         wanted = "torch.float64 (that of x)" if x.dtype == torch.float64 else check.names(check.FLOATS[:3])
         raise TypeError(f"dtype: expected {wanted}, got {dtype}")
@@ -59,6 +57,7 @@ def l2_normalize(x: Tensor, *, dtype: torch.dtype | None = None, backend: str = 
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
         with without_autocast(x.device):
             return torch.nn.functional.normalize(x.to(compute), dim=-1, eps=EPS).to(dtype)
+    reverse_mode_alone("l2_normalize", x)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     unit: Tensor = _Normalize.apply(rows, dtype, name)
     return unit.view(x.shape)
@@ -87,7 +86,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-        call = torch.ops.ccu_fast.l2_normalize if is_recorded(x) else _forward
+        call = torch.ops.ccu_fast.l2_normalize if check.by_operator(x) else _forward
         out, inverse = call(x, dtype, backend)
         ctx.save_for_backward(x, inverse)
         ctx.backend = backend
@@ -97,7 +96,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, inverse = ctx.saved_tensors
         call: Any = _backward
-        if is_recorded(grad):
+        if check.by_operator(grad):
             call = torch.ops.ccu_fast.l2_normalize_backward
         elif torch.is_grad_enabled():
             call = twice_differentiable(_backward, _backward_again)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.ops.backend import choose, load
+from ccu_fast.ops.backend import choose, load, outside_transforms
 from ccu_fast.ops.machine import check_range, moved
 from ccu_fast.ops.noise_store.file import NoiseFile
 from ccu_fast.ops.noise_store.operator import add_out, update
@@ -242,6 +242,7 @@ class NoiseStore:
             ``out``.
         """
         check.tensor("images", images, dtypes=IMAGES)
+        outside_transforms("NoiseStore", images, out)
         self._check_index(index)
         check.shape("images", images, (len(index), *self.item_shape))
         low, high, limits = _limits(images, lower, upper)
@@ -264,7 +265,7 @@ class NoiseStore:
         source = self._matrix(images.detach().contiguous())
         if out is None:
             out = torch.empty(images.shape, dtype=images.dtype, device=images.device)
-        call = torch.ops.ccu_fast.noise_add_out if torch.compiler.is_compiling() else add_out
+        call = torch.ops.ccu_fast.noise_add_out if check.by_operator(images) else add_out
         with torch.no_grad():
             call(source, noise, where, low, high, limits, self._matrix(out.detach()), backend)
         return out
@@ -310,11 +311,12 @@ class NoiseStore:
         delta = delta.float() if delta.dtype == torch.float64 else delta
         with torch.no_grad():
             size = math.prod(self.item_shape)
-            call = torch.ops.ccu_fast.noise_update_ if torch.compiler.is_compiling() else update
+            call = torch.ops.ccu_fast.noise_update_ if check.by_operator(delta) else update
             call(self.data.view(self.rows, size), index, delta.reshape(len(index), size), eps, self._backend)
 
     def _check_index(self, index: Tensor) -> None:
         check.tensor("index", index, dtypes=(torch.int64,), ndim=1)
+        outside_transforms("NoiseStore", index)
         if index.device != self.device and index.device.type != "cpu":
             raise ValueError(f"index: expected device {self.device} (that of the store) or cpu, got {index.device}")
 
@@ -334,12 +336,13 @@ class NoiseStore:
     def _incoming(self, name: str, index: Tensor, values: Tensor, checked: bool) -> Tensor:
         self._check_index(index)
         check.tensor(name, values, dtypes=(torch.int8, *_SLACK))
+        outside_transforms("NoiseStore", values)
         check.same(name, values, "the store", self.data, dtype=False)
         check.shape(name, values, (len(index), *self.item_shape))
         values = values.detach().contiguous()
         if values.dtype == torch.int8 or not values.numel():
             return values
-        if torch.compiler.is_compiling() or not checked:
+        if not checked or values.is_meta or torch.compiler.is_compiling():
             return values.nan_to_num()
         slack = _SLACK[values.dtype] if self.dtype == torch.int8 else None
         first = load("noise_store", self._backend).first_wrong(values, slack)

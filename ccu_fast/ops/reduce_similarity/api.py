@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.ops.backend import choose, without_autocast
+from ccu_fast.ops.backend import choose, reverse_mode_alone, without_autocast
 from ccu_fast.ops.l2_normalize.api import l2_normalize
 from ccu_fast.ops.operator import constant
 from ccu_fast.ops.reduce_similarity import reference
@@ -61,7 +61,8 @@ def reduce_similarity(
         x: ``[..., N, D]`` fp32, fp16 or bf16 (fp64 on the reference backend). Any strides; N may be 0.
         y: ``[..., M, D]``, dtype and device of ``x``. Leading dimensions broadcast: 17 text banks ``[17, N, D]``
             against one image bank ``[M, D]`` give results of leading shape ``[17]``.
-        scale: number or one-element tensor (gradient flows); the inverse temperature.
+        scale: number or one-element tensor (gradient flows); the inverse temperature. A DTensor must be replicated
+            (``.full_tensor()`` of FSDP2's sharded ones): it counts as this rank's own copy, of its own gradient.
         bias: number or one-element tensor (gradient flows), added to every entry of S.
         row_labels: int64 ``[N]`` or ``[..., N]``. Equal labels are SAME, a negative label takes the row out of
             everything. With None nothing is SAME. For a paired problem ``col_labels`` defaults to it.
@@ -86,7 +87,11 @@ def reduce_similarity(
         inputs); counts are int64 and have no gradient.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what came. A DTensor (but for scale and
+            bias), a subclass with operators of its own and a sparse or nested tensor are refused.
+        RuntimeError: inside a transform of torch.func, or with a forward-mode derivative, unless backend="reference".
+
+    On the device meta, and under FakeTensorMode, the results have shapes and no values.
 
     Under autocast the inputs are cast to the autocast dtype, as torch.matmul does. Accumulation is in fp32. The
     result is deterministic. Second derivatives (create_graph=True) are computed in plain torch, which stores S.
@@ -113,6 +118,7 @@ def reduce_similarity(
             tiles = reference.reduce(p.without_ignored())
     else:
         inputs = (p.x, p.y, p.scale, p.bias)
+        reverse_mode_alone("reduce_similarity", *inputs)
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         row_out, col_out = SimilarityReduction.apply(*flat(p), specialised(p, name, keep), workspace, keep)
         # The leading dimensions first: one node of the graph for all results.
@@ -241,7 +247,7 @@ def _banks(t: Tensor, lead: tuple[int, ...]) -> Tensor:
 def _autocast(t: Tensor) -> Tensor:
     """What torch.matmul would multiply."""
     kind = t.device.type
-    if torch.is_autocast_enabled(kind) and t.dtype in (torch.float32, torch.float16, torch.bfloat16):
+    if kind != "meta" and torch.is_autocast_enabled(kind) and t.dtype != torch.float64:
         return t.to(torch.get_autocast_dtype(kind))
     return t
 
@@ -250,8 +256,8 @@ def as_scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     """``value`` as a 0-dim tensor on the device of x, in the dtype of the sums."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     if isinstance(value, Tensor):
-        if value.ndim == 0 and value.dtype == compute and value.device == x.device:
-            return value  # as it nearly always is: a small call feels every function that it enters
+        if check.readable(value) and value.ndim == 0 and value.dtype == compute and value.device == x.device:
+            return value
         return check.one_element(name, value, "x", x).to(compute)
     return torch.full((), check.number(name, value), dtype=compute, device=x.device)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ccu_fast import check
 from ccu_fast.ops.backend import load, without_autocast
 from ccu_fast.ops.operator import operator, twice_differentiable
 from ccu_fast.ops.reduce_similarity.problem import Gradients, SimilarityProblem, decode
@@ -144,7 +145,7 @@ class SimilarityReduction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        call = torch.ops.ccu_fast.reduce_similarity if torch.compiler.is_compiling() else _forward
+        call = torch.ops.ccu_fast.reduce_similarity if check.by_operator(args[0]) else _forward
         row_out, col_out, stash = call(*args)
         # The stash is not marked as an input or output: it lives exactly as long as the graph.
         ctx.save_for_backward(*args[:8], row_out, col_out, stash)
@@ -160,7 +161,7 @@ class SimilarityReduction(torch.autograd.Function):
         kept = (row_out, col_out, stash, needs, backend, workspace)
         incoming = (grad_rows.contiguous(), grad_cols.contiguous())
         call: Any = _backward
-        if torch.compiler.is_compiling():
+        if check.by_operator(grad_rows):
             call = torch.ops.ccu_fast.reduce_similarity_backward
         elif any(map(torch._C._functorch.is_legacy_batchedtensor, incoming)):
             call = _backward_again  # is_grads_batched=True: many gradients at once, which no kernel can read

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ccu_fast import check
+from ccu_fast.ops.backend import transformed
+
 KINDS = ("lse", "sum", "softplus")
 # On either side. CCU_MAX_REDUCTIONS of csrc/ccu_fast.h.
 MAX_REDUCTIONS = 8
@@ -89,7 +92,7 @@ def _cleared(items: Tensor, labels: Tensor) -> Tensor:
         ignored = ignored.all(0, keepdim=True)
     ignored = ignored.expand(items.shape[:2])
     # To look costs less than a copy; but a GPU would keep the host waiting, and a compiled graph cannot branch on it.
-    look = items.device.type == "cpu" and not torch.compiler.is_compiling()
+    look = items.device.type == "cpu" and not check.by_operator(items) and not transformed(items, ignored)
     if look and torch.isfinite(items.detach()[ignored]).all():
         return items
     return items.masked_fill(ignored[..., None], 0)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccu_fast.ops.backend import load, without_autocast
+from ccu_fast import check
+from ccu_fast.ops.backend import load, reverse_mode_alone, without_autocast
 from ccu_fast.ops.operator import twice_differentiable
 from ccu_fast.ops.reduce_similarity.api import as_scalar
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
@@ -32,8 +33,9 @@ Inputs = tuple[Tensor, Tensor, Tensor]  # x, y, scale
 
 def small_info_nce(x: Tensor, y: Tensor, scale: float | Tensor, *, symmetric: bool, mean: bool, backend: str) -> Tensor:
     """The loss, fp32 0-dim, of arguments that :func:`ccu_fast.info_nce` gives to ``backend``."""
-    if not isinstance(scale, Tensor) or (scale.ndim, scale.dtype, scale.device) != (0, torch.float32, x.device):
+    if not check.readable(scale) or (scale.ndim, scale.dtype, scale.device) != (0, torch.float32, x.device):
         scale = as_scalar("scale", scale, x)
+    reverse_mode_alone("info_nce", x, y, scale)
     keep = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)
     weight = (1 / x.shape[0] if mean else 1.0) / (2 if symmetric else 1)
     # Torch looks at every argument of a function, and at every gradient: those that are no tensors come as one.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.ops.backend import choose, load
+from ccu_fast.ops.backend import choose, load, outside_transforms
 from ccu_fast.ops.candidate_losses.api import candidate_losses
 from ccu_fast.ops.topk_flips.operator import STALE, topk, version_of
 from ccu_fast.ops.topk_flips.problem import TokenProblem, TokenResult
@@ -77,6 +77,7 @@ class TokenTable:
 
     def __init__(self, embedding: Tensor, allowed: Tensor | None = None, *, backend: str = "auto") -> None:
         check.tensor("embedding", embedding, ndim=2)
+        _with_values("embedding", embedding)
         self.vocabulary, self.dim = embedding.shape
         if self.vocabulary < 1 or self.dim < 1 or self.vocabulary > 2**31 - 64:
             raise ValueError(f"embedding: expected at least one token and dimension, got {list(embedding.shape)}")
@@ -122,6 +123,7 @@ class TokenTable:
         check.tensor("grad", grad)
         if grad.ndim < 1 or grad.shape[-1] != self.dim:
             raise ValueError(f"grad: expected shape [..., {self.dim}] for this table, got {list(grad.shape)}")
+        check.same("grad", grad, "table", self.embedding, dtype=False)
         wide = grad.to(self.gram.dtype)
         return (wide @ self.gram * wide).sum(-1).clamp(min=0).sqrt()
 
@@ -270,8 +272,15 @@ def _per_token(name: str, value: Any, lead: tuple[int, ...], table: TokenTable, 
     return (value if name == "allowed" else value.float()).contiguous()
 
 
+def _with_values(name: str, value: Tensor) -> None:
+    outside_transforms("TokenTable", value)
+    if value.is_meta:
+        raise ValueError(f"{name}: expected values, got a tensor on the device meta")
+
+
 def _allowed_ids(allowed: Tensor, vocabulary: int, device: torch.device) -> Tensor:
     check.tensor("allowed", allowed, dtypes=(torch.bool, *check.INTEGERS), ndim=1)
+    _with_values("allowed", allowed)
     if allowed.dtype == torch.bool:
         check.shape("allowed", allowed, (vocabulary,))
         ids = allowed.nonzero()[:, 0]

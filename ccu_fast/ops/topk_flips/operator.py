@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.ops import machine
-from ccu_fast.ops.backend import load
+from ccu_fast.ops.backend import load, outside_transforms
 from ccu_fast.ops.operator import operator
 from ccu_fast.ops.topk_flips.problem import TokenProblem, TokenResult
 
@@ -63,6 +63,7 @@ def _topk(*args: Any) -> TokenResult:
 
 def topk(p: TokenProblem, version: int, backend: str) -> TokenResult:
     """Solve ``p``, of a table made when its embedding had been changed ``version`` times."""
+    outside_transforms("topk_flips", p.grad, p.embedding, p.current, p.allowed, p.penalty)
     fields = (getattr(p, name) for name in TokenProblem.__dataclass_fields__)
-    call = torch.ops.ccu_fast.topk_flips if torch.compiler.is_compiling() else _topk
+    call = torch.ops.ccu_fast.topk_flips if check.by_operator(p.grad) else _topk
     return TokenResult(*call(*fields, version, backend))
