@@ -134,7 +134,7 @@ def modules(name: str, g: torch.Generator) -> list[Any]:
     """A module with a scale of its own."""
     x, y = unit(g, 65, 40, dtype=torch.float32), unit(g, 65, 40, dtype=torch.float32)
     labels = {"row_labels": torch.arange(65) % 7} if name == "SupCon" else {}
-    made = getattr(ccu_fast, name)(10.0, **({} if name == "InverseInfoNCE" else {"learnable": True}))
+    made = getattr(ccu_fast, name)(scale=10.0, **({} if name == "InverseInfoNCE" else {"learnable": True}))
     return with_gradients(made(x, y, **labels), x, y, *made.parameters())
 
 

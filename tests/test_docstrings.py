@@ -7,13 +7,11 @@ import importlib
 import importlib.util
 import inspect
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import ccu_fast
 from tests.support.presence import absent
@@ -64,14 +62,6 @@ def sections(name: str, value: Any) -> set[str]:
     return wanted
 
 
-@pytest.fixture(scope="module")
-def _a_group_of_one() -> Iterator[None]:
-    """The process group that the losses over ranks need."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("name", PUBLIC)
 def test_sections(name: str) -> None:
     text = inspect.cleandoc(PUBLIC[name].__doc__ or "")
@@ -87,7 +77,6 @@ def test_first_sentence(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-@pytest.mark.usefixtures("_a_group_of_one")
 def test_examples(name: str) -> None:
     package = NEEDS.get(name)
     if package is not None and importlib.util.find_spec(package) is None:

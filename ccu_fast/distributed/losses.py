@@ -14,15 +14,17 @@ from ccu_fast.distributed.ranks import Ranks
 from ccu_fast.distributed.similarity import reduce_similarity
 from ccu_fast.losses import formulas
 from ccu_fast.losses.formulas import INVERSE_KINDS, Side
-from ccu_fast.losses.functional import REDUCTIONS
+from ccu_fast.losses.functional import REDUCTIONS, SIMILARITY, arguments
 
 GRADIENTS = ("mean", "sum")
+PASSED_ON = (*SIMILARITY, "group", "mode", "equal")
 
 # Only a paired problem says which items belong together without keys.
 PAIRS_OR_IDS = partial(reduce_similarity, positives="row_ids and col_ids")
 PAIRS_IDS_OR_LABELS = partial(reduce_similarity, positives="row_ids and col_ids or row_labels and col_labels")
 
 
+@arguments(*PASSED_ON)
 def info_nce(
     x: Tensor,
     y: Tensor,
@@ -63,7 +65,7 @@ def info_nce(
 
     Source: van den Oord et al. 2018 (arXiv 1807.03748), eq. 4; Radford et al. 2021 (arXiv 2103.00020), fig. 3.
 
-    Example, in an initialised process group (here of one rank):
+    Example, of one process alone:
         >>> ccu_fast.distributed.info_nce(torch.eye(4), torch.eye(4), scale=2.0)
         tensor(0.3408)
     """
@@ -72,6 +74,7 @@ def info_nce(
     return _finish(sides, reduction, gradients, similarity)
 
 
+@arguments("bias", *PASSED_ON)
 def inverse_info_nce(
     x: Tensor,
     y: Tensor,
@@ -92,7 +95,7 @@ def inverse_info_nce(
 
     Source: that of :func:`ccu_fast.inverse_info_nce`.
 
-    Example, in an initialised process group (here of one rank):
+    Example, of one process alone:
         >>> ccu_fast.distributed.inverse_info_nce(torch.eye(4), torch.eye(4), scale=2.0)
         tensor(1.2421)
     """
@@ -107,6 +110,7 @@ def inverse_info_nce(
     return _finish([side], reduction, gradients, similarity)
 
 
+@arguments("bias", *PASSED_ON)
 def sup_con(
     x: Tensor,
     y: Tensor,
@@ -128,7 +132,7 @@ def sup_con(
 
     Source: Khosla et al. 2020 (arXiv 2004.11362), eq. 2.
 
-    Example, in an initialised process group (here of one rank):
+    Example, of one process alone:
         >>> z, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
         >>> ccu_fast.distributed.sup_con(z, z, scale=2.0, row_labels=labels)
         tensor(1.0986)
@@ -140,6 +144,7 @@ def sup_con(
     return _finish([side], reduction, gradients, similarity)
 
 
+@arguments(*PASSED_ON)
 def sigmoid_loss(
     x: Tensor,
     y: Tensor,
@@ -160,7 +165,7 @@ def sigmoid_loss(
 
     Source: Zhai et al. 2023 (arXiv 2303.15343), algorithm 1.
 
-    Example, in an initialised process group (here of one rank):
+    Example, of one process alone:
         >>> ccu_fast.distributed.sigmoid_loss(torch.eye(4), torch.eye(4), scale=2.0)
         tensor(2.2064)
     """

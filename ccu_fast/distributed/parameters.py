@@ -27,9 +27,10 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
         group: None for the default group.
 
     Raises:
-        RuntimeError: torch.distributed is not initialised; a rank failed or did not answer in time.
+        RuntimeError: one of several processes has not initialised torch.distributed; a rank failed or did not answer in
+            time.
 
-    Example, in an initialised process group (here of one rank):
+    Example, of one process alone:
         >>> scale = torch.nn.Parameter(torch.tensor(2.0))
         >>> scale.square().backward()
         >>> ccu_fast.distributed.average_gradients([scale])

@@ -23,16 +23,26 @@ class Ranks:
     """A process group as this package uses it.
 
     Args:
-        group: None for the default group, or one that this rank is a member of.
+        group: None for the default group, or one that this rank is a member of. Where none is initialised, a process
+            that was started alone is the only rank.
 
     Raises:
-        RuntimeError: torch.distributed is not initialised.
+        RuntimeError: one of several processes (by ``WORLD_SIZE``) has not initialised torch.distributed.
         ValueError: this rank is not a member of the group.
     """
 
+    group: dist.ProcessGroup | None
+
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError("group: expected an initialised torch.distributed process group, got none")
+            started = int(os.environ.get("WORLD_SIZE", "1"))
+            if started > 1:
+                raise RuntimeError(
+                    f"group: expected an initialised torch.distributed process group for {started} processes "
+                    "(WORLD_SIZE), got none"
+                )
+            self.group, self.rank, self.size, self._sums_on_the_way = None, 0, 1, False
+            return
         world = dist.group.WORLD
         assert world is not None
         self.group = world if group is None else group
@@ -53,6 +63,8 @@ class Ranks:
 
         Bytes sent by each rank: (ranks − 1) · its own, padded to the longest.
         """
+        if self.group is None:
+            return [mine]
         longest = max(sizes)
         padded = _pad(mine, longest)
         received = [torch.empty_like(padded) for _ in sizes]
@@ -63,7 +75,8 @@ class Ranks:
     def total(self, mine: Tensor) -> Tensor:
         """The sum over ranks, on every rank; small tensors."""
         result = mine.contiguous().clone()
-        dist.all_reduce(result, group=self.group)
+        if self.group is not None:
+            dist.all_reduce(result, group=self.group)
         return result
 
     def of_first(self, make: Callable[[], Value]) -> Value:
@@ -71,6 +84,8 @@ class Ranks:
 
         Tensors come back on the device they were on. The value is pickled: for what is small or sent once.
         """
+        if self.group is None:
+            return make()
         sent: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -88,6 +103,8 @@ class Ranks:
 
         Bytes sent by each rank: everything but what is for itself.
         """
+        if self.group is None:
+            return list(outgoing)
         flat = torch.cat(list(outgoing))
         received = flat.new_empty((sum(sizes), *flat.shape[1:]))
         dist.all_to_all_single(received, flat, list(sizes), [len(t) for t in outgoing], group=self.group)
@@ -118,6 +135,7 @@ class Ranks:
         Empty tensors are not sent. Neither may be touched before ``wait``. All ranks start their transfers in the same
         order; ``tag`` keeps two streams of them apart where the backend knows tags.
         """
+        assert self.group is not None, "a process alone passes nothing on"
         outgoing = outgoing.contiguous()
         after = dist.get_global_rank(self.group, (self.rank + 1) % self.size)
         before = dist.get_global_rank(self.group, (self.rank - 1) % self.size)

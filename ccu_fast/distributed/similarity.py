@@ -99,14 +99,14 @@ def reduce_similarity(
 
     Raises:
         TypeError, ValueError: as there, on every rank if ``equal`` is False; sizes that do not fit.
-        RuntimeError: torch.distributed is not initialised, or a rank failed or did not answer within the timeout that
-            the process group was made with.
+        RuntimeError: one of several processes has not initialised torch.distributed, or a rank failed or did not answer
+            within the timeout that the process group was made with.
 
     Runs between two graphs under torch.compile, hence not with ``fullgraph=True``. No second derivatives.
 
     Source: this project's definition, as :func:`ccu_fast.reduce_similarity`.
 
-    Example, in an initialised process group (here of one rank):
+    Example, of one process alone:
         >>> (lse,), _ = ccu_fast.distributed.reduce_similarity(torch.eye(3), torch.eye(3), rows=[("lse", ccu_fast.ALL)])
         >>> lse
         tensor([1.5514, 1.5514, 1.5514])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +20,57 @@ from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.small_info_nce.api import small_info_nce
 
 REDUCTIONS = ("mean", "sum", "none")
+# What every loss passes on to the reduction.
+SIMILARITY = (
+    "row_labels",
+    "col_labels",
+    "row_ids",
+    "col_ids",
+    "paired",
+    "normalize",
+    "backend",
+    "workspace",
+    "nan_policy",
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
+def arguments(*passed_on: str) -> Callable[[F], F]:
+    """Name the argument where a loss, which takes ``**``, is called with an unknown keyword or a scale by position.
+
+    Args:
+        passed_on: the keywords that ``**`` stands for.
+    """
+
+    def decorate(function: F) -> F:
+        parameters = inspect.signature(function).parameters.values()
+        by_place = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+        own = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self"]
+        known = dict.fromkeys([*own, *passed_on])
+
+        @functools.wraps(function)
+        def named(*args: Any, **keywords: Any) -> Any:
+            if len(args) > by_place:
+                value = args[by_place]
+                shown = value if isinstance(value, int | float) else type(value).__name__
+                raise TypeError(f"scale: expected by keyword (scale = 1 / temperature), got {shown} by position")
+            for name in keywords:
+                if name not in known:
+                    likely = "scale (1 / temperature)" if name == "temperature" else _likely(name, known)
+                    raise TypeError(f"{name}: expected {likely}, got an unknown keyword")
+            return function(*args, **keywords)
+
+        return cast(F, named)
+
+    return decorate
+
+
+def _likely(name: str, known: Iterable[str]) -> str:
+    return " or ".join(difflib.get_close_matches(name, known) or known)
+
+
+@arguments(*SIMILARITY)
 def info_nce(
     x: Tensor,
     y: Tensor,
@@ -70,6 +123,7 @@ def info_nce(
     return formulas.average([_reduce(side, reduction) for side in sides])
 
 
+@arguments("bias", *SIMILARITY)
 def inverse_info_nce(
     x: Tensor,
     y: Tensor,
@@ -119,6 +173,7 @@ def inverse_info_nce(
     return _reduce(formulas.inverse_info_nce(reduce_similarity, x, y, scale=scale, kind=kind, **similarity), reduction)
 
 
+@arguments("bias", *SIMILARITY)
 def sup_con(
     x: Tensor,
     y: Tensor,
@@ -162,6 +217,7 @@ def sup_con(
     return _reduce(side, reduction)
 
 
+@arguments(*SIMILARITY)
 def sigmoid_loss(
     x: Tensor,
     y: Tensor,

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ccu_fast import check
-from ccu_fast.losses.functional import INVERSE_KINDS, REDUCTIONS, info_nce, inverse_info_nce, sigmoid_loss, sup_con
+from ccu_fast.losses.functional import (
+    INVERSE_KINDS,
+    REDUCTIONS,
+    arguments,
+    info_nce,
+    inverse_info_nce,
+    sigmoid_loss,
+    sup_con,
+)
+
+OPTIONS = ("learnable", "reduction", "normalize", "backend", "workspace")
 
 
 class _SimilarityLoss(nn.Module):
@@ -19,10 +29,11 @@ class _SimilarityLoss(nn.Module):
     bias: nn.Parameter | float | None
     _show: tuple[str, ...] = ("reduction", "normalize", "backend", "workspace")
 
+    @arguments()
     def __init__(
         self,
-        scale: float | None = None,
         *,
+        scale: float | None = None,
         learnable: bool = False,
         reduction: str = "mean",
         normalize: bool = False,
@@ -73,7 +84,7 @@ class InfoNCE(_SimilarityLoss):
     """InfoNCE as a module: :func:`ccu_fast.info_nce`, which has formula and source, with its options fixed.
 
     Args:
-        scale: the inverse temperature; None when forward is to be given it.
+        scale: the inverse temperature, by keyword; None when forward is to be given it.
         symmetric: average the losses over rows and over columns.
         **options: learnable, reduction, normalize, backend and workspace, as of :class:`SupCon`.
 
@@ -86,8 +97,9 @@ class InfoNCE(_SimilarityLoss):
 
     _show = ("symmetric", *_SimilarityLoss._show)
 
-    def __init__(self, scale: float | None = None, *, symmetric: bool = True, **options: Any) -> None:
-        super().__init__(scale, **options)
+    @arguments(*OPTIONS)
+    def __init__(self, *, scale: float | None = None, symmetric: bool = True, **options: Any) -> None:
+        super().__init__(scale=scale, **options)
         self.symmetric = symmetric
 
     def forward(self, x: Tensor, y: Tensor, *, scale: float | Tensor | None = None, **similarity: Any) -> Tensor:
@@ -110,7 +122,7 @@ class InverseInfoNCE(_SimilarityLoss):
     Its scale is never learned: unlearning would just lower it.
 
     Args:
-        scale: the inverse temperature; None when forward is to be given it.
+        scale: the inverse temperature, by keyword; None when forward is to be given it.
         kind: "bounded", "contrastive" or "ascent".
         **options: reduction, normalize, backend and workspace, as of :class:`SupCon`.
 
@@ -123,10 +135,11 @@ class InverseInfoNCE(_SimilarityLoss):
 
     _show = ("kind", *_SimilarityLoss._show)
 
-    def __init__(self, scale: float | None = None, *, kind: str = "bounded", **options: Any) -> None:
+    @arguments(*OPTIONS)
+    def __init__(self, *, scale: float | None = None, kind: str = "bounded", **options: Any) -> None:
         if "learnable" in options:
             raise TypeError("learnable: expected no such option for InverseInfoNCE, got one")
-        super().__init__(scale, **options)
+        super().__init__(scale=scale, **options)
         self.kind = check.one_of("kind", kind, INVERSE_KINDS)
 
     def forward(self, x: Tensor, y: Tensor, *, scale: float | Tensor | None = None, **similarity: Any) -> Tensor:
@@ -141,7 +154,7 @@ class SupCon(_SimilarityLoss):
     """The supervised contrastive loss as a module: :func:`ccu_fast.sup_con`, which has formula and source.
 
     Args:
-        scale: the inverse temperature; None when forward is to be given it.
+        scale: the inverse temperature, by keyword; None when forward is to be given it.
         learnable: hold the scale as the parameter ``log_scale`` (its logarithm, so that it stays positive), which
             starts at ``scale``. CLIP bounds it after each step: ``module.log_scale.data.clamp_(max=math.log(100))``.
         reduction: "mean", "sum" or "none".
@@ -191,8 +204,9 @@ class SigmoidLoss(_SimilarityLoss):
 
     _show = ("bias", *_SimilarityLoss._show)
 
-    def __init__(self, scale: float | None = None, bias: float | None = None, **options: Any) -> None:
-        super().__init__(scale, **options)
+    @arguments(*OPTIONS)
+    def __init__(self, *, scale: float | None = None, bias: float | None = None, **options: Any) -> None:
+        super().__init__(scale=scale, **options)
         if bias is not None:
             bias = check.number("bias", bias)
         self.bias = nn.Parameter(torch.tensor(bias)) if self.learnable and bias is not None else bias

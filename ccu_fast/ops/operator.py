@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -92,7 +92,13 @@ def constant(function: F) -> F:
 def never(function: F) -> F:
     """Runs between two graphs. As ``torch.compiler.disable``, in the form that torch uses for its own functions.
 
-    It imports the compiler at the first call, as any of torch's optimizers does.
+    That imports the compiler when it is called, so only who compiles calls it.
     """
     disable: Callable[[F], F] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
-    return disable(function)
+    between = disable(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+        return (between if torch.compiler.is_compiling() else function)(*args, **keywords)
+
+    return cast(F, call)

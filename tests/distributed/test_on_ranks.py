@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import ccu_fast
 import ccu_fast.distributed as over
 from ccu_fast.files import write_whole
 from tests.support.distributed_cases import cases_on, run_cases
@@ -63,10 +66,36 @@ def test_on_as_many_gpus_as_there_are(tmp_path: Path) -> None:
             assert not text, f"{name}, rank {rank}: {text}"
 
 
-def test_without_a_group() -> None:
+def test_one_of_several_processes_needs_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 2)
-    with pytest.raises(RuntimeError, match="group: expected an initialised torch"):
-        over.info_nce(x, x, scale=1.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = "group: expected an initialised torch.distributed process group for 2 processes (WORLD_SIZE), got none"
+    for call in (lambda: over.info_nce(x, x, scale=1.0), lambda: over.average_gradients([x.requires_grad_()])):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            call()
+
+
+@pytest.mark.parametrize("mode", ["auto", "gather", "ring"])
+@pytest.mark.parametrize("name", ["info_nce", "inverse_info_nce", "sup_con", "sigmoid_loss"])
+def test_a_process_alone_needs_no_group(name: str, mode: str) -> None:
+    assert not dist.is_initialized()
+    keys = {"row_labels": torch.tensor([0, 0, 1, 1, 2])} if name == "sup_con" else {}
+
+    def step(module: Any, **options: Any) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        x, y, scale = (t.requires_grad_() for t in (torch.randn(5, 3), torch.randn(5, 3), torch.tensor(2.0)))
+        loss = getattr(module, name)(x, y, scale=scale, **keys, **options)
+        return [loss, *torch.autograd.grad(loss, (x, y, scale))]
+
+    for ours, plain in zip(step(over, mode=mode), step(ccu_fast), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_a_process_alone_averages_with_nobody() -> None:
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    scale.square().backward()
+    over.average_gradients([scale])
+    assert scale.grad == 4
 
 
 # ---- a rank that dies, a rank that stalls

@@ -67,14 +67,14 @@ def test_a_module_is_its_function(name: str) -> None:
 def test_labels_of_sup_con_may_be_positional() -> None:
     x, y = torch.randn(6, 4), torch.randn(6, 4)
     expected = ccu_fast.sup_con(x, y, scale=3.0, row_labels=LABELS, col_labels=LABELS.flip(0))
-    assert torch.equal(SupCon(3.0)(x, y, LABELS, LABELS.flip(0)), expected)
+    assert torch.equal(SupCon(scale=3.0)(x, y, LABELS, LABELS.flip(0)), expected)
 
 
 @pytest.mark.parametrize("build", [InfoNCE, SupCon, lambda *a, **k: SigmoidLoss(*a, bias=-2.0, **k)])
 def test_a_learnable_scale_is_learned(build: Any) -> None:
-    module = build(5.0, learnable=True)
+    module = build(scale=5.0, learnable=True)
     x, y, keys = torch.randn(6, 4), torch.randn(6, 4), ({"row_labels": LABELS} if isinstance(module, SupCon) else {})
-    fixed = build(5.0)
+    fixed = build(scale=5.0)
     assert not list(fixed.parameters())
     torch.testing.assert_close(module(x, y, **keys), fixed(x, y, **keys))
     scale = torch.tensor(5.0, requires_grad=True)
@@ -88,7 +88,10 @@ def test_a_learnable_scale_is_learned(build: Any) -> None:
 
 
 def test_parameters_are_saved_and_loaded() -> None:
-    source, target = SigmoidLoss(10.0, -10.0, learnable=True), SigmoidLoss(1.0, 0.0, learnable=True)
+    source, target = (
+        SigmoidLoss(scale=10.0, bias=-10.0, learnable=True),
+        SigmoidLoss(scale=1.0, bias=0.0, learnable=True),
+    )
     assert set(source.state_dict()) == {"log_scale", "bias"}
     target.load_state_dict(source.state_dict())
     x, y = torch.randn(6, 4), torch.randn(6, 4)
@@ -97,17 +100,17 @@ def test_parameters_are_saved_and_loaded() -> None:
     torch.save(source, buffer)
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=False)(x, y), source(x, y))
-    for module in (InfoNCE(3.0), InverseInfoNCE(3.0), ClipLoss(), SigLipLoss()):
+    for module in (InfoNCE(scale=3.0), InverseInfoNCE(scale=3.0), ClipLoss(), SigLipLoss()):
         assert not module.state_dict()
 
 
 def test_what_a_module_says_of_itself() -> None:
-    assert repr(InfoNCE(3.0)) == (
+    assert repr(InfoNCE(scale=3.0)) == (
         "InfoNCE(scale=3.0, learnable=False, symmetric=True, reduction='mean', normalize=False, backend='auto', "
         "workspace=None)"
     )
     assert "kind='ascent'" in repr(InverseInfoNCE(kind="ascent"))
-    shown = repr(SigmoidLoss(10.0, -9.5, learnable=True))
+    shown = repr(SigmoidLoss(scale=10.0, bias=-9.5, learnable=True))
     assert "scale=10," in shown
     assert "bias=-9.5," in shown
     assert "local_loss=True" in repr(ClipLoss(local_loss=True, rank=1, world_size=2))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import ccu_fast
-from ccu_fast import ALL, SELF, reduce_similarity
+import ccu_fast.distributed as over
+from ccu_fast import ALL, SAME, SELF, reduce_similarity
 from ccu_fast.ops import backend as registry
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +109,12 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "cols: expected at most 8 reductions besides counts, got 9",
     ),
+    (reduce(X, Y, rows=[]), ValueError, "rows: expected at least one reduction in rows or cols, got none"),
+    (
+        reduce(X, X, cols=[("lse", SAME)]),
+        ValueError,
+        "cols: expected row_labels and col_labels for ('lse', SAME), got none",
+    ),
     # how it is computed
     (reduce(X, Y, backend="cuda"), ValueError, "backend: expected one of ('auto', 'triton', 'native', 'reference'), "),
     (reduce(X, Y, workspace=-1), ValueError, "workspace: expected an int at least 0, got -1"),
@@ -155,6 +162,43 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "y: expected 4 rows (those of x) or row_ids and col_ids, got 5",
     ),
     (call("sigmoid_loss", X, X, scale=1.0, reduction="avg"), ValueError, "reduction: expected one of ('mean', 'sum', "),
+    # arguments by another name, or by position
+    (
+        call("info_nce", X, X, 0.07),
+        TypeError,
+        "scale: expected by keyword (scale = 1 / temperature), got 0.07 by position",
+    ),
+    (call("info_nce", X, X, scale=1.0, normalise=True), TypeError, "normalise: expected normalize, got an unknown key"),
+    (call("info_nce", X, X, temperature=0.07), TypeError, "temperature: expected scale (1 / temperature), got an"),
+    (call("sup_con", X, labels=LABELS), TypeError, "labels: expected row_labels or col_labels, got an unknown keyword"),
+    (
+        call("sup_con", X, X, labels=LABELS, scale=1.0),
+        TypeError,
+        "labels: expected row_labels or col_labels, got an un",
+    ),
+    (call("inverse_info_nce", X, X, scale=1.0, rowids=LABELS), TypeError, "rowids: expected row_ids"),
+    (call("sigmoid_loss", X, X, scale=1.0, group=None), TypeError, "group: expected x or y or scale or bias"),
+    (lambda: over.info_nce(X, X, scale=1.0, modes="ring"), TypeError, "modes: expected mode"),
+    (lambda: over.sup_con(X, labels=LABELS), TypeError, "labels: expected row_labels or col_labels, got an unknown"),
+    (call("InfoNCE", 0.07), TypeError, "scale: expected by keyword (scale = 1 / temperature), got 0.07 by position"),
+    (
+        call("InverseInfoNCE", 0.07),
+        TypeError,
+        "scale: expected by keyword (scale = 1 / temperature), got 0.07 by position",
+    ),
+    (call("SupCon", 0.07), TypeError, "scale: expected by keyword (scale = 1 / temperature), got 0.07 by position"),
+    (
+        call("SigmoidLoss", 10.0, -10.0),
+        TypeError,
+        "scale: expected by keyword (scale = 1 / temperature), got 10.0 by position",
+    ),
+    (call("InfoNCE", normalise=True), TypeError, "normalise: expected normalize, got an unknown keyword"),
+    (call("SupCon", reducton="sum"), TypeError, "reducton: expected reduction, got an unknown keyword"),
+    (
+        forward(ccu_fast.SupCon(scale=1.0), X, X, LABELS, collabels=LABELS),
+        TypeError,
+        "collabels: expected col_labels or row_labels, got an unknown keyword",
+    ),
     # the modules
     (
         call("ClipLoss", use_horovod=True),
@@ -172,10 +216,10 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (forward(ccu_fast.ClipLoss(), X, Y, 1.0), ValueError, "y: expected 4 rows (those of x)"),
     (forward(ccu_fast.ClipLoss(), X, X, None), TypeError, "scale: expected a number, got NoneType"),
     (forward(ccu_fast.ClipLoss(backend="gpu"), X, X, 1.0), ValueError, "backend: expected one of ("),
-    (call("InfoNCE", "3"), TypeError, "scale: expected a number, got str"),
+    (call("InfoNCE", scale="3"), TypeError, "scale: expected a number, got str"),
     (call("InfoNCE", learnable=True), ValueError, "scale: expected a positive number for learnable=True, got None"),
     (
-        call("SupCon", -1.0, learnable=True),
+        call("SupCon", scale=-1.0, learnable=True),
         ValueError,
         "scale: expected a positive number for learnable=True, got -1.0",
     ),
@@ -192,7 +236,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "scale: expected a number or tensor because the module was built without one, got None",
     ),
     (
-        forward(ccu_fast.InfoNCE(2.0), X, X, scale=3.0),
+        forward(ccu_fast.InfoNCE(scale=2.0), X, X, scale=3.0),
         ValueError,
         "scale: expected None because the module has its own scale, got a value",
     ),

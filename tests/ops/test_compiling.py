@@ -149,8 +149,8 @@ def test_compiles_whole(name: str, backend: str) -> None:
 MODULES: dict[str, Callable[[str], Any]] = {
     "ClipLoss": lambda b: ClipLoss(backend=b),
     "SigLipLoss": lambda b: SigLipLoss(backend=b),
-    "InfoNCE, learnable": lambda b: InfoNCE(2.0, learnable=True, backend=b),
-    "SigmoidLoss, learnable": lambda b: SigmoidLoss(2.0, -1.0, learnable=True, backend=b),
+    "InfoNCE, learnable": lambda b: InfoNCE(scale=2.0, learnable=True, backend=b),
+    "SigmoidLoss, learnable": lambda b: SigmoidLoss(scale=2.0, bias=-1.0, learnable=True, backend=b),
 }
 
 

@@ -88,7 +88,8 @@ def primitive(
     scalar = torch.promote_types(x.dtype, torch.float32)
     leaves = {"x": x, "y": y, "scale": torch.tensor(1.7, dtype=scalar), "bias": torch.tensor(-0.4, dtype=scalar)}
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
-    rows, cols = function(**leaves, **keys, rows=SPEC, cols=SPEC[::-1], **options)
+    spec = [("lse", SELF | SAME) if pair == ("lse", SAME) and "row_labels" not in keys else pair for pair in SPEC]
+    rows, cols = function(**leaves, **keys, rows=spec, cols=spec[::-1], **options)
     loss = sum((torch.where(o.isinf(), 0, o) * w).sum() for o, w in zip(rows + cols, weights, strict=True))
     loss.backward()
     named = {f"rows {i}": t for i, t in enumerate(rows)} | {f"cols {i}": t for i, t in enumerate(cols)}
@@ -377,7 +378,11 @@ def wrong_arguments_are_refused_on_every_rank() -> None:
     text = "row_labels: expected shape [4]" if one else f"got an error on rank {world() - 1}"
     refuses(ValueError, text, lambda: over.sup_con(x, x, scale=1.0, row_labels=labels))
     refuses(ValueError, "y: expected", lambda: over.info_nce(x, x[: 3 if one else 4], scale=1.0))
-    refuses(ValueError, "paired: expected as many", lambda: over.reduce_similarity(x, x[:3], paired=True))
+    refuses(
+        ValueError,
+        "paired: expected as many",
+        lambda: over.reduce_similarity(x, x[:3], paired=True, rows=[("lse", ALL)]),
+    )
     refuses(ValueError, "paired: expected True", lambda: over.info_nce(x, x, scale=1.0, paired=False))
     refuses(ValueError, "x: expected 2 dimensions", lambda: over.info_nce(x[None], x[None], scale=1.0))
     refuses(ValueError, "gradients: expected one of", lambda: over.info_nce(x, x, scale=1.0, gradients="avg"))

@@ -73,8 +73,8 @@ def reduce_similarity(
         paired: pairs (i, i) are SELF when no ids are given. Default: N == M. Pass False for two unrelated banks of
             equal size.
         rows: reductions along rows: pairs of "lse", "sum", "softplus" or "count" and a set of relations, e.g.
-            ``[("lse", ALL), ("sum", SELF)]``. At most 8 besides counts.
-        cols: reductions along columns.
+            ``[("lse", ALL), ("sum", SELF)]``. At most 8 besides counts. ``("lse", SAME)`` needs labels.
+        cols: reductions along columns; at least one in rows or cols.
         normalize: make the rows of x and y unit vectors first (:func:`ccu_fast.l2_normalize`: in fp32, rounded once).
         backend: "auto", or one of "native", "triton", "reference"; a named one raises if it cannot serve.
         workspace: bytes the operation may use beyond O((N+M)·D). Default 288 MiB on a CPU, on a GPU a
@@ -111,7 +111,7 @@ def reduce_similarity(
     n, m = p.x.shape[1], p.y.shape[1]
     workspace = workspace_bytes(workspace, p.x.device)
     name = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
-    if not p.rows and not p.cols:
+    if not p.rows and not p.cols:  # nothing but counts
         tiles: tuple[list[Tensor], list[Tensor]] = ([], [])
     elif name == "reference" or not (p.x.numel() and p.y.numel()):
         with without_autocast(p.x.device):
@@ -193,7 +193,9 @@ def build_problem(
 
     row_labels, col_labels = pair("labels", row_labels, col_labels)
     row_ids, col_ids = pair("ids", row_ids, col_ids)
-    row_spec, col_spec = _spec("rows", rows), _spec("cols", cols)
+    row_spec, col_spec = _spec("rows", rows, row_labels), _spec("cols", cols, row_labels)
+    if not row_spec and not col_spec:
+        raise ValueError("rows: expected at least one reduction in rows or cols, got none")
 
     p = SimilarityProblem(
         x=_banks(x, lead),
@@ -211,7 +213,7 @@ def build_problem(
     return p, lead, row_spec, col_spec
 
 
-def _spec(name: str, values: Sequence[Reduction]) -> list[Reduction]:
+def _spec(name: str, values: Sequence[Reduction], labels: Tensor | None) -> list[Reduction]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{name}: expected a sequence of pairs such as ('lse', ALL), got {type(values).__name__}")
     kinds = (*KINDS, "count")
@@ -223,6 +225,8 @@ def _spec(name: str, values: Sequence[Reduction]) -> list[Reduction]:
             raise ValueError(f"{name}: expected a reduction in {kinds}, got {kind!r}")
         if isinstance(relations, bool) or not isinstance(relations, int) or not 1 <= relations <= int(ALL):
             raise ValueError(f"{name}: expected a set of SELF, SAME and OTHER, got {relations!r}")
+        if kind == "lse" and relations == SAME and labels is None:
+            raise ValueError(f"{name}: expected row_labels and col_labels for ('lse', SAME), got none")
     spec = [(kind, int(relations)) for kind, relations in values]
     tiled = sum(kind != "count" for kind, _ in spec)
     if tiled > MAX_REDUCTIONS:

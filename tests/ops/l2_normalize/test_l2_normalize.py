@@ -202,7 +202,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "contrastive": lambda x, y, **k: inverse_info_nce(x, y, scale=5.0, kind="contrastive", row_labels=LABELS, **k),
     "sup_con": lambda x, y, **k: sup_con(x, y, scale=10.0, row_labels=LABELS, **k),
     "sigmoid": lambda x, y, **k: sigmoid_loss(x, y, scale=10.0, bias=-10.0, **k),
-    "InfoNCE": lambda x, y, **k: InfoNCE(20.0, **k)(x, y),
+    "InfoNCE": lambda x, y, **k: InfoNCE(scale=20.0, **k)(x, y),
     "ClipLoss": lambda x, y, **k: ClipLoss(**k)(x, y, 20.0),
     "SigLipLoss": lambda x, y, **k: SigLipLoss(**k)(x, y, 10.0, -10.0),
 }

@@ -59,15 +59,21 @@ KEYS: dict[str, Callable[[int, int], dict[str, Any]]] = {
 def test_each_reduction(side: str, kind: str, relations: int, keys: str, engine: Engine) -> None:
     n, m = (19, 19) if keys == "paired" else (13, 21)
     case = Case(unit(n, 9), unit(m, 9), scale=5.0, keys=KEYS[keys](n, m), **{side: ((kind, relations),)})
+    if (kind, relations) == ("lse", SAME) and "row_labels" not in case.keys:
+        with pytest.raises(ValueError, match=rf"^{side}: expected row_labels and col_labels for \('lse', SAME\), got "):
+            check(case, *engine)
+        return
     check(case, *engine)
 
 
 @pytest.mark.parametrize("keys", KEYS)
 def test_many_reductions_at_once(keys: str, engine: Engine) -> None:
     """Two lse of one row need one exponential with one shift; here there are several on both sides."""
-    rows = (("lse", ALL), ("lse", OTHER), ("lse", SAME), ("sum", SAME), ("softplus", SELF), ("lse", SELF))
-    cols = (("lse", SAME | OTHER), ("softplus", ALL), ("lse", SAME), ("sum", OTHER), ("lse", OTHER))
-    check(Case(unit(37, 16), unit(37, 16), 8.0, -3.0, KEYS[keys](37, 37), rows, cols), *engine)
+    given = KEYS[keys](37, 37)
+    alike = ("lse", SAME if "row_labels" in given else SELF | SAME)
+    rows = (("lse", ALL), ("lse", OTHER), alike, ("sum", SAME), ("softplus", SELF), ("lse", SELF))
+    cols = (("lse", SAME | OTHER), ("softplus", ALL), alike, ("sum", OTHER), ("lse", OTHER))
+    check(Case(unit(37, 16), unit(37, 16), 8.0, -3.0, given, rows, cols), *engine)
 
 
 def test_as_many_reductions_as_allowed(engine: Engine) -> None:
@@ -561,8 +567,11 @@ def test_scale_and_bias_of_any_one_element(backend: str) -> None:
             assert scale.grad.dtype == dtype
 
 
-def test_nothing_asked_nothing_computed(backend: str) -> None:
-    assert reduce_similarity(torch.randn(3, 2), torch.randn(4, 2), backend=backend) == ([], [])
+def test_counts_alone_need_no_similarity(backend: str) -> None:
+    (rows,), (cols,) = reduce_similarity(
+        torch.randn(3, 2), torch.randn(4, 2), backend=backend, rows=[("count", ALL)], cols=[("count", SELF)]
+    )
+    assert (rows.tolist(), cols.tolist()) == ([4] * 3, [0] * 4)
 
 
 def test_results_come_in_the_order_asked(backend: str) -> None:
