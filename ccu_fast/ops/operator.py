@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -92,13 +92,7 @@ def constant(function: F) -> F:
 def never(function: F) -> F:
     """Runs between two graphs. As ``torch.compiler.disable``, in the form that torch uses for its own functions.
 
-    That imports the compiler when it is called, so only who compiles calls it.
+    It imports the compiler at the first call, as any of torch's optimizers does.
     """
     disable: Callable[[F], F] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
-    between = disable(function)
-
-    @functools.wraps(function)
-    def call(*args: Any, **keywords: Any) -> Any:
-        return (between if torch.compiler.is_compiling() else function)(*args, **keywords)
-
-    return cast(F, call)
+    return disable(function)

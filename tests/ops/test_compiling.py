@@ -107,7 +107,24 @@ ccu_fast.info_nce(x, x, scale=3.0).backward()
 ccu_fast.ClipLoss()(x, x, torch.tensor(1.0)).backward()
 ccu_fast.topk_flips(torch.randn(2, 4), ccu_fast.TokenTable(torch.randn(9, 4)), 1)
 ccu_fast.pgd_step_(torch.zeros(2, 3), torch.rand(2, 3), torch.rand(2, 3), step=0.1, eps=0.1)
-found = {"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)
+ccu_fast.l2_normalize(x)
+ccu_fast.candidate_losses(x.detach()[:, None], x.detach(), x.detach(), scale=3.0)
+ccu_fast.NoiseStore(2, [3]).gather(torch.arange(2))
+found = {"torch._dynamo", "torch._inductor", "sympy", "triton"} & set(sys.modules) - before
+assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_imports_nothing_that_takes_long() -> None:
+    program = """
+import sys, torch
+before = set(sys.modules)
+from ccu_fast.cli.main import main
+assert main(["--help"]) == 0
+slow = {"torch._dynamo", "torch._inductor", "sympy", "triton", "jinja2", "PIL", "matplotlib", "sklearn", "transformers"}
+found = slow & set(sys.modules) - before
 assert not found, found
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.func import grad, hessian, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,10 +93,10 @@ SCALES: dict[str, Callable[[Any], Tensor]] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
-    """Of this process alone."""
-    meet = tmp_path_factory.mktemp("mesh") / "meet"
-    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=0, world_size=1)
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone; no threads, which a later test's fork would not survive."""
+    importlib.import_module("torch.distributed.nn")  # keeps the group that there is when it is imported
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
