@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     target = _settings["target"]
     if target == "open_clip":
         _do_without_torchvision()
-    importlib.import_module(str(patch.TARGETS[target].package))
+    _found["version"] = importlib.import_module(str(patch.TARGETS[target].package)).__version__
     if _settings["patched"]:
         module = importlib.import_module(f"ccu_fast.patch.{target}")
         sites: Callable[[], list[Site]] = module.sites

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ccu_fast
-from benchmarks.results import replace
+from benchmarks.results import store
 
 RESULTS = Path(__file__).with_name("results.json")
 SCALES = (1, 10, 100, 1000)
@@ -144,7 +144,7 @@ def main() -> None:
     if EAGER in results and tuple(asked.items) != ITEMS:
         del found[EAGER]  # of fewer batches
     results |= found
-    replace(RESULTS, json.dumps(results, indent=1) + "\n")
+    store(RESULTS, results, depth=2)
     print(table(results))
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ccu_fast.losses.formulas import softplus
 from ccu_fast.losses.functional import info_nce, sigmoid_loss
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
-from ccu_fast.ops.reduce_similarity.relations import ALL, SELF
+from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SELF
 from ccu_fast.patch.site import (
     Site,
     are_pairs,
@@ -96,11 +97,12 @@ def smoothed_info_nce(x: Tensor, y: Tensor, *, scale: Tensor, smoothing: float) 
         (F.cross_entropy(s, target, label_smoothing=smoothing)
          + F.cross_entropy(s.T, target, label_smoothing=smoothing)) / 2
 
-    The smoothed target puts smoothing / N on every column, so a row is its log-sum-exp less that mean of its logits.
+    The smoothed target puts smoothing / N on every column. A row is that of InfoNCE, and smoothing times what its own
+    logit has over the mean of all.
     """
-    spec = [("lse", ALL), ("sum", SELF), ("sum", ALL)]
+    spec = [("lse", OTHER), ("sum", SELF), ("sum", ALL)]
     sides = reduce_similarity(x, y, scale=scale, rows=spec, cols=spec)
-    losses = [lse - (1 - smoothing) * own - smoothing / len(x) * every for lse, own, every in sides]
+    losses = [softplus(rest - own) + smoothing * (own - every / len(x)) for rest, own, every in sides]
     return (losses[0] + losses[1]).mean() / 2
 
 

@@ -17,6 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.compat import __main__ as compat
 from benchmarks.distributed import __main__ as distributed
 from benchmarks.environment import REPOSITORY
+from benchmarks.exactness import __main__ as exactness
 from benchmarks.protection import __main__ as protection
 from benchmarks.results import Row
 from benchmarks.unlearning import __main__ as unlearning
@@ -24,7 +25,9 @@ from benchmarks.unlearning import __main__ as unlearning
 DEVICES = sorted(path for path in results.FOLDER.glob("*") if path.is_dir())
 DEPTHS = {  # of every committed file of figures, as its command stores it
     "compat/results.json": 1,
+    "compat/suites.json": 1,
     "distributed/results/*.json": distributed.DEPTH,
+    "exactness/results.json": 2,
     "host/results/*.json": host_time.DEPTH,
     "protection/phases.json": mem_phases.DEPTH,
     "protection/results.json": protection.DEPTH,
@@ -224,6 +227,18 @@ def test_the_committed_page_of_unlearning_is_what_its_files_make() -> None:
 
 def test_the_committed_page_of_patches_is_what_its_file_makes() -> None:
     assert compat.table(json.loads(compat.RESULTS.read_text())) == compat.TABLE.read_text()
+
+
+def test_the_readme_s_table_of_errors_is_what_its_file_makes() -> None:
+    results = json.loads(exactness.RESULTS.read_text())
+    assert {"torch", "native", "native, large batches", "reference", "triton"} <= results.keys()
+    table = exactness.table(results)
+    assert table in (REPOSITORY / "README.md").read_text(), (
+        "replace the table by that of python -m benchmarks.exactness"
+    )
+    for scale in ("1", "10", "100"):
+        ours = [errors[scale] for provider, errors in results.items() if provider != exactness.EAGER]
+        assert max(map(max, ours)) <= 1e-5
 
 
 def test_every_committed_file_of_figures_has_a_row_a_line() -> None:

