@@ -29,6 +29,7 @@ DEPTHS = {  # of every committed file of figures, as its command stores it
     "distributed/results/*.json": distributed.DEPTH,
     "exactness/results.json": 2,
     "host/results/*.json": host_time.DEPTH,
+    "in_turn.json": 1,
     "protection/phases.json": mem_phases.DEPTH,
     "protection/results.json": protection.DEPTH,
     "results/*/*.json": 1,

@@ -14,7 +14,6 @@ from tests.ops.small_info_nce.test_small_info_nce import (  # noqa: F401 - the s
     test_a_graph_may_be_walked_twice,
     test_loss_and_gradients,
     test_nan_goes_through,
-    test_second_derivatives_are_those_of_the_formula,
     test_views_one_bank_for_both_and_no_gradient,
 )
 from tests.ops.small_info_nce.test_small_info_nce import (

@@ -1,0 +1,151 @@
+"""What a change does to the time and memory of losses on a CPU: this checkout and another one, in turn.
+
+    python -m benchmarks.in_turn --against CHECKOUT        # one that has its compiled module in it
+
+Loss and all gradients. Each checkout has a process of its own; they take turns, and a row is the median over the rounds
+of the ratio of their processor times, which other work on the machine disturbs less than the clock. One thread. Memory
+is the peak of a first call. Writes in_turn.json beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+RESULTS = HERE.with_suffix(".json")
+# Loss, N, D, scale, cosine of the pairs.
+CASES = (
+    ("info_nce", 64, 256, 10.0, 0.2),
+    ("info_nce", 128, 512, 10.0, 0.2),
+    ("info_nce", 128, 512, 100.0, 0.5),
+    ("info_nce", 1024, 512, 10.0, 0.2),
+    ("info_nce", 1024, 512, 100.0, 0.5),
+    ("info_nce", 2048, 512, 10.0, 0.2),
+    ("info_nce", 2048, 512, 100.0, 0.5),
+    ("info_nce bf16", 2048, 512, 20.0, 0.3),
+    ("info_nce ids", 1024, 512, 10.0, 0.2),
+    ("info_nce ids", 1024, 512, 100.0, 0.5),
+    ("inverse_info_nce", 2048, 512, 10.0, 0.2),
+    ("inverse_info_nce labels", 2048, 512, 10.0, 0.2),
+    ("sup_con labels", 2048, 512, 10.0, 0.2),
+)
+
+
+def step(what: str, items: int, dim: int, scale: float, cosine: float) -> Callable[[], None]:
+    """One call of a loss and its gradients."""
+    import torch
+    import torch.nn.functional as F
+
+    import ccu_fast
+
+    name, *options = what.split()
+    torch.manual_seed(0)
+    x, other = (F.normalize(torch.randn(items, dim), dim=1) for _ in range(2))
+    y = F.normalize(cosine * x + (1 - cosine**2) ** 0.5 * other, dim=1)
+    if "bf16" in options:
+        x, y = x.bfloat16(), y.bfloat16()
+    keys: dict[str, Any] = {}
+    if "ids" in options:
+        keys = dict.fromkeys(("row_ids", "col_ids"), torch.arange(items))
+    if "labels" in options:
+        keys = {"row_labels": torch.arange(items) // 8}
+    leaves = [x.requires_grad_(), y.requires_grad_(), torch.tensor(scale, requires_grad=True)]
+    loss = getattr(ccu_fast, name)
+
+    def run() -> None:
+        torch.autograd.grad(loss(*leaves[:2], scale=leaves[2], **keys), leaves)
+
+    return run
+
+
+def serve() -> None:
+    """A worker: each line asks for a case and a number of calls, and gets their mean processor time."""
+    import torch
+
+    from benchmarks import memory
+
+    torch.set_num_threads(1)
+    known: dict[int, Callable[[], None]] = {}
+    for line in sys.stdin:
+        number, calls = json.loads(line)
+        peak = None
+        if number not in known:
+            known[number] = step(*CASES[number])
+            peak = memory.peak_of(known[number])
+        start = time.process_time()
+        for _ in range(calls):
+            known[number]()
+        print(json.dumps([(time.process_time() - start) / max(calls, 1), peak]), flush=True)
+
+
+class Worker:
+    """A checkout's process."""
+
+    def __init__(self, checkout: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE), "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
+        )
+
+    def ask(self, number: int, calls: int) -> tuple[float, int | None]:
+        """Seconds a call, and the peak of the first one in bytes."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps([number, calls]), file=self.process.stdin, flush=True)
+        seconds, peak = json.loads(self.process.stdout.readline())
+        return seconds, peak
+
+
+def main() -> None:
+    """Measure, keep the results and print them."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.in_turn", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--against", type=Path, help="the other checkout")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.serve:
+        return serve()
+    if asked.against is None:
+        parser.error("--against: expected a checkout, got none")
+
+    from benchmarks.environment import REPOSITORY
+    from benchmarks.results import store
+
+    before, after = Worker(asked.against.resolve()), Worker(REPOSITORY)
+    rows = []
+    for number, case in enumerate(CASES):
+        peaks = [worker.ask(number, 1)[1] for worker in (before, after)]
+        calls = max(1, int(0.1 / before.ask(number, 1)[0]))
+        times = []
+        for turn in range(asked.rounds):
+            order = (before, after) if turn % 2 else (after, before)
+            seconds = {worker: worker.ask(number, calls)[0] for worker in order}
+            times.append((seconds[before], seconds[after]))
+        rows.append(
+            {
+                **dict(zip(("loss", "N", "D", "scale", "cosine"), case, strict=True)),
+                "before ms": round(1e3 * statistics.median(t for t, _ in times), 3),
+                "after ms": round(1e3 * statistics.median(t for _, t in times), 3),
+                "ratio": round(statistics.median(b / a for a, b in times), 3),
+                "before peak": peaks[0],
+                "after peak": peaks[1],
+            }
+        )
+        print(rows[-1], flush=True)
+    store(RESULTS, rows, depth=1)
+    return None
+
+
+if __name__ == "__main__":
+    main()
