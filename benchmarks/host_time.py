@@ -25,32 +25,35 @@ from benchmarks import environment, results
 
 FOLDER = Path(__file__).resolve().parent / "host" / "results"
 BATCHES = (128, 4096)
+# malloc keeps freed memory, like a GPU's caching allocator; otherwise each large buffer is a system call.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+SCRIPT = Path(__file__).with_name("host_time_worker.py")
 DEPTH = 4  # a line for the times, the counts and the profile of a worker and a batch
 
 
 class Worker:
-    """A process with one checkout's package."""
+    """A process with one checkout's package, on one thread, that answers a line with a line.
 
-    def __init__(self, checkout: Path) -> None:
-        # malloc keeps freed memory, like a GPU's caching allocator; otherwise each large buffer is a system call.
-        malloc = {
-            "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-            "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-            "OMP_NUM_THREADS": "1",
-        }
+    Args:
+        checkout: has its compiled module in it.
+        command: a script and its arguments.
+        variables: of its environment.
+    """
+
+    def __init__(self, checkout: Path, *command: str | Path, **variables: str) -> None:
         path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("host_time_worker.py")],
+            [sys.executable, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=checkout,
-            env={**os.environ, **malloc, "PYTHONPATH": path},
+            env={**os.environ, **variables, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         )
 
-    def ask(self, what: str, batch: int, calls: int = 0) -> Any:
+    def ask(self, **request: Any) -> Any:
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"what": what, "batch": batch, "calls": calls}) + "\n")
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
@@ -72,11 +75,11 @@ def measure(workers: dict[str, Worker], batch: int, rounds: int, calls: int) -> 
     turns = [*((name, worker, "time") for name, worker in workers.items()), ("floor", workers[first], "floor")]
     taken: dict[str, dict[str, list[float]]] = {}
     for name, worker, what in turns:
-        worker.ask(what, batch, calls)
+        worker.ask(what=what, batch=batch, calls=calls)
         taken[name] = {"forward": [], "backward": [], "both": []}
     for turn in range(rounds):
         for name, worker, what in turns[:: 1 if turn % 2 == 0 else -1]:
-            found = worker.ask(what, batch, calls)
+            found = worker.ask(what=what, batch=batch, calls=calls)
             found["both"] = [sum(pair) for pair in zip(found["forward"], found["backward"], strict=True)]
             for direction, values in found.items():
                 taken[name][direction].append(statistics.median(values) / 1000)
@@ -87,8 +90,8 @@ def measure(workers: dict[str, Worker], batch: int, rounds: int, calls: int) -> 
     result: dict[str, Any] = {
         name: {
             "us": medians(name),
-            "counts": workers[name].ask("counts", batch),
-            "profile": workers[name].ask("profile", batch, calls),
+            "counts": workers[name].ask(what="counts", batch=batch),
+            "profile": workers[name].ask(what="profile", batch=batch, calls=calls),
         }
         for name in workers
     }
@@ -113,7 +116,7 @@ def main() -> None:
     checkouts = {"this": environment.REPOSITORY}
     if arguments.against is not None:
         checkouts["other"] = arguments.against.resolve()
-    workers = {name: Worker(checkout) for name, checkout in checkouts.items()}
+    workers = {name: Worker(checkout, SCRIPT, **MALLOC) for name, checkout in checkouts.items()}
     revisions = {
         name: subprocess.run(
             ["git", "-C", checkout, "describe", "--always", "--dirty", "--exclude=*"],

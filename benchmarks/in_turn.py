@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -76,7 +74,8 @@ def serve() -> None:
     torch.set_num_threads(1)
     known: dict[int, Callable[[], None]] = {}
     for line in sys.stdin:
-        number, calls = json.loads(line)
+        request = json.loads(line)
+        number, calls = request["case"], request["calls"]
         peak = None
         if number not in known:
             known[number] = step(*CASES[number])
@@ -85,26 +84,6 @@ def serve() -> None:
         for _ in range(calls):
             known[number]()
         print(json.dumps([(time.process_time() - start) / max(calls, 1), peak]), flush=True)
-
-
-class Worker:
-    """A checkout's process."""
-
-    def __init__(self, checkout: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE), "--serve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
-        )
-
-    def ask(self, number: int, calls: int) -> tuple[float, int | None]:
-        """Seconds a call, and the peak of the first one in bytes."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps([number, calls]), file=self.process.stdin, flush=True)
-        seconds, peak = json.loads(self.process.stdout.readline())
-        return seconds, peak
 
 
 def main() -> None:
@@ -120,17 +99,18 @@ def main() -> None:
         parser.error("--against: expected a checkout, got none")
 
     from benchmarks.environment import REPOSITORY
+    from benchmarks.host_time import Worker
     from benchmarks.results import store
 
-    before, after = Worker(asked.against.resolve()), Worker(REPOSITORY)
+    before, after = (Worker(checkout, HERE, "--serve") for checkout in (asked.against.resolve(), REPOSITORY))
     rows = []
     for number, case in enumerate(CASES):
-        peaks = [worker.ask(number, 1)[1] for worker in (before, after)]
-        calls = max(1, int(0.1 / before.ask(number, 1)[0]))
+        peaks = [worker.ask(case=number, calls=1)[1] for worker in (before, after)]
+        calls = max(1, int(0.1 / before.ask(case=number, calls=1)[0]))
         times = []
         for turn in range(asked.rounds):
             order = (before, after) if turn % 2 else (after, before)
-            seconds = {worker: worker.ask(number, calls)[0] for worker in order}
+            seconds = {worker: worker.ask(case=number, calls=calls)[0] for worker in order}
             times.append((seconds[before], seconds[after]))
         rows.append(
             {
@@ -143,6 +123,8 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
+    for worker in (before, after):
+        worker.close()
     store(RESULTS, rows, depth=1)
     return None
 
