@@ -31,7 +31,7 @@ from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 
 VARIANTS = {"unlearn": SCENARIOS, "protect": tuple(PROTECT_LABELS)}
 # Of the kept parts. Raise it whenever the same settings and versions give other figures, or figures of another form.
-FORMAT = 1
+FORMAT = 2
 # The threads too: how many of them add up decides the last bits of the protection.
 MADE_WITH = ("ccu_fast", "torch", "python", "machine", "threads")
 

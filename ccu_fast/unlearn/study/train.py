@@ -22,7 +22,7 @@ from ccu_fast.unlearn.study.tasks import Scenario, Task, TrainConfig
 KINDS = ("original", "gold_mask", "gold_drop")
 # Of the kept models. Raise it whenever the same settings and versions train another model: other data, another
 # architecture, another course of the training.
-FORMAT = 1
+FORMAT = 2
 
 
 def trained(
