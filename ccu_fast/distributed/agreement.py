@@ -77,6 +77,11 @@ AGREED = (
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def like(features: Tensor) -> list[int]:
+    """What ``AGREED`` says of features, where nothing else could differ."""
+    return [features.shape[-1], DTYPES.index(features.dtype), *[0] * (len(AGREED) - 2)]
+
+
 def ring(mode: str, sizes: Sequence[int], y: Tensor) -> bool:
     """Whether to go around the ring; the same answer on every rank, because it depends on nothing else."""
     if mode != "auto":

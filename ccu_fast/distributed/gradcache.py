@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ccu_fast import check
 
-Tower = tuple[Callable[[Any], Tensor], Any]
+Tower = tuple[Callable[[Any], Any], Any]
 
 
 def cached_step(
@@ -30,24 +32,31 @@ def cached_step(
 
     Same loss, same gradients (added to ``.grad``), and only one chunk's activations at a time. The first pass keeps the
     embeddings alone; the loss gives their gradients; the second pass computes every chunk again, with the random
-    numbers it had (dropout drops the same), and sends its part of the gradients back through it.
+    numbers it had (dropout drops the same), and sends its part of the gradients back through it. A tower in which
+    nothing learns (the frozen one of LiT) has no second pass.
 
     Args:
-        loss_fn: takes one embedding ``[N_t, D]`` for each tower, returns a scalar; any loss, those of
-            ``ccu_fast.distributed`` included. Parameters that it uses (a scale) get their gradients in between.
-        towers: pairs of a callable and its inputs: a tensor or a nest of lists, tuples and dicts of tensors, all with
-            N_t as first dimension. The callable gets the same nest with ``chunk`` items and returns ``[chunk, ...]``.
+        loss_fn: takes what each tower returns, returns a scalar; any loss, those of ``ccu_fast.distributed`` included.
+            Parameters that it uses (a scale) get their gradients in between.
+        towers: pairs of a callable and its inputs. Inputs are a tensor ``[N_t, ...]``, a list of N_t strings or other
+            objects, or a nest of these in lists, tuples and mappings (a tokenizer's BatchEncoding); the callable gets
+            the same nest with ``chunk`` items. Tensors without dimensions, and objects that are in no list (a flag, a
+            tuple of two numbers), are passed to every chunk. The callable returns embeddings ``[chunk, D]``, or a nest
+            of tensors ``[chunk, ...]``, which ``loss_fn`` gets with N_t items; a tensor without dimensions in it (a
+            scale) must be the same for every chunk.
         chunk: items at a time.
         backward: what to do with the loss instead of ``loss.backward()``: ``lambda loss:
             scaler.scale(loss).backward()``, ``accelerator.backward``.
         wrapped: DistributedDataParallel or fully_shard modules that the callables use. Their gradients are exchanged
-            once, with the last chunk. A tower that is one itself need not be named.
+            once, with the last chunk. A tower that is one itself need not be named. Of fully_shard modules, whose every
+            call is an exchange, all ranks need the same number of chunks.
 
     Returns:
         The loss, detached.
 
     Raises:
-        TypeError, ValueError: no towers, inputs without items or of unlike lengths, chunk below 1.
+        TypeError, ValueError: no towers, inputs without items or of unlike lengths, chunk below 1; a tower that returns
+            something else than a tensor for each of its items. No gradient is written before.
 
     Under autocast call it inside the context; both passes then are. BatchNorm sees every chunk twice, so its running
     statistics move twice, and normalises by chunk. A parameter that only ``loss_fn`` uses must not be inside a
@@ -64,56 +73,166 @@ def cached_step(
     check.integer("chunk", chunk, low=1)
     if not towers:
         raise ValueError("towers: expected at least one pair of a callable and its inputs, got none")
-    pieces = [list(_chunks(f"towers[{i}]", inputs, chunk)) for i, (_, inputs) in enumerate(towers)]
-    states: list[list[_Random]] = []
-    embeddings = []
-    for (tower, _), parts in zip(towers, pieces, strict=True):
-        states.append([])
-        outputs = []
-        for part in parts:
-            states[-1].append(_Random(part))
-            with torch.no_grad():
-                outputs.append(tower(part))
-        embeddings.append(torch.cat(outputs).requires_grad_())
-    loss = loss_fn(*embeddings)
+    cut = [_Chunks(f"towers[{t}]", pair, chunk) for t, pair in enumerate(towers)]
+    modules = _exchanging(towers, wrapped)
+    embedded = [_Embedded(chunks, list(modules)) for chunks in cut]
+    # Autocast keeps the weights it has cast. Before torch 2.11 it also kept those cast without a graph, through which
+    # the second pass would reach no parameter.
+    torch.clear_autocast_cache()
+    loss = loss_fn(*(each.result for each in embedded))
     backward(loss)
-    after = _Random([inputs for _, inputs in towers])
-    last = _last_use(towers, wrapped)
-    for t, ((tower, _), parts) in enumerate(zip(towers, pieces, strict=True)):
-        grad = embeddings[t].grad
-        if grad is None:  # the loss does not depend on this tower
-            grad = torch.zeros_like(embeddings[t])
-        start = 0
-        for i, part in enumerate(parts):
-            final = i == len(parts) - 1
-            states[t][i].restore()
-            with ExitStack() as stack:
-                for module, use in last.items():
-                    if use != t or not final:
-                        stack.enter_context(_no_exchange(module))
-                output = tower(part)
-                output.backward(grad[start : start + len(output)])
-            start += len(output)
-    after.restore()
+    after = _Random([pair[1] for pair in towers])
+    learning = [t for t, each in enumerate(embedded) if any(each.learns)]
+    last = {module: max((t for t in users if t in learning), default=None) for module, users in modules.items()}
+    try:
+        for t in learning:
+            embedded[t].send_back([module for module, at in last.items() if at != t], list(modules))
+    finally:
+        after.restore()
     return loss.detach()
 
 
-def _chunks(name: str, inputs: Any, chunk: int) -> Iterator[Any]:
-    leaves = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
-    if not leaves:
-        raise TypeError(f"{name}: expected inputs with tensors in them, got {type(inputs).__name__}")
-    lengths = sorted({leaf.shape[0] if leaf.ndim else 0 for leaf in leaves})
-    if len(lengths) > 1 or lengths[0] == 0:
-        raise ValueError(f"{name}: expected tensors with the same number of items, at least 1, got {lengths}")
-    for start in range(0, lengths[0], chunk):
-        yield tree_map(lambda leaf, at=start: leaf[at : at + chunk] if isinstance(leaf, Tensor) else leaf, inputs)
+class _Chunks:
+    """A tower and its inputs in parts of at most ``chunk`` items."""
+
+    def __init__(self, name: str, pair: Tower, chunk: int) -> None:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not callable(pair[0]):
+            raise TypeError(f"{name}: expected a pair of a callable and its inputs, got {type(pair).__name__}")
+        self.name, (self.run, inputs) = name, pair
+        lengths: set[int] = set()
+        _cut(inputs, lambda items: lengths.add(len(items)))
+        if not lengths:
+            raise TypeError(
+                f"{name}: expected inputs with tensors or lists of items in them, got {type(inputs).__name__}"
+            )
+        if len(lengths) > 1 or 0 in lengths:
+            raise ValueError(
+                f"{name}: expected tensors and lists with the same number of items, at least 1, got {sorted(lengths)}"
+            )
+        (items,) = lengths
+        self.sizes = [min(chunk, items - start) for start in range(0, items, chunk)]
+        self.parts = [
+            _cut(inputs, lambda items, at=start: items[at : at + chunk])  # type: ignore[misc]
+            for start in range(0, items, chunk)
+        ]
+
+
+def _cut(inputs: Any, cut: Callable[[Any], Any]) -> Any:
+    """The nest with ``cut`` of everything in it that has one entry for each item of the batch."""
+    if isinstance(inputs, Tensor):
+        return cut(inputs) if inputs.ndim else inputs
+    if isinstance(inputs, Mapping):
+        changed = {key: _cut(value, cut) for key, value in inputs.items()}
+        if not isinstance(inputs, MutableMapping):
+            return changed
+        same = copy.copy(inputs)  # of its class, with what else it carries
+        for key, value in changed.items():
+            same[key] = value
+        return same
+    if isinstance(inputs, PackedSequence):
+        raise TypeError("towers: expected inputs that can be cut into items, got a PackedSequence")
+    if isinstance(inputs, (list, tuple)):
+        texts = bool(inputs) and all(isinstance(item, str) for item in inputs)
+        if texts or (isinstance(inputs, list) and not _holds_batch(inputs)):
+            return cut(inputs)
+        changed_items = [_cut(item, cut) for item in inputs]
+        if hasattr(inputs, "_fields"):
+            return type(inputs)(*changed_items)
+        return changed_items if isinstance(inputs, list) else tuple(changed_items)
+    return inputs
+
+
+def _holds_batch(nest: Any) -> bool:
+    """Whether a list is a nest, with something to cut in it, and not itself a list of items."""
+    if isinstance(nest, Mapping):
+        return any(_holds_batch(value) for value in nest.values())
+    if isinstance(nest, (list, tuple)):
+        return any(isinstance(item, (Tensor, list)) or _holds_batch(item) for item in nest)
+    return isinstance(nest, Tensor)
+
+
+class _Embedded:
+    """The first pass of a tower: ``result`` is what it returns for all items, as leaves of the loss."""
+
+    def __init__(self, chunks: _Chunks, modules: Sequence[nn.Module]) -> None:
+        self._chunks = chunks
+        self._states: list[_Random] = []
+        found: list[list[Any]] = []
+        spec: TreeSpec | None = None
+        for i, part in enumerate(chunks.parts):
+            self._states.append(_Random(part))
+            # One chunk with its graph, which goes at once: what does not learn is seen before any gradient is written.
+            with _no_exchange(() if i else modules), torch.set_grad_enabled(i == 0):
+                leaves, spec = tree_flatten(chunks.run(part))
+            self._check(leaves, i, found)
+            if i == 0:
+                self.learns = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
+            found.append([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+            del leaves
+        assert spec is not None
+        self._leaves = [
+            torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].ndim else parts[0]
+            for parts in zip(*found, strict=True)
+        ]
+        for leaf, learns in zip(self._leaves, self.learns, strict=True):
+            if learns:
+                leaf.requires_grad_()
+        self.result = tree_unflatten(self._leaves, spec)
+
+    def _check(self, leaves: list[Any], i: int, found: list[list[Any]]) -> None:
+        name, size = self._chunks.name, self._chunks.sizes[i]
+        if found and len(leaves) != len(found[0]):
+            raise ValueError(
+                f"{name}: expected as many tensors from every chunk, got {len(found[0])}, then {len(leaves)}"
+            )
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            raise TypeError(f"{name}: expected a callable that returns tensors, got none from it")
+        for place, leaf in enumerate(leaves):
+            if leaf is None:
+                continue
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"{name}: expected a callable that returns tensors, got {type(leaf).__name__} from it")
+            if leaf.ndim and len(leaf) != size:
+                raise ValueError(
+                    f"{name}: expected a callable that returns one entry for each of {size} items, got a tensor "
+                    f"{list(leaf.shape)} from it"
+                )
+            if found and not leaf.ndim and not torch.equal(leaf, found[0][place]):
+                raise ValueError(
+                    f"{name}: expected a tensor without dimensions to be the same for every chunk, got "
+                    f"{float(found[0][place])} and {float(leaf)}"
+                )
+
+    def send_back(self, silent: Sequence[nn.Module], modules: Sequence[nn.Module]) -> None:
+        """The second pass; gradients are exchanged with its last chunk, of the ``silent`` modules not at all."""
+        # Zeros where the loss does not use the tower: DistributedDataParallel waits for every parameter.
+        grads = [
+            (leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)) if learns else None
+            for leaf, learns in zip(self._leaves, self.learns, strict=True)
+        ]
+        start = 0
+        for i, (part, size) in enumerate(zip(self._chunks.parts, self._chunks.sizes, strict=True)):
+            final = i == len(self._chunks.parts) - 1
+            self._states[i].restore()
+            with _no_exchange(silent if final else modules):
+                outputs, given = [], []
+                for output, grad in zip(tree_flatten(self._chunks.run(part))[0], grads, strict=True):
+                    if grad is not None and (grad.ndim or final):
+                        outputs.append(output)
+                        given.append(grad[start : start + size] if grad.ndim else grad)
+                if outputs:
+                    torch.autograd.backward(outputs, given)
+            start += size
 
 
 class _Random:
     """The random state of the CPU and of every device that the inputs are on."""
 
     def __init__(self, inputs: Any) -> None:
-        devices = {leaf.device for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)}
+        devices = set()
+        _cut(inputs, lambda items: devices.add(items.device) if isinstance(items, Tensor) else None)
+        if torch.cuda.is_initialized():  # where a tower may send strings, or tensors of a CPU
+            devices.add(torch.device("cuda", torch.cuda.current_device()))
         self._cpu = torch.get_rng_state()
         self._others = {
             device: torch.get_device_module(device).get_rng_state(device)
@@ -127,25 +246,24 @@ class _Random:
             torch.get_device_module(device).set_rng_state(state, device)
 
 
-def _last_use(towers: Sequence[Tower], wrapped: Sequence[nn.Module]) -> dict[nn.Module, int]:
-    """For every module that exchanges gradients the last tower that may use it."""
-    last = dict.fromkeys(wrapped, len(towers) - 1)
+def _exchanging(towers: Sequence[Tower], wrapped: Sequence[nn.Module]) -> dict[nn.Module, list[int]]:
+    """The modules that exchange gradients, and the towers that may use each."""
+    users = {module: list(range(len(towers))) for module in wrapped}
     for t, (tower, _) in enumerate(towers):
         exchanges = hasattr(tower, "no_sync") or hasattr(tower, "set_requires_gradient_sync")
         if isinstance(tower, nn.Module) and tower not in wrapped and exchanges:
-            last[tower] = t
-    return last
+            users.setdefault(tower, []).append(t)
+    return users
 
 
 @contextmanager
-def _no_exchange(module: Any) -> Iterator[None]:
-    """DistributedDataParallel's own context, or FSDP2's switch as one."""
-    if hasattr(module, "no_sync"):
-        with module.no_sync():
-            yield
-        return
-    module.set_requires_gradient_sync(False)
-    try:
+def _no_exchange(modules: Sequence[Any]) -> Iterator[None]:
+    """DistributedDataParallel's own context, or FSDP2's switch as one, for each module."""
+    with ExitStack() as stack:
+        for module in modules:
+            if hasattr(module, "no_sync"):
+                stack.enter_context(module.no_sync())
+            else:
+                module.set_requires_gradient_sync(False)
+                stack.callback(module.set_requires_gradient_sync, True)
         yield
-    finally:
-        module.set_requires_gradient_sync(True)

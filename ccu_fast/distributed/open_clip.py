@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -9,12 +10,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ccu_fast import check
+from ccu_fast.distributed.agreement import agree, like
 from ccu_fast.distributed.losses import global_value
-from ccu_fast.distributed.ranks import Ranks
+from ccu_fast.distributed.ranks import Ranks, offsets
 from ccu_fast.distributed.similarity import reduce_similarity
 from ccu_fast.losses import formulas
 from ccu_fast.losses.functional import info_nce, sigmoid_loss
 from ccu_fast.ops.reduce_similarity.api import normalize_pair
+
+# The arguments of forward, by their names in the functions that it calls.
+_NAMES = {"x": "image_features", "y": "text_features", "scale": "logit_scale", "bias": "logit_bias"}
+_WORDS = re.compile(rf"\b({'|'.join(_NAMES)})\b")
 
 SIGLIP_EXCHANGES = ("bidir", "shift", "reduce", "gather")
 
@@ -35,13 +41,20 @@ class _OpenClipLoss(nn.Module):
         self.backend = backend
         self.workspace = workspace
 
-    def _prepare(
-        self, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor | None
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """The features, and the options of the function that computes the loss."""
-        if self.normalize:
-            images, texts = normalize_pair(images, texts, self.backend)
-        return images, texts, {"scale": scale, "bias": bias, "backend": self.backend, "workspace": self.workspace}
+    def _called(
+        self, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor | None, output_dict: bool
+    ) -> Tensor | dict[str, Tensor]:
+        """What ``forward`` returns; errors name its arguments and not those of the functions behind it."""
+        options: dict[str, Any] = {"scale": scale, "bias": bias, "normalize": self.normalize}
+        options |= {"backend": self.backend, "workspace": self.workspace}
+        try:
+            loss = self._of_all(images, texts, options)
+        except (TypeError, ValueError) as error:
+            raise type(error)(_WORDS.sub(lambda word: _NAMES[word[0]], str(error))) from error
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _of_all(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
+        raise NotImplementedError
 
     def _ranks(self) -> Ranks:
         if not dist.is_available() or not dist.is_initialized():
@@ -63,10 +76,10 @@ class ClipLoss(_OpenClipLoss):
         target = torch.arange(len(logits))
         (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    On several processes every rank must hold the same number of pairs. Values and feature gradients on every rank are
-    open_clip's. So are the gradients of scale and bias, with one exception: with ``local_loss`` and
-    ``gather_with_grad`` a rank's share differs, but the sum over the ranks is open_clip's, and so is what
-    DistributedDataParallel makes of it.
+    Values and feature gradients on every rank are open_clip's. So are the gradients of scale and bias, with one
+    exception: with ``local_loss`` and ``gather_with_grad`` a rank's share differs, but the sum over the ranks is
+    open_clip's, and so is what DistributedDataParallel makes of it. Ranks may hold different numbers of pairs (a last
+    batch), which open_clip's class does not take; a few numbers are exchanged for that before the features.
 
     Only the texts travel, and a rank multiplies its own images with them, once (:mod:`ccu_fast.distributed`): half of
     open_clip's traffic and GEMMs. With ``local_loss`` and without ``gather_with_grad`` images travel too, because then
@@ -135,14 +148,14 @@ class ClipLoss(_OpenClipLoss):
         Returns:
             fp32 scalar. open_clip's own is in the dtype of the logits.
         """
-        images, texts, options = self._prepare(image_features, text_features, logit_scale, logit_bias)
+        return self._called(image_features, text_features, logit_scale, logit_bias, output_dict)
+
+    def _of_all(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
         if self.world_size == 1:
-            loss = info_nce(images, texts, **options)
-        elif self.local_loss and not self.gather_with_grad:
-            loss = self._own_rows_alone(images, texts, options)
-        else:
-            loss = self._texts_travel(images, texts, options)
-        return {"contrastive_loss": loss} if output_dict else loss
+            return info_nce(images, texts, **options)
+        if self.local_loss and not self.gather_with_grad:
+            return self._own_rows_alone(images, texts, options)
+        return self._texts_travel(images, texts, options)
 
     def _texts_travel(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
         """Half of the GEMMs and of the traffic: columns are reduced where their images are and sent to their texts."""
@@ -153,7 +166,7 @@ class ClipLoss(_OpenClipLoss):
             for name in ("scale", "bias"):
                 if isinstance(options[name], Tensor):
                     options[name] = _SumGradient.apply(options[name], ranks, factor)
-        sides = formulas.info_nce(reduce_similarity, images, texts, equal=True, **options)
+        sides = formulas.info_nce(reduce_similarity, images, texts, **options)
         if self.local_loss:
             return (sides[0].raw.mean() + sides[1].raw.mean()) / 2
         return global_value(ranks, sides, "mean", factor=factor)
@@ -161,13 +174,19 @@ class ClipLoss(_OpenClipLoss):
     def _own_rows_alone(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
         """No gradient reaches another rank's features, so neither side can be computed elsewhere: both travel."""
         ranks = self._ranks()
-        for name, shard in (("image_features", images), ("text_features", texts)):
-            check.tensor(name, shard, ndim=2)
-        every_image, every_text = (
-            torch.cat(ranks.gather(shard.detach(), [len(shard)] * self.world_size)) for shard in (images, texts)
-        )
+
+        def prepare() -> tuple[tuple[Tensor, Tensor], list[int]]:
+            for name, features in (("x", images), ("y", texts)):
+                check.tensor(name, features, ndim=2)
+            check.same("y", texts, "x", images)
+            check.shape("y", texts, images.shape)
+            pair = normalize_pair(images, texts, self.backend) if options.pop("normalize") else (images, texts)
+            return pair, [len(images), len(texts), *like(images)]
+
+        (images, texts), sizes = agree(ranks, prepare, images, equal=False)
+        every_image, every_text = (torch.cat(ranks.gather(own.detach(), sizes.x)) for own in (images, texts))
         ids = torch.arange(len(every_text), device=images.device)
-        options |= {"row_ids": ids[self.rank * len(images) :][: len(images)], "col_ids": ids, "symmetric": False}
+        options |= {"row_ids": ids[offsets(sizes.x)[self.rank] :][: len(images)], "col_ids": ids, "symmetric": False}
         return (info_nce(images, every_text, **options) + info_nce(texts, every_image, **options)) / 2
 
 
@@ -179,7 +198,7 @@ class SigLipLoss(_OpenClipLoss):
         -F.logsigmoid(sign * logits).sum() / N
 
     On several processes a rank computes the loss of its own images against the texts of all ranks, divided by its own
-    number of images; gradients flow back to the ranks the texts came from. Every rank must hold the same number.
+    number of images, which may differ from rank to rank; gradients flow back to the ranks the texts came from.
 
     Args:
         cache_labels, rank, world_size, normalize, backend, workspace: as of :class:`ClipLoss`.
@@ -221,13 +240,13 @@ class SigLipLoss(_OpenClipLoss):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss; arguments and result as of :meth:`ClipLoss.forward`."""
-        images, texts, options = self._prepare(image_features, text_features, logit_scale, logit_bias)
+        return self._called(image_features, text_features, logit_scale, logit_bias, output_dict)
+
+    def _of_all(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
         if self.world_size == 1:
-            loss = sigmoid_loss(images, texts, **options)
-        else:
-            self._ranks()
-            loss = formulas.sigmoid_loss(reduce_similarity, images, texts, equal=True, **options).raw.mean()
-        return {"contrastive_loss": loss} if output_dict else loss
+            return sigmoid_loss(images, texts, **options)
+        self._ranks()
+        return formulas.sigmoid_loss(reduce_similarity, images, texts, **options).raw.mean()
 
 
 class _SumGradient(torch.autograd.Function):

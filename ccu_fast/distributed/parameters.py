@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ccu_fast import check
 from ccu_fast.distributed.ranks import Ranks
 
 
@@ -27,6 +28,7 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
         group: None for the default group.
 
     Raises:
+        TypeError: a parameter or its gradient is a DTensor (fully_shard averages those itself), sparse, or no tensor.
         RuntimeError: one of several processes has not initialised torch.distributed; a rank failed or did not answer in
             time.
 
@@ -37,7 +39,11 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
         >>> scale.grad
         tensor(4.)
     """
-    parameters = [p for p in parameters if p.requires_grad]
+    parameters = [p for p in parameters if not isinstance(p, Tensor) or p.requires_grad]
+    for p in parameters:
+        check.tensor("parameters", p)
+        if p.grad is not None:
+            check.tensor("parameters", p.grad)
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)

@@ -54,9 +54,13 @@ class Ranks:
         self._sums_on_the_way = dist.get_backend(self.group) == "nccl"
 
     def table(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
-        """Every rank's ``values``, as host numbers: one small all-gather, and on a GPU a synchronisation."""
-        mine = torch.tensor(values, dtype=torch.int64, device=device)
-        return torch.stack(self.gather(mine, [len(values)] * self.size)).tolist()
+        """Every rank's ``values``, as host numbers: one small all-gather.
+
+        On a GPU the host waits for it, but on a stream of its own, hence not for what the towers still compute.
+        """
+        with torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None):
+            mine = torch.tensor(values, dtype=torch.int64, device=device)
+            return torch.stack(self.gather(mine, [len(values)] * self.size)).tolist()
 
     def gather(self, mine: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Every rank's tensor, in rank order; rank r's has ``sizes[r]`` rows.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections import UserDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 
 import ccu_fast
 from ccu_fast.distributed import cached_step
@@ -73,7 +77,9 @@ def test_only_one_chunk_keeps_activations() -> None:
             return super().forward(t)
 
     cached_step(lambda z: z.square().sum(), [(Spy(3, 2), torch.randn(7, 3))], 3)
-    assert graphs == [(3, False), (3, False), (1, False), (3, True), (3, True), (1, True)]
+    first_pass, second_pass = graphs[:3], graphs[3:]
+    assert first_pass == [(3, True), (3, False), (1, False)]  # the graph of the first shows what learns, and goes
+    assert second_pass == [(3, True), (3, True), (1, True)]
 
 
 def test_one_module_for_both_towers_and_nested_inputs() -> None:
@@ -93,14 +99,190 @@ def test_one_module_for_both_towers_and_nested_inputs() -> None:
         torch.testing.assert_close(got, truth)
 
 
-def test_a_scaled_backward_and_autocast() -> None:
+class Encoding(UserDict[str, Any]):
+    """As transformers' BatchEncoding: keys are attributes, too."""
+
+    def __init__(self, data: dict[str, Any], max_length: int = 0) -> None:
+        super().__init__(data)
+        self.max_length = max_length
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "data":
+            raise AttributeError(name)
+        return self.data[name]
+
+
+class Pair(NamedTuple):
+    a: Tensor
+    names: list[str]
+
+
+NESTS: dict[str, Callable[[Tensor, list[str]], Any]] = {
+    "a dict of a subclass": lambda a, names: Encoding({"a": a, "names": names}, max_length=7),
+    "a mapping that cannot be changed": lambda a, names: MappingProxyType({"a": a, "names": names}),
+    "a named tuple": lambda a, names: Pair(a, names),
+    "a tuple of strings": lambda a, names: {"a": a, "names": tuple(names)},
+    "numbers beside": lambda a, names: {"a": a, "names": names, "size": (224, 224), "power": torch.tensor(2.0)},
+    "strings alone": lambda a, names: names,
+    "objects": lambda a, names: {"names": [{"name": name} for name in names]},
+}
+
+
+@pytest.mark.parametrize("nest", NESTS.values(), ids=NESTS.keys())
+def test_what_inputs_may_be(nest: Callable[[Tensor, list[str]], Any]) -> None:
+    """Strings and other items are cut with the tensors; the nest keeps its class and what else it carries."""
+    words = nn.Embedding(26, 4)
+    data = torch.randn(5, 4)
+    inputs = nest(data, list("abcde"))
+
+    def tower(part: Any) -> Tensor:
+        assert not isinstance(part, Encoding) or (part.max_length, part.a is part["a"]) == (7, True)
+        if not isinstance(part, list):
+            assert not isinstance(part, dict) or part.get("size", (224, 224)) == (224, 224)
+            names = part.names if isinstance(part, Pair) else part["names"]
+        else:
+            names = part
+        assert 0 < len(names) <= 2 or len(names) == 5
+        letters = [name["name"] if isinstance(name, dict) else name for name in names]
+        z = words(torch.tensor([ord(letter) - ord("a") for letter in letters]))
+        if isinstance(part, Pair) or (not isinstance(part, list) and "a" in part):
+            z = z * (part.a if isinstance(part, Pair) else part["a"])
+            assert len(z) == len(names)
+        return z
+
+    tower(inputs).square().sum().backward()
+    (expected,) = gradients(words)
+    words.zero_grad()
+    cached_step(lambda z: z.square().sum(), [(tower, inputs)], 2)
+    torch.testing.assert_close(gradients(words)[0], expected)
+
+
+def test_towers_that_return_more_than_one_tensor() -> None:
+    """A whole model as one tower: both embeddings, a scale, and a mask that has no gradient."""
+    image, text, scale = towers()
+    image.eval(), text.eval()
+    data = {"image": torch.randn(5, 5), "text": torch.randn(5, 6)}
+
+    def model(part: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any], Tensor]:
+        mask = part["text"][:, :1] > 0
+        return image(part["image"]), {"text": text(part["text"]), "mask": mask, "pooled": None}, scale.exp()
+
+    def loss(out: tuple[Tensor, dict[str, Any], Tensor]) -> Tensor:
+        assert out[1]["pooled"] is None and len(out[1]["mask"]) == 5
+        return ccu_fast.info_nce(out[0], out[1]["text"] * out[1]["mask"], scale=out[2])
+
+    loss(model(data)).backward()
+    expected = gradients(image, text, scale)
+    for p in (*image.parameters(), *text.parameters(), scale):
+        p.grad = None
+    cached_step(loss, [(model, data)], 2)
+    for got, truth in zip(gradients(image, text, scale), expected, strict=True):
+        torch.testing.assert_close(got, truth)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_tower_has_no_second_pass(frozen: int) -> None:
+    modules, calls = [nn.Linear(3, 2), nn.Linear(3, 2)], [0, 0]
+    modules[frozen].requires_grad_(False)
+    inputs = [torch.randn(5, 3) for _ in modules]
+
+    def tower(t: int) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            calls[t] += 1
+            return modules[t](x)
+
+        return run
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        assert [a.requires_grad, b.requires_grad] == [frozen != 0, frozen != 1]
+        return ccu_fast.info_nce(a, b, scale=2.0)
+
+    ccu_fast.info_nce(modules[0](inputs[0]), modules[1](inputs[1]), scale=2.0).backward()
+    expected = gradients(modules[1 - frozen])
+    modules[1 - frozen].zero_grad()
+    cached_step(loss, [(tower(0), inputs[0]), (tower(1), inputs[1])], 2)
+    for got, truth in zip(gradients(modules[1 - frozen]), expected, strict=True):
+        torch.testing.assert_close(got, truth)
+    assert calls[frozen] == 3 and calls[1 - frozen] == 6
+
+
+def test_a_wrapped_module_exchanges_once_though_the_last_tower_is_frozen() -> None:
+    """As DistributedDataParallel, which exchanges in every backward pass that is not inside ``no_sync``."""
+
+    class Wrapped(nn.Linear):
+        silent, exchanges = False, 0
+
+        @contextmanager
+        def no_sync(self) -> Iterator[None]:
+            before, self.silent = self.silent, True
+            yield
+            self.silent = before
+
+        def forward(self, x: Tensor) -> Tensor:
+            z, silent = super().forward(x), self.silent
+
+            def count(_: Tensor) -> None:
+                self.exchanges += not silent
+
+            if z.requires_grad:
+                z.register_hook(count)
+            return z
+
+    module, x = Wrapped(3, 2), torch.randn(5, 3)
+    towers = [(lambda t: module(t), x), (lambda t: module(t).detach(), x)]
+    cached_step(lambda a, b: ccu_fast.info_nce(a, b, scale=2.0), towers, 2, wrapped=[module])
+    assert module.exchanges == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda z: "text", r"towers\[1\]: expected a callable that returns tensors, got none"),
+        (lambda z: (z, "text"), r"towers\[1\]: expected a callable that returns tensors, got str"),
+        (lambda z: z[:1], r"towers\[1\]: expected .* one entry for each of 2 items, got a tensor \[1, 2\]"),
+        (lambda z: (z, z.sum()), r"towers\[1\]: expected a tensor without dimensions to be the same for every chunk"),
+        (lambda z: 1 / 0, "division by zero"),
+    ],
+)
+def test_nothing_is_written_by_a_step_that_fails(answer: Callable[[Tensor], Any], message: str) -> None:
+    fine, bad, scale = nn.Linear(3, 2), nn.Linear(3, 2), nn.Parameter(torch.tensor(1.0))
+    x = torch.randn(4, 3)
+    with pytest.raises((TypeError, ValueError, ZeroDivisionError), match=message):
+        cached_step(lambda a, b: scale * a.sum(), [(fine, x), (lambda t: answer(bad(t)), x)], 2)
+    assert all(p.grad is None for p in (*fine.parameters(), *bad.parameters(), scale))
+
+
+def test_the_random_state_goes_on_after_a_second_pass_that_fails() -> None:
+    module, calls = nn.Linear(3, 2), []
+
+    def tower(x: Tensor) -> Tensor:
+        calls.append(torch.rand(()))
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return module(x)
+
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cached_step(lambda a: a.sum(), [(tower, torch.randn(4, 3))], 2)
+    after = torch.rand(())
+    torch.manual_seed(0)
+    torch.randn(4, 3)
+    assert calls[0] == calls[2] == torch.rand(()) and calls[1] == torch.rand(()) and after == torch.rand(())
+
+
+def test_a_scaled_backward_and_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    cleared: list[bool] = []
+    clear = torch.clear_autocast_cache
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (clear(), cleared.append(True)))
     module, x = nn.Linear(3, 2), torch.randn(5, 3)
     with torch.autocast("cpu", torch.bfloat16):
         module(x).square().sum().backward()
     expected = [8 * g for g in gradients(module)]
     module.zero_grad()
+    cleared.clear()
     with torch.autocast("cpu", torch.bfloat16):
         cached_step(lambda z: z.square().sum(), [(module, x)], 2, backward=lambda loss: (8 * loss).backward())
+        assert cleared == [True]  # of weights that were cast without a graph
     for got, truth in zip(gradients(module), expected, strict=True):
         torch.testing.assert_close(got, truth, rtol=0.02, atol=0.02)
 
@@ -119,10 +301,13 @@ def test_a_tower_the_loss_does_not_use() -> None:
         (([(nn.Linear(3, 2), torch.randn(4, 3))], 0), "chunk: expected an int at least 1, got 0"),
         (
             ([(nn.Linear(3, 2), [torch.randn(4, 3), torch.randn(5, 3)])], 2),
-            r"towers\[0\]: expected tensors with the same",
+            r"towers\[0\]: expected tensors and lists with the same number of items, at least 1, got \[4, 5\]",
         ),
         (([(nn.Linear(3, 2), torch.randn(0, 3))], 2), r"towers\[0\]: expected .* at least 1, got \[0\]"),
-        (([(nn.Linear(3, 2), "text")], 2), r"towers\[0\]: expected inputs with tensors"),
+        (([(nn.Linear(3, 2), "text")], 2), r"towers\[0\]: expected inputs with tensors or lists"),
+        (([(nn.Linear(3, 2), {"a": torch.randn(4, 3), "names": ["a", "b"]})], 2), r"at least 1, got \[2, 4\]"),
+        (([(nn.Linear(3, 2), pack_sequence([torch.ones(2), torch.ones(1)]))], 2), "got a PackedSequence"),
+        (([nn.Linear(3, 2)], 2), r"towers\[0\]: expected a pair of a callable and its inputs, got Linear"),
     ],
 )
 def test_bad_arguments(arguments: Any, message: str) -> None:

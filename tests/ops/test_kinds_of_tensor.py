@@ -54,9 +54,9 @@ CALLS: dict[str, tuple[str, Callable[[Make], Any]]] = {
     "sigmoid_loss": ("x", lambda make: ccu_fast.sigmoid_loss(make(X), make(X), scale=2.0)),
     "reduce_similarity": ("x", lambda make: ccu_fast.reduce_similarity(make(X), X, rows=SPEC)),
     "reduce_similarity, ids": ("row_ids", lambda make: ccu_fast.reduce_similarity(X, X, rows=SPEC, row_ids=make(ROWS))),
-    "ClipLoss": ("x", lambda make: ccu_fast.ClipLoss()(make(X), make(X), 2.0)),
-    "ClipLoss, normalize": ("x", lambda make: ccu_fast.ClipLoss(normalize=True)(make(X), make(X), 2.0)),
-    "SigLipLoss": ("x", lambda make: ccu_fast.SigLipLoss()(make(X), make(X), 2.0, -1.0)),
+    "ClipLoss": ("image_features", lambda make: ccu_fast.ClipLoss()(make(X), make(X), 2.0)),
+    "ClipLoss, normalize": ("image_features", lambda make: ccu_fast.ClipLoss(normalize=True)(make(X), make(X), 2.0)),
+    "SigLipLoss": ("image_features", lambda make: ccu_fast.SigLipLoss()(make(X), make(X), 2.0, -1.0)),
     "InfoNCE": ("x", lambda make: ccu_fast.InfoNCE(scale=2.0)(make(X), make(X))),
     "l2_normalize": ("x", lambda make: ccu_fast.l2_normalize(make(X))),
     "candidate_losses": (
@@ -77,6 +77,7 @@ CALLS: dict[str, tuple[str, Callable[[Make], Any]]] = {
     "NoiseStore.scatter_": ("values", lambda make: store().scatter_(ROWS, make(X))),
     "NoiseStore.scatter_add_clamp_": ("delta", lambda make: store().scatter_add_clamp_(ROWS, make(X), 0.1)),
     "distributed.info_nce": ("x", lambda make: over.info_nce(make(X), make(X), scale=2.0)),
+    "distributed.average_gradients": ("parameters", lambda make: over.average_gradients([make(X).requires_grad_()])),
     "distributed.sup_con": ("row_labels", lambda make: over.sup_con(X, X, scale=2.0, row_labels=make(LABELS))),
 }
 every_call = pytest.mark.parametrize("name", CALLS)
@@ -172,7 +173,7 @@ def test_a_scale_that_is_not_whole_is_refused(name: str, placement: Any, mesh: D
     scale = DTensor.from_local(torch.ones(1), mesh, [placement], run_check=False)
     assert SCALES[name](scale).isfinite()  # a mesh of one has it whole
     monkeypatch.setattr(DeviceMesh, "size", lambda *_: 2)
-    argument = "bias" if name.endswith("bias") else "scale"
+    argument = {"sigmoid_loss, bias": "bias", "ClipLoss": "logit_scale", "SigLipLoss": "logit_scale"}.get(name, "scale")
     message = f"^{argument}: expected one that every rank holds whole \\(.full_tensor\\(\\)\\), got a DTensor in "
     with pytest.raises(TypeError, match=message):
         SCALES[name](scale)

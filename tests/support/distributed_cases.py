@@ -503,11 +503,36 @@ def cached_gradients_under_distributed_data_parallel() -> None:
         over.cached_step(
             lambda x, y: over.info_nce(x, y, scale=scale.exp()), list(zip(towers, inputs, strict=True)), chunk=2
         )
-        assert held.call_count == -(-len(inputs[0]) // 2) - 1 + -(-len(inputs[1]) // 2)
+        first, second = 2, -(-len(inputs[0]) // 2) - 1 + -(-len(inputs[1]) // 2)  # in the two passes
+        assert held.call_count == first + second
     over.average_gradients([scale])
     torch.testing.assert_close(scale.grad, expected.pop("log_scale"))
     for tower, name in zip(towers, ("image", "text"), strict=True):
         same_gradients(tower.module[0], {k.split(".")[1]: v for k, v in expected.items() if k.startswith(name)})
+
+
+@case_on_two
+def cached_gradients_with_fully_shard_and_a_frozen_tower() -> None:
+    """LiT on several processes: the text tower is sharded, the image tower comes last and learns nothing."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    module, image, text, n = Towers(), torch.randn(8, 6), torch.randn(8, 5), [4, 4]
+    expected = one_process(module, image, text)
+    module.zero_grad()
+    module.image.requires_grad_(False)
+    fully_shard(module.text, mesh=init_device_mesh("cpu", (world(),)))
+    loss = over.cached_step(
+        lambda y, x: over.info_nce(x, y, scale=module.log_scale.exp().detach()),
+        [
+            (lambda t: nn.functional.normalize(module.text(t), dim=-1), shard(text, n)),
+            (lambda t: nn.functional.normalize(module.image(t), dim=-1), shard(image, n)),
+        ],
+        chunk=2,
+        wrapped=[module.text],
+    )
+    assert torch.isfinite(loss) and all(p.grad is None for p in module.image.parameters())
+    same_gradients(module.text, {name: expected[f"text.{name}"] for name, _ in module.text.named_parameters()})
 
 
 class Unit(nn.Module):
@@ -545,12 +570,61 @@ def clip_loss_sends_one_side_and_half_of_open_clips_bytes() -> None:
     assert 0 < sent["ours"] <= 0.55 * sent["theirs"], sent
 
 
+@case
+def open_clips_losses_take_an_unequal_last_batch() -> None:
+    n = sizes_like(5, 2)
+    torch.manual_seed(3)
+    images, texts = (unit(sum(n), 8).requires_grad_() for _ in "xy")
+    scale, start = 7.0, sum(n[: rank()])
+    s = scale * images @ texts.T
+    pairs = torch.arange(len(s))
+    one = [nn.functional.cross_entropy(t, pairs, reduction="none") for t in (s, s.T)]
+    whole = (one[0].mean() + one[1].mean()) / 2
+    own = sum(t[start : start + n[rank()]].mean() for t in one) / 2
+    gradients = torch.autograd.grad(whole, (images, texts))
+    for local in (False, True):
+        for gather in (False, True):
+            loss = ccu_fast.ClipLoss(local_loss=local, gather_with_grad=gather, rank=rank(), world_size=world())
+            x, y = (shard(t.detach(), n).clone().requires_grad_() for t in (images, texts))
+            value = loss(x, y, scale)
+            torch.testing.assert_close(value, own.detach() if local else whole.detach())
+            value.backward()
+            if gather and not local:  # every rank computes the whole, and autograd adds what they send
+                for got, expected in zip((x.grad, y.grad), gradients, strict=True):
+                    torch.testing.assert_close(got, world() * shard(expected, n))
+    logits = s[start : start + n[rank()]] - 1
+    sign = 2 * torch.eye(len(s))[start : start + n[rank()]] - 1
+    siglip = ccu_fast.SigLipLoss(rank=rank(), world_size=world())
+    x, y = (shard(t.detach(), n) for t in (images, texts))
+    torch.testing.assert_close(
+        siglip(x, y, scale, -1.0), -nn.functional.logsigmoid(sign * logits.detach()).sum() / n[rank()]
+    )
+
+
+@case
+def open_clips_losses_refuse_on_every_rank() -> None:
+    last = rank() == world() - 1
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    of_kinds = [
+        ccu_fast.ClipLoss(local_loss=local, gather_with_grad=gather, rank=rank(), world_size=world(), normalize=unlike)
+        for local in (False, True)
+        for gather in (False, True)
+        for unlike in (False, True)
+    ]
+    wide = torch.randn(4, 5) if last else x
+    for loss in (*of_kinds, ccu_fast.SigLipLoss(rank=rank(), world_size=world())):
+        said = "text_features: expected" if last else f"got an error on rank {world() - 1}"
+        refuses(ValueError, said, lambda loss=loss: loss(x, y[:, : 2 if last else 3], 1.0, None))
+        refuses(ValueError, "image_features and text_features's last", lambda loss=loss: loss(wide, wide, 1.0, None))
+
+
 # Cases that need no CPU: NCCL runs them on as many GPUs as there are.
 ON_GPUS = (
     "primitive_gathered",
     "primitive_around_a_ring",
     "equal_batches_need_no_exchange_of_sizes",
     "losses_with_gradients_to_be_added",
+    "open_clips_losses_take_an_unequal_last_batch",
     "losses_with_gradients_to_be_averaged",
     "the_same_bits_every_time",
     "distributed_data_parallel_gives_the_one_process_gradient",
