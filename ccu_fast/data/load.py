@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ccu_fast import extras
 from ccu_fast.data.captions import DiskSource, Options, list_pairs
+from ccu_fast.data.captions.listing import visible_files
 from ccu_fast.data.captions.tables import read_records
 from ccu_fast.data.names import Names, read_ids, read_labels, texts
 from ccu_fast.data.paired import PairedData
@@ -207,7 +208,7 @@ def _positions(data: PairedData) -> dict[str, list[int]]:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".npy", *IMAGES))
+    files = sorted(p for p in map(folder.joinpath, visible_files(folder)) if p.suffix.lower() in (".npy", *IMAGES))
     if not files:
         raise ValueError(f"path: expected .npy files or images in {folder}, got none")
     named: dict[str, Path] = {}

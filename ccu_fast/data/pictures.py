@@ -21,6 +21,11 @@ class BadPicture(ValueError):
     """A picture that cannot be used; the message says why, without its name."""
 
 
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends as one of a picture."""
+    return name.rpartition(".")[2].lower() in EXTENSIONS
+
+
 def decode(data: bytes, shape: tuple[int, int, int], *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """The pixels a model takes, by CLIP's preprocessing: the picture is resized (bicubic, antialiased) until it just
     covers H×W, then its centre is cut out. Two things are ours: colours are converted first, because Pillow resizes

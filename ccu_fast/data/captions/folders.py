@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ccu_fast.data.captions.listing import Listing, Rows
-from ccu_fast.data.pictures import EXTENSIONS
+from ccu_fast.data.captions.listing import Listing, Rows, visible_files
+from ccu_fast.data.pictures import is_picture
 
 
 def list_folder(root: Path) -> Listing:
@@ -16,14 +16,11 @@ def list_folder(root: Path) -> Listing:
     """
     rows = Rows()
     pictures, texts = [], []
-    for folder, subfolders, files in os.walk(root):
-        subfolders.sort()
-        for name in sorted(files):
-            relative = os.path.relpath(os.path.join(folder, name), root)
-            if Path(name).suffix.lower().removeprefix(".") in EXTENSIONS:
-                pictures.append(relative)
-            elif name.lower().endswith(".txt"):
-                texts.append(relative)
+    for file in visible_files(root):
+        if is_picture(file):
+            pictures.append(file)
+        elif file.lower().endswith(".txt"):
+            texts.append(file)
     known, used = set(texts), set()
     for number, picture in enumerate(pictures):
         text = os.path.splitext(picture)[0] + ".txt"

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from ccu_fast.data.captions.folders import list_folder
-from ccu_fast.data.captions.listing import FORMATS, MANIFEST, Listing, Options
-from ccu_fast.data.captions.shards import list_shards
-from ccu_fast.data.captions.tables import list_table
+from ccu_fast.data.captions.listing import FORMATS, MANIFEST, Listing, Options, visible_files
+from ccu_fast.data.captions.shards import is_shard, list_shards
+from ccu_fast.data.captions.tables import list_tables
+from ccu_fast.data.pictures import is_picture
 from ccu_fast.files import read_json
+
+ENDINGS = {".csv": "csv", ".tsv": "csv", ".tar": "webdataset", ".tar.gz": "webdataset", ".tgz": "webdataset"}
+METADATA = ("metadata.csv", "metadata.jsonl")
+COLUMNS = {"image_column": ("csv", "imagefolder"), "caption_column": ("csv", "imagefolder", "webdataset")}
 
 
 def list_pairs(path: str | Path, options: Options | None = None, name: str = "input") -> Listing:
@@ -17,13 +23,15 @@ def list_pairs(path: str | Path, options: Options | None = None, name: str = "in
 
     ==============  ==================================================================================================
     ``csv``         a ``.csv`` or ``.tsv`` file, or a folder with one; image paths are absolute or relative to it
-    ``imagefolder`` a folder with ``metadata.csv`` or ``metadata.jsonl`` (Hugging Face)
-    ``webdataset``  a ``.tar`` file or a folder of them; each key has one image and one ``txt`` (img2dataset)
+    ``imagefolder`` a folder with ``metadata.csv`` or ``metadata.jsonl``, or one of them in each split (Hugging Face)
+    ``webdataset``  a ``.tar`` or ``.tar.gz`` file, or a folder with some in it or below; each key has one image and one
+                    ``txt``, or else a ``json`` with a caption (img2dataset)
     ``folder``      any other folder: pictures, and beside each ``x.jpg`` an ``x.txt`` with one caption a line
     ==============  ==================================================================================================
 
     The format is recognised (files by their ending, folders as imagefolder, webdataset, csv, folder in this order)
-    unless ``options`` names it. What this package published is read by the format that its manifest names.
+    unless ``options`` names it. What this package published is read by the format that its manifest names. A caption in
+    JSON may be a list of captions. Hidden files are passed over.
 
     Args:
         path: of the dataset.
@@ -38,14 +46,16 @@ def list_pairs(path: str | Path, options: Options | None = None, name: str = "in
     if not path.exists():
         raise FileNotFoundError(f"{name}: expected a file or folder, got {path}, which does not exist")
     format = options.format or recognise(path, name)
-    if format not in ("csv", "imagefolder") and (options.image_column or options.caption_column):
-        raise ValueError(f"image_column, caption_column: expected with csv or imagefolder only, got format {format}")
+    wrong = [column for column, formats in COLUMNS.items() if getattr(options, column) and format not in formats]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: expected with {' or '.join(COLUMNS[wrong[0]])} only, got format {format}")
     try:
         if format in ("csv", "imagefolder"):
-            table = _table_in(path, format) if path.is_dir() else path
-            listing = list_table(table, format, options.image_column, options.caption_column)
+            tables = _tables_in(path, format) if path.is_dir() else [path]
+            root = path if path.is_dir() else path.parent
+            listing = list_tables(tables, root, format, options.image_column, options.caption_column)
         else:
-            listing = list_shards(path) if format == "webdataset" else list_folder(path)
+            listing = list_shards(path, options.caption_column) if format == "webdataset" else list_folder(path)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     if not listing.captions and not listing.bad:
@@ -56,24 +66,41 @@ def list_pairs(path: str | Path, options: Options | None = None, name: str = "in
 def recognise(path: Path, name: str) -> str:
     """The format of what is there; see :func:`list_pairs`."""
     if path.is_file():
-        kinds = {".csv": "csv", ".tsv": "csv", ".tar": "webdataset"}
-        if path.suffix.lower() not in kinds:
-            raise ValueError(f"{name}: expected .csv, .tsv, .tar or a folder, got {path}")
-        return kinds[path.suffix.lower()]
+        for ending, format in ENDINGS.items():
+            if path.name.lower().endswith(ending):
+                return format
+        raise ValueError(f"{name}: expected {', '.join(ENDINGS)} or a folder, got {path}")
     if (path / MANIFEST).is_file():
         known = read_json(path / MANIFEST, name).get("format")
         if known in FORMATS:
             return str(known)
-    if any((path / f"metadata.{kind}").is_file() for kind in ("csv", "jsonl")):
+    here = [entry.name for entry in path.iterdir() if entry.is_file()]
+    if set(METADATA) & set(here):
         return "imagefolder"
-    if any(path.glob("*.tar")):
+    if any(is_shard(file) for file in here):
         return "webdataset"
-    return "csv" if len([*path.glob("*.csv"), *path.glob("*.tsv")]) == 1 else "folder"
+    if len([file for file in here if _is_table(file)]) == 1:
+        return "csv"
+    below = list(visible_files(path))
+    if any(Path(file).name in METADATA for file in below):
+        return "imagefolder"
+    return "webdataset" if any(map(is_shard, below)) and not any(map(is_picture, below)) else "folder"
 
 
-def _table_in(folder: Path, format: str) -> Path:
-    pattern = ("metadata.csv", "metadata.jsonl") if format == "imagefolder" else ("*.csv", "*.tsv")
-    found = sorted(file for p in pattern for file in folder.glob(p))
-    if len(found) != 1:
-        raise ValueError(f"expected one of {pattern} in {folder}, got {[f.name for f in found] or 'none'}")
-    return found[0]
+def _is_table(file: str) -> bool:
+    return not file.startswith(".") and file.lower().endswith((".csv", ".tsv"))
+
+
+def _tables_in(folder: Path, format: str) -> list[Path]:
+    if format == "csv":
+        found = sorted(file for file in folder.iterdir() if _is_table(file.name))
+        if len(found) != 1:
+            raise ValueError(f"expected one .csv or .tsv file in {folder}, got {[f.name for f in found] or 'none'}")
+        return found
+    found = [folder / file for file in visible_files(folder) if Path(file).name in METADATA]
+    if not found:
+        raise ValueError(f"expected one of {METADATA} in {folder} or below, got none")
+    for one, other in pairwise(found):
+        if one.parent == other.parent:
+            raise ValueError(f"expected one of {METADATA} in {one.parent}, got {one.name} and {other.name}")
+    return found

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -63,13 +63,16 @@ class Options:
         format: one of :data:`FORMATS`; None: see :func:`ccu_fast.data.captions.list_pairs`.
         image_column: CSV and imagefolder; default "images" (CSV) or "file_name" (imagefolder).
         caption_column: CSV and imagefolder; default "caption", for an imagefolder "text" where there is no "caption".
+            Of a webdataset the field of each ``json``; by default "caption", where a sample has no ``txt``.
     """
 
     format: str | None = check.field(
         None, "csv, folder, imagefolder or webdataset; recognised if not given.", allowed=FORMATS
     )
     image_column: str | None = check.field(None, "Column of paths; images or file_name if not given.")
-    caption_column: str | None = check.field(None, "Column of captions; caption or text if not given.")
+    caption_column: str | None = check.field(
+        None, "Column (webdataset: json field) of captions; caption or text if not given."
+    )
 
     def __post_init__(self) -> None:
         check.fields(self)
@@ -81,16 +84,19 @@ class Listing:
 
     Attributes:
         format: one of :data:`FORMATS`.
-        root: the CSV file, the folder, or the folder of the shards.
-        metadata: the file that names images and captions (CSV, imagefolder), with its two columns in ``columns``.
+        root: the folder of the table, of the pictures or of the shards.
+        tables: the files that name images and captions (CSV; imagefolder, one for each split).
+        columns: their two columns; of a webdataset with a ``caption_column`` png and that field.
         files: for each image its path, or ``shard.tar/key.jpg``.
         names: for each image its published path, relative to the output, ending in ``.png``; of a webdataset
             ``shard.tar/key.png``, with the key as it came.
         spans: webdataset: int64 ``[images, 3]``: shard, offset and size in bytes of each image.
-        shards: webdataset: the tar files.
+        shards: webdataset: the tar files; of a compressed one a copy that is not.
+        shard_names: webdataset: what each is called below ``root`` and in the output.
         captions: for each row.
         image_of: int64 ``[rows]``.
-        records: for each row its number among the records of the metadata, so that writing can follow the input.
+        records: for each row its number among the records of all tables, so that writing can follow the input; a record
+            with a list of captions has several rows.
         bad: what was left out.
         argument: what the dataset came as, for errors.
     """
@@ -103,10 +109,11 @@ class Listing:
     image_of: Tensor
     records: list[int]
     bad: list[Bad] = field(default_factory=list)
-    metadata: Path | None = None
+    tables: list[Path] = field(default_factory=list)
     columns: tuple[str, str] | None = None
     spans: Tensor | None = None
     shards: list[Path] = field(default_factory=list)
+    shard_names: list[str] = field(default_factory=list)
     argument: str = "input"
 
     @property
@@ -204,6 +211,34 @@ class Rows:
             bad=self.bad,
             **rest,
         )
+
+
+def visible_files(root: Path) -> Iterator[str]:
+    """The files below ``root``, relative to it, folder by folder in the order of names.
+
+    Hidden ones (.DS_Store, .git, the ``._x.jpg`` that macOS writes beside an ``x.jpg``) are no part of a dataset.
+    """
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
+        for name in sorted(files):
+            if not _is_hidden(name):
+                yield os.path.relpath(os.path.join(folder, name), root)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def texts_in(value: Any) -> list[str]:
+    """The captions in one field: a text, or a list of them; [] if it is neither."""
+    if isinstance(value, str):
+        return [value]
+    return list(value) if isinstance(value, list) and value and all(isinstance(v, str) for v in value) else []
+
+
+def in_place_of(value: Any, captions: list[str]) -> Any:
+    """Captions in the form of the field that they came from."""
+    return captions if isinstance(value, list) else captions[0]
 
 
 def is_text(value: str) -> bool:

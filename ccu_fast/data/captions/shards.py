@@ -1,20 +1,27 @@
 """WebDataset tar shards, as img2dataset writes them: for each key a picture, a ``txt`` with the caption, a ``json``.
 
 A shard is indexed by one pass over its headers and then read at offsets, so any pair can be had at any time without
-unpacking. Only uncompressed tar files allow that.
+unpacking. Only uncompressed tar files allow that: of a compressed one a copy is made.
 """
 
 from __future__ import annotations
 
+import atexit
+import gzip
+import json
+import shutil
 import tarfile
+import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from ccu_fast.data.captions.listing import Listing, Rows
-from ccu_fast.data.pictures import EXTENSIONS
+from ccu_fast.data.captions.listing import Listing, Rows, texts_in, visible_files
+from ccu_fast.data.pictures import EXTENSIONS, is_picture
 
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -33,29 +40,46 @@ class Sample:
 
     @property
     def pictures(self) -> list[str]:
-        """Extensions of its pictures."""
-        return [extension for extension in self.members if extension.rpartition(".")[2] in EXTENSIONS]
+        """Extensions of its pictures; of ``jpg`` beside ``seg.png`` it is ``jpg`` alone."""
+        found = [extension for extension in self.members if is_picture(extension)]
+        plain = [extension for extension in found if extension in EXTENSIONS]
+        return plain if len(plain) == 1 else found
 
 
-def list_shards(path: Path) -> Listing:
-    """The pairs of one ``.tar`` file or of all in a folder, in the order of names and members.
+def is_shard(file: str) -> bool:
+    """Whether a path is that of a shard."""
+    return not Path(file).name.startswith(".") and file.lower().endswith((".tar", ".tar.gz", ".tgz"))
+
+
+def list_shards(path: Path, caption_column: str | None = None) -> Listing:
+    """The pairs of one shard or of all in a folder and below, in the order of names and members.
 
     A shard that cannot be read to its end is left out as a whole.
+
+    Args:
+        path: of the shard or folder.
+        caption_column: field of each ``json`` that has the captions; by default the ``txt``, else "caption".
     """
-    shards = [path] if path.is_file() else sorted(path.glob("*.tar"))
-    rows, spans, names, good = Rows(), [], [], []
+    root = path.parent if path.is_file() else path
+    files = [path.name] if path.is_file() else sorted(filter(is_shard, visible_files(path)))
+    rows, spans, names, good, good_names = Rows(), [], [], [], []
     record = -1
-    for shard in shards:
+    for file in files:
+        name = _published_name(file)
         try:
+            if name in good_names:
+                raise BadShard(f"the name of an earlier one without its ending, {name}")
+            shard = root / file if name == file else _uncompressed(root / file)
             samples = list(read_index(shard))
         except (BadShard, OSError) as error:
-            rows.refuse(shard.name, f"unreadable shard: {error}")
+            rows.refuse(file, f"unreadable shard: {error}")
             continue
         good.append(shard)
+        good_names.append(name)
         keys: set[str] = set()
         for sample in samples:
             record += 1
-            where = f"{shard.name}/{sample.key}"
+            where = f"{name}/{sample.key}"
             pictures = sample.pictures
             again = sample.key in keys
             keys.add(sample.key)
@@ -63,24 +87,78 @@ def list_shards(path: Path) -> Listing:
                 rows.refuse(where, "the key of an earlier sample" if again else f"{sample.repeated[0]} occurs twice")
             elif len(pictures) != 1:
                 rows.refuse(where, f"expected one picture, got {pictures or 'none'}")
-            elif "txt" not in sample.members:
-                rows.refuse(where, f"no caption {sample.key}.txt")
             else:
                 try:
-                    caption = read_span(shard, *sample.members["txt"]).decode("utf-8-sig")
-                except UnicodeDecodeError as error:
-                    rows.refuse(f"{where}.txt", f"expected UTF-8 text, got {error}")
+                    captions = _captions(shard, sample, caption_column)
+                except ValueError as error:
+                    rows.refuse(where, str(error))
                     continue
-                if rows.add(record, where, f"{where}.{pictures[0]}", caption):
+                before = len(rows.files)
+                for caption in captions:
+                    rows.add(record, where, f"{where}.{pictures[0]}", caption)
+                if len(rows.files) > before:
                     names.append(f"{where}.png")
                     spans.append((len(good) - 1, *sample.members[pictures[0]]))
     return rows.listing(
         "webdataset",
-        path.parent if path.is_file() else path,
+        root,
         names=names,
+        columns=None if caption_column is None else ("png", caption_column),
         spans=torch.tensor(spans, dtype=torch.int64).reshape(-1, 3),
         shards=good,
+        shard_names=good_names,
     )
+
+
+def _captions(shard: Path, sample: Sample, column: str | None) -> list[str]:
+    if column is None and "txt" in sample.members:
+        try:
+            return [read_span(shard, *sample.members["txt"]).decode("utf-8-sig")]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"expected UTF-8 text in {sample.key}.txt, got {error}") from error
+    if "json" not in sample.members:
+        raise ValueError(f"no {sample.key}.json" if column else f"no caption {sample.key}.txt or {sample.key}.json")
+    column = column or "caption"
+    try:
+        about = json.loads(read_span(shard, *sample.members["json"]))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its json is no JSON ({error})") from error
+    captions = texts_in(about.get(column)) if isinstance(about, dict) else []
+    if not captions:
+        raise ValueError(f"expected a text, or a list of texts, as {column} in {sample.key}.json")
+    return captions
+
+
+def _published_name(file: str) -> str:
+    """``a/b.tar.gz`` and ``a/b.tgz`` → ``a/b.tar``."""
+    stem, _, ending = file.rpartition(".")
+    if ending.lower() not in ("gz", "tgz"):
+        return file
+    return stem if ending.lower() == "gz" else f"{stem}.tar"
+
+
+def _uncompressed(shard: Path) -> Path:
+    """A copy of a compressed shard in the folder for temporary files, for as long as this process lives."""
+    facts = shard.stat()
+    return _copied(shard.resolve(), facts.st_size, facts.st_mtime_ns)
+
+
+@cache
+def _copied(shard: Path, *_: int) -> Path:
+    with tempfile.NamedTemporaryFile(dir=_copies(), suffix=".tar", delete=False) as copy:
+        try:
+            with gzip.open(shard) as file:
+                shutil.copyfileobj(file, copy, 1 << 20)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise BadShard(f"not a whole gzip file ({error})") from error
+    return Path(copy.name)
+
+
+@cache
+def _copies() -> str:
+    folder = tempfile.mkdtemp(prefix="ccu-fast-shards-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def read_index(shard: Path) -> Iterator[Sample]:
@@ -107,7 +185,7 @@ def read_index(shard: Path) -> Iterator[Sample]:
                     name, extension = split_key(member.name)
                     if extension and name and not name.endswith("/"):
                         if name != key and members:
-                            yield Sample(key, members, repeated)
+                            yield from _parts(Sample(key, members, repeated))
                             members, repeated = {}, []
                         key = name
                         if extension in members:
@@ -119,13 +197,32 @@ def read_index(shard: Path) -> Iterator[Sample]:
     except tarfile.TarError as error:
         raise BadShard(f"not a whole, uncompressed tar file ({error})") from error
     if members:
-        yield Sample(key, members, repeated)
+        yield from _parts(Sample(key, members, repeated))
     with shard.open("rb") as file:
         file.seek(end)
         if file.read(_BLOCK).strip(b"\0"):
             raise BadShard(f"damaged at byte {end}")
     if end > size:
         raise BadShard("truncated")
+
+
+def _parts(sample: Sample) -> Iterator[Sample]:
+    """Of ``a.1.jpg``, ``a.1.txt``, ``a.2.jpg``, ``a.2.txt`` webdataset makes one sample ``a``: here two.
+
+    What has a picture and a caption of its own before the last dot is a sample of its own.
+    """
+    own: dict[str, dict[str, tuple[int, int]]] = {}
+    for extension, span in sample.members.items():
+        prefix, _, last = extension.rpartition(".")
+        own.setdefault(prefix, {})[last] = span
+    rest = dict(sample.members)
+    for prefix, members in own.items():
+        if prefix and not sample.repeated and "txt" in members and any(map(is_picture, members)):
+            yield Sample(f"{sample.key}.{prefix}", members)
+            for last in members:
+                del rest[f"{prefix}.{last}"]
+    if rest:
+        yield Sample(sample.key, rest, sample.repeated)
 
 
 def split_key(name: str) -> tuple[str, str]:

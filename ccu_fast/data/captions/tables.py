@@ -5,38 +5,53 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ccu_fast.data.captions.listing import Listing, Rows
+from ccu_fast.data.captions.listing import Listing, Rows, texts_in
 from ccu_fast.files import json_text
 
 # A field may be as long as a C long allows; the default of 128 KiB is less than some scraped captions.
 _FIELD_LIMIT = 2**31 - 1
 
 
-def list_table(path: Path, format: str, image_column: str | None, caption_column: str | None) -> Listing:
-    """The listing of a table; image paths are absolute or relative to the table's folder.
+def list_tables(
+    tables: Sequence[Path], root: Path, format: str, image_column: str | None, caption_column: str | None
+) -> Listing:
+    """The listing of one table, or of one in each split; image paths are absolute or relative to their table's folder.
 
     Raises:
-        ValueError: a column is missing, or the file is no such table.
+        ValueError: a column is missing or not that of the first table, or a file is no such table.
     """
-    rows, columns = Rows(), None
-    folder = path.parent
-    for number, record in enumerate(read_records(path)):
-        if columns is None:
-            columns = _columns(path, format, list(record), image_column, caption_column)
-        where = f"{path.name}, record {number + 1}"
-        image, caption = record.get(columns[0]), record.get(columns[1])
-        torn = path.suffix != ".jsonl" and (None in record or None in record.values())
-        if torn or not isinstance(image, str) or not isinstance(caption, str):
-            rows.refuse(where, f"expected the header's fields, with strings in {columns[0]} and {columns[1]}")
-        elif not image.strip():
-            rows.refuse(where, f"no path in {columns[0]}")
-        else:
-            rows.add(number, where, os.path.normpath(folder / image), caption)
-    return rows.listing(format, folder, metadata=path, columns=columns)
+    rows, columns, first = Rows(), None, 0
+    for path in tables:
+        number = -1
+        for number, record in enumerate(read_records(path)):
+            if number == 0:
+                found = _columns(path, format, list(record), image_column, caption_column)
+                if columns not in (None, found):
+                    raise ValueError(f"{path}: expected the columns {columns} of {tables[0]}, got {found}")
+                columns = found
+            assert columns is not None
+            where = f"{os.path.relpath(path, root)}, record {number + 1}"
+            image, captions = record.get(columns[0]), texts_in(record.get(columns[1]))
+            torn = path.suffix != ".jsonl" and (None in record or None in record.values())
+            if torn or not isinstance(image, str) or not captions:
+                rows.refuse(where, f"expected the header's fields, with strings in {columns[0]} and {columns[1]}")
+            elif not image.strip():
+                rows.refuse(where, f"no path in {columns[0]}")
+            elif path.parent != root and not _is_below(path.parent / image, path.parent):
+                rows.refuse(where, f"expected a path below the table's folder in {columns[0]}, got {image}")
+            else:
+                for caption in captions:
+                    rows.add(first + number, where, os.path.normpath(path.parent / image), caption)
+        first += number + 1
+    return rows.listing(format, root, tables=list(tables), columns=columns)
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    return os.path.normpath(path).startswith(os.path.normpath(folder) + os.sep)
 
 
 def read_records(path: Path) -> Iterator[dict[Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,7 +39,7 @@ def write_manifest(
     """
     manifest = {
         "format": listing.format,
-        "metadata": None if listing.metadata is None else listing.metadata.name,
+        "metadata": [os.path.relpath(table, listing.root) for table in listing.tables],
         "columns": listing.columns,
         **run,
         "versions": versions("ccu_fast", "torch", "pillow", "python"),

@@ -15,11 +15,11 @@ import torch
 
 from ccu_fast.data.captions import DiskSource, Listing
 from ccu_fast.data.captions.listing import MANIFEST, is_text
-from ccu_fast.data.captions.shards import Sample, read_index, split_key
+from ccu_fast.data.captions.shards import Sample, read_index
 from ccu_fast.data.pictures import encode_png
 from ccu_fast.files import FULL, readable
 from ccu_fast.mem.publish.tar import published, writer
-from ccu_fast.mem.publish.writer import CHUNK, published_files, write_metadata
+from ccu_fast.mem.publish.writer import CHUNK, caption_field, key_of, published_files, write_metadata
 from ccu_fast.mem.triggers import survivors
 from ccu_fast.models.tokenizer import Tokenizer
 
@@ -44,8 +44,8 @@ def unwritable_files(listing: Listing, folder: Path) -> dict[int, str]:
     bad: dict[int, str] = {}
     with tempfile.TemporaryDirectory(dir=folder, prefix="trial-") as trial:
         (Path(trial) / MANIFEST).touch()
-        if listing.metadata is not None:
-            with readable(listing.metadata, listing.argument):
+        if listing.tables:
+            with readable(listing.tables[0], listing.argument):
                 write_metadata(listing, listing.captions.__getitem__, Path(trial))
         for image, name in ((i, name) for i in range(listing.n_images) for name in published_files(listing, i)):
             if not is_text(name):
@@ -75,15 +75,19 @@ def unwritable_samples(source: DiskSource, images: Sequence[int]) -> dict[int, s
         return {}
     by_shard: dict[int, dict[str, int]] = {}
     for image, shard in zip(images, listing.spans[list(images), 0].tolist(), strict=True):
-        key = listing.names[image].removesuffix(".png").partition("/")[2]
-        by_shard.setdefault(shard, {})[key] = image
-    caption_of = dict(zip(listing.image_of.tolist(), listing.captions, strict=True))
+        by_shard.setdefault(shard, {})[key_of(listing, image)] = image
+    captions_of: dict[int, list[str]] = {}
+    for image, caption in zip(listing.image_of.tolist(), listing.captions, strict=True):
+        captions_of.setdefault(image, []).append(caption)
+    column = caption_field(listing)
     for shard, image_of in by_shard.items():
         for sample in read_index(listing.shards[shard]):
             if sample.key in image_of:
                 number = image_of[sample.key]
                 try:
-                    _write_sample(listing.shards[shard], sample, caption_of[number])
+                    if not is_text(f"{listing.shard_names[shard]}/{sample.key}"):
+                        raise ValueError("its name is not UTF-8")
+                    _write_sample(listing.shards[shard], sample, captions_of[number], column)
                 except Exception as error:  # whatever a parser or the archive raises
                     bad[number] = f"cannot be published: {str(error) or type(error).__name__}"
     return bad
@@ -125,19 +129,17 @@ def unreadable_captions(listing: Listing, images: Sequence[int], tokenizer: Toke
     return bad
 
 
-def _write_sample(shard: Path, sample: Sample, caption: str) -> None:
-    if not is_text(f"{shard.name}/{sample.key}"):
-        raise ValueError("its name is not UTF-8")
+def _write_sample(shard: Path, sample: Sample, captions: list[str], column: str) -> None:
     if sample.key.startswith("/") or ".." in sample.key.split("/"):
         raise ValueError("its key leads out of the folder that a shard is unpacked in")
-    members = published(shard, sample, b"", caption, (1, 1))
+    members = published(shard, sample, b"", captions, (1, 1), column)
     memory = io.BytesIO()
     with writer(memory) as archive:
         archive.write(members)
     memory.seek(0)
     with tarfile.open(fileobj=memory) as archive:
-        found = {split_key(member.name) for member in archive}
-    if found != {(sample.key, name) for name in members if name != "__key__"}:
+        found = {member.name for member in archive}
+    if found != {f"{sample.key}.{name}" for name in members if name != "__key__"}:
         raise ValueError("its key is read back as another")
 
 

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ccu_fast.data.captions.listing import in_place_of
 from ccu_fast.data.captions.shards import Sample, read_index, read_span
 from ccu_fast.files import json_text
 
@@ -16,13 +17,17 @@ KEPT = ("json", "cls")
 
 
 def write_shard(
-    source: Path, target: Path, samples: Iterable[tuple[str, bytes, str]], size: tuple[int, int]
+    source: Path,
+    target: Path,
+    samples: Iterable[tuple[str, bytes, list[str]]],
+    size: tuple[int, int],
+    caption_column: str = "caption",
 ) -> dict[str, int]:
-    """Write (key, PNG, caption) in their order; ``json`` and ``cls`` members are taken over.
+    """Write (key, PNG, captions) in their order; ``json`` and ``cls`` members are taken over.
 
     Other members are not: an unprotected thumbnail or embedding would give away what the picture hides. In the json,
-    ``caption`` becomes the published caption, and ``sha256``, ``width``, ``height`` those of the PNG, where present;
-    ``size`` is (width, height).
+    ``caption`` and the field that the captions came from become the published ones, and ``sha256``, ``width``,
+    ``height`` those of the PNG, where present; ``size`` is (width, height).
 
     Returns:
         How many members of each extension were left out.
@@ -30,9 +35,9 @@ def write_shard(
     dropped: Counter[str] = Counter()
     index = read_index(source)
     with target.open("wb") as file, writer(file) as archive:
-        for key, png, caption in samples:
+        for key, png, captions in samples:
             sample = next(sample for sample in index if sample.key == key)
-            archive.write(published(source, sample, png, caption, size))
+            archive.write(published(source, sample, png, captions, size, caption_column))
             taken = {*KEPT, "txt", *sample.pictures}
             dropped.update(extension for extension in sample.members if extension not in taken)
     return dict(dropped)
@@ -46,26 +51,33 @@ def writer(file: BinaryIO) -> Any:
     return TarWriter(file, encoder=False, **options)
 
 
-def published(shard: Path, sample: Sample, png: bytes, caption: str, size: tuple[int, int]) -> dict[str, Any]:
+def published(
+    shard: Path, sample: Sample, png: bytes, captions: list[str], size: tuple[int, int], caption_column: str = "caption"
+) -> dict[str, Any]:
     """What is written in the place of a sample, as webdataset takes it.
 
     Raises:
         ValueError: the sample's ``json`` is none.
     """
-    written: dict[str, Any] = {"__key__": sample.key, "png": png, "txt": caption.encode()}
+    written: dict[str, Any] = {"__key__": sample.key, "png": png}
+    if "txt" in sample.members:
+        written["txt"] = captions[0].encode()
     for extension in KEPT:
         if extension in sample.members:
             data = read_span(shard, *sample.members[extension])
-            written[extension] = _about(data, caption, png, size) if extension == "json" else data
+            if extension == "json":
+                data = _about(data, captions, {"caption", caption_column}, png, size)
+            written[extension] = data
     return written
 
 
-def _about(data: bytes, caption: str, png: bytes, size: tuple[int, int]) -> bytes:
+def _about(data: bytes, captions: list[str], fields: set[str], png: bytes, size: tuple[int, int]) -> bytes:
     try:
         about = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its json is no JSON ({error})") from error
     if isinstance(about, dict):
-        new = {"caption": caption, "sha256": sha256(png).hexdigest(), "width": size[0], "height": size[1]}
+        new: dict[str, Any] = {"sha256": sha256(png).hexdigest(), "width": size[0], "height": size[1]}
+        new |= {name: in_place_of(about.get(name), captions) for name in fields}
         about.update({name: value for name, value in new.items() if name in about})
     return json_text(about).encode()

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ccu_fast.data.captions.listing import Listing
+from ccu_fast.data.captions.listing import Listing, in_place_of, texts_in
 from ccu_fast.data.captions.tables import rewrite
 from ccu_fast.data.pictures import encode_png
 from ccu_fast.mem.fidelity import Fidelity
@@ -141,11 +141,12 @@ class Publisher:
         hashes: dict[str, str] = {}
         dropped: dict[str, int] = {}
         if chunk.shard >= 0:
-            shard = self.listing.shards[chunk.shard]
-            path = self._unfinished / shard.name
+            shard, name = self.listing.shards[chunk.shard], self.listing.shard_names[chunk.shard]
+            path = self._unfinished / "shard.tar"
             _, height, width = self.source.image_shape
-            dropped = write_shard(shard, path, self._samples(chunk, sums), (width, height))
-            hashes[shard.name] = self._place(path, shard.name)
+            column = caption_field(self.listing)
+            dropped = write_shard(shard, path, self._samples(chunk, sums), (width, height), column)
+            hashes[name] = self._place(path, name)
         else:
             for image, png, captions in self._pictures(chunk, sums):
                 text = "".join(f"{caption}\n" for caption in captions).encode()
@@ -155,10 +156,9 @@ class Publisher:
                     hashes[name] = self._place(path, name, hashlib.sha256(data).hexdigest())
         return {"sha256": hashes, "sums": asdict(sums), "dropped": dropped}
 
-    def _samples(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[str, bytes, str]]:
-        for image, png, (caption,) in self._pictures(chunk, sums):
-            key = self.listing.names[image].removesuffix(".png").partition("/")[2]
-            yield key, png, caption
+    def _samples(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[str, bytes, list[str]]]:
+        for image, png, captions in self._pictures(chunk, sums):
+            yield key_of(self.listing, image), png, captions
 
     def _pictures(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[int, bytes, list[str]]]:
         """Image, PNG and captions; at most CHUNK pictures are alive."""
@@ -185,6 +185,18 @@ class Publisher:
         return digest
 
 
+def key_of(listing: Listing, image: int) -> str:
+    """The key of an image in its shard."""
+    assert listing.spans is not None
+    shard = listing.shard_names[int(listing.spans[image, 0])]
+    return listing.names[image].removeprefix(f"{shard}/").removesuffix(".png")
+
+
+def caption_field(listing: Listing) -> str:
+    """The field of a shard's ``json`` that has the captions."""
+    return "caption" if listing.columns is None else listing.columns[1]
+
+
 def published_files(listing: Listing, image: int) -> list[str]:
     """Where an image goes and, if captions have their own files, its captions; of a sample in a shard, nothing."""
     name = listing.names[image]
@@ -194,33 +206,49 @@ def published_files(listing: Listing, image: int) -> list[str]:
 
 
 def write_metadata(listing: Listing, captions: Callable[[int], str], folder: Path) -> dict[str, str]:
-    """The table of a CSV or imagefolder dataset, with published names and captions; its hash by its name.
+    """The tables of a CSV or imagefolder dataset, with published names and captions; the hash of each by its name.
 
     Args:
         listing: of the input.
         captions: row → published caption.
         folder: of the dataset.
     """
-    if listing.metadata is None or listing.columns is None:
+    if listing.columns is None or not listing.tables:
         return {}
-    row_of = {record: row for row, record in enumerate(listing.records)}
+    rows_of: dict[int, list[int]] = defaultdict(list)
+    for row, record in enumerate(listing.records):
+        rows_of[record].append(row)
     images = listing.image_of.tolist()
     image_column, caption_column = listing.columns
+    hashes, before = {}, 0
+    for table in listing.tables:
+        inside = os.path.relpath(table.parent, listing.root)
+        seen = 0
 
-    def change(number: int, record: dict[str, Any]) -> dict[str, Any] | None:
-        row = row_of.get(number)
-        if row is None:
-            return None
-        if record.get(caption_column) != listing.captions[row]:
-            raise ValueError(
-                f"{listing.argument}: expected the rows of {listing.metadata} that were protected, got another record "
-                f"{number + 1}; put it back as it was"
-            )
-        return {**record, image_column: listing.names[images[row]], caption_column: captions(row)}
+        def change(
+            number: int, record: dict[str, Any], table: Path = table, first: int = before, inside: str = inside
+        ) -> dict[str, Any] | None:
+            nonlocal seen
+            seen += 1
+            rows = rows_of.get(first + number)
+            if rows is None:
+                return None
+            there = texts_in(record.get(caption_column))
+            if not {listing.captions[row] for row in rows} <= set(there):
+                raise ValueError(
+                    f"{listing.argument}: expected the rows of {table} that were protected, got another record "
+                    f"{number + 1}; put it back as it was"
+                )
+            name = os.path.relpath(listing.names[images[rows[0]]], inside)
+            published = in_place_of(record[caption_column], [captions(row) for row in rows])
+            return {**record, image_column: name, caption_column: published}
 
-    target = folder / listing.metadata.name
-    rewrite(listing.metadata, target, change)
-    return {target.name: file_hash(target)}
+        target = folder / os.path.relpath(table, listing.root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        rewrite(table, target, change)
+        hashes[os.path.relpath(target, folder)] = file_hash(target)
+        before += seen
+    return hashes
 
 
 def _read_journal(path: Path) -> dict[int, dict[str, Any]]:

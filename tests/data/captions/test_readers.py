@@ -236,7 +236,7 @@ def test_bad_samples_of_a_shard(tmp_path: Path) -> None:
     assert [str(bad) for bad in listing.bad] == [
         "s.tar/two: expected one picture, got ['png', 'jpg']",
         "s.tar/none: expected one picture, got none",
-        "s.tar/mute: no caption mute.txt",
+        "s.tar/mute: no caption mute.txt or mute.json",
         "s.tar/empty: empty caption",
     ]
     assert (listing.captions, listing.records, listing.names) == (["fine"], [4], ["s.tar/good.png"])
@@ -261,7 +261,7 @@ def test_wrong_inputs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected image-caption pairs, got none"):
         list_pairs(tmp_path / "t.csv")
     (tmp_path / "notes.md").touch()
-    with pytest.raises(ValueError, match=r"expected \.csv, \.tsv, \.tar or a folder"):
+    with pytest.raises(ValueError, match=r"expected \.csv, \.tsv, \.tar, \.tar\.gz, \.tgz or a folder"):
         list_pairs(tmp_path / "notes.md")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n[1]\n')
@@ -269,8 +269,10 @@ def test_wrong_inputs(tmp_path: Path) -> None:
         list_pairs(tmp_path / "hf")
     with pytest.raises(ValueError, match="format: expected one of"):
         Options(format="parquet")
-    with pytest.raises(ValueError, match="image_column, caption_column"):
-        list_pairs(made.write_shards(tmp_path / "shards"), Options(caption_column="x"))
+    with pytest.raises(ValueError, match="image_column: expected with csv or imagefolder only, got format webdataset"):
+        list_pairs(made.write_shards(tmp_path / "shards"), Options(image_column="x"))
+    with pytest.raises(ValueError, match="caption_column: expected with csv or imagefolder or webdataset only"):
+        list_pairs(made.write_folder(tmp_path / "folder"), Options(caption_column="x"))
 
 
 def test_errors_name_the_argument_that_the_dataset_came_as(tmp_path: Path) -> None:
@@ -285,7 +287,7 @@ def test_errors_name_the_argument_that_the_dataset_came_as(tmp_path: Path) -> No
     assert said(tmp_path / "nowhere").startswith("path: expected a file or folder")
     assert said(tmp_path / "notes.md").startswith("path: expected .csv")
     assert said(tmp_path / "empty").startswith("path: expected image-caption pairs")
-    assert said(tmp_path / "empty", format="csv").startswith("path: expected one of")
+    assert said(tmp_path / "empty", format="csv").startswith("path: expected one .csv or .tsv file")
     assert said(table, caption_column="words").startswith(f"path: {table}: expected the columns images and words")
     (tmp_path / "in" / "pictures" / "3.png").write_text("no picture")
     told = said(table)

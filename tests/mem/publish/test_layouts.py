@@ -1,0 +1,286 @@
+"""Layouts that other libraries write: read, published in the same layout, and read again."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ccu_fast.data.captions import DiskSource, Listing, Options, list_pairs
+from ccu_fast.data.load import load_pairs
+from ccu_fast.mem.job import protect_dataset
+from tests.support import mem_datasets as made
+from tests.support.mem_jobs import job, tree
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def shard(path: Path, members: dict[str, bytes | str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            made.add_member(archive, name, data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def members_of(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as archive:
+        return {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
+
+
+def pairs_in(listing: Listing) -> list[tuple[str, str]]:
+    return [(listing.names[image], caption) for image, caption in zip(listing.image_of, listing.captions, strict=True)]
+
+
+def is_protected(old: str, new: str) -> bool:
+    return new != old and new.endswith(old)
+
+
+def published(source: Path, out: Path, **options: Any) -> tuple[Listing, Listing, dict[str, Any]]:
+    """What was read, what a reader of the output gets, and the manifest; every pair is protected and called as before."""
+    read = Options(**options)
+    before = list_pairs(source, read)
+    manifest = protect_dataset(job(source, out, **({"options": read} if options else {})))
+    after = list_pairs(out, read)
+    assert (before.bad, after.bad, after.format) == ([], [], before.format)
+    for (name, old), (new_name, new) in zip(pairs_in(before), pairs_in(after), strict=True):
+        assert name == new_name and is_protected(old, new)
+    shape = (3, 16, 16)
+    pixels = [DiskSource(each, shape, threads=1).images(torch.arange(each.n_images)) for each in (before, after)]
+    changed = (pixels[0] != pixels[1]).flatten(1).any(1)
+    assert changed.all() and int((pixels[0].int() - pixels[1].int()).abs().max()) <= 16
+    return before, after, manifest
+
+
+# ---- hidden files
+
+
+def test_files_of_an_operating_system_are_passed_over(tmp_path: Path) -> None:
+    for format, write in {"folder": made.write_folder, "shards": made.write_shards, "csv": made.write_csv}.items():
+        folder = tmp_path / format
+        write(folder)
+        beside = [".DS_Store", "._0.png", "._0.txt", "._00000.tar", "._train.csv", ".trash/9.png", "__MACOSX/9.png"]
+        for name in beside:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"\0\5\x16\7")
+        listing = list_pairs(folder)
+        assert (listing.bad, listing.n_images) == ([], 6)
+        protect_dataset(job(folder, tmp_path / f"{format}-out"))
+        assert not any(
+            part.startswith((".", "__")) for name in tree(tmp_path / f"{format}-out") for part in name.split("/")
+        )
+
+
+def test_hidden_files_beside_ones_own_pairs(tmp_path: Path) -> None:
+    import numpy as np
+
+    for which in ("visual", "other"):
+        (tmp_path / which).mkdir()
+        for name in ("a", "b"):
+            np.save(tmp_path / which / f"{name}.npy", np.ones(3, np.float32))
+        (tmp_path / which / "._a.npy").write_bytes(b"\0\5\x16\7")
+        (tmp_path / which / ".cache").mkdir()
+        (tmp_path / which / ".cache" / "c.npy").write_bytes(b"x")
+    assert len(load_pairs(tmp_path)[0].other) == 2
+
+
+# ---- captions in json
+
+
+def about(i: int, **more: Any) -> str:
+    return json.dumps({"url": f"https://example.org/{i}", **more})
+
+
+def test_captions_in_json_members(tmp_path: Path) -> None:
+    """One text, a list of them, and a list beside a txt, which counts."""
+    members: dict[str, bytes | str] = {}
+    for i in range(4):
+        members |= {f"{i}.png": made.encoded(i), f"{i}.json": about(i, caption=made.caption(i))}
+    members |= {"4.png": made.encoded(4), "4.json": about(4, caption=[made.caption(4), made.caption(5)])}
+    members |= {"5.png": made.encoded(5), "5.txt": made.caption(6), "5.json": about(5, caption=["secret"])}
+    source = shard(tmp_path / "s.tar", members)
+    before, _, _ = published(source, tmp_path / "out")
+    assert before.captions == [made.caption(i) for i in range(7)]
+    written = members_of(tmp_path / "out" / "s.tar")
+    assert set(written) == set(members)
+    fields = [json.loads(written[f"{i}.json"]) for i in range(6)]
+    assert all(field["url"] == f"https://example.org/{i}" for i, field in enumerate(fields))
+    assert is_protected(made.caption(2), fields[2]["caption"])
+    assert [is_protected(made.caption(4 + i), text) for i, text in enumerate(fields[4]["caption"])] == [True, True]
+    assert fields[5]["caption"] == [written["5.txt"].decode()]
+
+
+def test_a_json_field_that_is_named(tmp_path: Path) -> None:
+    """Its captions count, and a txt beside it does not keep the old one."""
+    members: dict[str, bytes | str] = {}
+    for i in range(4):
+        fields = about(i, title=made.caption(i), caption="secret")
+        members |= {f"{i}.png": made.encoded(i), f"{i}.txt": "secret", f"{i}.json": fields}
+    source = shard(tmp_path / "s.tar", members)
+    before, _, manifest = published(source, tmp_path / "out", caption_column="title")
+    assert before.captions == [made.caption(i) for i in range(4)]
+    assert manifest["columns"] == ["png", "title"]
+    assert not any(
+        b"secret" in data for name, data in members_of(tmp_path / "out" / "s.tar").items() if name[-3:] != "png"
+    )
+
+
+def test_json_without_a_caption(tmp_path: Path) -> None:
+    members: dict[str, bytes | str] = {}
+    for i, field in enumerate(['{"caption": 3}', '{"caption": []}', '{"caption": ["a", 3]}', "[1]", "{}", "{"]):
+        members |= {f"{i}.png": made.encoded(i), f"{i}.json": field}
+    source = shard(tmp_path / "s.tar", members | {"6.png": made.encoded(6)})
+    told = [bad.why for bad in list_pairs(source).bad]
+    assert told[:5] == [f"expected a text, or a list of texts, as caption in {i}.json" for i in range(5)]
+    assert told[5].startswith("its json is no JSON (") and told[6] == "no caption 6.txt or 6.json"
+    (only,) = list_pairs(shard(tmp_path / "t.tar", {"0.png": made.encoded(0)}), Options(caption_column="title")).bad
+    assert str(only) == "t.tar/0: no 0.json"
+
+
+# ---- tables
+
+
+def split(folder: Path, numbers: range, column: str, kind: str) -> None:
+    folder.mkdir(parents=True)
+    records = [{"file_name": f"{i}.png", column: made.caption(i)} for i in numbers]
+    for i in numbers:
+        (folder / f"{i}.png").write_bytes(made.encoded(i))
+    if kind == "jsonl":
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        with (folder / "metadata.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["file_name", column], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(records)
+
+
+def test_the_splits_of_an_imagefolder(tmp_path: Path) -> None:
+    split(tmp_path / "in" / "train", range(4), "text", "jsonl")
+    split(tmp_path / "in" / "validation", range(4, 6), "text", "csv")
+    before, _, manifest = published(tmp_path / "in", tmp_path / "out")
+    assert before.format == "imagefolder"
+    assert before.names == [f"train/{i}.png" for i in range(4)] + [f"validation/{i}.png" for i in (4, 5)]
+    assert manifest["metadata"] == ["train/metadata.jsonl", "validation/metadata.csv"]
+    assert set(tree(tmp_path / "out")) == {*before.names, *manifest["metadata"], "manifest.json"}
+    records = [json.loads(line) for line in (tmp_path / "out" / "train" / "metadata.jsonl").read_text().splitlines()]
+    assert [record["file_name"] for record in records] == [f"{i}.png" for i in range(4)]
+
+
+def test_splits_that_do_not_fit_together(tmp_path: Path) -> None:
+    split(tmp_path / "in" / "train", range(2), "text", "jsonl")
+    split(tmp_path / "in" / "test", range(2), "caption", "csv")
+    with pytest.raises(ValueError, match=r"train/metadata\.jsonl: expected the columns .*caption.* of .*, got .*text"):
+        list_pairs(tmp_path / "in")
+    (tmp_path / "in" / "test" / "metadata.csv").unlink()
+    (tmp_path / "in" / "train" / "metadata.csv").touch()
+    with pytest.raises(ValueError, match=r"expected one of .* in .*train, got metadata.csv and metadata.jsonl"):
+        list_pairs(tmp_path / "in")
+    (tmp_path / "in" / "train" / "metadata.csv").unlink()
+    lines = [{"file_name": name, "text": "x"} for name in ("../0.png", "/0.png", "a/../../../0.png", "1.png")]
+    (tmp_path / "in" / "train" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    listing = list_pairs(tmp_path / "in")
+    assert [bad.where for bad in listing.bad] == [f"train/metadata.jsonl, record {i}" for i in (1, 2, 3)]
+    assert all("expected a path below the table's folder in file_name" in bad.why for bad in listing.bad)
+
+
+def test_lists_of_captions_in_jsonl(tmp_path: Path) -> None:
+    made.write_imagefolder(tmp_path / "in")
+    table = tmp_path / "in" / "metadata.jsonl"
+    records = [json.loads(line) for line in table.read_text().splitlines()]
+    records[2]["text"] = [made.caption(20), made.caption(21)]
+    table.write_text("".join(json.dumps(record) + "\n" for record in records))
+    before, _, _ = published(tmp_path / "in", tmp_path / "out")
+    assert before.image_of.tolist() == [0, 1, 2, 2, 3, 4, 5] and before.records == before.image_of.tolist()
+    written = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert [is_protected(made.caption(20 + i), text) for i, text in enumerate(written[2]["text"])] == [True, True]
+    assert isinstance(written[1]["text"], str) and written[2]["boxes"] == [2, 2.5]
+
+
+# ---- shards
+
+
+def test_shards_in_subfolders(tmp_path: Path) -> None:
+    for part in ("a", "b/c"):
+        made.write_shards(tmp_path / "in" / part, n=2, shard=2)
+    before, _, _ = published(tmp_path / "in", tmp_path / "out")
+    assert before.shard_names == ["a/00000.tar", "b/c/00000.tar"]
+    assert set(tree(tmp_path / "out")) == {"a/00000.tar", "b/c/00000.tar", "manifest.json"}
+
+
+@pytest.mark.parametrize("ending", [".tar.gz", ".tgz"])
+def test_compressed_shards(tmp_path: Path, ending: str) -> None:
+    """Published without the compression, of which PNGs would gain nothing."""
+    folder = made.write_shards(tmp_path / "in")
+    plain = folder / "00001.tar"
+    (folder / f"00001{ending}").write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    before, _, _ = published(tmp_path / "in", tmp_path / "out")
+    assert before.captions == [made.caption(i) for i in range(6)]
+    assert set(tree(tmp_path / "out")) == {"00000.tar", "00001.tar", "manifest.json"}
+    assert list_pairs(folder / f"00001{ending}").n_images == 3
+    plain.write_bytes((folder / "00000.tar").read_bytes())
+    (bad,) = list_pairs(folder).bad
+    assert str(bad) == f"00001{ending}: unreadable shard: the name of an earlier one without its ending, 00001.tar"
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"no gzip", lambda data: b""])
+def test_damaged_compression(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    folder = made.write_shards(tmp_path / "in")
+    data = gzip.compress((folder / "00001.tar").read_bytes())
+    (folder / "00001.tar").unlink()
+    (folder / "00001.tar.gz").write_bytes(damage(data))
+    listing = list_pairs(folder)
+    (bad,) = listing.bad
+    assert bad.where == "00001.tar.gz" and bad.why.startswith("unreadable shard: not a whole")
+    assert listing.n_images == 3
+
+
+def test_dots_in_keys(tmp_path: Path) -> None:
+    """webdataset cuts at the first dot; pictures with captions of their own behind it are pairs of their own."""
+    members: dict[str, bytes | str] = {"photo.png": made.encoded(0), "photo.txt": made.caption(0)}
+    for i in (1, 2):
+        members |= {f"photo.{i}.png": made.encoded(i), f"photo.{i}.txt": made.caption(i), f"photo.{i}.json": about(i)}
+    members |= {"v1.2/other.png": made.encoded(3), "v1.2/other.seg.png": made.encoded(9)}
+    members |= {"v1.2/other.txt": made.caption(3)}
+    before, _, manifest = published(shard(tmp_path / "s.tar", members), tmp_path / "out")
+    assert set(before.captions) == {made.caption(i) for i in range(4)}
+    assert set(before.names) == {f"s.tar/{key}.png" for key in ("photo", "photo.1", "photo.2", "v1.2/other")}
+    assert manifest["members_left_out"] == {"seg.png": 1}
+    assert set(members_of(tmp_path / "out" / "s.tar")) == set(members) - {"v1.2/other.seg.png"}
+
+
+def test_dots_in_the_names_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        (tmp_path / "in" / f"x.v{i}.png").write_bytes(made.encoded(i))
+        (tmp_path / "in" / f"x.v{i}.txt").write_text(made.caption(i))
+    before, _, _ = published(tmp_path / "in", tmp_path / "out")
+    assert before.names == [f"x.v{i}.png" for i in range(4)]
+
+
+# ---- names that lead out
+
+
+def test_nothing_is_written_outside_the_output(tmp_path: Path) -> None:
+    """Paths with ``..`` are read where they lead, and published below the output."""
+    made.write_csv(tmp_path / "elsewhere" / "deep")
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    rows = [f"../elsewhere/deep/pictures/{i}.png,{made.caption(i)}" for i in range(3)]
+    rows += [f"sub/../../elsewhere/deep/pictures/{i}.png,{made.caption(i)}" for i in range(3, 6)]
+    (tmp_path / "in" / "t.csv").write_text("images,caption\n" + "\n".join(rows) + "\n")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    published(tmp_path / "in" / "t.csv", tmp_path / "out")
+    outside = {
+        path: path.stat().st_mtime_ns
+        for path in tmp_path.rglob("*")
+        if path.is_file() and not path.is_relative_to(tmp_path / "out")
+    }
+    assert outside == before
+    assert set(tree(tmp_path / "out")) == {*(f"images/{i}.png" for i in range(6)), "t.csv", "manifest.json"}
