@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 from ccu_fast import extras, info
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 for what cannot be done here, 2 for a wrong command line, 130 after Ctrl-C.
     """
+    # What Pillow remarks on single pictures; what is wrong with one that cannot be used is an error of ours.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = words[0] if words and words[0] in COMMANDS else ""
     try:

@@ -19,9 +19,8 @@ from ccu_fast.data.captions.listing import visible_files
 from ccu_fast.data.captions.tables import read_records
 from ccu_fast.data.names import Names, read_ids, read_labels, texts
 from ccu_fast.data.paired import PairedData
+from ccu_fast.data.pictures import BadPicture, is_picture, read_pixels
 from ccu_fast.files import readable
-
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def load_pairs(path: str | Path) -> tuple[PairedData, Names]:
@@ -208,7 +207,9 @@ def _positions(data: PairedData) -> dict[str, list[int]]:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    files = sorted(p for p in map(folder.joinpath, visible_files(folder)) if p.suffix.lower() in (".npy", *IMAGES))
+    files = sorted(
+        p for p in map(folder.joinpath, visible_files(folder)) if p.suffix.lower() == ".npy" or is_picture(p.name)
+    )
     if not files:
         raise ValueError(f"path: expected .npy files or images in {folder}, got none")
     named: dict[str, Path] = {}
@@ -238,16 +239,12 @@ def _read(file: Path, name: str) -> Tensor:
             array = np.load(file, allow_pickle=False)
         return _tensor(array, name, file)
     extras.require("PIL")
-    from PIL import Image
-
-    with readable(file, "path"), Image.open(file) as image:
-        mode, deep = image.mode, image.mode.startswith("I;16")
-        # Conversion would cut all above 255 off.
-        pixels = np.array(image if deep else image.convert("L" if mode in ("1", "L") else "RGB"))
-    if mode in ("I", "F"):
-        raise ValueError(f"path: expected 8 or 16 bits a channel, got mode {mode} in {file}")
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32)) / (65535 if deep else 255)
+    with readable(file, "path"):
+        data = file.read_bytes()
+    try:
+        return read_pixels(data)
+    except BadPicture as error:
+        raise ValueError(f"path: expected a usable picture, got {file}: {error}") from error
 
 
 def _tensor(array: np.ndarray, name: str, path: Path) -> Tensor:

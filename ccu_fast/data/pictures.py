@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import io
-import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 EXTENSIONS = frozenset({"bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp"})
 MAX_PIXELS = 178_956_970  # where Pillow, too, takes a picture for a decompression bomb
+_LARGER = 4  # than what is cut out of it: a picture that may be resized whole
+_ORIENTATION = 0x0112  # the EXIF tag
 
-# What turns into 8-bit RGB or grey without a choice of ours; 16-bit and floating-point pictures are not among them.
+# What turns into 8-bit RGB or grey without a choice of ours; whole numbers of 32 bits and fractions are not among them.
 _MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
+
+# What a picture has that its pixels, as they are read, do not show.
+TRANSPARENT = "transparency dropped"
+PROFILE = "colour profile not applied"
+DEEP = "16 bits a channel made 8"
+TURNED = "turned by the EXIF orientation"
 
 
 class BadPicture(ValueError):
@@ -26,7 +36,9 @@ def is_picture(name: str) -> bool:
     return name.rpartition(".")[2].lower() in EXTENSIONS
 
 
-def decode(data: bytes, shape: tuple[int, int, int], *, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode(
+    data: bytes, shape: tuple[int, int, int], *, max_pixels: int = MAX_PIXELS, notes: list[str] | None = None
+) -> Tensor:
     """The pixels a model takes, by CLIP's preprocessing: the picture is resized (bicubic, antialiased) until it just
     covers H×W, then its centre is cut out. Two things are ours: colours are converted first, because Pillow resizes
     palettes by nearest neighbour, and the EXIF orientation is applied, because a PNG does not carry it on.
@@ -37,36 +49,93 @@ def decode(data: bytes, shape: tuple[int, int, int], *, max_pixels: int = MAX_PI
         data: an encoded picture, its first frame is taken.
         shape: (C, H, W) with C = 1 (grey) or 3 (RGB; transparency is dropped as CLIP drops it).
         max_pixels: more than these (width · height) are refused before they are decoded.
+        notes: gets what the pixels do not show of it: ``TRANSPARENT``, ``PROFILE``, ``DEEP``, ``TURNED``.
 
     Returns:
-        uint8 ``[C, H, W]``.
+        uint8 ``[C, H, W]``. 16-bit grey is rounded to 8; of 16-bit colours Pillow reads the upper 8.
 
     Raises:
         BadPicture: no picture, truncated, too large, or of an unsupported kind.
     """
+    channels, height, width = shape
+    loaded, found = _load(data, max_pixels)
+    if _is_deep(loaded):
+        from PIL import Image
+
+        loaded = Image.fromarray(((np.asarray(loaded, dtype=np.uint32) + 128) // 257).astype(np.uint8))
+    loaded = loaded.convert("L" if channels == 1 else "RGB")
+    if loaded.size != (width, height):
+        loaded = _covering(loaded, width, height)
+    if notes is not None:
+        notes += found
+    array = np.array(loaded, dtype=np.uint8).reshape(height, width, channels)
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def read_pixels(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """A picture as it is, upright: fp32 ``[1 or 3, H, W]`` in [0, 1]; grey has one channel, also with 16 bits.
+
+    Raises:
+        BadPicture: as of :func:`decode`.
+    """
+    loaded, _ = _load(data, max_pixels)
+    if _is_deep(loaded):
+        return torch.from_numpy(np.asarray(loaded, dtype=np.float32) / np.float32(65535))[None]
+    array = np.asarray(loaded.convert("L" if loaded.mode in ("1", "L") else "RGB"), dtype=np.float32) / np.float32(255)
+    array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _load(data: bytes, max_pixels: int) -> tuple[Image, list[str]]:
+    """The picture, decoded and upright, and the notes on it."""
     from PIL import Image, ImageOps
 
-    channels, height, width = shape
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data)) as picture:
             if picture.width * picture.height > max_pixels:
                 raise BadPicture(f"expected at most {max_pixels} pixels, got {picture.width} x {picture.height}")
-            if picture.mode not in _MODES:
-                raise BadPicture(f"expected 8 bits a channel, got mode {picture.mode}")
-            loaded = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
+            if picture.mode not in _MODES and not _is_deep(picture):
+                raise BadPicture(f"expected 8 or 16 bits a channel, got mode {picture.mode}")
+            deep = _is_deep(picture) or any(";16" in str(tile) for tile in getattr(picture, "tile", ()))
+            loaded = ImageOps.exif_transpose(picture)
+            clear = picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
+            found = {
+                TRANSPARENT: clear,
+                PROFILE: bool(picture.info.get("icc_profile")),
+                DEEP: deep,
+                TURNED: picture.getexif().get(_ORIENTATION, 1) in range(2, 9),
+            }
+            loaded.format = picture.format
     except BadPicture:
         raise
     # What decoders raise for broken files has no common base: OSError, SyntaxError, struct.error, ValueError, …
     except Exception as error:
         raise BadPicture(_reason(error)) from error
-    if loaded.size != (width, height):
-        ratio = max(width / loaded.width, height / loaded.height)
-        covering = (max(width, int(loaded.width * ratio)), max(height, int(loaded.height * ratio)))
-        loaded = loaded.resize(covering, Image.Resampling.BICUBIC)
-        left, top = round((covering[0] - width) / 2), round((covering[1] - height) / 2)
-        loaded = loaded.crop((left, top, left + width, top + height))
-    array = np.array(loaded, dtype=np.uint8).reshape(height, width, channels)
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+    loaded.info.pop("transparency", None)  # of which Pillow makes colours, and warns
+    return loaded, [note for note, holds in found.items() if holds]
+
+
+def _is_deep(picture: Image) -> bool:
+    """Grey with 16 bits; older Pillow reads a PNG of that into 32."""
+    return picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
+
+
+def _covering(picture: Image, width: int, height: int) -> Image:
+    """Resized until it just covers width × height, and its centre.
+
+    Of a picture that is long and thin only what the centre needs is resized: the whole would be larger without a limit.
+    """
+    from PIL.Image import Resampling
+
+    ratio = max(width / picture.width, height / picture.height)
+    covering = (max(width, int(picture.width * ratio)), max(height, int(picture.height * ratio)))
+    left, top = round((covering[0] - width) / 2), round((covering[1] - height) / 2)
+    if covering[0] * covering[1] <= _LARGER * width * height:
+        return picture.resize(covering, Resampling.BICUBIC).crop((left, top, left + width, top + height))
+    x, y = picture.width / covering[0], picture.height / covering[1]
+    # The same pixels but for rounding in between: Pillow takes rows or columns first, as it finds faster.
+    box = (left * x, top * y, min((left + width) * x, picture.width), min((top + height) * y, picture.height))
+    return picture.resize((width, height), Resampling.BICUBIC, box=box)
 
 
 def encode_png(pixels: Tensor) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,10 +28,12 @@ class Scan:
     Attributes:
         digests: uint8 ``[images, 32]``: SHA-256 of each encoded picture; zeros for the bad ones.
         bad: image number → why it cannot be used.
+        notes: what :func:`ccu_fast.data.pictures.decode` notes → of how many of them.
     """
 
     digests: Tensor
     bad: dict[int, str]
+    notes: dict[str, int]
 
 
 class DiskSource:
@@ -124,11 +127,12 @@ def scan(source: DiskSource, numbers: Sequence[int], progress: Callable[[int, in
     """
     digests = torch.zeros(source.n_images, 32, dtype=torch.uint8)
     bad: dict[int, str] = {}
+    notes: list[str] = []  # which threads may extend
 
     def look(number: int) -> None:
         try:
             data = source.read(number)
-            decode(data, source.image_shape, max_pixels=source.max_pixels)
+            decode(data, source.image_shape, max_pixels=source.max_pixels, notes=notes)
             digests[number] = _digest(data)
         except (OSError, BadPicture) as error:
             bad[number] = _why(error)
@@ -138,7 +142,7 @@ def scan(source: DiskSource, numbers: Sequence[int], progress: Callable[[int, in
         source.each(lambda place, part=part: look(part[place]), len(part))  # type: ignore[misc]
         if progress is not None:
             progress(start + len(part), len(numbers))
-    return Scan(digests, dict(sorted(bad.items())))
+    return Scan(digests, dict(sorted(bad.items())), dict(sorted(Counter(notes).items())))
 
 
 def bad_pictures(listing: Listing, bad: dict[int, str]) -> list[Bad]:

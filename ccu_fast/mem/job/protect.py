@@ -117,6 +117,7 @@ def protect_dataset(job: Job, progress: Progress = silent) -> dict[str, Any]:
 class _Run:
     def __init__(self, job: Job, rank: int, world: int, progress: Progress) -> None:
         self.job, self.rank, self.world, self.progress = job, rank, world, progress
+        self.notes: dict[str, int] = {}
         self.out = Path(os.path.realpath(job.out))
         self.partial = self.out.with_name(self.out.name + ".partial")
         # Beside the dataset, not in it: they undo the protection.
@@ -208,14 +209,15 @@ class _Run:
                 bad = unreadable_captions(listing, mine, model.tokenizer, triggers)
                 bad |= unwritable_samples(source, mine)
                 bad |= unwritable_files(listing, place.folder) if self.rank == 0 else {}
-                found = {"digests": seen.digests[mine], "bad": bad | seen.bad}
-        parts = gather_objects((found["bad"], found["digests"]))
-        bad = {number: why for items, _ in parts for number, why in items.items()}
+                found = {"digests": seen.digests[mine], "bad": bad | seen.bad, "notes": seen.notes}
+        parts = gather_objects((found["bad"], found["digests"], found["notes"]))
+        bad = {number: why for items, _, _ in parts for number, why in items.items()}
         if bad and not self.job.skip_bad:
             raise BadData(bad_pictures(listing, bad), SKIP)  # nothing is kept: they may be mended before the next try
         if not path.exists():
             write_state(path, found)
-        digests = torch.cat([part for _, part in parts])
+        digests = torch.cat([part for _, part, _ in parts])
+        self.notes = dict(sum((Counter(part) for _, _, part in parts), Counter[str]()))
         keep = [number for number in range(listing.n_images) if number not in bad]
         usable = listing.without(list(bad), bad_pictures(listing, bad))
         kept = [new for new, number in enumerate(keep) if mine[0] <= number <= mine[-1]]
@@ -299,6 +301,7 @@ class _Run:
                 hashes=hashes,
                 dropped=dropped,
                 skipped=source.listing.bad,
+                notes=self.notes,
             )
             _check_complete(place.publish, {MANIFEST, *hashes})
         barrier()

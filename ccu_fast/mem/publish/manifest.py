@@ -24,6 +24,7 @@ def write_manifest(
     hashes: Mapping[str, str],
     dropped: Mapping[str, int],
     skipped: Sequence[Bad],
+    notes: Mapping[str, int],
 ) -> None:
     """Write ``manifest.json``.
 
@@ -36,6 +37,7 @@ def write_manifest(
         hashes: SHA-256 of every file by its path in ``folder``.
         dropped: shards: members that were not taken over, by extension.
         skipped: what is not in the output.
+        notes: what the output does not show of pictures of the input, and of how many.
     """
     manifest = {
         "format": listing.format,
@@ -46,6 +48,7 @@ def write_manifest(
         "images": listing.n_images,
         "rows": len(listing.captions),
         "skipped": {"count": len(skipped), "items": [asdict(bad) for bad in skipped]},
+        "pictures": dict(notes),
         "members_left_out": dict(dropped),
         "measured": fidelity.report(),
         "losses": dict(losses),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from ccu_fast.data.captions import DiskSource, Listing, Options, list_pairs
 from ccu_fast.data.load import load_pairs
@@ -44,7 +45,7 @@ def is_protected(old: str, new: str) -> bool:
 
 
 def published(source: Path, out: Path, **options: Any) -> tuple[Listing, Listing, dict[str, Any]]:
-    """What was read, what a reader of the output gets, and the manifest; every pair is protected and called as before."""
+    """What was read, what a reader of the output gets, the manifest; every pair is protected and called as before."""
     read = Options(**options)
     before = list_pairs(source, read)
     manifest = protect_dataset(job(source, out, **({"options": read} if options else {})))
@@ -263,6 +264,24 @@ def test_dots_in_the_names_of_a_folder(tmp_path: Path) -> None:
         (tmp_path / "in" / f"x.v{i}.txt").write_text(made.caption(i))
     before, _, _ = published(tmp_path / "in", tmp_path / "out")
     assert before.names == [f"x.v{i}.png" for i in range(4)]
+
+
+# ---- pictures
+
+
+def test_the_manifest_counts_what_pictures_had(tmp_path: Path) -> None:
+    table = made.write_csv(tmp_path / "in")
+    folder = tmp_path / "in" / "pictures"
+    for i in (0, 3):
+        made.picture(i).convert("RGBA").save(folder / f"{i}.png")
+    made.picture(1).save(folder / "1.png", icc_profile=b"profile")
+    Image.new("I;16", (16, 16), 30_000).save(folder / "2.png")
+    _, _, manifest = published(table, tmp_path / "out")
+    assert manifest["pictures"] == {
+        "16 bits a channel made 8": 1,
+        "colour profile not applied": 1,
+        "transparency dropped": 2,
+    }
 
 
 # ---- names that lead out
