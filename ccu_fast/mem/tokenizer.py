@@ -108,5 +108,6 @@ class WordTokenizer:
         unknown = [w for w in words if self._ids.get(w, 0) < len(SPECIAL)]
         if unknown:
             where = "" if text is None else f" in {text!r}"
-            raise ValueError(f"captions: expected words of the vocabulary, got {unknown[0]!r}{where}")
+            own = ", which stands for a special token," if unknown[0] in SPECIAL else ""
+            raise ValueError(f"captions: expected words of the vocabulary, got {unknown[0]!r}{own}{where}")
         return [self._ids[w] for w in words]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ def small(
 ) -> Model:
     """The built-in convolutional and transformer towers, with a vocabulary made of the captions' own words.
 
-    Triggers are everyday words that no caption has.
+    Triggers are everyday words that no caption has and, as these become fewer and the vocabulary larger, the captions'
+    own rarest words.
 
     Args:
         captions: all that will be encoded.
@@ -30,9 +32,9 @@ def small(
         width: of both towers.
         checkpoint: a ``state_dict`` to start from; its vocabulary must be the same.
     """
-    words = {word for caption in captions for word in caption.split()}.difference(SPECIAL)
-    unused = [word for word in NEUTRAL if word not in words]
-    tokenizer = WordTokenizer(sorted(words | set(NEUTRAL)), unused, context=CONTEXT)
+    counts = Counter(word for caption in captions for word in set(caption.split()))
+    words = set(counts).difference(SPECIAL)
+    tokenizer = WordTokenizer(sorted(words | set(NEUTRAL)), trigger_words(counts), context=CONTEXT)
     make = partial(
         SmallDualEncoder,
         len(tokenizer),
@@ -44,8 +46,21 @@ def small(
         context=CONTEXT,
     )
     loaded = make if checkpoint is None else from_checkpoint(make, checkpoint)
-    about = {"model": "small", "width": width, "image_shape": list(image_shape)}
+    triggers = len(tokenizer.trigger_ids)
+    about = {"model": "small", "width": width, "image_shape": list(image_shape), "words": [len(tokenizer), triggers]}
     return _hashed(Model(loaded, tokenizer, image_shape, about), checkpoint)
+
+
+def trigger_words(counts: Mapping[str, int]) -> list[str]:
+    """What triggers may be made of: a tenth as many words as the captions have, at least as many as are neutral.
+
+    Args:
+        counts: word → number of captions that have it.
+    """
+    unused = [word for word in NEUTRAL if word not in counts]
+    size = max(len(NEUTRAL), len(counts) // 10)
+    rare = sorted((count, word) for word, count in counts.items() if word.isalpha())
+    return unused + [word for _, word in rare[: max(0, size - len(unused))]]
 
 
 def choose(
