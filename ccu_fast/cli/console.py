@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +18,9 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 # The checks of this package name the argument first; an error without a name is a bug.
 NAMED = re.compile(r"[\w\[\], ./-]+: ")
 SHOWN = 12
+READER_GONE = 141  # what a shell reports for a program that wrote to a closed pipe
+# Command → each option's name in Python, and as it is typed; the decorator ``options.with_fields`` knows them.
+FLAGS: dict[str, dict[str, str]] = {}
 
 
 @contextmanager
@@ -32,14 +36,36 @@ def one_sentence(command: str, *, goes_on: bool = True) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:
+        nobody_reads()
+        raise SystemExit(READER_GONE) from None
     except BaseException as error:
         told = _sentence(error, goes_on)
         if told is None:
             raise
         # Notes are those of files.after_the_work.
-        said = "; ".join([told, *getattr(error, "__notes__", ())])
+        said = "; ".join([_as_typed(told, FLAGS.get(command, {})), *getattr(error, "__notes__", ())])
         print(f"{f'ccu-fast {command}'.strip()}: {' '.join(said.split())}", file=sys.stderr)
         raise SystemExit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1) from None
+
+
+def nobody_reads() -> None:
+    """What is still to be written goes nowhere, as after ``ccu-fast … | head``; else Python tells of it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _as_typed(told: str, flags: Mapping[str, str]) -> str:
+    """With options named as on the command line: the arguments that an error begins with, and names with a ``_``.
+
+    Such a name in a path or a quotation is left alone.
+    """
+    names, colon, rest = told.partition(": ")
+    words = names.split(", ")
+    if colon and all(word in flags for word in words):
+        names = ", ".join(flags[word] for word in words)
+    for name in filter(lambda name: "_" in name, flags):
+        rest = re.sub(rf"(?<![\w/.'\"-]){name}(?![\w/.'\"-])", flags[name], rest)
+    return names + colon + rest
 
 
 def _sentence(error: BaseException, goes_on: bool) -> str | None:

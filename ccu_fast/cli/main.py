@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ccu_fast import extras, info
 from ccu_fast._version import __version__
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = words[0] if words and words[0] in COMMANDS else ""
     try:
-        with one_sentence(command):
+        with one_sentence(command), _flushed():
             if command == "info":
                 return info.main(words[1:], prog="ccu-fast info")
             try:
@@ -50,6 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+@contextmanager
+def _flushed() -> Iterator[None]:
+    """Nothing of stdout is left for the end of Python, where a reader that has gone would cost a traceback."""
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
 
 
 def _without_typer(words: list[str]) -> int:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
+from ccu_fast.cli.console import FLAGS
 from ccu_fast.runs.settings import read_toml, with_known_keys
 
 
@@ -57,6 +58,8 @@ def with_fields(command: Callable[..., None]) -> Callable[..., None]:
             parameters += options
             groups[parameter.name] = [option.name for option in options]
 
+    FLAGS[command.__name__] = dict(filter(None, map(_flag, parameters)))
+
     @wraps(command)
     def expanded(**values: Any) -> None:
         for group, names in groups.items():
@@ -66,6 +69,14 @@ def with_fields(command: Callable[..., None]) -> Callable[..., None]:
     expanded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return expanded
+
+
+def _flag(parameter: inspect.Parameter) -> tuple[str, str] | None:
+    """An option's name in Python and as it is typed; None of an argument."""
+    for option in getattr(parameter.annotation, "__metadata__", ()):
+        if isinstance(option, typer.models.OptionInfo):
+            return parameter.name, (option.param_decls or (f"--{parameter.name.replace('_', '-')}",))[0]
+    return None
 
 
 def _read_config(context: typer.Context, parameter: typer.CallbackParam, value: Path | None) -> Path | None:

@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -271,6 +272,64 @@ def test_bad_input_is_named(words: list[str], message: str, ends: Ends, idle: An
     for name in ("unlearn", "protect", "evaluate"):
         idle(name)
     assert message in ends(words)
+
+
+def test_options_are_named_as_they_are_typed(ends: Ends, idle: Any, place: Path) -> None:
+    idle("protect")
+    words = ["protect", "uncaptioned", "--out", "{out}", "--size", "16x16", "--model", "small:32"]
+    assert "input: expected usable pairs, got 3 bad items (--skip-bad leaves them out)" in ends(words)
+    assert ": --device: expected cpu or a GPU" in ends([*WORK["protect"], "--device", "abacus"])
+    assert ": --size, --grey: expected neither for 'hf:x'" in ends(
+        ["protect", "in/train.csv", "--out", "{out}", "--model", "hf:x", "--grey", "--size", "16x16"]
+    )
+    assert ": --image-column: expected with csv" in ends(
+        ["protect", "uncaptioned", "--out", "{out}", "--format", "folder", "--image-column", "x"]
+    )
+    # Not where it is part of a path or of what somebody wrote.
+    assert "got skip_bad/x, which does not exist" in ends(["protect", "skip_bad/x", "--out", "{out}"])
+    assert "got 'skip_bad'" in ends([*WORK["protect"], "--size", "skip_bad"])
+
+
+def test_a_reader_that_goes_is_no_error(place: Path) -> None:
+    """As in ``ccu-fast info | head -1``."""
+    for words in (["info"], ["--help"], ["protect", "--help"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run(
+            [sys.executable, "-m", "ccu_fast", *words],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+        os.close(writing)
+        assert (done.stderr, done.returncode in (1, console.READER_GONE)) == (b"", True), words
+
+
+def test_help_shows_every_word_of_every_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Markup would take words in brackets for its own."""
+    import typer.main
+
+    from ccu_fast.cli.app import app
+
+    monkeypatch.setenv("COLUMNS", "400")
+    seen = 0
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        if name == "info":  # has the help of ``python -m ccu_fast.info``
+            continue
+        assert cli.main([name, "--help"]) == 0
+        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        for parameter in command.params:
+            if getattr(parameter, "help", None):
+                assert " ".join(parameter.help.split()) in shown, (name, parameter.name)
+                seen += 1
+                default = parameter.default
+                if default not in (None, False) and not callable(default) and parameter.name != "help":
+                    value = getattr(default, "value", default)
+                    assert f"[default: {value}]" in shown, (name, parameter.name)
+    assert seen > 60
 
 
 def test_an_equals_sign_in_a_path(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
