@@ -13,6 +13,7 @@ from ccu_fast.cli.console import live, one_sentence
 from ccu_fast.cli.options import Config, Fields, with_fields
 from ccu_fast.data.captions import Options
 from ccu_fast.data.captions.listing import is_text
+from ccu_fast.distributed.ranks import own_device
 from ccu_fast.files import after_the_work, output_file, write_whole
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.job import Job, protect_dataset
@@ -60,8 +61,6 @@ def protect(
     precisions = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
     if autocast not in precisions:
         raise ValueError(f"autocast: expected bf16 or fp16, got {autocast!r}")
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
     job = Job(
         input,
         out,
@@ -69,7 +68,7 @@ def protect(
         Method.parse(method),
         Settings(**settings),
         options=Options(**options),
-        device=check.device("device", device),
+        device=check.device("device", own_device(device)),
         execution=Execution(precisions[autocast], **execution),
         **run,
     )

@@ -3,14 +3,17 @@
 # No `from __future__ import annotations`: typer reads the annotations.
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
-from ccu_fast import extras
+from ccu_fast import check, extras
 from ccu_fast.cli.console import live, one_sentence
 from ccu_fast.cli.options import Fields, with_fields
+from ccu_fast.distributed.ranks import own_device
 from ccu_fast.files import after_the_work
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
 
@@ -37,6 +40,7 @@ def unlearn(
     task: Annotated[list[str] | None, typer.Option(help="With --compare: a task; may be repeated.")] = None,
     scenario: Annotated[list[str] | None, typer.Option(help="With --compare: class or instances.")] = None,
     seeds: Annotated[int, typer.Option(help="With --compare: how many.", min=1)] = 3,
+    device: Annotated[str, typer.Option(help="Of the model and the data: cpu, cuda, cuda:1.")] = "cpu",
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw an earlier run with this output away.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No live progress, no table.")] = False,
 ) -> None:
@@ -52,28 +56,32 @@ def unlearn(
         raise SystemExit(2)
     given = {"ccu": ccu, "budget": budget, "forget": {"classes": classes or None}}
     overrides = {name: {k: v for k, v in table.items() if v is not None} for name, table in given.items()}
-    unused = [name for table in overrides.values() for name in table] + ["fresh"] * fresh
+    unused = [name for table in overrides.values() for name in table]
+    unused += ["device"] * (device != "cpu") + ["fresh"] * fresh
     if not compare:
         unused = [name for name, value in (("task", task), ("scenario", scenario)) if value]
     if unused:
         goes = "with a settings file" if compare else "with --compare"
-        print(f"ccu-fast unlearn: expected {', '.join(unused)} only {goes}", file=sys.stderr)
+        typed = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        print(f"ccu-fast unlearn: expected {typed} only {goes}", file=sys.stderr)
         raise SystemExit(2)
     extras.require("rich", "safetensors", "sklearn", "matplotlib", "jinja2")
     if settings is None:
         _compare(out, task, scenario, seeds, quiet)
     else:
-        _run(settings, out, overrides, fresh, quiet)
+        _run(settings, overrides, check.device("device", own_device(device)), out, fresh, quiet)
 
 
-def _run(settings: Path, out: Path, overrides: dict[str, dict[str, Any]], fresh: bool, quiet: bool) -> None:
+def _run(
+    settings: Path, overrides: dict[str, dict[str, Any]], device: torch.device, out: Path, fresh: bool, quiet: bool
+) -> None:
     from rich.console import Console
 
     from ccu_fast.cli.report.page import write_run
     from ccu_fast.cli.report.tables import before_after_table, show
     from ccu_fast.unlearn.job import read_job, run_job
 
-    job = read_job(settings, overrides)
+    job = replace(read_job(settings, overrides), device=device)
     with live(quiet or int(os.environ.get("RANK", "0")) > 0) as progress:
         result = run_job(job, out, fresh=fresh, progress=progress)
     if result is None:  # the first process has written it

@@ -153,7 +153,12 @@ class Ranks:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[tuple[int, int]]:
-    """(rank, number of processes) as ``torchrun`` started them; (0, 1) without it. gloo on CPUs, NCCL on GPUs."""
+    """(rank, number of processes) as ``torchrun`` started them; (0, 1) without it. gloo on CPUs, NCCL on GPUs.
+
+    A GPU becomes this process's current one, which NCCL sends objects from.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or dist.is_initialized():
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -163,6 +168,12 @@ def processes(device: torch.device) -> Iterator[tuple[int, int]]:
         yield dist.get_rank(), dist.get_world_size()
     finally:
         dist.destroy_process_group()
+
+
+def own_device(name: str) -> str:
+    """Of "cuda" the GPU of this process, as ``torchrun`` numbers them."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if name == "cuda" and local is not None else name
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -35,7 +35,7 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -87,6 +87,7 @@ class Job:
         classes: names of those to forget, for config.forget "class"; of a number its digits.
         ids: file of the ids to forget, or the ids, for "instances" and "pairs".
         config: of CCU.
+        device: of the model and all data.
     """
 
     model: str
@@ -97,6 +98,7 @@ class Job:
     classes: tuple[str, ...]
     ids: Path | tuple[str, ...] | None
     config: UnlearnConfig
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Job:
@@ -178,12 +180,13 @@ def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | No
             ``load_pairs``.
     """
     model, data, names = load(job)
-    forget, retain = split(data, job, names)
+    model = model.to(job.device)
+    forget, retain = (part.to(job.device) for part in split(data, job, names))
     check_problem(model, forget, retain, job.config.forget)
     saved_state(_own(model))  # what cannot be written is refused before the work
     output_folder(out)
     written = out / "model.safetensors"
-    with processes(forget.labels.device) as (rank, world), locked(out / f"lock-{rank}"):
+    with processes(job.device) as (rank, world), locked(out / f"lock-{rank}"):
         take = partial(_take, out, job, fresh)
         Ranks().of_first(take) if world > 1 else take()
         checkpoint = Checkpoint(out / "checkpoint.pt", settings=asdict(job.config))
@@ -359,7 +362,7 @@ def _own(model: Any) -> Any:
 def _data_hash(data: PairedData) -> str:
     digest = hashlib.sha256()
     for value in (data.visual, data.other, data.labels, data.ids):
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -368,8 +371,8 @@ def _embeddings(
 ) -> dict[str, Tensor]:
     parts = [data.batch(torch.linspace(0, len(data) - 1, min(most, len(data))).long()) for data in (retain, forget)]
     return {
-        "labels": torch.cat([part.labels for part in parts]),
+        "labels": torch.cat([part.labels for part in parts]).cpu(),
         "forgotten": torch.cat([torch.full((len(p),), i == 1) for i, p in enumerate(parts)]),
-        "before": torch.cat([embed(before, part)[0] for part in parts]),
-        "after": torch.cat([embed(after, part)[0] for part in parts]),
+        "before": torch.cat([embed(before, part)[0] for part in parts]).cpu(),
+        "after": torch.cat([embed(after, part)[0] for part in parts]).cpu(),
     }

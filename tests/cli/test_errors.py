@@ -255,7 +255,7 @@ def test_a_package_that_is_there_but_broken(name: str, ends: Ends, idle: Any) ->
         ),
         *(
             ([*WORK[name], "--device", device], "device: expected cpu or a GPU that is here")
-            for name in ("protect", "evaluate")
+            for name in ("protect", "evaluate", "unlearn")
             for device in (
                 "cuda:77",
                 "cuda:-1",
@@ -477,9 +477,10 @@ def test_info_ends_as_the_others_do(monkeypatch: pytest.MonkeyPatch, ends: Ends)
     [
         (["unlearn"], "expected a settings file or --compare"),
         (["unlearn", "x.toml", "--compare"], "expected a settings file or --compare"),
-        (["unlearn", "--compare", "--steps", "3", "--fresh"], "expected steps, fresh only with a settings file"),
-        (["unlearn", "--compare", "--classes", "3"], "expected classes only with a settings file"),
-        (["unlearn", "x.toml", "--task", "digits-halves"], "expected task only with --compare"),
+        (["unlearn", "--compare", "--steps", "3", "--fresh"], "expected --steps, --fresh only with a settings file"),
+        (["unlearn", "--compare", "--classes", "3"], "expected --classes only with a settings file"),
+        (["unlearn", "--compare", "--device", "cuda"], "expected --device only with a settings file"),
+        (["unlearn", "x.toml", "--task", "digits-halves"], "expected --task only with --compare"),
     ],
 )
 def test_a_wrong_command_line_is_2(words: list[str], message: str, ends: Ends) -> None:

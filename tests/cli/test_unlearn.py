@@ -8,6 +8,7 @@ import socket
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -20,6 +21,7 @@ from ccu_fast.cli.main import main
 from ccu_fast.cli.report import figures
 from ccu_fast.data.halves import Halves
 from ccu_fast.data.load import load_pairs
+from ccu_fast.data.paired import PairedData
 from ccu_fast.data.views import STRIDE, load_views
 from ccu_fast.models.weights import from_checkpoint
 from ccu_fast.runs.checkpoint import Checkpoint
@@ -113,6 +115,33 @@ class TestCommand:
         state, _ = load_model(folder / "out" / "model.safetensors")
         before = toy_unlearn.trained().state_dict()
         assert {k for k in state if not torch.equal(state[k], before[k])} == {k for k in state if "visual_tower" in k}
+
+    def test_model_and_data_go_to_the_device(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One that holds no values stands for a GPU: the work is given all that it computes with there."""
+        seen = []
+
+        def work(model: Any, forget: PairedData, retain: PairedData, *_: Any) -> None:
+            tensors = [*model.state_dict().values()]
+            tensors += [t for part in (forget, retain) for t in (part.visual, part.other, part.labels, part.ids)]
+            seen.extend(t.device.type for t in tensors)
+            raise ValueError("work: expected no more")
+
+        monkeypatch.setattr("ccu_fast.unlearn.job.check_problem", work)
+        monkeypatch.setattr("ccu_fast.check.device", lambda name, value: torch.device(value))
+        assert "expected no more" in run(
+            str(folder / "settings.toml"), "--out", str(folder / "out"), "--device", "meta"
+        )
+        assert set(seen) == {"meta"}
+
+    @pytest.mark.gpu
+    def test_on_a_gpu(self, folder: Path) -> None:
+        (folder / "settings.toml").write_text(TOML.replace("steps = 30", "steps = 12"))
+        for device in ("cpu", "cuda"):
+            words = [str(folder / "settings.toml"), "--out", str(folder / device), "--device", device, "--quiet"]
+            assert run(*words).startswith("0 ")
+        one, two = (load_model(folder / device / "model.safetensors")[0] for device in ("cpu", "cuda"))
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-2, atol=1e-3)
 
     def test_two_processes_share_a_run(self, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         """Each with the environment that torchrun gives it; tests/cli/test_mem.py starts torchrun itself."""
