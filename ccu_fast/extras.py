@@ -18,6 +18,7 @@ EXTRAS = {
         "webdataset": "webdataset",
         **({} if sys.version_info >= (3, 11) else {"tomli": "tomli"}),
     },
+    "parquet": {"pyarrow": "pyarrow"},
 }
 
 

@@ -25,7 +25,9 @@ MODEL_HELP = "small, small:WIDTH (a multiple of 32), open_clip:NAME or hf:FOLDER
 @one_sentence("protect")
 @with_fields
 def protect(
-    input: Annotated[Path, typer.Argument(help="A .csv or .tsv, a .tar, or a folder of tars or of pictures.")],
+    input: Annotated[
+        Path, typer.Argument(help="A .csv, .tsv or .parquet, a .tar, or a folder of tars or of pictures.")
+    ],
     out: Annotated[Path, typer.Option(help="New or empty folder for the protected dataset.")],
     *,
     method: Annotated[

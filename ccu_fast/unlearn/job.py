@@ -182,7 +182,7 @@ def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | No
     model, data, names = load(job)
     model = model.to(job.device)
     forget, retain = (part.to(job.device) for part in split(data, job, names))
-    check_problem(model, forget, retain, job.config.forget)
+    check_problem(model, forget, retain, job.config.forget, names.classes)
     saved_state(_own(model))  # what cannot be written is refused before the work
     output_folder(out)
     written = out / "model.safetensors"

@@ -117,8 +117,16 @@ def loss_on(model: TwoModalityModel, data: PairedData, *, visual_only: bool = Fa
     return task_loss(model, *embed_both(model, data), data.labels, visual_only=visual_only)
 
 
-def check_problem(model: Any, forget: PairedData, retain: PairedData, roles: str) -> None:
-    """Raise an error that names what is wrong with a model or its forget and retain sets, before anything runs."""
+def check_problem(
+    model: Any, forget: PairedData, retain: PairedData, roles: str, classes: Mapping[str, int] | None = None
+) -> None:
+    """Raise an error that names what is wrong with a model or its forget and retain sets, before anything runs.
+
+    Args:
+        model, forget, retain: of :func:`ccu_fast.unlearn.unlearn`.
+        roles: ``forget`` of the settings.
+        classes: what they are called → label, for the errors.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     missing = [name for name in ("embed_visual", "embed_other") if not callable(getattr(model, name, None))]
@@ -143,11 +151,14 @@ def check_problem(model: Any, forget: PairedData, retain: PairedData, roles: str
             f"retain: expected no item of the forget set, got {len(overlap)} of them (first id {int(overlap[0])})"
         )
     if roles != "pairs":
-        _check_labels(forget, retain, roles)
+        _check_labels(forget, retain, roles, {label: name for name, label in (classes or {}).items()})
     _check_outputs(cast(TwoModalityModel, model), forget, retain, roles)
 
 
-def _check_labels(forget: PairedData, retain: PairedData, roles: str) -> None:
+def _check_labels(forget: PairedData, retain: PairedData, roles: str, called: Mapping[int, str]) -> None:
+    def name_of(label: Tensor) -> str:
+        return called.get(int(label), str(int(label)))
+
     for name, data in (("forget", forget), ("retain", retain)):
         if not data.labelled:
             raise ValueError(
@@ -157,13 +168,13 @@ def _check_labels(forget: PairedData, retain: PairedData, roles: str) -> None:
     shared = forget.labels[torch.isin(forget.labels, retain.labels)]
     if roles == "class" and len(shared):
         raise ValueError(
-            f"retain: expected no item of a class to forget, got class {int(shared[0])}; "
+            f"retain: expected no item of a class to forget, got class {name_of(shared[0])}; "
             "to forget some items of a class use forget='instances'"
         )
     if roles == "instances" and len(shared) < len(forget):
         absent = forget.labels[~torch.isin(forget.labels, retain.labels)]
         raise ValueError(
-            f"retain: expected items of every class in the forget set, got none of class {int(absent[0])}; "
+            f"retain: expected items of every class in the forget set, got none of class {name_of(absent[0])}; "
             "to forget a whole class use forget='class'"
         )
 

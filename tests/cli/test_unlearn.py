@@ -230,6 +230,16 @@ class TestCommand:
             gone = data[data.labels == 1]
             assert provenance["forget_sha256"] == _data_hash(gone)
 
+    def test_an_error_says_a_class_by_its_name(self, folder: Path) -> None:
+        data = toy()
+        called = np.array(["ant", "bee", "cat", "dog"])[data.labels]
+        np.savez(folder / "pairs.npz", visual=data.visual, other=data.other, labels=called, ids=data.ids)
+        gone = [int(i) for i in data.ids[data.labels == 2]]
+        text = TOML.replace("classes = [1]", f'kind = "instances"\nids = {gone}')
+        (folder / "settings.toml").write_text(text)
+        said = run(str(folder / "settings.toml"), "--out", str(folder / "out"))
+        assert "retain: expected items of every class in the forget set, got none of class cat; to forget" in said
+
     def test_items_by_names_of_their_own(self, folder: Path) -> None:
         """Text, and numbers too large for int64, which must not wrap; from a file with a BOM and from a list."""
         data = toy()

@@ -1,19 +1,22 @@
-"""Tables that name images and captions: CSV (and TSV), and Hugging Face's metadata.csv and metadata.jsonl."""
+"""Tables that name images and captions: CSV (and TSV), and Hugging Face's metadata.csv, .jsonl and .parquet."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from ccu_fast import extras
 from ccu_fast.data.captions.listing import Listing, Rows, texts_in
 from ccu_fast.files import json_text
 
 # A field may be as long as a C long allows; the default of 128 KiB is less than some scraped captions.
 _FIELD_LIMIT = 2**31 - 1
+_ROWS = 4096  # of a Parquet file, in memory at a time
 
 
 def list_tables(
@@ -36,7 +39,7 @@ def list_tables(
             assert columns is not None
             where = f"{os.path.relpath(path, root)}, record {number + 1}"
             image, captions = record.get(columns[0]), texts_in(record.get(columns[1]))
-            torn = path.suffix != ".jsonl" and (None in record or None in record.values())
+            torn = path.suffix.lower() in (".csv", ".tsv") and (None in record or None in record.values())
             if torn or not isinstance(image, str) or not captions:
                 rows.refuse(where, f"expected the header's fields, with strings in {columns[0]} and {columns[1]}")
             elif not image.strip():
@@ -58,9 +61,13 @@ def read_records(path: Path) -> Iterator[dict[Any, Any]]:
     """The records, one at a time; of a CSV those with too many fields have the key None, with too few the value None.
 
     Raises:
-        ValueError: not UTF-8, not CSV, a repeated column, not one JSON object a line.
+        ImportError: a Parquet file without pyarrow.
+        ValueError: not UTF-8, not CSV, a repeated column, not one JSON object a line, no Parquet.
     """
     try:
+        if path.suffix == ".parquet":
+            yield from itertools.chain.from_iterable(batch.to_pylist() for batch in _batches(path))
+            return
         with _open(path) as file:
             yield from _jsonl(path, file) if path.suffix == ".jsonl" else _csv(path, file)
     except UnicodeDecodeError as error:
@@ -70,9 +77,12 @@ def read_records(path: Path) -> Iterator[dict[Any, Any]]:
 
 
 def rewrite(source: Path, target: Path, change: Callable[[int, dict[str, Any]], dict[str, Any] | None]) -> None:
-    """Copy a table record by record through ``change`` (None leaves a record out); columns, their order, delimiter
-    and line ends stay.
+    """Copy a table record by record through ``change`` (None leaves a record out); columns, their order and types,
+    delimiter and line ends stay.
     """
+    if source.suffix == ".parquet":
+        _rewrite_parquet(source, target, change)
+        return
     with target.open("w", newline="", encoding="utf-8") as file:
         write: Callable[[dict[str, Any]], None] | None = None
         for number, record in enumerate(read_records(source)):
@@ -82,6 +92,36 @@ def rewrite(source: Path, target: Path, change: Callable[[int, dict[str, Any]], 
             if write is None:
                 write = _writer(source, file, list(record))
             write(changed)
+
+
+def _batches(path: Path) -> Iterator[Any]:
+    extras.require("pyarrow")
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) != len(names):
+                raise ValueError(f"{path}: expected distinct columns, got {names}")
+            yield from file.iter_batches(_ROWS)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: expected Parquet, got {' '.join(str(error).split())}") from error
+
+
+def _rewrite_parquet(
+    source: Path, target: Path, change: Callable[[int, dict[str, Any]], dict[str, Any] | None]
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    with parquet.ParquetFile(source) as file, parquet.ParquetWriter(target, file.schema_arrow) as writer:
+        for batch in _batches(source):
+            records = [change(number + i, record) for i, record in enumerate(batch.to_pylist())]
+            number += len(records)
+            kept = [record for record in records if record is not None]
+            writer.write_table(pyarrow.Table.from_pylist(kept, schema=file.schema_arrow))
 
 
 def _writer(source: Path, file: TextIO, columns: list[str]) -> Callable[[dict[str, Any]], None]:

@@ -215,7 +215,7 @@ def test_wrong_inputs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected image-caption pairs, got none"):
         list_pairs(tmp_path / "t.csv")
     (tmp_path / "notes.md").touch()
-    with pytest.raises(ValueError, match=r"expected \.csv, \.tsv, \.tar, \.tar\.gz, \.tgz or a folder"):
+    with pytest.raises(ValueError, match=r"expected \.csv, \.tsv, \.parquet, \.tar, \.tar\.gz, \.tgz or a folder"):
         list_pairs(tmp_path / "notes.md")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n[1]\n')
@@ -241,7 +241,7 @@ def test_errors_name_the_argument_that_the_dataset_came_as(tmp_path: Path) -> No
     assert said(tmp_path / "nowhere").startswith("path: expected a file or folder")
     assert said(tmp_path / "notes.md").startswith("path: expected .csv")
     assert said(tmp_path / "empty").startswith("path: expected image-caption pairs")
-    assert said(tmp_path / "empty", format="csv").startswith("path: expected one .csv or .tsv file")
+    assert said(tmp_path / "empty", format="csv").startswith("path: expected one .csv, .tsv or .parquet file")
     assert said(table, caption_column="words").startswith(f"path: {table}: expected the columns images and words")
     (tmp_path / "in" / "pictures" / "3.png").write_text("no picture")
     told = said(table)

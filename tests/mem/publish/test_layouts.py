@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
-from ccu_fast.data.captions import DiskSource, Listing, Options, list_pairs
+from ccu_fast.data.captions import DiskSource, Listing, Options, list_pairs, tables
 from ccu_fast.data.load import load_pairs
 from ccu_fast.mem.job import protect_dataset
 from tests.support import mem_datasets as made
@@ -202,6 +205,61 @@ def test_lists_of_captions_in_jsonl(tmp_path: Path) -> None:
     written = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert [is_protected(made.caption(20 + i), text) for i, text in enumerate(written[2]["text"])] == [True, True]
     assert isinstance(written[1]["text"], str) and written[2]["boxes"] == [2, 2.5]
+
+
+def parquet_imagefolder(folder: Path, n: int = 6) -> Path:
+    folder.mkdir(parents=True)
+    for i in range(n):
+        (folder / f"{i}.png").write_bytes(made.encoded(i))
+    table = pyarrow.table(
+        {
+            "file_name": [f"{i}.png" for i in range(n)],
+            "caption": [[made.caption(i), made.caption(10 + i)] if i < 2 else [made.caption(i)] for i in range(n)],
+            "boxes": pyarrow.array([[i, i + 1] for i in range(n)], pyarrow.list_(pyarrow.int16())),
+            "when": pyarrow.array(range(n), pyarrow.timestamp("us", "UTC")),
+        }
+    ).replace_schema_metadata({"huggingface": "{}"})
+    parquet.write_table(table, folder / "metadata.parquet", row_group_size=4)
+    return folder
+
+
+def test_metadata_in_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types, other columns, order and the table's own notes stay."""
+    monkeypatch.setattr(tables, "_ROWS", 4)
+    folder = parquet_imagefolder(tmp_path / "in")
+    before, _, manifest = published(folder, tmp_path / "out")
+    assert (before.format, manifest["metadata"]) == ("imagefolder", ["metadata.parquet"])
+    assert before.image_of.tolist() == [0, 0, 1, 1, 2, 3, 4, 5]
+    old, new = (parquet.read_table(path / "metadata.parquet") for path in (folder, tmp_path / "out"))
+    assert new.schema.equals(old.schema, check_metadata=True)
+    assert new.drop_columns(["caption"]).equals(old.drop_columns(["caption"]))
+    for one, two in zip(old["caption"].to_pylist(), new["caption"].to_pylist(), strict=True):
+        assert [is_protected(a, b) for a, b in zip(one, two, strict=True)] == [True] * len(one)
+
+
+def test_a_parquet_table_by_its_name(tmp_path: Path) -> None:
+    made.write_csv(tmp_path / "in")
+    rows = {"images": [f"pictures/{i}.png" for i in range(6)], "caption": [made.caption(i) for i in range(5)] + [None]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "in" / "pairs.parquet")
+    listing = list_pairs(tmp_path / "in" / "pairs.parquet")
+    assert listing.format == "csv" and listing.captions == [made.caption(i) for i in range(5)]
+    assert [str(bad) for bad in listing.bad] == [
+        "pairs.parquet, record 6: expected the header's fields, with strings in images and caption"
+    ]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(ValueError, match=r"input: .*bad\.parquet: expected Parquet, got "):
+        list_pairs(tmp_path / "bad.parquet")
+    embedded = {"image": [{"bytes": b"x", "path": None}], "text": ["a"]}
+    parquet.write_table(pyarrow.table(embedded), tmp_path / "hf.parquet")
+    with pytest.raises(ValueError, match="expected the columns images and caption, got image, text"):
+        list_pairs(tmp_path / "hf.parquet")
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = parquet_imagefolder(tmp_path / "in")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"pip install 'ccu-fast\[parquet\]'"):
+        list_pairs(folder)
 
 
 # ---- shards
