@@ -177,7 +177,7 @@ class _Run:
             "max_pixels": job.max_pixels,
             "reference_files": job.reference_files,
             "processes": self.world,
-            "made_with": versions("ccu_fast", "torch", "threads"),
+            "made_with": versions("ccu_fast", "torch", "pillow", "threads"),
         }
 
     def _finished(self, run: dict[str, Any]) -> dict[str, Any]:
