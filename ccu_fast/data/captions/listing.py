@@ -219,14 +219,16 @@ def visible_files(root: Path) -> Iterator[str]:
     Hidden ones (.DS_Store, .git, the ``._x.jpg`` that macOS writes beside an ``x.jpg``) are no part of a dataset.
     """
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
         for name in sorted(files):
-            if not _is_hidden(name):
+            if not is_hidden(name):
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+def is_hidden(path: str) -> bool:
+    """Whether a file, or a folder that it is in, is hidden or one that macOS adds to archives."""
+    parts = [part for part in path.split("/") if part not in (".", "..")]
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 def texts_in(value: Any) -> list[str]:

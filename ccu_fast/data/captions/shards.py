@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ccu_fast.data.captions.listing import Listing, Rows, texts_in, visible_files
+from ccu_fast.data.captions.listing import Listing, Rows, is_hidden, texts_in, visible_files
 from ccu_fast.data.pictures import EXTENSIONS, is_picture
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -164,7 +164,7 @@ def _copies() -> str:
 def read_index(shard: Path) -> Iterator[Sample]:
     """The samples of a shard: neighbours with the same key (the path up to the first dot of its last part).
 
-    Members without a key or an extension belong to no sample, as in webdataset.
+    Members without a key or an extension belong to no sample, as in webdataset, nor do those in hidden folders.
 
     Raises:
         BadShard: not a plain tar file, damaged, or truncated. The tarfile module takes a damaged header in the middle
@@ -183,7 +183,7 @@ def read_index(shard: Path) -> Iterator[Sample]:
                     if member.offset_data + member.size > size:
                         raise BadShard(f"truncated in {member.name}")
                     name, extension = split_key(member.name)
-                    if extension and name and not name.endswith("/"):
+                    if extension and name and not name.endswith("/") and not is_hidden(name):
                         if name != key and members:
                             yield from _parts(Sample(key, members, repeated))
                             members, repeated = {}, []

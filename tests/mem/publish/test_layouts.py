@@ -82,6 +82,18 @@ def test_files_of_an_operating_system_are_passed_over(tmp_path: Path) -> None:
         )
 
 
+def test_hidden_folders_in_a_shard_are_passed_over(tmp_path: Path) -> None:
+    pairs: dict[str, bytes | str] = {}
+    for i in range(4):
+        pairs |= {f"./{i}.png": made.encoded(i), f"./{i}.txt": made.caption(i)}
+    hidden: dict[str, bytes | str] = {}
+    for at in (".git", "d/.h", "__MACOSX"):
+        hidden |= {f"{at}/9.png": "x", f"{at}/9.txt": "x"}
+    source = shard(tmp_path / "in" / "s.tar", hidden | pairs)
+    published(source, tmp_path / "out")
+    assert set(members_of(tmp_path / "out" / "s.tar")) == set(pairs)
+
+
 def test_hidden_files_beside_ones_own_pairs(tmp_path: Path) -> None:
     import numpy as np
 
