@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import gzip
 import json
+import os
 import shutil
 import tarfile
 import tempfile
@@ -22,6 +23,7 @@ import torch
 
 from ccu_fast.data.captions.listing import Listing, Rows, is_hidden, texts_in, visible_files
 from ccu_fast.data.pictures import EXTENSIONS, is_picture
+from ccu_fast.files import FULL
 
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -59,6 +61,9 @@ def list_shards(path: Path, caption_column: str | None = None) -> Listing:
     Args:
         path: of the shard or folder.
         caption_column: field of each ``json`` that has the captions; by default the ``txt``, else "caption".
+
+    Raises:
+        OSError: the disk has no room for an uncompressed copy.
     """
     root = path.parent if path.is_file() else path
     files = [path.name] if path.is_file() else sorted(filter(is_shard, visible_files(path)))
@@ -72,6 +77,8 @@ def list_shards(path: Path, caption_column: str | None = None) -> Listing:
             shard = root / file if name == file else _uncompressed(root / file)
             samples = list(read_index(shard))
         except (BadShard, OSError) as error:
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
             rows.refuse(file, f"unreadable shard: {error}")
             continue
         good.append(shard)
@@ -145,12 +152,20 @@ def _uncompressed(shard: Path) -> Path:
 
 @cache
 def _copied(shard: Path, *_: int) -> Path:
+    """Raises OSError with one of FULL where the copy has no room, which is no fault of the shard."""
     with tempfile.NamedTemporaryFile(dir=_copies(), suffix=".tar", delete=False) as copy:
         try:
             with gzip.open(shard) as file:
                 shutil.copyfileobj(file, copy, 1 << 20)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise BadShard(f"not a whole gzip file ({error})") from error
+            copy.flush()
+        except BaseException as error:
+            os.unlink(copy.name)
+            if isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error)):
+                raise BadShard(f"not a whole gzip file ({error})") from error
+            if isinstance(error, OSError) and error.errno in FULL:
+                room = f"expected room for an uncompressed copy of {shard} in {tempfile.gettempdir()} (TMPDIR)"
+                raise OSError(error.errno, f"{room}, got a full disk") from error
+            raise
     return Path(copy.name)
 
 

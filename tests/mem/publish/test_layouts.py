@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow
 import pytest
@@ -17,7 +19,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from ccu_fast.data.captions import DiskSource, Listing, Options, list_pairs, tables
+from ccu_fast.data.captions import DiskSource, Listing, Options, list_pairs, shards, tables
 from ccu_fast.data.load import load_pairs
 from ccu_fast.mem.job import protect_dataset
 from tests.support import mem_datasets as made
@@ -311,6 +313,26 @@ def test_damaged_compression(tmp_path: Path, damage: Callable[[bytes], bytes]) -
     (bad,) = listing.bad
     assert bad.where == "00001.tar.gz" and bad.why.startswith("unreadable shard: not a whole")
     assert listing.n_images == 3
+
+
+def test_a_full_disk_is_not_a_bad_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in sorted(made.write_shards(tmp_path / "in").glob("*.tar")):
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    copies = Path(shards._copies())
+    before = set(copies.iterdir())
+
+    def full(source: IO[bytes], copy: IO[bytes], size: int) -> None:
+        copy.write(source.read(size))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(shutil, "copyfileobj", full)
+        said = r"room for an uncompressed copy of .*00000\.tar\.gz in .*, got a full disk"
+        with pytest.raises(OSError, match=said) as caught:
+            list_pairs(tmp_path / "in")
+    assert caught.value.errno == errno.ENOSPC and set(copies.iterdir()) == before, "half a copy stayed"
+    assert list_pairs(tmp_path / "in").n_images == 6
 
 
 def test_dots_in_keys(tmp_path: Path) -> None:
