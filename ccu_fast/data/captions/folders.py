@@ -21,11 +21,13 @@ def list_folder(root: Path) -> Listing:
             pictures.append(file)
         elif file.lower().endswith(".txt"):
             texts.append(file)
-    known, used = set(texts), set()
+    text_of = {os.path.splitext(text)[0]: text for text in texts}  # x.TXT, too, is the text of x.jpg
+    used = set()
     for number, picture in enumerate(pictures):
-        text = os.path.splitext(picture)[0] + ".txt"
-        if text not in known:
-            rows.refuse(picture, f"no caption file {text}")
+        stem = os.path.splitext(picture)[0]
+        text = text_of.get(stem)
+        if text is None:
+            rows.refuse(picture, f"no caption file {stem}.txt")
             continue
         used.add(text)
         try:

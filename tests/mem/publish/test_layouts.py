@@ -361,6 +361,14 @@ def test_dots_in_the_names_of_a_folder(tmp_path: Path) -> None:
 # ---- pictures
 
 
+def test_endings_in_capitals_are_pairs(tmp_path: Path) -> None:
+    folder = made.write_folder(tmp_path / "in")
+    (folder / "0.txt").rename(folder / "0.TXT")
+    (folder / "0.png").rename(folder / "0.PNG")
+    published(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "0.txt").exists()
+
+
 def test_the_manifest_counts_what_pictures_had(tmp_path: Path) -> None:
     table = made.write_csv(tmp_path / "in")
     folder = tmp_path / "in" / "pictures"
