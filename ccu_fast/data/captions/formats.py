@@ -29,8 +29,8 @@ def list_pairs(path: str | Path, options: Options | None = None, name: str = "in
     """Read what a dataset holds; no picture is opened.
 
     ==============  ==================================================================================================
-    ``csv``         a ``.csv``, ``.tsv`` or ``.parquet`` file, or a folder with one; image paths are absolute or
-                    relative to it
+    ``csv``         a ``.csv``, ``.tsv`` or ``.parquet`` file, or a folder with one ``.csv`` or ``.tsv``; image paths
+                    are absolute or relative to it
     ``imagefolder`` a folder with ``metadata.csv``, ``.jsonl`` or ``.parquet``, or one in each split (Hugging Face)
     ``webdataset``  a ``.tar`` or ``.tar.gz`` file, or a folder with some in it or below; each key has one image and one
                     ``txt``, or else a ``json`` with a caption (img2dataset)
@@ -96,16 +96,15 @@ def recognise(path: Path, name: str) -> str:
 
 
 def _is_table(file: str) -> bool:
-    return not file.startswith(".") and file.lower().endswith((".csv", ".tsv", ".parquet"))
+    # Not .parquet: img2dataset writes one about its own doings beside its pictures.
+    return not file.startswith(".") and file.lower().endswith((".csv", ".tsv"))
 
 
 def _tables_in(folder: Path, format: str) -> list[Path]:
     if format == "csv":
         found = sorted(file for file in folder.iterdir() if _is_table(file.name))
         if len(found) != 1:
-            raise ValueError(
-                f"expected one .csv, .tsv or .parquet file in {folder}, got {[f.name for f in found] or 'none'}"
-            )
+            raise ValueError(f"expected one .csv or .tsv file in {folder}, got {[f.name for f in found] or 'none'}")
         return found
     found = [folder / file for file in visible_files(folder) if Path(file).name in METADATA]
     if not found:

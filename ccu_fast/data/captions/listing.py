@@ -61,8 +61,8 @@ class Options:
 
     Attributes:
         format: one of :data:`FORMATS`; None: see :func:`ccu_fast.data.captions.list_pairs`.
-        image_column: CSV and imagefolder; default "images" (CSV) or "file_name" (imagefolder).
-        caption_column: CSV and imagefolder; default "caption", for an imagefolder "text" where there is no "caption".
+        image_column: CSV and imagefolder; default "images" or "file_name", of an imagefolder the other way round.
+        caption_column: CSV and imagefolder; default "caption", or "text" where there is no "caption".
             Of a webdataset the field of each ``json``; by default "caption", where a sample has no ``txt``.
     """
 

@@ -66,7 +66,7 @@ def read_records(path: Path) -> Iterator[dict[Any, Any]]:
     """
     try:
         if path.suffix == ".parquet":
-            yield from itertools.chain.from_iterable(batch.to_pylist() for batch in _batches(path))
+            yield from itertools.chain.from_iterable(map(_texts_of, _batches(path)))
             return
         with _open(path) as file:
             yield from _jsonl(path, file) if path.suffix == ".jsonl" else _csv(path, file)
@@ -109,6 +109,24 @@ def _batches(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: expected Parquet, got {' '.join(str(error).split())}") from error
 
 
+def _texts_of(batch: Any) -> list[dict[str, Any]]:
+    """The records, with the columns of text and of lists of text alone; others stay as Arrow has them, and are None."""
+    from pyarrow import types
+
+    def is_text(kind: Any) -> bool:
+        if types.is_list(kind) or types.is_large_list(kind):
+            kind = kind.value_type
+        if types.is_dictionary(kind):
+            kind = kind.value_type
+        return bool(types.is_string(kind) or types.is_large_string(kind))
+
+    columns = [
+        batch.column(field.name).to_pylist() if is_text(field.type) else [None] * batch.num_rows
+        for field in batch.schema
+    ]
+    return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
 def _rewrite_parquet(
     source: Path, target: Path, change: Callable[[int, dict[str, Any]], dict[str, Any] | None]
 ) -> None:
@@ -118,10 +136,18 @@ def _rewrite_parquet(
     number = 0
     with parquet.ParquetFile(source) as file, parquet.ParquetWriter(target, file.schema_arrow) as writer:
         for batch in _batches(source):
-            records = [change(number + i, record) for i, record in enumerate(batch.to_pylist())]
-            number += len(records)
-            kept = [record for record in records if record is not None]
-            writer.write_table(pyarrow.Table.from_pylist(kept, schema=file.schema_arrow))
+            old = _texts_of(batch)
+            new = [change(number + i, record) for i, record in enumerate(old)]
+            number += len(old)
+            kept = [i for i, record in enumerate(new) if record is not None]
+            columns = []
+            for field in batch.schema:
+                values = [(new[i] or {})[field.name] for i in kept]
+                if values == [old[i][field.name] for i in kept]:
+                    columns.append(batch.column(field.name).take(pyarrow.array(kept, pyarrow.int64())))
+                else:
+                    columns.append(pyarrow.array(values, field.type))
+            writer.write_batch(pyarrow.RecordBatch.from_arrays(columns, schema=file.schema_arrow))
 
 
 def _writer(source: Path, file: TextIO, columns: list[str]) -> Callable[[dict[str, Any]], None]:
@@ -176,13 +202,15 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[dict[Any, Any]]:
 
 
 def _columns(path: Path, format: str, found: list[Any], image: str | None, caption: str | None) -> tuple[str, str]:
-    image = image or ("file_name" if format == "imagefolder" else "images")
+    usual = ("file_name", "images") if format == "imagefolder" else ("images", "file_name")
+    image = image or next((name for name in usual if name in found), usual[0])
     if caption is None:
-        caption = "text" if format == "imagefolder" and "caption" not in found else "caption"
+        caption = next((name for name in ("caption", "text") if name in found), "caption")
     missing = [name for name in (image, caption) if name not in found]
     if missing:
+        embedded = "; pictures inside a table are not read" if path.suffix == ".parquet" and "image" in found else ""
         raise ValueError(
             f"{path}: expected the columns {image} and {caption}, got {', '.join(map(str, found)) or 'none'} "
-            "(image_column and caption_column name others)"
+            f"(image_column and caption_column name others{embedded})"
         )
     return image, caption

@@ -200,7 +200,7 @@ def test_wrong_inputs(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         list_pairs(tmp_path / "nowhere")
     (tmp_path / "t.csv").write_text("file,text\na,b\n")
-    with pytest.raises(ValueError, match="expected the columns images and caption, got file, text"):
+    with pytest.raises(ValueError, match="expected the columns images and text, got file, text"):
         list_pairs(tmp_path / "t.csv")
     (tmp_path / "t.csv").write_text("images,images\na,b\n")
     with pytest.raises(ValueError, match="distinct columns"):
@@ -241,7 +241,7 @@ def test_errors_name_the_argument_that_the_dataset_came_as(tmp_path: Path) -> No
     assert said(tmp_path / "nowhere").startswith("path: expected a file or folder")
     assert said(tmp_path / "notes.md").startswith("path: expected .csv")
     assert said(tmp_path / "empty").startswith("path: expected image-caption pairs")
-    assert said(tmp_path / "empty", format="csv").startswith("path: expected one .csv, .tsv or .parquet file")
+    assert said(tmp_path / "empty", format="csv").startswith("path: expected one .csv or .tsv file")
     assert said(table, caption_column="words").startswith(f"path: {table}: expected the columns images and words")
     (tmp_path / "in" / "pictures" / "3.png").write_text("no picture")
     told = said(table)

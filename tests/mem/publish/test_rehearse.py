@@ -234,7 +234,8 @@ def test_a_caption_with_a_word_that_the_model_keeps_for_itself(tmp_path: Path) -
     with source.open("a") as file:
         file.write("x,pictures/3.png,end <eot>\r\n")
     (said,) = refused(job(source, tmp_path / "out"))
-    assert said.endswith("caption 'end <eot>': captions: expected words of the vocabulary, got '<eot>' in 'end <eot>'")
+    got = "got '<eot>', which stands for a special token, in 'end <eot>'"
+    assert said.endswith(f"caption 'end <eot>': captions: expected words of the vocabulary, {got}")
     assert protect_dataset(job(source, tmp_path / "out", skip_bad=True))["images"] == 5
 
 
