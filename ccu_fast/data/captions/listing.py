@@ -266,7 +266,7 @@ def published_names(files: Sequence[str], root: Path) -> list[str]:
     ``a.gif.png``.
     """
     root_text = os.path.abspath(root)
-    absolute = [os.path.normpath(os.path.join(root_text, file)) for file in files]
+    absolute = [os.path.abspath(file) for file in files]
     outside = [path for path in absolute if not path.startswith(root_text.rstrip("/") + "/")]
     common = os.path.commonpath([os.path.dirname(path) for path in outside]) if outside else ""
     relative = [

@@ -37,6 +37,17 @@ def why(path: Path, **options: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("format", WRITERS)
+def test_a_path_from_where_one_stands_gives_the_same_names(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = WRITERS[format](tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    here = list_pairs(path.relative_to(tmp_path))
+    assert here.names == list_pairs(path).names
+    assert not any(name.startswith("in/") for name in here.names)
+
+
+@pytest.mark.parametrize("format", WRITERS)
 def test_every_format_is_recognised_and_read(tmp_path: Path, format: str) -> None:
     listing = list_pairs(WRITERS[format](tmp_path / "in"))
     assert (listing.format, listing.bad, listing.n_images) == (format, [], 6)

@@ -179,10 +179,11 @@ def split(folder: Path, numbers: range, column: str, kind: str) -> None:
             writer.writerows(records)
 
 
-def test_the_splits_of_an_imagefolder(tmp_path: Path) -> None:
+def test_the_splits_of_an_imagefolder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split(tmp_path / "in" / "train", range(4), "text", "jsonl")
     split(tmp_path / "in" / "validation", range(4, 6), "text", "csv")
-    before, _, manifest = published(tmp_path / "in", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    before, _, manifest = published(Path("in"), tmp_path / "out")
     assert before.format == "imagefolder"
     assert before.names == [f"train/{i}.png" for i in range(4)] + [f"validation/{i}.png" for i in (4, 5)]
     assert manifest["metadata"] == ["train/metadata.jsonl", "validation/metadata.csv"]
