@@ -50,7 +50,8 @@ class _OpenClipLoss(nn.Module):
         try:
             loss = self._of_all(images, texts, options)
         except (TypeError, ValueError) as error:
-            raise type(error)(_WORDS.sub(lambda word: _NAMES[word[0]], str(error))) from error
+            said = str(error).replace(" or row_ids and col_ids", "")  # which forward does not take
+            raise type(error)(_WORDS.sub(lambda word: _NAMES[word[0]], said)) from error
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _of_all(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:

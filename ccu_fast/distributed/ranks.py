@@ -155,14 +155,14 @@ class Ranks:
 def processes(device: torch.device) -> Iterator[tuple[int, int]]:
     """(rank, number of processes) as ``torchrun`` started them; (0, 1) without it. gloo on CPUs, NCCL on GPUs.
 
-    A GPU becomes this process's current one, which NCCL sends objects from.
+    Of several processes each makes its GPU the current one, which NCCL sends objects from.
     """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or dist.is_initialized():
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         return
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.get_rank(), dist.get_world_size()

@@ -144,3 +144,25 @@ def test_a_rank_that_dies_or_stalls_is_an_error_within_the_timeout(tmp_path: Pat
         status = [os.waitpid(child, 0)[1] for child in children]
     assert [status[rank] for rank in (0, 2, 4, 6)] == [0] * 4
     assert os.WIFSIGNALED(status[1]) and os.WTERMSIG(status[1]) == signal.SIGKILL
+
+
+@pytest.mark.parametrize(("device", "current"), [("cuda", []), ("cuda:1", ["cuda:1"]), ("cpu", [])])
+def test_each_of_several_processes_makes_its_gpu_the_current_one(
+    device: str, current: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ccu_fast.distributed.ranks import own_device, processes
+
+    made: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda where: made.append(str(where)))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: made.append(backend))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with processes(torch.device(device)) as alone:
+        assert alone == (0, 1) and made == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with processes(torch.device(device)) as here:
+        assert here == (1, 2)
+    assert made == [*current, "gloo" if device == "cpu" else "nccl"]
+    assert own_device(device) == ("cuda:1" if device == "cuda" else device)
