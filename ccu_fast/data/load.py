@@ -239,10 +239,8 @@ def _read(file: Path, name: str) -> Tensor:
             array = np.load(file, allow_pickle=False)
         return _tensor(array, name, file)
     extras.require("PIL")
-    with readable(file, "path"):
-        data = file.read_bytes()
     try:
-        return read_pixels(data)
+        return read_pixels(file.read_bytes())
     except BadPicture as error:
         raise ValueError(f"path: expected a usable picture, got {file}: {error}") from error
 

@@ -98,7 +98,7 @@ class _Chunks:
     def __init__(self, name: str, pair: Tower, chunk: int) -> None:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not callable(pair[0]):
             raise TypeError(f"{name}: expected a pair of a callable and its inputs, got {type(pair).__name__}")
-        self.name, (self.run, inputs) = name, pair
+        self.name, (self._run, inputs) = name, pair
         lengths: set[int] = set()
         _cut(inputs, lambda items: lengths.add(len(items)))
         if not lengths:
@@ -110,11 +110,16 @@ class _Chunks:
                 f"{name}: expected tensors and lists with the same number of items, at least 1, got {sorted(lengths)}"
             )
         (items,) = lengths
-        self.sizes = [min(chunk, items - start) for start in range(0, items, chunk)]
-        self.parts = [
-            _cut(inputs, lambda items, at=start: items[at : at + chunk])  # type: ignore[misc]
-            for start in range(0, items, chunk)
-        ]
+        self._inputs = inputs
+        self.spans = [slice(start, min(start + chunk, items)) for start in range(0, items, chunk)]
+
+    def inputs(self, span: slice) -> Any:
+        """Of some items; a nest of their own at each call, so that a tower may write into it."""
+        return _cut(self._inputs, lambda items: items[span])
+
+    def run(self, span: slice) -> tuple[list[Any], TreeSpec]:
+        """What the tower makes of them, flat."""
+        return tree_flatten(self._run(self.inputs(span)))
 
 
 def _cut(inputs: Any, cut: Callable[[Any], Any]) -> Any:
@@ -159,12 +164,12 @@ class _Embedded:
         self._states: list[_Random] = []
         found: list[list[Any]] = []
         spec: TreeSpec | None = None
-        for i, part in enumerate(chunks.parts):
-            self._states.append(_Random(part))
+        for i, span in enumerate(chunks.spans):
+            self._states.append(_Random(chunks.inputs(span)))
             # One chunk with its graph, which goes at once: what does not learn is seen before any gradient is written.
             with _no_exchange(() if i else modules), torch.set_grad_enabled(i == 0):
-                leaves, spec = tree_flatten(chunks.run(part))
-            self._check(leaves, i, found)
+                leaves, spec = chunks.run(span)
+            self._check(leaves, span.stop - span.start, found)
             if i == 0:
                 self.learns = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
             found.append([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
@@ -179,8 +184,8 @@ class _Embedded:
                 leaf.requires_grad_()
         self.result = tree_unflatten(self._leaves, spec)
 
-    def _check(self, leaves: list[Any], i: int, found: list[list[Any]]) -> None:
-        name, size = self._chunks.name, self._chunks.sizes[i]
+    def _check(self, leaves: list[Any], size: int, found: list[list[Any]]) -> None:
+        name = self._chunks.name
         if found and len(leaves) != len(found[0]):
             raise ValueError(
                 f"{name}: expected as many tensors from every chunk, got {len(found[0])}, then {len(leaves)}"
@@ -210,19 +215,17 @@ class _Embedded:
             (leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)) if learns else None
             for leaf, learns in zip(self._leaves, self.learns, strict=True)
         ]
-        start = 0
-        for i, (part, size) in enumerate(zip(self._chunks.parts, self._chunks.sizes, strict=True)):
-            final = i == len(self._chunks.parts) - 1
-            self._states[i].restore()
+        for state, span in zip(self._states, self._chunks.spans, strict=True):
+            final = span is self._chunks.spans[-1]
+            state.restore()
             with _no_exchange(silent if final else modules):
                 outputs, given = [], []
-                for output, grad in zip(tree_flatten(self._chunks.run(part))[0], grads, strict=True):
+                for output, grad in zip(self._chunks.run(span)[0], grads, strict=True):
                     if grad is not None and (grad.ndim or final):
                         outputs.append(output)
-                        given.append(grad[start : start + size] if grad.ndim else grad)
+                        given.append(grad[span] if grad.ndim else grad)
                 if outputs:
                     torch.autograd.backward(outputs, given)
-            start += size
 
 
 class _Random:

@@ -7,20 +7,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from ccu_fast.data.captions.folders import list_folder
-from ccu_fast.data.captions.listing import FORMATS, MANIFEST, Listing, Options, visible_files
-from ccu_fast.data.captions.shards import is_shard, list_shards
+from ccu_fast.data.captions.listing import FORMATS, MANIFEST, Listing, Options, is_hidden, visible_files
+from ccu_fast.data.captions.shards import SHARDS, is_shard, list_shards
 from ccu_fast.data.captions.tables import list_tables
 from ccu_fast.data.pictures import is_picture
 from ccu_fast.files import read_json
 
-ENDINGS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "csv",
-    ".tar": "webdataset",
-    ".tar.gz": "webdataset",
-    ".tgz": "webdataset",
-}
+ENDINGS = dict.fromkeys((".csv", ".tsv", ".parquet"), "csv") | dict.fromkeys(SHARDS, "webdataset")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 COLUMNS = {"image_column": ("csv", "imagefolder"), "caption_column": ("csv", "imagefolder", "webdataset")}
 
@@ -82,12 +75,12 @@ def recognise(path: Path, name: str) -> str:
         known = read_json(path / MANIFEST, name).get("format")
         if known in FORMATS:
             return str(known)
-    here = [entry.name for entry in path.iterdir() if entry.is_file()]
+    here = _files_in(path)
     if set(METADATA) & set(here):
         return "imagefolder"
-    if any(is_shard(file) for file in here):
+    if any(map(is_shard, here)):
         return "webdataset"
-    if len([file for file in here if _is_table(file)]) == 1:
+    if len(list(filter(_is_table, here))) == 1:
         return "csv"
     below = list(visible_files(path))
     if any(Path(file).name in METADATA for file in below):
@@ -95,17 +88,22 @@ def recognise(path: Path, name: str) -> str:
     return "webdataset" if any(map(is_shard, below)) and not any(map(is_picture, below)) else "folder"
 
 
+def _files_in(folder: Path) -> list[str]:
+    """The names of the files in a folder, hidden ones aside."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_file() and not is_hidden(entry.name))
+
+
 def _is_table(file: str) -> bool:
     # Not .parquet: img2dataset writes one about its own doings beside its pictures.
-    return not file.startswith(".") and file.lower().endswith((".csv", ".tsv"))
+    return file.lower().endswith((".csv", ".tsv"))
 
 
 def _tables_in(folder: Path, format: str) -> list[Path]:
     if format == "csv":
-        found = sorted(file for file in folder.iterdir() if _is_table(file.name))
-        if len(found) != 1:
-            raise ValueError(f"expected one .csv or .tsv file in {folder}, got {[f.name for f in found] or 'none'}")
-        return found
+        names = list(filter(_is_table, _files_in(folder)))
+        if len(names) != 1:
+            raise ValueError(f"expected one .csv or .tsv file in {folder}, got {names or 'none'}")
+        return [folder / names[0]]
     found = [folder / file for file in visible_files(folder) if Path(file).name in METADATA]
     if not found:
         raise ValueError(f"expected one of {METADATA} in {folder} or below, got none")

@@ -25,6 +25,7 @@ from ccu_fast.data.captions.listing import Listing, Rows, is_hidden, texts_in, v
 from ccu_fast.data.pictures import EXTENSIONS, is_picture
 from ccu_fast.files import FULL
 
+SHARDS = (".tar", ".tar.gz", ".tgz")  # how the names of shards end
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -50,7 +51,7 @@ class Sample:
 
 def is_shard(file: str) -> bool:
     """Whether a path is that of a shard."""
-    return not Path(file).name.startswith(".") and file.lower().endswith((".tar", ".tar.gz", ".tgz"))
+    return file.lower().endswith(SHARDS)
 
 
 def list_shards(path: Path, caption_column: str | None = None) -> Listing:

@@ -8,6 +8,7 @@ and moved into place, so the output never holds half of one, nor anything that d
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -220,17 +221,14 @@ def write_metadata(listing: Listing, captions: Callable[[int], str], folder: Pat
         rows_of[record].append(row)
     images = listing.image_of.tolist()
     image_column, caption_column = listing.columns
-    hashes, before = {}, 0
+    hashes, records = {}, itertools.count()
     for table in listing.tables:
-        inside = os.path.relpath(table.parent, listing.root)
-        seen = 0
+        inside = os.path.relpath(table, listing.root)
 
         def change(
-            number: int, record: dict[str, Any], table: Path = table, first: int = before, inside: str = inside
+            number: int, record: dict[str, Any], table: Path = table, inside: str = inside
         ) -> dict[str, Any] | None:
-            nonlocal seen
-            seen += 1
-            rows = rows_of.get(first + number)
+            rows = rows_of.get(next(records))
             if rows is None:
                 return None
             there = texts_in(record.get(caption_column))
@@ -239,15 +237,14 @@ def write_metadata(listing: Listing, captions: Callable[[int], str], folder: Pat
                     f"{listing.argument}: expected the rows of {table} that were protected, got another record "
                     f"{number + 1}; put it back as it was"
                 )
-            name = os.path.relpath(listing.names[images[rows[0]]], inside)
+            name = os.path.relpath(listing.names[images[rows[0]]], os.path.dirname(inside) or ".")
             published = in_place_of(record[caption_column], [captions(row) for row in rows])
             return {**record, image_column: name, caption_column: published}
 
-        target = folder / os.path.relpath(table, listing.root)
+        target = folder / inside
         target.parent.mkdir(parents=True, exist_ok=True)
         rewrite(table, target, change)
-        hashes[os.path.relpath(target, folder)] = file_hash(target)
-        before += seen
+        hashes[inside] = file_hash(target)
     return hashes
 
 
