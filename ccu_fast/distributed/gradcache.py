@@ -39,11 +39,11 @@ def cached_step(
         loss_fn: takes what each tower returns, returns a scalar; any loss, those of ``ccu_fast.distributed`` included.
             Parameters that it uses (a scale) get their gradients in between.
         towers: pairs of a callable and its inputs. Inputs are a tensor ``[N_t, ...]``, a list of N_t strings or other
-            objects, or a nest of these in lists, tuples and mappings (a tokenizer's BatchEncoding); the callable gets
-            the same nest with ``chunk`` items. Tensors without dimensions, and objects that are in no list (a flag, a
-            tuple of two numbers), are passed to every chunk. The callable returns embeddings ``[chunk, D]``, or a nest
-            of tensors ``[chunk, ...]``, which ``loss_fn`` gets with N_t items; a tensor without dimensions in it (a
-            scale) must be the same for every chunk.
+            objects (token lists), or a nest of these in tuples, mappings (a tokenizer's BatchEncoding) and lists with
+            tensors in them; the callable gets the same nest with ``chunk`` items. Tensors without dimensions, and
+            objects that are in no list (a flag, a tuple of two numbers), are passed to every chunk. The callable
+            returns embeddings ``[chunk, D]``, or a nest of tensors ``[chunk, ...]``, which ``loss_fn`` gets with N_t
+            items; a tensor without dimensions in it (a scale) must be the same for every chunk.
         chunk: items at a time.
         backward: what to do with the loss instead of ``loss.backward()``: ``lambda loss:
             scaler.scale(loss).backward()``, ``accelerator.backward``.
@@ -55,8 +55,9 @@ def cached_step(
         The loss, detached.
 
     Raises:
-        TypeError, ValueError: no towers, inputs without items or of unlike lengths, chunk below 1; a tower that returns
-            something else than a tensor for each of its items. No gradient is written before.
+        TypeError, ValueError: no towers, inputs without items, of unlike lengths or computed from what needs a
+            gradient, chunk below 1; a tower that returns something else than a tensor for each of its items. No
+            gradient is written before.
 
     Under autocast call it inside the context; both passes then are. BatchNorm sees every chunk twice, so its running
     statistics move twice, and normalises by chunk. A parameter that only ``loss_fn`` uses must not be inside a
@@ -100,7 +101,15 @@ class _Chunks:
             raise TypeError(f"{name}: expected a pair of a callable and its inputs, got {type(pair).__name__}")
         self.name, (self._run, inputs) = name, pair
         lengths: set[int] = set()
-        _cut(inputs, lambda items: lengths.add(len(items)))
+
+        def measure(items: Any) -> None:
+            if isinstance(items, Tensor) and items.grad_fn is not None:
+                raise ValueError(
+                    f"{name}: expected inputs without a graph, through which every chunk would go, got one"
+                )
+            lengths.add(len(items))
+
+        _cut(inputs, measure)
         if not lengths:
             raise TypeError(
                 f"{name}: expected inputs with tensors or lists of items in them, got {type(inputs).__name__}"
@@ -138,7 +147,7 @@ def _cut(inputs: Any, cut: Callable[[Any], Any]) -> Any:
         raise TypeError("towers: expected inputs that can be cut into items, got a PackedSequence")
     if isinstance(inputs, (list, tuple)):
         texts = bool(inputs) and all(isinstance(item, str) for item in inputs)
-        if texts or (isinstance(inputs, list) and not _holds_batch(inputs)):
+        if texts or (isinstance(inputs, list) and not _holds_tensor(inputs)):
             return cut(inputs)
         changed_items = [_cut(item, cut) for item in inputs]
         if hasattr(inputs, "_fields"):
@@ -147,12 +156,12 @@ def _cut(inputs: Any, cut: Callable[[Any], Any]) -> Any:
     return inputs
 
 
-def _holds_batch(nest: Any) -> bool:
-    """Whether a list is a nest, with something to cut in it, and not itself a list of items."""
+def _holds_tensor(nest: Any) -> bool:
+    """Whether a list is a nest, with a tensor to cut in it, and not itself a list of items."""
     if isinstance(nest, Mapping):
-        return any(_holds_batch(value) for value in nest.values())
+        return any(map(_holds_tensor, nest.values()))
     if isinstance(nest, (list, tuple)):
-        return any(isinstance(item, (Tensor, list)) or _holds_batch(item) for item in nest)
+        return any(map(_holds_tensor, nest))
     return isinstance(nest, Tensor)
 
 

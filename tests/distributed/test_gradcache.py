@@ -157,6 +157,42 @@ def test_what_inputs_may_be(nest: Callable[[Tensor, list[str]], Any]) -> None:
     torch.testing.assert_close(gradients(words)[0], expected)
 
 
+@pytest.mark.parametrize("wrap", [lambda ids: ids, lambda ids: {"input_ids": ids}, lambda ids: (ids, ids)])
+def test_token_lists_are_items(wrap: Callable[[list[list[int]]], Any]) -> None:
+    """As many lists as a list has tokens, where a cut along the tokens would go unseen."""
+    words = nn.EmbeddingBag(9, 4)
+    ids = torch.randint(0, 9, (4, 4)).tolist()
+
+    def tower(part: Any) -> Tensor:
+        lists = part["input_ids"] if isinstance(part, dict) else part[0] if isinstance(part, tuple) else part
+        return words(torch.tensor(lists))
+
+    expected = tower(wrap(ids)).square()[1].sum() + 2 * tower(wrap(ids)).square()[3].sum()
+    expected.backward()
+    (truth,) = gradients(words)
+    words.zero_grad()
+    loss = cached_step(lambda z: z.square()[1].sum() + 2 * z.square()[3].sum(), [(tower, wrap(ids))], 2)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradients(words)[0], truth)
+
+
+def test_a_tower_may_write_into_its_inputs() -> None:
+    """Both passes get a dict of their own, and what a tower leaves in it is not kept."""
+    module, data = nn.Linear(3, 2), {"a": torch.randn(5, 3), "b": torch.ones(5, 1)}
+
+    def tower(part: dict[str, Tensor]) -> Tensor:
+        part["made"] = module(part.pop("a")) * part["b"]
+        return part["made"]
+
+    module(data["a"]).square().sum().backward()
+    expected = gradients(module)
+    module.zero_grad()
+    cached_step(lambda z: z.square().sum(), [(tower, data)], 2)
+    assert set(data) == {"a", "b"}
+    for got, truth in zip(gradients(module), expected, strict=True):
+        torch.testing.assert_close(got, truth)
+
+
 def test_towers_that_return_more_than_one_tensor() -> None:
     """A whole model as one tower: both embeddings, a scale, and a mask that has no gradient."""
     image, text, scale = towers()
@@ -307,6 +343,7 @@ def test_a_tower_the_loss_does_not_use() -> None:
         (([(nn.Linear(3, 2), "text")], 2), r"towers\[0\]: expected inputs with tensors or lists"),
         (([(nn.Linear(3, 2), {"a": torch.randn(4, 3), "names": ["a", "b"]})], 2), r"at least 1, got \[2, 4\]"),
         (([(nn.Linear(3, 2), pack_sequence([torch.ones(2), torch.ones(1)]))], 2), "got a PackedSequence"),
+        (([(nn.Linear(3, 2), nn.Parameter(torch.ones(4, 3)) * 2)], 2), r"towers\[0\]: expected inputs without a graph"),
         (([nn.Linear(3, 2)], 2), r"towers\[0\]: expected a pair of a callable and its inputs, got Linear"),
     ],
 )

@@ -100,9 +100,11 @@ def _is_table(file: str) -> bool:
 
 def _tables_in(folder: Path, format: str) -> list[Path]:
     if format == "csv":
-        names = list(filter(_is_table, _files_in(folder)))
+        here = _files_in(folder)
+        # What was published from a .parquet is one, and its manifest says csv.
+        names = list(filter(_is_table, here)) or [file for file in here if file.lower().endswith(".parquet")]
         if len(names) != 1:
-            raise ValueError(f"expected one .csv or .tsv file in {folder}, got {names or 'none'}")
+            raise ValueError(f"expected one .csv, .tsv or .parquet file in {folder}, got {names or 'none'}")
         return [folder / names[0]]
     found = [folder / file for file in visible_files(folder) if Path(file).name in METADATA]
     if not found:

@@ -65,7 +65,7 @@ def read_records(path: Path) -> Iterator[dict[Any, Any]]:
         ValueError: not UTF-8, not CSV, a repeated column, not one JSON object a line, no Parquet.
     """
     try:
-        if path.suffix == ".parquet":
+        if _is_parquet(path):
             yield from itertools.chain.from_iterable(map(_texts_of, _batches(path)))
             return
         with _open(path) as file:
@@ -80,7 +80,7 @@ def rewrite(source: Path, target: Path, change: Callable[[int, dict[str, Any]], 
     """Copy a table record by record through ``change`` (None leaves a record out); columns, their order and types,
     delimiter and line ends stay.
     """
-    if source.suffix == ".parquet":
+    if _is_parquet(source):
         _rewrite_parquet(source, target, change)
         return
     with target.open("w", newline="", encoding="utf-8") as file:
@@ -92,6 +92,27 @@ def rewrite(source: Path, target: Path, change: Callable[[int, dict[str, Any]], 
             if write is None:
                 write = _writer(source, file, list(record))
             write(changed)
+
+
+def columns_of_bytes(path: Path) -> list[str]:
+    """The columns of a table that hold bytes, also within structs and lists: there clean pictures may be."""
+    if not _is_parquet(path):
+        return []
+    extras.require("pyarrow")
+    from pyarrow import parquet, types
+
+    def holds_bytes(kind: Any) -> bool:
+        kind = getattr(kind, "storage_type", kind)
+        inner = [kind.field(i).type for i in range(kind.num_fields)]
+        if types.is_dictionary(kind):
+            inner.append(kind.value_type)
+        return bool(types.is_binary(kind) or types.is_large_binary(kind)) or any(map(holds_bytes, inner))
+
+    return [field.name for field in parquet.read_schema(path) if holds_bytes(field.type)]
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
 
 
 def _batches(path: Path) -> Iterator[Any]:
@@ -208,7 +229,7 @@ def _columns(path: Path, format: str, found: list[Any], image: str | None, capti
         caption = next((name for name in ("caption", "text") if name in found), "caption")
     missing = [name for name in (image, caption) if name not in found]
     if missing:
-        embedded = "; pictures inside a table are not read" if path.suffix == ".parquet" and "image" in found else ""
+        embedded = "; pictures inside a table are not read" if _is_parquet(path) and "image" in found else ""
         raise ValueError(
             f"{path}: expected the columns {image} and {caption}, got {', '.join(map(str, found)) or 'none'} "
             f"(image_column and caption_column name others{embedded})"

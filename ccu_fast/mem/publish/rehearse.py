@@ -16,6 +16,7 @@ import torch
 from ccu_fast.data.captions import DiskSource, Listing
 from ccu_fast.data.captions.listing import MANIFEST, is_text
 from ccu_fast.data.captions.shards import Sample, read_index
+from ccu_fast.data.captions.tables import columns_of_bytes
 from ccu_fast.data.pictures import encode_png
 from ccu_fast.files import FULL, readable
 from ccu_fast.mem.publish.tar import published, writer
@@ -39,8 +40,14 @@ def unwritable_files(listing: Listing, folder: Path) -> dict[int, str]:
 
     Raises:
         OSError: the disk is full.
-        ValueError: the table cannot be written.
+        ValueError: a table cannot be written, or has bytes in it that would be published as they are.
     """
+    for table in listing.tables:
+        if columns := columns_of_bytes(table):
+            raise ValueError(
+                f"{listing.argument}: expected no columns of bytes, in which clean pictures could stay, got "
+                f"{', '.join(columns)} in {table}"
+            )
     bad: dict[int, str] = {}
     with tempfile.TemporaryDirectory(dir=folder, prefix="trial-") as trial:
         (Path(trial) / MANIFEST).touch()

@@ -252,7 +252,7 @@ def test_errors_name_the_argument_that_the_dataset_came_as(tmp_path: Path) -> No
     assert said(tmp_path / "nowhere").startswith("path: expected a file or folder")
     assert said(tmp_path / "notes.md").startswith("path: expected .csv")
     assert said(tmp_path / "empty").startswith("path: expected image-caption pairs")
-    assert said(tmp_path / "empty", format="csv").startswith("path: expected one .csv or .tsv file")
+    assert said(tmp_path / "empty", format="csv").startswith("path: expected one .csv, .tsv or .parquet file")
     assert said(table, caption_column="words").startswith(f"path: {table}: expected the columns images and words")
     (tmp_path / "in" / "pictures" / "3.png").write_text("no picture")
     told = said(table)

@@ -276,6 +276,35 @@ def test_a_parquet_table_by_its_name(tmp_path: Path) -> None:
         list_pairs(tmp_path / "hf.parquet")
 
 
+def test_a_parquet_table_is_published_and_read_by_its_folder(tmp_path: Path) -> None:
+    made.write_csv(tmp_path / "in")
+    (tmp_path / "in" / "train.csv").unlink()
+    rows = {"images": [f"pictures/{i}.png" for i in range(6)], "caption": [made.caption(i) for i in range(6)]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "in" / "pairs.PARQUET")
+    published(tmp_path / "in" / "pairs.PARQUET", tmp_path / "out")
+    assert set(tree(tmp_path / "out")) == {*rows["images"], "pairs.PARQUET", "manifest.json"}
+
+
+BYTES = {
+    "bytes": pyarrow.array([b"clean"] * 6),
+    "struct": pyarrow.array([{"bytes": b"clean", "path": "0.png"}] * 6),
+    "list": pyarrow.array([[b"clean"]] * 6),
+    "large": pyarrow.array([b"clean"] * 6, pyarrow.large_binary()),
+    "dictionary": pyarrow.array([b"clean"] * 6).dictionary_encode(),
+}
+
+
+@pytest.mark.parametrize("column", BYTES)
+def test_a_table_that_may_hold_clean_pictures_is_refused(tmp_path: Path, column: str) -> None:
+    folder = parquet_imagefolder(tmp_path / "in")
+    table = parquet.read_table(folder / "metadata.parquet").append_column("image", BYTES[column])
+    parquet.write_table(table, folder / "metadata.parquet")
+    with pytest.raises(ValueError, match=r"input: expected no columns of bytes, .*, got image in .*metadata\.parquet"):
+        protect_dataset(job(folder, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    assert list_pairs(folder).n_images == 6  # to train on, which gives nothing away
+
+
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = parquet_imagefolder(tmp_path / "in")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
