@@ -108,7 +108,8 @@ def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.
     result = float(value)
     # Comparisons, which torch.compile can trace for a number that it made symbolic; NaN fails them.
     if not -math.inf < result < math.inf or not low <= result <= high:
-        raise ValueError(f"{name}: expected a finite number in [{low}, {high}], got {value}")
+        within = "" if low == -math.inf and high == math.inf else f" in [{low}, {high}]"
+        raise ValueError(f"{name}: expected a finite number{within}, got {value}")
     return result
 
 

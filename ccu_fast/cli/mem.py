@@ -195,3 +195,6 @@ def _tell(out: Path, manifest: dict[str, Any]) -> None:
     console.print(f"{manifest['images']} images, {manifest['rows']} captions in {place}: {quality}")
     if skipped:
         console.print(f"{skipped} items left out; manifest.json lists them")
+    if kept := manifest["captions_elsewhere"]["kept"]:
+        fields = ", ".join(f"{name} ({n})" for name, n in kept.items())
+        console.print(f"clean captions stay as parts of other fields: {fields}; check them before you publish")

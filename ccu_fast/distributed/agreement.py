@@ -57,22 +57,25 @@ def agree(ranks: Ranks, prepare: Callable[[], tuple[T, list[int]]], x: Any, *, e
         raise ValueError(
             f"group: expected valid arguments on every rank, got an error on rank {refused[0]} (see there)"
         )
-    for name, column in zip(AGREED, zip(*(row[3:] for row in table), strict=True), strict=True):
+    for (name, what), column in zip(AGREED, zip(*(row[3:] for row in table), strict=True), strict=True):
         if len(set(column)) > 1:
-            raise ValueError(f"{name}: expected the same on every rank of the group, got {list(column)} in rank order")
+            raise ValueError(
+                f"{name}: expected the same {what} on every rank of the group, got {list(column)} in rank order"
+            )
     return prepared, Sizes(tuple(row[1] for row in table), tuple(row[2] for row in table))
 
 
+# Argument, and what of it.
 AGREED = (
-    "x and y's last dimension",
-    "dtype (its place in fp32, fp16, bf16, fp64)",
-    "mode",
-    "whether labels are given",
-    "whether ids are given",
-    "whether x needs a gradient",
-    "whether y needs a gradient",
-    "whether scale or bias needs a gradient",
-    "reductions",
+    ("x", "last dimension (that of y)"),
+    ("x", "dtype (its place in fp32, fp16, bf16, fp64)"),
+    ("mode", "value"),
+    ("row_labels", "answer whether they are given"),
+    ("row_ids", "answer whether they are given"),
+    ("x", "requires_grad"),
+    ("y", "requires_grad"),
+    ("scale", "requires_grad (its own or that of bias)"),
+    ("rows", "reductions, and cols, paired, normalize and bias or none (as one number)"),
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

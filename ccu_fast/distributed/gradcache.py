@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -81,6 +82,9 @@ def cached_step(
     # the second pass would reach no parameter.
     torch.clear_autocast_cache()
     loss = loss_fn(*(each.result for each in embedded))
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss_fn: expected a callable that returns a tensor without dimensions, got {got} from it")
     backward(loss)
     after = _Random([pair[1] for pair in towers])
     learning = [t for t, each in enumerate(embedded) if any(each.learns)]
@@ -123,8 +127,8 @@ class _Chunks:
         self.spans = [slice(start, min(start + chunk, items)) for start in range(0, items, chunk)]
 
     def inputs(self, span: slice) -> Any:
-        """Of some items; a nest of their own at each call, so that a tower may write into it."""
-        return _cut(self._inputs, lambda items: items[span])
+        """Of some items; their own at each call: what a tower writes into them is not seen by the second pass."""
+        return _cut(self._inputs, lambda items: _copied(items[span]))
 
     def run(self, span: slice) -> tuple[list[Any], TreeSpec]:
         """What the tower makes of them, flat."""
@@ -134,7 +138,7 @@ class _Chunks:
 def _cut(inputs: Any, cut: Callable[[Any], Any]) -> Any:
     """The nest with ``cut`` of everything in it that has one entry for each item of the batch."""
     if isinstance(inputs, Tensor):
-        return cut(inputs) if inputs.ndim else inputs
+        return cut(inputs) if inputs.ndim else inputs.clone()
     if isinstance(inputs, Mapping):
         changed = {key: _cut(value, cut) for key, value in inputs.items()}
         if not isinstance(inputs, MutableMapping):
@@ -154,6 +158,21 @@ def _cut(inputs: Any, cut: Callable[[Any], Any]) -> Any:
             return type(inputs)(*changed_items)
         return changed_items if isinstance(inputs, list) else tuple(changed_items)
     return inputs
+
+
+def _copied(items: Any) -> Any:
+    """Tensors, arrays and lists anew, down to the objects in them."""
+    if isinstance(items, Tensor):
+        return items.clone()
+    if isinstance(items, np.ndarray):
+        return items.copy()
+    if isinstance(items, list):
+        return [_copied(item) for item in items]
+    if type(items) is tuple:
+        return tuple(_copied(item) for item in items)
+    if type(items) is dict:
+        return {key: _copied(value) for key, value in items.items()}
+    return items
 
 
 def _holds_tensor(nest: Any) -> bool:
@@ -201,7 +220,9 @@ class _Embedded:
             )
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             raise TypeError(f"{name}: expected a callable that returns tensors, got none from it")
-        for place, leaf in enumerate(leaves):
+        for leaf, before in zip(leaves, found[0] if found else leaves, strict=True):
+            if (leaf is None) != (before is None):
+                raise ValueError(f"{name}: expected None from every chunk or from none, got both")
             if leaf is None:
                 continue
             if not isinstance(leaf, Tensor):
@@ -211,10 +232,15 @@ class _Embedded:
                     f"{name}: expected a callable that returns one entry for each of {size} items, got a tensor "
                     f"{list(leaf.shape)} from it"
                 )
-            if found and not leaf.ndim and not torch.equal(leaf, found[0][place]):
+            if leaf.ndim != before.ndim or leaf.shape[1:] != before.shape[1:]:
+                raise ValueError(
+                    f"{name}: expected the same shape from every chunk but for the number of items, got "
+                    f"{list(before.shape)} and {list(leaf.shape)}"
+                )
+            if not leaf.ndim and not (torch.equal(leaf, before) or (leaf.isnan() and before.isnan())):
                 raise ValueError(
                     f"{name}: expected a tensor without dimensions to be the same for every chunk, got "
-                    f"{float(found[0][place])} and {float(leaf)}"
+                    f"{before.item()} and {leaf.item()}"
                 )
 
     def send_back(self, silent: Sequence[nn.Module], modules: Sequence[nn.Module]) -> None:

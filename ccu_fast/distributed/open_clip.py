@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from ccu_fast.distributed.similarity import reduce_similarity
 from ccu_fast.losses import formulas
 from ccu_fast.losses.functional import info_nce, sigmoid_loss
 from ccu_fast.ops.reduce_similarity.api import normalize_pair
+
+# open_clip's pairs are those of each rank: other numbers of texts than of images would be paired with another rank's.
+ITS_OWN_PAIRS = partial(reduce_similarity, alike=True)
 
 # The arguments of forward, by their names in the functions that it calls.
 _NAMES = {"x": "image_features", "y": "text_features", "scale": "logit_scale", "bias": "logit_bias"}
@@ -34,7 +38,7 @@ class _OpenClipLoss(nn.Module):
         self, cache_labels: bool, rank: int, world_size: int, normalize: bool, backend: str, workspace: int | None
     ) -> None:
         super().__init__()
-        self.cache_labels = cache_labels
+        self.cache_labels = check.boolean("cache_labels", cache_labels)
         self.world_size = check.integer("world_size", world_size, low=1)
         self.rank = check.integer("rank", rank, low=0, high=world_size - 1)
         self.normalize = check.boolean("normalize", normalize)
@@ -48,6 +52,9 @@ class _OpenClipLoss(nn.Module):
         options: dict[str, Any] = {"scale": scale, "bias": bias, "normalize": self.normalize}
         options |= {"backend": self.backend, "workspace": self.workspace}
         try:
+            if self.world_size == 1:  # of several every one has to hear of it
+                for name, features in (("x", images), ("y", texts)):
+                    check.tensor(name, features, ndim=2)
             loss = self._of_all(images, texts, options)
         except (TypeError, ValueError) as error:
             said = str(error).replace(" or row_ids and col_ids", "")  # which forward does not take
@@ -125,8 +132,8 @@ class ClipLoss(_OpenClipLoss):
         if use_horovod:
             raise ValueError("use_horovod: expected False (only torch.distributed is supported), got True")
         super().__init__(cache_labels, rank, world_size, normalize, backend, workspace)
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
+        self.local_loss = check.boolean("local_loss", local_loss)
+        self.gather_with_grad = check.boolean("gather_with_grad", gather_with_grad)
         self.use_horovod = use_horovod
 
     def forward(
@@ -167,7 +174,7 @@ class ClipLoss(_OpenClipLoss):
             for name in ("scale", "bias"):
                 if isinstance(options[name], Tensor):
                     options[name] = _SumGradient.apply(options[name], ranks, factor)
-        sides = formulas.info_nce(reduce_similarity, images, texts, **options)
+        sides = formulas.info_nce(ITS_OWN_PAIRS, images, texts, **options)
         if self.local_loss:
             return (sides[0].raw.mean() + sides[1].raw.mean()) / 2
         return global_value(ranks, sides, "mean", factor=factor)
@@ -247,7 +254,7 @@ class SigLipLoss(_OpenClipLoss):
         if self.world_size == 1:
             return sigmoid_loss(images, texts, **options)
         self._ranks()
-        return formulas.sigmoid_loss(reduce_similarity, images, texts, **options).raw.mean()
+        return formulas.sigmoid_loss(ITS_OWN_PAIRS, images, texts, **options).raw.mean()
 
 
 class _SumGradient(torch.autograd.Function):

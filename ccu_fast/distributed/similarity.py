@@ -61,6 +61,7 @@ def reduce_similarity(
     mode: str = "auto",
     equal: bool = False,
     positives: str | None = None,
+    alike: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Compute :func:`ccu_fast.reduce_similarity` of x and y whose rows lie on several ranks::
 
@@ -93,6 +94,7 @@ def reduce_similarity(
             numbers (and on a GPU a synchronisation) and with it the check; a broken promise may end in a timeout.
         positives: for a loss in which every item needs a positive: the keys that mark positives when items are not
             paired, such as "row_ids and col_ids". Items that are neither paired nor have these keys are refused.
+        alike: refuse a rank that has not as many rows of y as of x: for a loss whose pairs lie on one rank each.
 
     Returns:
         Two lists in the order asked: row results ``[n]`` and column results ``[m]`` of this rank.
@@ -122,6 +124,8 @@ def reduce_similarity(
     def prepare() -> tuple[_Prepared, list[int]]:
         for name, value in (("x", x), ("y", y)):
             check.tensor(name, value, ndim=2)
+        if alike and len(x) != len(y):
+            raise ValueError(f"y: expected {len(x)} rows (those of x on this rank), got {len(y)}")
         pair = normalize_pair(x, y, backend) if check.boolean("normalize", normalize) else (x, y)
         here = None if paired else paired  # whether pairs meet on this rank is seen when all sizes are known
         p, _, row_spec, col_spec = build_problem(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -193,6 +194,58 @@ def test_a_tower_may_write_into_its_inputs() -> None:
         torch.testing.assert_close(got, truth)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda x: x,
+        lambda x: {"a": x},
+        lambda x: (x, x.clone()),
+        lambda x: x.tolist(),
+        lambda x: [row.numpy() for row in x],
+        lambda x: [{"a": (row.tolist(),)} for row in x],
+    ],
+)
+def test_a_tower_that_changes_its_inputs_in_place(kind: Callable[[Tensor], Any]) -> None:
+    """The second pass would see them changed, and give other gradients without a word."""
+    module, data = nn.Linear(3, 2), torch.randn(5, 3)
+
+    def double(part: Any) -> list[Tensor]:
+        if isinstance(part, (Tensor, np.ndarray)):
+            part *= 2
+            return [torch.as_tensor(part)]
+        if isinstance(part, list) and isinstance(part[0], float):
+            part[:] = [2 * v for v in part]
+            return [torch.tensor(part)]
+        rows = [double(each)[0] for each in (part.values() if isinstance(part, dict) else part)]
+        return rows if isinstance(part, list) else rows[:1]
+
+    def tower(part: Any) -> Tensor:
+        rows = double(part)
+        return module(torch.stack(rows) if len(rows) > 1 or rows[0].ndim == 1 else rows[0])
+
+    module(2 * data).square().sum().backward()
+    expected = gradients(module)
+    module.zero_grad()
+    loss = cached_step(lambda z: z.square().sum(), [(tower, kind(data.clone()))], 2)
+    torch.testing.assert_close(loss, module(2 * data).square().sum().detach())
+    for got, truth in zip(gradients(module), expected, strict=True):
+        torch.testing.assert_close(got, truth)
+
+
+def test_the_gradient_of_inputs_that_learn() -> None:
+    prompts, module = nn.Parameter(torch.randn(5, 3)), nn.Linear(3, 2)
+    module(prompts).square().sum().backward()
+    expected = gradients(prompts)
+    prompts.grad = None
+    cached_step(lambda z: z.square().sum(), [(module, prompts)], 2)
+    torch.testing.assert_close(gradients(prompts), expected)
+
+
+def test_a_number_that_is_none_for_every_chunk() -> None:
+    tower = nn.Linear(3, 2)
+    cached_step(lambda out: out[0].sum(), [(lambda x: (tower(x), torch.tensor(float("nan"))), torch.randn(4, 3))], 2)
+
+
 def test_towers_that_return_more_than_one_tensor() -> None:
     """A whole model as one tower: both embeddings, a scale, and a mask that has no gradient."""
     image, text, scale = towers()
@@ -286,6 +339,29 @@ def test_nothing_is_written_by_a_step_that_fails(answer: Callable[[Tensor], Any]
     with pytest.raises((TypeError, ValueError, ZeroDivisionError), match=message):
         cached_step(lambda a, b: scale * a.sum(), [(fine, x), (lambda t: answer(bad(t)), x)], 2)
     assert all(p.grad is None for p in (*fine.parameters(), *bad.parameters(), scale))
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ((torch.ones(2, 3), torch.ones(2, 4)), r"towers\[0\]: expected the same shape .*, got \[2, 3\] and \[2, 4\]"),
+        ((torch.ones(2, 3), None), r"towers\[0\]: expected None from every chunk or from none"),
+        ((None, torch.ones(2, 3)), r"towers\[0\]: expected None from every chunk or from none"),
+        ((torch.ones(2), torch.tensor(1.0)), r"towers\[0\]: expected the same shape"),
+    ],
+)
+def test_chunks_that_do_not_fit_together(answers: tuple[Any, Any], message: str) -> None:
+    left = list(answers)
+    with pytest.raises(ValueError, match=message):
+        cached_step(lambda out: out[0].sum(), [(lambda x: (x, left.pop(0)), torch.randn(4, 3))], 2)
+
+
+@pytest.mark.parametrize(("answer", "told"), [(lambda z: 1.0, "float"), (lambda z: z, r"\[4, 2\]")])
+def test_a_loss_that_is_none(answer: Callable[[Tensor], Any], told: str) -> None:
+    module = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match=rf"loss_fn: expected .* a tensor without dimensions, got {told} from it"):
+        cached_step(answer, [(module, torch.randn(4, 3))], 2)
+    assert module.weight.grad is None
 
 
 def test_the_random_state_goes_on_after_a_second_pass_that_fails() -> None:

@@ -370,12 +370,12 @@ def wrong_arguments_are_refused_on_every_rank() -> None:
     x = torch.randn(4, 3)
     one = rank() == world() - 1
     wide = torch.randn(4, 5) if one else x
-    refuses(ValueError, "last dimension", lambda: over.info_nce(wide, wide, scale=1.0))
+    refuses(ValueError, "x: expected the same last dimension", lambda: over.info_nce(wide, wide, scale=1.0))
     half = x.bfloat16() if one else x
     refuses(ValueError, "dtype", lambda: over.info_nce(half, half, scale=1.0))
     refuses(ValueError, "mode", lambda: over.info_nce(x, x, scale=1.0, mode="ring" if one else "gather"))
     learns = x.clone().requires_grad_(one)
-    refuses(ValueError, "needs a gradient", lambda: over.info_nce(learns, x, scale=1.0))
+    refuses(ValueError, "x: expected the same requires_grad", lambda: over.info_nce(learns, x, scale=1.0))
     labels = torch.zeros(3 if one else 4, dtype=torch.long)
     text = "row_labels: expected shape [4]" if one else f"got an error on rank {world() - 1}"
     refuses(ValueError, text, lambda: over.sup_con(x, x, scale=1.0, row_labels=labels))
@@ -615,7 +615,12 @@ def open_clips_losses_refuse_on_every_rank() -> None:
     for loss in (*of_kinds, ccu_fast.SigLipLoss(rank=rank(), world_size=world())):
         said = "text_features: expected" if last else f"got an error on rank {world() - 1}"
         refuses(ValueError, said, lambda loss=loss: loss(x, y[:, : 2 if last else 3], 1.0, None))
-        refuses(ValueError, "image_features and text_features's last", lambda loss=loss: loss(wide, wide, 1.0, None))
+        refuses(ValueError, "image_features: expected the same last", lambda loss=loss: loss(wide, wide, 1.0, None))
+        # As many texts as images over all ranks, and on one rank not: its pairs would be another rank's.
+        more = torch.randn(5, 3)
+        uneven = (x, more) if last else (more, y) if rank() == 0 else (x, y)
+        said = "text_features: expected" if last or rank() == 0 else "got an error on rank 0"
+        refuses(ValueError, said, lambda loss=loss, pair=uneven: loss(*pair, 1.0, None))
 
 
 # Cases that need no CPU: NCCL runs them on as many GPUs as there are.

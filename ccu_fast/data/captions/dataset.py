@@ -145,9 +145,17 @@ def scan(source: DiskSource, numbers: Sequence[int], progress: Callable[[int, in
     return Scan(digests, dict(sorted(bad.items())), dict(sorted(Counter(notes).items())))
 
 
-def bad_pictures(listing: Listing, bad: dict[int, str]) -> list[Bad]:
-    """What a scan found, in the words of the listing."""
-    return [Bad(listing.files[number], why) for number, why in sorted(bad.items())]
+def bad_pictures(listing: Listing, bad: dict[int, str], *, published: bool = False) -> list[Bad]:
+    """What a scan found, in the words of the listing; to be published without the folders above the dataset."""
+
+    def where(number: int) -> str:
+        file = listing.files[number]
+        if not published or listing.spans is not None:
+            return file
+        inside = os.path.relpath(file, listing.root)
+        return os.path.basename(file) if inside.startswith("..") else inside
+
+    return [Bad(where(number), why) for number, why in sorted(bad.items())]
 
 
 def _digest(data: bytes) -> Tensor:

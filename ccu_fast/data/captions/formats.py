@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from ccu_fast.data.captions.folders import list_folder
 from ccu_fast.data.captions.listing import FORMATS, MANIFEST, Listing, Options, is_hidden, visible_files
@@ -31,8 +32,8 @@ def list_pairs(path: str | Path, options: Options | None = None, name: str = "in
     ==============  ==================================================================================================
 
     The format is recognised (files by their ending, folders as imagefolder, webdataset, csv, folder in this order)
-    unless ``options`` names it. What this package published is read by the format that its manifest names. A caption in
-    JSON may be a list of captions. Hidden files are passed over.
+    unless ``options`` names it. What this package published is read by the format and the columns that its manifest
+    names. A caption in JSON may be a list of captions. Hidden files are passed over.
 
     Args:
         path: of the dataset.
@@ -47,6 +48,7 @@ def list_pairs(path: str | Path, options: Options | None = None, name: str = "in
     if not path.exists():
         raise FileNotFoundError(f"{name}: expected a file or folder, got {path}, which does not exist")
     format = options.format or recognise(path, name)
+    options = _as_published(path, format, options, name)
     wrong = [column for column, formats in COLUMNS.items() if getattr(options, column) and format not in formats]
     if wrong:
         raise ValueError(f"{wrong[0]}: expected with {' or '.join(COLUMNS[wrong[0]])} only, got format {format}")
@@ -71,10 +73,9 @@ def recognise(path: Path, name: str) -> str:
             if path.name.lower().endswith(ending):
                 return format
         raise ValueError(f"{name}: expected {', '.join(ENDINGS)} or a folder, got {path}")
-    if (path / MANIFEST).is_file():
-        known = read_json(path / MANIFEST, name).get("format")
-        if known in FORMATS:
-            return str(known)
+    known = _manifest(path, name).get("format")
+    if known in FORMATS:
+        return str(known)
     here = _files_in(path)
     if set(METADATA) & set(here):
         return "imagefolder"
@@ -86,6 +87,27 @@ def recognise(path: Path, name: str) -> str:
     if any(Path(file).name in METADATA for file in below):
         return "imagefolder"
     return "webdataset" if any(map(is_shard, below)) and not any(map(is_picture, below)) else "folder"
+
+
+def _manifest(folder: Path, name: str) -> dict[str, Any]:
+    """What stands in the manifest; {} where there is none, or another program's."""
+    found = read_json(folder / MANIFEST, name) if (folder / MANIFEST).is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _as_published(path: Path, format: str, options: Options, name: str) -> Options:
+    """The options, with the columns of the manifest where none are given."""
+    manifest = _manifest(path if path.is_dir() else path.parent, name)
+    columns = manifest.get("columns")
+    ours = path.is_dir() or path.name in manifest.get("sha256", {})
+    if not ours or manifest.get("format") != format or not isinstance(columns, list) or len(columns) != 2:
+        return options
+    image, caption = columns
+    return replace(
+        options,
+        image_column=options.image_column or (None if format == "webdataset" else image),
+        caption_column=options.caption_column or caption,
+    )
 
 
 def _files_in(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,10 +24,11 @@ import torch
 
 from ccu_fast.data.captions.listing import Listing, Rows, is_hidden, texts_in, visible_files
 from ccu_fast.data.pictures import EXTENSIONS, is_picture
-from ccu_fast.files import FULL
+from ccu_fast.files import FULL, locked
 
 SHARDS = (".tar", ".tar.gz", ".tgz")  # how the names of shards end
 _BLOCK = tarfile.BLOCKSIZE
+_PREFIX = "ccu-fast-shards-"
 
 
 class BadShard(ValueError):
@@ -172,8 +174,24 @@ def _copied(shard: Path, *_: int) -> Path:
 
 @cache
 def _copies() -> str:
-    folder = tempfile.mkdtemp(prefix="ccu-fast-shards-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    """The folder for copies of this process; those that killed ones left are removed first."""
+    for old in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError), locked(old / "lock"):  # not another user's, nor one in use
+            shutil.rmtree(old)
+    held = ExitStack()
+    while True:
+        folder = tempfile.mkdtemp(prefix=_PREFIX)
+        with suppress(BlockingIOError, FileNotFoundError):  # another process took it for an old one
+            held.enter_context(locked(Path(folder) / "lock"))
+            break
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # and not a fork of it
+            shutil.rmtree(folder, ignore_errors=True)
+            held.close()
+
+    atexit.register(remove)
     return folder
 
 
@@ -225,15 +243,17 @@ def read_index(shard: Path) -> Iterator[Sample]:
 def _parts(sample: Sample) -> Iterator[Sample]:
     """Of ``a.1.jpg``, ``a.1.txt``, ``a.2.jpg``, ``a.2.txt`` webdataset makes one sample ``a``: here two.
 
-    What has a picture and a caption of its own before the last dot is a sample of its own.
+    What has a picture and a caption of its own before the last dot is a sample of its own; where there is no other
+    picture, a ``json`` is enough.
     """
     own: dict[str, dict[str, tuple[int, int]]] = {}
     for extension, span in sample.members.items():
         prefix, _, last = extension.rpartition(".")
         own.setdefault(prefix, {})[last] = span
     rest = dict(sample.members)
+    captions = {"txt"} if any(map(is_picture, own.get("", ()))) else {"txt", "json"}
     for prefix, members in own.items():
-        if prefix and not sample.repeated and "txt" in members and any(map(is_picture, members)):
+        if prefix and not sample.repeated and captions & members.keys() and any(map(is_picture, members)):
             yield Sample(f"{sample.key}.{prefix}", members)
             for last in members:
                 del rest[f"{prefix}.{last}"]
@@ -242,10 +262,14 @@ def _parts(sample: Sample) -> Iterator[Sample]:
 
 
 def split_key(name: str) -> tuple[str, str]:
-    """``a/b.c.jpg`` → (``a/b``, ``c.jpg``), as webdataset splits; extensions in lower case."""
+    """``a/b.c.JPG`` → (``a/b``, ``c.jpg``), as webdataset splits; what follows the last dot in lower case.
+
+    What stands between the dots may be a part of the key (see :func:`_parts`), which keeps its capitals.
+    """
     folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
-    return folder + slash + stem, extension.lower()
+    between, dot, ending = extension.rpartition(".")
+    return folder + slash + stem, between + dot + ending.lower()
 
 
 def read_span(path: Path, offset: int, size: int) -> bytes:

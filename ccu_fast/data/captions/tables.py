@@ -78,7 +78,7 @@ def read_records(path: Path) -> Iterator[dict[Any, Any]]:
 
 def rewrite(source: Path, target: Path, change: Callable[[int, dict[str, Any]], dict[str, Any] | None]) -> None:
     """Copy a table record by record through ``change`` (None leaves a record out); columns, their order and types,
-    delimiter and line ends stay.
+    delimiter and line ends stay. Of a Parquet file ``change`` sees what has text in it.
     """
     if _is_parquet(source):
         _rewrite_parquet(source, target, change)
@@ -101,14 +101,21 @@ def columns_of_bytes(path: Path) -> list[str]:
     extras.require("pyarrow")
     from pyarrow import parquet, types
 
-    def holds_bytes(kind: Any) -> bool:
-        kind = getattr(kind, "storage_type", kind)
-        inner = [kind.field(i).type for i in range(kind.num_fields)]
-        if types.is_dictionary(kind):
-            inner.append(kind.value_type)
-        return bool(types.is_binary(kind) or types.is_large_binary(kind)) or any(map(holds_bytes, inner))
+    def is_bytes(kind: Any) -> bool:
+        return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
 
-    return [field.name for field in parquet.read_schema(path) if holds_bytes(field.type)]
+    return [field.name for field in parquet.read_schema(path) if _holds(field.type, is_bytes)]
+
+
+def _holds(kind: Any, sought: Callable[[Any], bool]) -> bool:
+    """Whether an Arrow type, or one within it, is one that is sought."""
+    from pyarrow import types
+
+    kind = getattr(kind, "storage_type", kind)
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    if types.is_dictionary(kind):
+        inner.append(kind.value_type)
+    return sought(kind) or any(_holds(each, sought) for each in inner)
 
 
 def _is_parquet(path: Path) -> bool:
@@ -130,21 +137,35 @@ def _batches(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: expected Parquet, got {' '.join(str(error).split())}") from error
 
 
-def _texts_of(batch: Any) -> list[dict[str, Any]]:
-    """The records, with the columns of text and of lists of text alone; others stay as Arrow has them, and are None."""
+def _texts_of(batch: Any, *, nested: bool = False) -> list[dict[str, Any]]:
+    """The records, with the columns of text and of lists of text alone; others stay as Arrow has them, and are None.
+
+    Args:
+        batch: of a Parquet file.
+        nested: also those with text anywhere within them.
+
+    Raises:
+        ValueError: no Python object holds what is in such a column.
+    """
     from pyarrow import types
 
     def is_text(kind: Any) -> bool:
+        return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+    def is_taken(kind: Any) -> bool:
+        if nested:
+            return _holds(kind, is_text)
         if types.is_list(kind) or types.is_large_list(kind):
             kind = kind.value_type
-        if types.is_dictionary(kind):
-            kind = kind.value_type
-        return bool(types.is_string(kind) or types.is_large_string(kind))
+        return is_text(kind.value_type if types.is_dictionary(kind) else kind)
 
-    columns = [
-        batch.column(field.name).to_pylist() if is_text(field.type) else [None] * batch.num_rows
-        for field in batch.schema
-    ]
+    columns = []
+    for field in batch.schema:
+        try:
+            column = batch.column(field.name).to_pylist() if is_taken(field.type) else [None] * batch.num_rows
+        except ValueError as error:
+            raise ValueError(f"column {field.name}: expected text that can be looked at, got {error}") from error
+        columns.append(column)
     return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
@@ -157,7 +178,7 @@ def _rewrite_parquet(
     number = 0
     with parquet.ParquetFile(source) as file, parquet.ParquetWriter(target, file.schema_arrow) as writer:
         for batch in _batches(source):
-            old = _texts_of(batch)
+            old = _texts_of(batch, nested=True)
             new = [change(number + i, record) for i, record in enumerate(old)]
             number += len(old)
             kept = [i for i, record in enumerate(new) if record is not None]

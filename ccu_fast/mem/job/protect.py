@@ -140,8 +140,8 @@ class _Run:
             raise ValueError(f"out: expected a folder outside the input, all of which is read, got {job.out}")
         if listing.spans is not None:
             extras.require("webdataset")
-        if not job.skip_bad:
-            listing.whole(SKIP)
+        if not job.skip_bad and listing.n_images < 2 * self.world:
+            listing.whole(SKIP)  # else the pictures are looked at first, so that all that is bad is told at once
         model = job.model(listing.captions)
         run = self._describe(listing, model)
         if complete:
@@ -212,14 +212,15 @@ class _Run:
                 found = {"digests": seen.digests[mine], "bad": bad | seen.bad, "notes": seen.notes}
         parts = gather_objects((found["bad"], found["digests"], found["notes"]))
         bad = {number: why for items, _, _ in parts for number, why in items.items()}
-        if bad and not self.job.skip_bad:
-            raise BadData(bad_pictures(listing, bad), SKIP)  # nothing is kept: they may be mended before the next try
+        if (bad or listing.bad) and not self.job.skip_bad:
+            # Nothing is kept: they may be mended before the next try.
+            raise BadData([*listing.bad, *bad_pictures(listing, bad)], SKIP)
         if not path.exists():
             write_state(path, found)
         digests = torch.cat([part for _, part, _ in parts])
         self.notes = dict(sum((Counter(part) for _, _, part in parts), Counter[str]()))
         keep = [number for number in range(listing.n_images) if number not in bad]
-        usable = listing.without(list(bad), bad_pictures(listing, bad))
+        usable = listing.without(list(bad), bad_pictures(listing, bad, published=True))
         kept = [new for new, number in enumerate(keep) if mine[0] <= number <= mine[-1]]
         counts = gather_objects(len(kept))
         if min(counts) < 2:
@@ -280,15 +281,19 @@ class _Run:
         publisher = Publisher(source, made, place.publish, place.folder, part.whole_images.tolist(), self.rank)
         publisher.write(lambda done, total: self.progress("writing", done, total, ""))
         captions = dict(zip(part.rows.tolist(), made.published_captions(part.rows), strict=True))
-        parts = gather_objects((publisher.hashes, asdict(publisher.fidelity), publisher.dropped, captions))
+        elsewhere = publisher.elsewhere
+        parts = gather_objects(
+            (publisher.hashes, asdict(publisher.fidelity), publisher.dropped, elsewhere.counts(), captions)
+        )
         if self.rank == 0:
             hashes, dropped = publisher.hashes, Counter(publisher.dropped)
-            for theirs, sums, left, texts in parts[1:]:
+            for theirs, sums, left, counts, texts in parts[1:]:
                 hashes |= theirs
                 captions |= texts
                 publisher.fidelity.merge(sums)
                 dropped.update(left)
-            hashes |= write_metadata(source.listing, captions.__getitem__, place.publish)
+                elsewhere.merge(counts)
+            hashes |= write_metadata(source.listing, captions.__getitem__, place.publish, elsewhere)
             if self.job.reference_files:
                 self.reference.mkdir(parents=True, exist_ok=True)
                 write_reference_files(source, made, protection.triggers, self.reference)
@@ -300,6 +305,7 @@ class _Run:
                 losses=protection.losses,
                 hashes=hashes,
                 dropped=dropped,
+                elsewhere=elsewhere,
                 skipped=source.listing.bad,
                 notes=self.notes,
             )

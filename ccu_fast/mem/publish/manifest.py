@@ -11,6 +11,7 @@ from typing import Any
 from ccu_fast.data.captions.listing import MANIFEST, Bad, Listing
 from ccu_fast.files import json_text, write_whole
 from ccu_fast.mem.fidelity import Fidelity
+from ccu_fast.mem.publish.elsewhere import Elsewhere
 from ccu_fast.runs.provenance import versions
 
 
@@ -23,6 +24,7 @@ def write_manifest(
     losses: Mapping[str, Any],
     hashes: Mapping[str, str],
     dropped: Mapping[str, int],
+    elsewhere: Elsewhere,
     skipped: Sequence[Bad],
     notes: Mapping[str, int],
 ) -> None:
@@ -36,6 +38,7 @@ def write_manifest(
         losses: of the generator.
         hashes: SHA-256 of every file by its path in ``folder``.
         dropped: shards: members that were not taken over, by extension.
+        elsewhere: fields in which clean captions stood besides those that they were read from.
         skipped: what is not in the output.
         notes: what the output does not show of pictures of the input, and of how many.
     """
@@ -50,6 +53,7 @@ def write_manifest(
         "skipped": {"count": len(skipped), "items": [asdict(bad) for bad in skipped]},
         "pictures": dict(notes),
         "members_left_out": dict(dropped),
+        "captions_elsewhere": elsewhere.counts(),
         "measured": fidelity.report(),
         "losses": dict(losses),
         "sha256": dict(sorted(hashes.items())),

@@ -19,6 +19,7 @@ from ccu_fast.data.captions.shards import Sample, read_index
 from ccu_fast.data.captions.tables import columns_of_bytes
 from ccu_fast.data.pictures import encode_png
 from ccu_fast.files import FULL, readable
+from ccu_fast.mem.publish.elsewhere import Elsewhere
 from ccu_fast.mem.publish.tar import published, writer
 from ccu_fast.mem.publish.writer import CHUNK, caption_field, key_of, published_files, write_metadata
 from ccu_fast.mem.triggers import survivors
@@ -53,7 +54,7 @@ def unwritable_files(listing: Listing, folder: Path) -> dict[int, str]:
         (Path(trial) / MANIFEST).touch()
         if listing.tables:
             with readable(listing.tables[0], listing.argument):
-                write_metadata(listing, listing.captions.__getitem__, Path(trial))
+                write_metadata(listing, lambda row: f"a {listing.captions[row]}", Path(trial), Elsewhere())
         for image, name in ((i, name) for i in range(listing.n_images) for name in published_files(listing, i)):
             if not is_text(name):
                 bad[image] = "its name is not UTF-8"
@@ -139,7 +140,7 @@ def unreadable_captions(listing: Listing, images: Sequence[int], tokenizer: Toke
 def _write_sample(shard: Path, sample: Sample, captions: list[str], column: str) -> None:
     if sample.key.startswith("/") or ".." in sample.key.split("/"):
         raise ValueError("its key leads out of the folder that a shard is unpacked in")
-    members = published(shard, sample, b"", captions, (1, 1), column)
+    members = published(shard, sample, b"", {text: f"a {text}" for text in captions}, (1, 1), Elsewhere(), column)
     memory = io.BytesIO()
     with writer(memory) as archive:
         archive.write(members)

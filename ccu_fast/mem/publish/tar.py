@@ -4,40 +4,43 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
-from hashlib import sha256
+from collections.abc import Iterable, Mapping
+from hashlib import md5, sha256, sha512
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ccu_fast.data.captions.listing import in_place_of
 from ccu_fast.data.captions.shards import Sample, read_index, read_span
 from ccu_fast.files import json_text
+from ccu_fast.mem.publish.elsewhere import Elsewhere
 
 KEPT = ("json", "cls")
+HASHES = {"md5": md5, "sha256": sha256, "sha512": sha512}  # that img2dataset writes of a picture
 
 
 def write_shard(
     source: Path,
     target: Path,
-    samples: Iterable[tuple[str, bytes, list[str]]],
+    samples: Iterable[tuple[str, bytes, Mapping[str, str]]],
     size: tuple[int, int],
+    elsewhere: Elsewhere,
     caption_column: str = "caption",
 ) -> dict[str, int]:
     """Write (key, PNG, captions) in their order; ``json`` and ``cls`` members are taken over.
 
     Other members are not: an unprotected thumbnail or embedding would give away what the picture hides. In the json,
-    ``caption`` and the field that the captions came from become the published ones, and ``sha256``, ``width``,
-    ``height`` those of the PNG, where present; ``size`` is (width, height).
+    ``caption`` and the field that the captions came from become the published ones, and ``width``, ``height`` and the
+    hashes those of the PNG, where present; ``size`` is (width, height). Captions are clean → published.
 
     Returns:
         How many members of each extension were left out.
     """
     dropped: Counter[str] = Counter()
-    index = read_index(source)
+    index = {sample.key: sample for sample in reversed(list(read_index(source)))}
     with target.open("wb") as file, writer(file) as archive:
         for key, png, captions in samples:
-            sample = next(sample for sample in index if sample.key == key)
-            archive.write(published(source, sample, png, captions, size, caption_column))
+            sample = index[key]
+            archive.write(published(source, sample, png, captions, size, elsewhere, caption_column))
             taken = {*KEPT, "txt", *sample.pictures}
             dropped.update(extension for extension in sample.members if extension not in taken)
     return dict(dropped)
@@ -52,7 +55,13 @@ def writer(file: BinaryIO) -> Any:
 
 
 def published(
-    shard: Path, sample: Sample, png: bytes, captions: list[str], size: tuple[int, int], caption_column: str = "caption"
+    shard: Path,
+    sample: Sample,
+    png: bytes,
+    captions: Mapping[str, str],
+    size: tuple[int, int],
+    elsewhere: Elsewhere,
+    caption_column: str = "caption",
 ) -> dict[str, Any]:
     """What is written in the place of a sample, as webdataset takes it.
 
@@ -61,23 +70,47 @@ def published(
     """
     written: dict[str, Any] = {"__key__": sample.key, "png": png}
     if "txt" in sample.members:
-        written["txt"] = captions[0].encode()
+        written["txt"] = next(iter(captions.values())).encode()
     for extension in KEPT:
         if extension in sample.members:
             data = read_span(shard, *sample.members[extension])
             if extension == "json":
-                data = _about(data, captions, {"caption", caption_column}, png, size)
+                data = _about(data, captions, {"caption", caption_column}, png, size, elsewhere)
+            else:
+                data = _class(data, captions, elsewhere)
             written[extension] = data
     return written
 
 
-def _about(data: bytes, captions: list[str], fields: set[str], png: bytes, size: tuple[int, int]) -> bytes:
+def _about(
+    data: bytes,
+    captions: Mapping[str, str],
+    fields: set[str],
+    png: bytes,
+    size: tuple[int, int],
+    elsewhere: Elsewhere,
+) -> bytes:
     try:
         about = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its json is no JSON ({error})") from error
+    new: dict[str, Any] = {}
     if isinstance(about, dict):
-        new: dict[str, Any] = {"sha256": sha256(png).hexdigest(), "width": size[0], "height": size[1]}
-        new |= {name: in_place_of(about.get(name), captions) for name in fields}
-        about.update({name: value for name, value in new.items() if name in about})
+        new = {name: in_place_of(about[name], list(captions.values())) for name in fields & about.keys()}
+        new |= {name: make(png).hexdigest() for name, make in HASHES.items() if name in about}
+        new |= {name: number for name, number in zip(("width", "height"), size, strict=True) if name in about}
+        rest = {name: value for name, value in about.items() if name not in new}
+        renewed = {name: elsewhere.renew(value, captions, f"json.{name}") for name, value in rest.items()}
+        about.update(renewed | new)  # in the order that they had
+    else:
+        about = elsewhere.renew(about, captions, "json")
     return json_text(about).encode()
+
+
+def _class(data: bytes, captions: Mapping[str, str], elsewhere: Elsewhere) -> bytes:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return data
+    renewed = elsewhere.renew(text, captions, "cls")
+    return data if renewed == text else str(renewed).encode()

@@ -25,6 +25,7 @@ from ccu_fast.data.captions.listing import Listing, in_place_of, texts_in
 from ccu_fast.data.captions.tables import rewrite
 from ccu_fast.data.pictures import encode_png
 from ccu_fast.mem.fidelity import Fidelity
+from ccu_fast.mem.publish.elsewhere import Elsewhere
 from ccu_fast.mem.publish.tar import write_shard
 from ccu_fast.runs.provenance import file_hash
 
@@ -87,6 +88,7 @@ class Publisher:
         self.fidelity = Fidelity()
         self.hashes: dict[str, str] = {}
         self.dropped: Counter[str] = Counter()
+        self.elsewhere = Elsewhere()
         self._journal = work / f"published-{rank}.jsonl"
         self._unfinished = work / f"unfinished-{rank}"
         self._rows: dict[int, list[int]] = defaultdict(list)
@@ -118,6 +120,7 @@ class Publisher:
                 self.hashes.update(entry["sha256"])
                 self.fidelity.merge(entry["sums"])
                 self.dropped.update(entry["dropped"])
+                self.elsewhere.merge(entry["elsewhere"])
         progress(len(chunks), len(chunks))
         shutil.rmtree(self._unfinished, ignore_errors=True)
 
@@ -141,28 +144,29 @@ class Publisher:
         sums = Fidelity()
         hashes: dict[str, str] = {}
         dropped: dict[str, int] = {}
+        elsewhere = Elsewhere()
         if chunk.shard >= 0:
             shard, name = self.listing.shards[chunk.shard], self.listing.shard_names[chunk.shard]
             path = self._unfinished / "shard.tar"
             _, height, width = self.source.image_shape
             column = caption_field(self.listing)
-            dropped = write_shard(shard, path, self._samples(chunk, sums), (width, height), column)
+            dropped = write_shard(shard, path, self._samples(chunk, sums), (width, height), elsewhere, column)
             hashes[name] = self._place(path, name)
         else:
             for image, png, captions in self._pictures(chunk, sums):
-                text = "".join(f"{caption}\n" for caption in captions).encode()
+                text = "".join(f"{caption}\n" for caption in captions.values()).encode()
                 for name, data in zip(published_files(self.listing, image), (png, text), strict=False):
                     path = self._unfinished / "file"
                     path.write_bytes(data)
                     hashes[name] = self._place(path, name, hashlib.sha256(data).hexdigest())
-        return {"sha256": hashes, "sums": asdict(sums), "dropped": dropped}
+        return {"sha256": hashes, "sums": asdict(sums), "dropped": dropped, "elsewhere": elsewhere.counts()}
 
-    def _samples(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[str, bytes, list[str]]]:
+    def _samples(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[str, bytes, dict[str, str]]]:
         for image, png, captions in self._pictures(chunk, sums):
             yield key_of(self.listing, image), png, captions
 
-    def _pictures(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[int, bytes, list[str]]]:
-        """Image, PNG and captions; at most CHUNK pictures are alive."""
+    def _pictures(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[int, bytes, dict[str, str]]]:
+        """Image, PNG and captions, clean → published; at most CHUNK pictures are alive."""
         for start in range(0, len(chunk.images), CHUNK):
             part = chunk.images[start : start + CHUNK]
             index = torch.tensor(part)
@@ -175,7 +179,9 @@ class Publisher:
 
             self.source.each(encode, len(part))
             for image, png in zip(part, encoded, strict=True):
-                yield image, png, self.made.published_captions(torch.tensor(self._rows[image]))
+                rows = self._rows[image]
+                new = self.made.published_captions(torch.tensor(rows))
+                yield image, png, dict(zip([self.listing.captions[row] for row in rows], new, strict=True))
 
     def _place(self, path: Path, name: str, digest: str | None = None) -> str:
         """Move a finished file into the dataset; its hash."""
@@ -206,20 +212,25 @@ def published_files(listing: Listing, image: int) -> list[str]:
     return [name, name.removesuffix(".png") + ".txt"] if listing.format == "folder" else [name]
 
 
-def write_metadata(listing: Listing, captions: Callable[[int], str], folder: Path) -> dict[str, str]:
+def write_metadata(
+    listing: Listing, captions: Callable[[int], str], folder: Path, elsewhere: Elsewhere
+) -> dict[str, str]:
     """The tables of a CSV or imagefolder dataset, with published names and captions; the hash of each by its name.
 
     Args:
         listing: of the input.
         captions: row → published caption.
         folder: of the dataset.
+        elsewhere: told of captions in other columns.
     """
     if listing.columns is None or not listing.tables:
         return {}
     rows_of: dict[int, list[int]] = defaultdict(list)
-    for row, record in enumerate(listing.records):
-        rows_of[record].append(row)
+    captions_of: dict[int, dict[str, str]] = defaultdict(dict)
     images = listing.image_of.tolist()
+    for row, (record, image) in enumerate(zip(listing.records, images, strict=True)):
+        rows_of[record].append(row)
+        captions_of[image][listing.captions[row]] = captions(row)
     image_column, caption_column = listing.columns
     hashes, records = {}, itertools.count()
     for table in listing.tables:
@@ -237,9 +248,15 @@ def write_metadata(listing: Listing, captions: Callable[[int], str], folder: Pat
                     f"{listing.argument}: expected the rows of {table} that were protected, got another record "
                     f"{number + 1}; put it back as it was"
                 )
-            name = os.path.relpath(listing.names[images[rows[0]]], os.path.dirname(inside) or ".")
+            image = images[rows[0]]
+            name = os.path.relpath(listing.names[image], os.path.dirname(inside) or ".")
             published = in_place_of(record[caption_column], [captions(row) for row in rows])
-            return {**record, image_column: name, caption_column: published}
+            rest = {column: value for column, value in record.items() if column not in (image_column, caption_column)}
+            try:
+                renewed = {column: elsewhere.renew(rest[column], captions_of[image], column) for column in rest}
+            except ValueError as error:
+                raise ValueError(f"{listing.argument}: {error}, in record {number + 1} of {table}") from error
+            return {**record, **renewed, image_column: name, caption_column: published}
 
         target = folder / inside
         target.parent.mkdir(parents=True, exist_ok=True)

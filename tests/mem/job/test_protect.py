@@ -260,21 +260,36 @@ def test_bad_parts_are_an_error_or_a_listed_skip(tmp_path: Path) -> None:
     assert "1.png: no such file" in str(told.value) and len(told.value.bad) == 2
     with source.open("a") as file:
         file.write("x,pictures/3.png,\r\n")
-    with pytest.raises(BadData, match="record 10: empty caption"):
+    with pytest.raises(BadData, match=r"got 3 bad items .* record 10: empty caption; .*1\.png: no such file") as told:
         protect_dataset(job(source, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert len(told.value.bad) == 3 and not (tmp_path / "out").exists(), "rows and pictures are told at once"
     manifest = protect_dataset(job(source, tmp_path / "out", skip_bad=True))
     assert manifest["skipped"]["count"] == 3
-    assert [Path(item["where"]).name for item in manifest["skipped"]["items"]] == [
+    assert [item["where"] for item in manifest["skipped"]["items"]] == [
         "train.csv, record 10",
-        "1.png",
-        "2.png",
+        "pictures/1.png",
+        "pictures/2.png",
     ]
     rows = list(csv.DictReader((tmp_path / "out" / "train.csv").open(newline="")))
     assert [row["images"] for row in rows] == [f"pictures/{i}.png" for i in (0, 3, 4, 5, 6, 7, 0)]
     assert sorted(p.name for p in (tmp_path / "out" / "pictures").iterdir()) == [f"{i}.png" for i in (0, 3, 4, 5, 6, 7)]
     for number in (0, 3, 4, 5, 6, 7):
         assert (tmp_path / "out" / "pictures" / f"{number}.png").read_bytes() != made.encoded(number)
+
+
+def test_the_manifest_tells_nothing_of_the_folders_above(tmp_path: Path) -> None:
+    """A picture outside the data set's folder is told whole to who runs it, and by its name to who gets the output."""
+    made.write_csv(tmp_path / "secret")
+    table = tmp_path / "in" / "t.csv"
+    table.parent.mkdir()
+    rows = [f"{tmp_path}/secret/pictures/{i}.png,{made.caption(i)}" for i in range(6)]
+    table.write_text("\n".join(["images,caption", *rows]))
+    (tmp_path / "secret" / "pictures" / "2.png").unlink()
+    with pytest.raises(BadData, match=rf"{tmp_path}/secret/pictures/2\.png: no such file"):
+        protect_dataset(job(table, tmp_path / "out"))
+    manifest = protect_dataset(job(table, tmp_path / "out", skip_bad=True))
+    assert manifest["skipped"]["items"] == [{"where": "2.png", "why": "no such file"}]
+    assert "secret" not in (tmp_path / "out" / "manifest.json").read_text()
 
 
 def test_a_damaged_shard_is_an_error_or_a_listed_skip(tmp_path: Path) -> None:

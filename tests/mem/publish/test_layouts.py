@@ -6,10 +6,14 @@ import csv
 import errno
 import gzip
 import json
+import os
 import shutil
+import signal
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +27,7 @@ from ccu_fast.data.captions import DiskSource, Listing, Options, list_pairs, sha
 from ccu_fast.data.load import load_pairs
 from ccu_fast.mem.job import protect_dataset
 from tests.support import mem_datasets as made
+from tests.support.forked import in_child
 from tests.support.mem_jobs import job, tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -312,6 +317,43 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
         list_pairs(folder)
 
 
+# ---- the columns that were named
+
+
+def test_what_was_published_is_read_by_the_columns_of_its_manifest(tmp_path: Path) -> None:
+    table = made.write_csv(tmp_path / "in")
+    table.write_bytes(table.read_bytes().replace(b"id,images,caption", b"caption,where,said"))
+    before, _, manifest = published(table, tmp_path / "out", image_column="where", caption_column="said")
+    assert manifest["columns"] == ["where", "said"]
+    for path in (tmp_path / "out", tmp_path / "out" / "train.csv"):
+        assert pairs_in(list_pairs(path)) == pairs_in(list_pairs(tmp_path / "out", Options(caption_column="said")))
+        assert [is_protected(*two) for two in zip(before.captions, list_pairs(path).captions, strict=True)] == [
+            True
+        ] * 7
+    ids = list_pairs(tmp_path / "out", Options(caption_column="caption"))
+    assert ids.captions[0] == "id 0", "an option goes before the manifest"
+    other = tmp_path / "out" / "mine.csv"
+    other.write_text(f"images,caption\npictures/0.png,{made.caption(0)}\n")
+    assert list_pairs(other).captions == [made.caption(0)], "not a file of the manifest"
+
+
+def test_shards_that_were_published_are_read_by_the_field_of_their_manifest(tmp_path: Path) -> None:
+    members: dict[str, bytes | str] = {}
+    for i in range(4):
+        members |= {f"{i}.png": made.encoded(i), f"{i}.json": about(i, title=made.caption(i))}
+    source = shard(tmp_path / "in" / "s.tar", members)
+    before, after, _ = published(source, tmp_path / "out", caption_column="title")
+    for path in (tmp_path / "out", tmp_path / "out" / "s.tar"):
+        assert list_pairs(path).captions == after.captions != before.captions
+
+
+@pytest.mark.parametrize("text", ["[]", '{"format": "csv"}', '{"format": "csv", "columns": [1]}', '{"columns": null}'])
+def test_another_program_s_manifest(tmp_path: Path, text: str) -> None:
+    made.write_csv(tmp_path / "in")
+    (tmp_path / "in" / "manifest.json").write_text(text)
+    assert list_pairs(tmp_path / "in").n_images == list_pairs(tmp_path / "in" / "train.csv").n_images == 6
+
+
 # ---- shards
 
 
@@ -371,6 +413,39 @@ def test_a_full_disk_is_not_a_bad_shard(tmp_path: Path, monkeypatch: pytest.Monk
     assert list_pairs(tmp_path / "in").n_images == 6
 
 
+def test_copies_of_a_killed_process_are_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And neither those of one at work nor what is not a process's own."""
+    for path in sorted(made.write_shards(tmp_path / "in").glob("*.tar")):
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shards, "_copies", cache(shards._copies.__wrapped__))
+    monkeypatch.setattr(shards, "_copied", cache(shards._copied.__wrapped__))
+
+    def copies() -> set[Path]:
+        return {path for path in tmp_path.glob("ccu-fast-shards-*") if list(path.glob("*.tar"))}
+
+    def killed() -> None:
+        assert list_pairs(tmp_path / "in").n_images == 6
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert os.WTERMSIG(in_child(killed)) == signal.SIGKILL
+    assert len(copies()) == 1, "what a killed process leaves"
+    assert list_pairs(tmp_path / "in").n_images == 6
+    (own,) = copies()
+    assert len(list(own.glob("*.tar"))) == 2
+
+    def another() -> None:
+        shards._copies.cache_clear()
+        shards._copied.cache_clear()
+        assert list_pairs(tmp_path / "in").n_images == 6
+        assert own in copies() and len(copies()) == 2
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert os.WTERMSIG(in_child(another)) == signal.SIGKILL
+    assert own in copies()
+
+
 def test_dots_in_keys(tmp_path: Path) -> None:
     """webdataset cuts at the first dot; pictures with captions of their own behind it are pairs of their own."""
     members: dict[str, bytes | str] = {"photo.png": made.encoded(0), "photo.txt": made.caption(0)}
@@ -383,6 +458,30 @@ def test_dots_in_keys(tmp_path: Path) -> None:
     assert set(before.names) == {f"s.tar/{key}.png" for key in ("photo", "photo.1", "photo.2", "v1.2/other")}
     assert manifest["members_left_out"] == {"seg.png": 1}
     assert set(members_of(tmp_path / "out" / "s.tar")) == set(members) - {"v1.2/other.seg.png"}
+
+
+def test_capitals_in_keys(tmp_path: Path) -> None:
+    """What stands between dots is a part of the key; only the ending is the same in capitals."""
+    members: dict[str, bytes | str] = {}
+    for i, name in enumerate(("img.V0", "img.v0", "img.a0", "Img.a0")):
+        members |= {f"{name}.PNG": made.encoded(i), f"{name}.Txt": made.caption(i)}
+    before, _, _ = published(shard(tmp_path / "s.tar", members), tmp_path / "out")
+    assert before.names == [f"s.tar/{key}.png" for key in ("img.V0", "img.v0", "img.a0", "Img.a0")]
+    written = members_of(tmp_path / "out" / "s.tar")
+    assert set(written) == {name[:-3] + name[-3:].lower() for name in members}
+
+
+def test_dots_in_keys_whose_captions_are_in_json(tmp_path: Path) -> None:
+    members: dict[str, bytes | str] = {}
+    for i in range(4):
+        members |= {f"photo.{i}.jpg": made.encoded(i, "jpeg"), f"photo.{i}.json": about(i, caption=made.caption(i))}
+    before, _, _ = published(shard(tmp_path / "s.tar", members), tmp_path / "out")
+    assert before.names == [f"s.tar/photo.{i}.png" for i in range(4)]
+    # Beside a picture without a dot it is no pair, but something about that picture.
+    masks: dict[str, bytes | str] = {"photo.jpg": made.encoded(0, "jpeg"), "photo.txt": made.caption(0)}
+    masks |= {"photo.seg.png": made.encoded(1), "photo.seg.json": about(1, caption="no caption of a photo")}
+    listing = list_pairs(shard(tmp_path / "t.tar", masks))
+    assert (listing.bad, listing.captions) == ([], [made.caption(0)])
 
 
 def test_dots_in_the_names_of_a_folder(tmp_path: Path) -> None:

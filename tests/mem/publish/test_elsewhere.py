@@ -1,0 +1,205 @@
+"""Clean captions in other fields than the one they are read from: replaced or counted, never passed over."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from ccu_fast.cli import main as cli
+from ccu_fast.data.captions import list_pairs
+from ccu_fast.mem.job import protect_dataset
+from ccu_fast.mem.publish.elsewhere import Elsewhere
+from tests.mem.publish.test_layouts import members_of, parquet_imagefolder, shard
+from tests.support import mem_datasets as made
+from tests.support.mem_jobs import job, tree
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def texts_of(value: Any) -> list[str]:
+    """All texts in a nest."""
+    if isinstance(value, str):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [text for item in items for text in texts_of(item)]
+
+
+def test_what_is_replaced_and_what_is_counted() -> None:
+    found = Elsewhere()
+    captions = {"A cat": "x y A cat", "dog.": "z dog."}
+    given = {
+        "same": [" a  CAT ", "dog.", "dog"],
+        "longer": "a cat on a mat",
+        "address": {"url": "https://example.org/a cat.jpg", "words": ("concat", 3, None, True)},
+    }
+    assert found.renew(given, captions, "json") == {**given, "same": ["x y A cat", "z dog.", "dog"]}
+    assert found.counts() == {"replaced": {"json.same": 2}, "kept": {"json.address.url": 1, "json.longer": 1}}
+    more = Elsewhere()
+    more.merge(found.counts())
+    more.merge(found.counts())
+    assert more.counts()["replaced"] == {"json.same": 4}
+
+
+def deep(levels: int) -> Any:
+    nest: Any = "text"
+    for _ in range(levels):
+        nest = [nest]
+    return nest
+
+
+def test_a_nest_that_is_too_deep_is_refused_by_its_name() -> None:
+    with pytest.raises(ValueError, match=r"expected notes to be nested less deeply"):
+        Elsewhere().renew(deep(100_000), {"a": "b a"}, "notes")
+
+
+FORMS = {
+    "list": lambda text: [text, {"other": [text]}, 3],
+    "bare": lambda text: text,
+    "fields": lambda text: {"caption": text, "TEXT": text, "caption_raw": f" {text.upper()}", "b": {"c": [text]}},
+    "within": lambda text: {"alt": f"alt: {text}!", "hidden": None},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_jsons_of_every_form(tmp_path: Path, form: str) -> None:
+    members: dict[str, bytes | str] = {}
+    for i in range(4):
+        members |= {f"{i}.png": made.encoded(i), f"{i}.txt": made.caption(i), f"{i}.cls": made.caption(i) + "\n"}
+        members |= {f"{i}.json": json.dumps(FORMS[form](made.caption(i)))}
+    source = shard(tmp_path / "s.tar", members)
+    manifest = protect_dataset(job(source, tmp_path / "out"))
+    written = members_of(tmp_path / "out" / "s.tar")
+    for i in range(4):
+        clean, new = made.caption(i), written[f"{i}.txt"].decode()
+        assert new.endswith(clean) and new != clean
+        about = json.loads(written[f"{i}.json"])
+        assert clean not in [text.strip().lower() for text in texts_of(about)]
+        if form != "within":
+            assert about == json.loads(
+                json.dumps(FORMS[form](clean)).replace(clean, new).replace(" " + clean.upper(), new)
+            )
+        assert written[f"{i}.cls"].decode() == new
+    counts = manifest["captions_elsewhere"]
+    expected = {
+        "list": ({"json": 4, "json.other": 4}, {}),
+        "bare": ({"json": 4}, {}),
+        "fields": ({"json.TEXT": 4, "json.caption_raw": 4, "json.b.c": 4}, {}),
+        "within": ({}, {"json.alt": 4}),
+    }[form]
+    assert counts == {"replaced": {"cls": 4, **expected[0]}, "kept": expected[1]}
+
+
+def test_a_class_that_is_no_caption_stays(tmp_path: Path) -> None:
+    members: dict[str, bytes | str] = {}
+    for i in range(4):
+        members |= {f"{i}.png": made.encoded(i), f"{i}.txt": made.caption(i), f"{i}.cls": b"\xff" if i else "7\n"}
+    manifest = protect_dataset(job(shard(tmp_path / "s.tar", members), tmp_path / "out"))
+    written = members_of(tmp_path / "out" / "s.tar")
+    assert [written[f"{i}.cls"] for i in range(2)] == [b"7\n", b"\xff"]
+    assert manifest["captions_elsewhere"] == {"replaced": {}, "kept": {}}
+
+
+def test_hashes_in_a_json_are_those_of_the_published_picture(tmp_path: Path) -> None:
+    from hashlib import md5, sha512
+
+    members: dict[str, bytes | str] = {}
+    for i in range(4):
+        about = {"md5": "old", "key": "old", "sha512": "old", "caption": made.caption(i)}
+        members |= {f"{i}.png": made.encoded(i), f"{i}.json": json.dumps(about)}
+    protect_dataset(job(shard(tmp_path / "s.tar", members), tmp_path / "out"))
+    written = members_of(tmp_path / "out" / "s.tar")
+    for i in range(4):
+        png, about = written[f"{i}.png"], json.loads(written[f"{i}.json"])
+        assert list(about) == ["md5", "key", "sha512", "caption"]
+        assert about["md5"] == md5(png).hexdigest() and about["sha512"] == sha512(png).hexdigest()
+        assert about["key"] == "old"
+
+
+def test_another_column_of_a_csv(tmp_path: Path) -> None:
+    """Also the caption of another row of the same picture; the command names what it had to leave."""
+    table = made.write_csv(tmp_path / "in")
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {
+            "text": made.caption(99) if row["id"] == "id 0" else row["caption"],
+            "title": f"No. 1: {row['caption']}",
+        }
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    manifest = protect_dataset(job(table, tmp_path / "out"))
+    assert manifest["captions_elsewhere"] == {"replaced": {"text": 7}, "kept": {"title": 7}}
+    with (tmp_path / "out" / "train.csv").open(newline="") as file:
+        new = list(csv.DictReader(file))
+    assert [row["text"] for row in new[1:]] == [row["caption"] for row in new[1:]]
+    assert new[0]["text"] == new[6]["caption"] and [row["title"] for row in new] == [row["title"] for row in rows]
+
+
+def test_the_command_names_what_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = made.write_imagefolder(tmp_path / "in")
+    table = folder / "metadata.jsonl"
+    records = [json.loads(line) for line in table.read_text().splitlines()]
+    lines = [
+        json.dumps({**record, "alt": {"en": f"{record['text']}, again"}, "raw": [record["text"]]}) for record in records
+    ]
+    table.write_text("\n".join(lines))
+    words = [str(folder), "--out", str(tmp_path / "out"), "--size", "16x16", "--model", "small:16", "--eps", "4"]
+    assert cli.main(["protect", *words, "--method", "random-3"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "clean captions stay as parts of other fields: alt.en (6); check them before you publish" in told
+    written = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert [record["raw"] for record in written] == [[record["text"]] for record in written]
+
+
+def test_columns_of_a_parquet_table(tmp_path: Path) -> None:
+    """Text within structs, lists and maps; every type stays, and a column without captions stays as it is."""
+    folder = parquet_imagefolder(tmp_path / "in")
+    table = parquet.read_table(folder / "metadata.parquet")
+    clean = [made.caption(i) for i in range(6)]
+    columns = {
+        "plain": pyarrow.array(clean, pyarrow.large_string()),
+        "view": pyarrow.array(clean, pyarrow.string_view()),
+        "struct": pyarrow.array([{"raw": text, "n": i} for i, text in enumerate(clean)]),
+        "map": pyarrow.array([[("raw", text)] for text in clean], pyarrow.map_(pyarrow.string(), pyarrow.string())),
+        "kinds": pyarrow.array(clean).dictionary_encode(),
+        "other": pyarrow.array([{"raw": "nothing", "n": i} for i in range(6)]),
+    }
+    for name, values in columns.items():
+        table = table.append_column(name, values)
+    parquet.write_table(table, folder / "metadata.parquet")
+    manifest = protect_dataset(job(folder, tmp_path / "out"))
+    replaced = {"plain": 6, "view": 6, "struct.raw": 6, "map": 6, "kinds": 6}
+    assert manifest["captions_elsewhere"] == {"replaced": dict(sorted(replaced.items())), "kept": {}}
+    old, new = (parquet.read_table(path / "metadata.parquet") for path in (folder, tmp_path / "out"))
+    assert new.schema.equals(old.schema) and new["other"].equals(old["other"])
+    published = [texts[0] for texts in new["caption"].to_pylist()]
+    assert new["plain"].to_pylist() == new["view"].to_pylist() == new["kinds"].to_pylist() == published
+    assert new["struct"].to_pylist() == [{"raw": text, "n": i} for i, text in enumerate(published)]
+    assert new["map"].to_pylist() == [[("raw", text)] for text in published]
+    assert not any(text.encode() in tree(tmp_path / "out")["manifest.json"] for text in clean)
+
+
+def test_a_column_that_cannot_be_looked_at_is_refused(tmp_path: Path) -> None:
+    """Nanoseconds beside a text, which no Python object holds; to train on, the table is as good as any."""
+    folder = parquet_imagefolder(tmp_path / "in")
+    table = parquet.read_table(folder / "metadata.parquet")
+    kind = pyarrow.struct({"text": pyarrow.string(), "at": pyarrow.timestamp("ns")})
+    column = pyarrow.array([{"text": "x", "at": 1}] * 6, kind)
+    parquet.write_table(table.append_column("odd", column), folder / "metadata.parquet")
+    assert list_pairs(folder).bad == []
+    if importlib.util.find_spec("pandas"):  # holds them
+        protect_dataset(job(folder, tmp_path / "out"))
+        assert parquet.read_table(tmp_path / "out" / "metadata.parquet")["odd"].combine_chunks().equals(column)
+    else:
+        with pytest.raises(ValueError, match=r"column odd: expected text that can be looked at"):
+            protect_dataset(job(folder, tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
