@@ -35,13 +35,14 @@ class Elsewhere:
 
         Args:
             value: text, or lists, tuples and dicts of anything.
-            captions: clean → published, all of the picture. Case and white space make no difference.
+            captions: clean → published, all of the picture; those that are published as they are count for nothing.
+                Case and white space make no difference.
             name: of the field; those in a dict are told as ``name.key``.
 
         Raises:
             ValueError: nested too deeply to be looked at.
         """
-        told = {_plain(clean): new for clean, new in captions.items()}
+        told = {_plain(clean): new for clean, new in captions.items() if new != clean}
         try:
             return self._renewed(value, told, name)
         except RecursionError as error:

@@ -47,6 +47,12 @@ def test_what_is_replaced_and_what_is_counted() -> None:
     assert more.counts()["replaced"] == {"json.same": 4}
 
 
+def test_captions_that_are_published_as_they_are_count_for_nothing() -> None:
+    found = Elsewhere()
+    assert found.renew(["A CAT", "a cat on a mat"], {"a cat": "a cat"}, "text") == ["A CAT", "a cat on a mat"]
+    assert found.counts() == {"replaced": {}, "kept": {}}
+
+
 def deep(levels: int) -> Any:
     nest: Any = "text"
     for _ in range(levels):
