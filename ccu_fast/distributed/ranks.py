@@ -6,6 +6,7 @@ bits. A rank that died or does not answer is noticed by the process group: its e
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -163,6 +164,9 @@ def processes(device: torch.device) -> Iterator[tuple[int, int]]:
         return
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
+    # torch imports this at an optimizer's first step. Its functions then take the group of that time for their default:
+    # it would never end, and Python would end under its threads, now and then with an abort.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.get_rank(), dist.get_world_size()

@@ -20,6 +20,7 @@ from ccu_fast.data.strips import write_strips
 from ccu_fast.mem.protection import Protection
 from ccu_fast.ops import machine
 from tests.support import mem_datasets as made
+from tests.support import threads_left
 from tests.support.forked import fork, in_child, kill_when
 from tests.support.mem_jobs import tree
 
@@ -252,12 +253,13 @@ def test_two_processes_share_a_dataset_and_train_one_surrogate(tmp_path: Path) -
     command = ["protect", source, "--out", tmp_path / "out", *TINY, "--quiet"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*torchrun, "-m", "ccu_fast", *map(str, command)],
+        [*torchrun, threads_left.__file__, *map(str, command)],
         env={**os.environ, "PYTHONPATH": str(machine.PACKAGE.parent), "OMP_NUM_THREADS": "1"},
         text=True,
         capture_output=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("threads left: []") == 2, "Python would end under them, now and then with an abort"
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (manifest["processes"], manifest["images"], manifest["measured"]["eps_255"]) == (2, 16, 8)
     assert sorted(manifest["sha256"]) == [f"{i:05d}.tar" for i in range(4)]
