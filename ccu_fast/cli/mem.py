@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: typer reads the annotations.
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,13 +13,14 @@ from ccu_fast import check, extras
 from ccu_fast.cli.console import live, one_sentence
 from ccu_fast.cli.options import Config, Fields, with_fields
 from ccu_fast.data.captions import Options
-from ccu_fast.data.captions.listing import is_text
+from ccu_fast.data.captions.listing import MANIFEST, is_text
 from ccu_fast.distributed.ranks import own_device
 from ccu_fast.files import after_the_work, output_file, write_whole
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.job import Job, protect_dataset
 from ccu_fast.mem.victim import Recipe
 
+_FIELDS_SHOWN = 8
 MODEL_HELP = "small, small:WIDTH (a multiple of 32), open_clip:NAME or hf:FOLDER."
 
 
@@ -76,10 +78,11 @@ def protect(
     )
     quiet = quiet or os.environ.get("RANK", "0") != "0"
     with live(quiet) as progress:
+        already = (out / MANIFEST).is_file()
         manifest = protect_dataset(job, progress)
     if not quiet:
         with after_the_work(f"the protected dataset is whole in {out}"):
-            _tell(out, manifest)
+            _tell(out, manifest, already)
 
 
 @one_sentence("evaluate", goes_on=False)
@@ -181,7 +184,7 @@ def evaluate(
             show(evaluation_table(result), console if console.is_terminal else Console(width=160))
 
 
-def _tell(out: Path, manifest: dict[str, Any]) -> None:
+def _tell(out: Path, manifest: dict[str, Any], already: bool) -> None:
     from rich.console import Console
 
     measured, skipped = manifest["measured"], manifest["skipped"]["count"]
@@ -192,9 +195,22 @@ def _tell(out: Path, manifest: dict[str, Any]) -> None:
         quality += f", SSIM {measured['ssim']:.4f}"
     console = Console(highlight=False, markup=False, emoji=False)
     place = os.fsencode(out).decode(errors="backslashreplace")
+    if already:
+        console.print("complete already, nothing was done; pictures that have changed since need another --out")
     console.print(f"{manifest['images']} images, {manifest['rows']} captions in {place}: {quality}")
     if skipped:
         console.print(f"{skipped} items left out; manifest.json lists them")
-    if kept := manifest["captions_elsewhere"]["kept"]:
-        fields = ", ".join(f"{name} ({n})" for name, n in kept.items())
+    found = manifest["captions_elsewhere"]
+    if found["replaced"]:
+        console.print(f"clean captions replaced in other fields: {_fields(found['replaced'])}")
+    if found["kept"]:
+        fields = _fields(found["kept"])
         console.print(f"clean captions stay as parts of other fields: {fields}; check them before you publish")
+
+
+def _fields(counts: dict[str, int]) -> str:
+    """Names of fields with their counts, in what the terminal can show."""
+    shown = [f"{name} ({n})" for name, n in list(counts.items())[:_FIELDS_SHOWN]]
+    more = [f"and {len(counts) - _FIELDS_SHOWN} more in manifest.json"] if len(counts) > _FIELDS_SHOWN else []
+    encoding = sys.stdout.encoding or "utf-8"
+    return ", ".join([*shown, *more]).encode(encoding, "backslashreplace").decode(encoding)

@@ -31,7 +31,7 @@ def list_folder(root: Path) -> Listing:
             continue
         used.add(text)
         try:
-            lines = (root / text).read_text(encoding="utf-8-sig").splitlines()
+            lines = (root / text).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             rows.refuse(text, f"expected UTF-8 text, got {error}")
             continue

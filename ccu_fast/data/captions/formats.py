@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,6 @@ from ccu_fast.data.captions.listing import FORMATS, MANIFEST, Listing, Options, 
 from ccu_fast.data.captions.shards import SHARDS, is_shard, list_shards
 from ccu_fast.data.captions.tables import list_tables
 from ccu_fast.data.pictures import is_picture
-from ccu_fast.files import read_json
 
 ENDINGS = dict.fromkeys((".csv", ".tsv", ".parquet"), "csv") | dict.fromkeys(SHARDS, "webdataset")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -48,7 +48,7 @@ def list_pairs(path: str | Path, options: Options | None = None, name: str = "in
     if not path.exists():
         raise FileNotFoundError(f"{name}: expected a file or folder, got {path}, which does not exist")
     format = options.format or recognise(path, name)
-    options = _as_published(path, format, options, name)
+    options = _as_published(path, format, options)
     wrong = [column for column, formats in COLUMNS.items() if getattr(options, column) and format not in formats]
     if wrong:
         raise ValueError(f"{wrong[0]}: expected with {' or '.join(COLUMNS[wrong[0]])} only, got format {format}")
@@ -73,9 +73,8 @@ def recognise(path: Path, name: str) -> str:
             if path.name.lower().endswith(ending):
                 return format
         raise ValueError(f"{name}: expected {', '.join(ENDINGS)} or a folder, got {path}")
-    known = _manifest(path, name).get("format")
-    if known in FORMATS:
-        return str(known)
+    if (manifest := _manifest(path)) is not None:
+        return str(manifest["format"])
     here = _files_in(path)
     if set(METADATA) & set(here):
         return "imagefolder"
@@ -89,25 +88,37 @@ def recognise(path: Path, name: str) -> str:
     return "webdataset" if any(map(is_shard, below)) and not any(map(is_picture, below)) else "folder"
 
 
-def _manifest(folder: Path, name: str) -> dict[str, Any]:
-    """What stands in the manifest; {} where there is none, or another program's."""
-    found = read_json(folder / MANIFEST, name) if (folder / MANIFEST).is_file() else {}
-    return found if isinstance(found, dict) else {}
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of what this package published into a folder; None where there is none, or another program's."""
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("run"), str) or found.get("format") not in FORMATS:
+        return None
+    return found if isinstance(found.get("sha256"), dict) else None
 
 
-def _as_published(path: Path, format: str, options: Options, name: str) -> Options:
-    """The options, with the columns of the manifest where none are given."""
-    manifest = _manifest(path if path.is_dir() else path.parent, name)
-    columns = manifest.get("columns")
-    ours = path.is_dir() or path.name in manifest.get("sha256", {})
-    if not ours or manifest.get("format") != format or not isinstance(columns, list) or len(columns) != 2:
-        return options
-    image, caption = columns
-    return replace(
-        options,
-        image_column=options.image_column or (None if format == "webdataset" else image),
-        caption_column=options.caption_column or caption,
-    )
+def _as_published(path: Path, format: str, options: Options) -> Options:
+    """The options, with the columns of the manifest where none are given, if ``path`` or a part of it was published."""
+    whole = path.absolute()
+    for folder in (whole, *whole.parents):
+        manifest = _manifest(folder)
+        if manifest is None:
+            continue
+        inside = str(whole.relative_to(folder))
+        files = manifest["sha256"]
+        if folder != whole and inside not in files and not any(name.startswith(f"{inside}/") for name in files):
+            continue
+        columns = manifest.get("columns")
+        if manifest["format"] == format and isinstance(columns, list) and len(columns) == 2:
+            image, caption = (column if isinstance(column, str) else None for column in columns)
+            return replace(
+                options,
+                image_column=options.image_column or (None if format == "webdataset" else image),
+                caption_column=options.caption_column or caption,
+            )
+    return options
 
 
 def _files_in(folder: Path) -> list[str]:

@@ -6,33 +6,20 @@ unpacking. Only uncompressed tar files allow that: of a compressed one a copy is
 
 from __future__ import annotations
 
-import atexit
-import gzip
 import json
-import os
-import shutil
 import tarfile
-import tempfile
-import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import torch
 
+from ccu_fast.data.captions.copies import BadShard, NoCopy, uncompressed
 from ccu_fast.data.captions.listing import Listing, Rows, is_hidden, texts_in, visible_files
 from ccu_fast.data.pictures import EXTENSIONS, is_picture
-from ccu_fast.files import FULL, locked
 
 SHARDS = (".tar", ".tar.gz", ".tgz")  # how the names of shards end
 _BLOCK = tarfile.BLOCKSIZE
-_PREFIX = "ccu-fast-shards-"
-
-
-class BadShard(ValueError):
-    """A tar file that cannot be read to its end; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +53,7 @@ def list_shards(path: Path, caption_column: str | None = None) -> Listing:
         caption_column: field of each ``json`` that has the captions; by default the ``txt``, else "caption".
 
     Raises:
-        OSError: the disk has no room for an uncompressed copy.
+        NoCopy: there is no room for an uncompressed copy.
     """
     root = path.parent if path.is_file() else path
     files = [path.name] if path.is_file() else sorted(filter(is_shard, visible_files(path)))
@@ -77,11 +64,11 @@ def list_shards(path: Path, caption_column: str | None = None) -> Listing:
         try:
             if name in good_names:
                 raise BadShard(f"the name of an earlier one without its ending, {name}")
-            shard = root / file if name == file else _uncompressed(root / file)
+            shard = root / file if name == file else uncompressed(root / file)
             samples = list(read_index(shard))
+        except NoCopy:
+            raise
         except (BadShard, OSError) as error:
-            if isinstance(error, OSError) and error.errno in FULL:
-                raise
             rows.refuse(file, f"unreadable shard: {error}")
             continue
         good.append(shard)
@@ -147,54 +134,6 @@ def _published_name(file: str) -> str:
     return stem if ending.lower() == "gz" else f"{stem}.tar"
 
 
-def _uncompressed(shard: Path) -> Path:
-    """A copy of a compressed shard in the folder for temporary files, for as long as this process lives."""
-    facts = shard.stat()
-    return _copied(shard.resolve(), facts.st_size, facts.st_mtime_ns)
-
-
-@cache
-def _copied(shard: Path, *_: int) -> Path:
-    """Raises OSError with one of FULL where the copy has no room, which is no fault of the shard."""
-    with tempfile.NamedTemporaryFile(dir=_copies(), suffix=".tar", delete=False) as copy:
-        try:
-            with gzip.open(shard) as file:
-                shutil.copyfileobj(file, copy, 1 << 20)
-            copy.flush()
-        except BaseException as error:
-            os.unlink(copy.name)
-            if isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error)):
-                raise BadShard(f"not a whole gzip file ({error})") from error
-            if isinstance(error, OSError) and error.errno in FULL:
-                room = f"expected room for an uncompressed copy of {shard} in {tempfile.gettempdir()} (TMPDIR)"
-                raise OSError(error.errno, f"{room}, got a full disk") from error
-            raise
-    return Path(copy.name)
-
-
-@cache
-def _copies() -> str:
-    """The folder for copies of this process; those that killed ones left are removed first."""
-    for old in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with suppress(OSError), locked(old / "lock"):  # not another user's, nor one in use
-            shutil.rmtree(old)
-    held = ExitStack()
-    while True:
-        folder = tempfile.mkdtemp(prefix=_PREFIX)
-        with suppress(BlockingIOError, FileNotFoundError):  # another process took it for an old one
-            held.enter_context(locked(Path(folder) / "lock"))
-            break
-    owner = os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == owner:  # and not a fork of it
-            shutil.rmtree(folder, ignore_errors=True)
-            held.close()
-
-    atexit.register(remove)
-    return folder
-
-
 def read_index(shard: Path) -> Iterator[Sample]:
     """The samples of a shard: neighbours with the same key (the path up to the first dot of its last part).
 
@@ -243,15 +182,16 @@ def read_index(shard: Path) -> Iterator[Sample]:
 def _parts(sample: Sample) -> Iterator[Sample]:
     """Of ``a.1.jpg``, ``a.1.txt``, ``a.2.jpg``, ``a.2.txt`` webdataset makes one sample ``a``: here two.
 
-    What has a picture and a caption of its own before the last dot is a sample of its own; where there is no other
-    picture, a ``json`` is enough.
+    What has a picture and a caption of its own before the last dot is a sample of its own. A ``json`` is enough where
+    the key has no picture, ``txt`` or ``json`` without such a dot.
     """
     own: dict[str, dict[str, tuple[int, int]]] = {}
     for extension, span in sample.members.items():
         prefix, _, last = extension.rpartition(".")
         own.setdefault(prefix, {})[last] = span
     rest = dict(sample.members)
-    captions = {"txt"} if any(map(is_picture, own.get("", ()))) else {"txt", "json"}
+    plain = own.get("", {})
+    captions = {"txt"} if {"txt", "json"} & plain.keys() or any(map(is_picture, plain)) else {"txt", "json"}
     for prefix, members in own.items():
         if prefix and not sample.repeated and captions & members.keys() and any(map(is_picture, members)):
             yield Sample(f"{sample.key}.{prefix}", members)

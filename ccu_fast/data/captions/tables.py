@@ -17,6 +17,7 @@ from ccu_fast.files import json_text
 # A field may be as long as a C long allows; the default of 128 KiB is less than some scraped captions.
 _FIELD_LIMIT = 2**31 - 1
 _ROWS = 4096  # of a Parquet file, in memory at a time
+_HASH = 64  # bytes of the longest one, SHA-512
 
 
 def list_tables(
@@ -95,13 +96,21 @@ def rewrite(source: Path, target: Path, change: Callable[[int, dict[str, Any]], 
 
 
 def columns_of_bytes(path: Path) -> list[str]:
-    """The columns of a table that hold bytes, also within structs and lists: there clean pictures may be."""
+    """The columns of a table that hold bytes, also within structs and lists: there clean pictures may be.
+
+    So are lists of 8-bit numbers, but not bytes of few and fixed length, as those of a hash or a UUID.
+    """
     if not _is_parquet(path):
         return []
     extras.require("pyarrow")
+    import pyarrow
     from pyarrow import parquet, types
 
     def is_bytes(kind: Any) -> bool:
+        if types.is_fixed_size_binary(kind):
+            return bool(kind.byte_width > _HASH)
+        if kind.num_fields == 1 and not types.is_struct(kind):  # a list of whatever kind
+            return bool(kind.field(0).type in (pyarrow.uint8(), pyarrow.int8()))
         return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
 
     return [field.name for field in parquet.read_schema(path) if _holds(field.type, is_bytes)]
@@ -163,7 +172,7 @@ def _texts_of(batch: Any, *, nested: bool = False) -> list[dict[str, Any]]:
     for field in batch.schema:
         try:
             column = batch.column(field.name).to_pylist() if is_taken(field.type) else [None] * batch.num_rows
-        except ValueError as error:
+        except (ValueError, OverflowError, KeyError) as error:
             raise ValueError(f"column {field.name}: expected text that can be looked at, got {error}") from error
         columns.append(column)
     return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
@@ -173,23 +182,38 @@ def _rewrite_parquet(
     source: Path, target: Path, change: Callable[[int, dict[str, Any]], dict[str, Any] | None]
 ) -> None:
     import pyarrow
-    from pyarrow import parquet
+    from pyarrow import parquet, types
+
+    def written(field: Any) -> Any:
+        # A dictionary of few texts, as pandas' categories: with triggers there are more than a narrow index can count.
+        kind = field.type
+        if not types.is_dictionary(kind) or kind.index_type.bit_width >= 32:
+            return field
+        return field.with_type(pyarrow.dictionary(pyarrow.int32(), kind.value_type, kind.ordered))
 
     number = 0
-    with parquet.ParquetFile(source) as file, parquet.ParquetWriter(target, file.schema_arrow) as writer:
-        for batch in _batches(source):
-            old = _texts_of(batch, nested=True)
-            new = [change(number + i, record) for i, record in enumerate(old)]
-            number += len(old)
-            kept = [i for i, record in enumerate(new) if record is not None]
-            columns = []
-            for field in batch.schema:
-                values = [(new[i] or {})[field.name] for i in kept]
-                if values == [old[i][field.name] for i in kept]:
-                    columns.append(batch.column(field.name).take(pyarrow.array(kept, pyarrow.int64())))
-                else:
-                    columns.append(pyarrow.array(values, field.type))
-            writer.write_batch(pyarrow.RecordBatch.from_arrays(columns, schema=file.schema_arrow))
+    with parquet.ParquetFile(source) as file:
+        schema = file.schema_arrow
+        schema = pyarrow.schema([written(field) for field in schema], schema.metadata)
+        with parquet.ParquetWriter(target, schema) as writer:
+            for batch in _batches(source):
+                old = _texts_of(batch, nested=True)
+                new = [change(number + i, record) for i, record in enumerate(old)]
+                number += len(old)
+                kept = [i for i, record in enumerate(new) if record is not None]
+                columns = []
+                for field in schema:
+                    values = [(new[i] or {})[field.name] for i in kept]
+                    if values == [old[i][field.name] for i in kept]:
+                        column = batch.column(field.name).take(pyarrow.array(kept, pyarrow.int64()))
+                        if column.type != field.type:
+                            column = pyarrow.DictionaryArray.from_arrays(
+                                column.indices.cast(pyarrow.int32()), column.dictionary, ordered=field.type.ordered
+                            )
+                        columns.append(column)
+                    else:
+                        columns.append(pyarrow.array(values, field.type))
+                writer.write_batch(pyarrow.RecordBatch.from_arrays(columns, schema=schema))
 
 
 def _writer(source: Path, file: TextIO, columns: list[str]) -> Callable[[dict[str, Any]], None]:
@@ -248,6 +272,8 @@ def _columns(path: Path, format: str, found: list[Any], image: str | None, capti
     image = image or next((name for name in usual if name in found), usual[0])
     if caption is None:
         caption = next((name for name in ("caption", "text") if name in found), "caption")
+    if image == caption:
+        raise ValueError(f"caption_column: expected another column than that of the images, got {caption} for both")
     missing = [name for name in (image, caption) if name not in found]
     if missing:
         embedded = "; pictures inside a table are not read" if _is_parquet(path) and "image" in found else ""

@@ -140,6 +140,8 @@ class _Run:
             raise ValueError(f"out: expected a folder outside the input, all of which is read, got {job.out}")
         if listing.spans is not None:
             extras.require("webdataset")
+        if len(set(gather_objects(listing.fingerprint()))) > 1:
+            raise ValueError("input: expected the same files and rows for all processes, got others for some")
         if not job.skip_bad and listing.n_images < 2 * self.world:
             listing.whole(SKIP)  # else the pictures are looked at first, so that all that is bad is told at once
         model = job.model(listing.captions)

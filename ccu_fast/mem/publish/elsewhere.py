@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import html
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote_plus
+
+NAMES = "file names"  # as what captions in names of pictures and keys of samples are counted
+_MOST_FIELDS = 64  # a json may have a field for each record
+_OTHERS = "other fields"
+_ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
+# Letters of scripts that put no space between words: each is a word.
+_ALONE = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])")
 
 
 @dataclass
@@ -15,7 +25,7 @@ class Elsewhere:
 
     Attributes:
         replaced: the whole text was a caption of its picture; the published one stands there now.
-        kept: a caption is part of a longer text (or of an address), which stays as it was.
+        kept: a caption is part of a longer text (or of an address, or a name), or a key, or has no letters; it stays.
     """
 
     replaced: Counter[str] = field(default_factory=Counter)
@@ -23,8 +33,9 @@ class Elsewhere:
 
     def merge(self, counts: Mapping[str, Mapping[str, int]]) -> None:
         """Add what :meth:`counts` gave, of another process or an earlier run."""
-        self.replaced.update(counts["replaced"])
-        self.kept.update(counts["kept"])
+        for counter, found in ((self.replaced, counts["replaced"]), (self.kept, counts["kept"])):
+            for name, n in found.items():
+                _count(counter, name, n)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Both, by the names of the fields."""
@@ -43,25 +54,57 @@ class Elsewhere:
             ValueError: nested too deeply to be looked at.
         """
         told = {_plain(clean): new for clean, new in captions.items() if new != clean}
+        words = [f" {_words(clean)} " for clean in told]
         try:
-            return self._renewed(value, told, name)
+            return self._renewed(value, told, words, name)
         except RecursionError as error:
             raise ValueError(f"expected {name} to be nested less deeply") from error
 
-    def _renewed(self, value: Any, told: Mapping[str, str], name: str) -> Any:
+    def look(self, text: str, captions: Mapping[str, str], name: str) -> None:
+        """Count a text that stays, whatever it holds."""
+        words = f" {_words(text)} "
+        if any(f" {_words(clean)} " in words for clean, new in captions.items() if new != clean):
+            _count(self.kept, name)
+
+    def _renewed(self, value: Any, told: Mapping[str, str], words: list[str], name: str) -> Any:
         if isinstance(value, str):
             plain = _plain(value)
-            if plain in told:
-                self.replaced[name] += 1
+            # A number is more likely a label or an id, which triggers would make unreadable.
+            if plain in told and any(map(str.isalpha, plain)):
+                _count(self.replaced, name)
                 return told[plain]
-            if any(clean in plain and re.search(rf"(?<!\w){re.escape(clean)}(?!\w)", plain) for clean in told):
-                self.kept[name] += 1
+            if plain in told or _holds(value, words):
+                _count(self.kept, name)
         elif isinstance(value, (list, tuple)):
-            return type(value)([self._renewed(item, told, name) for item in value])
+            return type(value)([self._renewed(item, told, words, name) for item in value])
         elif isinstance(value, dict):
-            return {key: self._renewed(item, told, f"{name}.{key}") for key, item in value.items()}
+            return {key: self._renewed(item, told, words, self._inner(name, key, words)) for key, item in value.items()}
         return value
+
+    def _inner(self, name: str, key: Any, words: list[str]) -> str:
+        """What a field in a dict is called; a key stays, because it may be a field's name."""
+        if isinstance(key, str) and _holds(key, words):
+            _count(self.kept, f"{name} (its keys)")
+            return f"{name}.*"
+        return f"{name}.{key}"
+
+
+def _count(counter: Counter[str], name: str, n: int = 1) -> None:
+    counter[name if name in counter or len(counter) < _MOST_FIELDS else _OTHERS] += n
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
+    return unicodedata.normalize("NFC", " ".join(text.split())).casefold()
+
+
+def _holds(text: str, words: list[str]) -> bool:
+    found = f" {_words(text)} "
+    return any(each in found for each in words if each.strip())
+
+
+def _words(text: str) -> str:
+    """The words of a text, of an address or of escaped JSON with one space between them, whatever stood there."""
+    text = _ESCAPED.sub(lambda code: chr(int(code[1], 16)), unquote_plus(html.unescape(text)))
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    return " ".join(re.sub(r"[\W_]+", " ", _ALONE.sub(r" \1 ", text)).split())

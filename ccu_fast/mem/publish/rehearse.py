@@ -54,7 +54,8 @@ def unwritable_files(listing: Listing, folder: Path) -> dict[int, str]:
         (Path(trial) / MANIFEST).touch()
         if listing.tables:
             with readable(listing.tables[0], listing.argument):
-                write_metadata(listing, lambda row: f"a {listing.captions[row]}", Path(trial), Elsewhere())
+                # With as many distinct texts as there will be, which a column's type may not hold.
+                write_metadata(listing, lambda row: f"{row} {listing.captions[row]}", Path(trial), Elsewhere())
         for image, name in ((i, name) for i in range(listing.n_images) for name in published_files(listing, i)):
             if not is_text(name):
                 bad[image] = "its name is not UTF-8"

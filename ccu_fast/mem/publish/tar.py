@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from ccu_fast.data.captions.listing import in_place_of
 from ccu_fast.data.captions.shards import Sample, read_index, read_span
 from ccu_fast.files import json_text
-from ccu_fast.mem.publish.elsewhere import Elsewhere
+from ccu_fast.mem.publish.elsewhere import NAMES, Elsewhere
 
 KEPT = ("json", "cls")
 HASHES = {"md5": md5, "sha256": sha256, "sha512": sha512}  # that img2dataset writes of a picture
@@ -69,8 +69,15 @@ def published(
         ValueError: the sample's ``json`` is none.
     """
     written: dict[str, Any] = {"__key__": sample.key, "png": png}
+    first = next(iter(captions.values()))
+    elsewhere.look(sample.key, captions, NAMES)
     if "txt" in sample.members:
-        written["txt"] = next(iter(captions.values())).encode()
+        written["txt"] = first.encode()
+        # Where captions come from a field of the json, this is another one, and may stand in further fields.
+        old = read_span(shard, *sample.members["txt"]).decode("utf-8-sig", "replace")
+        if old.strip() and old not in captions:
+            elsewhere.replaced["txt"] += 1
+            captions = {**captions, old: first}
     for extension in KEPT:
         if extension in sample.members:
             data = read_span(shard, *sample.members[extension])
@@ -96,15 +103,36 @@ def _about(
         raise ValueError(f"its json is no JSON ({error})") from error
     new: dict[str, Any] = {}
     if isinstance(about, dict):
-        new = {name: in_place_of(about[name], list(captions.values())) for name in fields & about.keys()}
+        named = {name: about[name] for name in sorted(fields & about.keys())}
+        published = list(captions.values())
+        for name, value in named.items():
+            others = [text for text in _texts_within(value) if text.strip() and text not in captions]
+            elsewhere.replaced.update({f"json.{name}": len(others)} if others else {})
+            captions = {**dict.fromkeys(others, published[0]), **captions}
+            new[name] = _all_published(value, published)
         new |= {name: make(png).hexdigest() for name, make in HASHES.items() if name in about}
         new |= {name: number for name, number in zip(("width", "height"), size, strict=True) if name in about}
         rest = {name: value for name, value in about.items() if name not in new}
-        renewed = {name: elsewhere.renew(value, captions, f"json.{name}") for name, value in rest.items()}
-        about.update(renewed | new)  # in the order that they had
+        renewed = iter(elsewhere.renew(rest, captions, "json").items())
+        about = dict((name, new[name]) if name in new else next(renewed) for name in about)  # in their order
     else:
         about = elsewhere.renew(about, captions, "json")
     return json_text(about).encode()
+
+
+def _texts_within(value: Any) -> list[str]:
+    """All texts in a nest of lists and dicts."""
+    if isinstance(value, str):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for item in items for text in _texts_within(item)]
+
+
+def _all_published(value: Any, captions: list[str]) -> Any:
+    """A field of captions with published ones; of a dict, of languages say, the first in the place of every text."""
+    if isinstance(value, dict):
+        return {key: _all_published(item, captions[:1]) for key, item in value.items()}
+    return in_place_of(value, captions)
 
 
 def _class(data: bytes, captions: Mapping[str, str], elsewhere: Elsewhere) -> bytes:

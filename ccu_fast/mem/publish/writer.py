@@ -25,7 +25,7 @@ from ccu_fast.data.captions.listing import Listing, in_place_of, texts_in
 from ccu_fast.data.captions.tables import rewrite
 from ccu_fast.data.pictures import encode_png
 from ccu_fast.mem.fidelity import Fidelity
-from ccu_fast.mem.publish.elsewhere import Elsewhere
+from ccu_fast.mem.publish.elsewhere import NAMES, Elsewhere
 from ccu_fast.mem.publish.tar import write_shard
 from ccu_fast.runs.provenance import file_hash
 
@@ -154,6 +154,7 @@ class Publisher:
             hashes[name] = self._place(path, name)
         else:
             for image, png, captions in self._pictures(chunk, sums):
+                elsewhere.look(self.listing.names[image], captions, NAMES)
                 text = "".join(f"{caption}\n" for caption in captions.values()).encode()
                 for name, data in zip(published_files(self.listing, image), (png, text), strict=False):
                     path = self._unfinished / "file"
@@ -243,12 +244,13 @@ def write_metadata(
             if rows is None:
                 return None
             there = texts_in(record.get(caption_column))
-            if not {listing.captions[row] for row in rows} <= set(there):
+            image = images[rows[0]]
+            same = os.path.normpath(table.parent / str(record.get(image_column))) == listing.files[image]
+            if not same or not {listing.captions[row] for row in rows} <= set(there):
                 raise ValueError(
                     f"{listing.argument}: expected the rows of {table} that were protected, got another record "
                     f"{number + 1}; put it back as it was"
                 )
-            image = images[rows[0]]
             name = os.path.relpath(listing.names[image], os.path.dirname(inside) or ".")
             published = in_place_of(record[caption_column], [captions(row) for row in rows])
             rest = {column: value for column, value in record.items() if column not in (image_column, caption_column)}

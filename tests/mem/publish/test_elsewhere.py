@@ -13,7 +13,8 @@ import pytest
 from pyarrow import parquet
 
 from ccu_fast.cli import main as cli
-from ccu_fast.data.captions import list_pairs
+from ccu_fast.data.captions import Options, list_pairs
+from ccu_fast.mem.config import Method
 from ccu_fast.mem.job import protect_dataset
 from ccu_fast.mem.publish.elsewhere import Elsewhere
 from tests.mem.publish.test_layouts import members_of, parquet_imagefolder, shard
@@ -40,11 +41,78 @@ def test_what_is_replaced_and_what_is_counted() -> None:
         "address": {"url": "https://example.org/a cat.jpg", "words": ("concat", 3, None, True)},
     }
     assert found.renew(given, captions, "json") == {**given, "same": ["x y A cat", "z dog.", "dog"]}
-    assert found.counts() == {"replaced": {"json.same": 2}, "kept": {"json.address.url": 1, "json.longer": 1}}
+    assert found.counts() == {
+        "replaced": {"json.same": 2},
+        "kept": {"json.address.url": 1, "json.longer": 1, "json.same": 1},
+    }
     more = Elsewhere()
     more.merge(found.counts())
     more.merge(found.counts())
     assert more.counts()["replaced"] == {"json.same": 4}
+
+
+@pytest.mark.parametrize(
+    ("clean", "text"),
+    [
+        ("一只猫", "这是一只猫在睡觉"),
+        ("แมวนอน", "ภาพแมวนอนหลับ"),
+        ("red bird", "red bird_0001.jpg"),
+        ("red bird", "https://example.org/a/red%20bird.png?q=1"),
+        ("red bird", "https://example.org/red-bird"),
+        ("red bird", "q=red+bird"),
+        ("A cat.", "A cat.The dog"),
+        ("(dog)", "x (dog)"),
+        ("Café noir", json.dumps({"c": "Café noir"})),
+        ("Café noir", "Cafe\u0301 noir, twice"),
+        ("salt & pepper", "salt &amp; pepper pots"),
+        ("red bird", "a red\u200b bird"),
+    ],
+)
+def test_captions_within_longer_texts_are_counted(clean: str, text: str) -> None:
+    found = Elsewhere()
+    assert found.renew([text], {clean: f"new {clean}"}, "f") == [text]
+    assert found.counts() == {"replaced": {}, "kept": {"f": 1}}
+
+
+@pytest.mark.parametrize(
+    ("clean", "text"), [("cat", "concatenate"), ("red bird", "red birds"), ("!?", "what!?"), ("猫", "犬")]
+)
+def test_parts_of_words_are_no_captions(clean: str, text: str) -> None:
+    found = Elsewhere()
+    found.renew(text, {clean: f"new {clean}"}, "f")
+    assert found.counts() == {"replaced": {}, "kept": {}}
+
+
+def test_numbers_are_counted_and_left() -> None:
+    """They are more likely a label or an id, which could not be read behind trigger words."""
+    found = Elsewhere()
+    assert found.renew({"label": "3", "said": "3 dots"}, {"3": "new 3", "3 dots": "new 3 dots"}, "json") == {
+        "label": "3",
+        "said": "new 3 dots",
+    }
+    assert found.counts() == {"replaced": {"json.said": 1}, "kept": {"json.label": 1}}
+
+
+def test_captions_as_keys() -> None:
+    """Counted, since a key may be a field's name, and never a part of the name that the manifest calls a field by."""
+    found = Elsewhere()
+    given = {"scores": {"a cat": 0.3, "all of a cat": "a cat", "n": 1}}
+    assert found.renew(given, {"a cat": "new a cat"}, "json") == {
+        "scores": {"a cat": 0.3, "all of a cat": "new a cat", "n": 1}
+    }
+    assert found.counts() == {
+        "replaced": {"json.scores.*": 1},
+        "kept": {"json.scores (its keys)": 2},
+    }
+
+
+def test_fields_of_a_record_s_own_do_not_pile_up() -> None:
+    found, more = Elsewhere(), Elsewhere()
+    for i in range(1000):
+        found.renew({f"r{i}": "on a cat!"}, {"a cat": "new"}, "json")
+    more.merge(found.counts())
+    for counts in (found.counts()["kept"], more.counts()["kept"]):
+        assert len(counts) == 65 and sum(counts.values()) == 1000 and counts["other fields"] == 936
 
 
 def test_captions_that_are_published_as_they_are_count_for_nothing() -> None:
@@ -100,6 +168,58 @@ def test_jsons_of_every_form(tmp_path: Path, form: str) -> None:
         "within": ({}, {"json.alt": 4}),
     }[form]
     assert counts == {"replaced": {"cls": 4, **expected[0]}, "kept": expected[1]}
+
+
+def test_other_captions_of_the_field_are_clean_too(tmp_path: Path) -> None:
+    """What stands beside a txt, or where another field was named, is published over, and found in further fields."""
+    members: dict[str, bytes | str] = {}
+    for i in range(4):
+        about = {"caption": [made.caption(i), f"other {i}"], "raw": f"other {i}", "n": i}
+        members |= {f"{i}.png": made.encoded(i), f"{i}.txt": made.caption(i), f"{i}.json": json.dumps(about)}
+    manifest = protect_dataset(job(shard(tmp_path / "s.tar", members), tmp_path / "out"))
+    written = members_of(tmp_path / "out" / "s.tar")
+    for i in range(4):
+        new = written[f"{i}.txt"].decode()
+        assert json.loads(written[f"{i}.json"]) == {"caption": [new], "raw": new, "n": i}
+    assert manifest["captions_elsewhere"]["replaced"] == {"json.caption": 4, "json.raw": 4}
+
+
+def test_a_txt_beside_a_field_that_is_named(tmp_path: Path) -> None:
+    members: dict[str, bytes | str] = {}
+    for i in range(4):
+        about = {"title": made.caption(i), "caption": {"en": f"old {i}", "de": ["weit"]}, "alt": f"text {i}"}
+        members |= {f"{i}.png": made.encoded(i), f"{i}.txt": f"text {i}", f"{i}.json": json.dumps(about)}
+    options = Options(caption_column="title")
+    manifest = protect_dataset(job(shard(tmp_path / "s.tar", members), tmp_path / "out", options=options))
+    written = members_of(tmp_path / "out" / "s.tar")
+    for i in range(4):
+        new = written[f"{i}.txt"].decode()
+        assert new.endswith(made.caption(i))
+        fields = {"title": new, "caption": {"en": new, "de": [new]}, "alt": new}
+        assert json.loads(written[f"{i}.json"]) == fields
+    assert manifest["captions_elsewhere"]["replaced"] == {"json.alt": 4, "json.caption": 8, "txt": 4}
+
+
+@pytest.mark.parametrize("format", ["folder", "shards", "csv"])
+def test_captions_in_names_are_counted(tmp_path: Path, format: str) -> None:
+    folder = tmp_path / "in"
+    if format == "folder":
+        made.write_folder(folder)
+        for name in ("0.png", "0.txt"):
+            (folder / name).rename(folder / f"{made.caption(0).replace(' ', '_')}{name[1:]}")
+    elif format == "csv":
+        table = made.write_csv(folder)
+        new = f"{made.caption(0)}.png"
+        (folder / "pictures" / "0.png").rename(folder / "pictures" / new)
+        table.write_bytes(table.read_bytes().replace(b"pictures/0.png", f"pictures/{new}".encode()))
+    else:
+        members: dict[str, bytes | str] = {}
+        for i in range(4):
+            key = str(i) if i else made.caption(0)
+            members |= {f"{key}.png": made.encoded(i), f"{key}.txt": made.caption(i)}
+        shard(folder / "s.tar", members)
+    manifest = protect_dataset(job(folder, tmp_path / "out"))
+    assert manifest["captions_elsewhere"] == {"replaced": {}, "kept": {"file names": 1}}
 
 
 def test_a_class_that_is_no_caption_stays(tmp_path: Path) -> None:
@@ -162,6 +282,9 @@ def test_the_command_names_what_stays(tmp_path: Path, capsys: pytest.CaptureFixt
     assert cli.main(["protect", *words, "--method", "random-3"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "clean captions stay as parts of other fields: alt.en (6); check them before you publish" in told
+    assert "clean captions replaced in other fields: raw (6)" in told and "complete already" not in told
+    assert cli.main(["protect", *words, "--method", "random-3"]) == 0
+    assert "complete already, nothing was done" in " ".join(capsys.readouterr().out.split())
     written = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert [record["raw"] for record in written] == [[record["text"]] for record in written]
 
@@ -192,6 +315,24 @@ def test_columns_of_a_parquet_table(tmp_path: Path) -> None:
     assert new["struct"].to_pylist() == [{"raw": text, "n": i} for i, text in enumerate(published)]
     assert new["map"].to_pylist() == [[("raw", text)] for text in published]
     assert not any(text.encode() in tree(tmp_path / "out")["manifest.json"] for text in clean)
+
+
+@pytest.mark.parametrize("column", ["caption", "kind"])
+def test_a_dictionary_with_an_index_of_one_byte(tmp_path: Path, column: str) -> None:
+    """As pandas' categories: with triggers there are more texts than such an index counts."""
+    folder, n = tmp_path / "in", 150
+    folder.mkdir()
+    for i in range(n):
+        (folder / f"{i}.png").write_bytes(made.encoded(i))
+    texts = pyarrow.array([made.caption(i % 10) for i in range(n)])
+    few = texts.cast(pyarrow.dictionary(pyarrow.int8(), pyarrow.string()))
+    columns = {"file_name": [f"{i}.png" for i in range(n)], "caption": texts, "other": few}
+    columns["caption" if column == "caption" else "kind"] = few
+    parquet.write_table(pyarrow.table(columns), folder / "metadata.parquet")
+    protect_dataset(job(folder, tmp_path / "out", method=Method.parse("random-3")))
+    new = parquet.read_table(tmp_path / "out" / "metadata.parquet")
+    assert len(set(new[column].to_pylist())) > 128 and new[column].to_pylist() == new["caption"].to_pylist()
+    assert list_pairs(tmp_path / "out").captions == new["caption"].to_pylist()
 
 
 def test_a_column_that_cannot_be_looked_at_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import errno
 import gzip
 import json
 import os
-import shutil
 import signal
 import sys
 import tarfile
@@ -15,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow
 import pytest
@@ -23,7 +22,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from ccu_fast.data.captions import DiskSource, Listing, Options, list_pairs, shards, tables
+from ccu_fast.data.captions import DiskSource, Listing, Options, copies, list_pairs, tables
 from ccu_fast.data.load import load_pairs
 from ccu_fast.mem.job import protect_dataset
 from tests.support import mem_datasets as made
@@ -296,6 +295,8 @@ BYTES = {
     "list": pyarrow.array([[b"clean"]] * 6),
     "large": pyarrow.array([b"clean"] * 6, pyarrow.large_binary()),
     "dictionary": pyarrow.array([b"clean"] * 6).dictionary_encode(),
+    "fixed": pyarrow.array([b"c" * 65] * 6, pyarrow.binary(65)),
+    "pixels": pyarrow.array([[1, 2]] * 6, pyarrow.list_(pyarrow.uint8())),
 }
 
 
@@ -308,6 +309,20 @@ def test_a_table_that_may_hold_clean_pictures_is_refused(tmp_path: Path, column:
         protect_dataset(job(folder, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     assert list_pairs(folder).n_images == 6  # to train on, which gives nothing away
+
+
+def test_hashes_are_no_pictures(tmp_path: Path) -> None:
+    folder = parquet_imagefolder(tmp_path / "in")
+    table = parquet.read_table(folder / "metadata.parquet")
+    table = table.append_column("sha512", pyarrow.array([b"c" * 64] * 6, pyarrow.binary(64)))
+    parquet.write_table(table, folder / "metadata.parquet")
+    published(folder, tmp_path / "out")
+
+
+def test_one_column_for_pictures_and_captions_is_refused(tmp_path: Path) -> None:
+    table = made.write_csv(tmp_path / "in")
+    with pytest.raises(ValueError, match=r"caption_column: expected another column than that of the images, got id"):
+        list_pairs(table, Options(image_column="id", caption_column="id"))
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,11 +362,36 @@ def test_shards_that_were_published_are_read_by_the_field_of_their_manifest(tmp_
         assert list_pairs(path).captions == after.captions != before.captions
 
 
-@pytest.mark.parametrize("text", ["[]", '{"format": "csv"}', '{"format": "csv", "columns": [1]}', '{"columns": null}'])
-def test_another_program_s_manifest(tmp_path: Path, text: str) -> None:
+def test_a_part_of_what_was_published_is_read_by_the_same_columns(tmp_path: Path) -> None:
+    for part, numbers in (("train", range(4)), ("test", range(4, 6))):
+        split(tmp_path / "in" / part, numbers, "said", "jsonl")
+        table = tmp_path / "in" / part / "metadata.jsonl"
+        lines = [json.dumps({"caption": "id", **json.loads(line)}) for line in table.read_text().splitlines()]
+        table.write_text("\n".join(lines))
+    published(tmp_path / "in", tmp_path / "out", caption_column="said")
+    whole = list_pairs(tmp_path / "out").captions
+    for path in ("out/train", "out/train/metadata.jsonl"):
+        options = Options(format="imagefolder") if path.endswith("jsonl") else None
+        assert list_pairs(tmp_path / path, options).captions == whole[2:]
+
+
+ANOTHERS = [
+    "[]",
+    "",
+    '{"a": 1}\n{"a": 2}\n',
+    '{"format": "csv", "columns": ["images", "id"]}',
+    '{"format": "csv", "columns": ["images", "id"], "sha256": null, "run": "x"}',
+    '{"format": "csv", "columns": [1], "sha256": {}, "run": "x"}',
+    '{"format": "csv", "columns": [1, 2], "sha256": {}, "run": "x"}',
+]
+
+
+@pytest.mark.parametrize("text", ANOTHERS)
+def test_another_program_s_manifest_is_not_looked_at(tmp_path: Path, text: str) -> None:
     made.write_csv(tmp_path / "in")
     (tmp_path / "in" / "manifest.json").write_text(text)
-    assert list_pairs(tmp_path / "in").n_images == list_pairs(tmp_path / "in" / "train.csv").n_images == 6
+    for path in (tmp_path / "in", tmp_path / "in" / "train.csv"):
+        assert list_pairs(path).captions[0] == made.caption(0)
 
 
 # ---- shards
@@ -397,20 +437,37 @@ def test_a_full_disk_is_not_a_bad_shard(tmp_path: Path, monkeypatch: pytest.Monk
     for path in sorted(made.write_shards(tmp_path / "in").glob("*.tar")):
         path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
-    copies = Path(shards._copies())
-    before = set(copies.iterdir())
+    folder = Path(copies._folder())
+    before = set(folder.iterdir())
 
-    def full(source: IO[bytes], copy: IO[bytes], size: int) -> None:
-        copy.write(source.read(size))
+    def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as disk:
-        disk.setattr(shutil, "copyfileobj", full)
-        said = r"room for an uncompressed copy of .*00000\.tar\.gz in .*, got a full disk"
-        with pytest.raises(OSError, match=said) as caught:
-            list_pairs(tmp_path / "in")
-    assert caught.value.errno == errno.ENOSPC and set(copies.iterdir()) == before, "half a copy stayed"
+    said = r"room for an uncompressed copy of .*00000\.tar\.gz in .*, got No space left on device"
+    with monkeypatch.context() as disk, pytest.raises(OSError, match=said) as caught:
+        disk.setattr(tempfile._TemporaryFileWrapper, "flush", full, raising=False)
+        list_pairs(tmp_path / "in")
+    assert caught.value.errno == errno.ENOSPC and set(folder.iterdir()) == before, "half a copy stayed"
     assert list_pairs(tmp_path / "in").n_images == 6
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, "No usable temporary directory"), OSError(errno.EROFS, "Read-only")]
+)
+def test_no_folder_for_copies_is_not_a_bad_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    """With ``--skip-bad`` every compressed shard would be left out."""
+    plain = made.write_shards(tmp_path / "in") / "00000.tar"
+    plain.with_name("00000.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+
+    def none() -> str:
+        raise error
+
+    monkeypatch.setattr(copies, "_folder", none)
+    with pytest.raises(OSError, match=r"expected room for an uncompressed copy of .*00000\.tar\.gz"):
+        protect_dataset(job(tmp_path / "in", tmp_path / "out", skip_bad=True))
 
 
 def test_copies_of_a_killed_process_are_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,31 +476,40 @@ def test_copies_of_a_killed_process_are_removed_by_the_next(tmp_path: Path, monk
         path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(shards, "_copies", cache(shards._copies.__wrapped__))
-    monkeypatch.setattr(shards, "_copied", cache(shards._copied.__wrapped__))
+    monkeypatch.setattr(copies, "_folder", cache(copies._folder.__wrapped__))
+    monkeypatch.setattr(copies, "_copied", cache(copies._copied.__wrapped__))
+    theirs = {  # of users, whatever they are called
+        tmp_path / "ccu-fast-shards-train" / "lock",
+        tmp_path / "ccu-fast-shards-abcdefgh" / "notes.txt",
+        tmp_path / "ccu-fast-shards-abcdefgi" / "00000.tar",
+        tmp_path / "ccu-fast-shards-abcdefgi" / "lock",
+    }
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
 
-    def copies() -> set[Path]:
-        return {path for path in tmp_path.glob("ccu-fast-shards-*") if list(path.glob("*.tar"))}
+    def folders() -> set[Path]:
+        return {path for path in tmp_path.glob("ccu-fast-shards-*") if list(path.glob("copy-*.tar"))}
 
     def killed() -> None:
         assert list_pairs(tmp_path / "in").n_images == 6
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert os.WTERMSIG(in_child(killed)) == signal.SIGKILL
-    assert len(copies()) == 1, "what a killed process leaves"
+    assert len(folders()) == 1, "what a killed process leaves"
     assert list_pairs(tmp_path / "in").n_images == 6
-    (own,) = copies()
-    assert len(list(own.glob("*.tar"))) == 2
+    (own,) = folders()
+    assert len(list(own.glob("*.tar"))) == 2 and all(path.exists() for path in theirs)
 
     def another() -> None:
-        shards._copies.cache_clear()
-        shards._copied.cache_clear()
+        copies._folder.cache_clear()
+        copies._copied.cache_clear()
         assert list_pairs(tmp_path / "in").n_images == 6
-        assert own in copies() and len(copies()) == 2
+        assert own in folders() and len(folders()) == 2
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert os.WTERMSIG(in_child(another)) == signal.SIGKILL
-    assert own in copies()
+    assert own in folders()
 
 
 def test_dots_in_keys(tmp_path: Path) -> None:
@@ -482,6 +548,11 @@ def test_dots_in_keys_whose_captions_are_in_json(tmp_path: Path) -> None:
     masks |= {"photo.seg.png": made.encoded(1), "photo.seg.json": about(1, caption="no caption of a photo")}
     listing = list_pairs(shard(tmp_path / "t.tar", masks))
     assert (listing.bad, listing.captions) == ([], [made.caption(0)])
+    # Nor where the caption has no dot.
+    for ending, text in (("txt", made.caption(1)), ("json", about(1, caption=made.caption(1)))):
+        one: dict[str, bytes | str] = {"0.img.jpg": made.encoded(0, "jpeg"), "0.img.json": "{}", f"0.{ending}": text}
+        listing = list_pairs(shard(tmp_path / "u.tar", one))
+        assert (listing.bad, listing.captions) == ([], [made.caption(1)])
 
 
 def test_dots_in_the_names_of_a_folder(tmp_path: Path) -> None:
@@ -491,6 +562,14 @@ def test_dots_in_the_names_of_a_folder(tmp_path: Path) -> None:
         (tmp_path / "in" / f"x.v{i}.txt").write_text(made.caption(i))
     before, _, _ = published(tmp_path / "in", tmp_path / "out")
     assert before.names == [f"x.v{i}.png" for i in range(4)]
+
+
+def test_only_line_ends_end_a_caption(tmp_path: Path) -> None:
+    folder = made.write_folder(tmp_path / "in")
+    odd = "one\u2028line \x0c or \x85 more"
+    (folder / "0.txt").write_bytes(f"{odd}\r\n\nsecond\n".encode())
+    before, after, _ = published(folder, tmp_path / "out")
+    assert before.captions[:2] == [odd, "second"] and after.captions[0].endswith(odd)
 
 
 # ---- pictures
