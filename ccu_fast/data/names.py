@@ -16,7 +16,10 @@ from ccu_fast.files import readable
 
 # pandas writes a whole number as 3.0 where its column has, or once had, a gap.
 _WHOLE = re.compile(r"[+-]?\d{1,20}(\.0*)?", re.ASCII)
-_OTHER_NUMBER = re.compile(r"[+-]?(\d*\.\d+|\d{21,}|inf)", re.ASCII | re.IGNORECASE)
+# A spreadsheet writes large numbers with an exponent and rounds them, so that two may look alike.
+_OTHER_NUMBER = re.compile(r"[+\u2212-]?(\d*\.?\d+|\d+\.?\d*)(e[+-]?\d+)?|[+-]?inf(inity)?", re.ASCII | re.IGNORECASE)
+# What is left of an empty cell in a column that was made text, by Python, pandas or a database.
+_MISSING = ("", "nan", "nat", "<na>", "none", "null")
 _LARGEST = torch.iinfo(torch.int64).max
 
 
@@ -69,7 +72,8 @@ def read_labels(values: Sequence[str], where: Callable[[int], str]) -> tuple[Ten
     names = [canonical(value) for value in values]
     numeric = [_WHOLE.fullmatch(name) is not None for name in names]
     for row, name in enumerate(names):
-        if _missing(name) or _OTHER_NUMBER.fullmatch(name) or (numeric[row] and not 0 <= int(name) <= _LARGEST):
+        number = 0 <= int(name) <= _LARGEST if numeric[row] else not _OTHER_NUMBER.fullmatch(name)
+        if _missing(name) or not number or "\0" in name:
             raise ValueError(
                 f"path: expected a name or a whole number of at least 0 as label, got {values[row]!r} in {where(row)}"
             )
@@ -131,4 +135,4 @@ def texts(array: np.ndarray, name: str, path: Path) -> list[str]:
 
 
 def _missing(name: str) -> bool:
-    return not name or name.lower() == "nan"  # what is left of an empty cell in a column that was made text
+    return name.lower() in _MISSING

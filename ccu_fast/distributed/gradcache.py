@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+import itertools
+import random
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,6 +17,9 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ccu_fast import check
+
+# Relative. bf16 from two kernels differs by about 0.01; another draw of a dropout by far more.
+_SAME = 0.05
 
 Tower = tuple[Callable[[Any], Any], Any]
 
@@ -44,7 +50,9 @@ def cached_step(
             tensors in them; the callable gets the same nest with ``chunk`` items. Tensors without dimensions, and
             objects that are in no list (a flag, a tuple of two numbers), are passed to every chunk. The callable
             returns embeddings ``[chunk, D]``, or a nest of tensors ``[chunk, ...]``, which ``loss_fn`` gets with N_t
-            items; a tensor without dimensions in it (a scale) must be the same for every chunk.
+            items; a tensor without dimensions in it (a scale) must be the same for every chunk. Both passes must give
+            the same: random numbers may be those of torch, numpy's global generator, ``random``, and generators among
+            the inputs. Chunks are copies, so a tower may change them in place.
         chunk: items at a time.
         backward: what to do with the loss instead of ``loss.backward()``: ``lambda loss:
             scaler.scale(loss).backward()``, ``accelerator.backward``.
@@ -57,8 +65,10 @@ def cached_step(
 
     Raises:
         TypeError, ValueError: no towers, inputs without items, of unlike lengths or computed from what needs a
-            gradient, chunk below 1; a tower that returns something else than a tensor for each of its items. No
-            gradient is written before.
+            gradient, sparse or nested, chunk below 1; a tower that returns something else than a tensor for each of its
+            items, a loss that is no number. No gradient is written before.
+        RuntimeError: the second pass of a tower gives other results than the first, because it draws random numbers of
+            its own, counts its calls, or changes what it uses. Its gradients would be wrong; some may be written.
 
     Under autocast call it inside the context; both passes then are. BatchNorm sees every chunk twice, so its running
     statistics move twice, and normalises by chunk. A parameter that only ``loss_fn`` uses must not be inside a
@@ -106,12 +116,19 @@ class _Chunks:
         self.name, (self._run, inputs) = name, pair
         lengths: set[int] = set()
 
-        def measure(items: Any) -> None:
-            if isinstance(items, Tensor) and items.grad_fn is not None:
-                raise ValueError(
-                    f"{name}: expected inputs without a graph, through which every chunk would go, got one"
-                )
+        def measure(items: Any) -> Any:
+            if isinstance(items, Tensor):
+                if items.layout is not torch.strided or items.is_nested:
+                    kind = "a nested one" if items.is_nested else items.layout
+                    raise TypeError(f"{name}: expected inputs of dense tensors, got {kind}")
+                if items.grad_fn is not None:
+                    raise ValueError(
+                        f"{name}: expected inputs without a graph, through which every chunk would go, got one"
+                    )
+                if not items.ndim:
+                    return items
             lengths.add(len(items))
+            return items
 
         _cut(inputs, measure)
         if not lengths:
@@ -128,7 +145,19 @@ class _Chunks:
 
     def inputs(self, span: slice) -> Any:
         """Of some items; their own at each call: what a tower writes into them is not seen by the second pass."""
-        return _cut(self._inputs, lambda items: _copied(items[span]))
+        made: dict[int, Any] = {}
+
+        def part(items: Any) -> Any:
+            if id(items) not in made:  # what stands in two places of the nest still does
+                whole = isinstance(items, Tensor) and not items.ndim
+                made[id(items)] = _copied(items if whole else items[span])
+            return made[id(items)]
+
+        return _cut(self._inputs, part)
+
+    def random(self) -> _Random:
+        """What a chunk's random numbers depend on."""
+        return _Random(self._inputs)
 
     def run(self, span: slice) -> tuple[list[Any], TreeSpec]:
         """What the tower makes of them, flat."""
@@ -136,17 +165,11 @@ class _Chunks:
 
 
 def _cut(inputs: Any, cut: Callable[[Any], Any]) -> Any:
-    """The nest with ``cut`` of everything in it that has one entry for each item of the batch."""
-    if isinstance(inputs, Tensor):
-        return cut(inputs) if inputs.ndim else inputs.clone()
+    """The nest with ``cut`` of every tensor, and of what else has one entry for each item of the batch."""
+    if isinstance(inputs, Tensor) or (isinstance(inputs, np.ndarray) and inputs.ndim):
+        return cut(inputs)
     if isinstance(inputs, Mapping):
-        changed = {key: _cut(value, cut) for key, value in inputs.items()}
-        if not isinstance(inputs, MutableMapping):
-            return changed
-        same = copy.copy(inputs)  # of its class, with what else it carries
-        for key, value in changed.items():
-            same[key] = value
-        return same
+        return _with_values(inputs, {key: _cut(value, cut) for key, value in inputs.items()})
     if isinstance(inputs, PackedSequence):
         raise TypeError("towers: expected inputs that can be cut into items, got a PackedSequence")
     if isinstance(inputs, (list, tuple)):
@@ -160,18 +183,29 @@ def _cut(inputs: Any, cut: Callable[[Any], Any]) -> Any:
     return inputs
 
 
+def _with_values(mapping: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+    """The mapping with other values: of its class, with what else it carries, if a copy of it is one; else a dict."""
+    if not isinstance(mapping, (dict, UserDict)):
+        return values
+    same = copy.copy(mapping)
+    for key, value in values.items():
+        same[key] = value
+    return same
+
+
 def _copied(items: Any) -> Any:
-    """Tensors, arrays and lists anew, down to the objects in them."""
+    """Tensors, arrays, lists and mappings anew, down to the objects in them."""
     if isinstance(items, Tensor):
         return items.clone()
-    if isinstance(items, np.ndarray):
+    if isinstance(items, (np.ndarray, bytearray)):
         return items.copy()
+    if isinstance(items, Mapping):
+        return _with_values(items, {key: _copied(value) for key, value in items.items()})
     if isinstance(items, list):
         return [_copied(item) for item in items]
-    if type(items) is tuple:
-        return tuple(_copied(item) for item in items)
-    if type(items) is dict:
-        return {key: _copied(value) for key, value in items.items()}
+    if isinstance(items, tuple):
+        copies = [_copied(item) for item in items]
+        return type(items)(*copies) if hasattr(items, "_fields") else tuple(copies)
     return items
 
 
@@ -192,23 +226,37 @@ class _Embedded:
         self._states: list[_Random] = []
         found: list[list[Any]] = []
         spec: TreeSpec | None = None
-        for i, span in enumerate(chunks.spans):
-            self._states.append(_Random(chunks.inputs(span)))
-            # One chunk with its graph, which goes at once: what does not learn is seen before any gradient is written.
-            with _no_exchange(() if i else modules), torch.set_grad_enabled(i == 0):
-                leaves, spec = chunks.run(span)
+        self.learns: list[bool] = []
+        undecided = True
+        for span in chunks.spans:
+            self._states.append(chunks.random())
+            # With its graph, which goes at once, until every output has learned: what never learns is known before any
+            # gradient is written. The graph of a frozen tower costs nothing.
+            with _no_exchange(modules if undecided else ()), torch.set_grad_enabled(undecided):
+                leaves, spec_here = chunks.run(span)
+            if spec is not None and spec_here != spec:
+                raise ValueError(
+                    f"{chunks.name}: expected the same nest of tensors from every chunk, got {spec} and {spec_here}"
+                )
+            spec = spec_here
             self._check(leaves, span.stop - span.start, found)
-            if i == 0:
-                self.learns = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
-            found.append([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+            learns = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
+            self.learns = [a or b for a, b in zip(self.learns or learns, learns, strict=True)]
+            undecided = not all(
+                learns
+                for learns, leaf in zip(self.learns, leaves, strict=True)
+                if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+            )
+            # Copies: a tower may return a buffer that it writes into again.
+            found.append([leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
             del leaves
         assert spec is not None
         self._leaves = [
             torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].ndim else parts[0]
             for parts in zip(*found, strict=True)
         ]
-        for leaf, learns in zip(self._leaves, self.learns, strict=True):
-            if learns:
+        for leaf, learned in zip(self._leaves, self.learns, strict=True):
+            if learned:
                 leaf.requires_grad_()
         self.result = tree_unflatten(self._leaves, spec)
 
@@ -250,21 +298,43 @@ class _Embedded:
             (leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)) if learns else None
             for leaf, learns in zip(self._leaves, self.learns, strict=True)
         ]
+        others = []
         for state, span in zip(self._states, self._chunks.spans, strict=True):
             final = span is self._chunks.spans[-1]
             state.restore()
             with _no_exchange(silent if final else modules):
                 outputs, given = [], []
-                for output, grad in zip(self._chunks.run(span)[0], grads, strict=True):
-                    if grad is not None and (grad.ndim or final):
+                for output, grad, before in zip(self._chunks.run(span)[0], grads, self._leaves, strict=True):
+                    if grad is not None:
+                        others.append(_differ(output.detach(), (before[span] if before.ndim else before).detach()))
+                    if grad is not None and output.requires_grad and (grad.ndim or final):
                         outputs.append(output)
                         given.append(grad[span] if grad.ndim else grad)
+                if (
+                    span is self._chunks.spans[0] or final
+                ):  # a GPU is waited for twice, the first time before a gradient
+                    self._refuse(others)
                 if outputs:
                     torch.autograd.backward(outputs, given)
 
+    def _refuse(self, others: list[Tensor]) -> None:
+        if any(map(bool, others)):
+            raise RuntimeError(
+                f"{self._chunks.name}: expected the same results from both passes, got others from the second. A tower "
+                "must not count its calls or change what it uses, and draw random numbers from torch's, numpy's or "
+                "Python's own generators, or from those among its inputs"
+            )
+
+
+def _differ(now: Tensor, before: Tensor) -> Tensor:
+    """Whether a result is another one, and not the same from another kernel, as with a graph or without one."""
+    wide = torch.promote_types(now.dtype, torch.float32)
+    now, before = now.to(wide).flatten(), before.to(wide).flatten()
+    return torch.linalg.vector_norm(now - before) > _SAME * torch.linalg.vector_norm(before)
+
 
 class _Random:
-    """The random state of the CPU and of every device that the inputs are on."""
+    """The random state of torch on every device of the inputs, of numpy, of Python, and of generators among them."""
 
     def __init__(self, inputs: Any) -> None:
         devices = set()
@@ -277,11 +347,26 @@ class _Random:
             for device in devices
             if device.type not in ("cpu", "meta")
         }
+        self._numpy, self._python = np.random.get_state(), random.getstate()
+        self._generators = [(generator, generator.get_state()) for generator in _generators(inputs)]
 
     def restore(self) -> None:
         torch.set_rng_state(self._cpu)
         for device, state in self._others.items():
             torch.get_device_module(device).set_rng_state(state, device)
+        np.random.set_state(self._numpy)
+        random.setstate(self._python)
+        for generator, state in self._generators:
+            generator.set_state(state)
+
+
+def _generators(nest: Any) -> Iterator[torch.Generator]:
+    if isinstance(nest, torch.Generator):
+        yield nest
+    elif isinstance(nest, Mapping):
+        yield from itertools.chain.from_iterable(map(_generators, nest.values()))
+    elif isinstance(nest, (list, tuple)):
+        yield from itertools.chain.from_iterable(map(_generators, nest))
 
 
 def _exchanging(towers: Sequence[Tower], wrapped: Sequence[nn.Module]) -> dict[nn.Module, list[int]]:

@@ -176,7 +176,7 @@ class ClipLoss(_OpenClipLoss):
                     options[name] = _SumGradient.apply(options[name], ranks, factor)
         sides = formulas.info_nce(ITS_OWN_PAIRS, images, texts, **options)
         if self.local_loss:
-            return (sides[0].raw.mean() + sides[1].raw.mean()) / 2
+            return (_mean(sides[0].raw) + _mean(sides[1].raw)) / 2
         return global_value(ranks, sides, "mean", factor=factor)
 
     def _own_rows_alone(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
@@ -254,7 +254,12 @@ class SigLipLoss(_OpenClipLoss):
         if self.world_size == 1:
             return sigmoid_loss(images, texts, **options)
         self._ranks()
-        return formulas.sigmoid_loss(ITS_OWN_PAIRS, images, texts, **options).raw.mean()
+        return _mean(formulas.sigmoid_loss(ITS_OWN_PAIRS, images, texts, **options).raw)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """0 for a rank without pairs."""
+    return values.sum() / max(len(values), 1)
 
 
 class _SumGradient(torch.autograd.Function):

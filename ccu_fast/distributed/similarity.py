@@ -114,19 +114,20 @@ def reduce_similarity(
         tensor([1.5514, 1.5514, 1.5514])
     """
     ranks = Ranks(group)
-    check.one_of("mode", mode, MODES)
-    if paired not in (None, True, False):
-        raise TypeError(f"paired: expected True, False or None, got {paired!r}")
     keyed = row_ids is not None or ("labels" in (positives or "") and row_labels is not None)
-    if positives and not keyed and paired is False:
-        raise ValueError(f"paired: expected True or {positives}, got False")
 
     def prepare() -> tuple[_Prepared, list[int]]:
+        check.one_of("mode", mode, MODES)
+        if paired not in (None, True, False):
+            raise TypeError(f"paired: expected True, False or None, got {paired!r}")
+        if positives and not keyed and paired is False:
+            raise ValueError(f"paired: expected True or {positives}, got False")
         for name, value in (("x", x), ("y", y)):
             check.tensor(name, value, ndim=2)
         if alike and len(x) != len(y):
             raise ValueError(f"y: expected {len(x)} rows (those of x on this rank), got {len(y)}")
-        pair = normalize_pair(x, y, backend) if check.boolean("normalize", normalize) else (x, y)
+        labels = (row_labels, col_labels)
+        pair = normalize_pair(x, y, backend, *labels) if check.boolean("normalize", normalize) else (x, y)
         here = None if paired else paired  # whether pairs meet on this rank is seen when all sizes are known
         p, _, row_spec, col_spec = build_problem(
             *pair, scale, bias, row_labels, col_labels, row_ids, col_ids, here, rows, cols, nan_policy

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ccu_fast import check
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME, SELF
 
 INVERSE_KINDS = ("bounded", "contrastive", "ascent")
@@ -100,8 +99,6 @@ def inverse_info_nce(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, kind: 
         (positive, other, n_other, n_positive), _ = reduce(x, y, scale=scale, rows=spec, **similarity)
         counts = (n_other > 0) & (n_positive > 0)
         return Side(softplus(torch.where(counts, positive, 0) - torch.where(counts, other, 0)), counts)
-    if similarity.get("row_labels") is None:
-        raise ValueError("row_labels: expected a tensor for kind='contrastive', got None")
     spec = [("lse", SAME), ("sum", OTHER), ("count", OTHER), ("count", SAME)]
     (same, other, n_other, n_same), _ = reduce(x, y, scale=scale, rows=spec, **similarity)
     counts = (n_other > 0) & (n_same > 0)
@@ -110,7 +107,6 @@ def inverse_info_nce(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, kind: 
 
 def sup_con(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, row_labels: Tensor, **similarity: Any) -> Side:
     """lse(SAME ∪ OTHER) − mean(SAME) of the rows."""
-    check.tensor("row_labels", row_labels, dtypes=check.INTEGERS)
     spec = [("lse", OTHER), ("lse", SAME), ("sum", SAME), ("count", SAME)]
     (rest, *positives), _ = reduce(x, y, scale=scale, rows=spec, row_labels=row_labels, **similarity)
     return Side(attract(rest, *positives), positives[-1] > 0)
@@ -118,14 +114,15 @@ def sup_con(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, row_labels: Ten
 
 def sigmoid_loss(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, bias: Any = None, **similarity: Any) -> Side:
     """softplus(S) summed over SAME ∪ OTHER, plus softplus(−S) over SELF, of the rows."""
-    # softplus(-S) of a positive, not softplus(S) - S, whose terms cancel where the pair is sure.
-    spec = [("softplus", SAME | OTHER), ("sum", SELF), ("softplus", SELF), ("count", SELF)]
-    every_row_has_one = all(similarity.get(name) is None for name in ("row_ids", "row_labels", "paired"))
-    (negatives, own, *several), _ = reduce(
-        x, y, scale=scale, bias=bias, rows=spec[:2] if every_row_has_one else spec, **similarity
-    )
-    positives = -torch.nn.functional.logsigmoid(own)
-    if several:
-        softplus, count = several
-        positives = torch.where(count == 1, positives, softplus - own)
-    return Side(negatives + positives, None)
+    # softplus(−S) of a positive, not softplus(S) − S, whose terms cancel where the pair is sure.
+    negative, own = ("softplus", SAME | OTHER), ("sum", SELF)
+    options: dict[str, Any] = {"scale": scale, "bias": bias, **similarity}
+    if similarity.get("row_ids") is not None:
+        (negatives, positives), _ = reduce(x, y, rows=[negative, ("logsigmoid", SELF)], **options)
+        return Side(negatives - positives, None)
+    # Without ids a row has one positive or none, and its sum costs less than a logarithm for every pair of a tile.
+    every_row_has_one = all(similarity.get(name) is None for name in ("row_labels", "paired"))
+    spec = [negative, own] if every_row_has_one else [negative, own, ("count", SELF)]
+    (negatives, logit, *count), _ = reduce(x, y, rows=spec, **options)
+    positives = torch.nn.functional.logsigmoid(logit)
+    return Side(negatives - (torch.where(count[0] > 0, positives, 0) if count else positives), None)

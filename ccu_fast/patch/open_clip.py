@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from ccu_fast.distributed.open_clip import ClipLoss, SigLipLoss
 from ccu_fast.patch.site import Site, are_pairs, arguments, cross_entropy_dtype, is_one_number, is_stock, torch_is_stock
@@ -22,8 +23,10 @@ def sites() -> list[Site]:
     clip_alone, siglip_alone = ClipLoss(), SigLipLoss()  # made once: that takes as long as a small loss
 
     def are_stock(theirs: Any, kind: str, methods: tuple[str, ...], functions: tuple[str, ...]) -> bool:
-        return all(is_stock(getattr(theirs, m, None), f"open_clip.loss.{kind}.{m}") for m in methods) and all(
-            is_stock(getattr(module, f, None), f"open_clip.loss.{f}") for f in functions
+        return (
+            getattr(module, "F", None) is functional
+            and all(is_stock(getattr(theirs, m, None), f"open_clip.loss.{kind}.{m}") for m in methods)
+            and all(is_stock(getattr(module, f, None), f"open_clip.loss.{f}") for f in functions)
         )
 
     def clip(theirs: Any, images: Tensor, ranks: dict[str, Any]) -> Any:

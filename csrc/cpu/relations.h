@@ -9,7 +9,7 @@ namespace ccu {
 namespace CCU_ISA {
 
 enum : int32_t { kSelf = 1, kSame = 2, kOther = 4 };
-enum Kind : int32_t { kLse = 0, kSum = 1, kSoftplus = 2 };
+enum Kind : int32_t { kLse = 0, kSum = 1, kSoftplus = 2, kLogSigmoid = 3 };
 
 // How much of the relation must be checked. Most problems need nothing or only the diagonal.
 enum class Mode { kAll, kDiagonal, kGeneral };

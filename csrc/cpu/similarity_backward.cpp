@@ -60,7 +60,7 @@ struct PerColumn {
 };
 
 // What the factor is multiplied by.
-enum class Term { kNothing, kOwnExp, kSigmoid };
+enum class Term { kNothing, kOwnExp, kSigmoid, kOtherSigmoid };  // the last is 1 - sigmoid
 
 // A stripe of one row: its part of S, and the accumulator for G, padded to whole vectors.
 struct Stripe {
@@ -89,8 +89,8 @@ void add(const Stripe& stripe, const Chooser& chooser, const Side& side) {
     vf value = side.factors(j, lanes);
     if (term == Term::kOwnExp) {
       value *= exp(stripe.scores(j, lanes) - side.outs(j, lanes));
-    } else if (term == Term::kSigmoid) {
-      const vf s = stripe.scores(j, lanes);
+    } else if (term == Term::kSigmoid || term == Term::kOtherSigmoid) {
+      const vf s = term == Term::kSigmoid ? stripe.scores(j, lanes) : -stripe.scores(j, lanes);
       const vf e = exp(s < 0.0f ? s : -s);  // through exp(-|s|), which cannot overflow
       value *= (s < 0.0f ? e : splat(1.0f)) / (e + 1.0f);
     }
@@ -190,6 +190,7 @@ void accumulate(const ccu_similarity_backward_args& a, const SharedExponential& 
     const Mode mode = mode_in(chooser);
     if (kind == kSum) add<Term::kNothing>(stripe, chooser, mode, side);
     if (kind == kSoftplus) add<Term::kSigmoid>(stripe, chooser, mode, side);
+    if (kind == kLogSigmoid) add<Term::kOtherSigmoid>(stripe, chooser, mode, side);
     if (kind == kLse && !exponential.shared) add<Term::kOwnExp>(stripe, chooser, mode, side);
   };
   each(rest, [&](Kind kind, const Chooser& chooser, const PerColumn& column, int) { rest(kind, chooser, column); });

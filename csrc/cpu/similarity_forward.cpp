@@ -3,6 +3,7 @@
 //     lse        out_i = log(sum_j [chosen_ij] exp(S_ij))
 //     sum        out_i = sum_j [chosen_ij] S_ij
 //     softplus   out_i = sum_j [chosen_ij] log(1 + exp(S_ij))        and the same along columns
+//     logsigmoid out_i = -sum_j [chosen_ij] log(1 + exp(-S_ij))
 //
 // Work: 4 bytes read per pair, and one exponential for all lse together. The GEMM of the chunk costs 2 D FLOP per pair,
 // so this is a few percent of it.
@@ -108,6 +109,8 @@ Partial reduce_row(const Block& block, const Chooser& chooser, Kind kind, int64_
   };
   if (kind == kSum) return {0, add_up([&](int64_t j, auto lanes) { return block.scores(i, j, lanes); })};
   if (kind == kSoftplus) return {0, add_up([&](int64_t j, auto lanes) { return softplus(block.scores(i, j, lanes)); })};
+  if (kind == kLogSigmoid)
+    return {0, add_up([&](int64_t j, auto lanes) { return -softplus(-block.scores(i, j, lanes)); })};
   if (block.exponentials) {
     vf total = splat(0.0f);
     vi seen = splat(0);
@@ -145,8 +148,9 @@ void reduce_columns(const Block& block, const Chooser& chooser, Kind kind, float
     };
     double* const column_sum = running_sum + j;
     if (kind != kLse) {
-      const vf total = kind == kSum ? add_up([&](int64_t i) { return block.scores(i, j, lanes); })
-                                    : add_up([&](int64_t i) { return softplus(block.scores(i, j, lanes)); });
+      const vf total = kind == kSum        ? add_up([&](int64_t i) { return block.scores(i, j, lanes); })
+                       : kind == kSoftplus ? add_up([&](int64_t i) { return softplus(block.scores(i, j, lanes)); })
+                                           : add_up([&](int64_t i) { return -softplus(-block.scores(i, j, lanes)); });
       for (int lane = 0; lane < lanes.n; ++lane) column_sum[lane] += total[lane];
       return;
     }

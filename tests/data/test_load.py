@@ -56,6 +56,7 @@ def calls(read: tuple[PairedData, Names]) -> list[str]:
         (["dog", "cat", " dog"], [1, 0, 1], ["dog", "cat", "dog"]),
         (["²", "³", "²"], [0, 1, 0], ["²", "³", "²"]),
         (["True", "False", "True"], [1, 0, 1], ["True", "False", "True"]),
+        (["e5", "NA", "+"], [2, 1, 0], ["e5", "NA", "+"]),
     ],
 )
 def test_labels_of_a_table(tmp_path: Path, written: list[str], labels: list[int], names: list[str]) -> None:
@@ -63,10 +64,19 @@ def test_labels_of_a_table(tmp_path: Path, written: list[str], labels: list[int]
     assert read[0].labels.tolist() == labels and calls(read) == names
 
 
-@pytest.mark.parametrize("bad", ["", " ", "-1", "1.5", "nan", "inf", "99999999999999999999", "9" * 30])
+BAD = ["", " ", "-1", "1.5", "nan", "inf", "99999999999999999999", "9" * 30, "1E+05", "3.0e0", ".5", "-Infinity"]
+BAD += ["\u22121", "NaN", "NaT", "<NA>", "None", "NULL", "1\0"]
+
+
+@pytest.mark.parametrize("bad", BAD)
 def test_a_label_that_is_none_is_refused_by_its_row(tmp_path: Path, bad: str) -> None:
     told = said(labelled(tmp_path, "3", bad, "4"))
     assert f"got {bad!r} in row 2 of" in told
+
+
+@pytest.mark.parametrize("bad", ["", "None", "<NA>", "1e5", "1.5"])
+def test_a_name_that_is_none_is_refused_by_its_row(tmp_path: Path, bad: str) -> None:
+    assert f"got {bad!r} in row 2 of" in said(labelled(tmp_path, "cat", bad, "dog"))
 
 
 @pytest.mark.parametrize("labels", [["3", "cat", "4"], ["cat", "3", "dog"]])

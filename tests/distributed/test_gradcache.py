@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import UserDict
-from collections.abc import Callable, Iterator
+import random
+from collections import OrderedDict, UserDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,6 +19,28 @@ import ccu_fast
 from ccu_fast.distributed import cached_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Changing(MutableMapping[str, Any]):
+    """A mapping whose copy shares what it holds."""
+
+    def __init__(self, items: dict[str, Any]) -> None:
+        self.items_ = items
+
+    def __getitem__(self, key: str) -> Any:
+        return self.items_[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.items_[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.items_[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
 
 
 def towers() -> tuple[nn.Module, nn.Module, nn.Parameter]:
@@ -203,6 +226,10 @@ def test_a_tower_may_write_into_its_inputs() -> None:
         lambda x: x.tolist(),
         lambda x: [row.numpy() for row in x],
         lambda x: [{"a": (row.tolist(),)} for row in x],
+        lambda x: [OrderedDict(a=row.numpy()) for row in x],
+        lambda x: [UserDict(a=row.numpy()) for row in x],
+        lambda x: {"a": x.numpy()},
+        lambda x: Changing({"a": x}),
     ],
 )
 def test_a_tower_that_changes_its_inputs_in_place(kind: Callable[[Tensor], Any]) -> None:
@@ -216,7 +243,7 @@ def test_a_tower_that_changes_its_inputs_in_place(kind: Callable[[Tensor], Any])
         if isinstance(part, list) and isinstance(part[0], float):
             part[:] = [2 * v for v in part]
             return [torch.tensor(part)]
-        rows = [double(each)[0] for each in (part.values() if isinstance(part, dict) else part)]
+        rows = [double(each)[0] for each in (part.values() if isinstance(part, Mapping) else part)]
         return rows if isinstance(part, list) else rows[:1]
 
     def tower(part: Any) -> Tensor:
@@ -228,6 +255,112 @@ def test_a_tower_that_changes_its_inputs_in_place(kind: Callable[[Tensor], Any])
     module.zero_grad()
     loss = cached_step(lambda z: z.square().sum(), [(tower, kind(data.clone()))], 2)
     torch.testing.assert_close(loss, module(2 * data).square().sum().detach())
+    for got, truth in zip(gradients(module), expected, strict=True):
+        torch.testing.assert_close(got, truth)
+
+
+def test_what_stands_twice_in_the_inputs_still_does() -> None:
+    module, x = nn.Linear(3, 2), torch.randn(5, 3)
+
+    def tower(part: Any) -> Tensor:
+        part[0].mul_(2)
+        return module(part[1])
+
+    module(2 * x).square().sum().backward()
+    expected = gradients(module)
+    module.zero_grad()
+    cached_step(lambda z: z.square().sum(), [(tower, (x, x))], 2)
+    for got, truth in zip(gradients(module), expected, strict=True):
+        torch.testing.assert_close(got, truth)
+
+
+def test_arrays_in_a_nest_are_cut() -> None:
+    module, x, w = nn.Linear(3, 2), torch.randn(5, 3), np.arange(5.0, dtype=np.float32)
+
+    def tower(part: dict[str, Any]) -> Tensor:
+        return torch.stack([module(row) * float(weight) for row, weight in zip(part["x"], part["w"], strict=True)])
+
+    expected = tower({"x": x, "w": w}).square().sum()
+    torch.testing.assert_close(cached_step(lambda z: z.square().sum(), [(tower, {"x": x, "w": w})], 2), expected)
+    with pytest.raises(ValueError, match=r"the same number of items, at least 1, got \[5, 6\]"):
+        cached_step(lambda z: z.sum(), [(tower, {"x": x, "w": np.arange(6)})], 2)
+
+
+DRAWS = {
+    "torch": lambda generator: torch.rand(2, 3),
+    "numpy": lambda generator: torch.from_numpy(np.random.rand(2, 3)).float(),
+    "python": lambda generator: torch.tensor([[random.random() for _ in range(3)] for _ in range(2)]),
+    "generator": lambda generator: torch.rand(2, 3, generator=generator),
+}
+
+
+@pytest.mark.parametrize("source", DRAWS)
+def test_both_passes_have_the_same_random_numbers(source: str) -> None:
+    """Of the masks of SpecAugment, say, which numpy draws."""
+    module, x, generator = nn.Linear(3, 2), torch.randn(4, 3), torch.Generator().manual_seed(3)
+
+    def tower(part: tuple[Tensor, torch.Generator]) -> Tensor:
+        return module(part[0] * DRAWS[source](part[1]))
+
+    def seed() -> None:
+        torch.manual_seed(0), np.random.seed(0), random.seed(0), generator.manual_seed(3)
+
+    seed()
+    z = torch.cat([tower((x[:2], generator)), tower((x[2:], generator))])
+    z.square().sum().backward()
+    expected = gradients(module)
+    module.zero_grad()
+    seed()
+    cached_step(lambda z: z.square().sum(), [(tower, (x, generator))], 2)
+    for got, truth in zip(gradients(module), expected, strict=True):
+        torch.testing.assert_close(got, truth)
+
+
+def test_a_second_pass_that_gives_other_results_is_refused() -> None:
+    module, own, calls = nn.Linear(3, 2), torch.Generator(), []
+
+    def counts(x: Tensor) -> Tensor:
+        calls.append(0)
+        return module(x) * len(calls)
+
+    def draws(x: Tensor) -> Tensor:
+        return module(x * torch.rand(x.shape, generator=own))
+
+    for tower in (counts, draws, nn.utils.spectral_norm(nn.Linear(3, 2))):
+        with pytest.raises(RuntimeError, match=r"towers\[0\]: expected the same results from both passes"):
+            cached_step(lambda z: z.square().sum(), [(tower, torch.randn(4, 3))], 2)
+    assert module.weight.grad is None
+
+
+def test_a_tower_that_returns_a_buffer_of_its_own() -> None:
+    module, x, buffer = nn.Linear(3, 2), torch.randn(6, 3), torch.empty(2, 2)
+
+    def tower(part: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            buffer.copy_(part[:, :2])
+        return module(part), buffer
+
+    expected = (module(x) * x[:, :2]).sum()
+    loss = cached_step(lambda out: (out[0] * out[1]).sum(), [(tower, x)], 2)
+    torch.testing.assert_close(loss, expected.detach())
+
+
+@pytest.mark.parametrize("learning", [[0, 1], [2, 3], [1, 2]])
+def test_a_tower_of_which_some_chunks_learn(learning: list[int]) -> None:
+    """Rows without a picture stay zero, and a chunk may have no other."""
+    module, x, has = nn.Linear(3, 2), torch.randn(4, 3), torch.zeros(4, dtype=torch.bool)
+    has[learning] = True
+
+    def tower(part: dict[str, Tensor]) -> Tensor:
+        out = torch.zeros(len(part["x"]), 2)
+        if part["has"].any():
+            out[part["has"]] = module(part["x"][part["has"]])
+        return out
+
+    (tower({"x": x, "has": has}) - 1).square().sum().backward()
+    expected = gradients(module)
+    module.zero_grad()
+    cached_step(lambda z: (z - 1).square().sum(), [(tower, {"x": x, "has": has})], 2)
     for got, truth in zip(gradients(module), expected, strict=True):
         torch.testing.assert_close(got, truth)
 
@@ -348,6 +481,7 @@ def test_nothing_is_written_by_a_step_that_fails(answer: Callable[[Tensor], Any]
         ((torch.ones(2, 3), None), r"towers\[0\]: expected None from every chunk or from none"),
         ((None, torch.ones(2, 3)), r"towers\[0\]: expected None from every chunk or from none"),
         ((torch.ones(2), torch.tensor(1.0)), r"towers\[0\]: expected the same shape"),
+        (({"a": torch.ones(2), "b": torch.ones(2)}, {"b": torch.ones(2), "a": torch.ones(2)}), r"the same nest"),
     ],
 )
 def test_chunks_that_do_not_fit_together(answers: tuple[Any, Any], message: str) -> None:
@@ -420,6 +554,8 @@ def test_a_tower_the_loss_does_not_use() -> None:
         (([(nn.Linear(3, 2), {"a": torch.randn(4, 3), "names": ["a", "b"]})], 2), r"at least 1, got \[2, 4\]"),
         (([(nn.Linear(3, 2), pack_sequence([torch.ones(2), torch.ones(1)]))], 2), "got a PackedSequence"),
         (([(nn.Linear(3, 2), nn.Parameter(torch.ones(4, 3)) * 2)], 2), r"towers\[0\]: expected inputs without a graph"),
+        (([(nn.Linear(3, 2), (torch.ones(4, 3), nn.Parameter(torch.ones(())).exp()))], 2), "inputs without a graph"),
+        (([(nn.Linear(3, 2), torch.eye(3).to_sparse())], 2), r"towers\[0\]: expected inputs of dense tensors, got"),
         (([nn.Linear(3, 2)], 2), r"towers\[0\]: expected a pair of a callable and its inputs, got Linear"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccu_fast import info_nce, inverse_info_nce, sup_con
+from ccu_fast import info_nce, inverse_info_nce, sigmoid_loss, sup_con
 from ccu_fast.unlearn import KeyBank, forgetting_loss, separation_loss, unclassify_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -196,6 +196,22 @@ def test_the_parts_of_unlearning(backend: str) -> None:
         return attracted(s, own, ~own).mean()
 
     assert check(separation, exact_separation, r, u, torch.tensor(50.0)) < 1e-9
+
+
+@pytest.mark.parametrize("scale", [5.0, 12.0, 17.0, 30.0, 80.0])
+@pytest.mark.parametrize("bias", [None, -1.0])
+def test_a_sigmoid_loss_of_several_positives(backend: str, scale: float, bias: float | None) -> None:
+    """Near-duplicates alone, so that nothing else hides what the positives lose."""
+    x = F.normalize(torch.ones(1, DIM) + 0.02 * torch.randn(N, DIM), dim=1)
+    y, ids = x.flip(0), torch.zeros(N, dtype=torch.int64)
+
+    def exact(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        return -F.logsigmoid(scale * x @ y.mT + (bias or 0)).sum(1).mean()
+
+    def ours(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        return sigmoid_loss(x, y, scale=scale, bias=bias, row_ids=ids, col_ids=ids, backend=backend)
+
+    assert check(ours, exact, x, y, torch.tensor(scale)) < N * math.exp(1.1 - 0.98 * scale)
 
 
 def test_a_classifier_that_has_forgotten() -> None:

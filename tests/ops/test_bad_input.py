@@ -99,7 +99,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         reduce(X, Y, cols=[("mean", ALL)]),
         ValueError,
-        "cols: expected a reduction in ('lse', 'sum', 'softplus', 'count'), got 'mean'",
+        "cols: expected a reduction in ('lse', 'sum', 'softplus', 'logsigmoid', 'count'), got 'mean'",
     ),
     (reduce(X, Y, rows=[("lse", 0)]), ValueError, "rows: expected a set of SELF, SAME and OTHER, got 0"),
     (reduce(X, Y, rows=[("lse", 8)]), ValueError, "rows: expected a set of SELF, SAME and OTHER, got 8"),
@@ -113,7 +113,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         reduce(X, X, cols=[("lse", SAME)]),
         ValueError,
-        "cols: expected row_labels and col_labels for ('lse', SAME), got none",
+        "row_labels: expected a tensor for ('lse', SAME) in cols, got None",
     ),
     # how it is computed
     (reduce(X, Y, backend="cuda"), ValueError, "backend: expected one of ('auto', 'triton', 'native', 'reference'), "),
@@ -145,7 +145,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         call("inverse_info_nce", X, X, scale=1.0, kind="contrastive"),
         ValueError,
-        "row_labels: expected a tensor for kind='contrastive', got None",
+        "row_labels: expected a tensor for ('lse', SAME) in rows, got None",
     ),
     (call("inverse_info_nce", X, X, scale=1.0, reduction=None), ValueError, "reduction: expected one of ('mean', "),
     (
@@ -154,7 +154,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "y: expected 4 rows (those of x) or row_ids and col_ids or row_labels and col_labels, got 5 rows",
     ),
     (call("sup_con", X, X, scale=1.0, row_labels=LABELS[:2]), ValueError, "row_labels: expected shape [4] or [..., 4]"),
-    (call("sup_con", X, X, scale=1.0, row_labels=None), TypeError, "row_labels: expected a torch.Tensor, got NoneType"),
+    (
+        call("sup_con", X, X, scale=1.0, row_labels=None),
+        ValueError,
+        "row_labels: expected a tensor for ('lse', SAME) in rows, got None",
+    ),
     (call("sup_con", X, X, scale=1.0, row_labels=LABELS, reduction="avg"), ValueError, "reduction: expected one of "),
     (
         call("sigmoid_loss", X, Y, scale=1.0),

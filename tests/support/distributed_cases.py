@@ -79,7 +79,8 @@ def engines() -> list[tuple[str, torch.dtype]]:
 
 # ---- the primitive
 
-SPEC = [("lse", ALL), ("sum", SELF | SAME), ("softplus", OTHER), ("count", SELF), ("lse", SAME), ("count", OTHER)]
+SPEC = [("lse", ALL), ("sum", SELF | SAME), ("softplus", OTHER), ("logsigmoid", SELF | SAME), ("count", SELF)]
+SPEC += [("lse", SAME), ("count", OTHER)]
 
 
 def primitive(
@@ -379,6 +380,23 @@ def wrong_arguments_are_refused_on_every_rank() -> None:
     labels = torch.zeros(3 if one else 4, dtype=torch.long)
     text = "row_labels: expected shape [4]" if one else f"got an error on rank {world() - 1}"
     refuses(ValueError, text, lambda: over.sup_con(x, x, scale=1.0, row_labels=labels))
+    elsewhere = f"got an error on rank {world() - 1}"
+    whole = torch.zeros(4, dtype=torch.long)
+    for wrong in (None, whole.float(), whole.to(torch.uint64)):
+        kind, text = (
+            (ValueError if wrong is None else TypeError, "row_labels: expected") if one else (ValueError, elsewhere)
+        )
+        labels = wrong if one else whole
+        refuses(kind, text, lambda labels=labels: over.sup_con(x, x, scale=1.0, row_labels=labels))
+        options: dict[str, Any] = {"scale": 1.0, "kind": "contrastive", "row_labels": labels}
+        refuses(kind, text, lambda options=options: over.inverse_info_nce(x, x, **options))
+    for option in ({"mode": "tree"}, {"paired": 2}, {"paired": False}):
+        kind, text = (
+            (TypeError if option.get("paired") == 2 else ValueError, "expected") if one else (ValueError, elsewhere)
+        )
+        options = option if one else {}
+        refuses(kind, text, lambda options=options: over.info_nce(x, x, scale=1.0, **options))
+    assert over.sup_con(x, x, scale=1.0, row_labels=whole).isfinite(), "the ranks are still at the same call"
     refuses(ValueError, "y: expected", lambda: over.info_nce(x, x[: 3 if one else 4], scale=1.0))
     refuses(
         ValueError,
@@ -599,6 +617,21 @@ def open_clips_losses_take_an_unequal_last_batch() -> None:
     torch.testing.assert_close(
         siglip(x, y, scale, -1.0), -nn.functional.logsigmoid(sign * logits.detach()).sum() / n[rank()]
     )
+
+
+@case
+def a_rank_without_pairs_has_a_loss_of_nothing() -> None:
+    """A last batch that leaves a rank none: no NaN, which its optimizer would add to weights that all share."""
+    n = 0 if rank() == 0 else 3
+    x, y, scale = torch.randn(n, 3, requires_grad=True), torch.randn(n, 3), torch.tensor(2.0, requires_grad=True)
+    losses = [ccu_fast.SigLipLoss(rank=rank(), world_size=world())]
+    for local in (False, True):
+        for gather in (False, True):
+            losses.append(ccu_fast.ClipLoss(local_loss=local, gather_with_grad=gather, rank=rank(), world_size=world()))
+    for loss in losses:
+        value = loss(x, y, scale, None)
+        value.backward()
+        assert value.isfinite() and scale.grad.isfinite() and x.grad.isfinite().all()
 
 
 @case

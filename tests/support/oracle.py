@@ -62,6 +62,8 @@ def reduce(s: Tensor, chosen: Tensor, kind: str, dim: int) -> Tensor:
         return s.masked_fill(~chosen, 0).sum(dim)
     if kind == "softplus":
         return torch.logaddexp(s, torch.zeros_like(s)).masked_fill(~chosen, 0).sum(dim)
+    if kind == "logsigmoid":
+        return -torch.logaddexp(-s, torch.zeros_like(s)).masked_fill(~chosen, 0).sum(dim)
     some = chosen.any(dim)
     if s.shape[dim] == 0:
         return s.sum(dim) - torch.inf

@@ -120,7 +120,7 @@ def _everything(x: Tensor, y: Tensor, **options: object) -> Tensor:
     """Every kind of reduction on both sides in one call."""
     sides = {
         "rows": [("softplus", ccu_fast.OTHER), ("sum", ccu_fast.SELF), ("lse", ccu_fast.ALL)],
-        "cols": [("lse", ccu_fast.SELF | ccu_fast.OTHER), ("softplus", ccu_fast.ALL)],
+        "cols": [("lse", ccu_fast.SELF | ccu_fast.OTHER), ("softplus", ccu_fast.ALL), ("logsigmoid", ccu_fast.SELF)],
     }
     rows, cols = ccu_fast.reduce_similarity(x, y, **sides, **options)
     return torch.stack([part.mean() for part in (*rows, *cols)]).sum()

@@ -18,7 +18,7 @@ from ccu_fast.ops.l2_normalize.api import l2_normalize
 from ccu_fast.ops.operator import constant
 from ccu_fast.ops.reduce_similarity import reference
 from ccu_fast.ops.reduce_similarity.operator import SimilarityReduction, flat, specialised
-from ccu_fast.ops.reduce_similarity.problem import CODES, KINDS, MAX_REDUCTIONS, SimilarityProblem
+from ccu_fast.ops.reduce_similarity.problem import CODES, KINDS, MAX_REDUCTIONS, SimilarityProblem, without_ignored
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF, Relation, count_relations
 
 # On a CPU: all of a batch of 8192 in fp32, and a chunk of scratch.
@@ -52,6 +52,7 @@ def reduce_similarity(
         for ("lse", R):       out_i = logsumexp(S[i, j] for j with relation(i, j) in R)
         for ("sum", R):       out_i = sum(S[i, j] for j with relation(i, j) in R)
         for ("softplus", R):  out_i = sum(log(1 + exp(S[i, j])) for j with relation(i, j) in R)
+        for ("logsigmoid", R): out_i = -sum(log(1 + exp(-S[i, j])) for j with relation(i, j) in R)
         for ("count", R):     out_i = number of j with relation(i, j) in R
 
     ``rows`` reduce over j for every i, ``cols`` over i for every j; all of them come from one pass over S. An empty
@@ -72,8 +73,8 @@ def reduce_similarity(
         col_ids: int64 ``[M]`` or ``[..., M]``.
         paired: pairs (i, i) are SELF when no ids are given. Default: N == M. Pass False for two unrelated banks of
             equal size.
-        rows: reductions along rows: pairs of "lse", "sum", "softplus" or "count" and a set of relations, e.g.
-            ``[("lse", ALL), ("sum", SELF)]``. At most 8 besides counts. ``("lse", SAME)`` needs labels.
+        rows: reductions along rows: pairs of "lse", "sum", "softplus", "logsigmoid" or "count" and a set of relations,
+            e.g. ``[("lse", ALL), ("sum", SELF)]``. At most 8 besides counts. ``("lse", SAME)`` needs labels.
         cols: reductions along columns; at least one in rows or cols.
         normalize: make the rows of x and y unit vectors first (:func:`ccu_fast.l2_normalize`: in fp32, rounded once).
         backend: "auto", or one of "native", "triton", "reference"; a named one raises if it cannot serve.
@@ -104,7 +105,7 @@ def reduce_similarity(
     [tensor([1.5514, 1.5514, 1.5514]), tensor([1., 1., 1.])]
     """
     if check.boolean("normalize", normalize):
-        x, y = normalize_pair(x, y, backend)
+        x, y = normalize_pair(x, y, backend, row_labels, col_labels)
     p, lead, row_spec, col_spec = build_problem(
         x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, paired, rows, cols, nan_policy
     )
@@ -130,12 +131,19 @@ def reduce_similarity(
     return row_results, col_results
 
 
-def normalize_pair(x: Tensor, y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Scale the rows of both to unit length; a bank that is compared with itself is scaled once."""
+def normalize_pair(
+    x: Tensor, y: Tensor, backend: str, row_labels: Tensor | None = None, col_labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale the rows of both to unit length; a bank that is compared with itself is scaled once.
+
+    Ignored rows become zero before: their gradient is 0 although they may hold NaN. Labels are checked later.
+    """
     check.tensor("x", x)
     check.tensor("y", y)
-    unit = l2_normalize(x, backend=backend)
-    return unit, unit if y is x else l2_normalize(y, backend=backend)
+    col_labels = row_labels if col_labels is None else col_labels
+    same = y is x and col_labels is row_labels
+    unit = l2_normalize(without_ignored(x, row_labels), backend=backend)
+    return unit, unit if same else l2_normalize(without_ignored(y, col_labels), backend=backend)
 
 
 def build_problem(
@@ -226,7 +234,7 @@ def _spec(name: str, values: Sequence[Reduction], labels: Tensor | None) -> list
         if isinstance(relations, bool) or not isinstance(relations, int) or not 1 <= relations <= int(ALL):
             raise ValueError(f"{name}: expected a set of SELF, SAME and OTHER, got {relations!r}")
         if kind == "lse" and relations == SAME and labels is None:
-            raise ValueError(f"{name}: expected row_labels and col_labels for ('lse', SAME), got none")
+            raise ValueError(f"row_labels: expected a tensor for ('lse', SAME) in {name}, got None")
     spec = [(kind, int(relations)) for kind, relations in values]
     tiled = sum(kind != "count" for kind, _ in spec)
     if tiled > MAX_REDUCTIONS:

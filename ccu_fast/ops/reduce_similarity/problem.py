@@ -10,7 +10,7 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.ops.backend import transformed
 
-KINDS = ("lse", "sum", "softplus")
+KINDS = ("lse", "sum", "softplus", "logsigmoid")
 # On either side. CCU_MAX_REDUCTIONS of csrc/ccu_fast.h.
 MAX_REDUCTIONS = 8
 
@@ -69,7 +69,7 @@ class SimilarityProblem:
         """
         if self.row_labels is None or self.col_labels is None:
             return self
-        return replace(self, x=_cleared(self.x, self.row_labels), y=_cleared(self.y, self.col_labels))
+        return replace(self, x=without_ignored(self.x, self.row_labels), y=without_ignored(self.y, self.col_labels))
 
     @property
     def banks(self) -> int:
@@ -85,14 +85,24 @@ class SimilarityProblem:
         return self.y.shape[1]
 
 
-def _cleared(items: Tensor, labels: Tensor) -> Tensor:
-    """``items`` with zeros where the label is negative; where banks share an item, where it is in all of them."""
+def without_ignored(items: Tensor, labels: Tensor | None) -> Tensor:
+    """``[..., N, D]`` with zeros where the label is negative; where banks share an item, where it is in all of them.
+
+    Labels that do not fit are another function's to refuse.
+    """
+    if not check.readable(labels) or labels.dtype not in check.INTEGERS or labels.device != items.device:
+        return items
+    lead = items.shape[:-1]
     ignored = labels < 0
-    if items.shape[0] == 1:
-        ignored = ignored.all(0, keepdim=True)
-    ignored = ignored.expand(items.shape[:2])
+    while ignored.ndim > len(lead):
+        ignored = ignored.all(0)
+    for place in range(-ignored.ndim, -1):
+        if lead[place] == 1:
+            ignored = ignored.all(place, keepdim=True)
+    if any(ignored.shape[place] not in (1, lead[place]) for place in range(-ignored.ndim, 0)):
+        return items
     # To look costs less than a copy; but a GPU would keep the host waiting, and a compiled graph cannot branch on it.
     look = items.device.type == "cpu" and not check.by_operator(items) and not transformed(items, ignored)
-    if look and torch.isfinite(items.detach()[ignored]).all():
+    if look and torch.isfinite(items.detach()[ignored.expand(lead)]).all():
         return items
     return items.masked_fill(ignored[..., None], 0)

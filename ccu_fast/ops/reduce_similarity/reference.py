@@ -36,6 +36,8 @@ def _reduce(s: Tensor, relation: Tensor, code: int, dim: int) -> Tensor:
     if kind == "softplus":
         # Not torch's softplus: it is linear above 20 and loses 2e-9 there.
         return torch.where(chosen, -torch.nn.functional.logsigmoid(-s), 0).sum(dim)
+    if kind == "logsigmoid":
+        return torch.where(chosen, torch.nn.functional.logsigmoid(s), 0).sum(dim)
     if s.shape[dim] == 0:
         return s.sum(dim) - torch.inf
     masked = torch.where(chosen, s, -torch.inf)

@@ -116,11 +116,11 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
     """fp32 words of what forward keeps: the header, and E of as many rows as three quarters of the workspace hold.
 
     Nothing of E if that is less than a sixteenth of it; if there is a bias, whose gradient is the sum of G, in which
-    terms cancel that bf16 does not hold; or if there is a softplus, whose derivative e / (e + 1) needs e where E has
-    long been clamped. The sizes may be symbols of a compiled graph, so there is no branch on them.
+    terms cancel that bf16 does not hold; or if there is a softplus or logsigmoid, whose derivative e / (e + 1) needs
+    e where E has long been clamped. The sizes may be symbols of a compiled graph, so there is no branch on them.
     """
-    softplus = any(decode(code)[0] == "softplus" for code in (*p.rows, *p.cols))
-    if not keep or p.bias is not None or softplus:
+    from_logits = any(decode(code)[0] in ("softplus", "logsigmoid") for code in (*p.rows, *p.cols))
+    if not keep or p.bias is not None or from_logits:
         return (HEADER,)
     words = (p.banks * p.n * row_stride(p.m) * kept_dtype(p).itemsize + 3) // 4
     room = (workspace - workspace // 4) // 4

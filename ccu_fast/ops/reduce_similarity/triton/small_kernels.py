@@ -26,6 +26,7 @@ import triton.language as tl
 from ccu_fast.ops.reduce_similarity.triton.tile import (
     LN2,
     LOG2E,
+    LOGSIGMOID,
     LSE,
     SOFTPLUS,
     SUM,
@@ -82,6 +83,8 @@ def _reduce(
                 value = t
                 if SPEC[r][0] == SOFTPLUS:
                     value = softplus(t)
+                elif SPEC[r][0] == LOGSIGMOID:
+                    value = -softplus(-t)
                 total += tl.sum(tl.where((relation & SPEC[r][1]) != 0, value, 0.0), 1)
             others = others + ((total, peak),)
         if len(SPEC) > 0:  # Triton 3.4 cannot carry an empty tuple, and nothing else, through a loop

@@ -9,9 +9,9 @@ with one ``shift`` for the whole problem, so that a tile adds plain sums to its 
 leaves 0 to mean "nothing was summed". A row or column whose sum is so small that clamped terms could show in it
 is computed again with its own maximum (``reduce_online``), and the backward pass then uses ``gradient_online``.
 
-A SPEC is a tuple of ``(kind, relations)`` known at compile time: the kind of :data:`LSE`, :data:`SUM` or
-:data:`SOFTPLUS`, and the relation bits. The empty set of relations costs nothing. A state is one vector of totals for
-each entry of a SPEC: ``lse`` totals e, ``sum`` totals t, ``softplus`` totals natural units.
+A SPEC is a tuple of ``(kind, relations)`` known at compile time: the kind of :data:`LSE`, :data:`SUM`,
+:data:`SOFTPLUS` or :data:`LOGSIGMOID`, and the relation bits. The empty set of relations costs nothing. A state is one
+vector of totals for each entry of a SPEC: ``lse`` totals e, ``sum`` totals t, the others total natural units.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -25,6 +25,7 @@ import triton.language as tl
 LSE = tl.constexpr(0)
 SUM = tl.constexpr(1)
 SOFTPLUS = tl.constexpr(2)
+LOGSIGMOID = tl.constexpr(3)
 
 SELF = tl.constexpr(1)
 SAME = tl.constexpr(2)
@@ -188,6 +189,8 @@ def reduce_tile(t, e, relation, state, SPEC: tl.constexpr, AXIS: tl.constexpr, i
                 value = t
             elif SPEC[r][0] == SOFTPLUS:
                 value = softplus(t)
+            elif SPEC[r][0] == LOGSIGMOID:
+                value = -softplus(-t)
             value = tl.where((relation & SPEC[r][1]) != 0, value, 0.0)
             if MASK and SPEC[r][0] != LSE:
                 value = tl.where(tl.expand_dims(inside, 1 - AXIS), value, 0.0)
@@ -250,7 +253,7 @@ def gradient_tile(t, e, relation, g, sources, shift, SPEC: tl.constexpr, AXIS: t
     """g plus what the reductions over AXIS send back to every entry of S; ``shift`` includes the bias.
 
     Probability first, gradient second: their product with e in any other order could leave the range of fp32.
-    The derivative of softplus comes from t: of e nothing is left where S is far below its bound.
+    The derivatives of softplus and logsigmoid come from t: of e nothing is left where S is far below its bound.
     """
     for r in tl.static_range(len(SPEC)):
         if SPEC[r][1] != 0:
@@ -260,6 +263,8 @@ def gradient_tile(t, e, relation, g, sources, shift, SPEC: tl.constexpr, AXIS: t
                 part = e * tl.expand_dims(tl.exp2(shift - lse), AXIS) * part
             elif SPEC[r][0] == SOFTPLUS:
                 part = part / (1.0 + tl.exp2(-t))
+            elif SPEC[r][0] == LOGSIGMOID:
+                part = part / (1.0 + tl.exp2(t))
             g += tl.where((relation & SPEC[r][1]) != 0, part, 0.0)
     return g
 
@@ -275,6 +280,8 @@ def gradient_online(t, relation, g, sources, SPEC: tl.constexpr, AXIS: tl.conste
                 part = part * tl.exp2(t - tl.expand_dims(lse, AXIS))
             elif SPEC[r][0] == SOFTPLUS:
                 part = part / (1.0 + tl.exp2(-t))
+            elif SPEC[r][0] == LOGSIGMOID:
+                part = part / (1.0 + tl.exp2(t))
             g += tl.where((relation & SPEC[r][1]) != 0, part, 0.0)
     return g
 

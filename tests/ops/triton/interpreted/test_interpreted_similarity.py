@@ -24,7 +24,7 @@ from tests.support.tolerance import assert_three_way
 
 FP32, FP16 = torch.float32, torch.float16
 CLIP = (("lse", ALL), ("sum", SELF))
-MIX = (("lse", ALL), ("sum", SAME), ("softplus", SELF | OTHER), ("lse", OTHER))
+MIX = (("lse", ALL), ("sum", SAME), ("softplus", SELF | OTHER), ("lse", OTHER), ("logsigmoid", SELF))
 
 
 def ints(high: int, *shape: int, low: int = 0) -> Tensor:
@@ -210,7 +210,7 @@ def pairs(n: int, d: int, length: float, kind: str) -> tuple[Tensor, Tensor]:
 
 
 # E is kept if there is no softplus, and no row is checked again if there is no lse.
-TOGETHER = (("softplus", "sum"), ("lse", "sum"), KINDS)
+TOGETHER = (("softplus", "sum"), ("logsigmoid",), ("lse", "sum"), KINDS)
 
 
 @pytest.mark.parametrize("extreme", EXTREMES, ids=lambda e: "-".join(map(str, e)))
