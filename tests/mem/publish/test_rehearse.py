@@ -344,7 +344,9 @@ def test_skip_bad_after_rounds_were_made_without_it(tmp_path: Path, monkeypatch:
     protect_dataset(job(source, tmp_path / "out", skip_bad=True))
 
 
-@pytest.mark.parametrize("change", [("digits zero three", "digits"), ("caption", "text")])
+@pytest.mark.parametrize(
+    "change", [("digits zero three", "digits"), ("caption", "text"), ("pictures/1.", "pictures/2.")]
+)
 def test_a_table_that_changes_meanwhile_is_told_and_published_once_put_back(
     tmp_path: Path, change: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ VARIANTS: dict[str, Variant] = {
     "clip of columns": ((), CLIP, ""),
     "siglip": ((("softplus", ALL), ("sum", SELF)), (), "bias"),
     "siglip ragged": ((("softplus", ALL), ("sum", SELF)), (), "bias ragged"),
+    "siglip ids": ((("softplus", SAME | OTHER), ("logsigmoid", SELF)), (), "bias ids"),
     "bounded labels": ((("lse", ALL), ("lse", OTHER)), (), "labels"),
     "supcon labels": ((("lse", SAME | OTHER), ("sum", SAME)), (), "labels"),
 }
@@ -60,6 +61,7 @@ EVERYWHERE = [
 ]
 ON_SM_90 = [
     ("bf16", "siglip ragged"),
+    ("bf16", "siglip ids"),
     ("bf16", "clip of columns"),
     ("bf16", "bounded labels"),
     ("fp16", "supcon labels"),
