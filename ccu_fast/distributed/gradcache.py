@@ -45,14 +45,14 @@ def cached_step(
     Args:
         loss_fn: takes what each tower returns, returns a scalar; any loss, those of ``ccu_fast.distributed`` included.
             Parameters that it uses (a scale) get their gradients in between.
-        towers: pairs of a callable and its inputs. Inputs are a tensor ``[N_t, ...]``, a list of N_t strings or other
-            objects (token lists), or a nest of these in tuples, mappings (a tokenizer's BatchEncoding) and lists with
-            tensors in them; the callable gets the same nest with ``chunk`` items. Tensors without dimensions, and
-            objects that are in no list (a flag, a tuple of two numbers), are passed to every chunk. The callable
-            returns embeddings ``[chunk, D]``, or a nest of tensors ``[chunk, ...]``, which ``loss_fn`` gets with N_t
-            items; a tensor without dimensions in it (a scale) must be the same for every chunk. Both passes must give
-            the same: random numbers may be those of torch, numpy's global generator, ``random``, and generators among
-            the inputs. Chunks are copies, so a tower may change them in place.
+        towers: pairs of a callable and its inputs. Inputs are a tensor or array ``[N_t, ...]``, a list of N_t strings
+            or other objects (token lists), or a nest of these in tuples, mappings (a tokenizer's BatchEncoding) and
+            lists with tensors in them; the callable gets the same nest with ``chunk`` items, copies that it may change.
+            Tensors without dimensions, and objects that are in no list (a flag, a tuple of two numbers), are passed to
+            every chunk. The callable returns embeddings ``[chunk, D]``, or a nest of tensors ``[chunk, ...]``, which
+            ``loss_fn`` gets with N_t items; a tensor without dimensions in it (a scale) must be the same for every
+            chunk. Both passes must give the same: random numbers may be those of torch, of numpy's global generator, of
+            ``random``, and of generators among the inputs.
         chunk: items at a time.
         backward: what to do with the loss instead of ``loss.backward()``: ``lambda loss:
             scaler.scale(loss).backward()``, ``accelerator.backward``.
