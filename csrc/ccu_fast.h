@@ -31,8 +31,9 @@ const char* ccu_cpu_isa(void);
 // ---------------------------------------------------------------------------------------------------------------------
 // reduce_similarity on tiles of S = scale * dot + bias, where a library GEMM has computed dot = x y^T.
 //
-// A reduction is encoded as kind * 8 + relations: kind 0 = lse, 1 = sum, 2 = softplus, 3 = logsigmoid; relations is a set of SELF = 1,
-// SAME = 2, OTHER = 4. Without labels no pair is SAME; without ids, `diagonal` says whether (i, i) is SELF.
+// A reduction is encoded as kind * 8 + relations: kind 0 = lse, 1 = sum, 2 = softplus, 3 = logsigmoid; relations is a
+// set of SELF = 1, SAME = 2, OTHER = 4. Without labels no pair is SAME; without ids, `diagonal` says whether (i, i) is
+// SELF.
 
 enum { CCU_MAX_REDUCTIONS = 8 };
 
