@@ -212,5 +212,6 @@ def _fields(counts: dict[str, int]) -> str:
     """Names of fields with their counts, in what the terminal can show."""
     shown = [f"{name} ({n})" for name, n in list(counts.items())[:_FIELDS_SHOWN]]
     more = [f"and {len(counts) - _FIELDS_SHOWN} more in manifest.json"] if len(counts) > _FIELDS_SHOWN else []
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in ", ".join([*shown, *more]))
     encoding = sys.stdout.encoding or "utf-8"
-    return ", ".join([*shown, *more]).encode(encoding, "backslashreplace").decode(encoding)
+    return text.encode(encoding, "backslashreplace").decode(encoding)

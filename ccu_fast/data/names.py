@@ -19,7 +19,7 @@ _WHOLE = re.compile(r"[+-]?\d{1,20}(\.0*)?", re.ASCII)
 # A spreadsheet writes large numbers with an exponent and rounds them, so that two may look alike.
 _OTHER_NUMBER = re.compile(r"[+\u2212-]?(\d*\.?\d+|\d+\.?\d*)(e[+-]?\d+)?|[+-]?inf(inity)?", re.ASCII | re.IGNORECASE)
 # What is left of an empty cell in a column that was made text, by Python, pandas or a database.
-_MISSING = ("", "nan", "nat", "<na>", "none", "null")
+_MISSING = ("", "NaT", "<NA>", "None", "NULL", "null")
 _LARGEST = torch.iinfo(torch.int64).max
 
 
@@ -74,8 +74,10 @@ def read_labels(values: Sequence[str], where: Callable[[int], str]) -> tuple[Ten
     for row, name in enumerate(names):
         number = 0 <= int(name) <= _LARGEST if numeric[row] else not _OTHER_NUMBER.fullmatch(name)
         if _missing(name) or not number or "\0" in name:
+            why = ", which stands for a missing value" if name and _missing(name) else ""
             raise ValueError(
-                f"path: expected a name or a whole number of at least 0 as label, got {values[row]!r} in {where(row)}"
+                "path: expected a name or a whole number of at least 0 as label, got "
+                f"{values[row]!r} in {where(row)}{why}"
             )
         if numeric[row] != numeric[0]:
             raise ValueError(
@@ -135,4 +137,4 @@ def texts(array: np.ndarray, name: str, path: Path) -> list[str]:
 
 
 def _missing(name: str) -> bool:
-    return name.lower() in _MISSING
+    return name in _MISSING or name.lower() == "nan"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import random
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,9 +15,9 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ccu_fast import check
+from ccu_fast.distributed.random_state import Restore, generators_in, random_state
 
-# Relative. bf16 from two kernels differs by about 0.01; another draw of a dropout by far more.
-_SAME = 0.05
+_SAME = 1e-3  # relative, and more for half precision: far below another draw of a dropout
 
 Tower = tuple[Callable[[Any], Any], Any]
 
@@ -52,7 +50,7 @@ def cached_step(
             every chunk. The callable returns embeddings ``[chunk, D]``, or a nest of tensors ``[chunk, ...]``, which
             ``loss_fn`` gets with N_t items; a tensor without dimensions in it (a scale) must be the same for every
             chunk. Both passes must give the same: random numbers may be those of torch, of numpy's global generator, of
-            ``random``, and of generators among the inputs.
+            ``random``, and of generators of all three among the inputs.
         chunk: items at a time.
         backward: what to do with the loss instead of ``loss.backward()``: ``lambda loss:
             scaler.scale(loss).backward()``, ``accelerator.backward``.
@@ -68,7 +66,8 @@ def cached_step(
             gradient, sparse or nested, chunk below 1; a tower that returns something else than a tensor for each of its
             items, a loss that is no number. No gradient is written before.
         RuntimeError: the second pass of a tower gives other results than the first, because it draws random numbers of
-            its own, counts its calls, or changes what it uses. Its gradients would be wrong; some may be written.
+            its own, counts its calls, or changes what it uses. Its gradients would be wrong; some may be written, and
+            other ranks wait for those of this one.
 
     Under autocast call it inside the context; both passes then are. BatchNorm sees every chunk twice, so its running
     statistics move twice, and normalises by chunk. A parameter that only ``loss_fn`` uses must not be inside a
@@ -96,14 +95,16 @@ def cached_step(
         got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"loss_fn: expected a callable that returns a tensor without dimensions, got {got} from it")
     backward(loss)
-    after = _Random([pair[1] for pair in towers])
+    after = random_state(
+        (device for chunks in cut for device in chunks.devices), (each for chunks in cut for each in chunks.generators)
+    )
     learning = [t for t, each in enumerate(embedded) if any(each.learns)]
     last = {module: max((t for t in users if t in learning), default=None) for module, users in modules.items()}
     try:
         for t in learning:
             embedded[t].send_back([module for module, at in last.items() if at != t], list(modules))
     finally:
-        after.restore()
+        after()
     return loss.detach()
 
 
@@ -115,6 +116,9 @@ class _Chunks:
             raise TypeError(f"{name}: expected a pair of a callable and its inputs, got {type(pair).__name__}")
         self.name, (self._run, inputs) = name, pair
         lengths: set[int] = set()
+        self.devices: set[torch.device] = set()
+        self.generators = generators_in(inputs)
+        self._nests: dict[int, bool] = {}
 
         def measure(items: Any) -> Any:
             if isinstance(items, Tensor):
@@ -125,12 +129,13 @@ class _Chunks:
                     raise ValueError(
                         f"{name}: expected inputs without a graph, through which every chunk would go, got one"
                     )
+                self.devices.add(items.device)
                 if not items.ndim:
                     return items
             lengths.add(len(items))
             return items
 
-        _cut(inputs, measure)
+        _cut(inputs, measure, self._nests)
         if not lengths:
             raise TypeError(
                 f"{name}: expected inputs with tensors or lists of items in them, got {type(inputs).__name__}"
@@ -153,30 +158,35 @@ class _Chunks:
                 made[id(items)] = _copied(items if whole else items[span])
             return made[id(items)]
 
-        return _cut(self._inputs, part)
+        return _cut(self._inputs, part, self._nests)
 
-    def random(self) -> _Random:
-        """What a chunk's random numbers depend on."""
-        return _Random(self._inputs)
+    def random_state(self) -> Restore:
+        """What makes the next random numbers of the tower those that it would draw now."""
+        return random_state(self.devices, self.generators)
 
     def run(self, span: slice) -> tuple[list[Any], TreeSpec]:
         """What the tower makes of them, flat."""
         return tree_flatten(self._run(self.inputs(span)))
 
 
-def _cut(inputs: Any, cut: Callable[[Any], Any]) -> Any:
-    """The nest with ``cut`` of every tensor, and of what else has one entry for each item of the batch."""
+def _cut(inputs: Any, cut: Callable[[Any], Any], nests: dict[int, bool]) -> Any:
+    """The nest with ``cut`` of every tensor, and of what else has one entry for each item of the batch.
+
+    ``nests`` remembers of which lists an answer of :func:`_holds_tensor` is known: to look takes as long as they are.
+    """
     if isinstance(inputs, Tensor) or (isinstance(inputs, np.ndarray) and inputs.ndim):
         return cut(inputs)
     if isinstance(inputs, Mapping):
-        return _with_values(inputs, {key: _cut(value, cut) for key, value in inputs.items()})
+        return _with_values(inputs, {key: _cut(value, cut, nests) for key, value in inputs.items()})
     if isinstance(inputs, PackedSequence):
         raise TypeError("towers: expected inputs that can be cut into items, got a PackedSequence")
     if isinstance(inputs, (list, tuple)):
-        texts = bool(inputs) and all(isinstance(item, str) for item in inputs)
-        if texts or (isinstance(inputs, list) and not _holds_tensor(inputs)):
+        if id(inputs) not in nests:
+            texts = bool(inputs) and all(isinstance(item, str) for item in inputs)
+            nests[id(inputs)] = not texts and (isinstance(inputs, tuple) or _holds_tensor(inputs))
+        if not nests[id(inputs)]:
             return cut(inputs)
-        changed_items = [_cut(item, cut) for item in inputs]
+        changed_items = [_cut(item, cut, nests) for item in inputs]
         if hasattr(inputs, "_fields"):
             return type(inputs)(*changed_items)
         return changed_items if isinstance(inputs, list) else tuple(changed_items)
@@ -223,16 +233,15 @@ class _Embedded:
 
     def __init__(self, chunks: _Chunks, modules: Sequence[nn.Module]) -> None:
         self._chunks = chunks
-        self._states: list[_Random] = []
+        self._states: list[Restore] = []
         found: list[list[Any]] = []
         spec: TreeSpec | None = None
         self.learns: list[bool] = []
-        undecided = True
         for span in chunks.spans:
-            self._states.append(chunks.random())
-            # With its graph, which goes at once, until every output has learned: what never learns is known before any
-            # gradient is written. The graph of a frozen tower costs nothing.
-            with _no_exchange(modules if undecided else ()), torch.set_grad_enabled(undecided):
+            self._states.append(chunks.random_state())
+            # With its graph, which goes at once: what does not learn is known before any gradient is written, and both
+            # passes go through the same kernels.
+            with _no_exchange(modules):
                 leaves, spec_here = chunks.run(span)
             if spec is not None and spec_here != spec:
                 raise ValueError(
@@ -242,11 +251,6 @@ class _Embedded:
             self._check(leaves, span.stop - span.start, found)
             learns = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
             self.learns = [a or b for a, b in zip(self.learns or learns, learns, strict=True)]
-            undecided = not all(
-                learns
-                for learns, leaf in zip(self.learns, leaves, strict=True)
-                if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-            )
             # Copies: a tower may return a buffer that it writes into again.
             found.append([leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
             del leaves
@@ -298,21 +302,21 @@ class _Embedded:
             (leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)) if learns else None
             for leaf, learns in zip(self._leaves, self.learns, strict=True)
         ]
-        others = []
-        for state, span in zip(self._states, self._chunks.spans, strict=True):
+        used = {place for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.grad is not None}
+        others: list[Tensor] = []
+        for restore, span in zip(self._states, self._chunks.spans, strict=True):
             final = span is self._chunks.spans[-1]
-            state.restore()
+            restore()
             with _no_exchange(silent if final else modules):
                 outputs, given = [], []
-                for output, grad, before in zip(self._chunks.run(span)[0], grads, self._leaves, strict=True):
-                    if grad is not None:
+                found = self._chunks.run(span)[0]
+                for place, (output, grad, before) in enumerate(zip(found, grads, self._leaves, strict=True)):
+                    if grad is not None and place in used:
                         others.append(_differ(output.detach(), (before[span] if before.ndim else before).detach()))
                     if grad is not None and output.requires_grad and (grad.ndim or final):
                         outputs.append(output)
                         given.append(grad[span] if grad.ndim else grad)
-                if (
-                    span is self._chunks.spans[0] or final
-                ):  # a GPU is waited for twice, the first time before a gradient
+                if final or span is self._chunks.spans[0]:  # a GPU is waited for twice, once before its first gradient
                     self._refuse(others)
                 if outputs:
                     torch.autograd.backward(outputs, given)
@@ -327,46 +331,17 @@ class _Embedded:
 
 
 def _differ(now: Tensor, before: Tensor) -> Tensor:
-    """Whether a result is another one, and not the same from another kernel, as with a graph or without one."""
-    wide = torch.promote_types(now.dtype, torch.float32)
-    now, before = now.to(wide).flatten(), before.to(wide).flatten()
-    return torch.linalg.vector_norm(now - before) > _SAME * torch.linalg.vector_norm(before)
-
-
-class _Random:
-    """The random state of torch on every device of the inputs, of numpy, of Python, and of generators among them."""
-
-    def __init__(self, inputs: Any) -> None:
-        devices = set()
-        _cut(inputs, lambda items: devices.add(items.device) if isinstance(items, Tensor) else None)
-        if torch.cuda.is_initialized():  # where a tower may send strings, or tensors of a CPU
-            devices.add(torch.device("cuda", torch.cuda.current_device()))
-        self._cpu = torch.get_rng_state()
-        self._others = {
-            device: torch.get_device_module(device).get_rng_state(device)
-            for device in devices
-            if device.type not in ("cpu", "meta")
-        }
-        self._numpy, self._python = np.random.get_state(), random.getstate()
-        self._generators = [(generator, generator.get_state()) for generator in _generators(inputs)]
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        for device, state in self._others.items():
-            torch.get_device_module(device).set_rng_state(state, device)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
-        for generator, state in self._generators:
-            generator.set_state(state)
-
-
-def _generators(nest: Any) -> Iterator[torch.Generator]:
-    if isinstance(nest, torch.Generator):
-        yield nest
-    elif isinstance(nest, Mapping):
-        yield from itertools.chain.from_iterable(map(_generators, nest.values()))
-    elif isinstance(nest, (list, tuple)):
-        yield from itertools.chain.from_iterable(map(_generators, nest))
+    """Whether an item has another result, but for the rounding of sums whose order a GPU leaves open."""
+    kind = now.device.type
+    narrow = [now.dtype] if not torch.is_autocast_enabled(kind) else [now.dtype, torch.get_autocast_dtype(kind)]
+    share = max(_SAME, *(4 * torch.finfo(dtype).eps for dtype in narrow))
+    wide = torch.promote_types(now.dtype, torch.float64)
+    now, before = (t.to(wide).reshape(len(t) if t.ndim else 1, -1) for t in (now, before))
+    same = (now == before) | (now.isnan() & before.isnan())
+    change = torch.linalg.vector_norm(torch.where(same, 0, now - before), dim=1)
+    size = torch.linalg.vector_norm(torch.where(before.isfinite(), before, 0), dim=1)
+    # An item near zero beside the others is rounded as they are.
+    return ~(change <= share * torch.maximum(size, 0.01 * size.amax())).all()
 
 
 def _exchanging(towers: Sequence[Tower], wrapped: Sequence[nn.Module]) -> dict[nn.Module, list[int]]:

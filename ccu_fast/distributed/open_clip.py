@@ -17,7 +17,7 @@ from ccu_fast.distributed.ranks import Ranks, offsets
 from ccu_fast.distributed.similarity import reduce_similarity
 from ccu_fast.losses import formulas
 from ccu_fast.losses.functional import info_nce, sigmoid_loss
-from ccu_fast.ops.reduce_similarity.api import normalize_pair
+from ccu_fast.ops.reduce_similarity.api import as_scalar, normalize_pair
 
 # open_clip's pairs are those of each rank: other numbers of texts than of images would be paired with another rank's.
 ITS_OWN_PAIRS = partial(reduce_similarity, alike=True)
@@ -188,6 +188,9 @@ class ClipLoss(_OpenClipLoss):
                 check.tensor(name, features, ndim=2)
             check.same("y", texts, "x", images)
             check.shape("y", texts, images.shape)
+            for name in ("scale", "bias"):
+                if options[name] is not None or name == "scale":
+                    as_scalar(name, options[name], images)
             pair = normalize_pair(images, texts, self.backend) if options.pop("normalize") else (images, texts)
             return pair, [len(images), len(texts), *like(images)]
 

@@ -118,7 +118,7 @@ def reduce_similarity(
 
     def prepare() -> tuple[_Prepared, list[int]]:
         check.one_of("mode", mode, MODES)
-        if paired not in (None, True, False):
+        if isinstance(paired, Tensor) or paired not in (None, True, False):
             raise TypeError(f"paired: expected True, False or None, got {paired!r}")
         if positives and not keyed and paired is False:
             raise ValueError(f"paired: expected True or {positives}, got False")

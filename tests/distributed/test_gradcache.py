@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import weakref
 from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -93,17 +95,23 @@ def test_gradients_are_those_of_the_uncached_pass(chunk: int) -> None:
 
 
 def test_only_one_chunk_keeps_activations() -> None:
-    graphs = []
+    saved: list[weakref.ref[Tensor]] = []
+    calls = []
 
     class Spy(nn.Linear):
         def forward(self, t: Tensor) -> Tensor:
-            graphs.append((len(t), torch.is_grad_enabled()))
+            calls.append((len(t), torch.is_grad_enabled(), sum(kept() is not None for kept in saved)))
             return super().forward(t)
 
-    cached_step(lambda z: z.square().sum(), [(Spy(3, 2), torch.randn(7, 3))], 3)
-    first_pass, second_pass = graphs[:3], graphs[3:]
-    assert first_pass == [(3, True), (3, False), (1, False)]  # the graph of the first shows what learns, and goes
-    assert second_pass == [(3, True), (3, True), (1, True)]
+    def keep(t: Tensor) -> Tensor:
+        kept = t.clone()
+        saved.append(weakref.ref(kept))
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        cached_step(lambda z: 2 * z.sum(), [(nn.Sequential(Spy(3, 2), nn.Tanh()), torch.randn(7, 3))], 3)
+    # The same kernels in both passes, so both with a graph; none outlives its chunk.
+    assert calls == 2 * [(3, True, 0), (3, True, 0), (1, True, 0)] and len(saved) > 6
 
 
 def test_one_module_for_both_towers_and_nested_inputs() -> None:
@@ -292,6 +300,63 @@ DRAWS = {
     "python": lambda generator: torch.tensor([[random.random() for _ in range(3)] for _ in range(2)]),
     "generator": lambda generator: torch.rand(2, 3, generator=generator),
 }
+GENERATORS = {
+    "numpy": (lambda: np.random.default_rng(3), lambda g: torch.from_numpy(g.random((2, 3))).float()),
+    "old numpy": (lambda: np.random.RandomState(3), lambda g: torch.from_numpy(g.rand(2, 3)).float()),
+    "python": (lambda: random.Random(3), lambda g: torch.tensor([[g.random() for _ in range(3)] for _ in range(2)])),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_generators_of_every_kind_among_the_inputs(kind: str) -> None:
+    module, x = nn.Linear(3, 2), torch.randn(4, 3)
+    make, draw = GENERATORS[kind]
+    generator = make()
+    z = torch.cat([module(part * draw(generator)) for part in (x[:2], x[2:])])
+    z.square().sum().backward()
+    expected, place = gradients(module), draw(generator)
+    module.zero_grad()
+    again = make()
+    towers = [(lambda part: module(part[0] * draw(part[1]["g"])), (x, {"g": again}))]
+    cached_step(lambda z: z.square().sum(), towers, 2)
+    for got, truth in zip([*gradients(module), draw(again)], [*expected, place], strict=True):
+        torch.testing.assert_close(got, truth)
+
+
+def test_other_kernels_and_rounding_are_no_other_results() -> None:
+    """Without a graph this encoder leaves zeros where there is padding; a frozen copy differs by rounding alone."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.1, batch_first=True)
+    encoder, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(8, 6, 16)
+    padded = torch.zeros(8, 6, dtype=torch.bool)
+    padded[::2, 3:] = True
+    frozen = copy.deepcopy(encoder).requires_grad_(False)
+
+    def tower(part: dict[str, Tensor]) -> dict[str, Tensor]:
+        hidden = encoder(part["x"], src_key_padding_mask=part["padded"])
+        mean = encoder(part["x"]).mean(1)
+        return {
+            "hidden": hidden,
+            "padded": part["padded"],
+            "difference": mean - frozen(part["x"]).mean(1),
+            "rounding": hidden.mean(-1),
+        }
+
+    def loss(out: dict[str, Tensor]) -> Tensor:
+        return (out["hidden"] * ~out["padded"][..., None]).sum(1).sin().sum() + out["difference"].square().sum()
+
+    inputs = {"x": x, "padded": padded}
+    loss(tower(inputs)).backward()
+    expected = gradients(*encoder.parameters())
+    encoder.zero_grad()
+    for chunk in (1, 4):
+        encoder.zero_grad()
+        cached_step(loss, [(tower, inputs)], chunk)
+        for got, truth in zip(gradients(*encoder.parameters()), expected, strict=True):
+            torch.testing.assert_close(got, truth, atol=2e-5, rtol=1e-4)
+    encoder.bfloat16(), frozen.bfloat16()
+    score = nn.Linear(16, 1).bfloat16()
+    cached_step(lambda z: z.sum(), [(lambda t: score(encoder(t).mean(1))[:, 0], x.bfloat16())], 1)
 
 
 @pytest.mark.parametrize("source", DRAWS)
@@ -326,7 +391,19 @@ def test_a_second_pass_that_gives_other_results_is_refused() -> None:
     def draws(x: Tensor) -> Tensor:
         return module(x * torch.rand(x.shape, generator=own))
 
-    for tower in (counts, draws, nn.utils.spectral_norm(nn.Linear(3, 2))):
+    def late(factor: float) -> Callable[[Tensor], Tensor]:
+        seen: list[int] = []
+
+        def run(x: Tensor) -> Tensor:
+            seen.append(0)
+            z = module(x)
+            return torch.cat([z[:1], z[1:] * factor]) if len(seen) > 2 else z
+
+        return run
+
+    huge = [lambda x, size=size: counts(x) * size for size in (1e25, 1e-25)]
+    once = [late(float("nan")), late(float("inf")), late(0.0), late(1.01)]
+    for tower in (counts, draws, nn.utils.spectral_norm(nn.Linear(3, 2)), *huge, *once):
         with pytest.raises(RuntimeError, match=r"towers\[0\]: expected the same results from both passes"):
             cached_step(lambda z: z.square().sum(), [(tower, torch.randn(4, 3))], 2)
     assert module.weight.grad is None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import gzip
 import os
 import re
 import shutil
 import tempfile
 import zlib
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -82,22 +83,24 @@ def _folder() -> str:
         with suppress(OSError):
             # Nothing but what a process left that was killed here: its lock, which nobody holds any more, and copies.
             ours = _MADE_HERE.fullmatch(old.name) and not old.is_symlink() and old.stat().st_uid == os.getuid()
-            names = {path.name for path in old.iterdir()} if ours else set()
-            if "lock" in names and all(_COPY.fullmatch(name) for name in names - {"lock"}):
+            names = {path.name for path in old.iterdir() if path.is_file()} if ours else set()
+            only = len(names) == len(list(old.iterdir()))
+            if only and "lock" in names and all(_COPY.fullmatch(name) for name in names - {"lock"}):
                 with locked(old / "lock"):
                     shutil.rmtree(old)
-    held = ExitStack()
     while True:
         folder = tempfile.mkdtemp(prefix=_PREFIX)
+        lock = (Path(folder) / "lock").open("w")
         with suppress(BlockingIOError, FileNotFoundError):  # another process took it for an old one
-            held.enter_context(locked(Path(folder) / "lock"))
-            break
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
+                break
     owner = os.getpid()
 
     def remove() -> None:
         if os.getpid() == owner:  # and not a fork of it
             shutil.rmtree(folder, ignore_errors=True)
-            held.close()
+            lock.close()  # and not before; a fork has the lock too, and ends without a word to it
 
     atexit.register(remove)
     return folder

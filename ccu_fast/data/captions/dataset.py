@@ -146,14 +146,17 @@ def scan(source: DiskSource, numbers: Sequence[int], progress: Callable[[int, in
 
 
 def bad_pictures(listing: Listing, bad: dict[int, str], *, published: bool = False) -> list[Bad]:
-    """What a scan found, in the words of the listing; to be published without the folders above the dataset."""
+    """What a scan found, in the words of the listing; to be published without the folders above the dataset.
+
+    What lies outside it is then told by the name that it would have been published under.
+    """
 
     def where(number: int) -> str:
         file = listing.files[number]
         if not published or listing.spans is not None:
             return file
         inside = os.path.relpath(file, listing.root)
-        return os.path.basename(file) if inside.startswith("..") else inside
+        return listing.names[number] if inside.startswith("..") else inside
 
     return [Bad(where(number), why) for number, why in sorted(bad.items())]
 

@@ -98,7 +98,7 @@ def rewrite(source: Path, target: Path, change: Callable[[int, dict[str, Any]], 
 def columns_of_bytes(path: Path) -> list[str]:
     """The columns of a table that hold bytes, also within structs and lists: there clean pictures may be.
 
-    So are lists of 8-bit numbers, but not bytes of few and fixed length, as those of a hash or a UUID.
+    So are lists of uint8, but not bytes of few and fixed length, as those of a hash or a UUID.
     """
     if not _is_parquet(path):
         return []
@@ -110,7 +110,7 @@ def columns_of_bytes(path: Path) -> list[str]:
         if types.is_fixed_size_binary(kind):
             return bool(kind.byte_width > _HASH)
         if kind.num_fields == 1 and not types.is_struct(kind):  # a list of whatever kind
-            return bool(kind.field(0).type in (pyarrow.uint8(), pyarrow.int8()))
+            return bool(kind.field(0).type == pyarrow.uint8())
         return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
 
     return [field.name for field in parquet.read_schema(path) if _holds(field.type, is_bytes)]
@@ -205,7 +205,7 @@ def _rewrite_parquet(
                 for field in schema:
                     values = [(new[i] or {})[field.name] for i in kept]
                     if values == [old[i][field.name] for i in kept]:
-                        column = batch.column(field.name).take(pyarrow.array(kept, pyarrow.int64()))
+                        column = _some(batch.column(field.name), kept)
                         if column.type != field.type:
                             column = pyarrow.DictionaryArray.from_arrays(
                                 column.indices.cast(pyarrow.int32()), column.dictionary, ordered=field.type.ordered
@@ -214,6 +214,18 @@ def _rewrite_parquet(
                     else:
                         columns.append(pyarrow.array(values, field.type))
                 writer.write_batch(pyarrow.RecordBatch.from_arrays(columns, schema=schema))
+
+
+def _some(column: Any, rows: list[int]) -> Any:
+    """These rows of a column. Arrow takes them out of every type but the newest, of which slices are put together."""
+    import pyarrow
+
+    if rows == list(range(len(column))):
+        return column
+    try:
+        return column.take(pyarrow.array(rows, pyarrow.int64()))
+    except pyarrow.ArrowNotImplementedError:
+        return pyarrow.concat_arrays([column.slice(row, 1) for row in rows] or [column.slice(0, 0)])
 
 
 def _writer(source: Path, file: TextIO, columns: list[str]) -> Callable[[dict[str, Any]], None]:

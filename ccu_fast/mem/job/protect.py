@@ -142,7 +142,7 @@ class _Run:
             extras.require("webdataset")
         if len(set(gather_objects(listing.fingerprint()))) > 1:
             raise ValueError("input: expected the same files and rows for all processes, got others for some")
-        if not job.skip_bad and listing.n_images < 2 * self.world:
+        if not job.skip_bad and not listing.n_images:
             listing.whole(SKIP)  # else the pictures are looked at first, so that all that is bad is told at once
         model = job.model(listing.captions)
         run = self._describe(listing, model)
@@ -200,7 +200,12 @@ class _Run:
 
     def _look(self, place: Workplace, listing: Listing, model: Model) -> tuple[Listing, list[int], Tensor]:
         """Every picture is read once before the work begins; the usable listing, this process's images, digests."""
-        mine = share(listing, self.rank, self.world)
+        try:
+            mine = share(listing, self.rank, self.world)
+        except ValueError:
+            if not self.job.skip_bad:
+                listing.whole(SKIP)  # which may be why
+            raise
         path = place.folder / f"scan-{self.rank}.pt"
         if path.exists():
             found = read_state(path, "out")

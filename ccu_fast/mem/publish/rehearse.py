@@ -18,7 +18,7 @@ from ccu_fast.data.captions.listing import MANIFEST, is_text
 from ccu_fast.data.captions.shards import Sample, read_index
 from ccu_fast.data.captions.tables import columns_of_bytes
 from ccu_fast.data.pictures import encode_png
-from ccu_fast.files import FULL, readable
+from ccu_fast.files import FULL
 from ccu_fast.mem.publish.elsewhere import Elsewhere
 from ccu_fast.mem.publish.tar import published, writer
 from ccu_fast.mem.publish.writer import CHUNK, caption_field, key_of, published_files, write_metadata
@@ -53,9 +53,17 @@ def unwritable_files(listing: Listing, folder: Path) -> dict[int, str]:
     with tempfile.TemporaryDirectory(dir=folder, prefix="trial-") as trial:
         (Path(trial) / MANIFEST).touch()
         if listing.tables:
-            with readable(listing.tables[0], listing.argument):
+            try:
                 # With as many distinct texts as there will be, which a column's type may not hold.
                 write_metadata(listing, lambda row: f"{row} {listing.captions[row]}", Path(trial), Elsewhere())
+            except (OSError, ImportError, MemoryError):
+                raise
+            except Exception as error:  # whatever Arrow raises
+                why = str(error).removeprefix(f"{listing.argument}: ")
+                tables = ", ".join(map(str, listing.tables[:3]))
+                raise ValueError(
+                    f"{listing.argument}: expected tables that can be written, got {tables} ({why})"
+                ) from error
         for image, name in ((i, name) for i in range(listing.n_images) for name in published_files(listing, i)):
             if not is_text(name):
                 bad[image] = "its name is not UTF-8"

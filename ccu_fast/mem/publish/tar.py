@@ -9,10 +9,10 @@ from hashlib import md5, sha256, sha512
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ccu_fast.data.captions.listing import in_place_of
+from ccu_fast.data.captions.listing import in_place_of, texts_in
 from ccu_fast.data.captions.shards import Sample, read_index, read_span
 from ccu_fast.files import json_text
-from ccu_fast.mem.publish.elsewhere import NAMES, Elsewhere
+from ccu_fast.mem.publish.elsewhere import NAMES, Clean, Elsewhere
 
 KEPT = ("json", "cls")
 HASHES = {"md5": md5, "sha256": sha256, "sha512": sha512}  # that img2dataset writes of a picture
@@ -69,76 +69,54 @@ def published(
         ValueError: the sample's ``json`` is none.
     """
     written: dict[str, Any] = {"__key__": sample.key, "png": png}
-    first = next(iter(captions.values()))
-    elsewhere.look(sample.key, captions, NAMES)
+    published = list(captions.values())
+    about = _parsed(read_span(shard, *sample.members["json"])) if "json" in sample.members else None
+    fields = {}
+    if isinstance(about, dict):
+        fields = {name: about[name] for name in ("caption", caption_column) if texts_in(about.get(name))}
+    written_over = {f"json.{name}": texts_in(value) for name, value in fields.items()}
     if "txt" in sample.members:
-        written["txt"] = first.encode()
-        # Where captions come from a field of the json, this is another one, and may stand in further fields.
-        old = read_span(shard, *sample.members["txt"]).decode("utf-8-sig", "replace")
-        if old.strip() and old not in captions:
-            elsewhere.replaced["txt"] += 1
-            captions = {**captions, old: first}
-    for extension in KEPT:
-        if extension in sample.members:
-            data = read_span(shard, *sample.members[extension])
-            if extension == "json":
-                data = _about(data, captions, {"caption", caption_column}, png, size, elsewhere)
-            else:
-                data = _class(data, captions, elsewhere)
-            written[extension] = data
+        written["txt"] = published[0].encode()
+        written_over["txt"] = [read_span(shard, *sample.members["txt"]).decode("utf-8-sig", "replace")]
+    # Where captions came from one of these, the others hold further ones, which may stand elsewhere too.
+    known = {caption.strip() for caption in captions}
+    others = [(name, text) for name, texts in written_over.items() for text in texts if text.strip() not in known]
+    for name, text in others:
+        elsewhere.put(text, name)
+    clean = Clean(captions, (text for _, text in others))
+    elsewhere.look(sample.key, clean, NAMES)
+    if "json" in sample.members:
+        new = {name: in_place_of(value, published) for name, value in fields.items()}
+        written["json"] = json_text(_about(about, new, clean, png, size, elsewhere)).encode()
+    if "cls" in sample.members:
+        written["cls"] = _class(read_span(shard, *sample.members["cls"]), clean, elsewhere)
     return written
 
 
-def _about(
-    data: bytes,
-    captions: Mapping[str, str],
-    fields: set[str],
-    png: bytes,
-    size: tuple[int, int],
-    elsewhere: Elsewhere,
-) -> bytes:
+def _parsed(data: bytes) -> Any:
     try:
-        about = json.loads(data)
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its json is no JSON ({error})") from error
-    new: dict[str, Any] = {}
-    if isinstance(about, dict):
-        named = {name: about[name] for name in sorted(fields & about.keys())}
-        published = list(captions.values())
-        for name, value in named.items():
-            others = [text for text in _texts_within(value) if text.strip() and text not in captions]
-            elsewhere.replaced.update({f"json.{name}": len(others)} if others else {})
-            captions = {**dict.fromkeys(others, published[0]), **captions}
-            new[name] = _all_published(value, published)
-        new |= {name: make(png).hexdigest() for name, make in HASHES.items() if name in about}
-        new |= {name: number for name, number in zip(("width", "height"), size, strict=True) if name in about}
-        rest = {name: value for name, value in about.items() if name not in new}
-        renewed = iter(elsewhere.renew(rest, captions, "json").items())
-        about = dict((name, new[name]) if name in new else next(renewed) for name in about)  # in their order
-    else:
-        about = elsewhere.renew(about, captions, "json")
-    return json_text(about).encode()
 
 
-def _texts_within(value: Any) -> list[str]:
-    """All texts in a nest of lists and dicts."""
-    if isinstance(value, str):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for item in items for text in _texts_within(item)]
+def _about(
+    about: Any, captions: dict[str, Any], clean: Clean, png: bytes, size: tuple[int, int], elsewhere: Elsewhere
+) -> Any:
+    if not isinstance(about, dict):
+        return elsewhere.renew(about, clean, "json")
+    new: dict[str, Any] = {name: make(png).hexdigest() for name, make in HASHES.items() if name in about}
+    new |= {name: number for name, number in zip(("width", "height"), size, strict=True) if name in about}
+    new |= captions
+    rest = {name: value for name, value in about.items() if name not in new}
+    renewed = iter(elsewhere.renew(rest, clean, "json").items())
+    return dict((name, new[name]) if name in new else next(renewed) for name in about)  # in their order
 
 
-def _all_published(value: Any, captions: list[str]) -> Any:
-    """A field of captions with published ones; of a dict, of languages say, the first in the place of every text."""
-    if isinstance(value, dict):
-        return {key: _all_published(item, captions[:1]) for key, item in value.items()}
-    return in_place_of(value, captions)
-
-
-def _class(data: bytes, captions: Mapping[str, str], elsewhere: Elsewhere) -> bytes:
+def _class(data: bytes, clean: Clean, elsewhere: Elsewhere) -> bytes:
     try:
         text = data.decode()
     except UnicodeDecodeError:
         return data
-    renewed = elsewhere.renew(text, captions, "cls")
+    renewed = elsewhere.renew(text, clean, "cls")
     return data if renewed == text else str(renewed).encode()

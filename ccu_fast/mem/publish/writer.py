@@ -15,6 +15,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,11 +26,12 @@ from ccu_fast.data.captions.listing import Listing, in_place_of, texts_in
 from ccu_fast.data.captions.tables import rewrite
 from ccu_fast.data.pictures import encode_png
 from ccu_fast.mem.fidelity import Fidelity
-from ccu_fast.mem.publish.elsewhere import NAMES, Elsewhere
+from ccu_fast.mem.publish.elsewhere import NAMES, Clean, Elsewhere
 from ccu_fast.mem.publish.tar import write_shard
 from ccu_fast.runs.provenance import file_hash
 
 CHUNK = 64
+_NEAR = 256  # pictures whose captions are made ready once: their rows mostly lie together
 
 
 class Originals(Protocol):
@@ -154,7 +156,7 @@ class Publisher:
             hashes[name] = self._place(path, name)
         else:
             for image, png, captions in self._pictures(chunk, sums):
-                elsewhere.look(self.listing.names[image], captions, NAMES)
+                elsewhere.look(self.listing.names[image], Clean(captions), NAMES)
                 text = "".join(f"{caption}\n" for caption in captions.values()).encode()
                 for name, data in zip(published_files(self.listing, image), (png, text), strict=False):
                     path = self._unfinished / "file"
@@ -227,11 +229,16 @@ def write_metadata(
     if listing.columns is None or not listing.tables:
         return {}
     rows_of: dict[int, list[int]] = defaultdict(list)
-    captions_of: dict[int, dict[str, str]] = defaultdict(dict)
+    rows_with: dict[int, list[int]] = defaultdict(list)
     images = listing.image_of.tolist()
     for row, (record, image) in enumerate(zip(listing.records, images, strict=True)):
         rows_of[record].append(row)
-        captions_of[image][listing.captions[row]] = captions(row)
+        rows_with[image].append(row)
+
+    @lru_cache(_NEAR)
+    def clean(image: int) -> Clean:
+        return Clean({listing.captions[row]: captions(row) for row in rows_with[image]})
+
     image_column, caption_column = listing.columns
     hashes, records = {}, itertools.count()
     for table in listing.tables:
@@ -255,7 +262,7 @@ def write_metadata(
             published = in_place_of(record[caption_column], [captions(row) for row in rows])
             rest = {column: value for column, value in record.items() if column not in (image_column, caption_column)}
             try:
-                renewed = {column: elsewhere.renew(rest[column], captions_of[image], column) for column in rest}
+                renewed = {column: elsewhere.renew(rest[column], clean(image), column) for column in rest}
             except ValueError as error:
                 raise ValueError(f"{listing.argument}: {error}, in record {number + 1} of {table}") from error
             return {**record, **renewed, image_column: name, caption_column: published}

@@ -184,7 +184,7 @@ def build_problem(
             f"got {list(y.shape[:-2])}"
         ) from None
     n, m = x.shape[-2], y.shape[-2]
-    if paired not in (None, True, False):
+    if isinstance(paired, Tensor) or paired not in (None, True, False):
         raise TypeError(f"paired: expected True, False or None, got {paired!r}")
     square = n == m if paired is None else paired
     if paired and n != m:

@@ -288,7 +288,7 @@ def test_the_manifest_tells_nothing_of_the_folders_above(tmp_path: Path) -> None
     with pytest.raises(BadData, match=rf"{tmp_path}/secret/pictures/2\.png: no such file"):
         protect_dataset(job(table, tmp_path / "out"))
     manifest = protect_dataset(job(table, tmp_path / "out", skip_bad=True))
-    assert manifest["skipped"]["items"] == [{"where": "2.png", "why": "no such file"}]
+    assert manifest["skipped"]["items"] == [{"where": "images/2.png", "why": "no such file"}]
     assert "secret" not in (tmp_path / "out" / "manifest.json").read_text()
 
 
@@ -297,6 +297,10 @@ def test_a_damaged_shard_is_an_error_or_a_listed_skip(tmp_path: Path) -> None:
     (source / "00001.tar").write_bytes((source / "00001.tar").read_bytes()[:1500])
     with pytest.raises(BadData, match=r"00001\.tar: unreadable shard: .*unexpected end"):
         protect_dataset(job(source, tmp_path / "out"))
+    few = made.write_shards(tmp_path / "few", n=2, shard=1)
+    (few / "00001.tar").write_bytes((few / "00001.tar").read_bytes()[:1500])
+    with pytest.raises(BadData, match=r"00001\.tar: unreadable shard"):  # and not that there are too few
+        protect_dataset(job(few, tmp_path / "out"))
     manifest = protect_dataset(job(source, tmp_path / "out", skip_bad=True))
     assert [item["where"] for item in manifest["skipped"]["items"]] == ["00001.tar"]
     assert sorted(manifest["sha256"]) == ["00000.tar", "00002.tar"]
