@@ -187,6 +187,19 @@ def test_what_is_no_plain_matrix_is_the_library_s(loss_py, change: Callable[[Ten
             left_alone("open_clip", partial(loss, change(x), change(y), scale, -1.0))
 
 
+def test_a_replaced_namespace_is_the_library_s(loss_py, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Some users replace ``F`` in the module alone, not torch's own functions."""
+    x, y, scale = (t.detach() for t in towers(torch.float32))
+
+    class Other:
+        cross_entropy = staticmethod(lambda logits, labels: 2 * torch.nn.functional.cross_entropy(logits, labels))
+        logsigmoid = staticmethod(lambda z: 2 * torch.nn.functional.logsigmoid(z))
+
+    monkeypatch.setattr(loss_py, "F", Other)
+    for loss in both(loss_py):
+        left_alone("open_clip", partial(loss, x, y, scale, -1.0))
+
+
 @pytest.mark.parametrize("transform", ["vmap", "grad", "dual", "fake", "make_fx"])
 def test_a_call_under_a_transform_is_the_library_s(loss_py, transform: str) -> None:  # type: ignore[no-untyped-def]
     x, y, scale = (t.detach() for t in towers(torch.float32))

@@ -292,6 +292,15 @@ def test_the_manifest_tells_nothing_of_the_folders_above(tmp_path: Path) -> None
     assert "secret" not in (tmp_path / "out" / "manifest.json").read_text()
 
 
+def test_processes_that_list_other_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that one of them sees another state of: its pictures would get the others' captions."""
+    source = made.write_csv(tmp_path / "in")
+    monkeypatch.setattr(job_module, "gather_objects", lambda value: [value, "another"])
+    with pytest.raises(ValueError, match=r"input: expected the same files and rows for all processes, got others"):
+        protect_dataset(job(source, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_shard_is_an_error_or_a_listed_skip(tmp_path: Path) -> None:
     source = made.write_shards(tmp_path / "in", n=9)
     (source / "00001.tar").write_bytes((source / "00001.tar").read_bytes()[:1500])
