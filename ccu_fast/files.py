@@ -122,19 +122,33 @@ def locked(path: Path, name: str = "out") -> Iterator[None]:
     Raises:
         BlockingIOError: another process is in such a block.
     """
-    with path.open("a") as file:
-        taken = BlockingIOError(f"{name}: expected no other process at work in {path.parent}, got one")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise taken from None
-        # The process before may have removed the file after it was opened here: then the lock is of no file.
-        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            raise taken
+    try:
+        file = take_lock(path)
+    except BlockingIOError:
+        raise BlockingIOError(f"{name}: expected no other process at work in {path.parent}, got one") from None
+    with file:
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def take_lock(path: Path) -> IO[str]:
+    """The file, made if needed, which no other process holds as long as it is open here.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The process before may have removed the file after it was opened here: then the lock is of no file.
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            raise BlockingIOError(f"{path} was removed")
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 @contextmanager

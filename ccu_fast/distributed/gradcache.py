@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ccu_fast import check
-from ccu_fast.distributed.random_state import Restore, generators_in, random_state
+from ccu_fast.distributed.random_state import ATOMS, Restore, generators_in, random_state
 
 _SAME = 1e-3  # relative, and more for half precision: far below another draw of a dropout
 
@@ -212,7 +212,7 @@ def _copied(items: Any) -> Any:
     if isinstance(items, Mapping):
         return _with_values(items, {key: _copied(value) for key, value in items.items()})
     if isinstance(items, list):
-        return [_copied(item) for item in items]
+        return [item if type(item) in ATOMS else _copied(item) for item in items]
     if isinstance(items, tuple):
         copies = [_copied(item) for item in items]
         return type(items)(*copies) if hasattr(items, "_fields") else tuple(copies)
@@ -224,7 +224,7 @@ def _holds_tensor(nest: Any) -> bool:
     if isinstance(nest, Mapping):
         return any(map(_holds_tensor, nest.values()))
     if isinstance(nest, (list, tuple)):
-        return any(map(_holds_tensor, nest))
+        return any(_holds_tensor(item) for item in nest if type(item) not in ATOMS)
     return isinstance(nest, Tensor)
 
 
@@ -302,18 +302,18 @@ class _Embedded:
             (leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)) if learns else None
             for leaf, learns in zip(self._leaves, self.learns, strict=True)
         ]
-        used = {place for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.grad is not None}
         others: list[Tensor] = []
         for restore, span in zip(self._states, self._chunks.spans, strict=True):
             final = span is self._chunks.spans[-1]
             restore()
             with _no_exchange(silent if final else modules):
                 outputs, given = [], []
-                found = self._chunks.run(span)[0]
-                for place, (output, grad, before) in enumerate(zip(found, grads, self._leaves, strict=True)):
-                    if grad is not None and place in used:
-                        others.append(_differ(output.detach(), (before[span] if before.ndim else before).detach()))
-                    if grad is not None and output.requires_grad and (grad.ndim or final):
+                for output, grad, leaf in zip(self._chunks.run(span)[0], grads, self._leaves, strict=True):
+                    if grad is None:
+                        continue
+                    if leaf.grad is not None:  # the loss uses it
+                        others.append(_differ(output.detach(), (leaf[span] if leaf.ndim else leaf).detach()))
+                    if output.requires_grad and (grad.ndim or final):
                         outputs.append(output)
                         given.append(grad[span] if grad.ndim else grad)
                 if final or span is self._chunks.spans[0]:  # a GPU is waited for twice, once before its first gradient

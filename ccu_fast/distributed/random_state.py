@@ -12,6 +12,9 @@ import torch
 
 Restore = Callable[[], object]
 
+# What holds nothing and is never changed: of these a nest may have millions, the tokens of a batch.
+ATOMS = frozenset({int, float, bool, str, bytes, type(None)})
+
 
 def random_state(devices: Iterable[torch.device], own: Iterable[Any] = ()) -> Restore:
     """What puts torch's generators of the CPU and these devices, numpy's, Python's and ``own`` back to where they are.
@@ -50,7 +53,7 @@ def generators_in(nest: Any) -> list[Any]:
     if isinstance(nest, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
         return [nest]
     items = nest.values() if isinstance(nest, Mapping) else nest if isinstance(nest, (list, tuple)) else ()
-    return [generator for item in items for generator in generators_in(item)]
+    return [generator for item in items if type(item) not in ATOMS for generator in generators_in(item)]
 
 
 def _own_state(generator: Any) -> tuple[Callable[[Any], object], Any]:

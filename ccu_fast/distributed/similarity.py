@@ -22,6 +22,7 @@ from ccu_fast.ops.reduce_similarity.api import (
     Reduction,
     assemble,
     build_problem,
+    check_paired,
     normalize_pair,
     workspace_bytes,
 )
@@ -118,8 +119,7 @@ def reduce_similarity(
 
     def prepare() -> tuple[_Prepared, list[int]]:
         check.one_of("mode", mode, MODES)
-        if isinstance(paired, Tensor) or paired not in (None, True, False):
-            raise TypeError(f"paired: expected True, False or None, got {paired!r}")
+        check_paired(paired)
         if positives and not keyed and paired is False:
             raise ValueError(f"paired: expected True or {positives}, got False")
         for name, value in (("x", x), ("y", y)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import fcntl
 import gzip
 import os
 import re
@@ -15,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-from ccu_fast.files import locked
+from ccu_fast.files import locked, take_lock
 
 _PREFIX = "ccu-fast-shards-"
 _MADE_HERE = re.compile(rf"{_PREFIX}[a-z0-9_]{{8}}")  # by tempfile.mkdtemp
@@ -83,18 +82,17 @@ def _folder() -> str:
         with suppress(OSError):
             # Nothing but what a process left that was killed here: its lock, which nobody holds any more, and copies.
             ours = _MADE_HERE.fullmatch(old.name) and not old.is_symlink() and old.stat().st_uid == os.getuid()
-            names = {path.name for path in old.iterdir() if path.is_file()} if ours else set()
-            only = len(names) == len(list(old.iterdir()))
-            if only and "lock" in names and all(_COPY.fullmatch(name) for name in names - {"lock"}):
+            inside = list(old.iterdir()) if ours else []
+            names = {path.name for path in inside if path.is_file()}
+            copies = len(names) == len(inside) and all(_COPY.fullmatch(name) for name in names - {"lock"})
+            if copies and "lock" in names:
                 with locked(old / "lock"):
                     shutil.rmtree(old)
     while True:
         folder = tempfile.mkdtemp(prefix=_PREFIX)
-        lock = (Path(folder) / "lock").open("w")
         with suppress(BlockingIOError, FileNotFoundError):  # another process took it for an old one
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
-                break
+            lock = take_lock(Path(folder) / "lock")
+            break
     owner = os.getpid()
 
     def remove() -> None:

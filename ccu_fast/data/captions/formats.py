@@ -47,8 +47,10 @@ def list_pairs(path: str | Path, options: Options | None = None, name: str = "in
     path, options = Path(path), options or Options()
     if not path.exists():
         raise FileNotFoundError(f"{name}: expected a file or folder, got {path}, which does not exist")
-    format = options.format or recognise(path, name)
-    options = _as_published(path, format, options)
+    folder, manifest = _published(path)
+    own = manifest["format"] if folder == path.absolute() else None
+    format = options.format or own or recognise(path, name)
+    options = _as_published(manifest, format, options)
     wrong = [column for column, formats in COLUMNS.items() if getattr(options, column) and format not in formats]
     if wrong:
         raise ValueError(f"{wrong[0]}: expected with {' or '.join(COLUMNS[wrong[0]])} only, got format {format}")
@@ -67,14 +69,12 @@ def list_pairs(path: str | Path, options: Options | None = None, name: str = "in
 
 
 def recognise(path: Path, name: str) -> str:
-    """The format of what is there; see :func:`list_pairs`."""
+    """The format of what is there, without a manifest of this package; see :func:`list_pairs`."""
     if path.is_file():
         for ending, format in ENDINGS.items():
             if path.name.lower().endswith(ending):
                 return format
         raise ValueError(f"{name}: expected {', '.join(ENDINGS)} or a folder, got {path}")
-    if (manifest := _manifest(path)) is not None:
-        return str(manifest["format"])
     here = _files_in(path)
     if set(METADATA) & set(here):
         return "imagefolder"
@@ -99,26 +99,29 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found.get("sha256"), dict) else None
 
 
-def _as_published(path: Path, format: str, options: Options) -> Options:
-    """The options, with the columns of the manifest where none are given, if ``path`` or a part of it was published."""
+def _published(path: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The published folder that ``path`` is, or is a part of, and its manifest; (None, {}) if there is none."""
     whole = path.absolute()
     for folder in (whole, *whole.parents):
-        manifest = _manifest(folder)
-        if manifest is None:
-            continue
-        inside = str(whole.relative_to(folder))
-        files = manifest["sha256"]
-        if folder != whole and inside not in files and not any(name.startswith(f"{inside}/") for name in files):
-            continue
-        columns = manifest.get("columns")
-        if manifest["format"] == format and isinstance(columns, list) and len(columns) == 2:
-            image, caption = (column if isinstance(column, str) else None for column in columns)
-            return replace(
-                options,
-                image_column=options.image_column or (None if format == "webdataset" else image),
-                caption_column=options.caption_column or caption,
-            )
-    return options
+        if (manifest := _manifest(folder)) is not None:
+            inside = str(whole.relative_to(folder))
+            files = manifest["sha256"]
+            if folder == whole or inside in files or any(name.startswith(f"{inside}/") for name in files):
+                return folder, manifest
+    return None, {}
+
+
+def _as_published(manifest: dict[str, Any], format: str, options: Options) -> Options:
+    """The options, with the columns of the manifest where none are given."""
+    columns = manifest.get("columns")
+    if manifest.get("format") != format or not isinstance(columns, list) or len(columns) != 2:
+        return options
+    image, caption = (column if isinstance(column, str) else None for column in columns)
+    return replace(
+        options,
+        image_column=options.image_column or (None if format == "webdataset" else image),
+        caption_column=options.caption_column or caption,
+    )
 
 
 def _files_in(folder: Path) -> list[str]:

@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -116,14 +117,23 @@ def _captions(shard: Path, sample: Sample, column: str | None) -> list[str]:
     if "json" not in sample.members:
         raise ValueError(f"no {sample.key}.json" if column else f"no caption {sample.key}.txt or {sample.key}.json")
     column = column or "caption"
-    try:
-        about = json.loads(read_span(shard, *sample.members["json"]))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its json is no JSON ({error})") from error
+    about = read_json(shard, sample)
     captions = texts_in(about.get(column)) if isinstance(about, dict) else []
     if not captions:
         raise ValueError(f"expected a text, or a list of texts, as {column} in {sample.key}.json")
     return captions
+
+
+def read_json(shard: Path, sample: Sample) -> Any:
+    """What the ``json`` of a sample that has one holds.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return json.loads(read_span(shard, *sample.members["json"]))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its json is no JSON ({error})") from error
 
 
 def _published_name(file: str) -> str:

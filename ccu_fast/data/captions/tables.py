@@ -191,35 +191,34 @@ def _rewrite_parquet(
             return field
         return field.with_type(pyarrow.dictionary(pyarrow.int32(), kind.value_type, kind.ordered))
 
-    number = 0
-    with parquet.ParquetFile(source) as file:
-        schema = file.schema_arrow
-        schema = pyarrow.schema([written(field) for field in schema], schema.metadata)
-        with parquet.ParquetWriter(target, schema) as writer:
-            for batch in _batches(source):
-                old = _texts_of(batch, nested=True)
-                new = [change(number + i, record) for i, record in enumerate(old)]
-                number += len(old)
-                kept = [i for i, record in enumerate(new) if record is not None]
-                columns = []
-                for field in schema:
-                    values = [(new[i] or {})[field.name] for i in kept]
-                    if values == [old[i][field.name] for i in kept]:
-                        column = _some(batch.column(field.name), kept)
-                        if column.type != field.type:
-                            column = pyarrow.DictionaryArray.from_arrays(
-                                column.indices.cast(pyarrow.int32()), column.dictionary, ordered=field.type.ordered
-                            )
-                        columns.append(column)
-                    else:
-                        columns.append(pyarrow.array(values, field.type))
-                writer.write_batch(pyarrow.RecordBatch.from_arrays(columns, schema=schema))
+    number, schema = 0, parquet.read_schema(source)
+    schema = pyarrow.schema([written(field) for field in schema], schema.metadata)
+    with parquet.ParquetWriter(target, schema) as writer:
+        for batch in _batches(source):
+            old = _texts_of(batch, nested=True)
+            new = [change(number + i, record) for i, record in enumerate(old)]
+            number += len(old)
+            kept = [i for i, record in enumerate(new) if record is not None]
+            columns = []
+            for field in schema:
+                values = [(new[i] or {})[field.name] for i in kept]
+                if values == [old[i][field.name] for i in kept]:
+                    columns.append(_some(batch.column(field.name), kept, field.type))
+                else:
+                    columns.append(pyarrow.array(values, field.type))
+            writer.write_batch(pyarrow.RecordBatch.from_arrays(columns, schema=schema))
 
 
-def _some(column: Any, rows: list[int]) -> Any:
-    """These rows of a column. Arrow takes them out of every type but the newest, of which slices are put together."""
+def _some(column: Any, rows: list[int], kind: Any) -> Any:
+    """These rows of a column, of a dictionary perhaps with a wider index.
+
+    Arrow takes them out of every type but the newest, of which slices are put together.
+    """
     import pyarrow
 
+    if column.type != kind:
+        indices = column.indices.cast(kind.index_type)
+        column = pyarrow.DictionaryArray.from_arrays(indices, column.dictionary, ordered=kind.ordered)
     if rows == list(range(len(column))):
         return column
     try:

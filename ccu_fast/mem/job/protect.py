@@ -140,12 +140,13 @@ class _Run:
             raise ValueError(f"out: expected a folder outside the input, all of which is read, got {job.out}")
         if listing.spans is not None:
             extras.require("webdataset")
-        if len(set(gather_objects(listing.fingerprint()))) > 1:
+        fingerprint = listing.fingerprint()
+        if len(set(gather_objects(fingerprint))) > 1:
             raise ValueError("input: expected the same files and rows for all processes, got others for some")
         if not job.skip_bad and not listing.n_images:
             listing.whole(SKIP)  # else the pictures are looked at first, so that all that is bad is told at once
         model = job.model(listing.captions)
-        run = self._describe(listing, model)
+        run = self._describe(fingerprint, model)
         if complete:
             return self._finished(run)
         with workplace(self.partial, run, self.rank, fresh=job.fresh) as place:
@@ -167,7 +168,7 @@ class _Run:
         barrier()
         return manifest
 
-    def _describe(self, listing: Listing, model: Model) -> dict[str, Any]:
+    def _describe(self, fingerprint: str, model: Model) -> dict[str, Any]:
         job = self.job
         return {
             "method": asdict(job.method),
@@ -175,7 +176,7 @@ class _Run:
             "seed": job.seed,
             "execution": {**asdict(job.execution), "autocast": str(job.execution.autocast)},
             "surrogate": model.about,
-            "input": listing.fingerprint(),
+            "input": fingerprint,
             "max_pixels": job.max_pixels,
             "reference_files": job.reference_files,
             "processes": self.world,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from hashlib import md5, sha256, sha512
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ccu_fast.data.captions.listing import in_place_of, texts_in
-from ccu_fast.data.captions.shards import Sample, read_index, read_span
+from ccu_fast.data.captions.shards import Sample, read_index, read_json, read_span
 from ccu_fast.files import json_text
 from ccu_fast.mem.publish.elsewhere import NAMES, Clean, Elsewhere
 
@@ -69,14 +68,14 @@ def published(
         ValueError: the sample's ``json`` is none.
     """
     written: dict[str, Any] = {"__key__": sample.key, "png": png}
-    published = list(captions.values())
-    about = _parsed(read_span(shard, *sample.members["json"])) if "json" in sample.members else None
+    new = list(captions.values())
+    about = read_json(shard, sample) if "json" in sample.members else None
     fields = {}
     if isinstance(about, dict):
         fields = {name: about[name] for name in ("caption", caption_column) if texts_in(about.get(name))}
     written_over = {f"json.{name}": texts_in(value) for name, value in fields.items()}
     if "txt" in sample.members:
-        written["txt"] = published[0].encode()
+        written["txt"] = new[0].encode()
         written_over["txt"] = [read_span(shard, *sample.members["txt"]).decode("utf-8-sig", "replace")]
     # Where captions came from one of these, the others hold further ones, which may stand elsewhere too.
     known = {caption.strip() for caption in captions}
@@ -86,18 +85,11 @@ def published(
     clean = Clean(captions, (text for _, text in others))
     elsewhere.look(sample.key, clean, NAMES)
     if "json" in sample.members:
-        new = {name: in_place_of(value, published) for name, value in fields.items()}
-        written["json"] = json_text(_about(about, new, clean, png, size, elsewhere)).encode()
+        in_fields = {name: in_place_of(value, new) for name, value in fields.items()}
+        written["json"] = json_text(_about(about, in_fields, clean, png, size, elsewhere)).encode()
     if "cls" in sample.members:
         written["cls"] = _class(read_span(shard, *sample.members["cls"]), clean, elsewhere)
     return written
-
-
-def _parsed(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its json is no JSON ({error})") from error
 
 
 def _about(

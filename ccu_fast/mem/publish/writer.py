@@ -260,9 +260,9 @@ def write_metadata(
                 )
             name = os.path.relpath(listing.names[image], os.path.dirname(inside) or ".")
             published = in_place_of(record[caption_column], [captions(row) for row in rows])
-            rest = {column: value for column, value in record.items() if column not in (image_column, caption_column)}
+            sought, named = clean(image), (image_column, caption_column)
             try:
-                renewed = {column: elsewhere.renew(rest[column], clean(image), column) for column in rest}
+                renewed = {c: elsewhere.renew(value, sought, c) for c, value in record.items() if c not in named}
             except ValueError as error:
                 raise ValueError(f"{listing.argument}: {error}, in record {number + 1} of {table}") from error
             return {**record, **renewed, image_column: name, caption_column: published}

@@ -184,8 +184,7 @@ def build_problem(
             f"got {list(y.shape[:-2])}"
         ) from None
     n, m = x.shape[-2], y.shape[-2]
-    if isinstance(paired, Tensor) or paired not in (None, True, False):
-        raise TypeError(f"paired: expected True, False or None, got {paired!r}")
+    check_paired(paired)
     square = n == m if paired is None else paired
     if paired and n != m:
         raise ValueError(f"paired: expected as many rows in x as in y, got {n} and {m}")
@@ -219,6 +218,12 @@ def build_problem(
         cols=tuple(CODES[k] + r for k, r in col_spec if k != "count"),
     )
     return p, lead, row_spec, col_spec
+
+
+def check_paired(paired: object) -> None:
+    """``paired`` is True, False or None."""
+    if isinstance(paired, Tensor) or paired not in (None, True, False):
+        raise TypeError(f"paired: expected True, False or None, got {paired!r}")
 
 
 def _spec(name: str, values: Sequence[Reduction], labels: Tensor | None) -> list[Reduction]:
