@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ccu_fast import patch
 from ccu_fast._version import __version__ as __version__
+from ccu_fast.distributed.key_queue import KeyQueue
 from ccu_fast.distributed.open_clip import ClipLoss, SigLipLoss
 from ccu_fast.losses.functional import info_nce, inverse_info_nce, sigmoid_loss, sup_con
 from ccu_fast.losses.modules import InfoNCE, InverseInfoNCE, SigmoidLoss, SupCon
@@ -29,6 +30,7 @@ __all__ = [
     "Flips",
     "InfoNCE",
     "InverseInfoNCE",
+    "KeyQueue",
     "NoiseStore",
     "Relation",
     "SigLipLoss",

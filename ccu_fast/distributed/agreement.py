@@ -29,42 +29,6 @@ class Sizes(NamedTuple):
         return self.x == self.y
 
 
-def agree(ranks: Ranks, prepare: Callable[[], tuple[T, list[int]]], x: Any, *, equal: bool) -> tuple[T, Sizes]:
-    """``prepare()`` on every rank, and every rank's numbers of rows.
-
-    Args:
-        ranks: who has to agree.
-        prepare: checks this rank's arguments, or raises what is wrong with them; returns what it made of them and the
-            numbers to exchange: the rows of x, the rows of y, and one for each of ``AGREED``.
-        x: the argument whose device carries the exchange, if it is a tensor.
-        equal: trust that all ranks fit together and have the same sizes; nothing is exchanged.
-
-    Raises:
-        TypeError, ValueError: this rank's own error, or that of the first rank that has one, on every rank.
-    """
-    if equal or ranks.size == 1:
-        prepared, (n, m, *_) = prepare()
-        return prepared, Sizes((n,) * ranks.size, (m,) * ranks.size)
-    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
-    try:
-        prepared, numbers = prepare()
-    except (TypeError, ValueError):
-        ranks.table([0] * (3 + len(AGREED)), device)  # the others would wait for it
-        raise
-    table = ranks.table([1, *numbers], device)
-    refused = [rank for rank, row in enumerate(table) if not row[0]]
-    if refused:
-        raise ValueError(
-            f"group: expected valid arguments on every rank, got an error on rank {refused[0]} (see there)"
-        )
-    for (name, what), column in zip(AGREED, zip(*(row[3:] for row in table), strict=True), strict=True):
-        if len(set(column)) > 1:
-            raise ValueError(
-                f"{name}: expected the same {what} on every rank of the group, got {list(column)} in rank order"
-            )
-    return prepared, Sizes(tuple(row[1] for row in table), tuple(row[2] for row in table))
-
-
 # Argument, and what of it.
 AGREED = (
     ("x", "last dimension (that of y)"),
@@ -78,6 +42,50 @@ AGREED = (
     ("rows", "reductions, and cols, paired, normalize and bias or none (as one number)"),
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def agree(
+    ranks: Ranks,
+    prepare: Callable[[], tuple[T, list[int]]],
+    x: Any,
+    *,
+    equal: bool,
+    agreed: Sequence[tuple[str, str]] = AGREED,
+) -> tuple[T, Sizes]:
+    """``prepare()`` on every rank, and every rank's numbers of rows.
+
+    Args:
+        ranks: who has to agree.
+        prepare: checks this rank's arguments, or raises what is wrong with them; returns what it made of them and the
+            numbers to exchange: the rows of x, the rows of y, and one for each of ``agreed``.
+        x: the argument whose device carries the exchange, if it is a tensor.
+        equal: trust that all ranks fit together and have the same sizes; nothing is exchanged.
+        agreed: what has to be the same everywhere: arguments, and what of them.
+
+    Raises:
+        TypeError, ValueError: this rank's own error, or that of the first rank that has one, on every rank.
+    """
+    if equal or ranks.size == 1:
+        prepared, (n, m, *_) = prepare()
+        return prepared, Sizes((n,) * ranks.size, (m,) * ranks.size)
+    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+    try:
+        prepared, numbers = prepare()
+    except (TypeError, ValueError):
+        ranks.table([0] * (3 + len(agreed)), device)  # the others would wait for it
+        raise
+    table = ranks.table([1, *numbers], device)
+    refused = [rank for rank, row in enumerate(table) if not row[0]]
+    if refused:
+        raise ValueError(
+            f"group: expected valid arguments on every rank, got an error on rank {refused[0]} (see there)"
+        )
+    for (name, what), column in zip(agreed, zip(*(row[3:] for row in table), strict=True), strict=True):
+        if len(set(column)) > 1:
+            raise ValueError(
+                f"{name}: expected the same {what} on every rank of the group, got {list(column)} in rank order"
+            )
+    return prepared, Sizes(tuple(row[1] for row in table), tuple(row[2] for row in table))
 
 
 def like(features: Tensor) -> list[int]:

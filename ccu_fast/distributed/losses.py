@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,21 +11,27 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
+from ccu_fast.distributed.agreement import agree
 from ccu_fast.distributed.ranks import Ranks
 from ccu_fast.distributed.similarity import reduce_similarity
 from ccu_fast.losses import formulas
-from ccu_fast.losses.formulas import INVERSE_KINDS, Side
-from ccu_fast.losses.functional import REDUCTIONS, SIMILARITY, arguments
+from ccu_fast.losses.contrast import Contrast
+from ccu_fast.losses.formulas import INVERSE_KINDS, POSITIVES, Side
+from ccu_fast.losses.functional import REDUCTIONS, SIMILARITY, arguments, same_items
+from ccu_fast.losses.variant import VARIANT
 
 GRADIENTS = ("mean", "sum")
 PASSED_ON = (*SIMILARITY, "group", "mode", "equal")
+
+# What ranks compare of an InfoNCE with more than a batch's own pairs.
+OUTLINE = (("joint", "answer, and the other options of the loss (as one number)"),)
 
 # Only a paired problem says which items belong together without keys.
 PAIRS_OR_IDS = partial(reduce_similarity, positives="row_ids and col_ids")
 PAIRS_IDS_OR_LABELS = partial(reduce_similarity, positives="row_ids and col_ids or row_labels and col_labels")
 
 
-@arguments(*PASSED_ON)
+@arguments("ids", *VARIANT, *PASSED_ON)
 def info_nce(
     x: Tensor,
     y: Tensor,
@@ -54,8 +61,11 @@ def info_nce(
             averages them; each rank's gradient is multiplied by the number of ranks, so that the average is the
             gradient of the loss. "sum": they will be added, and ``x.grad`` is exactly the slice of the one-process
             gradient. Without effect for reduction="none": the gradient is that of the sum of all ranks' values.
-        **similarity: row_ids, col_ids, row_labels, col_labels, paired, normalize, backend, workspace, nan_policy,
-            group, mode, equal: see :func:`ccu_fast.distributed.reduce_similarity`.
+        **similarity: ids and the other keywords of :func:`ccu_fast.info_nce`, of this rank's items. ``negatives`` of
+            all ranks are negatives of every row; a bank that all ranks hold, such as a gathered
+            :class:`ccu_fast.KeyQueue`, is for :func:`ccu_fast.info_nce` on each rank instead. And row_ids, col_ids,
+            row_labels, col_labels, paired, row_limits, col_limits, normalize, backend, workspace, nan_policy, group,
+            mode, equal: see :func:`ccu_fast.distributed.reduce_similarity`.
 
     Returns:
         fp32 scalar, or ``[n]`` for reduction="none".
@@ -70,8 +80,25 @@ def info_nce(
         tensor(0.3408)
     """
     _check(reduction, gradients)
-    sides = formulas.info_nce(PAIRS_OR_IDS, x, y, scale=scale, bias=bias, symmetric=symmetric, **similarity)
+    same_items(similarity)
+    sides = info_nce_sides(PAIRS_OR_IDS, x, y, scale=scale, bias=bias, symmetric=symmetric, **similarity)
     return _finish(sides, reduction, gradients, similarity)
+
+
+def info_nce_sides(
+    reduce: formulas.Reduce, x: Tensor, y: Tensor, *, scale: Any, bias: Any, symmetric: bool = True, **options: Any
+) -> list[Side]:
+    """:func:`ccu_fast.losses.contrast.info_nce`, of which every rank hears if one is asked for what cannot be."""
+    if not any(name in options for name in VARIANT):
+        return formulas.info_nce(reduce, x, y, scale=scale, bias=bias, symmetric=symmetric, **options)
+
+    def prepare() -> tuple[Contrast, list[int]]:
+        contrast = Contrast(x, y, scale=scale, bias=bias, symmetric=symmetric, **options)
+        return contrast, [len(x), len(y), zlib.crc32(repr(contrast.outline()).encode())]
+
+    ranks = Ranks(options.get("group"))
+    contrast, _ = agree(ranks, prepare, x, equal=options.get("equal", False), agreed=OUTLINE)
+    return contrast.sides(reduce, reduce_similarity)
 
 
 @arguments("bias", *PASSED_ON)
@@ -118,33 +145,41 @@ def sup_con(
     scale: float | Tensor,
     row_labels: Tensor,
     col_labels: Tensor | None = None,
+    positives: str = "mean",
     reduction: str = "mean",
     gradients: str = "mean",
     **similarity: Any,
 ) -> Tensor:
     """Compute :func:`ccu_fast.sup_con`, which has the formula, of the batch on all ranks together.
 
-    Args: row_labels int64 ``[n]`` and col_labels int64 ``[m]`` as there; all others as of :func:`info_nce` here.
+    Args: row_labels int64 ``[n]``, col_labels int64 ``[m]`` and positives as there; all others as of :func:`info_nce`
+    here.
 
     Returns: fp32 scalar, or ``[n]`` for reduction="none".
 
     Raises: what :func:`ccu_fast.sup_con` and :func:`reduce_similarity` here raise.
 
-    Source: Khosla et al. 2020 (arXiv 2004.11362), eq. 2.
+    Source: Khosla et al. 2020 (arXiv 2004.11362), eq. 2, and eq. 3 for "lse".
 
     Example, of one process alone:
         >>> z, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
         >>> ccu_fast.distributed.sup_con(z, z, scale=2.0, row_labels=labels)
         tensor(1.0986)
     """
+    check.one_of("positives", positives, POSITIVES)
     _check(reduction, gradients)
     side = formulas.sup_con(
-        reduce_similarity, x, y, scale=scale, row_labels=row_labels, col_labels=col_labels, **similarity
+        *(reduce_similarity, x, y),
+        scale=scale,
+        row_labels=row_labels,
+        col_labels=col_labels,
+        positives=positives,
+        **similarity,
     )
     return _finish([side], reduction, gradients, similarity)
 
 
-@arguments(*PASSED_ON)
+@arguments("ids", *PASSED_ON)
 def sigmoid_loss(
     x: Tensor,
     y: Tensor,
@@ -170,6 +205,7 @@ def sigmoid_loss(
         tensor(2.2064)
     """
     _check(reduction, gradients)
+    same_items(similarity)
     reduce = reduce_similarity if similarity.get("paired") is False else PAIRS_OR_IDS
     side = formulas.sigmoid_loss(reduce, x, y, scale=scale, bias=bias, **similarity)
     return _finish([side], reduction, gradients, similarity)

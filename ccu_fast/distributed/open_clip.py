@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ccu_fast import check
 from ccu_fast.distributed.agreement import agree, like
-from ccu_fast.distributed.losses import global_value
+from ccu_fast.distributed.losses import global_value, info_nce_sides
 from ccu_fast.distributed.ranks import Ranks, offsets
 from ccu_fast.distributed.similarity import reduce_similarity
 from ccu_fast.losses import formulas
-from ccu_fast.losses.functional import info_nce, sigmoid_loss
+from ccu_fast.losses.contrast import Contrast
+from ccu_fast.losses.functional import info_nce, same_items, sigmoid_loss
 from ccu_fast.ops.reduce_similarity.api import as_scalar, normalize_pair
 
 # open_clip's pairs are those of each rank: other numbers of texts than of images would be paired with another rank's.
@@ -24,6 +25,7 @@ ITS_OWN_PAIRS = partial(reduce_similarity, alike=True)
 
 # The arguments of forward, by their names in the functions that it calls.
 _NAMES = {"x": "image_features", "y": "text_features", "scale": "logit_scale", "bias": "logit_bias"}
+_NAMES |= {"row_ids": "ids", "col_ids": "ids"}
 _WORDS = re.compile(rf"\b({'|'.join(_NAMES)})\b")
 
 SIGLIP_EXCHANGES = ("bidir", "shift", "reduce", "gather")
@@ -46,11 +48,18 @@ class _OpenClipLoss(nn.Module):
         self.workspace = workspace
 
     def _called(
-        self, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor | None, output_dict: bool
+        self,
+        images: Tensor,
+        texts: Tensor,
+        scale: float | Tensor,
+        bias: float | Tensor | None,
+        output_dict: bool,
+        more: dict[str, Tensor | None],
     ) -> Tensor | dict[str, Tensor]:
         """What ``forward`` returns; errors name its arguments and not those of the functions behind it."""
         options: dict[str, Any] = {"scale": scale, "bias": bias, "normalize": self.normalize}
         options |= {"backend": self.backend, "workspace": self.workspace}
+        options |= {name: value for name, value in more.items() if value is not None}
         try:
             if self.world_size == 1:  # of several every one has to hear of it
                 for name, features in (("x", images), ("y", texts)):
@@ -143,6 +152,10 @@ class ClipLoss(_OpenClipLoss):
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
+        *,
+        ids: Tensor | None = None,
+        negatives: Tensor | None = None,
+        hard_negatives: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, in a dictionary under "contrastive_loss" if ``output_dict``.
 
@@ -152,11 +165,16 @@ class ClipLoss(_OpenClipLoss):
             logit_scale: number or one-element tensor, already exponentiated.
             logit_bias: number or one-element tensor added to the logits.
             output_dict: return a dictionary.
+            ids: int64 ``[N]``: pairs of one id, such as those of one caption, are positives of each other, also on
+                several ranks. The target of an item is the mean of its positives.
+            negatives: ``[K, D]`` more texts, which belong to no image: NegCLIP's captions with swapped words.
+            hard_negatives: ``[N, K, D]`` texts that are compared with their own image alone.
 
         Returns:
             fp32 scalar. open_clip's own is in the dtype of the logits.
         """
-        return self._called(image_features, text_features, logit_scale, logit_bias, output_dict)
+        more = {"ids": ids, "negatives": negatives, "hard_negatives": hard_negatives}
+        return self._called(image_features, text_features, logit_scale, logit_bias, output_dict, more)
 
     def _of_all(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
         if self.world_size == 1:
@@ -174,7 +192,8 @@ class ClipLoss(_OpenClipLoss):
             for name in ("scale", "bias"):
                 if isinstance(options[name], Tensor):
                     options[name] = _SumGradient.apply(options[name], ranks, factor)
-        sides = formulas.info_nce(ITS_OWN_PAIRS, images, texts, **options)
+        same_items(options)
+        sides = info_nce_sides(ITS_OWN_PAIRS, images, texts, **options)
         if self.local_loss:
             return (_mean(sides[0].raw) + _mean(sides[1].raw)) / 2
         return global_value(ranks, sides, "mean", factor=factor)
@@ -182,12 +201,20 @@ class ClipLoss(_OpenClipLoss):
     def _own_rows_alone(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
         """No gradient reaches another rank's features, so neither side can be computed elsewhere: both travel."""
         ranks = self._ranks()
+        ids = options.pop("ids", None)
+        own = {"hard_negatives": options.pop("hard_negatives", None)}
 
         def prepare() -> tuple[tuple[Tensor, Tensor], list[int]]:
             for name, features in (("x", images), ("y", texts)):
                 check.tensor(name, features, ndim=2)
             check.same("y", texts, "x", images)
             check.shape("y", texts, images.shape)
+            if ids is not None:
+                check.tensor("row_ids", ids, dtypes=check.INTEGERS)
+                check.shape("row_ids", ids, (len(images),))
+            if options.get("negatives") is not None:
+                raise ValueError("negatives: expected None with local_loss without gather_with_grad, got a tensor")
+            Contrast(images, texts, scale=1.0, bias=None, symmetric=False, **own)
             for name in ("scale", "bias"):
                 if options[name] is not None or name == "scale":
                     as_scalar(name, options[name], images)
@@ -196,9 +223,13 @@ class ClipLoss(_OpenClipLoss):
 
         (images, texts), sizes = agree(ranks, prepare, images, equal=False)
         every_image, every_text = (torch.cat(ranks.gather(own.detach(), sizes.x)) for own in (images, texts))
-        ids = torch.arange(len(every_text), device=images.device)
-        options |= {"row_ids": ids[offsets(sizes.x)[self.rank] :][: len(images)], "col_ids": ids, "symmetric": False}
-        return (info_nce(images, every_text, **options) + info_nce(texts, every_image, **options)) / 2
+        if ids is None:
+            every_id = torch.arange(len(every_text), device=images.device)
+            ids = every_id[offsets(sizes.x)[self.rank] :][: len(images)]
+        else:
+            every_id = torch.cat(ranks.gather(ids.long(), sizes.x))
+        options |= {"row_ids": ids, "col_ids": every_id, "symmetric": False}
+        return (info_nce(images, every_text, **options, **own) + info_nce(texts, every_image, **options)) / 2
 
 
 class SigLipLoss(_OpenClipLoss):
@@ -249,14 +280,17 @@ class SigLipLoss(_OpenClipLoss):
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None,
         output_dict: bool = False,
+        *,
+        ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss; arguments and result as of :meth:`ClipLoss.forward`."""
-        return self._called(image_features, text_features, logit_scale, logit_bias, output_dict)
+        """The loss; arguments and result as of :meth:`ClipLoss.forward`. Every pair of one id is a positive."""
+        return self._called(image_features, text_features, logit_scale, logit_bias, output_dict, {"ids": ids})
 
     def _of_all(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
         if self.world_size == 1:
             return sigmoid_loss(images, texts, **options)
         self._ranks()
+        same_items(options)
         return _mean(formulas.sigmoid_loss(ITS_OWN_PAIRS, images, texts, **options).raw)
 
 

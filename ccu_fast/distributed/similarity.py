@@ -16,6 +16,7 @@ from ccu_fast.distributed import agreement
 from ccu_fast.distributed.agreement import MODES, Sizes, agree
 from ccu_fast.distributed.blocks import Blocks, Plan
 from ccu_fast.distributed.ranks import Ranks, offsets
+from ccu_fast.losses.formulas import logsumexp
 from ccu_fast.ops.backend import choose
 from ccu_fast.ops.operator import never
 from ccu_fast.ops.reduce_similarity.api import (
@@ -192,18 +193,9 @@ def _merge(plan: Plan, p: SimilarityProblem, col_parts: Tensor) -> list[Tensor]:
         return []
     from_all = _Swap.apply(col_parts.T, plan)  # [ranks, m, C]
     return [
-        _logsumexp(from_all[..., c]) if decode(code)[0] == "lse" else from_all[..., c].sum(0)
+        logsumexp(from_all[..., c]) if decode(code)[0] == "lse" else from_all[..., c].sum(0)
         for c, code in enumerate(p.cols)
     ]
-
-
-def _logsumexp(parts: Tensor) -> Tensor:
-    """Over the first dimension; where all parts are −inf so is the result, with zero gradient."""
-    peak = parts.detach().amax(0)
-    empty = peak == -torch.inf
-    peak = torch.where(empty, 0, peak)
-    total = torch.exp(parts - peak).sum(0)
-    return torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1, total)) + peak)
 
 
 class _Swap(torch.autograd.Function):

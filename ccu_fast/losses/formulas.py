@@ -15,6 +15,7 @@ from torch import Tensor
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME, SELF
 
 INVERSE_KINDS = ("bounded", "contrastive", "ascent")
+POSITIVES = ("mean", "lse")
 
 Reduce = Callable[..., tuple[list[Tensor], list[Tensor]]]
 
@@ -42,6 +43,17 @@ class Side(NamedTuple):
 def softplus(z: Tensor) -> Tensor:
     """log(1 + exp(z)) to its last digits: log1p below 50, and above it z is all that a dtype holds."""
     return torch.nn.functional.softplus(z, threshold=50)
+
+
+def logsumexp(parts: Tensor, dim: int = 0) -> Tensor:
+    """Over one dimension; where all parts are −inf so is the result, with zero gradient and not NaN."""
+    if parts.shape[dim] == 0:
+        return parts.sum(dim) - torch.inf
+    peak = parts.detach().amax(dim, keepdim=True)
+    empty = (peak == -torch.inf).squeeze(dim)
+    peak = torch.where(peak.isinf(), 0, peak)
+    total = torch.exp(parts - peak).sum(dim)
+    return torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1, total)) + peak.squeeze(dim))
 
 
 def attract(rest: Tensor, inside: Tensor, total: Tensor, count: Tensor) -> Tensor:
@@ -105,11 +117,24 @@ def inverse_info_nce(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, kind: 
     return Side(torch.where(counts, same, 0) - other / n_other.clamp(min=1), counts)
 
 
-def sup_con(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, row_labels: Tensor, **similarity: Any) -> Side:
-    """lse(SAME ∪ OTHER) − mean(SAME) of the rows."""
-    spec = [("lse", OTHER), ("lse", SAME), ("sum", SAME), ("count", SAME)]
-    (rest, *positives), _ = reduce(x, y, scale=scale, rows=spec, row_labels=row_labels, **similarity)
-    return Side(attract(rest, *positives), positives[-1] > 0)
+def sup_con(
+    reduce: Reduce,
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: Any,
+    row_labels: Tensor,
+    positives: str = "mean",
+    **similarity: Any,
+) -> Side:
+    """lse(SAME ∪ OTHER) less the mean or the lse of SAME, of the rows."""
+    lse, total, count = [("lse", OTHER), ("lse", SAME)], ("sum", SAME), ("count", SAME)
+    spec = [*lse, count] if positives == "lse" else [*lse, total, count]
+    (rest, inside, *more), _ = reduce(x, y, scale=scale, rows=spec, row_labels=row_labels, **similarity)
+    counts = more[-1] > 0
+    if positives == "lse":
+        return Side(softplus(rest - torch.where(counts, inside, 0)), counts)
+    return Side(attract(rest, inside, *more), counts)
 
 
 def sigmoid_loss(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, bias: Any = None, **similarity: Any) -> Side:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.losses import formulas
-from ccu_fast.losses.formulas import INVERSE_KINDS
+from ccu_fast.losses import contrast, formulas
+from ccu_fast.losses.formulas import INVERSE_KINDS, POSITIVES
+from ccu_fast.losses.variant import VARIANT
 from ccu_fast.ops.backend import autocast_dtype, choose, fp32_precision
 from ccu_fast.ops.reduce_similarity import operator
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
@@ -70,7 +71,7 @@ def _likely(name: str, known: Iterable[str]) -> str:
     return " or ".join(difflib.get_close_matches(name, known) or known)
 
 
-@arguments(*SIMILARITY)
+@arguments("ids", *VARIANT, *SIMILARITY)
 def info_nce(
     x: Tensor,
     y: Tensor,
@@ -79,7 +80,7 @@ def info_nce(
     bias: float | Tensor | None = None,
     symmetric: bool = True,
     reduction: str = "mean",
-    **similarity: Any,
+    **options: Any,
 ) -> Tensor:
     """Contrast every pair with all others: InfoNCE, and CLIP's loss when symmetric::
 
@@ -89,8 +90,8 @@ def info_nce(
         if symmetric:
             loss = (loss + F.cross_entropy(logits.mT, target)) / 2
 
-    With ids the positives of a row are all columns of its id (their mean logit is the target), and rows without a
-    positive do not count.
+    So a row comes to log(1 + exp(rest − own)), where own is the logit of its positive and rest the log-sum-exp of its
+    negatives. The options below change either.
 
     Args:
         x: ``[..., N, D]`` fp32, fp16 or bf16; usually unit vectors.
@@ -99,28 +100,73 @@ def info_nce(
         bias: number or one-element tensor, added to the logits.
         symmetric: average the losses over rows and over columns.
         reduction: "mean" or "sum" over the items, or "none".
-        **similarity: row_ids, col_ids, row_labels and col_labels (only negative ones matter here), paired,
-            normalize, backend, workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
+        ids: int64 ``[N]`` or ``[..., N]``, for row_ids and col_ids alike: items of one id, such as pictures with the
+            same caption, are positives of each other. Rows without a positive do not count.
+        positives: of a row with several "mean", lse(all) − mean(own), so that each is drawn near; or "lse", minus the
+            logarithm of the probability of all of them together, which one of them satisfies. The second is Khosla et
+            al. 2020, eq. 3, but for the constant log of their number; the first, eq. 2, is UniCL's too.
+        negatives: ``[..., K, D]`` more keys, which are negatives of every row of x (DPR, NegCLIP, a queue of MoCo).
+        negative_ids: int64 ``[K]``: which of them are no negatives of the rows with the same id.
+        hard_negatives: ``[..., N, K, D]``, K negatives of each row of x alone.
+        in_batch: False: ``negatives`` and ``hard_negatives`` are the only negatives, and only rows count.
+        joint: in place of ``symmetric`` one softmax for each pair i, over its own logit and the negatives of these
+            directions: "x_to_y" (x_i and every y_j), "y_to_x" (y_i and every x_j), "x_to_x", "y_to_y". GTE has all four
+            (Li et al. 2023, arXiv 2308.03281, sec. 3.4), SimCLR's halves have "x_to_y" and "x_to_x".
+        margin, threshold: leave out as false negatives what resembles an item more than its positive does by more than
+            ``margin``, or by more than ``threshold`` at all. Similarities are those of x and y before scale and bias; a
+            row's positives are never left out. Qwen3 Embedding has margin 0.1 (arXiv 2506.05176, eq. 1).
+        relative: the margin is a share of the positive's similarity.
+        guide: features ``[..., N, G]`` and ``[..., M, G]`` of another model for x and y and, if given, for negatives
+            and hard_negatives: similarities are compared by it (GISTEmbed, Solatorio 2024, arXiv 2402.16829; there
+            margin is 0, in its later form negative). It gets no gradient.
+        decoupled: the positive is not among what it is compared with: rest − own (DCL, Yeh et al. 2022, arXiv
+            2110.06848, eq. 6). Rows without a negative do not count.
+        smoothing: in [0, 1], the share of the target that is spread over all logits of a row (``label_smoothing``).
+        debias: τ in [0, 1), or a tensor ``[N]`` of them: the share of false negatives that is assumed and subtracted:
+            rest = log max((Σ exp(negatives) − τ n exp(own)) / (1 − τ), n exp(−scale)), of n negatives (Chuang et al.
+            2020, arXiv 2007.00224, eq. 8).
+        hardness: β ≥ 0, weighs negatives by exp(β · logit), with mean weight 1 (Robinson et al. 2021, arXiv
+            2010.04592, eq. 4). A second pass over the similarities.
+        focal: γ ≥ 0: every row times (1 − p)^γ, p the probability of its positive (Lin et al. 2017, arXiv 1708.02002).
+        **options: row_ids, col_ids, row_labels and col_labels (only negative ones matter here), paired,
+            row_limits, col_limits, normalize, backend, workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
 
     Returns:
         fp32 ``[...]`` (one value per bank), or ``[..., N]`` for reduction="none".
 
     Raises:
-        ValueError: N ≠ M without ids, or reduction="none" of a symmetric loss with N ≠ M.
+        TypeError, ValueError: N ≠ M without ids, reduction="none" of a symmetric loss with N ≠ M, an option outside its
+            range or beside one that it does not go with.
 
     Source: van den Oord et al. 2018 (arXiv 1807.03748), eq. 4; Radford et al. 2021 (arXiv 2103.00020), fig. 3.
 
     >>> x = torch.eye(4)
     >>> ccu_fast.info_nce(x, x, scale=2.0)  # log(e² + 3) − 2
     tensor(0.3408)
+    >>> ccu_fast.info_nce(x, x, scale=2.0, ids=torch.tensor([0, 0, 1, 1]))  # the mean of two is log(e² + 3) − 1
+    tensor(1.3408)
+    >>> ccu_fast.info_nce(x, x, scale=2.0, negatives=-x, symmetric=False)  # log(e² + 6 + e⁻²) − 2
+    tensor(0.6045)
     """
     check.one_of("reduction", reduction, REDUCTIONS)
-    small = None if bias is not None or reduction == "none" else served_by(x, y, similarity)
+    small = None if bias is not None or reduction == "none" else served_by(x, y, options)
     if small is not None:
         return small_info_nce(x, y, scale, symmetric=symmetric, mean=reduction == "mean", backend=small)
-    _require_positives(x, y, similarity)
-    sides = formulas.info_nce(reduce_similarity, x, y, scale=scale, bias=bias, symmetric=symmetric, **similarity)
+    same_items(options)
+    _require_positives(x, y, options)
+    sides = contrast.info_nce(reduce_similarity, x, y, scale=scale, bias=bias, symmetric=symmetric, **options)
     return formulas.average([_reduce(side, reduction) for side in sides])
+
+
+def same_items(options: dict[str, Any]) -> None:
+    """Write ``ids`` as the two keywords that it stands for."""
+    ids = options.pop("ids", None)
+    if ids is None:
+        return
+    for name in ("row_ids", "col_ids"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name}: expected none because ids is given, got a tensor")
+        options[name] = ids
 
 
 @arguments("bias", *SIMILARITY)
@@ -181,13 +227,15 @@ def sup_con(
     scale: float | Tensor,
     row_labels: Tensor,
     col_labels: Tensor | None = None,
+    positives: str = "mean",
     reduction: str = "mean",
     **similarity: Any,
 ) -> Tensor:
     """Draw items of one label together: the supervised contrastive loss, in its "outside" form::
 
         S = scale * x @ y.mT, the pair (i, i) left out
-        mean_i( logsumexp(S[i, SAME or OTHER]) - mean(S[i, SAME]) )
+        mean_i( logsumexp(S[i, SAME or OTHER]) - mean(S[i, SAME]) )          # positives="mean"
+        mean_i( logsumexp(S[i, SAME or OTHER]) - logsumexp(S[i, SAME]) )     # positives="lse"
 
     For the usual one-bank form pass ``sup_con(z, z, ...)``. Rows without a positive contribute 0 and do not count.
 
@@ -195,6 +243,8 @@ def sup_con(
         x: ``[..., N, D]``; y: ``[..., M, D]``.
         scale: number or one-element tensor; 1 / temperature.
         row_labels: int64 ``[..., N]``; col_labels: int64 ``[..., M]``, by default the row labels.
+        positives: "mean" draws every positive near; "lse", the "inside" form but for the constant log of their number,
+            is content with one.
         reduction: "mean" or "sum" over the rows, or "none".
         **similarity: see :func:`ccu_fast.reduce_similarity`.
 
@@ -202,22 +252,28 @@ def sup_con(
         fp32 ``[...]``, or ``[..., N]`` for reduction="none".
 
     Raises:
-        TypeError, ValueError: unknown reduction, no labels, labels of the wrong length.
+        TypeError, ValueError: unknown reduction or positives, no labels, labels of the wrong length.
 
-    Source: Khosla et al. 2020 (arXiv 2004.11362), eq. 2.
+    Source: Khosla et al. 2020 (arXiv 2004.11362), eq. 2, and eq. 3 for "lse".
 
     >>> z = torch.eye(4)
     >>> ccu_fast.sup_con(z, z, scale=2.0, row_labels=torch.tensor([0, 0, 1, 1]))  # log(3)
     tensor(1.0986)
     """
     check.one_of("reduction", reduction, REDUCTIONS)
+    check.one_of("positives", positives, POSITIVES)
     side = formulas.sup_con(
-        reduce_similarity, x, y, scale=scale, row_labels=row_labels, col_labels=col_labels, **similarity
+        *(reduce_similarity, x, y),
+        scale=scale,
+        row_labels=row_labels,
+        col_labels=col_labels,
+        positives=positives,
+        **similarity,
     )
     return _reduce(side, reduction)
 
 
-@arguments(*SIMILARITY)
+@arguments("ids", *SIMILARITY)
 def sigmoid_loss(
     x: Tensor,
     y: Tensor,
@@ -238,8 +294,9 @@ def sigmoid_loss(
         scale, bias: numbers or one-element tensors (gradient flows).
         reduction: "mean" (the sum over all pairs divided by N, rows with a negative label included), "sum", or "none"
             (``[..., N]``).
-        **similarity: row_ids, col_ids (equal ids are positives), paired (False: every pair is a negative), normalize,
-            backend, workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
+        ids: int64 ``[N]`` or ``[..., N]``, for row_ids and col_ids alike: items of one id are positives of each other.
+        **similarity: row_ids, col_ids (equal ids are positives), paired (False: every pair is a negative), row_limits,
+            normalize, backend, workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
 
     Returns:
         fp32 ``[...]``, or ``[..., N]`` for reduction="none".
@@ -254,6 +311,7 @@ def sigmoid_loss(
     tensor(2.2064)
     """
     check.one_of("reduction", reduction, REDUCTIONS)
+    same_items(similarity)
     _require_positives(x, y, similarity, negatives_only=True)
     return _reduce(formulas.sigmoid_loss(reduce_similarity, x, y, scale=scale, bias=bias, **similarity), reduction)
 

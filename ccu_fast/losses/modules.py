@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ccu_fast import check
+from ccu_fast.losses.formulas import POSITIVES
 from ccu_fast.losses.functional import (
     INVERSE_KINDS,
     REDUCTIONS,
@@ -18,8 +19,11 @@ from ccu_fast.losses.functional import (
     sigmoid_loss,
     sup_con,
 )
+from ccu_fast.losses.variant import VARIANT, Variant
 
 OPTIONS = ("learnable", "reduction", "normalize", "backend", "workspace")
+# Of what varies InfoNCE, what is no tensor and so can be fixed.
+FIXED = tuple(name for name in VARIANT if name not in ("negatives", "negative_ids", "hard_negatives", "guide"))
 
 
 class _SimilarityLoss(nn.Module):
@@ -86,19 +90,26 @@ class InfoNCE(_SimilarityLoss):
     Args:
         scale: the inverse temperature, by keyword; None when forward is to be given it.
         symmetric: average the losses over rows and over columns.
-        **options: learnable, reduction, normalize, backend and workspace, as of :class:`SupCon`.
+        **options: positives, in_batch, joint, margin, relative, threshold, decoupled, smoothing, debias, hardness and
+            focal, as of :func:`ccu_fast.info_nce`; learnable, reduction, normalize, backend and workspace, as of
+            :class:`SupCon`.
 
     Raises:
-        TypeError, ValueError: as of :class:`SupCon`.
+        TypeError, ValueError: as of :func:`ccu_fast.info_nce` and :class:`SupCon`.
 
     >>> ccu_fast.InfoNCE(scale=2.0)(torch.eye(4), torch.eye(4))
     tensor(0.3408)
+    >>> ccu_fast.InfoNCE(scale=2.0, decoupled=True)(torch.eye(4), torch.eye(4))  # log(3) − 2
+    tensor(-0.9014)
     """
 
     _show = ("symmetric", *_SimilarityLoss._show)
 
-    @arguments(*OPTIONS)
+    @arguments(*FIXED, *OPTIONS)
     def __init__(self, *, scale: float | None = None, symmetric: bool = True, **options: Any) -> None:
+        self.variant = {name: options.pop(name) for name in FIXED if name in options}
+        Variant(**{name: value for name, value in self.variant.items() if name != "in_batch"})
+        check.boolean("in_batch", self.variant.get("in_batch", True))  # what it goes with, only forward knows
         super().__init__(scale=scale, **options)
         self.symmetric = symmetric
 
@@ -108,12 +119,16 @@ class InfoNCE(_SimilarityLoss):
         Args:
             x: ``[..., N, D]``; y: ``[..., M, D]``.
             scale: required when the module has none of its own, refused when it has.
-            **similarity: bias, row_ids and the like: see :func:`ccu_fast.info_nce`.
+            **similarity: bias, ids, negatives, hard_negatives, guide and the like, and any other value for an option of
+                the module: see :func:`ccu_fast.info_nce`.
 
         Returns:
             fp32 ``[...]``, or ``[..., N]`` for reduction="none".
         """
-        return info_nce(x, y, symmetric=self.symmetric, **self._options(scale), **similarity)
+        return info_nce(x, y, symmetric=self.symmetric, **self._options(scale), **{**self.variant, **similarity})
+
+    def extra_repr(self) -> str:
+        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in self.variant.items())])
 
 
 class InverseInfoNCE(_SimilarityLoss):
@@ -157,6 +172,7 @@ class SupCon(_SimilarityLoss):
         scale: the inverse temperature, by keyword; None when forward is to be given it.
         learnable: hold the scale as the parameter ``log_scale`` (its logarithm, so that it stays positive), which
             starts at ``scale``. CLIP bounds it after each step: ``module.log_scale.data.clamp_(max=math.log(100))``.
+        positives: "mean" or "lse", as of :func:`ccu_fast.sup_con`.
         reduction: "mean", "sum" or "none".
         normalize: make the rows of x and y unit vectors first.
         backend, workspace: see :func:`ccu_fast.reduce_similarity`.
@@ -168,6 +184,13 @@ class SupCon(_SimilarityLoss):
     >>> loss(torch.eye(4), torch.eye(4), torch.tensor([0, 0, 1, 1])).item()
     1.0986...
     """
+
+    _show = ("positives", *_SimilarityLoss._show)
+
+    @arguments(*OPTIONS)
+    def __init__(self, *, scale: float | None = None, positives: str = "mean", **options: Any) -> None:
+        super().__init__(scale=scale, **options)
+        self.positives = check.one_of("positives", positives, POSITIVES)
 
     def forward(
         self,
@@ -184,7 +207,8 @@ class SupCon(_SimilarityLoss):
         Args and result as of :meth:`InfoNCE.forward`, and row_labels int64 ``[..., N]``, col_labels int64
         ``[..., M]``, by default the row labels; see :func:`ccu_fast.sup_con`.
         """
-        return sup_con(x, y, row_labels=row_labels, col_labels=col_labels, **self._options(scale), **similarity)
+        options: dict[str, Any] = {"positives": self.positives, **self._options(scale), **similarity}
+        return sup_con(x, y, row_labels=row_labels, col_labels=col_labels, **options)
 
 
 class SigmoidLoss(_SimilarityLoss):

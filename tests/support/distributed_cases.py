@@ -669,6 +669,129 @@ ON_GPUS = (
 )
 
 
+# ---- what varies InfoNCE
+
+# Options, and the tensors that lie on the ranks.
+VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "ids": ({"positives": "lse"}, ("ids",)),
+    "negatives": ({}, ("negatives", "hard_negatives")),
+    "negatives with ids": ({"in_batch": False}, ("negatives", "ids", "negative_ids")),
+    "joint": ({"joint": ("x_to_y", "y_to_x", "x_to_x", "y_to_y")}, ("hard_negatives",)),
+    "joint, ids": ({"joint": ("x_to_y", "x_to_x", "y_to_y"), "debias": 0.02}, ("ids",)),
+    "weights": ({"hardness": 0.5, "smoothing": 0.1, "focal": 1.0}, ("negatives",)),
+    "decoupled": ({"decoupled": True}, ("negatives",)),
+}
+
+
+@case
+def variants_are_those_of_the_global_batch() -> None:
+    n, k = sizes_like(5, 2, 7), sizes_like(2, 3)
+    torch.manual_seed(11)
+    everything = {
+        "x": 2 * unit(sum(n), 8),
+        "y": unit(sum(n), 8),
+        "negatives": unit(sum(k), 8),
+        "hard_negatives": unit(sum(n), 3, 8),
+        "ids": torch.randint(0, 9, (sum(n),)),
+        "negative_ids": torch.randint(0, 9, (sum(k),)),
+    }
+    backend, dtype = engines()[-1]
+
+    def run(loss: Any, of: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+        leaves = {
+            name: t.to(dtype, copy=True).requires_grad_() if t.is_floating_point() else t for name, t in of.items()
+        }
+        leaves["scale"] = torch.tensor(5.0, dtype=dtype, requires_grad=True)
+        value = loss(**leaves, **options)
+        value.backward()
+        return {"loss": value.detach()} | {name: t.grad for name, t in leaves.items() if t.requires_grad}
+
+    for (name, (options, given)), mode in itertools.product(VARIANTS.items(), ("gather", "ring")):
+        of = {key: everything[key] for key in ("x", "y", *given)}
+        sizes = {key: k if key.startswith("negative") else n for key in of}
+        here = {key: shard(t, sizes[key]) for key, t in of.items()}
+        exact = run(ccu_fast.info_nce, of, torch.float64, **options)
+        peer = run(ccu_fast.info_nce, of, dtype, **options, backend=backend)
+        ours = run(over.info_nce, here, dtype, **options, backend=backend, mode=mode, gradients="sum")
+        ours["scale"] = total(ours["scale"])
+        for key, got in ours.items():
+            whole = key in ("loss", "scale")
+            same, truth = (of[key] if whole else shard(of[key], sizes[key]) for of in (peer, exact))
+            magnitude = max(1.0, float(truth.abs().max())) if key == "scale" else None
+            assert_three_way(f"{name} {mode} {key}", got, same, truth, ulps=128, magnitude=magnitude)
+
+
+@case
+def a_variant_that_cannot_be_is_refused_on_every_rank() -> None:
+    x = torch.randn(4, 3)
+    one = rank() == world() - 1
+    elsewhere = f"got an error on rank {world() - 1}"
+    wrong: dict[str, Any] = {"smoothing": 2.0, "hard_negatives": torch.randn(3, 2, 3), "negatives": torch.randn(2, 5)}
+    for name, value in wrong.items():
+        options = {name: value} if one else {"hard_negatives": torch.randn(4, 2, 3)}
+        text = f"{name}: expected" if one else elsewhere
+        refuses(ValueError, text, lambda options=options: over.info_nce(x, x, scale=1.0, **options))
+    options = {"hardness": 0.5 if one else 0.0, "decoupled": True}
+    refuses(ValueError, "joint: expected the same answer", lambda: over.info_nce(x, x, scale=1.0, **options))
+    assert over.info_nce(x, x, scale=1.0, decoupled=True).isfinite(), "the ranks are still at the same call"
+
+
+@case
+def open_clips_losses_with_several_positives_and_more_texts() -> None:
+    n = sizes_like(4, 6)
+    torch.manual_seed(13)
+    x, y, own, more = unit(sum(n), 8), unit(sum(n), 8), unit(sum(n), 2, 8), unit(2 * world(), 8)
+    ids = torch.randint(0, 7, (sum(n),))
+    place = {"rank": rank(), "world_size": world()}
+
+    def run(loss: Any, *sides: Tensor, **more: Any) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in sides]
+        value = loss(*leaves, 5.0, None, **more)
+        return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+    whole = run(ccu_fast.ClipLoss(), x, y, ids=ids, hard_negatives=own, negatives=more)
+    here = {"ids": shard(ids, n), "hard_negatives": shard(own, n), "negatives": more[2 * rank() :][:2]}
+    for options in ({}, {"gather_with_grad": True}, {"local_loss": True, "gather_with_grad": True}):
+        loss, dx, _ = run(ccu_fast.ClipLoss(**options, **place), shard(x, n), shard(y, n), **here)
+        if "local_loss" in options:
+            loss = total(loss * n[rank()]) / sum(n)
+        assert torch.allclose(loss, whole[0]), (options, loss, whole[0])
+        if options == {"gather_with_grad": True}:
+            assert torch.allclose(dx / world(), shard(whole[1], n)), options
+    # Without a gradient from elsewhere both ways are computed here.
+    alone = ccu_fast.ClipLoss(local_loss=True, **place)
+    mine, pair = {name: here[name] for name in ("ids", "hard_negatives")}, (shard(x, n), shard(y, n))
+    want = run(ccu_fast.ClipLoss(local_loss=True, gather_with_grad=True, **place), *pair, **mine)
+    assert torch.allclose(run(alone, *pair, **mine)[0], want[0])
+    refuses(ValueError, "negatives: expected None with local_loss", lambda: run(alone, *pair, **here))
+    wrong = {**mine, "ids": mine["ids"][1:]} if rank() == 0 else mine
+    text = "ids: expected shape" if rank() == 0 else "got an error on rank 0"
+    refuses(ValueError, text, lambda: run(alone, *pair, **wrong))
+    # SigLIP: a rank's own images against all texts.
+    loss = run(ccu_fast.SigLipLoss(**place), shard(x, n), shard(y, n), ids=here["ids"])[0]
+    sign = torch.where(shard(ids, n)[:, None] == ids, 1.0, -1.0)
+    want = -torch.nn.functional.logsigmoid(sign * (5.0 * shard(x, n) @ y.T)).sum() / n[rank()]
+    assert torch.allclose(loss, want)
+
+
+@case
+def a_queue_that_gathers_is_the_same_on_every_rank() -> None:
+    n = sizes_like(3, 1, 0)
+    torch.manual_seed(17)
+    keys, labels = torch.randn(sum(n), 4), torch.arange(sum(n))
+    queue = ccu_fast.KeyQueue(2 * sum(n) - 1, 4, labelled=True, gather=True)
+    for _ in range(2):
+        queue.enqueue(shard(keys, n), shard(labels, n))
+    want = ccu_fast.KeyQueue(2 * sum(n) - 1, 4, labelled=True)
+    for _ in range(2):
+        want.enqueue(keys, labels)
+    assert torch.equal(queue.keys, want.keys)
+    assert torch.equal(queue.labels, want.labels)
+    text = "labels: expected a tensor, got None" if rank() == 0 else "got an error on rank 0"
+    refuses(ValueError, text, lambda: queue.enqueue(shard(keys, n), None if rank() == 0 else shard(labels, n)))
+    assert torch.equal(queue.keys, want.keys)
+
+
 def run_cases(names: Sequence[str]) -> dict[str, str]:
     """What each case raised on this rank."""
     results = {}

@@ -1,0 +1,395 @@
+"""InfoNCE with other positives, other negatives and other weights than those of a plain batch.
+
+Of a row of InfoNCE only two things matter: what its positives come to, and the log-sum-exp of its negatives. So another
+set of negatives is one reduction more, joined by :func:`formulas.logsumexp`, and each way to weigh them is a line
+between the reductions and the softplus.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.losses import formulas
+from ccu_fast.losses.formulas import Reduce, Side, attract, logsumexp, softplus
+from ccu_fast.losses.variant import VARIANT, Variant
+from ccu_fast.ops.backend import autocast_dtype, without_autocast
+from ccu_fast.ops.l2_normalize.api import l2_normalize
+from ccu_fast.ops.reduce_similarity.api import as_scalar
+from ccu_fast.ops.reduce_similarity.problem import without_ignored
+from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME, SELF
+
+# By how much the similarities of two equal items may differ, relative to one: what half precision rounds a product to.
+_ROUNDING = {torch.bfloat16: 2**-7, torch.float64: 1e-14}
+_REST = SAME | OTHER
+_KEYS = ("labels", "ids")
+_NAMES = frozenset(VARIANT)
+
+
+def info_nce(
+    reduce: Reduce,
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: Any,
+    bias: Any = None,
+    symmetric: bool = True,
+    of_banks: Reduce | None = None,
+    **options: Any,
+) -> list[Side]:
+    """:func:`formulas.info_nce` with the keywords of :class:`Variant`.
+
+    Args:
+        of_banks: what reduces the similarity of x and other banks than y. Default: ``reduce``.
+    """
+    if _NAMES.isdisjoint(options):  # the usual case, made quick
+        return formulas.info_nce(reduce, x, y, scale=scale, bias=bias, symmetric=symmetric, **options)
+    contrast = Contrast(x, y, scale=scale, bias=bias, symmetric=symmetric, **options)
+    return contrast.sides(reduce, of_banks or reduce)
+
+
+class _Positives(NamedTuple):
+    """The positives of every row or column.
+
+    Attributes:
+        total: sum of their logits; inside: the log-sum-exp.
+        number: how many they are; None: one each.
+    """
+
+    total: Tensor
+    inside: Tensor
+    number: Tensor | None
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total if self.number is None else self.total / self.number.clamp(min=1)
+
+
+class _Negatives(NamedTuple):
+    """A set of negatives of every row or column.
+
+    Attributes:
+        lse: log-sum-exp of their logits.
+        total: sum of these; number: how many they are. Both 0 where the variant does not ask.
+    """
+
+    lse: Tensor
+    total: Tensor | float = 0.0
+    number: Tensor | int = 0
+
+    @staticmethod
+    def union(sets: list[_Negatives]) -> _Negatives:
+        if len(sets) == 1:
+            return sets[0]
+        lse = torch.broadcast_tensors(*(s.lse for s in sets))
+        return _Negatives(logsumexp(torch.stack(lse)), sum(s.total for s in sets), sum(s.number for s in sets))
+
+
+class Contrast:
+    """One call: its arguments, checked, and what is made of the reductions that they ask for."""
+
+    reduce: Reduce
+    of_banks: Reduce
+
+    def __init__(self, x: Tensor, y: Tensor, *, scale: Any, bias: Any, symmetric: bool, **options: Any) -> None:
+        v = self.variant = Variant(**{name: options.pop(name) for name in VARIANT if name in options})
+        for name, t in (("x", x), ("y", y)):
+            check.tensor(name, t)
+            if t.ndim < 2:
+                raise ValueError(f"{name}: expected shape [..., items, D], got {list(t.shape)}")
+        self.x, self.y = x, y
+        self.scale = scale if isinstance(scale, Tensor) else check.number("scale", scale)
+        self.bias = bias if bias is None or isinstance(bias, Tensor) else check.number("bias", bias)
+        self.keys = {name: options.pop(name, None) for name in ("row_labels", "col_labels", "row_ids", "col_ids")}
+        self.paired = options.pop("paired", None)
+        self.row_limit, self.col_limit = options.pop("row_limits", None), options.pop("col_limits", None)
+        self.options = options  # that say how to compute, not what
+        self.two_sides = symmetric and v.in_batch and not v.joint
+        self.wants_total = v.smoothing > 0
+        self.wants_count = self.wants_total or v.debiased or v.hardness > 0
+        self._check()
+
+    def _check(self) -> None:
+        x, y, v = self.x, self.y, self.variant
+        limited = self.row_limit is not None or self.col_limit is not None
+        if v.joint and x.shape[-2] != y.shape[-2]:
+            raise ValueError(f"joint: expected as many rows in y as in x, {x.shape[-2]}, got {y.shape[-2]}")
+        if v.filtered and limited:
+            raise ValueError("row_limits: expected none, nor col_limits, with margin or threshold, got one")
+        if limited and (v.debiased or v.hardness or v.smoothing):
+            raise ValueError("row_limits: expected none, nor col_limits, with debias, hardness or smoothing, got one")
+        if v.guide is not None and not v.filtered and not limited:
+            raise ValueError("margin: expected a number, or one for threshold, because guide is given, got None")
+        if isinstance(v.debias, Tensor):
+            check.tensor("debias", v.debias)
+            check.same("debias", v.debias, "x", x, dtype=False)
+            check.per_row("debias", v.debias, x.shape[:-2], x.shape[-2])
+            if self.two_sides:
+                check.per_row("debias", v.debias, y.shape[:-2], y.shape[-2])
+        if v.negative_ids is not None and self.keys["row_ids"] is None:
+            raise ValueError("row_ids: expected a tensor because negative_ids is given, got None")
+        if v.negatives is not None:
+            check.same("negatives", v.negatives, "x", x)
+            if v.negatives.ndim < 2 or v.negatives.shape[-1] != x.shape[-1]:
+                raise ValueError(f"negatives: expected shape [..., K, {x.shape[-1]}], got {list(v.negatives.shape)}")
+            if v.negative_ids is not None:
+                check.tensor("negative_ids", v.negative_ids, dtypes=check.INTEGERS)
+                check.same("negative_ids", v.negative_ids, "x", x, dtype=False)
+                check.per_row("negative_ids", v.negative_ids, v.negatives.shape[:-2], v.negatives.shape[-2])
+        if v.hard_negatives is not None:
+            others = v.hard_negatives
+            check.same("hard_negatives", others, "x", x)
+            if others.ndim != x.ndim + 1 or others.shape[-1] != x.shape[-1] or others.shape[-3] != x.shape[-2]:
+                shape = f"[..., {x.shape[-2]}, K, {x.shape[-1]}]"
+                raise ValueError(f"hard_negatives: expected shape {shape}, got {list(others.shape)}")
+            if self.options.get("nan_policy") == "raise":
+                check.finite("hard_negatives", others)
+
+    def outline(self) -> list[Any]:
+        """What the reductions depend on, without the values of tensors."""
+        plain = (getattr(self.variant, name) for name in VARIANT)
+        return [value is None if isinstance(value, Tensor | None) else value for value in plain]
+
+    def sides(self, reduce: Reduce, of_banks: Reduce) -> list[Side]:
+        """The rows and, of a symmetric loss, the columns."""
+        self.reduce, self.of_banks, v = reduce, of_banks, self.variant
+        if v.filtered:
+            self.row_limit, self.col_limit = self._limits()
+        if v.hardness:
+            # The weights are exp(hardness · S) over their mean: one log-sum-exp at another scale, less that of weights.
+            positives, _ = self._pairs(1.0, negatives=False)
+            hard, weights = (self._rests(f, self._pairs(f, positives=False)[1]) for f in (1 + v.hardness, v.hardness))
+            rests = [
+                _Negatives(_difference(a.lse, b.lse) + _log(b.number, b.lse), a.total / (1 + v.hardness), a.number)
+                for a, b in zip(hard, weights, strict=True)
+            ]
+        else:
+            positives, pairs = self._pairs(1.0)
+            rests = self._rests(1.0, pairs)
+        return [self._side(p, r) for p, r in zip(positives, rests, strict=True)]
+
+    def _side(self, positives: _Positives, rest: _Negatives) -> Side:
+        v, counts = self.variant, None if positives.number is None else positives.number > 0
+        lse = rest.lse
+        if v.debiased:
+            lse = self._debiased(positives.mean, rest)
+        goal = positives.inside if v.positives == "lse" else positives.mean
+        if v.decoupled:
+            some = lse > -torch.inf
+            counts = some if counts is None else counts & some
+            raw = torch.where(some, lse, 0) - goal
+        elif positives.number is None or v.positives == "lse":
+            raw = softplus(lse - goal)
+        else:
+            raw = attract(lse, positives.inside, positives.total, positives.number)
+        likelihood = raw
+        if v.smoothing:
+            own = torch.ones_like(raw) if positives.number is None else positives.number
+            every = (rest.total + positives.total) / (rest.number + own).clamp(min=1)
+            raw = raw + v.smoothing * (positives.mean - every)
+        if v.focal:
+            # -expm1(-L) is the probability that is missing. Where it is 0 so is the loss, and a power would have no
+            # derivative.
+            missing = -torch.expm1(-likelihood)
+            raw = raw * torch.where(missing > 0, missing, 1) ** v.focal * (missing > 0)
+        return Side(raw, counts)
+
+    def _debiased(self, own: Tensor, rest: _Negatives) -> Tensor:
+        """log((Σ exp(rest) − τ n exp(own)) / (1 − τ)), at least log n − scale, which unit vectors cannot fall below."""
+        share = torch.as_tensor(self.variant.debias, dtype=own.dtype, device=own.device)
+        several = _log(rest.number, own)
+        floor = several - as_scalar("scale", self.scale, self.x).detach().abs()
+        if self.bias is not None:
+            floor = floor + as_scalar("bias", self.bias, self.x).detach()
+        gap = share.log() + several + own - rest.lse
+        below = gap < 0
+        value = torch.where(below, rest.lse, 0) + torch.log(-torch.expm1(torch.where(below, gap, -1)))
+        value = torch.where(below, torch.maximum(value - torch.log1p(-share), floor), floor)
+        return torch.where(rest.lse == -torch.inf, -torch.inf, value)
+
+    # ---- the reductions
+
+    def _pairs(
+        self, factor: float, *, positives: bool = True, negatives: bool = True
+    ) -> tuple[list[_Positives], list[_Negatives]]:
+        """Of rows and columns their positives, and the negatives among the pairs of x and y."""
+        v, several, labelled = self.variant, self.keys["row_ids"] is not None, self.keys["row_labels"] is not None
+        own: list[tuple[str, int]] = []
+        if positives:
+            own = [
+                ("sum", SELF),
+                *([("lse", SELF)] if several else []),
+                *([("count", SELF)] if several or labelled else []),
+            ]
+        rest = self._rest_spec() if negatives and v.in_batch else []
+        if not own and not rest:
+            return [], []
+        columns = self.two_sides or "y_to_x" in v.joint
+        col_limit = self.row_limit if v.joint else self.col_limit
+        limited = self._limited(0, 1, col_limit if columns else None) if rest else {}
+        # Of a joint loss columns are only negatives.
+        specs = own + rest, (own if self.two_sides else []) + rest if columns else []
+        results = self.reduce(
+            *(self.x, self.y),
+            rows=specs[0],
+            cols=specs[1],
+            **self._scaled(factor),
+            **self.keys,
+            paired=self.paired,
+            **limited,
+            **self.options,
+        )
+        found: list[_Positives] = []
+        rests: list[_Negatives] = []
+        for side, spec in zip(results, specs, strict=True):
+            split = len(spec) - len(rest)
+            if split > 0:
+                total, *more = side[:split]
+                count = more[-1] if more else None
+                inside = total if count is None or not several else torch.where(count > 0, more[0], 0)
+                found.append(_Positives(total, inside, count))
+            if rest and spec:
+                rests.append(self._set(side[split:]))
+        return found, rests
+
+    def _rests(self, factor: float, pairs: list[_Negatives]) -> list[_Negatives]:
+        """All negatives of rows, and of columns if theirs are wanted: those among the pairs and all others."""
+        v, keys = self.variant, self.keys
+        sets: list[_Negatives] = []
+        if v.in_batch and (not v.joint or "x_to_y" in v.joint):
+            sets.append(pairs[0])
+        if "y_to_x" in v.joint:
+            sets.append(pairs[1])
+        cols = {name: keys[f"row_{name}"] if keys[f"col_{name}"] is None else keys[f"col_{name}"] for name in _KEYS}
+        for direction, bank, of_bank, place in (
+            ("x_to_x", self.x, {name: keys[f"row_{name}"] for name in _KEYS}, 0),
+            ("y_to_y", self.y, cols, 1),
+        ):
+            if direction in v.joint:
+                both = {f"{side}_{name}": key for name, key in of_bank.items() for side in ("row", "col")}
+                sets.append(self._bank(factor, bank, bank, self._limited(place, place), paired=None, **both))
+        if v.negatives is not None:
+            keys = self._foreign(v.negatives)
+            sets.append(self._bank(factor, self.x, v.negatives, self._limited(0, 2), paired=False, **keys))
+        if v.hard_negatives is not None:
+            sets.append(self._own(factor, v.hard_negatives))
+        return [_Negatives.union(sets), *(pairs[1:] if self.two_sides else [])]
+
+    def _bank(self, factor: float, x: Tensor, y: Tensor, limited: dict[str, Any], **keys: Any) -> _Negatives:
+        """The negatives of x in a bank of its own or of others."""
+        rest = self._rest_spec()
+        rows, _ = self.of_banks(x, y, rows=rest, **self._scaled(factor), **limited, **keys, **self.options)
+        return self._set(rows)
+
+    def _foreign(self, bank: Tensor) -> dict[str, Any]:
+        """The keys of x and of ``negatives``: which rows take no part, and which pairs are the same item after all."""
+        keys: dict[str, Any] = {}
+        labels, ids = self.keys["row_labels"], self.keys["row_ids"]
+        if labels is not None:
+            check.tensor("row_labels", labels, dtypes=check.INTEGERS)
+            every = torch.ones(bank.shape[-2], dtype=torch.int64, device=labels.device)
+            keys = {"row_labels": torch.where(labels < 0, -1, 0), "col_labels": every}
+        if self.variant.negative_ids is not None:
+            keys |= {"row_ids": ids, "col_ids": self.variant.negative_ids}
+        return keys
+
+    def _own(self, factor: float, others: Tensor) -> _Negatives:
+        """Every row's own hard negatives; their logits are few, so they are made."""
+        x = self.x
+        labels = self.keys["row_labels"]
+        x, others = without_ignored(x, labels), without_ignored(others.flatten(-2), labels).view_as(others)
+        if self.options.get("normalize"):
+            x, others = l2_normalize(x), l2_normalize(others)
+        cosine = _each(x, others)
+        logits = factor * as_scalar("scale", self.scale, x) * cosine
+        if self.bias is not None:
+            logits = logits + factor * as_scalar("bias", self.bias, x)
+        if self.row_limit is not None:
+            of_x, of_others = self._guide(0), self._guide(3)
+            if of_x is not None and of_others is not None:
+                cosine = _each(of_x, of_others)
+            if self.variant.guide is None or of_others is not None:
+                logits = torch.where(cosine.detach() > self.row_limit[..., None], -torch.inf, logits)
+        count = torch.full((), others.shape[-2], device=x.device)
+        total = logits.sum(-1) if self.wants_total else 0
+        return _Negatives(logsumexp(logits, -1), total, count)
+
+    def _rest_spec(self) -> list[tuple[str, int]]:
+        total, count = ("sum", _REST), ("count", _REST)
+        return [("lse", _REST), *([total] if self.wants_total else []), *([count] if self.wants_count else [])]
+
+    def _set(self, results: list[Tensor]) -> _Negatives:
+        count = results[-1] if self.wants_count else 0
+        return _Negatives(results[0], results[1] if self.wants_total else 0, count)
+
+    def _scaled(self, factor: float) -> dict[str, Any]:
+        if factor == 1:
+            return {"scale": self.scale, "bias": self.bias}
+        return {"scale": self.scale * factor, "bias": None if self.bias is None else self.bias * factor}
+
+    # ---- false negatives
+
+    def _limited(self, rows: int, cols: int, col_limit: Tensor | None = None) -> dict[str, Any]:
+        """What leaves false negatives out of the similarities of two of x, y and negatives (0, 1 and 2)."""
+        if self.row_limit is None and col_limit is None:
+            return {}
+        limits = {"row_limits": self.row_limit, "col_limits": col_limit}
+        if self.variant.guide is None:
+            return limits
+        guides = [self._guide(place) for place in (rows, cols)]
+        return {} if None in guides else {**limits, "guide": tuple(guides)}
+
+    def _guide(self, place: int) -> Tensor | None:
+        """The guide's features of x, y, negatives or hard_negatives."""
+        guide = self.variant.guide or ()
+        return guide[place] if place < len(guide) else None
+
+    @torch.no_grad()
+    def _limits(self) -> tuple[Tensor, Tensor | None]:
+        """The similarity above which a pair is no negative of its row, and of its column."""
+        v = self.variant
+        x, y, options = self.x, self.y, self.options
+        if v.guide is not None:
+            x, y = (check.tensor("guide", features) for features in v.guide[:2])
+            options = {**options, "normalize": False}
+        if v.margin is None:
+            most = float(v.threshold or 0)
+            row, col = (torch.full(t.shape[:-1], most, dtype=_wide(t), device=t.device) for t in (self.x, self.y))
+            return row, col
+        spec = [("sum", SELF), ("count", SELF)]
+        cols = spec if self.two_sides else []
+        sides = self.reduce(x, y, rows=spec, cols=cols, **self.keys, paired=self.paired, **options)
+        rounding = _ROUNDING.get(autocast_dtype(x.device.type) or x.dtype, 1e-6)
+        limits = []
+        for total, count in filter(None, sides):
+            own = total / count.clamp(min=1)
+            limit = own * (1 + v.margin) if v.relative else own + v.margin
+            limit = limit + own.abs() * rounding
+            if v.threshold is not None:
+                limit = limit.clamp(max=v.threshold)
+            limits.append(torch.where(count > 0, limit, torch.inf))
+        return limits[0], limits[1] if self.two_sides else None
+
+
+def _each(x: Tensor, others: Tensor) -> Tensor:
+    """x ``[..., N, D]`` times its own ``[..., N, K, D]`` in at least fp32: ``[..., N, K]``."""
+    with without_autocast(x.device):
+        return torch.matmul(others.to(_wide(x)), x.to(_wide(x))[..., None])[..., 0]
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """a − b, and −inf of two empty sets."""
+    empty = b == -torch.inf
+    return torch.where(empty, -torch.inf, torch.where(empty, 0, a) - torch.where(empty, 0, b))
+
+
+def _log(count: Tensor | int, like: Tensor) -> Tensor:
+    """The logarithm of a number of negatives; of none it is 0, for what is added to −inf."""
+    return torch.as_tensor(count, device=like.device).clamp(min=1).to(like.dtype).log()

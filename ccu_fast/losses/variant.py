@@ -1,0 +1,98 @@
+"""What InfoNCE may be asked for besides a plain batch: other positives, other negatives, other weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.losses.formulas import POSITIVES
+
+DIRECTIONS = ("x_to_y", "y_to_x", "x_to_x", "y_to_y")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The keywords of :func:`ccu_fast.info_nce` that vary the loss; it describes them."""
+
+    positives: str = "mean"
+    negatives: Tensor | None = None
+    negative_ids: Tensor | None = None
+    hard_negatives: Tensor | None = None
+    in_batch: bool = True
+    joint: tuple[str, ...] = ()
+    margin: float | None = None
+    relative: bool = False
+    threshold: float | None = None
+    guide: tuple[Tensor | None, ...] | None = None
+    decoupled: bool = False
+    smoothing: float = 0.0
+    debias: float | Tensor = 0.0
+    hardness: float = 0.0
+    focal: float = 0.0
+
+    @property
+    def filtered(self) -> bool:
+        """Some negatives are left out for what they resemble."""
+        return self.margin is not None or self.threshold is not None
+
+    @property
+    def debiased(self) -> bool:
+        return isinstance(self.debias, Tensor) or self.debias > 0
+
+    def __post_init__(self) -> None:
+        for name in ("in_batch", "relative", "decoupled"):
+            check.boolean(name, getattr(self, name))
+        check.one_of("positives", self.positives, POSITIVES)
+        for name, high in (("smoothing", 1.0), ("hardness", math.inf), ("focal", math.inf)):
+            check.number(name, getattr(self, name), low=0.0, high=high)
+        for name in ("margin", "threshold"):
+            if getattr(self, name) is not None:
+                check.number(name, getattr(self, name))
+        if not isinstance(self.debias, Tensor) and not check.number("debias", self.debias, low=0.0) < 1:
+            raise ValueError(f"debias: expected a number in [0, 1) or a tensor of them, got {self.debias}")
+        self._check_sets()
+        self._check_together()
+
+    def _check_sets(self) -> None:
+        if not isinstance(self.joint, tuple | list):
+            raise TypeError(f"joint: expected a tuple of {DIRECTIONS}, got {self.joint!r}")
+        for direction in self.joint:
+            check.one_of("joint", direction, DIRECTIONS)
+        if len(set(self.joint)) < len(self.joint):
+            raise ValueError(f"joint: expected each direction once, got {tuple(self.joint)}")
+        for name in ("negatives", "hard_negatives"):
+            if getattr(self, name) is not None:
+                check.tensor(name, getattr(self, name))
+        if self.negative_ids is not None and self.negatives is None:
+            raise ValueError("negatives: expected a tensor because negative_ids is given, got None")
+        if not self.in_batch and (self.joint or (self.negatives is None and self.hard_negatives is None)):
+            need = "with joint" if self.joint else "without negatives and hard_negatives"
+            raise ValueError(f"in_batch: expected True {need}, got False")
+        if self.guide is None:
+            return
+        if not isinstance(self.guide, tuple | list) or not 2 <= len(self.guide) <= 4:
+            got = len(self.guide) if isinstance(self.guide, tuple | list) else type(self.guide).__name__
+            raise TypeError(
+                "guide: expected a tuple of its features of x, of y and, if given, of negatives and hard_negatives, "
+                f"got {got}"
+            )
+
+    def _check_together(self) -> None:
+        if self.relative and self.margin is None:
+            raise ValueError("margin: expected a number because relative is True, got None")
+        if self.smoothing and (self.joint or self.filtered):
+            raise ValueError(f"smoothing: expected 0 with joint, margin or threshold, got {self.smoothing}")
+        if self.filtered and (self.debiased or self.hardness):
+            name = "debias" if self.debiased else "hardness"
+            raise ValueError(
+                f"{name}: expected 0 with margin or threshold, after which nobody knows how many negatives there are, "
+                f"got {getattr(self, name)}"
+            )
+        if self.focal and self.decoupled:
+            raise ValueError(f"focal: expected 0 with decoupled, whose losses are no probabilities, got {self.focal}")
+
+
+VARIANT = tuple(item.name for item in fields(Variant))
