@@ -17,8 +17,8 @@ from ccu_fast.distributed.similarity import reduce_similarity
 from ccu_fast.losses import formulas
 from ccu_fast.losses.contrast import Contrast
 from ccu_fast.losses.formulas import INVERSE_KINDS, POSITIVES, Side
-from ccu_fast.losses.functional import REDUCTIONS, SIMILARITY, arguments, same_items
-from ccu_fast.losses.variant import VARIANT
+from ccu_fast.losses.functional import REDUCTIONS, SIMILARITY, arguments
+from ccu_fast.losses.variant import VARIANT, name_ids
 
 GRADIENTS = ("mean", "sum")
 PASSED_ON = (*SIMILARITY, "group", "mode", "equal")
@@ -80,7 +80,7 @@ def info_nce(
         tensor(0.3408)
     """
     _check(reduction, gradients)
-    same_items(similarity)
+    name_ids(similarity)
     sides = info_nce_sides(PAIRS_OR_IDS, x, y, scale=scale, bias=bias, symmetric=symmetric, **similarity)
     return _finish(sides, reduction, gradients, similarity)
 
@@ -205,7 +205,7 @@ def sigmoid_loss(
         tensor(2.2064)
     """
     _check(reduction, gradients)
-    same_items(similarity)
+    name_ids(similarity)
     reduce = reduce_similarity if similarity.get("paired") is False else PAIRS_OR_IDS
     side = formulas.sigmoid_loss(reduce, x, y, scale=scale, bias=bias, **similarity)
     return _finish([side], reduction, gradients, similarity)

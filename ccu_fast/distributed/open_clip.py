@@ -17,7 +17,8 @@ from ccu_fast.distributed.ranks import Ranks, offsets
 from ccu_fast.distributed.similarity import reduce_similarity
 from ccu_fast.losses import formulas
 from ccu_fast.losses.contrast import Contrast
-from ccu_fast.losses.functional import info_nce, same_items, sigmoid_loss
+from ccu_fast.losses.functional import info_nce, sigmoid_loss
+from ccu_fast.losses.variant import POSITIVES, as_labels, name_ids
 from ccu_fast.ops.reduce_similarity.api import as_scalar, normalize_pair
 
 # open_clip's pairs are those of each rank: other numbers of texts than of images would be paired with another rank's.
@@ -25,7 +26,7 @@ ITS_OWN_PAIRS = partial(reduce_similarity, alike=True)
 
 # The arguments of forward, by their names in the functions that it calls.
 _NAMES = {"x": "image_features", "y": "text_features", "scale": "logit_scale", "bias": "logit_bias"}
-_NAMES |= {"row_ids": "ids", "col_ids": "ids"}
+_NAMES |= {"row_ids": "ids", "col_ids": "ids", "row_labels": "ids", "col_labels": "ids"}
 _WORDS = re.compile(rf"\b({'|'.join(_NAMES)})\b")
 
 SIGLIP_EXCHANGES = ("bidir", "shift", "reduce", "gather")
@@ -54,7 +55,7 @@ class _OpenClipLoss(nn.Module):
         scale: float | Tensor,
         bias: float | Tensor | None,
         output_dict: bool,
-        more: dict[str, Tensor | None],
+        more: dict[str, Any],
     ) -> Tensor | dict[str, Tensor]:
         """What ``forward`` returns; errors name its arguments and not those of the functions behind it."""
         options: dict[str, Any] = {"scale": scale, "bias": bias, "normalize": self.normalize}
@@ -110,6 +111,7 @@ class ClipLoss(_OpenClipLoss):
         rank: index of this process, in [0, world_size).
         world_size: number of processes; more than 1 needs an initialised ``torch.distributed`` default group.
         use_horovod: must be False.
+        positives: "mean", "lse" or "own": what pairs of one id are for each other, as of :func:`ccu_fast.info_nce`.
         normalize: make the features unit vectors before they are gathered.
         backend, workspace: see :func:`ccu_fast.reduce_similarity`.
 
@@ -134,6 +136,7 @@ class ClipLoss(_OpenClipLoss):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
+        positives: str = "mean",
         normalize: bool = False,
         backend: str = "auto",
         workspace: int | None = None,
@@ -141,6 +144,7 @@ class ClipLoss(_OpenClipLoss):
         if use_horovod:
             raise ValueError("use_horovod: expected False (only torch.distributed is supported), got True")
         super().__init__(cache_labels, rank, world_size, normalize, backend, workspace)
+        self.positives = check.one_of("positives", positives, POSITIVES)
         self.local_loss = check.boolean("local_loss", local_loss)
         self.gather_with_grad = check.boolean("gather_with_grad", gather_with_grad)
         self.use_horovod = use_horovod
@@ -165,15 +169,17 @@ class ClipLoss(_OpenClipLoss):
             logit_scale: number or one-element tensor, already exponentiated.
             logit_bias: number or one-element tensor added to the logits.
             output_dict: return a dictionary.
-            ids: int64 ``[N]``: pairs of one id, such as those of one caption, are positives of each other, also on
-                several ranks. The target of an item is the mean of its positives.
+            ids: int64 ``[N]``: pairs of one id, such as those of one caption, belong together, also on several ranks;
+                ``positives`` of the constructor says how.
             negatives: ``[K, D]`` more texts, which belong to no image: NegCLIP's captions with swapped words.
             hard_negatives: ``[N, K, D]`` texts that are compared with their own image alone.
 
         Returns:
             fp32 scalar. open_clip's own is in the dtype of the logits.
         """
-        more = {"ids": ids, "negatives": negatives, "hard_negatives": hard_negatives}
+        more: dict[str, Any] = {"ids": ids, "negatives": negatives, "hard_negatives": hard_negatives}
+        if self.positives != "mean":
+            more["positives"] = self.positives
         return self._called(image_features, text_features, logit_scale, logit_bias, output_dict, more)
 
     def _of_all(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
@@ -192,7 +198,7 @@ class ClipLoss(_OpenClipLoss):
             for name in ("scale", "bias"):
                 if isinstance(options[name], Tensor):
                     options[name] = _SumGradient.apply(options[name], ranks, factor)
-        same_items(options)
+        name_ids(options)
         sides = info_nce_sides(ITS_OWN_PAIRS, images, texts, **options)
         if self.local_loss:
             return (_mean(sides[0].raw) + _mean(sides[1].raw)) / 2
@@ -223,12 +229,12 @@ class ClipLoss(_OpenClipLoss):
 
         (images, texts), sizes = agree(ranks, prepare, images, equal=False)
         every_image, every_text = (torch.cat(ranks.gather(own.detach(), sizes.x)) for own in (images, texts))
-        if ids is None:
-            every_id = torch.arange(len(every_text), device=images.device)
-            ids = every_id[offsets(sizes.x)[self.rank] :][: len(images)]
-        else:
-            every_id = torch.cat(ranks.gather(ids.long(), sizes.x))
-        options |= {"row_ids": ids, "col_ids": every_id, "symmetric": False}
+        places = torch.arange(len(every_text), device=images.device)
+        options |= {"row_ids": places[offsets(sizes.x)[self.rank] :][: len(images)], "col_ids": places}
+        if ids is not None:
+            what, named = ("labels", as_labels(ids)) if self.positives == "own" else ("ids", ids.long())
+            options |= {f"row_{what}": named, f"col_{what}": torch.cat(ranks.gather(named, sizes.x))}
+        options["symmetric"] = False
         return (info_nce(images, every_text, **options, **own) + info_nce(texts, every_image, **options)) / 2
 
 
@@ -290,7 +296,7 @@ class SigLipLoss(_OpenClipLoss):
         if self.world_size == 1:
             return sigmoid_loss(images, texts, **options)
         self._ranks()
-        same_items(options)
+        name_ids(options)
         return _mean(formulas.sigmoid_loss(ITS_OWN_PAIRS, images, texts, **options).raw)
 
 

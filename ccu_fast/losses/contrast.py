@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.losses import formulas
 from ccu_fast.losses.formulas import Reduce, Side, attract, logsumexp, softplus
-from ccu_fast.losses.variant import VARIANT, Variant
+from ccu_fast.losses.variant import VARIANT, Variant, as_labels
 from ccu_fast.ops.backend import autocast_dtype, without_autocast
 from ccu_fast.ops.l2_normalize.api import l2_normalize
 from ccu_fast.ops.reduce_similarity.api import as_scalar
@@ -24,31 +23,7 @@ from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME, SELF
 
 # By how much the similarities of two equal items may differ, relative to one: what half precision rounds a product to.
 _ROUNDING = {torch.bfloat16: 2**-7, torch.float64: 1e-14}
-_REST = SAME | OTHER
 _KEYS = ("labels", "ids")
-_NAMES = frozenset(VARIANT)
-
-
-def info_nce(
-    reduce: Reduce,
-    x: Tensor,
-    y: Tensor,
-    *,
-    scale: Any,
-    bias: Any = None,
-    symmetric: bool = True,
-    of_banks: Reduce | None = None,
-    **options: Any,
-) -> list[Side]:
-    """:func:`formulas.info_nce` with the keywords of :class:`Variant`.
-
-    Args:
-        of_banks: what reduces the similarity of x and other banks than y. Default: ``reduce``.
-    """
-    if _NAMES.isdisjoint(options):  # the usual case, made quick
-        return formulas.info_nce(reduce, x, y, scale=scale, bias=bias, symmetric=symmetric, **options)
-    contrast = Contrast(x, y, scale=scale, bias=bias, symmetric=symmetric, **options)
-    return contrast.sides(reduce, of_banks or reduce)
 
 
 class _Positives(NamedTuple):
@@ -105,6 +80,7 @@ class Contrast:
         self.bias = bias if bias is None or isinstance(bias, Tensor) else check.number("bias", bias)
         self.keys = {name: options.pop(name, None) for name in ("row_labels", "col_labels", "row_ids", "col_ids")}
         self.paired = options.pop("paired", None)
+        self.rest = OTHER if v.positives == "own" else SAME | OTHER
         self.row_limit, self.col_limit = options.pop("row_limits", None), options.pop("col_limits", None)
         self.options = options  # that say how to compute, not what
         self.two_sides = symmetric and v.in_batch and not v.joint
@@ -129,8 +105,8 @@ class Contrast:
             check.per_row("debias", v.debias, x.shape[:-2], x.shape[-2])
             if self.two_sides:
                 check.per_row("debias", v.debias, y.shape[:-2], y.shape[-2])
-        if v.negative_ids is not None and self.keys["row_ids"] is None:
-            raise ValueError("row_ids: expected a tensor because negative_ids is given, got None")
+        if v.negative_ids is not None and self.keys["row_labels" if v.positives == "own" else "row_ids"] is None:
+            raise ValueError("ids: expected a tensor because negative_ids is given, got None")
         if v.negatives is not None:
             check.same("negatives", v.negatives, "x", x)
             if v.negatives.ndim < 2 or v.negatives.shape[-1] != x.shape[-1]:
@@ -292,8 +268,11 @@ class Contrast:
             check.tensor("row_labels", labels, dtypes=check.INTEGERS)
             every = torch.ones(bank.shape[-2], dtype=torch.int64, device=labels.device)
             keys = {"row_labels": torch.where(labels < 0, -1, 0), "col_labels": every}
-        if self.variant.negative_ids is not None:
-            keys |= {"row_ids": ids, "col_ids": self.variant.negative_ids}
+        names = self.variant.negative_ids
+        if names is not None and self.variant.positives == "own":
+            keys = {"row_labels": labels, "col_labels": as_labels(names)}
+        elif names is not None:
+            keys |= {"row_ids": ids, "col_ids": names}
         return keys
 
     def _own(self, factor: float, others: Tensor) -> _Negatives:
@@ -318,8 +297,8 @@ class Contrast:
         return _Negatives(logsumexp(logits, -1), total, count)
 
     def _rest_spec(self) -> list[tuple[str, int]]:
-        total, count = ("sum", _REST), ("count", _REST)
-        return [("lse", _REST), *([total] if self.wants_total else []), *([count] if self.wants_count else [])]
+        total, count = ("sum", self.rest), ("count", self.rest)
+        return [("lse", self.rest), *([total] if self.wants_total else []), *([count] if self.wants_count else [])]
 
     def _set(self, results: list[Tensor]) -> _Negatives:
         count = results[-1] if self.wants_count else 0

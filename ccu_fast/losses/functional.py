@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.losses import contrast, formulas
+from ccu_fast.losses import formulas
+from ccu_fast.losses.contrast import Contrast
 from ccu_fast.losses.formulas import INVERSE_KINDS, POSITIVES
-from ccu_fast.losses.variant import VARIANT
+from ccu_fast.losses.variant import VARIANT, name_ids
 from ccu_fast.ops.backend import autocast_dtype, choose, fp32_precision
 from ccu_fast.ops.reduce_similarity import operator
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
@@ -33,6 +34,8 @@ SIMILARITY = (
     "workspace",
     "nan_policy",
 )
+
+VARIED = frozenset(("ids", *VARIANT))
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -102,9 +105,11 @@ def info_nce(
         reduction: "mean" or "sum" over the items, or "none".
         ids: int64 ``[N]`` or ``[..., N]``, for row_ids and col_ids alike: items of one id, such as pictures with the
             same caption, are positives of each other. Rows without a positive do not count.
-        positives: of a row with several "mean", lse(all) − mean(own), so that each is drawn near; or "lse", minus the
-            logarithm of the probability of all of them together, which one of them satisfies. The second is Khosla et
-            al. 2020, eq. 3, but for the constant log of their number; the first, eq. 2, is UniCL's too.
+        positives: what several positives of a row come to. "mean" draws each of them near: lse(all) − mean(own), as in
+            Khosla et al. 2020, eq. 2, and in UniCL. "lse" is content with one: minus the logarithm of the probability
+            of all together, which is eq. 3 there but for the constant log of their number. "own": the row's own pair
+            is the positive, and the others of its id, or its row_label, are left out. (Of texts that are equal to the
+            last bit, "mean" makes what InfoNCE makes without ids, towers' gradients included: equal columns share it.)
         negatives: ``[..., K, D]`` more keys, which are negatives of every row of x (DPR, NegCLIP, a queue of MoCo).
         negative_ids: int64 ``[K]``: which of them are no negatives of the rows with the same id.
         hard_negatives: ``[..., N, K, D]``, K negatives of each row of x alone.
@@ -152,21 +157,21 @@ def info_nce(
     small = None if bias is not None or reduction == "none" else served_by(x, y, options)
     if small is not None:
         return small_info_nce(x, y, scale, symmetric=symmetric, mean=reduction == "mean", backend=small)
-    same_items(options)
-    _require_positives(x, y, options)
-    sides = contrast.info_nce(reduce_similarity, x, y, scale=scale, bias=bias, symmetric=symmetric, **options)
+    pair: dict[str, Any] = {"scale": scale, "bias": bias, "symmetric": symmetric}
+    if VARIED.isdisjoint(options):
+        _require_positives(x, y, options)
+        sides = formulas.info_nce(reduce_similarity, x, y, **pair, **options)
+    else:
+        _name_ids(options)
+        _require_positives(x, y, options)
+        sides = Contrast(x, y, **pair, **options).sides(reduce_similarity, reduce_similarity)
     return formulas.average([_reduce(side, reduction) for side in sides])
 
 
-def same_items(options: dict[str, Any]) -> None:
-    """Write ``ids`` as the two keywords that it stands for."""
-    ids = options.pop("ids", None)
-    if ids is None:
-        return
-    for name in ("row_ids", "col_ids"):
-        if options.get(name) is not None:
-            raise ValueError(f"{name}: expected none because ids is given, got a tensor")
-        options[name] = ids
+def _name_ids(options: dict[str, Any]) -> None:
+    if options.get("ids") is not None:
+        check.tensor("ids", options["ids"], dtypes=check.INTEGERS)
+    name_ids(options)
 
 
 @arguments("bias", *SIMILARITY)
@@ -311,7 +316,8 @@ def sigmoid_loss(
     tensor(2.2064)
     """
     check.one_of("reduction", reduction, REDUCTIONS)
-    same_items(similarity)
+    if "ids" in similarity:
+        _name_ids(similarity)
     _require_positives(x, y, similarity, negatives_only=True)
     return _reduce(formulas.sigmoid_loss(reduce_similarity, x, y, scale=scale, bias=bias, **similarity), reduction)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.losses.formulas import POSITIVES
 
+POSITIVES = ("mean", "lse", "own")
 DIRECTIONS = ("x_to_y", "y_to_x", "x_to_x", "y_to_y")
 
 
@@ -93,6 +95,34 @@ class Variant:
             )
         if self.focal and self.decoupled:
             raise ValueError(f"focal: expected 0 with decoupled, whose losses are no probabilities, got {self.focal}")
+
+
+def as_labels(ids: Tensor) -> Tensor:
+    """Ids without their sign, as a negative label would be ignored: two that differ in it alone are 2^63 apart.
+
+    What are no ids is another function's to refuse.
+    """
+    return ids.long() & (2**63 - 1) if check.readable(ids) and ids.dtype in check.INTEGERS else ids
+
+
+def name_ids(options: dict[str, Any]) -> None:
+    """Write ``ids`` as the two keywords that it stands for: ids, or with positives="own" labels.
+
+    Rows whose label is negative stay ignored. Over ranks the ids of one may be wrong, of which all have to hear: they
+    are checked as row_ids, or as row_labels.
+    """
+    ids = options.pop("ids", None)
+    if ids is None:
+        return
+    if options.get("positives") == "own":
+        rows, cols = options.get("row_labels"), options.get("col_labels")
+        for name, given in (("row_labels", rows), ("col_labels", rows if cols is None else cols)):
+            options[name] = as_labels(ids) if given is None else torch.where(given < 0, -1, as_labels(ids))
+        return
+    for name in ("row_ids", "col_ids"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name}: expected none because ids is given, got a tensor")
+        options[name] = ids
 
 
 VARIANT = tuple(item.name for item in fields(Variant))

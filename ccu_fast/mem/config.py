@@ -106,6 +106,7 @@ class Settings:
         lr: learning rate of the surrogate.
         weight_decay: of the surrogate's matrices.
         beta2: AdamW's second decay rate.
+        same_captions: pairs of a batch with equal captions are no negatives of each other when the surrogate learns.
         compat: decide as the authors' code does, see :mod:`ccu_fast.mem.compat`.
 
     >>> ccu_fast.mem.Settings(eps=16).rounds
@@ -126,6 +127,7 @@ class Settings:
     lr: float = check.field(1e-3, "Learning rate of the surrogate.", low=0.0)
     weight_decay: float = check.field(0.1, low=0.0)
     beta2: float = check.field(0.98, low=0.0, high=1.0)
+    same_captions: bool = check.field(False, "Pairs with equal captions are no negatives of each other in training.")
     compat: bool = False
 
     def __post_init__(self) -> None:

@@ -84,12 +84,13 @@ class Round:
         for _ in range(steps):
             self.todo = self.todo or self._order()
             plan.append(self.todo.pop())
-        losses = []
+        losses, same = [], self.settings.same_captions
         self.surrogate.train()
         for rows, images in read_ahead(self.source, plan, self.source.image_of):
-            shown = self._shown(images, rows)
+            shown, text = self._shown(images, rows), self._text(rows)
             with self.precision():
-                losses.append(train_step(self.surrogate, self.optimizer, shown, self._text(rows), self.average))
+                step = train_step(self.surrogate, self.optimizer, shown, text, self.average, same_captions=same)
+            losses.append(step)
         self._note("surrogate", losses[-8:])
 
     def improve_triggers(self) -> None:

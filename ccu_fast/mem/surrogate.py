@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +48,18 @@ def train_step(
     images: Tensor,
     tokens: Tensor,
     average: Callable[[Iterable[nn.Parameter]], None] | None = None,
+    *,
+    same_captions: bool = False,
 ) -> Tensor:
     """One step of symmetric InfoNCE on pixels in [0, 1] and token ids; the loss before it, detached.
 
-    ``average`` is called with the parameters between backward and step: where processes average their gradients.
+    ``average`` is called with the parameters between backward and step: where processes average their gradients. With
+    ``same_captions`` pairs of the batch with equal rows of tokens are no negatives of each other.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss = info_nce(model.encode_image(images), model.encode_text(tokens), scale=model.scale)
+    ids = tokens.unique(dim=0, return_inverse=True)[1] if same_captions else None
+    options: dict[str, Any] = {} if ids is None else {"ids": ids, "positives": "own"}
+    loss = info_nce(model.encode_image(images), model.encode_text(tokens), scale=model.scale, **options)
     loss.backward()
     if average is not None:
         average(model.parameters())

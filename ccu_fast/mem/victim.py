@@ -26,6 +26,7 @@ class Recipe:
         batch: pairs in a batch, at least 2.
         lr: the highest learning rate, ≥ 0.
         weight_decay: of the matrices, ≥ 0.
+        same_captions: pairs of a batch with equal captions are no negatives of each other.
 
     >>> ccu_fast.mem.Recipe(epochs=3).batch
     128
@@ -35,6 +36,7 @@ class Recipe:
     batch: int = check.field(128, "Pairs in a batch.", low=2)
     lr: float = check.field(1e-3, "Learning rate.", low=0.0)
     weight_decay: float = check.field(0.1, low=0.0)
+    same_captions: bool = check.field(False, "Pairs with equal captions are no negatives of each other in training.")
 
     def __post_init__(self) -> None:
         check.fields(self)
@@ -131,7 +133,7 @@ def train_victim(
         losses = []
         for rows in batches(len(images), recipe.batch, rng):
             shown, read = pixels(images[rows].to(device)), trim(tokens[rows], eot).to(device)
-            losses.append(train_step(model, optimizer, shown, read))
+            losses.append(train_step(model, optimizer, shown, read, same_captions=recipe.same_captions))
             schedule.step()
         train_loss.append(float(torch.stack(losses).mean()))
         with torch.no_grad():

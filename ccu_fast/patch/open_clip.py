@@ -17,10 +17,15 @@ from ccu_fast.patch.site import Site, are_pairs, arguments, cross_entropy_dtype,
 PARAMETERS = ("self", "image_features", "text_features", "logit_scale")
 
 
-def sites() -> list[Site]:
-    """What is replaced."""
+def sites(*, same: Any = None) -> list[Site]:
+    """What is replaced.
+
+    Args:
+        same: "texts", or what gives the ids of pairs from their features; None: each pair is another.
+    """
+    ids_of = equal_texts if same == "texts" else same
     module = importlib.import_module("open_clip.loss")
-    clip_alone, siglip_alone = ClipLoss(), SigLipLoss()  # made once: that takes as long as a small loss
+    clip_alone, siglip_alone = ClipLoss(positives="own"), SigLipLoss()  # made once: that takes as long as a small loss
 
     def are_stock(theirs: Any, kind: str, methods: tuple[str, ...], functions: tuple[str, ...]) -> bool:
         return (
@@ -32,7 +37,7 @@ def sites() -> list[Site]:
     def clip(theirs: Any, images: Tensor, ranks: dict[str, Any]) -> Any:
         if not are_stock(theirs, "ClipLoss", ("get_logits", "get_ground_truth"), ("gather_features",)):
             return None
-        ours = ClipLoss(theirs.local_loss, theirs.gather_with_grad, **ranks) if ranks else clip_alone
+        ours = ClipLoss(theirs.local_loss, theirs.gather_with_grad, positives="own", **ranks) if ranks else clip_alone
         return ours, cross_entropy_dtype(images)
 
     def siglip(theirs: Any, images: Tensor, ranks: dict[str, Any]) -> Any:
@@ -46,15 +51,30 @@ def sites() -> list[Site]:
         return SigLipLoss(**ranks) if ranks else siglip_alone, dtype
 
     return [
-        Site(module.ClipLoss, "forward", PARAMETERS, _by(clip)),
-        Site(module.SigLipLoss, "forward", (*PARAMETERS, "logit_bias"), _by(siglip)),
+        Site(module.ClipLoss, "forward", PARAMETERS, _by(clip, ids_of)),
+        Site(module.SigLipLoss, "forward", (*PARAMETERS, "logit_bias"), _by(siglip, ids_of)),
     ]
 
 
-def _by(ours: Callable[..., Any]) -> Callable[..., Any]:
+@torch.no_grad()
+def equal_texts(images: Tensor, texts: Tensor) -> Tensor:
+    """Ids of pairs, the same for texts whose features are equal bit for bit, on whatever rank they are.
+
+    A sum of the bits times odd random numbers, modulo 2^64: unequal features share one with a chance of 2^-63.
+    """
+    bits = texts.contiguous().view(_INTEGERS[texts.element_size()]).long()
+    random = torch.Generator().manual_seed(0)
+    odd = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=random) * 2 + 1
+    return (bits * odd.to(bits.device)).sum(1)
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _by(ours: Callable[..., Any], ids_of: Callable[[Tensor, Tensor], Tensor] | None) -> Callable[..., Any]:
     """A forward by the loss that ``ours`` makes in place of one of theirs, in the dtype that it names."""
 
-    def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
+    def served(original: Any, *args: Any, **kwargs: Any) -> Any:
         call = arguments(original, args, kwargs)
         theirs, as_dict = call.pop("self"), call.pop("output_dict", False)
         ranks = _ranks(theirs)
@@ -64,8 +84,19 @@ def _by(ours: Callable[..., Any]) -> Callable[..., Any]:
         if found is None:
             return NotImplemented
         loss, dtype = found
+        if ids_of is not None:
+            call["ids"] = ids_of(call["image_features"], call["text_features"])
         value = loss(**call).to(dtype)
         return {"contrastive_loss": value} if as_dict else value
+
+    def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
+        value = served(original, *args, **kwargs)
+        if value is NotImplemented and ids_of is not None:
+            raise RuntimeError(
+                "same: expected plain features and open_clip's own methods, got a call that the patch would leave to "
+                "open_clip, whose loss has one positive for each item"
+            )
+        return value
 
     return forward
 

@@ -16,12 +16,17 @@ import importlib.metadata
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.patch.site import Installed, Site
+
+Same = str | Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,11 @@ TARGETS = {
     ),
 }
 
-# Patches that can also give more exact numbers than the library.
-EXACT = ("pytorch_metric_learning",)
+# Which patch takes which option of apply.
+OPTIONS = {"exact": ("pytorch_metric_learning",), "same": ("open_clip",)}
 
 _installed: dict[str, list[Installed]] = {}
-_exact: set[str] = set()  # those of _installed that do
+_options: dict[str, dict[str, Any]] = {}  # those of _installed
 # Held while functions change hands, so that no thread takes another's wrapper for the library's function. Reentrant:
 # what an import runs may patch too.
 _lock = threading.RLock()
@@ -120,7 +125,7 @@ def active() -> dict[str, list[str]]:
         return {name: [item.site.name for item in items] for name, items in _installed.items()}
 
 
-def apply(name: str, *, exact: bool = False) -> list[str]:
+def apply(name: str, *, exact: bool = False, same: Same | None = None) -> list[str]:
     """Replace a library's losses or token scoring by ccu_fast's until :func:`revert`.
 
     Applying what is applied changes nothing. Functions are replaced in the classes and modules that own them, so
@@ -131,13 +136,20 @@ def apply(name: str, *, exact: bool = False) -> list[str]:
         exact: for "pytorch_metric_learning": losses in fp32 for half precision, and NTXentLoss without the library's
             ``small_val``, which is added to every probability and keeps a pair's loss below 87.3 (9.7 in fp16). By
             default dtype and numbers are the library's, which computes NTXentLoss of fp16 itself.
+        same: for "open_clip": which pairs of a batch are no negatives of each other, where the library contrasts each
+            with all others: ClipLoss leaves them out, and for SigLipLoss they are positives. "texts": those whose text
+            features are equal in every bit, as those of equal captions are; or a function that is called with
+            image_features and text_features and returns ids, int64 ``[N]``, equal on all ranks for the same item. A
+            call that the patch would leave to the library then raises a RuntimeError, for the library's loss is
+            another.
 
     Returns:
         The dotted names of what is replaced; empty, with a ``UserWarning``, when the version is not known, or when a
         module, class or function is missing or not the library's own: then nothing at all was changed.
 
     Raises:
-        ValueError: unknown name; exact for another library, or other than the patch that is applied.
+        TypeError, ValueError: unknown name; an option of another library, or other than that of the patch that is
+            applied.
         ModuleNotFoundError: the library is not installed; for "mem_reference": its modules are not imported yet.
 
     >>> ccu_fast.patch.apply("pytorch_metric_learning")[0]
@@ -145,18 +157,29 @@ def apply(name: str, *, exact: bool = False) -> list[str]:
     >>> ccu_fast.patch.revert("pytorch_metric_learning")
     """
     check.one_of("name", name, tuple(TARGETS))
-    if check.boolean("exact", exact) and name not in EXACT:
-        raise ValueError(f"exact: expected False for {name} (only {', '.join(EXACT)} takes it), got True")
+    if same is not None and not callable(same):
+        check.one_of("same", same, ("texts",))
+    options: dict[str, Any] = {"exact": True} if check.boolean("exact", exact) else {}
+    options |= {} if same is None else {"same": same}
+    for option, value in options.items():
+        if name not in OPTIONS[option]:
+            default = False if option == "exact" else None
+            only = ", ".join(OPTIONS[option])
+            raise ValueError(f"{option}: expected {default} for {name} (only {only} takes it), got {value!r}")
     with _lock:
-        if name in _installed and exact != (name in _exact):
-            raise ValueError(f"exact: expected {not exact}, with which {name} is applied, got {exact}; revert it first")
+        if name in _installed and options != _options[name]:
+            option = next(iter({**_options[name], **options}))
+            before, now = (of.get(option, False if option == "exact" else None) for of in (_options[name], options))
+            raise ValueError(
+                f"{option}: expected {before!r}, with which {name} is applied, got {now!r}; revert it first"
+            )
         if name not in _installed:
-            sites, reason = _sites(name, exact)
+            sites, reason = _sites(name, options)
             if reason is not None:
                 warnings.warn(f"ccu_fast.patch: {name} is left alone: {reason}", stacklevel=2)
                 return []
             _installed[name] = [Installed(site) for site in sites]
-            _exact.update([name] if exact else [])
+            _options[name] = options
         return active()[name]
 
 
@@ -173,18 +196,18 @@ def revert(name: str) -> None:
     """
     check.one_of("name", name, tuple(TARGETS))
     with _lock:
-        _exact.discard(name)
+        _options.pop(name, None)
         for item in reversed(_installed.pop(name, [])):
             item.remove()
 
 
 @contextmanager
-def applied(*names: str, exact: bool = False) -> Iterator[list[str]]:
+def applied(*names: str, exact: bool = False, same: Same | None = None) -> Iterator[list[str]]:
     """Keep libraries patched for the length of a block; what was applied before stays applied after it.
 
     Args:
         names: keys of :func:`targets`.
-        exact: as of :func:`apply`.
+        exact, same: as of :func:`apply`.
 
     Returns:
         A context manager that gives the dotted names of what is replaced.
@@ -202,7 +225,7 @@ def applied(*names: str, exact: bool = False) -> Iterator[list[str]]:
         for name in names:
             with _lock:
                 before = name in _installed
-                replaced += apply(name, exact=exact)
+                replaced += apply(name, exact=exact, same=same)
             if not before:
                 ours.append(name)
         yield replaced
@@ -211,7 +234,7 @@ def applied(*names: str, exact: bool = False) -> Iterator[list[str]]:
             revert(name)
 
 
-def _sites(name: str, exact: bool) -> tuple[list[Site], str | None]:
+def _sites(name: str, options: dict[str, Any]) -> tuple[list[Site], str | None]:
     """What a patch replaces, and why it replaces nothing if it does not."""
     target = TARGETS[name]
     reason = _unknown_version(name)
@@ -219,7 +242,7 @@ def _sites(name: str, exact: bool) -> tuple[list[Site], str | None]:
         return [], reason
     try:
         module = importlib.import_module(f"ccu_fast.patch.{name}")
-        sites: list[Site] = module.sites(exact=True) if exact else module.sites()
+        sites: list[Site] = module.sites(**options)
     except (ImportError, AttributeError) as error:  # a module or a class is not where it was
         if target.package is None:
             raise

@@ -71,16 +71,20 @@ def definition(
             return number(banks[of][i], banks[to][j])
         return number(guides[of][i], guides[to][j]) if to in guides else -math.inf
 
+    def positives_of(i: int) -> list[int]:
+        return [j for j in there if (j == i if weights["ways"] == "own" else ids[j] == ids[i])]
+
     def limit(i: int, of: str, to: str) -> float:
         if margin is None:
             return math.inf if threshold is None else threshold
-        own = sum(seen(i, j, of, to) for j in there if ids[j] == ids[i]) / sum(ids[j] == ids[i] for j in there)
+        near = [seen(i, j, of, to) for j in positives_of(i)]
+        own = sum(near) / len(near)
         most = float(own * (1 + margin) if relative else own + margin)
         return most if threshold is None else min(most, threshold)
 
     def row(i: int, of: str, to: str, sets: tuple[str, ...]) -> Tensor | None:
         """One row of x against y, or one of y against x."""
-        positives = [logit(banks[of][i], banks[to][j]) for j in there if ids[j] == ids[i]]
+        positives = [logit(banks[of][i], banks[to][j]) for j in positives_of(i)]
         most = limit(i, of, to)
         rest = []
         for direction in sets:
@@ -151,6 +155,16 @@ CASES: dict[str, dict[str, Any]] = {
     "ids": case(ids=IDS),
     "ids, lse": case(ids=IDS, positives="lse"),
     "lse of one each": case(positives="lse"),
+    "ids, own": case(ids=IDS, positives="own"),
+    "ids, own, with all else": case(
+        ids=IDS,
+        positives="own",
+        joint=ALL_FOUR,
+        extra=("negatives", "hard_negatives"),
+        negative_ids=torch.tensor([1, 7, 3, 3, 8]),
+        ignored=True,
+        debias=0.03,
+    ),
     "negatives": case(extra=("negatives",)),
     "negatives, one side": case(extra=("negatives",), symmetric=False),
     "negatives with ids": case(extra=("negatives",), ids=IDS, negative_ids=torch.tensor([1, 7, 3, 3, 8])),
@@ -263,7 +277,7 @@ def test_reductions_add_up(name: str) -> None:
     each = info_nce(**data, **options, reduction="none")
     total = info_nce(**data, **options, reduction="sum")
     torch.testing.assert_close(each.sum(), total)
-    torch.testing.assert_close(each.sum() / (7 if name == "ignored" else N), whole)
+    torch.testing.assert_close(each.sum() / (7 if "ignored" in CASES[name] else N), whole)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -393,7 +407,7 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "negative ids alone": (ValueError, "negatives: expected a tensor because negative_ids", {"negative_ids": IDS}),
     "negative ids without ids": (
         ValueError,
-        "row_ids: expected a tensor because negative_ids",
+        "ids: expected a tensor because negative_ids",
         {"negatives": unit(3, D), "negative_ids": IDS[:3]},
     ),
     "negative ids shape": (
@@ -447,6 +461,21 @@ def test_every_keyword_is_described_and_tried() -> None:
 # ---- several positives in the other losses
 
 
+def test_the_mean_over_texts_that_are_equal_changes_nothing() -> None:
+    """As the docstring says; the other two forms do."""
+    groups = torch.tensor([0, 1, 2, 0, 3, 1, 0])
+    x, texts = unit(7, D).requires_grad_(), unit(4, D).requires_grad_()
+
+    def run(**options: Any) -> list[Tensor]:
+        loss = info_nce(x, texts[groups], scale=5.0, **options)
+        return [loss, *torch.autograd.grad(loss, (x, texts))]
+
+    plain = run()
+    torch.testing.assert_close(run(ids=groups), plain)
+    for positives in ("lse", "own"):
+        assert float(run(ids=groups, positives=positives)[0]) < float(plain[0]) - 0.1
+
+
 @pytest.mark.parametrize("positives", ["mean", "lse"])
 def test_sup_con_of_either_form(positives: str, engine: Engine) -> None:
     backend, dtype = engine
@@ -477,6 +506,22 @@ def test_sigmoid_loss_takes_ids(backend: str) -> None:
 
 
 # ---- the module
+
+
+def test_open_clips_loss_takes_ids_and_more_texts(backend: str) -> None:
+    x, y, own, more = unit(N, D).float(), unit(N, D).float(), unit(N, OWN, D).float(), unit(K, D).float()
+    options = {"ids": IDS, "hard_negatives": own, "negatives": more}
+    for positives in ("mean", "lse", "own"):
+        loss = ccu_fast.ClipLoss(positives=positives, backend=backend)
+        want = info_nce(x, y, scale=5.0, positives=positives, backend=backend, **options)
+        assert torch.equal(loss(x, y, 5.0, **options), want)
+        assert torch.equal(loss(x, y, 5.0, output_dict=True, **options)["contrastive_loss"], want)
+    with pytest.raises(ValueError, match="ids: expected shape"):
+        ccu_fast.ClipLoss()(x, y, 5.0, ids=IDS[:3])
+    with pytest.raises(TypeError, match="ids: expected dtype"):
+        ccu_fast.SigLipLoss()(x, y, 5.0, None, ids=IDS.float())
+    with pytest.raises(ValueError, match="positives: expected one of"):
+        ccu_fast.ClipLoss(positives="all")
 
 
 def test_the_module_has_the_options_and_forward_may_change_them() -> None:

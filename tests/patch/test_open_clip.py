@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ccu_fast
+from ccu_fast.patch.open_clip import equal_texts
 from tests.support import torchvision_stub
 from tests.support.drop_in import counted, left_alone, library, same_numbers, same_training, speed, train_towers, unit
 
@@ -292,3 +293,75 @@ def test_speed(loss_py) -> None:  # type: ignore[no-untyped-def]
             loss_py.ClipLoss()(*leaves).backward()  # noqa: B023
 
         speed("open_clip", f"ClipLoss forward + backward, B = {n}, D = 512", step)
+
+
+# ---- several positives
+
+
+CAPTIONS = torch.tensor([0, 1, 2, 0, 3, 1, 0])
+
+
+def captioned(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Pairs, some of which have the same text."""
+    x, y = unit(7, 24, seed=1, dtype=dtype), unit(4, 24, seed=2, dtype=dtype)[CAPTIONS]
+    return [x.requires_grad_(), y.requires_grad_(), torch.tensor(SCALE, dtype=dtype)]
+
+
+def without_equals(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    out = (CAPTIONS[:, None] == CAPTIONS) & ~torch.eye(7, dtype=torch.bool)
+    s, target = (scale * x @ y.T).masked_fill(out, -torch.inf), torch.arange(7)
+    return (torch.nn.functional.cross_entropy(s, target) + torch.nn.functional.cross_entropy(s.T, target)) / 2
+
+
+@pytest.mark.parametrize("same", ["texts", lambda images, texts: CAPTIONS])
+def test_equal_captions_may_be_no_negatives_of_each_other(same: Any, loss_py) -> None:  # type: ignore[no-untyped-def]
+    leaves, wide = captioned(), captioned(torch.float64)
+    with ccu_fast.patch.applied("open_clip", same=same):
+        assert ccu_fast.patch.apply("open_clip", same=same), "applying what is applied changes nothing"
+        got = loss_py.ClipLoss()(*leaves)
+        sigmoid = loss_py.SigLipLoss()(*leaves, torch.tensor(BIAS))
+    want = without_equals(*wide)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+    for ours, exact in zip(torch.autograd.grad(got, leaves[:2]), torch.autograd.grad(want, wide[:2]), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+    sign = torch.where(CAPTIONS[:, None] == CAPTIONS, 1.0, -1.0)
+    logits = SCALE * leaves[0] @ leaves[1].T + BIAS
+    torch.testing.assert_close(sigmoid, -torch.nn.functional.logsigmoid(sign * logits).sum() / 7)
+    assert not torch.allclose(loss_py.ClipLoss()(*leaves), got), "reverted"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_texts_are_equal_where_all_their_bits_are(dtype: torch.dtype) -> None:
+    texts = unit(64, 24, seed=5, dtype=torch.float32).to(dtype)
+    other = texts.clone()
+    other[:, 7] = torch.nextafter(other[:, 7].float(), torch.tensor(9.0)).to(dtype) if dtype == torch.float32 else 3
+    ids = equal_texts(texts, torch.cat([texts, texts.flip(0), other]))
+    assert torch.equal(ids[:64], ids[64:128].flip(0))
+    assert len(ids.unique()) == 128
+
+
+def test_with_same_nothing_goes_to_another_loss(loss_py) -> None:  # type: ignore[no-untyped-def]
+    leaves = captioned()
+    with (
+        ccu_fast.patch.applied("open_clip", same="texts"),
+        pytest.raises(RuntimeError, match="same: expected plain features"),
+    ):
+        loss_py.ClipLoss()(*leaves[:2], torch.linspace(1, 3, 7)[:, None])
+
+
+def test_wrong_options_are_refused(loss_py) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="same: expected one of"):
+        ccu_fast.patch.apply("open_clip", same="images")
+    with pytest.raises(ValueError, match=r"same: expected None for transformers \(only open_clip takes it\)"):
+        ccu_fast.patch.apply("transformers", same="texts")
+    with (
+        ccu_fast.patch.applied("open_clip"),
+        pytest.raises(ValueError, match="same: expected None, with which open_clip is applied, got 'texts'; revert"),
+    ):
+        ccu_fast.patch.apply("open_clip", same="texts")
+    with (
+        ccu_fast.patch.applied("open_clip", same=lambda images, texts: CAPTIONS[:3]),
+        pytest.raises(ValueError, match="ids: expected shape"),
+    ):
+        loss_py.ClipLoss()(*captioned())
+    assert ccu_fast.patch.active() == {}

@@ -733,6 +733,10 @@ def a_variant_that_cannot_be_is_refused_on_every_rank() -> None:
         refuses(ValueError, text, lambda options=options: over.info_nce(x, x, scale=1.0, **options))
     options = {"hardness": 0.5 if one else 0.0, "decoupled": True}
     refuses(ValueError, "joint: expected the same answer", lambda: over.info_nce(x, x, scale=1.0, **options))
+    for positives in ("mean", "own"):
+        ids = torch.zeros(4) if one else torch.zeros(4, dtype=torch.long)
+        kind, text = (TypeError, "expected dtype") if one else (ValueError, elsewhere)
+        refuses(kind, text, lambda ids=ids, p=positives: over.info_nce(x, x, scale=1.0, ids=ids, positives=p))
     assert over.info_nce(x, x, scale=1.0, decoupled=True).isfinite(), "the ranks are still at the same call"
 
 
