@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -158,9 +159,10 @@ def reduce_similarity(
     else:
         row_out, col_parts = p.scale.new_empty((0, p.n)), p.scale.new_empty((0, sum(sizes.y)))
     merged = _merge(plan, p, col_parts)
+    row_counts, col_counts = partial(count_relations, _counted(plan), along_rows=True), partial(_column_counts, plan)
     return (
-        assemble(row_spec, iter(row_out.unbind(0)), lambda: count_relations(_counted(plan), along_rows=True), (p.n,)),
-        assemble(col_spec, iter(merged), lambda: _column_counts(plan), (p.m,)),
+        assemble(row_spec, iter(row_out.unbind(0)), row_counts, (p.n,), limited=p.row_limits is not None),
+        assemble(col_spec, iter(merged), col_counts, (p.m,), limited=p.col_limits is not None),
     )
 
 
