@@ -54,8 +54,8 @@ def info_nce(
             averages them; each rank's gradient is multiplied by the number of ranks, so that the average is the
             gradient of the loss. "sum": they will be added, and ``x.grad`` is exactly the slice of the one-process
             gradient. Without effect for reduction="none": the gradient is that of the sum of all ranks' values.
-        **similarity: row_ids, col_ids, row_labels, col_labels, paired, normalize, backend, workspace, nan_policy,
-            group, mode, equal: see :func:`ccu_fast.distributed.reduce_similarity`.
+        **similarity: row_ids, col_ids, row_labels, col_labels, paired, row_limits, col_limits, guide, normalize,
+            backend, workspace, nan_policy, group, mode, equal: see :func:`ccu_fast.distributed.reduce_similarity`.
 
     Returns:
         fp32 scalar, or ``[n]`` for reduction="none".
