@@ -51,6 +51,9 @@ class Relations:
         diagonal: bool,
     ) -> None: ...
 
+class Limits:
+    def __init__(self, rows: tuple[int, int], cols: tuple[int, int], guide: tuple[int, int]) -> None: ...
+
 class Reductions:
     def __init__(self, rows: Sequence[int], cols: Sequence[int]) -> None: ...
 
@@ -67,6 +70,7 @@ class Tile:
         relations: Relations,
         reductions: Reductions,
         threads: int,
+        limits: Limits | None = None,
     ) -> None: ...
 
 def similarity_forward(tile: Tile, rows: tuple[int, int, int], cols: tuple[int, int, int]) -> None: ...

@@ -31,9 +31,10 @@ const char* ccu_cpu_isa(void);
 // ---------------------------------------------------------------------------------------------------------------------
 // reduce_similarity on tiles of S = scale * dot + bias, where a library GEMM has computed dot = x y^T.
 //
-// A reduction is encoded as kind * 8 + relations: kind 0 = lse, 1 = sum, 2 = softplus, 3 = logsigmoid; relations is a
-// set of SELF = 1, SAME = 2, OTHER = 4. Without labels no pair is SAME; without ids, `diagonal` says whether (i, i) is
-// SELF.
+// A reduction is encoded as kind * 8 + relations: kind 0 = lse, 1 = sum, 2 = softplus, 3 = logsigmoid, 4 = count;
+// relations is a set of SELF = 1, SAME = 2, OTHER = 4. Without labels no pair is SAME; without ids, `diagonal` says
+// whether (i, i) is SELF. An OTHER pair whose similarity is above the limit of its row has no part in the reductions of
+// rows, and likewise for columns.
 
 enum { CCU_MAX_REDUCTIONS = 8 };
 
@@ -55,6 +56,11 @@ typedef struct {
   int32_t row_codes[CCU_MAX_REDUCTIONS];
   int32_t col_codes[CCU_MAX_REDUCTIONS];
   int32_t threads;
+  const float* row_limits;  // [banks or 1, rows] of this chunk, or NULL
+  const float* col_limits;  // [banks or 1, cols], or NULL
+  int64_t row_limit_stride, col_limit_stride;
+  const void* guide;  // [banks, rows, cols] in guide_dtype: the similarities that limits look at; NULL: those are dot
+  int32_t guide_dtype;
 } ccu_tile;
 
 // Row results of the chunk, and running column results.

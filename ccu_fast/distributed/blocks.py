@@ -9,6 +9,8 @@ With W ranks of n rows each, M columns in all, per rank and in elements of the f
     gather   sends 2 · (W − 1)/W · M·D (y; its gradient), stores y and its gradient for all M columns
     ring     sends 3 · (W − 1)/W · M·D (y; y again; its gradient, in fp32), stores three blocks
 
+(a guide's columns travel as y does, and have no gradient)
+
 and n·M·D · (8 − 2f) FLOPs, f the share of E that the workspace kept; a ring keeps none.
 """
 
@@ -25,8 +27,8 @@ from ccu_fast.distributed.ranks import Pending, Ranks, offsets
 from ccu_fast.ops.reduce_similarity.operator import run_backward, run_forward
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
 
-# Tags of the two streams of a ring.
-_BLOCK, _GRADIENT = 0, 1
+# Tags of the streams of a ring.
+_BLOCK, _GRADIENT, _GUIDE = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Plan:
         backend, workspace: as for one process.
         local: the problem of this rank's x and y; its column keys are those of the own block.
         col_labels, col_ids: int64 ``[M]`` keys of all columns in the order of the ring, or None.
+        col_limits: their limits, or None.
     """
 
     ranks: Ranks
@@ -50,6 +53,7 @@ class Plan:
     local: SimilarityProblem
     col_labels: Tensor | None
     col_ids: Tensor | None
+    col_limits: Tensor | None
 
     @property
     def owners(self) -> list[int]:
@@ -75,8 +79,10 @@ class Plan:
         own = self.sizes[self.ranks.rank]
         return torch.stack(self.ranks.swap(self.by_owner(parts), [own] * self.ranks.size))
 
-    def problem(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, first: int) -> SimilarityProblem:
-        """x against the columns ``[first, first + len(y))``."""
+    def problem(
+        self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, guide_y: Tensor | None, first: int
+    ) -> SimilarityProblem:
+        """x against the columns ``[first, first + len(y))``, whose guide is ``guide_y``."""
 
         def cut(keys: Tensor | None) -> Tensor | None:
             return None if keys is None else keys[None, first : first + y.shape[0]].contiguous()
@@ -89,6 +95,8 @@ class Plan:
             bias=bias,
             col_labels=cut(self.col_labels),
             col_ids=cut(self.col_ids),
+            col_limits=cut(self.col_limits),
+            guide_y=None if guide_y is None else guide_y[None],
             diagonal=self.local.diagonal and first == 0,
         )
 
@@ -98,21 +106,26 @@ class Plan:
 
 
 class Blocks(torch.autograd.Function):
-    """x ``[n, D]``, y ``[m, D]``, scale, bias, plan → rows ``[R, n]`` whole, columns ``[C, M]`` in this rank's part."""
+    """x ``[n, D]``, y ``[m, D]``, scale, bias, guide ``[m, Dg]``, plan → rows and columns.
+
+    Rows ``[R, n]`` are whole, columns ``[C, M]`` this rank's part.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, guide: Tensor | None, plan: Plan
     ) -> tuple[Tensor, Tensor]:
         ctx.plan = plan
         if plan.ring:
-            rows, cols = _ring_forward(x, y, scale, bias, plan)
-            ctx.save_for_backward(x, y, scale, bias, rows, cols)
+            rows, cols = _ring_forward(x, y, scale, bias, guide, plan)
+            ctx.save_for_backward(x, y, scale, bias, guide, rows, cols)
         else:
             everything = plan.in_order(plan.ranks.gather(y, plan.sizes))
-            p = plan.problem(x, everything, scale, bias, 0)
+            if guide is not None:
+                guide = plan.in_order(plan.ranks.gather(guide, plan.sizes))
+            p = plan.problem(x, everything, scale, bias, guide, 0)
             rows, cols, stash = run_forward(p, plan.engine(p), plan.workspace, any(ctx.needs_input_grad))
-            ctx.save_for_backward(x, everything, scale, bias, rows, cols, stash)
+            ctx.save_for_backward(x, everything, scale, bias, guide, rows, cols, stash)
         return rows[:, 0], cols[:, 0]
 
     @staticmethod
@@ -123,35 +136,38 @@ class Blocks(torch.autograd.Function):
                 "gather the features and call the loss of the same name in ccu_fast"
             )
         plan, needs = ctx.plan, list(ctx.needs_input_grad[:4])
-        x, y, scale, bias, rows, cols, *stash = ctx.saved_tensors
+        x, y, scale, bias, guide, rows, cols, *stash = ctx.saved_tensors
         grads = grad_rows.contiguous()[:, None], grad_cols.contiguous()[:, None]
         if plan.ring:
-            dx, dy, dscale, dbias = _ring_backward(x, y, scale, bias, rows, cols, *grads, needs, plan)
+            dx, dy, dscale, dbias = _ring_backward(x, y, scale, bias, guide, rows, cols, *grads, needs, plan)
         else:
-            p = plan.problem(x, y, scale, bias, 0)
+            p = plan.problem(x, y, scale, bias, guide, 0)
             dx, dy, dscale, dbias = run_backward(p, plan.engine(p), *grads, rows, cols, stash[0], needs, plan.workspace)
             if needs[0]:
                 dx = dx[0]
             if needs[1]:
                 dy = plan.ranks.sum_to_owners(plan.by_owner(dy[0]))
-        return (*(g if need else None for g, need in zip((dx, dy, dscale, dbias), needs, strict=True)), None)
+        return (*(g if need else None for g, need in zip((dx, dy, dscale, dbias), needs, strict=True)), None, None)
 
 
-def _ring_forward(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
+def _ring_forward(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, guide: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor]:
     starts = plan.starts
     p = plan.local
     rows = scale.new_empty((len(p.rows), 1, p.n))
     for row, code in zip(rows, p.rows, strict=True):
         row.fill_(-torch.inf if decode(code)[0] == "lse" else 0)
     cols = scale.new_empty((len(p.cols), 1, starts[-1]))
-    for step, (block, arriving) in enumerate(_blocks(y, plan)):
+    for step, (block, block_guide, arriving) in enumerate(_blocks(y, guide, plan)):
         first, last = starts[step], starts[step + 1]
-        block_problem = plan.problem(x, block, scale, bias, first)
+        block_problem = plan.problem(x, block, scale, bias, block_guide, first)
         block_rows, block_cols, _ = run_forward(block_problem, plan.engine(block_problem), plan.workspace, False)
         cols[:, :, first:last] = block_cols
         for row, new, code in zip(rows, block_rows, p.rows, strict=True):
             row.copy_(torch.logaddexp(row, new) if decode(code)[0] == "lse" else row + new)
-        arriving.wait()
+        for transfer in arriving:
+            transfer.wait()
     return rows, cols
 
 
@@ -160,6 +176,7 @@ def _ring_backward(
     y: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    guide: Tensor | None,
     rows: Tensor,
     cols: Tensor,
     grad_rows: Tensor,
@@ -178,9 +195,9 @@ def _ring_backward(
     dscale, dbias = torch.zeros_like(scale), torch.zeros_like(scale)
     follower: Tensor | None = None  # the gradient that belongs to this step's block, from the rank before
     sent = None
-    for step, (block, arriving) in enumerate(_blocks(y, plan)):
+    for step, (block, block_guide, arriving) in enumerate(_blocks(y, guide, plan)):
         first, last = starts[step], starts[step + 1]
-        p = plan.problem(x, block, scale, bias, first)
+        p = plan.problem(x, block, scale, bias, block_guide, first)
         block_dx, block_dy, block_dscale, block_dbias = run_backward(
             p,
             plan.engine(p),
@@ -207,18 +224,24 @@ def _ring_backward(
             follower = mine.new_empty((plan.sizes[following], mine.shape[1]))
             # After the next block was asked for: on every rank in this order.
             sent = ranks.pass_on(mine, follower, _GRADIENT)
-        arriving.wait()
+        for transfer in arriving:
+            transfer.wait()
     if sent is not None and follower is not None:
         sent.wait()
         home = home + follower
     return dx.to(x.dtype), home.to(y.dtype), dscale, dbias
 
 
-def _blocks(y: Tensor, plan: Plan) -> Iterator[tuple[Tensor, Pending]]:
-    """Each block of y, with the transfer of the next one, which runs while this one is used."""
-    block = y.contiguous()
+def _blocks(y: Tensor, guide: Tensor | None, plan: Plan) -> Iterator[tuple[Tensor, Tensor | None, list[Pending]]]:
+    """Each block of y and of the guide, with the transfer of the next ones, which runs while these are used."""
+    block, beside = y.contiguous(), None if guide is None else guide.contiguous()
     for owner in plan.owners[1:]:
         following = block.new_empty((plan.sizes[owner], block.shape[1]))
-        yield block, plan.ranks.pass_on(block, following, _BLOCK)
-        block = following
-    yield block, Pending()
+        transfers = [plan.ranks.pass_on(block, following, _BLOCK)]
+        beside_following = None
+        if beside is not None:
+            beside_following = beside.new_empty((plan.sizes[owner], beside.shape[1]))
+            transfers.append(plan.ranks.pass_on(beside, beside_following, _GUIDE))
+        yield block, beside, transfers
+        block, beside = following, beside_following
+    yield block, beside, []

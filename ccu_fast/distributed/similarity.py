@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,9 @@ def reduce_similarity(
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     paired: bool | None = None,
+    row_limits: Tensor | None = None,
+    col_limits: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
     normalize: bool = False,
     rows: Sequence[Reduction] = (),
     cols: Sequence[Reduction] = (),
@@ -71,10 +75,10 @@ def reduce_similarity(
         row_results, col_results = ccu_fast.reduce_similarity(X, Y, ...)
         return this rank's part of row_results, this rank's part of col_results
 
-    Only y travels. A rank reduces S between its own x and all of Y; of every column that is a part, which goes to the
-    rank that owns the column and is merged there. Gradients are those of plain autograd on X and Y: ``x.grad`` is the
-    gradient of the sum of all ranks' losses, wherever it came from. For ``scale`` and ``bias`` a rank has the part that
-    its own rows of x make; the sum over ranks is the gradient.
+    Only y travels, and what belongs to it. A rank reduces S between its own x and all of Y; of every column that is a
+    part, which goes to the rank that owns the column and is merged there. Gradients are those of plain autograd on X
+    and Y: ``x.grad`` is the gradient of the sum of all ranks' losses, wherever it came from. For ``scale`` and ``bias``
+    a rank has the part that its own rows of x make; the sum over ranks is the gradient.
 
     Every rank of the group has to call this with the same options, and to run backward through its results.
 
@@ -86,6 +90,9 @@ def reduce_similarity(
         row_labels, row_ids: int64 ``[n]``, those of this rank's rows; equal keys mean the same on every rank.
         col_labels, col_ids: int64 ``[m]``.
         paired: as there, for X and Y: item i of X is item i of Y.
+        row_limits: ``[n]``, those of this rank's rows, as there. On every rank or on none, like all that follows.
+        col_limits: ``[m]``, those of this rank's columns, which all ranks see.
+        guide: ``([n, Dg], [m, Dg])`` of this rank's rows and columns; the second travels with y.
         normalize: as there; before anything travels.
         rows, cols, backend, workspace, nan_policy: as there; ``workspace`` is for each rank.
         group: None for the default group. Ranks outside it must not call.
@@ -131,8 +138,9 @@ def reduce_similarity(
         pair = normalize_pair(x, y, backend, *labels) if check.boolean("normalize", normalize) else (x, y)
         here = None if paired else paired  # whether pairs meet on this rank is seen when all sizes are known
         p, _, row_spec, col_spec = build_problem(
-            *pair, scale, bias, row_labels, col_labels, row_ids, col_ids, here, rows, cols, nan_policy
-        )
+            *pair, scale, bias, row_labels, col_labels, row_ids, col_ids, here, rows, cols, nan_policy,
+            row_limits, col_limits, guide,
+        )  # fmt: skip
         engine = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
         prepared = _Prepared(p, row_spec, col_spec, engine, workspace_bytes(workspace, p.x.device))
         must_match = [
@@ -141,6 +149,10 @@ def reduce_similarity(
             MODES.index(mode),
             p.row_labels is not None,
             p.row_ids is not None,
+            p.row_limits is not None,
+            p.col_limits is not None,
+            0 if p.guide_y is None else p.guide_y.shape[-1],
+            0 if p.guide_y is None else agreement.DTYPES.index(p.guide_y.dtype),
             p.x.requires_grad,
             p.y.requires_grad,
             p.scale.requires_grad or (p.bias is not None and p.bias.requires_grad),
@@ -155,13 +167,15 @@ def reduce_similarity(
         )
     plan = _plan(ranks, p, sizes, paired, agreement.ring(mode, sizes.y, p.y), engine, room)
     if p.rows or p.cols:
-        row_out, col_parts = Blocks.apply(p.x[0], p.y[0], p.scale, p.bias, plan)
+        guide_y = None if p.guide_y is None else p.guide_y[0]
+        row_out, col_parts = Blocks.apply(p.x[0], p.y[0], p.scale, p.bias, guide_y, plan)
     else:
         row_out, col_parts = p.scale.new_empty((0, p.n)), p.scale.new_empty((0, sum(sizes.y)))
     merged = _merge(plan, p, col_parts)
+    row_counts, col_counts = partial(count_relations, _counted(plan), along_rows=True), partial(_column_counts, plan)
     return (
-        assemble(row_spec, iter(row_out.unbind(0)), lambda: count_relations(_counted(plan), along_rows=True), (p.n,)),
-        assemble(col_spec, iter(merged), lambda: _column_counts(plan), (p.m,)),
+        assemble(row_spec, iter(row_out.unbind(0)), row_counts, (p.n,), limited=p.row_limits is not None),
+        assemble(col_spec, iter(merged), col_counts, (p.m,), limited=p.col_limits is not None),
     )
 
 
@@ -180,11 +194,12 @@ def _plan(
         )
         by_place = False
     local = replace(p, row_ids=row_ids, col_ids=col_ids, diagonal=by_place)
-    plan = Plan(ranks, sizes.y, ring, engine, workspace, local, None, None)
-    labels, ids = (
-        None if keys is None else plan.in_order(ranks.gather(keys[0], sizes.y)) for keys in (p.col_labels, col_ids)
+    plan = Plan(ranks, sizes.y, ring, engine, workspace, local, None, None, None)
+    labels, ids, limits = (
+        None if keys is None else plan.in_order(ranks.gather(keys[0], sizes.y))
+        for keys in (p.col_labels, col_ids, p.col_limits)
     )
-    return replace(plan, col_labels=labels, col_ids=ids)
+    return replace(plan, col_labels=labels, col_ids=ids, col_limits=limits)
 
 
 def _merge(plan: Plan, p: SimilarityProblem, col_parts: Tensor) -> list[Tensor]:
@@ -215,7 +230,7 @@ class _Swap(torch.autograd.Function):
 def _counted(plan: Plan) -> SimilarityProblem:
     """Own rows against all columns, for counting."""
     everything = plan.local.y.new_empty((sum(plan.sizes), 0))
-    return plan.problem(plan.local.x[0, :, :0], everything, plan.local.scale, plan.local.bias, 0)
+    return plan.problem(plan.local.x[0, :, :0], everything, plan.local.scale, plan.local.bias, None, 0)
 
 
 def _column_counts(plan: Plan) -> dict[Any, Tensor]:

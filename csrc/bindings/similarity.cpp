@@ -13,6 +13,13 @@ struct Relations {
   bool diagonal;
 };
 
+// Limits of rows and columns, each an address and a stride from bank to bank, and the guide's products by address and
+// dtype.
+struct Limits {
+  Strided rows, cols;
+  std::pair<Address, int32_t> guide;
+};
+
 struct Reductions {
   int32_t row_codes[CCU_MAX_REDUCTIONS], col_codes[CCU_MAX_REDUCTIONS];
   int32_t n_row, n_col;
@@ -35,6 +42,14 @@ void bind_tile(py::module_& m) {
            "Takes an address and a stride from bank to bank for each of the four, (0, 0) for none.",
            py::arg("row_labels"), py::arg("col_labels"), py::arg("row_ids"), py::arg("col_ids"), py::arg("diagonal"));
 
+  py::class_<Limits>(m, "Limits", "How similar an OTHER pair may be to take part in a reduction.")
+      .def(py::init(
+               [](Strided rows, Strided cols, std::pair<Address, int32_t> guide) { return Limits{rows, cols, guide}; }),
+           "Takes an address and a stride from bank to bank for each side, (0, 0) for none, and the address and dtype "
+           "of "
+           "the products to compare, (0, 0) for those of the tile itself.",
+           py::arg("rows"), py::arg("cols"), py::arg("guide"));
+
   py::class_<Reductions>(m, "Reductions", "The codes of the reductions over rows and over columns.")
       .def(py::init([](const std::vector<int32_t>& rows, const std::vector<int32_t>& cols) {
              Reductions r{};
@@ -49,7 +64,7 @@ void bind_tile(py::module_& m) {
   py::class_<ccu_tile>(m, "Tile", "A part of the similarities, and what its rows and columns are.")
       .def(py::init([](std::pair<Address, int32_t> dot, Address self_dot, std::tuple<int64_t, int64_t, int64_t> shape,
                        int64_t row0, float scale, float bias, const Relations& relations, const Reductions& reductions,
-                       int threads) {
+                       int threads, const Limits* limits) {
              ccu_tile t{};
              t.dot = pointer<void>(dot.first);
              t.dot_dtype = dot.second;
@@ -72,11 +87,19 @@ void bind_tile(py::module_& m) {
              std::copy(std::begin(reductions.row_codes), std::end(reductions.row_codes), t.row_codes);
              std::copy(std::begin(reductions.col_codes), std::end(reductions.col_codes), t.col_codes);
              t.threads = threads;
+             if (limits != nullptr) {
+               t.row_limits = pointer<float>(limits->rows.first);
+               t.row_limit_stride = limits->rows.second;
+               t.col_limits = pointer<float>(limits->cols.first);
+               t.col_limit_stride = limits->cols.second;
+               t.guide = pointer<void>(limits->guide.first);
+               t.guide_dtype = limits->guide.second;
+             }
              return t;
            }),
            "Takes the products by address and dtype, and their shape as (banks, rows, cols).", py::kw_only(),
            py::arg("dot"), py::arg("self_dot"), py::arg("shape"), py::arg("row0"), py::arg("scale"), py::arg("bias"),
-           py::arg("relations"), py::arg("reductions"), py::arg("threads"));
+           py::arg("relations"), py::arg("reductions"), py::arg("threads"), py::arg("limits") = py::none());
 }
 
 void bind_reduce_similarity(py::module_& m) {

@@ -9,10 +9,20 @@ namespace ccu {
 namespace CCU_ISA {
 
 enum : int32_t { kSelf = 1, kSame = 2, kOther = 4 };
-enum Kind : int32_t { kLse = 0, kSum = 1, kSoftplus = 2, kLogSigmoid = 3 };
+enum Kind : int32_t { kLse = 0, kSum = 1, kSoftplus = 2, kLogSigmoid = 3, kCount = 4 };
 
-// How much of the relation must be checked. Most problems need nothing or only the diagonal.
-enum class Mode { kAll, kDiagonal, kGeneral };
+// How much of the relation must be checked. Most problems need nothing or only the diagonal. The last three are the
+// same with a limit on OTHER pairs.
+enum class Mode { kAll, kDiagonal, kGeneral, kAllLimited, kDiagonalLimited, kGeneralLimited };
+
+constexpr bool is_limited(Mode mode) { return mode >= Mode::kAllLimited; }
+// The mode without the limit.
+constexpr Mode base_of(Mode mode) {
+  return mode == Mode::kAllLimited        ? Mode::kAll
+         : mode == Mode::kDiagonalLimited ? Mode::kDiagonal
+         : mode == Mode::kGeneralLimited  ? Mode::kGeneral
+                                          : mode;
+}
 
 inline Kind kind_of(int32_t code) { return static_cast<Kind>(code / 8); }
 inline bool is_lse(int32_t code) { return kind_of(code) == kLse; }
@@ -32,18 +42,37 @@ inline Mode mode_of(const ccu_tile& t, int32_t relations, int64_t first, int64_t
   return t.row0 + first < end && begin < t.row0 + last ? mode : Mode::kAll;
 }
 
+// The mode of a block for a chooser that may have limits. On the diagonal SELF has to be told from OTHER.
+template <class Chooser>
+Mode mode_of(const ccu_tile& t, const Chooser& chooser, int64_t first, int64_t last, int64_t begin, int64_t end) {
+  if (!chooser.limited()) return mode_of(t, chooser.relations, first, last, begin, end);
+  if (t.row_labels != nullptr || t.row_ids != nullptr) return Mode::kGeneralLimited;
+  const bool crosses = t.row0 + first < end && begin < t.row0 + last;
+  return t.diagonal && crosses ? Mode::kDiagonalLimited : Mode::kAllLimited;
+}
+
+// bf16 as fp32.
+inline void widen(const uint16_t* in, int64_t count, float* out) {
+  for_vectors(0, count, [&](int64_t j, auto lanes) { store(out + j, load_bf16(in + j, lanes), lanes); });
+}
+
 // A bf16 row of the chunk (`row` counted over all banks, row `i` of its bank) as fp32, columns [begin, end), with the
 // unrounded value of the diagonal pair.
 inline void widen(const ccu_tile& t, int64_t row, int64_t i, int64_t begin, int64_t end, float* out) {
-  const uint16_t* in = static_cast<const uint16_t*>(t.dot) + row * t.cols;
-  for_vectors(begin, end, [&](int64_t j, auto lanes) { store(out + (j - begin), load_bf16(in + j, lanes), lanes); });
+  widen(static_cast<const uint16_t*>(t.dot) + row * t.cols + begin, end - begin, out);
   const int64_t own = t.row0 + i;
   if (t.self_dot != nullptr && own >= begin && own < end) out[own - begin] = t.self_dot[row];
 }
 
+// Stands for similarities that no mode without a limit asks for.
+struct NoSimilarity {
+  vf operator()() const { return splat(0.0f); }
+};
+
 // The pairs of one bank that a reduction chooses.
 struct Chooser {
   const int32_t *row_labels, *col_labels, *row_ids, *col_ids;
+  const float *row_limits = nullptr, *col_limits = nullptr;  // one of them, where the reduction has limits
   int64_t row0;
   bool diagonal;
   int32_t relations;
@@ -57,15 +86,37 @@ struct Chooser {
         diagonal(t.diagonal),
         relations(relations_) {}
 
+  // What a reduction of rows chooses.
+  static Chooser of_rows(const ccu_tile& t, int64_t bank, int32_t relations) {
+    Chooser made(t, bank, relations);
+    if (t.row_limits != nullptr && relations & kOther) made.row_limits = t.row_limits + bank * t.row_limit_stride;
+    return made;
+  }
+
+  static Chooser of_columns(const ccu_tile& t, int64_t bank, int32_t relations) {
+    Chooser made(t, bank, relations);
+    if (t.col_limits != nullptr && relations & kOther) made.col_limits = t.col_limits + bank * t.col_limit_stride;
+    return made;
+  }
+
+  bool limited() const { return row_limits != nullptr || col_limits != nullptr; }
+
   // At most the pair (i, i) is chosen; only meaningful in Mode::kDiagonal.
   bool only_diagonal() const { return !(relations & kOther); }
 
-  // Lanes of 0 or -1 for row i of the chunk and the columns from j on.
-  template <Mode mode, class Lanes>
-  vi choose(int64_t i, int64_t j, Lanes lanes) const {
+  // Lanes of 0 or -1 for row i of the chunk and the columns from j on. `similar` gives those pairs' similarities to the
+  // modes with a limit. A comparison with NaN leaves nothing out.
+  template <Mode with_limit, class Lanes, class Similar = NoSimilarity>
+  vi choose(int64_t i, int64_t j, Lanes lanes, const Similar& similar = {}) const {
+    constexpr Mode mode = base_of(with_limit);
     const vi yes = splat(-1), no = splat(0);
     vi chosen = yes;
-    if (mode != Mode::kAll) chosen = relations & kOther ? yes : no;
+    if (is_limited(with_limit)) {
+      const vf limit = row_limits != nullptr ? splat(row_limits[i]) : load<vf>(col_limits + j, lanes);
+      chosen = similar() > limit ? no : yes;
+    } else if (mode != Mode::kAll) {
+      chosen = relations & kOther ? yes : no;
+    }
     if (mode == Mode::kGeneral && row_labels != nullptr) {
       const vi label = load<vi>(col_labels + j, lanes);
       chosen = label == splat(row_labels[i]) ? (relations & kSame ? yes : no) : chosen;
@@ -89,6 +140,12 @@ struct Chooser {
 template <class F>
 F pick(Mode mode, F all, F diagonal, F general) {
   return mode == Mode::kAll ? all : mode == Mode::kDiagonal ? diagonal : general;
+}
+
+template <class F>
+F pick(Mode mode, F all, F diagonal, F general, F all_limited, F diagonal_limited, F general_limited) {
+  return is_limited(mode) ? pick(base_of(mode), all_limited, diagonal_limited, general_limited)
+                          : pick(mode, all, diagonal, general);
 }
 
 }  // namespace CCU_ISA

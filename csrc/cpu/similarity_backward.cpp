@@ -64,7 +64,8 @@ enum class Term { kNothing, kOwnExp, kSigmoid, kOtherSigmoid };  // the last is 
 
 // A stripe of one row: its part of S, and the accumulator for G, padded to whole vectors.
 struct Stripe {
-  const float* dot;  // of column begin
+  const float* dot;    // of column begin
+  const float* alike;  // what limits look at: dot or the guide
   float scale, bias;
   int64_t i, begin, end;
   float* g;
@@ -83,9 +84,10 @@ void add(const Stripe& stripe, const Chooser& chooser, const Side& side) {
     end = std::min(end, chooser.row0 + stripe.i + 1);
   }
   for_vectors(begin, end, [&](int64_t j, auto lanes) {
-    const vi chosen = chooser.choose<mode>(stripe.i, j, lanes);
+    const vi chosen =
+        chooser.choose<mode>(stripe.i, j, lanes, [&] { return load<vf>(stripe.alike + (j - stripe.begin), lanes); });
     // Few pairs have the same label or id; the others need no exponential.
-    if (mode == Mode::kGeneral && term != Term::kNothing && !any(chosen)) return;
+    if (base_of(mode) == Mode::kGeneral && term != Term::kNothing && !any(chosen)) return;
     vf value = side.factors(j, lanes);
     if (term == Term::kOwnExp) {
       value *= exp(stripe.scores(j, lanes) - side.outs(j, lanes));
@@ -101,8 +103,9 @@ void add(const Stripe& stripe, const Chooser& chooser, const Side& side) {
 
 template <Term term, class Side>
 void add(const Stripe& stripe, const Chooser& chooser, Mode mode, const Side& side) {
-  pick(mode, add<term, Mode::kAll, Side>, add<term, Mode::kDiagonal, Side>, add<term, Mode::kGeneral, Side>)(
-      stripe, chooser, side);
+  pick(mode, add<term, Mode::kAll, Side>, add<term, Mode::kDiagonal, Side>, add<term, Mode::kGeneral, Side>,
+       add<term, Mode::kAllLimited, Side>, add<term, Mode::kDiagonalLimited, Side>,
+       add<term, Mode::kGeneralLimited, Side>)(stripe, chooser, side);
 }
 
 // The constant c, and the columns' factors times exp(c - out); `shared` is false where that would not be exact.
@@ -152,18 +155,16 @@ void accumulate(const ccu_similarity_backward_args& a, const SharedExponential& 
   const ccu_tile& t = a.tile;
   const int64_t i = stripe.i;
   std::fill(stripe.g, stripe.g + (stripe.end - stripe.begin) + kLanes, 0.0f);
-  const auto mode_in = [&](const Chooser& chooser) {
-    return mode_of(t, chooser.relations, i, i + 1, stripe.begin, stripe.end);
-  };
+  const auto mode_in = [&](const Chooser& chooser) { return mode_of(t, chooser, i, i + 1, stripe.begin, stripe.end); };
   const auto each = [&](const auto& of_row, const auto& of_column) {
     for (int r = 0; r < t.n_row; ++r) {
       const int64_t at = r * a.row_reduction_stride + bank * a.row_bank_stride + i;
-      const Chooser chooser(t, bank, relations_of(t.row_codes[r]));
+      const Chooser chooser = Chooser::of_rows(t, bank, relations_of(t.row_codes[r]));
       of_row(kind_of(t.row_codes[r]), chooser, PerRow{a.row_grad[at], a.row_out[at]});
     }
     for (int r = 0; r < t.n_col; ++r) {
       const int64_t at = r * a.col_reduction_stride + bank * t.cols;
-      const Chooser chooser(t, bank, relations_of(t.col_codes[r]));
+      const Chooser chooser = Chooser::of_columns(t, bank, relations_of(t.col_codes[r]));
       of_column(kind_of(t.col_codes[r]), chooser, PerColumn{a.col_grad + at, a.col_out + at}, r);
     }
   };
@@ -207,7 +208,7 @@ int similarity_backward(const ccu_similarity_backward_args& a) {
   parallel_for(t.banks * blocks, t.threads, [&](int64_t task) {
     const int64_t bank = task / blocks, first = task % blocks * kRowBlock;
     const int64_t last = std::min(first + kRowBlock, t.rows);
-    alignas(64) float g[kStripe + kLanes], widened[kStripe];
+    alignas(64) float g[kStripe + kLanes], widened[kStripe], widened_guide[kStripe];
     double scale_sum[kRowBlock] = {}, bias_sum[kRowBlock] = {};
     for (int64_t begin = 0; begin < t.cols; begin += kStripe) {
       const int64_t end = std::min(begin + kStripe, t.cols);
@@ -218,7 +219,14 @@ int similarity_backward(const ccu_similarity_backward_args& a) {
           dot = static_cast<const float*>(t.dot) + row * t.cols + begin;
         else
           widen(t, row, i, begin, end, widened);
-        accumulate(a, exponential, bank, Stripe{dot, t.scale, t.bias, i, begin, end, g});
+        const float* alike = dot;
+        if (t.guide != nullptr && t.guide_dtype == CCU_F32) {
+          alike = static_cast<const float*>(t.guide) + row * t.cols + begin;
+        } else if (t.guide != nullptr) {
+          widen(static_cast<const uint16_t*>(t.guide) + row * t.cols + begin, end - begin, widened_guide);
+          alike = widened_guide;
+        }
+        accumulate(a, exponential, bank, Stripe{dot, alike, t.scale, t.bias, i, begin, end, g});
         vf scale_part = splat(0.0f), bias_part = splat(0.0f);
         for_vectors(begin, end, [&](int64_t j, auto lanes) {
           float* slot = g + (j - begin);

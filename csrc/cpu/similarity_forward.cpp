@@ -4,6 +4,7 @@
 //     sum        out_i = sum_j [chosen_ij] S_ij
 //     softplus   out_i = sum_j [chosen_ij] log(1 + exp(S_ij))        and the same along columns
 //     logsigmoid out_i = -sum_j [chosen_ij] log(1 + exp(-S_ij))
+//     count      out_i = sum_j [chosen_ij]
 //
 // Work: 4 bytes read per pair, and one exponential for all lse together. The GEMM of the chunk costs 2 D FLOP per pair,
 // so this is a few percent of it.
@@ -43,17 +44,42 @@ struct Block {
   int64_t stride;    // from row to row
   float scale, bias;
   int64_t first, last, begin, end;
-  float shift;        // the block's maximum
-  bool exponentials;  // e holds exp(S - shift)
-  float* e;           // [kRowBlock][kStripe]
+  float shift;         // the block's maximum
+  bool exponentials;   // e holds exp(S - shift)
+  float* e;            // [kRowBlock][kStripe]
+  const float* alike;  // what limits look at, of (first, begin): dot or the guide
+  int64_t alike_stride;
 
   template <class Lanes>
   vf scores(int64_t i, int64_t j, Lanes lanes) const {
     return load<vf>(dot + (i - first) * stride + (j - begin), lanes) * scale + bias;
   }
 
-  // Points to the chunk itself, or to its fp32 form in `widened` when it is bf16.
-  void fetch(const ccu_tile& t, int64_t bank, float* widened) {
+  template <class Lanes>
+  vf similarities(int64_t i, int64_t j, Lanes lanes) const {
+    return load<vf>(alike + (i - first) * alike_stride + (j - begin), lanes);
+  }
+
+  template <Mode mode, class Lanes>
+  vi choose(const Chooser& chooser, int64_t i, int64_t j, Lanes lanes) const {
+    return chooser.choose<mode>(i, j, lanes, [&] { return similarities(i, j, lanes); });
+  }
+
+  // Points to the chunk itself, or to its fp32 form in `widened` when it is bf16; then does the same for the guide.
+  void fetch(const ccu_tile& t, int64_t bank, float* widened, float* widened_guide) {
+    fetch_dot(t, bank, widened);
+    alike = dot;
+    alike_stride = stride;
+    if (t.guide == nullptr) return;
+    const int64_t at = (bank * t.rows + first) * t.cols + begin;
+    alike_stride = t.guide_dtype == CCU_F32 ? t.cols : kStripe;
+    alike = t.guide_dtype == CCU_F32 ? static_cast<const float*>(t.guide) + at : widened_guide;
+    if (t.guide_dtype == CCU_F32) return;
+    for (int64_t i = 0; i < last - first; ++i)
+      widen(static_cast<const uint16_t*>(t.guide) + at + i * t.cols, end - begin, widened_guide + i * kStripe);
+  }
+
+  void fetch_dot(const ccu_tile& t, int64_t bank, float* widened) {
     const int64_t row = bank * t.rows + first;
     if (t.dot_dtype == CCU_F32) {
       dot = static_cast<const float*>(t.dot) + row * t.cols + begin;
@@ -70,7 +96,7 @@ struct Block {
     vf top = splat(-kInf);
     for (int64_t i = first; i < last; ++i)
       for_vectors(begin, end, [&](int64_t j, auto lanes) {
-        top = max(top, wanted.choose<mode>(i, j, lanes) ? scores(i, j, lanes) : splat(-kInf));
+        top = max(top, choose<mode>(wanted, i, j, lanes) ? scores(i, j, lanes) : splat(-kInf));
       });
     return max(top);
   }
@@ -80,10 +106,18 @@ struct Block {
     return load<vf>(e + (i - first) * kStripe + (j - begin), lanes);
   }
 
-  // `wanted` are the pairs of any lse: a positive pair that none wants must not set the shift, which it may raise so
-  // far that of the others nothing is left.
-  void compute_exponentials(const Chooser& wanted, Mode mode) {
-    shift = mode == Mode::kDiagonal ? highest<Mode::kDiagonal>(wanted) : highest<Mode::kAll>(wanted);
+  float highest(const Chooser& wanted, Mode mode) const {
+    if (is_limited(mode))
+      return mode == Mode::kAllLimited        ? highest<Mode::kAllLimited>(wanted)
+             : mode == Mode::kDiagonalLimited ? highest<Mode::kDiagonalLimited>(wanted)
+                                              : highest<Mode::kGeneralLimited>(wanted);
+    return mode == Mode::kDiagonal ? highest<Mode::kDiagonal>(wanted) : highest<Mode::kAll>(wanted);
+  }
+
+  // `top` is the highest of the pairs of any lse: a positive pair that none wants must not set the shift, which it may
+  // raise so far that of the others nothing is left. No more may one that is beyond a limit.
+  void compute_exponentials(float top) {
+    shift = top;
     exponentials = std::isfinite(shift);
     if (!exponentials) return;
     for (int64_t i = first; i < last; ++i)
@@ -100,13 +134,13 @@ Partial reduce_row(const Block& block, const Chooser& chooser, Kind kind, int64_
     begin = std::max(begin, chooser.row0 + i);
     end = std::min(end, chooser.row0 + i + 1);
   }
+  const auto choose = [&](int64_t j, auto lanes) { return block.choose<mode>(chooser, i, j, lanes); };
   const auto add_up = [&](const auto& term) {
     vf total = splat(0.0f);
-    for_vectors(begin, end, [&](int64_t j, auto lanes) {
-      total += chooser.choose<mode>(i, j, lanes) ? term(j, lanes) : splat(0.0f);
-    });
+    for_vectors(begin, end, [&](int64_t j, auto lanes) { total += choose(j, lanes) ? term(j, lanes) : splat(0.0f); });
     return sum(total);
   };
+  if (kind == kCount) return {0, add_up([&](int64_t, auto) { return splat(1.0f); })};
   if (kind == kSum) return {0, add_up([&](int64_t j, auto lanes) { return block.scores(i, j, lanes); })};
   if (kind == kSoftplus) return {0, add_up([&](int64_t j, auto lanes) { return softplus(block.scores(i, j, lanes)); })};
   if (kind == kLogSigmoid)
@@ -115,7 +149,7 @@ Partial reduce_row(const Block& block, const Chooser& chooser, Kind kind, int64_
     vf total = splat(0.0f);
     vi seen = splat(0);
     for_vectors(begin, end, [&](int64_t j, auto lanes) {
-      const vi chosen = chooser.choose<mode>(i, j, lanes);
+      const vi chosen = choose(j, lanes);
       seen |= chosen;
       total += chosen ? block.shared_exp(i, j, lanes) : splat(0.0f);
     });
@@ -125,7 +159,7 @@ Partial reduce_row(const Block& block, const Chooser& chooser, Kind kind, int64_
   }
   vf highest = splat(-kInf);
   for_vectors(begin, end, [&](int64_t j, auto lanes) {
-    highest = max(highest, chooser.choose<mode>(i, j, lanes) ? block.scores(i, j, lanes) : splat(-kInf));
+    highest = max(highest, choose(j, lanes) ? block.scores(i, j, lanes) : splat(-kInf));
   });
   const float peak = max(highest);
   const float shift = peak == -kInf ? 0.0f : peak;
@@ -140,15 +174,16 @@ void reduce_columns(const Block& block, const Chooser& chooser, Kind kind, float
     end = std::min(end, chooser.row0 + block.last);
   }
   for_vectors(begin, end, [&](int64_t j, auto lanes) {
+    const auto choose = [&](int64_t i) { return block.choose<mode>(chooser, i, j, lanes); };
     const auto add_up = [&](const auto& term) {
       vf total = splat(0.0f);
-      for (int64_t i = block.first; i < block.last; ++i)
-        total += chooser.choose<mode>(i, j, lanes) ? term(i) : splat(0.0f);
+      for (int64_t i = block.first; i < block.last; ++i) total += choose(i) ? term(i) : splat(0.0f);
       return total;
     };
     double* const column_sum = running_sum + j;
     if (kind != kLse) {
-      const vf total = kind == kSum        ? add_up([&](int64_t i) { return block.scores(i, j, lanes); })
+      const vf total = kind == kCount      ? add_up([](int64_t) { return splat(1.0f); })
+                       : kind == kSum      ? add_up([&](int64_t i) { return block.scores(i, j, lanes); })
                        : kind == kSoftplus ? add_up([&](int64_t i) { return softplus(block.scores(i, j, lanes)); })
                                            : add_up([&](int64_t i) { return -softplus(-block.scores(i, j, lanes)); });
       for (int lane = 0; lane < lanes.n; ++lane) column_sum[lane] += total[lane];
@@ -161,7 +196,7 @@ void reduce_columns(const Block& block, const Chooser& chooser, Kind kind, float
     if (trusted) {
       vi seen = splat(0);
       for (int64_t i = block.first; i < block.last; ++i) {
-        const vi chosen = chooser.choose<mode>(i, j, lanes);
+        const vi chosen = choose(i);
         seen |= chosen;
         total += chosen ? block.shared_exp(i, j, lanes) : splat(0.0f);
       }
@@ -174,7 +209,7 @@ void reduce_columns(const Block& block, const Chooser& chooser, Kind kind, float
     if (!trusted) {
       vf peak = before;
       for (int64_t i = block.first; i < block.last; ++i)
-        peak = max(peak, chooser.choose<mode>(i, j, lanes) ? block.scores(i, j, lanes) : splat(-kInf));
+        peak = max(peak, choose(i) ? block.scores(i, j, lanes) : splat(-kInf));
       const vf finite = peak == splat(-kInf) ? splat(0.0f) : peak;
       total = add_up([&](int64_t i) { return exp(block.scores(i, j, lanes) - finite); });
       shift = peak;
@@ -194,35 +229,44 @@ int similarity_forward(const ccu_similarity_forward_args& a) {
   const std::unique_ptr<Partial[]> partials(new (std::nothrow) Partial[t.n_row * per_reduction]);
   if (!partials) return CCU_OUT_OF_MEMORY;
 
-  int32_t of_lse = 0;
-  const auto note = [&](int32_t code) { of_lse |= is_lse(code) ? relations_of(code) : 0; };
-  std::for_each(t.row_codes, t.row_codes + t.n_row, note);
-  std::for_each(t.col_codes, t.col_codes + t.n_col, note);
+  int32_t row_lse = 0, col_lse = 0;  // the relations of any lse of rows, and of columns
+  for (int r = 0; r < t.n_row; ++r) row_lse |= is_lse(t.row_codes[r]) ? relations_of(t.row_codes[r]) : 0;
+  for (int c = 0; c < t.n_col; ++c) col_lse |= is_lse(t.col_codes[c]) ? relations_of(t.col_codes[c]) : 0;
+  const bool limited = t.row_limits != nullptr || t.col_limits != nullptr;
   parallel_for(t.banks * stripes, t.threads, [&](int64_t task) {
     const int64_t bank = task / stripes, stripe = task % stripes;
     alignas(64) float e[kRowBlock * kStripe];
     alignas(64) float widened[kRowBlock * kStripe];
+    alignas(64) float widened_guide[kRowBlock * kStripe];
     const int64_t begin = stripe * kStripe, end = std::min(begin + kStripe, t.cols);
-    Block block{nullptr, 0, t.scale, t.bias, 0, 0, begin, end, 0, false, e};
+    Block block{nullptr, 0, t.scale, t.bias, 0, 0, begin, end, 0, false, e, nullptr, 0};
     for (block.first = 0; block.first < t.rows; block.first = block.last) {
       block.last = std::min(block.first + kRowBlock, t.rows);
-      block.fetch(t, bank, widened);
-      if (of_lse != 0) {
-        const Chooser wanted(t, bank, of_lse);
-        block.compute_exponentials(wanted, mode_of(t, of_lse, block.first, block.last, begin, end));
+      block.fetch(t, bank, widened, widened_guide);
+      const auto mode_in = [&](const Chooser& chooser) {
+        return mode_of(t, chooser, block.first, block.last, begin, end);
+      };
+      if ((row_lse | col_lse) != 0) {
+        float top = -kInf;
+        const auto raise = [&](const Chooser& wanted) { top = std::max(top, block.highest(wanted, mode_in(wanted))); };
+        if (limited && row_lse != 0) raise(Chooser::of_rows(t, bank, row_lse));
+        if (limited && col_lse != 0) raise(Chooser::of_columns(t, bank, col_lse));
+        if (!limited) raise(Chooser(t, bank, row_lse | col_lse));
+        block.compute_exponentials(top);
       }
       for (int r = 0; r < t.n_row; ++r) {
-        const Chooser chooser(t, bank, relations_of(t.row_codes[r]));
-        const Mode mode = mode_of(t, chooser.relations, block.first, block.last, begin, end);
-        const auto reduce = pick(mode, reduce_row<Mode::kAll>, reduce_row<Mode::kDiagonal>, reduce_row<Mode::kGeneral>);
+        const Chooser chooser = Chooser::of_rows(t, bank, relations_of(t.row_codes[r]));
+        const auto reduce =
+            pick(mode_in(chooser), reduce_row<Mode::kAll>, reduce_row<Mode::kDiagonal>, reduce_row<Mode::kGeneral>,
+                 reduce_row<Mode::kAllLimited>, reduce_row<Mode::kDiagonalLimited>, reduce_row<Mode::kGeneralLimited>);
         Partial* out = partials.get() + r * per_reduction + (bank * stripes + stripe) * t.rows;
         for (int64_t i = block.first; i < block.last; ++i) out[i] = reduce(block, chooser, kind_of(t.row_codes[r]), i);
       }
       for (int c = 0; c < t.n_col; ++c) {
-        const Chooser chooser(t, bank, relations_of(t.col_codes[c]));
-        const Mode mode = mode_of(t, chooser.relations, block.first, block.last, begin, end);
-        const auto reduce =
-            pick(mode, reduce_columns<Mode::kAll>, reduce_columns<Mode::kDiagonal>, reduce_columns<Mode::kGeneral>);
+        const Chooser chooser = Chooser::of_columns(t, bank, relations_of(t.col_codes[c]));
+        const auto reduce = pick(mode_in(chooser), reduce_columns<Mode::kAll>, reduce_columns<Mode::kDiagonal>,
+                                 reduce_columns<Mode::kGeneral>, reduce_columns<Mode::kAllLimited>,
+                                 reduce_columns<Mode::kDiagonalLimited>, reduce_columns<Mode::kGeneralLimited>);
         const int64_t offset = c * a.col_reduction_stride + bank * t.cols;
         reduce(block, chooser, kind_of(t.col_codes[c]), a.col_max + offset, a.col_sum + offset);
       }

@@ -93,6 +93,60 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (reduce(X, Y, row_ids=LABELS), ValueError, "col_ids: expected a tensor because row_ids is given, got None"),
     (reduce(X, X, col_ids=LABELS), ValueError, "row_ids: expected a tensor because col_ids is given, got None"),
     (reduce(X, Y, paired=True), ValueError, "paired: expected as many rows in x as in y, got 4 and 5"),
+    # limits and guide
+    (reduce(X, Y, row_limits=0.5), TypeError, "row_limits: expected a torch.Tensor, got float"),
+    (reduce(X, Y, row_limits=LABELS), TypeError, "row_limits: expected dtype float16 or bfloat16 or float32 or "),
+    (reduce(X, Y, row_limits=Y[:, 0]), ValueError, "row_limits: expected shape [4] or [..., 4], got [5]"),
+    (reduce(X, Y, row_limits=torch.zeros(2, 4)), ValueError, "row_limits: expected shape [4], got [2, 4]"),
+    (reduce(X, Y, row_limits=META[:, 0]), ValueError, "row_limits: expected device cpu (that of x), got meta"),
+    (reduce(X, Y, col_limits=X[:, 0]), ValueError, "col_limits: expected shape [5] or [..., 5], got [4]"),
+    (reduce(X, Y, guide=(X, Y)), ValueError, "guide: expected row_limits or col_limits beside it, got neither"),
+    (
+        reduce(X, Y, row_limits=X[:, 0], guide=X),
+        TypeError,
+        "guide: expected a pair of tensors, for the rows of x and of y, got Tensor",
+    ),
+    (
+        reduce(X, Y, row_limits=X[:, 0], guide=(X, Y, X)),
+        TypeError,
+        "guide: expected a pair of tensors, for the rows of x and of y, got 3 of them",
+    ),
+    (reduce(X, Y, row_limits=X[:, 0], guide=(X, None)), TypeError, "guide[1]: expected a torch.Tensor, got NoneType"),
+    (
+        reduce(X, Y, row_limits=X[:, 0], guide=(X, Y.half())),
+        TypeError,
+        "guide[1]: expected dtype torch.float32 (that of guide[0]), got torch.float16",
+    ),
+    (
+        reduce(X, Y, row_limits=X[:, 0], guide=(X, X)),
+        ValueError,
+        "guide[1]: expected shape [..., 5, Dg] with Dg at least 1, got [4, 3]",
+    ),
+    (
+        reduce(X, Y, row_limits=X[:, 0], guide=(X[:, :0], Y[:, :0])),
+        ValueError,
+        "guide[0]: expected shape [..., 4, Dg] with Dg at least 1, got [4, 0]",
+    ),
+    (
+        reduce(X, Y, row_limits=X[:, 0], guide=(X, Y[:, :2])),
+        ValueError,
+        "guide[1]: expected last dimension 3 (that of guide[0]), got 2",
+    ),
+    (
+        reduce(X, Y, row_limits=X[:, 0], guide=(X.expand(2, 4, 3), Y)),
+        ValueError,
+        "guide[0]: expected shape [4, 3], got [2, 4, 3]",
+    ),
+    (
+        reduce(X, Y, row_limits=X[:, 0], guide=(META, Y)),
+        ValueError,
+        "guide[0]: expected device cpu (that of x), got meta",
+    ),
+    (
+        reduce(X, Y, row_limits=X[:, 0], rows=[("count", 4)] * 9),
+        ValueError,
+        "rows: expected at most 8 reductions (counts over OTHER included, because of limits), got 9",
+    ),
     # what is asked for
     (reduce(X, Y, rows=["lse"]), TypeError, "rows: expected pairs such as ('lse', ALL), got 'lse'"),
     (reduce(X, Y, rows="lse"), TypeError, "rows: expected a sequence of pairs such as ('lse', ALL), got str"),

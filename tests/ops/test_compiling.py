@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ccu_fast import ALL, OTHER, SAME, SELF, ClipLoss, InfoNCE, SigLipLoss, SigmoidLoss, info_nce
+from ccu_fast import ALL, OTHER, SAME, SELF, ClipLoss, InfoNCE, SigLipLoss, SigmoidLoss, info_nce, reduce_similarity
 from ccu_fast.ops import operator
 from ccu_fast.ops.reduce_similarity.operator import flat
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
@@ -25,7 +25,7 @@ ROWS = (encode("lse", ALL), encode("sum", SELF), encode("softplus", OTHER))
 COLS = (encode("lse", SAME | OTHER),)
 
 
-def problem(dtype: torch.dtype, *, keys: bool, bias: bool, shared: bool) -> SimilarityProblem:
+def problem(dtype: torch.dtype, *, keys: bool, bias: bool, shared: bool, limits: bool = False) -> SimilarityProblem:
     n, m, d = 70, 81, 9
     labels = (torch.randint(-1, 3, (1, n)), torch.randint(-1, 3, (2, m))) if keys else (None, None)
     ids = (torch.randint(0, 9, (2, n)), torch.randint(0, 9, (1, m))) if keys else (None, None)
@@ -37,16 +37,22 @@ def problem(dtype: torch.dtype, *, keys: bool, bias: bool, shared: bool) -> Simi
         *labels,
         *ids,
         diagonal=not keys,
-        rows=ROWS,
+        rows=(*ROWS, encode("count", OTHER)) if limits else ROWS,
         cols=COLS,
+        row_limits=torch.randn(1, n) if limits else None,
+        col_limits=torch.randn(2, m) if limits else None,
+        guide_x=torch.randn(2, n, 5) if limits and keys else None,
+        guide_y=torch.randn(1, m, 5) if limits and keys else None,
     )
 
 
-@pytest.mark.parametrize("workspace", [0, 1 << 17, 1 << 28])
+@pytest.mark.parametrize(
+    ("workspace", "limits"), [(0, False), (1 << 17, False), (1 << 28, False), (0, True), (1 << 28, True)]
+)
 @pytest.mark.parametrize("keys", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype: torch.dtype, keys: bool, workspace: int, native: str) -> None:
-    p = problem(dtype, keys=keys, bias=keys, shared=not keys)
+def test_opcheck(dtype: torch.dtype, keys: bool, workspace: int, limits: bool, native: str) -> None:
+    p = problem(dtype, keys=keys, bias=keys, shared=not keys, limits=limits)
     op = torch.ops.ccu_fast.reduce_similarity
     for keep in (True, False):
         torch.library.opcheck(op.default, (*flat(p), native, workspace, keep))
@@ -194,6 +200,26 @@ def test_one_graph_serves_any_batch(workspace: int | None, backend: str) -> None
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     for n in (20, 33, 150, 64, 257):
+        assert_same(run(compiled, n), run(step, n))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_one_graph_serves_any_batch_with_limits(guided: bool, backend: str) -> None:
+    """Limits made from the features inside the graph, and counts of what they leave."""
+
+    def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        u, v = x[:, :5], y[:, :5]
+        limits = (u * v).sum(-1) + 0.1 if guided else (x * y).sum(-1) + 0.1
+        rows, cols = reduce_similarity(
+            x, y, scale=scale, row_limits=limits, col_limits=limits, guide=(u, v) if guided else None,
+            rows=[("lse", ALL), ("count", OTHER), ("sum", OTHER)], cols=[("lse", ALL)], backend=backend,
+        )  # fmt: skip
+        return rows[0].sum() + cols[0].sum() + (rows[2] / rows[1].clamp(min=1)).sum()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for n in (20, 33, 150, 64):
         assert_same(run(compiled, n), run(step, n))
     assert counter.frame_count == 1
 

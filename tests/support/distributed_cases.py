@@ -103,8 +103,10 @@ def check_primitive(n: list[int], m: list[int], keys: dict[str, Any], **options:
     x, y = torch.randn(sum(n), 6).double(), torch.randn(sum(m), 6).double()
     parts = [n] * len(SPEC) + [m] * len(SPEC)
     weights = [torch.randn(sum(of)).double() for of in parts]
-    side = {"row_labels": n, "row_ids": n, "col_labels": m, "col_ids": m}
+    side = {f"{of}_{what}": part for of, part in (("row", n), ("col", m)) for what in ("labels", "ids", "limits")}
     here = {k: shard(v, side[k]) if k in side else v for k, v in keys.items()}
+    if "guide" in keys:
+        here["guide"] = tuple(shard(t, part) for t, part in zip(keys["guide"], (n, m), strict=True))
     for backend, dtype in engines():
         exact = primitive(ccu_fast.reduce_similarity, x, y, keys, weights)
         peer = primitive(ccu_fast.reduce_similarity, x.to(dtype), y.to(dtype), keys, weights, backend=backend)
@@ -134,7 +136,19 @@ def keysets(n: int, m: int) -> dict[str, dict[str, Any]]:
     torch.manual_seed(5)
     labels = {"row_labels": torch.randint(-1, 3, (n,)), "col_labels": torch.randint(-1, 3, (m,))}
     ids = {"row_ids": torch.randint(0, 9, (n,)), "col_ids": torch.randint(0, 9, (m,))}
-    return {"none": {}, "labels": labels, "ids": ids, "both": labels | ids, "unrelated": {"paired": False}}
+    limits = {"row_limits": torch.randn(n), "col_limits": torch.randn(m)}
+    guide = {"guide": (torch.randn(n, 3), torch.randn(m, 3))}
+    return {
+        "none": {},
+        "labels": labels,
+        "ids": ids,
+        "both": labels | ids,
+        "unrelated": {"paired": False},
+        "limits": limits,
+        "limits of rows, labels": {"row_limits": limits["row_limits"], **labels},
+        "guide": limits | guide,
+        "guide of columns, ids": {"col_limits": limits["col_limits"], **guide, **ids},
+    }
 
 
 LAYOUTS = {
@@ -377,6 +391,17 @@ def wrong_arguments_are_refused_on_every_rank() -> None:
     refuses(ValueError, "mode", lambda: over.info_nce(x, x, scale=1.0, mode="ring" if one else "gather"))
     learns = x.clone().requires_grad_(one)
     refuses(ValueError, "x: expected the same requires_grad", lambda: over.info_nce(learns, x, scale=1.0))
+    spec: dict[str, Any] = {"rows": [("lse", ALL)], "cols": [("lse", ALL)]}
+    limits = torch.zeros(4)
+    for side in ("row_limits", "col_limits"):
+        given = {side: limits} if one else {}
+        text = f"{side}: expected the same answer whether they are given"
+        refuses(ValueError, text, lambda given=given: over.reduce_similarity(x, x, **spec, **given))
+    for theirs, text in ((x[:, :2], "last dimension"), (x.bfloat16(), "dtype"), (None, "last dimension")):
+        t = theirs if one else x
+        given = {"row_limits": limits, "guide": None if t is None else (t, t)}
+        text = f"guide: expected the same {text}"
+        refuses(ValueError, text, lambda given=given: over.reduce_similarity(x, x, **spec, **given))
     labels = torch.zeros(3 if one else 4, dtype=torch.long)
     text = "row_labels: expected shape [4]" if one else f"got an error on rank {world() - 1}"
     refuses(ValueError, text, lambda: over.sup_con(x, x, scale=1.0, row_labels=labels))

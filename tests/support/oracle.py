@@ -27,6 +27,7 @@ class Case:
     rows: tuple[tuple[str, int], ...] = ()
     cols: tuple[tuple[str, int], ...] = ()
     frozen: tuple[str, ...] = ()  # inputs that get no gradient
+    limits: dict[str, Any] = field(default_factory=dict)  # row_limits, col_limits, guide
 
     @property
     def square(self) -> bool:
@@ -55,6 +56,31 @@ def relations(case: Case) -> Tensor:
     else:
         own = torch.eye(n, m, dtype=torch.bool) if case.square else torch.zeros(n, m, dtype=torch.bool)
     return torch.where(ignored, 0, torch.where(own, int(SELF), torch.where(same, int(SAME), int(OTHER))))
+
+
+def similarities(case: Case) -> Tensor:
+    """What limits look at, in fp64: every dtype has to decide alike, so limits lie in gaps (:func:`gap`)."""
+    u, v = case.limits.get("guide") or (case.x, case.y)
+    return u.double() @ v.double().mT
+
+
+def gap(similar: Tensor, dim: int, low: float = 0.25, high: float = 0.75) -> Tensor:
+    """For each row (dim −1) or column (−2) the middle of the widest gap between quantiles of its similarities."""
+    ordered = similar.sort(dim).values.movedim(dim, -1)
+    count = ordered.shape[-1]
+    inner = ordered[..., int(low * (count - 1)) : int(high * (count - 1)) + 2]
+    at = inner.diff(dim=-1).argmax(-1, keepdim=True)
+    return (inner.gather(-1, at) + inner.gather(-1, at + 1)).squeeze(-1) / 2
+
+
+def in_reach(case: Case, dim: int) -> Tensor:
+    """The definition: the relations that a reduction over ``dim`` sees, 0 for OTHER pairs above its limits."""
+    limits = case.limits.get("row_limits" if dim == -1 else "col_limits")
+    relation = relations(case)
+    if limits is None:
+        return relation
+    beyond = similarities(case) > limits.double().unsqueeze(dim)
+    return torch.where((relation == int(OTHER)) & beyond, 0, relation)
 
 
 def reduce(s: Tensor, chosen: Tensor, kind: str, dim: int) -> Tensor:
@@ -107,9 +133,8 @@ def by_torch(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[st
     s = dot * leaves["scale"]
     if case.bias is not None:
         s = s + leaves["bias"]
-    relation = relations(case)
     outputs = [
-        reduce(s, (relation & int(r)) != 0, kind, dim)
+        reduce(s, (in_reach(case, dim) & int(r)) != 0, kind, dim)
         for dim, spec in ((-1, case.rows), (-2, case.cols))
         for kind, r in spec
     ]
@@ -121,7 +146,8 @@ def by_torch(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[st
 
 def by_us(case: Case, dtype: torch.dtype, backend: str, **options: Any) -> dict[str, Tensor]:
     leaves = _leaves(case, dtype, torch.float64 if dtype == torch.float64 else torch.float32)
-    rows, cols = reduce_similarity(**leaves, **case.keys, rows=case.rows, cols=case.cols, backend=backend, **options)
+    given = {**case.keys, **case.limits, "rows": case.rows, "cols": case.cols, "backend": backend, **options}
+    rows, cols = reduce_similarity(**leaves, **given)
     outputs = [*rows, *cols]
     return _named(case, leaves, outputs, torch.autograd.grad(outputs, _live(leaves), _cotangents(outputs)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,14 @@ from ccu_fast.ops.l2_normalize.api import l2_normalize
 from ccu_fast.ops.operator import constant
 from ccu_fast.ops.reduce_similarity import reference
 from ccu_fast.ops.reduce_similarity.operator import SimilarityReduction, flat, specialised
-from ccu_fast.ops.reduce_similarity.problem import CODES, KINDS, MAX_REDUCTIONS, SimilarityProblem, without_ignored
+from ccu_fast.ops.reduce_similarity.problem import (
+    CODES,
+    KINDS,
+    MAX_REDUCTIONS,
+    SimilarityProblem,
+    checked_guide,
+    without_ignored,
+)
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF, Relation, count_relations
 
 # On a CPU: all of a batch of 8192 in fp32, and a chunk of scratch.
@@ -39,6 +47,9 @@ def reduce_similarity(
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     paired: bool | None = None,
+    row_limits: Tensor | None = None,
+    col_limits: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
     rows: Sequence[Reduction] = (),
     cols: Sequence[Reduction] = (),
     normalize: bool = False,
@@ -58,6 +69,13 @@ def reduce_similarity(
     ``rows`` reduce over j for every i, ``cols`` over i for every j; all of them come from one pass over S. An empty
     set has lse −inf, sum 0 and count 0, and passes no gradient.
 
+    Limits leave likely false negatives out: OTHER pairs that are more alike than a row or a column allows. It is
+    decided while a pair is at hand, so that no mask is stored either::
+
+        similar = x @ y.mT                                           # before scale and bias; or guide[0] @ guide[1].mT
+        rows:  relation(i, j) is none where it is OTHER and similar[i, j] > row_limits[i]
+        cols:  relation(i, j) is none where it is OTHER and similar[i, j] > col_limits[j]
+
     Args:
         x: ``[..., N, D]`` fp32, fp16 or bf16 (fp64 on the reference backend). Any strides; N may be 0.
         y: ``[..., M, D]``, dtype and device of ``x``. Leading dimensions broadcast: 17 text banks ``[17, N, D]``
@@ -73,8 +91,15 @@ def reduce_similarity(
         col_ids: int64 ``[M]`` or ``[..., M]``.
         paired: pairs (i, i) are SELF when no ids are given. Default: N == M. Pass False for two unrelated banks of
             equal size.
+        row_limits: ``[N]`` or ``[..., N]``, of any float dtype; no gradient flows. It concerns ``rows`` alone. SELF and
+            SAME pairs stay, however similar. A limit of inf or NaN leaves nothing out, −inf leaves out all OTHER pairs.
+        col_limits: ``[M]`` or ``[..., M]``, the same for ``cols``.
+        guide: features ``([..., N, Dg], [..., M, Dg])`` of another model, by whose products limits go: of one float
+            dtype and of any Dg, on the device of ``x``, taken as they are (``normalize`` does not concern them);
+            no gradient flows. Default: x and y. Products in bf16 or TF32 are rounded before they meet a limit, as S is.
         rows: reductions along rows: pairs of "lse", "sum", "softplus", "logsigmoid" or "count" and a set of relations,
-            e.g. ``[("lse", ALL), ("sum", SELF)]``. At most 8 besides counts. ``("lse", SAME)`` needs labels.
+            e.g. ``[("lse", ALL), ("sum", SELF)]``. At most 8 besides counts (counts over OTHER are among the 8 where
+            there are limits, and exact up to 2^24). ``("lse", SAME)`` needs labels.
         cols: reductions along columns; at least one in rows or cols.
         normalize: make the rows of x and y unit vectors first (:func:`ccu_fast.l2_normalize`: in fp32, rounded once).
         backend: "auto", or one of "native", "triton", "reference"; a named one raises if it cannot serve.
@@ -89,7 +114,8 @@ def reduce_similarity(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. A DTensor (but for scale and
-            bias), a subclass with operators of its own and a sparse or nested tensor are refused.
+            bias), a subclass with operators of its own and a sparse or nested tensor are refused. So is a guide without
+            limits.
         RuntimeError: inside a transform of torch.func, or with a forward-mode derivative, unless backend="reference".
 
     On the device meta, and under FakeTensorMode, the results have shapes and no values.
@@ -107,8 +133,9 @@ def reduce_similarity(
     if check.boolean("normalize", normalize):
         x, y = normalize_pair(x, y, backend, row_labels, col_labels)
     p, lead, row_spec, col_spec = build_problem(
-        x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, paired, rows, cols, nan_policy
-    )
+        x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, paired, rows, cols, nan_policy,
+        row_limits, col_limits, guide,
+    )  # fmt: skip
     n, m = p.x.shape[1], p.y.shape[1]
     workspace = workspace_bytes(workspace, p.x.device)
     name = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
@@ -126,9 +153,11 @@ def reduce_similarity(
         row_out, col_out = row_out.view(-1, *lead, n), col_out.view(-1, *lead, m)
         tiles = list(row_out.unbind(0)), list(col_out.unbind(0))
 
-    row_results = assemble(row_spec, iter(tiles[0]), lambda: count_relations(p, along_rows=True), (*lead, n))
-    col_results = assemble(col_spec, iter(tiles[1]), lambda: count_relations(p, along_rows=False), (*lead, m))
-    return row_results, col_results
+    row_counts, col_counts = (functools.partial(count_relations, p, along_rows=side) for side in (True, False))
+    return (
+        assemble(row_spec, iter(tiles[0]), row_counts, (*lead, n), limited=p.row_limits is not None),
+        assemble(col_spec, iter(tiles[1]), col_counts, (*lead, m), limited=p.col_limits is not None),
+    )
 
 
 def normalize_pair(
@@ -159,6 +188,9 @@ def build_problem(
     rows: Sequence[Reduction],
     cols: Sequence[Reduction],
     nan_policy: str,
+    row_limits: Tensor | None = None,
+    col_limits: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[SimilarityProblem, tuple[int, ...], list[Reduction], list[Reduction]]:
     """The checked arguments of :func:`reduce_similarity`: the problem, its leading dimensions, both specs as asked."""
     check.tensor("x", x)
@@ -200,22 +232,36 @@ def build_problem(
 
     row_labels, col_labels = pair("labels", row_labels, col_labels)
     row_ids, col_ids = pair("ids", row_ids, col_ids)
-    row_spec, col_spec = _spec("rows", rows, row_labels), _spec("cols", cols, row_labels)
+    row_spec = _spec("rows", rows, row_labels, limited=row_limits is not None)
+    col_spec = _spec("cols", cols, row_labels, limited=col_limits is not None)
     if not row_spec and not col_spec:
         raise ValueError("rows: expected at least one reduction in rows or cols, got none")
+    if guide is not None and row_limits is None and col_limits is None:
+        raise ValueError("guide: expected row_limits or col_limits beside it, got neither")
+    scale = as_scalar("scale", scale, x)
+    # What no reduction asks for costs nothing.
+    row_limits = _limits("row_limits", row_limits, row_spec, lead, n, scale)
+    col_limits = _limits("col_limits", col_limits, col_spec, lead, m, scale)
+    guide_x, guide_y = (None, None) if guide is None else _guide(guide, lead, n, m, x, scale.dtype)
+    if row_limits is None and col_limits is None:
+        guide_x = guide_y = None
 
     p = SimilarityProblem(
         x=_banks(x, lead),
         y=_banks(y, lead),
-        scale=as_scalar("scale", scale, x),
+        scale=scale,
         bias=None if bias is None else as_scalar("bias", bias, x),
         row_labels=row_labels,
         col_labels=col_labels,
         row_ids=row_ids,
         col_ids=col_ids,
         diagonal=square and row_ids is None,
-        rows=tuple(CODES[k] + r for k, r in row_spec if k != "count"),
-        cols=tuple(CODES[k] + r for k, r in col_spec if k != "count"),
+        rows=tuple(CODES[k] + r for k, r in row_spec if _in_tiles(k, r, row_limits is not None)),
+        cols=tuple(CODES[k] + r for k, r in col_spec if _in_tiles(k, r, col_limits is not None)),
+        row_limits=row_limits,
+        col_limits=col_limits,
+        guide_x=guide_x,
+        guide_y=guide_y,
     )
     return p, lead, row_spec, col_spec
 
@@ -226,7 +272,12 @@ def check_paired(paired: object) -> None:
         raise TypeError(f"paired: expected True, False or None, got {paired!r}")
 
 
-def _spec(name: str, values: Sequence[Reduction], labels: Tensor | None) -> list[Reduction]:
+def _in_tiles(kind: str, relations: int, limited: bool) -> bool:
+    """Whether a reduction takes a look at the pairs: a count does only where limits decide what it counts."""
+    return kind != "count" or (limited and bool(relations & OTHER))
+
+
+def _spec(name: str, values: Sequence[Reduction], labels: Tensor | None, *, limited: bool) -> list[Reduction]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{name}: expected a sequence of pairs such as ('lse', ALL), got {type(values).__name__}")
     kinds = (*KINDS, "count")
@@ -241,9 +292,10 @@ def _spec(name: str, values: Sequence[Reduction], labels: Tensor | None) -> list
         if kind == "lse" and relations == SAME and labels is None:
             raise ValueError(f"row_labels: expected a tensor for ('lse', SAME) in {name}, got None")
     spec = [(kind, int(relations)) for kind, relations in values]
-    tiled = sum(kind != "count" for kind, _ in spec)
+    tiled = sum(_in_tiles(kind, relations, limited) for kind, relations in spec)
     if tiled > MAX_REDUCTIONS:
-        raise ValueError(f"{name}: expected at most {MAX_REDUCTIONS} reductions besides counts, got {tiled}")
+        besides = " (counts over OTHER included, because of limits)" if limited else " besides counts"
+        raise ValueError(f"{name}: expected at most {MAX_REDUCTIONS} reductions{besides}, got {tiled}")
     return spec
 
 
@@ -252,6 +304,27 @@ def _keys(name: str, value: Tensor, lead: tuple[int, ...], items: int, x: Tensor
     check.tensor(name, value, dtypes=check.INTEGERS)
     check.same(name, value, "x", x, dtype=False)
     return check.per_row(name, value.long(), lead, items).contiguous()
+
+
+def _limits(
+    name: str, value: Tensor | None, spec: list[Reduction], lead: tuple[int, ...], items: int, scale: Tensor
+) -> Tensor | None:
+    """Limits as ``[1 or B, items]`` like ``scale``; None where no reduction of their side has OTHER."""
+    if value is None:
+        return None
+    check.tensor(name, value)
+    check.same(name, value, "x", scale, dtype=False)
+    value = check.per_row(name, value.detach().to(scale.dtype), lead, items).contiguous()
+    return value if any(relations & OTHER for _, relations in spec) else None
+
+
+def _guide(guide: Any, lead: tuple[int, ...], n: int, m: int, x: Tensor, sums: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both sides of a guide as banks, in what torch.matmul would multiply; of fp64 no more than the sums have."""
+    u, v = (_autocast(t.detach()) for t in checked_guide(guide, lead, n, m, x))
+    check.same("guide[1]", v, "guide[0]", u)
+    if torch.float64 in (x.dtype, u.dtype):
+        u, v = u.to(sums), v.to(sums)
+    return _banks(u, lead), _banks(v, lead)
 
 
 def _banks(t: Tensor, lead: tuple[int, ...]) -> Tensor:
@@ -299,15 +372,19 @@ def assemble(
     tiles: Iterator[Tensor],
     counts: Callable[[], dict[Relation, Tensor]],
     shape: tuple[int, ...],
+    *,
+    limited: bool,
 ) -> list[Tensor]:
     """The results in the order asked, tile reductions and counts interleaved."""
-    by_relation = counts() if any(kind == "count" for kind, _ in spec) else {}
+    by_relation = counts() if not all(_in_tiles(*entry, limited) for entry in spec) else {}
     results = []
     for kind, relations in spec:
-        if kind == "count":
+        if not _in_tiles(kind, relations, limited):
             total = torch.stack([by_relation[r] for r in (SELF, SAME, OTHER) if r & relations]).sum(0)
             results.append(total.expand(math.prod(shape[:-1]), -1).reshape(shape))
         else:
             result = next(tiles)
+            if kind == "count":
+                result = result.long()
             results.append(result if result.shape == shape else result.reshape(shape))
     return results

@@ -21,9 +21,10 @@ from ccu_fast.ops.reduce_similarity.problem import Gradients, SimilarityProblem,
 
 _FIELDS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_labels, Tensor? col_labels, "
-    "Tensor? row_ids, Tensor? col_ids, bool diagonal, int[] rows, int[] cols"
+    "Tensor? row_ids, Tensor? col_ids, Tensor? row_limits, Tensor? col_limits, Tensor? guide_x, Tensor? guide_y, "
+    "bool diagonal, int[] rows, int[] cols"
 )
-_N_FIELDS = 11
+_N_KEYED, _N_TENSORS, _N_FIELDS = 8, 12, 15
 # With fewer frozen keys what has to be kept is small, and many rows or banks at a time make better GEMMs.
 MANY_KEYS = 4096
 # What one small kernel each way does sooner than the launches of the large ones: pairs in all, and of one item.
@@ -39,26 +40,27 @@ def specialised(p: SimilarityProblem, backend: str, keep: bool) -> str:
     # Not asked of the module, whose import torch.compile would have to follow.
     if backend == "triton":
         few = p.banks * p.n * p.m <= SMALL_PAIRS and max(p.n, p.m) <= SMALL_SIDE and p.x.shape[2] <= SMALL_DIM
-        return "triton.small" if few and p.x.dtype in HALF else backend
+        return "triton.small" if few and p.x.dtype in HALF and p.guide_x is None else backend
     frozen = backend == "native" and keep and not p.y.requires_grad
     only_lse = not p.cols and all(decode(code)[0] == "lse" for code in p.rows)
     # There the gradient of scale is a sum over mean keys, whose weights are rounded to bf16 when the GEMMs are.
     exact = p.x.dtype != torch.bfloat16 or not p.scale.requires_grad
-    if frozen and only_lse and exact and p.banks == 1 and p.m >= MANY_KEYS:
+    if frozen and only_lse and exact and not p.limited and p.banks == 1 and p.m >= MANY_KEYS:
         return "native.frozen_keys"
     return backend
 
 
 def flat(p: SimilarityProblem) -> tuple[Any, ...]:
     """The fields in order, in the types an operator schema knows."""
-    tensors = (p.x, p.y, p.scale, p.bias, p.row_labels, p.col_labels, p.row_ids, p.col_ids)
-    return (*tensors, p.diagonal, list(p.rows), list(p.cols))
+    keyed = (p.x, p.y, p.scale, p.bias, p.row_labels, p.col_labels, p.row_ids, p.col_ids)
+    limits = (p.row_limits, p.col_limits, p.guide_x, p.guide_y)
+    return (*keyed, *limits, p.diagonal, list(p.rows), list(p.cols))
 
 
 def _problem(args: Sequence[Any]) -> SimilarityProblem:
     """The inverse of :func:`flat`, of an operator's first arguments."""
-    *head, rows, cols = args[:_N_FIELDS]
-    return SimilarityProblem(*(*head, tuple(rows), tuple(cols)))
+    diagonal, rows, cols = args[_N_TENSORS:_N_FIELDS]
+    return SimilarityProblem(*(*args[:_N_KEYED], diagonal, tuple(rows), tuple(cols), *args[_N_KEYED:_N_TENSORS]))
 
 
 def run_forward(p: SimilarityProblem, backend: str, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,8 +150,8 @@ class SimilarityReduction(torch.autograd.Function):
         call = torch.ops.ccu_fast.reduce_similarity if check.by_operator(args[0]) else _forward
         row_out, col_out, stash = call(*args)
         # The stash is not marked as an input or output: it lives exactly as long as the graph.
-        ctx.save_for_backward(*args[:8], row_out, col_out, stash)
-        ctx.rest = args[8:]
+        ctx.save_for_backward(*args[:_N_TENSORS], row_out, col_out, stash)
+        ctx.rest = args[_N_TENSORS:]
         return row_out, col_out
 
     @staticmethod
@@ -168,4 +170,4 @@ class SimilarityReduction(torch.autograd.Function):
         elif torch.is_grad_enabled():
             call = twice_differentiable(_backward, _backward_again)
         grads = call(*incoming, *problem, *kept)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 10)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 14)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,10 @@ KINDS = ("lse", "sum", "softplus", "logsigmoid")
 MAX_REDUCTIONS = 8
 
 
-# A reduction as one integer, by its kind: add the relations. So it crosses an operator schema and the C ABI.
-CODES = {kind: 8 * place for place, kind in enumerate(KINDS)}
+# A reduction as one integer, by its kind: add the relations. So it crosses an operator schema and the C ABI. A count is
+# among them where limits decide what counts; otherwise sorting finds it (relations.count_relations).
+_TILED = (*KINDS, "count")
+CODES = {kind: 8 * place for place, kind in enumerate(_TILED)}
 
 
 def encode(kind: str, relations: int) -> int:
@@ -26,7 +29,7 @@ def encode(kind: str, relations: int) -> int:
 
 def decode(code: int) -> tuple[str, int]:
     """The inverse of :func:`encode`."""
-    return KINDS[code // 8], code % 8
+    return _TILED[code // 8], code % 8
 
 
 # What a backward pass gets (the gradients of row and column results, and those results), and what it gives: the
@@ -48,6 +51,11 @@ class SimilarityProblem:
         row_ids, col_ids: the same for identities; when None, ``diagonal`` says whether i == j is SELF.
         diagonal: pairs (i, i) are SELF. Only without ids.
         rows, cols: encoded reductions (:func:`encode`) along rows (over j) and columns (over i).
+        row_limits, col_limits: ``[1 or B, N]`` and ``[1 or B, M]`` like ``scale``, or None: an OTHER pair that is more
+            similar than its row's limit has no part in the row's reductions, and likewise for columns. None where no
+            reduction of that side has OTHER.
+        guide_x, guide_y: ``[1 or B, N, Dg]`` and ``[1 or B, M, Dg]`` whose products are the similarities that limits
+            look at, in a dtype of their own; None for x and y themselves.
     """
 
     x: Tensor
@@ -61,6 +69,10 @@ class SimilarityProblem:
     diagonal: bool
     rows: tuple[int, ...]
     cols: tuple[int, ...]
+    row_limits: Tensor | None = None
+    col_limits: Tensor | None = None
+    guide_x: Tensor | None = None
+    guide_y: Tensor | None = None
 
     def without_ignored(self) -> SimilarityProblem:
         """The same problem with the items that no pair counts set to zero.
@@ -75,6 +87,11 @@ class SimilarityProblem:
     def banks(self) -> int:
         # Not the larger of the two: no bank at all on one side is no bank.
         return self.y.shape[0] if self.x.shape[0] == 1 else self.x.shape[0]
+
+    @property
+    def limited(self) -> bool:
+        """A pair may take part in the reductions of its row and not in those of its column, or the other way round."""
+        return self.row_limits is not None or self.col_limits is not None
 
     @property
     def n(self) -> int:
@@ -106,3 +123,25 @@ def without_ignored(items: Tensor, labels: Tensor | None) -> Tensor:
     if look and torch.isfinite(items.detach()[ignored.expand(lead)]).all():
         return items
     return items.masked_fill(ignored[..., None], 0)
+
+
+def checked_guide(guide: Any, lead: tuple[int, ...], n: int, m: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides of a guide as given, of shapes that fit."""
+    if not isinstance(guide, tuple | list) or len(guide) != 2:
+        came = f"{len(guide)} of them" if isinstance(guide, tuple | list) else type(guide).__name__
+        raise TypeError(f"guide: expected a pair of tensors, for the rows of x and of y, got {came}")
+    for place, (t, items) in enumerate(zip(guide, (n, m), strict=True)):
+        name = f"guide[{place}]"
+        check.tensor(name, t)
+        check.same(name, t, "x", x, dtype=False)
+        if t.ndim < 2 or t.shape[-2] != items or not t.shape[-1]:
+            raise ValueError(f"{name}: expected shape [..., {items}, Dg] with Dg at least 1, got {list(t.shape)}")
+        try:
+            if t.shape[:-2].numel() != 1:
+                t.expand(*lead, *t.shape[-2:])
+        except RuntimeError:
+            raise ValueError(f"{name}: expected shape {[*lead, items, t.shape[-1]]}, got {list(t.shape)}") from None
+    u, v = guide
+    if u.shape[-1] != v.shape[-1]:
+        raise ValueError(f"guide[1]: expected last dimension {u.shape[-1]} (that of guide[0]), got {v.shape[-1]}")
+    return u, v

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast.ops.reduce_similarity.problem import Gradients, Incoming, SimilarityProblem, decode
-from ccu_fast.ops.reduce_similarity.relations import relation_matrix
+from ccu_fast.ops.reduce_similarity.relations import limited_relations
 
 
 def reduce(p: SimilarityProblem) -> tuple[list[Tensor], list[Tensor]]:
@@ -18,19 +18,22 @@ def reduce(p: SimilarityProblem) -> tuple[list[Tensor], list[Tensor]]:
     Computes in fp64 for fp64 inputs, in fp32 otherwise.
     """
     compute = torch.float64 if p.x.dtype == torch.float64 else torch.float32
-    s = p.scale.to(compute) * torch.matmul(p.x.to(compute), p.y.to(compute).mT)
+    dots = torch.matmul(p.x.to(compute), p.y.to(compute).mT)
+    s = p.scale.to(compute) * dots
     if p.bias is not None:
         s = s + p.bias.to(compute)
-    relation = relation_matrix(p)
+    of_rows, of_cols = limited_relations(p, dots)
     return (
-        [_reduce(s, relation, code, dim=-1) for code in p.rows],
-        [_reduce(s, relation, code, dim=-2) for code in p.cols],
+        [_reduce(s, of_rows, code, dim=-1) for code in p.rows],
+        [_reduce(s, of_cols, code, dim=-2) for code in p.cols],
     )
 
 
 def _reduce(s: Tensor, relation: Tensor, code: int, dim: int) -> Tensor:
     kind, relations = decode(code)
     chosen = (relation & relations) != 0
+    if kind == "count":
+        return chosen.expand_as(s).sum(dim).to(s.dtype)
     if kind == "sum":
         return torch.where(chosen, s, 0).sum(dim)
     if kind == "softplus":
@@ -66,12 +69,14 @@ def backward(
         leaves = [t.detach().requires_grad_() for t in (p.x, p.y, p.scale, bias)]
         x, y, scale, bias = leaves
         rows, cols = reduce(replace(p, x=x, y=y, scale=scale, bias=bias))
-    grads = [
-        _relative(code, own, shift, grad)
+    pairs = [
+        (own, _relative(code, own, shift, grad))
         for codes, results, shifts, wanted in ((p.rows, rows, row_out, grad_rows), (p.cols, cols, col_out, grad_cols))
         for code, own, shift, grad in zip(codes, results, shifts, wanted, strict=True)
+        if own.requires_grad  # a count does not
     ]
-    dx, dy, dscale, dbias = torch.autograd.grad([*rows, *cols], leaves, grads)
+    outputs, grads = zip(*pairs, strict=True)
+    dx, dy, dscale, dbias = torch.autograd.grad(outputs, leaves, grads)
     empty = x.new_empty((0,))
     return dx if needs[0] else empty, dy if needs[1] else empty, dscale, dbias
 
@@ -83,7 +88,9 @@ def differentiable_backward(p: SimilarityProblem, grad_rows: Tensor, grad_cols: 
         inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in (p.x, p.y, p.scale, bias)]
         x, y, scale, bias = inputs
         rows, cols = reduce(replace(p, x=x, y=y, scale=scale, bias=bias).without_ignored())
-        return torch.autograd.grad([*rows, *cols], inputs, [*grad_rows, *grad_cols], create_graph=True)
+        pairs = zip([*rows, *cols], [*grad_rows, *grad_cols], strict=True)
+        outputs, grads = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+        return torch.autograd.grad(outputs, inputs, grads, create_graph=True)
 
 
 def _stack(results: list[Tensor], p: SimilarityProblem, items: int) -> Tensor:

@@ -61,6 +61,26 @@ def relation_matrix(p: SimilarityProblem) -> Tensor:
     return rel.to(torch.uint8)
 
 
+def limited_relations(p: SimilarityProblem, dots: Tensor) -> tuple[Tensor, Tensor]:
+    """The relations that rows see and those that columns see: 0 too where an OTHER pair is beyond the side's limit.
+
+    Limits look at ``dots``, the products of x and y ``[B, N, M]``, or at those of the guide. SELF and SAME stay, and a
+    comparison with NaN cuts nothing.
+    """
+    rel = relation_matrix(p)
+    if not p.limited:
+        return rel, rel
+    similar = dots.detach()
+    if p.guide_x is not None and p.guide_y is not None:
+        similar = torch.matmul(p.guide_x.to(dots.dtype), p.guide_y.to(dots.dtype).mT)
+    other, rows, cols = rel == int(OTHER), rel, rel
+    if p.row_limits is not None:
+        rows = rel.masked_fill(other & (similar > p.row_limits[:, :, None]), 0)
+    if p.col_limits is not None:
+        cols = rel.masked_fill(other & (similar > p.col_limits[:, None, :]), 0)
+    return rows, cols
+
+
 def _occurrences(keys: Tensor, queries: Tensor) -> Tensor:
     """How often each query occurs among the keys, along the last dimension."""
     ordered = keys.sort(dim=-1).values

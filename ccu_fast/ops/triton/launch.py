@@ -44,7 +44,9 @@ class Launch:
 
     __slots__ = ("_compiled", "_tail", "constants", "grid", "index", "kernel", "numbers")
 
-    def __init__(self, kernel: Any, programs: int, numbers: Sequence[float], *, index: int, **constants: Any) -> None:
+    def __init__(
+        self, kernel: Any, programs: int, numbers: Sequence[float | None], *, index: int, **constants: Any
+    ) -> None:
         self.kernel, self.index, self.grid = kernel, index, (programs, 1, 1)
         self.numbers, self.constants = tuple(numbers), constants | OPTIONS
         self._compiled: tuple[Any, Any, Any, Any] | None = None

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 # Rows, columns, keys, "ragged" if the shape fits no tile, bias.
 Variant = tuple[tuple[tuple[str, int], ...], tuple[tuple[str, int], ...], str]
 CLIP = (("lse", ALL), ("sum", SELF))
+OTHERS_ALONE = (("lse", OTHER), ("sum", SELF))
 VARIANTS: dict[str, Variant] = {
     "clip": (CLIP, CLIP, ""),
     "clip ragged": (CLIP, CLIP, "ragged"),
@@ -48,6 +49,14 @@ VARIANTS: dict[str, Variant] = {
     "siglip ids": ((("softplus", SAME | OTHER), ("logsigmoid", SELF)), (), "bias ids"),
     "bounded labels": ((("lse", ALL), ("lse", OTHER)), (), "labels"),
     "supcon labels": ((("lse", SAME | OTHER), ("sum", SAME)), (), "labels"),
+    "clip limits": (OTHERS_ALONE, OTHERS_ALONE, "limits"),
+    "clip limits guide": (OTHERS_ALONE, OTHERS_ALONE, "limits guide"),
+    "counts labels ids limits guide ragged": (
+        (*CLIP, ("count", OTHER)),
+        OTHERS_ALONE,
+        "labels ids limits guide ragged",
+    ),
+    "siglip limits ragged": ((("softplus", ALL), ("sum", SELF)), (), "bias limits ragged"),
 }
 EVERYWHERE = [
     ("bf16", "clip"),
@@ -67,11 +76,18 @@ ON_SM_90 = [
     ("fp16", "supcon labels"),
     ("ieee", "clip"),
 ]
+LIMITED = [
+    ("bf16", "clip limits"),
+    ("bf16", "clip limits guide"),
+    ("tf32", "counts labels ids limits guide ragged"),
+]
 CASES = (
     [(capability, *case) for capability in (80, 90, 100) for case in EVERYWHERE]
     + [(90, *case) for case in ON_SM_90]
     + [(capability, "tf32", "clip ragged") for capability in (89, 90, 100)]
     + [(89, "bf16", "clip"), (89, "tf32", "clip labels ids ragged")]
+    + [(capability, *case) for capability in (80, 90, 100) for case in LIMITED]
+    + [(89, *LIMITED[1]), (90, "fp16", "siglip limits ragged"), (90, "ieee", "clip limits guide")]
 )
 
 
@@ -179,6 +195,9 @@ def problem(variant: Variant, dtype: torch.dtype, d: int | None = None) -> Simil
         "ids" not in traits,
         tuple(encode(k, int(r)) for k, r in rows),
         tuple(encode(k, int(r)) for k, r in cols),
+        torch.zeros(1, n) if "limits" in traits and rows else None,
+        torch.zeros(1, m) if "limits" in traits and cols else None,
+        *([torch.zeros(1, items, 384, dtype=dtype) for items in (n, m)] if "guide" in traits else [None, None]),
     )
 
 
@@ -210,7 +229,7 @@ def test_resources(
         expected.remove("online_kernel")
     if not own:
         expected.remove("own_kernel")
-    if p.bias is not None:  # its gradient needs fp32 sums of all of G
+    if p.bias is not None or p.limited:  # its gradient needs fp32 sums of all of G; they need the products
         expected.remove("scale_kernel")
     assert {name.split()[0] for name in kernels} == expected
     for name, kernel in kernels.items():
@@ -294,6 +313,9 @@ def test_resources_of_normalize(
         (90, "fp16", "clip ragged", 64),
         (100, "bf16", "clip", 768),
         (100, "fp16", "supcon labels", 1024),
+        (80, "bf16", "clip limits", 512),
+        (90, "fp16", "siglip limits ragged", 640),
+        (100, "bf16", "clip limits", 1024),
     ],
 )
 def test_resources_of_small_batches(

@@ -9,6 +9,9 @@ Everything is fp32, except on a CPU that multiplies bf16, if the inputs are bf16
 ``torch.set_float32_matmul_precision("medium")`` is set. Then all GEMMs are bf16, as under autocast: dot is rounded to
 bf16, apart from the pairs (i, i) of a paired problem, the positives, which are recomputed in fp32; and G is rounded
 once, after all its terms are added in fp32.
+
+Limits look at a chunk of dot as it is, rounded or not, or at one of the guide, which another GEMM writes beside it in
+both passes: in bf16 if the guide is bf16 and the CPU multiplies that, else in fp32.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from ccu_fast import _C
 from ccu_fast.ops.backend import fp32_precision
 from ccu_fast.ops.native import DTYPES
 from ccu_fast.ops.reduce_similarity.native.buffers import WORTH_KEEPING, borrow
-from ccu_fast.ops.reduce_similarity.problem import KINDS, Gradients, Incoming, SimilarityProblem
+from ccu_fast.ops.reduce_similarity.problem import CODES, Gradients, Incoming, SimilarityProblem
 
 # With fewer pairs than this, another thread costs more than it saves.
 SERIAL_PAIRS = 1 << 14
@@ -84,9 +87,11 @@ def _sizes(p: SimilarityProblem) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=64)
-def _cut(banks: int, n: int, m: int, workspace: int, stash: int, dtype: torch.dtype) -> list[_Chunk]:
+def _cut(
+    banks: int, n: int, m: int, workspace: int, stash: int, dtype: torch.dtype, guided: torch.dtype | None
+) -> list[_Chunk]:
     """The chunks in order, of which the first are kept: as many as fit into the ``stash``, which is in words."""
-    scratch = _scratch(workspace) // dtype.itemsize
+    scratch = _scratch(workspace) // (dtype.itemsize + (0 if guided is None else guided.itemsize))
     group, rows = 1, n
     if n * m <= scratch or n <= _FEWEST_ROWS:
         group = max(1, scratch // (n * m))
@@ -127,6 +132,13 @@ def gemm_dtype(p: SimilarityProblem) -> torch.dtype:
     return torch.bfloat16 if wanted and has_bf16() else torch.float32
 
 
+def _guide_dtype(p: SimilarityProblem) -> torch.dtype | None:
+    """What the GEMM of the guide multiplies, in both passes: no setting changes it. None without a guide."""
+    if p.guide_x is None:
+        return None
+    return torch.bfloat16 if p.guide_x.dtype == torch.bfloat16 and has_bf16() else torch.float32
+
+
 def has_bf16() -> bool:
     """Whether this CPU multiplies bf16 natively."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -151,6 +163,7 @@ class Operands:
         self.row_labels, self.col_labels = _narrow(p.row_labels, p.col_labels)
         self.row_ids, self.col_ids = _narrow(p.row_ids, p.col_ids)
         self.reductions = reductions(p.rows, p.cols) if codes is None else reductions(codes, ())
+        self.unlimited = p.row_limits is None and p.col_limits is None  # no property: a small problem feels it
         self.threads = torch.get_num_threads() if math.prod(_sizes(p)) > SERIAL_PAIRS else 1
 
     @cached_property
@@ -161,8 +174,13 @@ class Operands:
     def y(self) -> Tensor:
         return self.p.y.to(self.dtype)
 
-    def tile(self, dot: Tensor, banks: slice, rows: slice, cols: slice = slice(0, None)) -> _C.Tile:
-        """What C++ has to know about a part of S whose products are ``dot``, ``[banks, rows, cols]``."""
+    def tile(
+        self, dot: Tensor, banks: slice, rows: slice, cols: slice = slice(0, None), guide: Tensor | None = None
+    ) -> _C.Tile:
+        """What C++ has to know about a part of S whose products are ``dot``, ``[banks, rows, cols]``.
+
+        ``guide`` are those of the guide, in the same shape.
+        """
         # self holds it until the next tile, because C++ reads it through an address.
         self.own = None if self.self_dot is None else self.self_dot[banks, rows].contiguous()
         return _C.Tile(
@@ -175,6 +193,14 @@ class Operands:
             relations=self._relations(banks, rows, cols),
             reductions=self.reductions,
             threads=self.threads,
+            limits=None if self.unlimited else self._limits(banks, rows, cols, guide),
+        )
+
+    def _limits(self, banks: slice, rows: slice, cols: slice, guide: Tensor | None) -> _C.Limits:
+        return _C.Limits(
+            rows=_strided(self.p.row_limits, banks, rows),
+            cols=_strided(self.p.col_limits, banks, cols),
+            guide=(0, 0) if guide is None else (guide.data_ptr(), DTYPES[guide.dtype]),
         )
 
     def _relations(self, banks: slice, rows: slice, cols: slice) -> _C.Relations:
@@ -195,7 +221,7 @@ def of_banks(t: Tensor, banks: slice) -> Tensor:
 
 
 def _strided(keys: Tensor | None, banks: slice, items: slice) -> tuple[int, int]:
-    """Where a part's labels or ids start, and the stride from bank to bank."""
+    """Where a part's labels, ids or limits start, and the stride from bank to bank."""
     if keys is None:
         return 0, 0
     return of_banks(keys, banks)[:, items].data_ptr(), 0 if keys.shape[0] == 1 else keys.stride(0)
@@ -213,21 +239,34 @@ def _narrow(row: Tensor | None, col: Tensor | None) -> tuple[Tensor | None, Tens
     return both[: row.numel()].view(row.shape), both[row.numel() :].view(col.shape)
 
 
-def _dot(native: Operands, chunk: _Chunk, out: Tensor) -> Tensor:
+def _dot(x: Tensor, y: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
     """x yᵀ of one chunk, ``[banks, rows, M]``, written to the flat buffer ``out``."""
     banks, _, m = chunk.shape
     dot = out[: chunk.size].view(chunk.shape)
-    x = of_banks(native.x, chunk.of_banks)[:, chunk.of_rows]
-    if native.y.shape[0] == 1 and x.shape[0] == banks:
+    x = of_banks(x, chunk.of_banks)[:, chunk.of_rows]
+    if y.shape[0] == 1 and x.shape[0] == banks:
         # With few rows and many columns, the GEMM is up to 1.4 times as fast in blocks of columns that stay in the L2
         # cache as in one piece.
         rows, flat = x.reshape(-1, x.shape[-1]), dot.view(-1, m)
         width = m if rows.shape[0] > _SKINNY_ROWS else _SKINNY_COLUMNS
         for j in range(0, m, width):
-            torch.mm(rows, native.y[0, j : j + width].T, out=flat[:, j : j + width])
+            torch.mm(rows, y[0, j : j + width].T, out=flat[:, j : j + width])
     else:
-        torch.bmm(x.expand(banks, -1, -1), of_banks(native.y, chunk.of_banks).mT, out=dot)
+        torch.bmm(x.expand(banks, -1, -1), of_banks(y, chunk.of_banks).mT, out=dot)
     return dot
+
+
+class _Guide:
+    """The guide's products, of one chunk after the other in one buffer; None without a guide."""
+
+    def __init__(self, p: SimilarityProblem, chunks: list[_Chunk]) -> None:
+        self.dtype = _guide_dtype(p)
+        if p.guide_x is not None and p.guide_y is not None and self.dtype is not None:
+            self.x, self.y = p.guide_x.to(self.dtype), p.guide_y.to(self.dtype)
+            self.scratch = torch.empty(max(chunk.size for chunk in chunks), dtype=self.dtype, device="cpu")
+
+    def of(self, chunk: _Chunk) -> Tensor | None:
+        return None if self.dtype is None else _dot(self.x, self.y, chunk, self.scratch)
 
 
 def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,8 +274,8 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     dtype = gemm_dtype(p)
     banks, n, m = _sizes(p)
     size = stash_shape(p, workspace, keep)[0]
-    chunks = _cut(banks, n, m, workspace, size, dtype)
-    native = Operands(p, dtype)
+    chunks = _cut(banks, n, m, workspace, size, dtype, _guide_dtype(p))
+    native, guide = Operands(p, dtype), _Guide(p, chunks)
     # Asked here: a small problem would feel the call.
     stash = borrow(size) if 4 * size >= WORTH_KEEPING else torch.empty(size, **FP32)
     stash[:_HEADER].fill_(dtype == torch.bfloat16)
@@ -251,15 +290,15 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     col_max = torch.full((len(p.cols), banks, m), -torch.inf, **FP32)
     col_sum = torch.zeros(len(p.cols), banks, m, dtype=torch.float64, device="cpu")
     for chunk in chunks:
-        dot = _dot(native, chunk, kept[chunk.place] if chunk.kept else scratch)
+        dot = _dot(native.x, native.y, chunk, kept[chunk.place] if chunk.kept else scratch)
         _C.similarity_forward(
-            native.tile(dot, chunk.of_banks, chunk.of_rows),
+            native.tile(dot, chunk.of_banks, chunk.of_rows, guide=guide.of(chunk)),
             (chunk.rows_of(row_out), row_out.stride(0), row_out.stride(1)),
             (chunk.cols_of(col_max), chunk.cols_of(col_sum), col_max.stride(0)),
         )
     col_out = torch.empty_like(col_max)
     for c, code in enumerate(p.cols):
-        is_lse = KINDS[code // 8] == "lse"
+        is_lse = code - code % 8 == CODES["lse"]
         col_out[c] = col_max[c] + col_sum[c].log() if is_lse else col_sum[c]
     return row_out, col_out, stash
 
@@ -276,19 +315,19 @@ def backward(
     # The choice of the forward pass, even if the precision setting has changed since.
     dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if stash.numel() else gemm_dtype(p)
     banks, n, m = _sizes(p)
-    chunks = _cut(banks, n, m, workspace, stash.numel(), dtype)
-    native = Operands(p, dtype)
+    chunks = _cut(banks, n, m, workspace, stash.numel(), dtype, _guide_dtype(p))
+    native, guide = Operands(p, dtype), _Guide(p, chunks)
     dx = _Sum(p.x, needs[0], once=p.x.shape[0] == banks)
     dy = _Sum(p.y, needs[1], once=len(chunks) == 1 or (chunks[0].shape[1] == n and p.y.shape[0] == banks))
     kept = stash[_HEADER:].view(dtype)
     scratch = torch.empty(max(chunk.size for chunk in chunks), dtype=dtype, device="cpu")
     scale_sum = bias_sum = 0.0
     for chunk in chunks:
-        dot = kept[chunk.place].view(chunk.shape) if chunk.kept else _dot(native, chunk, scratch)
+        dot = kept[chunk.place].view(chunk.shape) if chunk.kept else _dot(native.x, native.y, chunk, scratch)
         grad = scratch[: dot.numel()].view(dot.shape)
         sums = torch.empty(2, dot.shape[0] * dot.shape[1], dtype=torch.float64, device="cpu")
         _C.similarity_backward(
-            native.tile(dot, chunk.of_banks, chunk.of_rows),
+            native.tile(dot, chunk.of_banks, chunk.of_rows, guide=guide.of(chunk)),
             (chunk.rows_of(grad_rows), chunk.rows_of(row_out), row_out.stride(0), row_out.stride(1)),
             (chunk.cols_of(grad_cols), chunk.cols_of(col_out), col_out.stride(0)),
             (grad.data_ptr(), DTYPES[dtype]),

@@ -16,11 +16,13 @@ from ccu_fast.ops.triton.launch import Descriptor, specialised_on
 # fp16's largest for each of rows and columns, and 2^28 above its smallest normal number.
 HALF_EXPONENT = 14
 
-Keys = tuple[Tensor | None, ...]  # row labels, column labels, row ids, column ids
+# Row labels, column labels, row ids, column ids; then row limits, column limits, and the guide's two sides.
+Keys = tuple[Tensor | None, ...]
+N_KEYS = 4
 
 
 class Operands:
-    """x, y and the keys as the kernels want them."""
+    """x, y and the keys as the kernels want them, limits and the guide among the latter."""
 
     __slots__ = ("keys", "x", "y")
 
@@ -29,12 +31,15 @@ class Operands:
         multiple = 16 // p.x.element_size() if device.tma else device.largest_step
         self.x, self.y = _padded(p.x, multiple), _padded(p.y, multiple)
         # int32 takes half the registers of int64 and one comparison.
-        self.keys = (*_names(p.row_labels, p.col_labels, signed=True), *_names(p.row_ids, p.col_ids, signed=False))
+        names = (*_names(p.row_labels, p.col_labels, signed=True), *_names(p.row_ids, p.col_ids, signed=False))
+        # The guide is read through pointers.
+        guide = (None if t is None else _padded(t, device.largest_step) for t in (p.guide_x, p.guide_y))
+        self.keys = (*names, p.row_limits, p.col_limits, *guide)
 
     def signature(self, p: SimilarityProblem, *others: Tensor) -> tuple[Hashable, ...]:
         """What the launches depend on: equal for problems that differ only in values."""
         specialised = specialised_on(self.x, self.y, p.scale, p.bias, *self.keys, *others)
-        return *shapes(p, self.keys), configs.arithmetic(p.x.dtype), specialised
+        return *shapes(p, self.keys), arithmetic(p), specialised
 
 
 def shapes(p: SimilarityProblem, keys: Keys) -> tuple[Hashable, ...]:
@@ -42,10 +47,27 @@ def shapes(p: SimilarityProblem, keys: Keys) -> tuple[Hashable, ...]:
     return p.x.shape, p.y.shape, p.rows, p.cols, p.diagonal, *[None if key is None else key.shape for key in keys]
 
 
+def arithmetic(p: SimilarityProblem) -> str:
+    """Which tiles serve the problem: those of x and y, or of the guide where that is slower."""
+    used = configs.arithmetic(p.x.dtype)
+    if p.guide_x is None:
+        return used
+    return max(used, configs.arithmetic(p.guide_x.dtype), key=("half", "tf32", "ieee").index)
+
+
 def strides(p: SimilarityProblem, keys: Keys) -> tuple[int, ...]:
     """Rows from one bank of x and of y to the next, and elements from one bank of each of the keys; 0 if shared."""
-    of_keys = (0 if key is None or key.shape[0] == 1 else key.shape[1] for key in keys)
+    of_keys = (0 if key is None or key.shape[0] == 1 else key.shape[1] for key in keys[:N_KEYS])
     return 0 if p.x.shape[0] == 1 else p.n, 0 if p.y.shape[0] == 1 else p.m, *of_keys
+
+
+def limit_strides(keys: Keys) -> tuple[int | None, ...]:
+    """The same of both sides' limits and, in rows, of the guide's sides; then the guide's dimension.
+
+    None, which a kernel is compiled without, for what there is not.
+    """
+    of_all = (None if key is None else 0 if key.shape[0] == 1 else key.shape[1] for key in keys[N_KEYS:])
+    return *of_all, None if keys[-1] is None else keys[-1].shape[2]
 
 
 class Pass:
@@ -56,13 +78,13 @@ class Pass:
     """
 
     def __init__(self, p: SimilarityProblem, operands: Operands, device: configs.Device, kernel: str) -> None:
-        self.arithmetic = configs.arithmetic(p.x.dtype)
+        self.arithmetic = arithmetic(p)
         self.precision = "tf32" if self.arithmetic == "tf32" else "ieee"
         self.tile = device.tile(kernel, self.arithmetic, p)
         self.d = operands.x.shape[2]
         blocks = (self.tile.block_m, self.tile.block_k), (self.tile.block_n, self.tile.block_k)
         self.descriptors = tuple(map(Descriptor, blocks)) if device.tma else None
-        self.strides = strides(p, operands.keys)
+        self.strides = (*strides(p, operands.keys), *limit_strides(operands.keys))
 
     def readers(self, operands: Operands) -> tuple[Any, Any]:
         """x and y as a tile reads them: through pointers, or through descriptors."""
@@ -75,7 +97,8 @@ class Pass:
         tile, tma = self.tile, self.descriptors is not None
         found = {"ROWS": rows, "COLS": cols, "DIAGONAL": p.diagonal, "PRECISION": self.precision, "TMA": tma}
         for name, spec in (("ROWS", rows), ("COLS", cols)):
-            parts = plan.by_distance(p, spec)
+            limited = (p.row_limits if name == "ROWS" else p.col_limits) is not None
+            parts = plan.by_distance(p, spec, limited=limited)
             found |= {f"{name}_{where}": part for where, part in zip(("ALWAYS", "NEAR", "FAR"), parts, strict=True)}
         # What is beyond an edge needs no mask where there are labels: its label is negative, so it is ignored.
         edges = p.row_labels is None

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from ccu_fast.ops.reduce_similarity.problem import Gradients, Incoming, SimilarityProblem
 from ccu_fast.ops.reduce_similarity.triton import configs, plan
-from ccu_fast.ops.reduce_similarity.triton.arguments import HALF_EXPONENT, Operands, Pass
+from ccu_fast.ops.reduce_similarity.triton.arguments import HALF_EXPONENT, N_KEYS, Operands, Pass
 from ccu_fast.ops.reduce_similarity.triton.gemm import add_column_gradient, row_gradient
 from ccu_fast.ops.reduce_similarity.triton.gradient_kernels import (
     finish_kernel,
@@ -102,7 +102,7 @@ class _Backward(Pass):
         x_sum = torch.zeros_like(p.x, dtype=torch.float32) if self.finish_x is not None else None
         y_sum = torch.empty_like(p.y, dtype=torch.float32) if self.want_y else None
         scratch = p.x.new_empty((self.scratch,))
-        common = norm, *operands.keys, *incoming
+        common = (norm, *operands.keys), incoming
         for planned in self.chunks:
             chunk = planned.chunk
             g, parts = planned.make(self, p, readers, stash, common, scratch)
@@ -162,7 +162,7 @@ class _Chunk:
             warps = 16 if keyed or p.x.dtype == torch.float32 else 8
             parts = 1 if p.row_ids is not None else plan.parts_of_tile(tile, warps)
             block_m = tile.block_m // parts
-            numbers = (p.n, p.m, p.banks, chunk.start, *chunk_rows, *backward.strides[2:])
+            numbers = (p.n, p.m, p.banks, chunk.start, *chunk_rows, *backward.strides[2 : 2 + N_KEYS])
             constants = {name: constants[name] for name in ("DIAGONAL", "WHOLE", "BLOCK_N")}
             constants |= {"ROWS": plan.far_from_diagonal(p, rows), "COLS": plan.far_from_diagonal(p, cols)}
             constants |= {"PARTS": parts, "BLOCK_M": block_m, "num_warps": warps}
@@ -179,18 +179,19 @@ class _Chunk:
     ) -> tuple[Tensor, Tensor | None]:
         """G ``[banks, rows, stride]`` of the chunk, and fp64 ``[2]``, its sums of G∘(x yᵀ) and G.
 
-        The first sum is right only where nothing is stored. ``common`` is what both kernels get: norm, keys, gradients
-        and results.
+        The first sum is right only where nothing is stored. ``common`` is what both kernels get: norm and keys (but
+        limits, which come without kept E), gradients and results.
         """
+        keys, incoming = common
         g = scratch
         if backward.store:
             g = (scratch if scratch.shape[0] == self.size else scratch[: self.size]).view(self.shape)
         parts = None if self.parts is None else g.new_zeros(self.parts, dtype=torch.float32)
         for again, launch in enumerate(self.gradient):
-            launch(*readers, stash, p.scale, p.bias, *common, g, g if parts is None else parts[again])
+            launch(*readers, stash, p.scale, p.bias, *keys, *incoming, g, g if parts is None else parts[again])
         if self.scale is not None:
             e = plan.kept(p, stash)
-            self.scale(e[self.before :] if self.before else e, stash, *common, g)
+            self.scale(e[self.before :] if self.before else e, stash, *keys[: 1 + N_KEYS], *incoming, g)
         return g, None if parts is None else parts.sum((0, 2), dtype=torch.float64)
 
 

@@ -31,7 +31,7 @@ _IN_INTERPRETER = triton.knobs.runtime.interpret
 class Tile:
     """What one program holds: rows × columns of S, and the step along D.
 
-    With labels or ids every pair holds its relation in a register, and a full tile would spill: the tile is then
+    With labels, ids or limits every pair holds its relation in a register, and a full tile would spill: it is then
     ``keyed_n`` columns wide and has ``keyed_stages``; with labels alone and nothing but log-sum-exps it is ``labels_n``
     columns wide, or ``keyed_n`` if that is 0. Where short rows of S end inside a full tile, it is just as narrow. In
     all other cases where S ends inside a tile it is ``ragged_n`` columns wide, or full if that is 0.
@@ -99,9 +99,9 @@ class Device:
     def tile(self, kernel: str, arithmetic: str, p: SimilarityProblem) -> Tile:
         """The tile of "forward", "gradient" or "online" for p; narrower where pairs have to be looked at one by one."""
         full: Tile = getattr(self, kernel)[arithmetic]
-        keyed = p.row_labels is not None or p.row_ids is not None
+        keyed = p.row_labels is not None or p.row_ids is not None or p.limited
         if keyed or row_stride(p.m) % full.block_n:
-            plain = p.row_ids is None and all(decode(code)[0] == "lse" for code in (*p.rows, *p.cols))
+            plain = p.row_ids is None and not p.limited and all(decode(code)[0] == "lse" for code in (*p.rows, *p.cols))
             columns = full.labels_n if plain and full.labels_n else full.keyed_n
             return replace(full, block_n=columns, num_stages=min(full.num_stages, full.keyed_stages))
         if full.ragged_n and (p.n % full.block_m or p.m % full.block_n):

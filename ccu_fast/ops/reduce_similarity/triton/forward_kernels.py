@@ -44,11 +44,13 @@ from ccu_fast.ops.reduce_similarity.triton.tile import (
     exponential,
     load_bias,
     load_keys,
+    load_limits,
     products,
     reduce_online,
     reduce_tile,
     relate,
     swizzle,
+    within,
 )
 
 BAND = tl.constexpr(8)
@@ -133,8 +135,9 @@ def own_kernel(
 @triton.jit
 def forward_kernel(
     x, y, squares, scale_ptr, bias_ptr, row_labels, col_labels, row_ids, col_ids,
-    row_parts, col_parts, header, kept,
+    row_limits, col_limits, guide_x, guide_y, row_parts, col_parts, header, kept,
     top, N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
+    row_limit_bank, col_limit_bank, guide_x_bank, guide_y_bank, guide_d,
     groups, group_tiles, strips, strip_tiles, kept_rows, kept_stride,
     ROWS: tl.constexpr, ROWS_ALWAYS: tl.constexpr, ROWS_NEAR: tl.constexpr, ROWS_FAR: tl.constexpr,
     COLS: tl.constexpr, COLS_ALWAYS: tl.constexpr, COLS_NEAR: tl.constexpr, COLS_FAR: tl.constexpr,
@@ -174,15 +177,24 @@ def forward_kernel(
         rows = row + tl.arange(0, BLOCK_M)
         row_ok = rows < N
         row_names = load_keys(row_keys, bank, rows, row_ok)
+        row_limit = load_limits(row_limits, bank, row_limit_bank, rows, row_ok)
         state = empty_state(ROWS, BLOCK_M)
         for col_tile in range(first_col_tile, last_col_tile):
             col = col_tile * BLOCK_N
             cols = col + tl.arange(0, BLOCK_N)
             col_ok = cols < M
             col_names = load_keys(col_keys, bank, cols, col_ok)
+            col_limit = load_limits(col_limits, bank, col_limit_bank, cols, col_ok)
+            if guide_x is not None:
+                similar = products(
+                    guide_x, guide_y, row, col, bank * guide_x_bank, bank * guide_y_bank, N, M, guide_d, False, False,
+                    BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+                )  # fmt: skip
             dots = products(
                 x, y, row, col, bank * x_bank, bank * y_bank, N, M, D, TMA, False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
             )
+            if guide_x is None:
+                similar = dots
             t = dots * scale + bias
             e = exponential(dots, scale, shift)
             if KEEP:
@@ -197,17 +209,21 @@ def forward_kernel(
                 if (row + BLOCK_M > N) | (col + BLOCK_N > M):
                     e = tl.where(row_ok[:, None] & col_ok[None, :], e, 0.0)
             relation = relate(rows, cols, M, row_names, col_names, row_keys, False, False)
+            of_rows = within(relation, similar, row_limit, 1)
+            of_cols = within(relation, similar, col_limit, 0)
             col_state = empty_state(COLS, BLOCK_N)
-            row_state = reduce_tile(t, e, relation, state, ROWS_ALWAYS, 1, col_ok, MASK_M)
-            col_state = reduce_tile(t, e, relation, col_state, COLS_ALWAYS, 0, row_ok, MASK_N)
+            row_state = reduce_tile(t, e, of_rows, state, ROWS_ALWAYS, 1, col_ok, MASK_M)
+            col_state = reduce_tile(t, e, of_cols, col_state, COLS_ALWAYS, 0, row_ok, MASK_N)
             if DIAGONAL:
                 if crosses_diagonal(row, col, BLOCK_M, BLOCK_N):
                     relation = relate(rows, cols, M, row_names, col_names, row_keys, True, False)
-                    row_state = reduce_tile(t, e, relation, row_state, ROWS_NEAR, 1, col_ok, MASK_M)
-                    col_state = reduce_tile(t, e, relation, col_state, COLS_NEAR, 0, row_ok, MASK_N)
+                    of_rows = within(relation, similar, row_limit, 1)
+                    of_cols = within(relation, similar, col_limit, 0)
+                    row_state = reduce_tile(t, e, of_rows, row_state, ROWS_NEAR, 1, col_ok, MASK_M)
+                    col_state = reduce_tile(t, e, of_cols, col_state, COLS_NEAR, 0, row_ok, MASK_N)
                 else:
-                    row_state = reduce_tile(t, e, relation, row_state, ROWS_FAR, 1, col_ok, MASK_M)
-                    col_state = reduce_tile(t, e, relation, col_state, COLS_FAR, 0, row_ok, MASK_N)
+                    row_state = reduce_tile(t, e, of_rows, row_state, ROWS_FAR, 1, col_ok, MASK_M)
+                    col_state = reduce_tile(t, e, of_cols, col_state, COLS_FAR, 0, row_ok, MASK_N)
             if len(ROWS) > 0:  # Triton 3.4 cannot carry an empty tuple, and nothing else, through a loop
                 state = row_state
 
@@ -274,15 +290,16 @@ def _online(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One block of one side's items; ``side`` and ``other`` are what the caller knows of either side."""
-    x, row_keys, x_bank, N, out = side
-    y, col_keys, y_bank, M, _ = other
-    scale, bias, D, banks = common
+    x, row_keys, x_bank, N, out, limits, limit_bank, u, u_bank = side
+    y, col_keys, y_bank, M, _, _, _, v, v_bank = other
+    scale, bias, D, banks, guide_d = common
     blocks = tl.cdiv(N, BLOCK_M)
     bank = (block // blocks).to(tl.int64)
     row = block % blocks * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
     row_ok = rows < N
     row_names = load_keys(row_keys, bank, rows, row_ok)
+    limit = load_limits(limits, bank, limit_bank, rows, row_ok)
     state = empty_online(SPEC, BLOCK_M)
     for col in range(0, M, BLOCK_N):
         cols = col + tl.arange(0, BLOCK_N)
@@ -290,7 +307,14 @@ def _online(
         dots = products(
             x, y, row, col, bank * x_bank, bank * y_bank, N, M, D, False, MASK_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )
+        similar = dots
+        if u is not None:
+            similar = products(
+                u, v, row, col, bank * u_bank, bank * v_bank, N, M, guide_d, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
+                PRECISION,
+            )  # fmt: skip
         relation = relate(rows, cols, M, row_names, col_names, row_keys, DIAGONAL, MASK_M)
+        relation = within(relation, similar, limit, 1)
         if len(SPEC) > 0:  # as in forward_kernel
             state = reduce_online(dots * scale + bias, relation, state, SPEC)
     for r in tl.static_range(len(SPEC)):
@@ -302,8 +326,10 @@ def _online(
 
 @triton.jit
 def online_kernel(
-    x, y, scale_ptr, bias_ptr, row_labels, col_labels, row_ids, col_ids, row_out, col_out, flags, header,
+    x, y, scale_ptr, bias_ptr, row_labels, col_labels, row_ids, col_ids,
+    row_limits, col_limits, guide_x, guide_y, row_out, col_out, flags, header,
     N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
+    row_limit_bank, col_limit_bank, guide_x_bank, guide_y_bank, guide_d,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIAGONAL: tl.constexpr,
     MASK_N: tl.constexpr, MASK_M: tl.constexpr, MASK_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -322,9 +348,11 @@ def online_kernel(
     if tl.program_id(0) == 0:
         tl.store(header + ONLINE, online.to(tl.float32))
     if online != 0:
-        common = tl.load(scale_ptr) * LOG2E, load_bias(bias_ptr), D, banks
-        rows = x, (row_labels, row_ids, row_label_bank, row_id_bank), x_bank, N, row_out
-        cols = y, (col_labels, col_ids, col_label_bank, col_id_bank), y_bank, M, col_out
+        common = tl.load(scale_ptr) * LOG2E, load_bias(bias_ptr), D, banks, guide_d
+        row_keys = row_labels, row_ids, row_label_bank, row_id_bank
+        col_keys = col_labels, col_ids, col_label_bank, col_id_bank
+        rows = x, row_keys, x_bank, N, row_out, row_limits, row_limit_bank, guide_x, guide_x_bank
+        cols = y, col_keys, y_bank, M, col_out, col_limits, col_limit_bank, guide_y, guide_y_bank
         for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             if tl.load(flags + block) != 0:
                 if block < row_blocks:

@@ -17,7 +17,7 @@ E kept in bf16 has a relative error of 2^-9 at any size. Where a pair is SELF it
 equal numbers, p − 1, which that error would swamp. Tiles that hold a SELF pair (N/128 tiles of a paired problem) are
 therefore left out by scale_kernel and made by gradient_kernel from fp32 products (``FIX``). If online_kernel had to
 work, E may have underflowed: a second launch (``AGAIN``), which otherwise returns at once, makes all of G with an
-exponential for each reduction.
+exponential for each reduction. With limits no E is kept, and gradient_kernel makes all of G.
 
 The grids. scale_kernel: one program for each tile, or part of one, nothing is shared. gradient_kernel: a few programs
 for each processor share the tiles in bands of rows, so that a launch that has little or nothing to fix costs next to
@@ -43,10 +43,12 @@ from ccu_fast.ops.reduce_similarity.triton.tile import (
     load_bias,
     load_gradients,
     load_keys,
+    load_limits,
     power_of_two,
     products,
     relate,
     swizzle,
+    within,
 )
 
 
@@ -118,28 +120,32 @@ def scale_kernel(
 
 @triton.jit
 def _send_back(
-    dots, scale, shift, bias, relation, g, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, AGAIN: tl.constexpr
-):
-    """g plus what rows and columns send back. Only the product and g live across calls, or registers would run out."""
+    dots, scale, shift, bias, relation, similar, row_limit, col_limit, g, rows, cols,
+    ROWS: tl.constexpr, COLS: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """g plus what rows and columns send back. Only products and g live across calls, or registers would run out."""
+    of_rows = within(relation, similar, row_limit, 1)
+    of_cols = within(relation, similar, col_limit, 0)
     row_sources = load_gradients(rows, ROWS)
     col_sources = load_gradients(cols, COLS)
     t = dots * scale + bias
     if AGAIN:
-        g = gradient_online(t, relation, g, row_sources, ROWS, 1)
-        g = gradient_online(t, relation, g, col_sources, COLS, 0)
+        g = gradient_online(t, of_rows, g, row_sources, ROWS, 1)
+        g = gradient_online(t, of_cols, g, col_sources, COLS, 0)
     else:
         e = exponential(dots, scale, shift)
-        g = gradient_tile(t, e, relation, g, row_sources, shift + bias, ROWS, 1)
-        g = gradient_tile(t, e, relation, g, col_sources, shift + bias, COLS, 0)
+        g = gradient_tile(t, e, of_rows, g, row_sources, shift + bias, ROWS, 1)
+        g = gradient_tile(t, e, of_cols, g, col_sources, shift + bias, COLS, 0)
     return g
 
 
 @triton.jit
 def gradient_kernel(
     x, y, header, scale_ptr, bias_ptr, norm_ptr, row_labels, col_labels, row_ids, col_ids,
-    grad_rows, grad_cols, row_out, col_out, g_out, totals_out,
+    row_limits, col_limits, guide_x, guide_y, grad_rows, grad_cols, row_out, col_out, g_out, totals_out,
     N, M, D, banks, first_bank, chunk_banks, first_row, chunk_rows, g_stride, col_items, totals_stride,
     x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
+    row_limit_bank, col_limit_bank, guide_x_bank, guide_y_bank, guide_d,
     ROWS: tl.constexpr, ROWS_ALWAYS: tl.constexpr, ROWS_NEAR: tl.constexpr, ROWS_FAR: tl.constexpr,
     COLS: tl.constexpr, COLS_ALWAYS: tl.constexpr, COLS_NEAR: tl.constexpr, COLS_FAR: tl.constexpr,
     DIAGONAL: tl.constexpr, STORE: tl.constexpr, TOTALS: tl.constexpr, FIX: tl.constexpr, AGAIN: tl.constexpr,
@@ -183,21 +189,39 @@ def gradient_kernel(
         if FIX and not AGAIN:
             wanted = _has_own(row, col, relation, row_ids, DIAGONAL, BLOCK_M)
         if wanted:
+            if guide_x is not None:
+                similar = products(
+                    guide_x, guide_y, row, col, bank * guide_x_bank, bank * guide_y_bank, N, M, guide_d, False, False,
+                    BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+                )  # fmt: skip
             dots = products(
                 x, y, row, col, bank * x_bank, bank * y_bank, N, M, D, TMA, False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
             )
+            if guide_x is None:
+                similar = dots
+            row_limit = load_limits(row_limits, bank, row_limit_bank, rows, row_ok)
+            col_limit = load_limits(col_limits, bank, col_limit_bank, cols, col_ok)
             row_slot = tl.cast(banks, tl.int64) * N
             col_slot = tl.cast(banks, tl.int64) * col_items
             by_row = grad_rows, row_out, bank * N + rows, row_ok, row_slot
             by_col = grad_cols, col_out, bank * col_items + cols, cols < col_items, col_slot
             g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            g = _send_back(dots, scale, shift, bias, relation, g, by_row, by_col, ROWS_ALWAYS, COLS_ALWAYS, AGAIN)
+            g = _send_back(
+                dots, scale, shift, bias, relation, similar, row_limit, col_limit, g, by_row, by_col,
+                ROWS_ALWAYS, COLS_ALWAYS, AGAIN,
+            )  # fmt: skip
             if DIAGONAL:
                 if crosses_diagonal(row, col, BLOCK_M, BLOCK_N):
                     near = relate(rows, cols, M, row_names, col_names, row_keys, True, False)
-                    g = _send_back(dots, scale, shift, bias, near, g, by_row, by_col, ROWS_NEAR, COLS_NEAR, AGAIN)
+                    g = _send_back(
+                        dots, scale, shift, bias, near, similar, row_limit, col_limit, g, by_row, by_col,
+                        ROWS_NEAR, COLS_NEAR, AGAIN,
+                    )  # fmt: skip
                 else:
-                    g = _send_back(dots, scale, shift, bias, relation, g, by_row, by_col, ROWS_FAR, COLS_FAR, AGAIN)
+                    g = _send_back(
+                        dots, scale, shift, bias, relation, similar, row_limit, col_limit, g, by_row, by_col,
+                        ROWS_FAR, COLS_FAR, AGAIN,
+                    )  # fmt: skip
             if TOTALS:
                 if MASK_N or MASK_M:
                     g = tl.where(row_ok[:, None] & col_ok[None, :], g, 0.0)

@@ -52,18 +52,20 @@ def without_own(p: SimilarityProblem, spec: Spec) -> tuple[Spec, tuple[int, ...]
     return tuple(entry for entry in spec if entry[2] not in own), own
 
 
-def by_distance(p: SimilarityProblem, spec: Spec) -> tuple[Spec, Spec, Spec]:
+def by_distance(p: SimilarityProblem, spec: Spec, *, limited: bool = False) -> tuple[Spec, Spec, Spec]:
     """A spec in three: what holds for every tile, what is added near the diagonal, what is added far from it.
 
-    Only relations by position differ: far from the diagonal nothing is SELF.
+    Only relations by position differ: far from the diagonal nothing is SELF. Near it a limit has to tell SELF from
+    OTHER even where a reduction is over everything.
     """
     if not p.diagonal:
         return spec, (), ()
     far = _available(p) & ~_SELF
+    everywhere = 0 if limited else _ALL
     return (
-        tuple((kind, relations if relations == _ALL else 0, at) for kind, relations, at in spec),
-        tuple((kind, 0 if relations == _ALL else relations, at) for kind, relations, at in spec),
-        tuple((kind, 0 if relations == _ALL else _simplest(relations, far), at) for kind, relations, at in spec),
+        tuple((kind, relations if relations == everywhere else 0, at) for kind, relations, at in spec),
+        tuple((kind, 0 if relations == everywhere else relations, at) for kind, relations, at in spec),
+        tuple((kind, 0 if relations == everywhere else _simplest(relations, far), at) for kind, relations, at in spec),
     )
 
 
@@ -116,11 +118,12 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
     """fp32 words of what forward keeps: the header, and E of as many rows as three quarters of the workspace hold.
 
     Nothing of E if that is less than a sixteenth of it; if there is a bias, whose gradient is the sum of G, in which
-    terms cancel that bf16 does not hold; or if there is a softplus or logsigmoid, whose derivative e / (e + 1) needs
-    e where E has long been clamped. The sizes may be symbols of a compiled graph, so there is no branch on them.
+    terms cancel that bf16 does not hold; if there is a softplus or logsigmoid, whose derivative e / (e + 1) needs e
+    where E has long been clamped; or if there are limits, which look at the products. The sizes may be symbols of a
+    compiled graph, so there is no branch on them.
     """
     from_logits = any(decode(code)[0] in ("softplus", "logsigmoid") for code in (*p.rows, *p.cols))
-    if not keep or p.bias is not None or from_logits:
+    if not keep or p.bias is not None or from_logits or p.limited:
         return (HEADER,)
     words = (p.banks * p.n * row_stride(p.m) * kept_dtype(p).itemsize + 3) // 4
     room = (workspace - workspace // 4) // 4

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from ccu_fast.ops.reduce_similarity.triton.tile import (
+    COUNT,
     LN2,
     LOG2E,
     LOGSIGMOID,
@@ -36,10 +37,12 @@ from ccu_fast.ops.reduce_similarity.triton.tile import (
     load_bias,
     load_gradients,
     load_keys,
+    load_limits,
     power_of_two,
     reduce_online,
     relate,
     softplus,
+    within,
 )
 
 
@@ -60,21 +63,24 @@ def _reduce(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The results of one block of one side's items; ``side`` and ``other`` are what the caller knows of either side."""
-    x, row_keys, x_bank, N, out = side
-    y, col_keys, y_bank, M, _ = other
+    x, row_keys, x_bank, N, out, limits, limit_bank = side
+    y, col_keys, y_bank, M, _, _, _ = other
     scale, bias, D, banks = common
     blocks = tl.cdiv(N, BLOCK_M)
     bank = (block // blocks).to(tl.int64)
     rows = block % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     row_names = load_keys(row_keys, bank, rows, rows < N)
+    limit = load_limits(limits, bank, limit_bank, rows, rows < N)
     a = _items(x + bank * x_bank * D, rows, N, D, BLOCK_D, MASK_D)
     state = empty_online(SPEC, BLOCK_M)
     for start in range(0, M, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         col_names = load_keys(col_keys, bank, cols, cols < M)
         b = _items(y + bank * y_bank * D, cols, M, D, BLOCK_D, MASK_D)
-        t = tl.dot(a, b.T) * scale + bias
+        dots = tl.dot(a, b.T)
+        t = dots * scale + bias
         relation = relate(rows, cols, M, row_names, col_names, row_keys, DIAGONAL, MASK_M)
+        relation = within(relation, dots, limit, 1)
         online = reduce_online(t, relation, state, SPEC)
         others = ()
         for r in tl.static_range(len(SPEC)):
@@ -85,6 +91,8 @@ def _reduce(
                     value = softplus(t)
                 elif SPEC[r][0] == LOGSIGMOID:
                     value = -softplus(-t)
+                elif SPEC[r][0] == COUNT:
+                    value = 1.0
                 total += tl.sum(tl.where((relation & SPEC[r][1]) != 0, value, 0.0), 1)
             others = others + ((total, peak),)
         if len(SPEC) > 0:  # Triton 3.4 cannot carry an empty tuple, and nothing else, through a loop
@@ -101,7 +109,9 @@ def _reduce(
 @triton.jit
 def small_forward_kernel(
     x, y, scale_ptr, bias_ptr, row_labels, col_labels, row_ids, col_ids, row_out, col_out,
+    row_limits, col_limits,
     N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
+    row_limit_bank, col_limit_bank,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIAGONAL: tl.constexpr,
     MASK_N: tl.constexpr, MASK_M: tl.constexpr, MASK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -112,8 +122,8 @@ def small_forward_kernel(
     shared. MASK_N and MASK_M: the side is no multiple of BLOCK_N.
     """
     common = tl.load(scale_ptr) * LOG2E, load_bias(bias_ptr), D, banks
-    rows = x, (row_labels, row_ids, row_label_bank, row_id_bank), x_bank, N, row_out
-    cols = y, (col_labels, col_ids, col_label_bank, col_id_bank), y_bank, M, col_out
+    rows = x, (row_labels, row_ids, row_label_bank, row_id_bank), x_bank, N, row_out, row_limits, row_limit_bank
+    cols = y, (col_labels, col_ids, col_label_bank, col_id_bank), y_bank, M, col_out, col_limits, col_limit_bank
     row_blocks = banks * tl.cdiv(N, BLOCK_M) if len(ROWS) > 0 else 0
     pid = tl.program_id(0)
     if pid < row_blocks:
@@ -130,8 +140,8 @@ def _gradient(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of one side's items, and the block's totals."""
-    x, row_keys, x_bank, N, grad_rows, row_out, dx = side
-    y, col_keys, y_bank, M, grad_cols, col_out, _ = other
+    x, row_keys, x_bank, N, grad_rows, row_out, dx, row_limits, row_limit_bank = side
+    y, col_keys, y_bank, M, grad_cols, col_out, _, col_limits, col_limit_bank = other
     natural, bias, D, banks, totals = common
     scale = natural * LOG2E
     blocks = tl.cdiv(N, BLOCK_M)
@@ -155,6 +165,7 @@ def _gradient(
     for index in range(first_bank, last_bank):
         bank = tl.cast(index, tl.int64)
         row_names = load_keys(row_keys, bank, rows, row_ok)
+        row_limit = load_limits(row_limits, bank, row_limit_bank, rows, row_ok)
         row_sources = load_gradients((grad_rows, row_out, bank * N + rows, row_ok, row_slot), ROWS)
         for start in range(0, M, BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)
@@ -163,11 +174,14 @@ def _gradient(
             dots = tl.dot(a, b.T)
             relation = relate(rows, cols, M, row_names, col_names, row_keys, DIAGONAL, MASK_M)
             relation = tl.where(row_ok[:, None], relation, 0)
+            col_limit = load_limits(col_limits, bank, col_limit_bank, cols, cols < M)
+            of_rows = within(relation, dots, row_limit, 1)
+            of_cols = within(relation, dots, col_limit, 0)
             col_sources = load_gradients((grad_cols, col_out, bank * M + cols, cols < M, col_slot), COLS)
             t = dots * scale + bias
             g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            g = gradient_online(t, relation, g, row_sources, ROWS, 1)
-            g = gradient_online(t, relation, g, col_sources, COLS, 0)
+            g = gradient_online(t, of_rows, g, row_sources, ROWS, 1)
+            g = gradient_online(t, of_cols, g, col_sources, COLS, 0)
             if TOTALS:
                 weighted += tl.sum(g * dots, 1)
                 plain += tl.sum(g, 1)
@@ -188,8 +202,9 @@ def _gradient(
 @triton.jit
 def small_gradient_kernel(
     x, y, scale_ptr, bias_ptr, row_labels, col_labels, row_ids, col_ids,
-    grad_rows, grad_cols, row_out, col_out, dx, dy, totals,
+    grad_rows, grad_cols, row_out, col_out, dx, dy, totals, row_limits, col_limits,
     N, M, D, banks, row_programs, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
+    row_limit_bank, col_limit_bank,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIAGONAL: tl.constexpr, X_SHARED: tl.constexpr, Y_SHARED: tl.constexpr,
     STORE: tl.constexpr, TOTALS: tl.constexpr, EXPONENT: tl.constexpr,
     MASK_N: tl.constexpr, MASK_M: tl.constexpr, MASK_D: tl.constexpr,
@@ -201,8 +216,10 @@ def small_gradient_kernel(
     the sums are.
     """
     common = tl.load(scale_ptr), load_bias(bias_ptr), D, banks, totals
-    rows = x, (row_labels, row_ids, row_label_bank, row_id_bank), x_bank, N, grad_rows, row_out, dx
-    cols = y, (col_labels, col_ids, col_label_bank, col_id_bank), y_bank, M, grad_cols, col_out, dy
+    row_keys = row_labels, row_ids, row_label_bank, row_id_bank
+    col_keys = col_labels, col_ids, col_label_bank, col_id_bank
+    rows = x, row_keys, x_bank, N, grad_rows, row_out, dx, row_limits, row_limit_bank
+    cols = y, col_keys, y_bank, M, grad_cols, col_out, dy, col_limits, col_limit_bank
     pid = tl.program_id(0)
     if pid < row_programs:
         _gradient(

@@ -10,8 +10,13 @@ leaves 0 to mean "nothing was summed". A row or column whose sum is so small tha
 is computed again with its own maximum (``reduce_online``), and the backward pass then uses ``gradient_online``.
 
 A SPEC is a tuple of ``(kind, relations)`` known at compile time: the kind of :data:`LSE`, :data:`SUM`,
-:data:`SOFTPLUS` or :data:`LOGSIGMOID`, and the relation bits. The empty set of relations costs nothing. A state is one
-vector of totals for each entry of a SPEC: ``lse`` totals e, ``sum`` totals t, the others total natural units.
+:data:`SOFTPLUS`, :data:`LOGSIGMOID` or :data:`COUNT`, and the relation bits. The empty set of relations costs nothing.
+A state is one vector of totals for each entry of a SPEC: ``lse`` totals e, ``sum`` totals t, the others total natural
+units.
+
+Where there are limits, rows and columns see different relations of a pair (``within``). They look at the products
+themselves, so nothing of E is kept for the backward pass, or at products of the guide, which every kernel computes
+beside its own.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -26,6 +31,7 @@ LSE = tl.constexpr(0)
 SUM = tl.constexpr(1)
 SOFTPLUS = tl.constexpr(2)
 LOGSIGMOID = tl.constexpr(3)
+COUNT = tl.constexpr(4)
 
 SELF = tl.constexpr(1)
 SAME = tl.constexpr(2)
@@ -117,6 +123,27 @@ def load_keys(keys, bank, index, in_range):
 
 
 @triton.jit
+def load_limits(limits, bank, limit_bank, index, in_range):
+    """``limits`` and those of some rows or columns; out of range nothing is left out."""
+    limit = index
+    if limits is not None:
+        limit = tl.load(limits + bank * limit_bank + index, mask=in_range, other=float("inf"))
+    return limits, limit
+
+
+@triton.jit
+def within(relation, similar, limits, AXIS: tl.constexpr):
+    """The relations that reductions over AXIS see: 0 for OTHER pairs above the limits that ``load_limits`` returned.
+
+    A comparison with NaN leaves nothing out.
+    """
+    if limits[0] is not None:
+        beyond = (relation == OTHER) & (similar > tl.expand_dims(limits[1], AXIS))
+        relation = tl.where(beyond, 0, relation)
+    return relation
+
+
+@triton.jit
 def crosses_diagonal(row, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Whether the tile that begins at (row, col) holds a pair (i, i)."""
     return (row < col + BLOCK_N) & (col < row + BLOCK_M)
@@ -191,6 +218,8 @@ def reduce_tile(t, e, relation, state, SPEC: tl.constexpr, AXIS: tl.constexpr, i
                 value = softplus(t)
             elif SPEC[r][0] == LOGSIGMOID:
                 value = -softplus(-t)
+            elif SPEC[r][0] == COUNT:
+                value = 1.0
             value = tl.where((relation & SPEC[r][1]) != 0, value, 0.0)
             if MASK and SPEC[r][0] != LSE:
                 value = tl.where(tl.expand_dims(inside, 1 - AXIS), value, 0.0)
@@ -256,7 +285,7 @@ def gradient_tile(t, e, relation, g, sources, shift, SPEC: tl.constexpr, AXIS: t
     The derivatives of softplus and logsigmoid come from t: of e nothing is left where S is far below its bound.
     """
     for r in tl.static_range(len(SPEC)):
-        if SPEC[r][1] != 0:
+        if SPEC[r][1] != 0 and SPEC[r][0] != COUNT:
             grad, lse = sources[r]
             part = tl.expand_dims(grad, AXIS)
             if SPEC[r][0] == LSE:
@@ -273,7 +302,7 @@ def gradient_tile(t, e, relation, g, sources, shift, SPEC: tl.constexpr, AXIS: t
 def gradient_online(t, relation, g, sources, SPEC: tl.constexpr, AXIS: tl.constexpr):
     """The same with an exponential for each reduction, where one shift does not suit all."""
     for r in tl.static_range(len(SPEC)):
-        if SPEC[r][1] != 0:
+        if SPEC[r][1] != 0 and SPEC[r][0] != COUNT:
             grad, lse = sources[r]
             part = tl.expand_dims(grad, AXIS)
             if SPEC[r][0] == LSE:
