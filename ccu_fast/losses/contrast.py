@@ -7,6 +7,7 @@ between the reductions and the softplus.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from ccu_fast.losses.variant import VARIANT, Variant, as_labels
 from ccu_fast.ops.backend import autocast_dtype, without_autocast
 from ccu_fast.ops.l2_normalize.api import l2_normalize
 from ccu_fast.ops.reduce_similarity.api import as_scalar
-from ccu_fast.ops.reduce_similarity.problem import without_ignored
+from ccu_fast.ops.reduce_similarity.problem import checked_guide, without_ignored
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME, SELF
 
 # By how much the similarities of two equal items may differ, relative to one: what half precision rounds a product to.
@@ -95,8 +96,6 @@ class Contrast:
             raise ValueError(f"joint: expected as many rows in y as in x, {x.shape[-2]}, got {y.shape[-2]}")
         if v.filtered and limited:
             raise ValueError("row_limits: expected none, nor col_limits, with margin or threshold, got one")
-        if limited and (v.debiased or v.hardness or v.smoothing):
-            raise ValueError("row_limits: expected none, nor col_limits, with debias, hardness or smoothing, got one")
         if v.guide is not None and not v.filtered and not limited:
             raise ValueError("margin: expected a number, or one for threshold, because guide is given, got None")
         if isinstance(v.debias, Tensor):
@@ -115,6 +114,8 @@ class Contrast:
                 check.tensor("negative_ids", v.negative_ids, dtypes=check.INTEGERS)
                 check.same("negative_ids", v.negative_ids, "x", x, dtype=False)
                 check.per_row("negative_ids", v.negative_ids, v.negatives.shape[:-2], v.negatives.shape[-2])
+        if v.guide is not None:
+            self._check_guide(v.guide)
         if v.hard_negatives is not None:
             others = v.hard_negatives
             check.same("hard_negatives", others, "x", x)
@@ -123,6 +124,20 @@ class Contrast:
                 raise ValueError(f"hard_negatives: expected shape {shape}, got {list(others.shape)}")
             if self.options.get("nan_policy") == "raise":
                 check.finite("hard_negatives", others)
+
+    def _check_guide(self, guide: Sequence[Tensor | None]) -> None:
+        x, y, v = self.x, self.y, self.variant
+        lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        u, _ = checked_guide(tuple(guide[:2]), lead, x.shape[-2], y.shape[-2], x)
+        for place, name in ((2, "negatives"), (3, "hard_negatives")):
+            bank, theirs = getattr(v, name), self._guide(place)
+            if theirs is None:
+                continue
+            if bank is None:
+                raise ValueError(f"guide: expected no features of {name}, which are not given, got some")
+            check.tensor(f"guide[{place}]", theirs)
+            check.same(f"guide[{place}]", theirs, "guide[0]", u)
+            check.shape(f"guide[{place}]", theirs, (*bank.shape[:-1], u.shape[-1]))
 
     def outline(self) -> list[Any]:
         """What the reductions depend on, without the values of tensors."""
@@ -292,9 +307,9 @@ class Contrast:
                 cosine = _each(of_x, of_others)
             if self.variant.guide is None or of_others is not None:
                 logits = torch.where(cosine.detach() > self.row_limit[..., None], -torch.inf, logits)
-        count = torch.full((), others.shape[-2], device=x.device)
-        total = logits.sum(-1) if self.wants_total else 0
-        return _Negatives(logsumexp(logits, -1), total, count)
+        kept = logits > -torch.inf
+        total = torch.where(kept, logits, 0).sum(-1) if self.wants_total else 0
+        return _Negatives(logsumexp(logits, -1), total, kept.sum(-1) if self.wants_count else 0)
 
     def _rest_spec(self) -> list[tuple[str, int]]:
         total, count = ("sum", self.rest), ("count", self.rest)

@@ -85,14 +85,6 @@ class Variant:
     def _check_together(self) -> None:
         if self.relative and self.margin is None:
             raise ValueError("margin: expected a number because relative is True, got None")
-        if self.smoothing and (self.joint or self.filtered):
-            raise ValueError(f"smoothing: expected 0 with joint, margin or threshold, got {self.smoothing}")
-        if self.filtered and (self.debiased or self.hardness):
-            name = "debias" if self.debiased else "hardness"
-            raise ValueError(
-                f"{name}: expected 0 with margin or threshold, after which nobody knows how many negatives there are, "
-                f"got {getattr(self, name)}"
-            )
         if self.focal and self.decoupled:
             raise ValueError(f"focal: expected 0 with decoupled, whose losses are no probabilities, got {self.focal}")
 

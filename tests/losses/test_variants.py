@@ -98,8 +98,11 @@ def definition(
             ]
         if of == "x" and hard_negatives is not None:
             for j in range(hard_negatives.shape[1]):
-                pair = (x[i], hard_negatives[i, j]) if guide is None else (guides["x"][i], guides["h"][i, j])
-                near = number(*pair)
+                near = -math.inf
+                if guide is None:
+                    near = number(x[i], hard_negatives[i, j])
+                elif "h" in guides:
+                    near = number(guides["x"][i], guides["h"][i, j])
                 if not near > most:
                     rest.append(logit(x[i], hard_negatives[i, j]))
         return weighed(torch.stack(positives), torch.stack(rest) if rest else x.new_zeros(0), scale, i=i, **weights)
@@ -193,6 +196,21 @@ CASES: dict[str, dict[str, Any]] = {
     "focal": case(focal=2.0),
     "focal, root": case(focal=0.5, ids=IDS, positives="lse"),
     "focal and smoothing": case(focal=1.0, smoothing=0.1),
+    "margin": case(margin=0.05),
+    "margin below": case(margin=-0.2, extra=("negatives", "hard_negatives")),
+    "margin, ids": case(margin=0.1, ids=IDS, symmetric=False),
+    "relative margin": case(margin=-0.4, relative=True),
+    "threshold": case(threshold=0.2, bias=-1.0),
+    "threshold and margin": case(threshold=0.3, margin=0.1, joint=ALL_FOUR),
+    "margin, Qwen3": case(margin=0.1, joint=("x_to_y", "x_to_x", "y_to_y"), extra=("hard_negatives",)),
+    "guide": case(margin=0.0, guide=2),
+    "guide, GIST": case(margin=-0.05, guide=2, joint=ALL_FOUR, extra=("hard_negatives",)),
+    "guide of all": case(margin=0.1, guide=4, extra=("negatives", "hard_negatives")),
+    "guide and threshold": case(threshold=0.1, guide=3, extra=("negatives",)),
+    "margin and weights": case(
+        margin=0.0, debias=0.02, hardness=0.5, smoothing=0.1, focal=1.0, extra=("negatives", "hard_negatives")
+    ),
+    "joint and smoothing": case(joint=ALL_FOUR, smoothing=0.1, margin=0.0),
 }
 
 
@@ -202,6 +220,9 @@ def options_of(name: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, 
     data = features(N, D, m=N, scale=options.pop("scale", 6.0), bias=options.pop("bias", None))
     extra = {"negatives": unit(K, D), "hard_negatives": unit(N, OWN, D)}
     data |= {what: extra[what] for what in options.pop("extra", ())}
+    if "guide" in options:
+        guide = (unit(N, 7), unit(N, 7), unit(K, 7), unit(N, OWN, 7))[: options["guide"]]
+        options["guide"] = tuple(t.to(torch.bfloat16).float() for t in guide)
     theirs = dict(options)
     theirs["ways"] = theirs.pop("positives", "mean")
     if options.pop("ignored", False):
@@ -426,7 +447,6 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "in_batch joint": (ValueError, "in_batch: expected True with joint", {"in_batch": False, "joint": ALL_FOUR}),
     "in_batch word": (TypeError, "in_batch: expected True or False", {"in_batch": 0}),
     "smoothing": (ValueError, "smoothing: expected a finite number in", {"smoothing": 1.5}),
-    "smoothing joint": (ValueError, "smoothing: expected 0 with joint", {"smoothing": 0.1, "joint": ALL_FOUR}),
     "debias": (ValueError, "debias: expected a number in", {"debias": 1.0}),
     "debias below": (ValueError, "debias: expected a finite number", {"debias": -0.1}),
     "debias shape": (ValueError, "debias: expected shape", {"debias": torch.zeros(3)}),
@@ -435,8 +455,19 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "focal decoupled": (ValueError, "focal: expected 0 with decoupled", {"focal": 1.0, "decoupled": True}),
     "relative alone": (ValueError, "margin: expected a number because relative", {"relative": True}),
     "margin": (TypeError, "margin: expected a number", {"margin": "0.1"}),
-    "margin and debias": (ValueError, "debias: expected 0 with margin", {"margin": 0.1, "debias": 0.1}),
-    "threshold and hardness": (ValueError, "hardness: expected 0 with margin", {"threshold": 0.1, "hardness": 0.1}),
+    "margin and limits": (ValueError, "row_limits: expected none", {"margin": 0.1, "row_limits": torch.zeros(N)}),
+    "guide shape": (ValueError, r"guide\[1\]: expected", {"guide": (unit(N, 3), unit(N, 4)), "margin": 0.0}),
+    "guide of nothing": (
+        ValueError,
+        "guide: expected no features of negatives",
+        {"guide": (unit(N, 3), unit(N, 3), unit(K, 3)), "margin": 0.0},
+    ),
+    "guide of negatives": (
+        ValueError,
+        r"guide\[2\]: expected shape \[5, 3\]",
+        {"guide": (unit(N, 3), unit(N, 3), unit(K, 2)), "margin": 0.0, "negatives": unit(K, D)},
+    ),
+    "guide items": (ValueError, r"guide\[0\]: expected", {"guide": (unit(4, 3), unit(N, 3)), "margin": 0.0}),
     "guide alone": (ValueError, "margin: expected .* because guide is given", {"guide": (unit(N, 3), unit(N, 3))}),
     "guide kind": (TypeError, "guide: expected a tuple", {"guide": unit(N, 3), "margin": 0.0}),
     "ids and row_ids": (ValueError, "row_ids: expected none because ids", {"ids": IDS, "row_ids": IDS}),

@@ -705,6 +705,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "joint, ids": ({"joint": ("x_to_y", "x_to_x", "y_to_y"), "debias": 0.02}, ("ids",)),
     "weights": ({"hardness": 0.5, "smoothing": 0.1, "focal": 1.0}, ("negatives",)),
     "decoupled": ({"decoupled": True}, ("negatives",)),
+    "margin": ({"margin": -0.1, "joint": ("x_to_y", "y_to_y")}, ("negatives", "hard_negatives")),
+    "margin of both sides, and weights": ({"margin": 0.1, "debias": 0.02, "threshold": 1.0}, ("ids",)),
 }
 
 

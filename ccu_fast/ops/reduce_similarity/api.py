@@ -25,6 +25,7 @@ from ccu_fast.ops.reduce_similarity.problem import (
     MAX_REDUCTIONS,
     SimilarityProblem,
     checked_guide,
+    encode,
     without_ignored,
 )
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF, Relation, count_relations
@@ -32,6 +33,9 @@ from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF, Rel
 # On a CPU: all of a batch of 8192 in fp32, and a chunk of scratch.
 # A GPU's is at most this, and at most a sixteenth of its memory: E of 32768 pairs and G of as many, in one piece.
 DEFAULT_WORKSPACE = {"cpu": 288 << 20, "cuda": 4 << 30}
+
+# The sum over pairs (i, i), of which there is one: no other similarity is needed.
+_OWN = encode("sum", SELF)
 
 Reduction = tuple[str, int]
 
@@ -141,6 +145,9 @@ def reduce_similarity(
     name = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
     if not p.rows and not p.cols:  # nothing but counts
         tiles: tuple[list[Tensor], list[Tensor]] = ([], [])
+    elif p.diagonal and set(p.rows + p.cols) == {_OWN}:
+        with without_autocast(p.x.device):
+            tiles = reference.own_pairs(p.without_ignored())
     elif name == "reference" or not (p.x.numel() and p.y.numel()):
         with without_autocast(p.x.device):
             tiles = reference.reduce(p.without_ignored())

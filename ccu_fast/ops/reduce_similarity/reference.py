@@ -29,6 +29,17 @@ def reduce(p: SimilarityProblem) -> tuple[list[Tensor], list[Tensor]]:
     )
 
 
+def own_pairs(p: SimilarityProblem) -> tuple[list[Tensor], list[Tensor]]:
+    """The results where every reduction is the sum over the pairs (i, i), without S: ``[B, N]`` and ``[B, M]``."""
+    compute = torch.float64 if p.x.dtype == torch.float64 else torch.float32
+    own = p.scale.to(compute) * (p.x.to(compute) * p.y.to(compute)).sum(-1)
+    if p.bias is not None:
+        own = own + p.bias.to(compute)
+    if p.row_labels is not None and p.col_labels is not None:
+        own = torch.where((p.row_labels < 0) | (p.col_labels < 0), 0, own)
+    return [own.clone() for _ in p.rows], [own.clone() for _ in p.cols]
+
+
 def _reduce(s: Tensor, relation: Tensor, code: int, dim: int) -> Tensor:
     kind, relations = decode(code)
     chosen = (relation & relations) != 0
