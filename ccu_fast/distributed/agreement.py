@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,6 +32,7 @@ class Sizes(NamedTuple):
 
 # Argument, and what of it.
 AGREED = (
+    ("options", "options of the loss (as one number, 0 for none)"),
     ("x", "last dimension (that of y)"),
     ("x", "dtype (its place in fp32, fp16, bf16, fp64)"),
     ("mode", "value"),
@@ -92,9 +94,10 @@ def agree(
     return prepared, Sizes(tuple(row[1] for row in table), tuple(row[2] for row in table))
 
 
-def like(features: Tensor) -> list[int]:
-    """What ``AGREED`` says of features, where nothing else could differ."""
-    return [features.shape[-1], DTYPES.index(features.dtype), *[0] * (len(AGREED) - 2)]
+def like(features: Tensor, options: str = "") -> list[int]:
+    """What ``AGREED`` says of features and of the options of a loss, where nothing else could differ."""
+    outline = zlib.crc32(options.encode()) if options else 0
+    return [outline, features.shape[-1], DTYPES.index(features.dtype), *[0] * (len(AGREED) - 3)]
 
 
 def ring(mode: str, sizes: Sequence[int], y: Tensor) -> bool:

@@ -11,17 +11,23 @@ from torch import Tensor, nn
 from ccu_fast import check
 from ccu_fast.distributed.agreement import agree
 from ccu_fast.distributed.ranks import Ranks
+from ccu_fast.ops.operator import never
 
 # What ranks compare of the keys that they put into one queue.
-_ALIKE = (("keys", "last dimension"), ("labels", "answer whether they are given"))
+_ALIKE = (
+    ("keys", "last dimension"),
+    ("dtype", "value (its place in fp16, bf16, fp32, fp64)"),
+    ("labels", "answer whether they are given"),
+)
 
 
 class KeyQueue(nn.Module):
     """The keys of the latest batches, first in, first out: a momentum queue, a cross-batch memory or a bank of keys::
 
-        bank[place : place + n] = keys;  place = (place + n) % capacity
+        bank[(place + torch.arange(n)) % capacity] = keys;  place = (place + n) % capacity
 
-    The keys and labels are buffers, so a checkpoint has them. They get no gradient.
+    The keys and labels are buffers, so a checkpoint has them. They get no gradient. Inside a module that
+    DistributedDataParallel wraps, which gives all ranks the buffers of rank 0, it has to be one with ``gather``.
 
     Args:
         capacity: how many keys it holds at most.
@@ -49,7 +55,6 @@ class KeyQueue(nn.Module):
 
     bank: Tensor
     bank_labels: Tensor | None
-    cursor: Tensor
 
     def __init__(
         self,
@@ -73,11 +78,8 @@ class KeyQueue(nn.Module):
         self.register_buffer("bank", torch.zeros(capacity, dim, dtype=dtype, device=device))
         labels = torch.full((capacity,), -1, device=device) if labelled else None
         self.register_buffer("bank_labels", labels)
-        # Where the next key goes, and how many there are: in the checkpoint, and here as numbers, so that nobody has to
-        # wait for a GPU.
-        self.register_buffer("cursor", torch.zeros(2, dtype=torch.int64))
+        # Where the next key goes, and how many there are. As numbers, so that nobody has to wait for a GPU.
         self._place = self._filled = 0
-        self.register_load_state_dict_post_hook(KeyQueue._recall)
 
     @property
     def keys(self) -> Tensor:
@@ -94,6 +96,7 @@ class KeyQueue(nn.Module):
     def __len__(self) -> int:
         return self._filled
 
+    @never
     @torch.no_grad()
     def enqueue(self, keys: Tensor, labels: Tensor | None = None) -> int:
         """Put keys in, over the oldest where it is full.
@@ -102,7 +105,7 @@ class KeyQueue(nn.Module):
 
         Args:
             keys: ``[n, D]``; of more than ``capacity`` the last ones stay.
-            labels: int64 ``[n]`` ≥ 0, of a labelled queue.
+            labels: int64 ``[n]``, of a labelled queue. A negative one keeps its key out of every loss.
 
         Returns:
             How many keys it holds now.
@@ -123,7 +126,6 @@ class KeyQueue(nn.Module):
                 bank[: len(new) - first] = new[first:].to(bank.dtype)
         self._filled = min(self.capacity, self._filled + len(keys))
         self._place = (self._place + len(keys)) % self.capacity
-        self.cursor[0], self.cursor[1] = self._place, self._filled
         return self._filled
 
     def _check(self, keys: Tensor, labels: Tensor | None) -> None:
@@ -143,14 +145,23 @@ class KeyQueue(nn.Module):
 
         def prepare() -> tuple[Tensor, list[int]]:
             self._check(keys, labels)
-            return keys.to(self.bank.dtype), [len(keys), len(keys), keys.shape[-1], labels is not None]
+            dtype = check.FLOATS.index(self.bank.dtype)
+            return keys.to(self.bank.dtype), [len(keys), len(keys), keys.shape[-1], dtype, labels is not None]
 
         own, sizes = agree(ranks, prepare, keys, equal=False, agreed=_ALIKE)
         every = torch.cat(ranks.gather(own.detach(), sizes.x))
         return every, None if labels is None else torch.cat(ranks.gather(labels.long(), sizes.x))
 
-    def _recall(self, incompatible: Any) -> None:
-        self._place, self._filled = self.cursor.tolist()
+    def get_extra_state(self) -> Tensor:
+        """Where the next key goes, how many there are, and the capacity."""
+        return torch.tensor([self._place, self._filled, self.capacity])
+
+    def set_extra_state(self, state: Any) -> None:
+        """Go on where a checkpoint was."""
+        place, filled, capacity = state.tolist()
+        if capacity != self.capacity:
+            raise ValueError(f"capacity: expected {self.capacity} in the checkpoint, got {capacity}")
+        self._place, self._filled = place, filled
 
     def extra_repr(self) -> str:
         return f"{self.capacity}, {self.dim}, labelled={self.labelled}, gather={self.gather}, filled={self._filled}"

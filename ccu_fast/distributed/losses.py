@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,20 +10,17 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.distributed.agreement import agree
+from ccu_fast.distributed.agreement import agree, like
 from ccu_fast.distributed.ranks import Ranks
 from ccu_fast.distributed.similarity import reduce_similarity
 from ccu_fast.losses import formulas
 from ccu_fast.losses.contrast import Contrast
 from ccu_fast.losses.formulas import INVERSE_KINDS, POSITIVES, Side
-from ccu_fast.losses.functional import REDUCTIONS, SIMILARITY, arguments
-from ccu_fast.losses.variant import VARIANT, name_ids
+from ccu_fast.losses.functional import REDUCTIONS, SIMILARITY, VARIED, arguments
+from ccu_fast.losses.variant import VARIANT, name_ids, without_defaults
 
 GRADIENTS = ("mean", "sum")
 PASSED_ON = (*SIMILARITY, "group", "mode", "equal")
-
-# What ranks compare of an InfoNCE with more than a batch's own pairs.
-OUTLINE = (("joint", "answer, and the other options of the loss (as one number)"),)
 
 # Only a paired problem says which items belong together without keys.
 PAIRS_OR_IDS = partial(reduce_similarity, positives="row_ids and col_ids")
@@ -80,7 +76,6 @@ def info_nce(
         tensor(0.3408)
     """
     _check(reduction, gradients)
-    name_ids(similarity)
     sides = info_nce_sides(PAIRS_OR_IDS, x, y, scale=scale, bias=bias, symmetric=symmetric, **similarity)
     return _finish(sides, reduction, gradients, similarity)
 
@@ -88,16 +83,19 @@ def info_nce(
 def info_nce_sides(
     reduce: formulas.Reduce, x: Tensor, y: Tensor, *, scale: Any, bias: Any, symmetric: bool = True, **options: Any
 ) -> list[Side]:
-    """:func:`ccu_fast.losses.contrast.info_nce`, of which every rank hears if one is asked for what cannot be."""
-    if not any(name in options for name in VARIANT):
+    """InfoNCE, of which every rank hears if one is asked for what cannot be."""
+    options = without_defaults(options)
+    if VARIED.isdisjoint(options):
         return formulas.info_nce(reduce, x, y, scale=scale, bias=bias, symmetric=symmetric, **options)
 
     def prepare() -> tuple[Contrast, list[int]]:
+        for name, value in (("x", x), ("y", y)):
+            check.tensor(name, value, ndim=2)
         contrast = Contrast(x, y, scale=scale, bias=bias, symmetric=symmetric, **options)
-        return contrast, [len(x), len(y), zlib.crc32(repr(contrast.outline()).encode())]
+        return contrast, [len(x), len(y), *like(x, contrast.outline())]
 
     ranks = Ranks(options.get("group"))
-    contrast, _ = agree(ranks, prepare, x, equal=options.get("equal", False), agreed=OUTLINE)
+    contrast, _ = agree(ranks, prepare, x, equal=options.get("equal", False))
     return contrast.sides(reduce, reduce_similarity)
 
 

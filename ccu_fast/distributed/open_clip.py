@@ -19,7 +19,8 @@ from ccu_fast.losses import formulas
 from ccu_fast.losses.contrast import Contrast
 from ccu_fast.losses.functional import info_nce, sigmoid_loss
 from ccu_fast.losses.variant import POSITIVES, as_labels, name_ids
-from ccu_fast.ops.reduce_similarity.api import as_scalar, normalize_pair
+from ccu_fast.ops.l2_normalize.api import l2_normalize
+from ccu_fast.ops.reduce_similarity.api import normalize_pair
 
 # open_clip's pairs are those of each rank: other numbers of texts than of images would be paired with another rank's.
 ITS_OWN_PAIRS = partial(reduce_similarity, alike=True)
@@ -125,7 +126,7 @@ class ClipLoss(_OpenClipLoss):
     tensor(0.3408)
     """
 
-    _show = ("local_loss", "gather_with_grad", "rank", "world_size", "normalize", "backend", "workspace")
+    _show = ("local_loss", "gather_with_grad", "rank", "world_size", "positives", "normalize", "backend", "workspace")
 
     def __init__(
         self,
@@ -198,7 +199,6 @@ class ClipLoss(_OpenClipLoss):
             for name in ("scale", "bias"):
                 if isinstance(options[name], Tensor):
                     options[name] = _SumGradient.apply(options[name], ranks, factor)
-        name_ids(options)
         sides = info_nce_sides(ITS_OWN_PAIRS, images, texts, **options)
         if self.local_loss:
             return (_mean(sides[0].raw) + _mean(sides[1].raw)) / 2
@@ -215,17 +215,18 @@ class ClipLoss(_OpenClipLoss):
                 check.tensor(name, features, ndim=2)
             check.same("y", texts, "x", images)
             check.shape("y", texts, images.shape)
-            if ids is not None:
-                check.tensor("row_ids", ids, dtypes=check.INTEGERS)
-                check.shape("row_ids", ids, (len(images),))
             if options.get("negatives") is not None:
                 raise ValueError("negatives: expected None with local_loss without gather_with_grad, got a tensor")
-            Contrast(images, texts, scale=1.0, bias=None, symmetric=False, **own)
-            for name in ("scale", "bias"):
-                if options[name] is not None or name == "scale":
-                    as_scalar(name, options[name], images)
-            pair = normalize_pair(images, texts, self.backend) if options.pop("normalize") else (images, texts)
-            return pair, [len(images), len(texts), *like(images)]
+            scalars = {"scale": options["scale"], "bias": options["bias"]}
+            asked = Contrast(images, texts, symmetric=False, ids=ids, positives=self.positives, **scalars, **own)
+            given = f"{asked.outline()}, ids {ids is not None}"
+            outline = given if ids is not None or own["hard_negatives"] is not None else ""
+            pair = images, texts
+            if options.pop("normalize"):
+                pair = normalize_pair(images, texts, self.backend)
+                if own["hard_negatives"] is not None:
+                    own["hard_negatives"] = l2_normalize(own["hard_negatives"], backend=self.backend)
+            return pair, [len(images), len(texts), *like(images, outline)]
 
         (images, texts), sizes = agree(ranks, prepare, images, equal=False)
         every_image, every_text = (torch.cat(ranks.gather(own.detach(), sizes.x)) for own in (images, texts))

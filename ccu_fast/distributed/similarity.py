@@ -144,6 +144,7 @@ def reduce_similarity(
         engine = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
         prepared = _Prepared(p, row_spec, col_spec, engine, workspace_bytes(workspace, p.x.device))
         must_match = [
+            0,
             p.x.shape[-1],
             agreement.DTYPES.index(p.x.dtype),
             MODES.index(mode),

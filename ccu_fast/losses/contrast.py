@@ -8,60 +8,24 @@ between the reductions and the softplus.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.losses.formulas import Reduce, Side, attract, logsumexp, softplus
-from ccu_fast.losses.variant import VARIANT, Variant, as_labels
-from ccu_fast.ops.backend import autocast_dtype, without_autocast
+from ccu_fast.losses.logits import Negatives, Positives, difference, leading, log_of_number, products_of_own, wide
+from ccu_fast.losses.variant import VARIANT, Variant, as_labels, name_ids
+from ccu_fast.ops.backend import autocast_dtype
 from ccu_fast.ops.l2_normalize.api import l2_normalize
-from ccu_fast.ops.reduce_similarity.api import as_scalar
+from ccu_fast.ops.reduce_similarity.api import as_scalar, normalize_pair
 from ccu_fast.ops.reduce_similarity.problem import checked_guide, without_ignored
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME, SELF
 
 # By how much the similarities of two equal items may differ, relative to one: what half precision rounds a product to.
 _ROUNDING = {torch.bfloat16: 2**-7, torch.float64: 1e-14}
 _KEYS = ("labels", "ids")
-
-
-class _Positives(NamedTuple):
-    """The positives of every row or column.
-
-    Attributes:
-        total: sum of their logits; inside: the log-sum-exp.
-        number: how many they are; None: one each.
-    """
-
-    total: Tensor
-    inside: Tensor
-    number: Tensor | None
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total if self.number is None else self.total / self.number.clamp(min=1)
-
-
-class _Negatives(NamedTuple):
-    """A set of negatives of every row or column.
-
-    Attributes:
-        lse: log-sum-exp of their logits.
-        total: sum of these; number: how many they are. Both 0 where the variant does not ask.
-    """
-
-    lse: Tensor
-    total: Tensor | float = 0.0
-    number: Tensor | int = 0
-
-    @staticmethod
-    def union(sets: list[_Negatives]) -> _Negatives:
-        if len(sets) == 1:
-            return sets[0]
-        lse = torch.broadcast_tensors(*(s.lse for s in sets))
-        return _Negatives(logsumexp(torch.stack(lse)), sum(s.total for s in sets), sum(s.number for s in sets))
 
 
 class Contrast:
@@ -71,19 +35,25 @@ class Contrast:
     of_banks: Reduce
 
     def __init__(self, x: Tensor, y: Tensor, *, scale: Any, bias: Any, symmetric: bool, **options: Any) -> None:
-        v = self.variant = Variant(**{name: options.pop(name) for name in VARIANT if name in options})
         for name, t in (("x", x), ("y", y)):
             check.tensor(name, t)
             if t.ndim < 2:
                 raise ValueError(f"{name}: expected shape [..., items, D], got {list(t.shape)}")
         self.x, self.y = x, y
-        self.scale = scale if isinstance(scale, Tensor) else check.number("scale", scale)
-        self.bias = bias if bias is None or isinstance(bias, Tensor) else check.number("bias", bias)
+        self.lead = leading(x.shape[:-2], "y", y.shape[:-2])
+        if isinstance(options.get("ids"), Tensor):
+            for t in (x, y):
+                check.per_row("ids", options["ids"], self.lead, t.shape[-2])
+        name_ids(options)
+        v = self.variant = Variant(**{name: options.pop(name) for name in VARIANT if name in options})
+        self.scale = as_scalar("scale", scale, x)
+        self.bias = None if bias is None else as_scalar("bias", bias, x)
         self.keys = {name: options.pop(name, None) for name in ("row_labels", "col_labels", "row_ids", "col_ids")}
         self.paired = options.pop("paired", None)
         self.rest = OTHER if v.positives == "own" else SAME | OTHER
         self.row_limit, self.col_limit = options.pop("row_limits", None), options.pop("col_limits", None)
         self.options = options  # that say how to compute, not what
+        self.negatives, self.hard_negatives = v.negatives, v.hard_negatives
         self.two_sides = symmetric and v.in_batch and not v.joint
         self.wants_total = v.smoothing > 0
         self.wants_count = self.wants_total or v.debiased or v.hardness > 0
@@ -99,36 +69,41 @@ class Contrast:
         if v.guide is not None and not v.filtered and not limited:
             raise ValueError("margin: expected a number, or one for threshold, because guide is given, got None")
         if isinstance(v.debias, Tensor):
-            check.tensor("debias", v.debias)
             check.same("debias", v.debias, "x", x, dtype=False)
-            check.per_row("debias", v.debias, x.shape[:-2], x.shape[-2])
-            if self.two_sides:
-                check.per_row("debias", v.debias, y.shape[:-2], y.shape[-2])
+            for t in (x, y) if self.two_sides else (x,):
+                if v.debias.numel() != 1:
+                    check.per_row("debias", v.debias, self.lead, t.shape[-2])
         if v.negative_ids is not None and self.keys["row_labels" if v.positives == "own" else "row_ids"] is None:
             raise ValueError("ids: expected a tensor because negative_ids is given, got None")
         if v.negatives is not None:
-            check.same("negatives", v.negatives, "x", x)
-            if v.negatives.ndim < 2 or v.negatives.shape[-1] != x.shape[-1]:
-                raise ValueError(f"negatives: expected shape [..., K, {x.shape[-1]}], got {list(v.negatives.shape)}")
+            self._check_bank("negatives", v.negatives, 2, f"[..., K, {x.shape[-1]}]")
             if v.negative_ids is not None:
                 check.tensor("negative_ids", v.negative_ids, dtypes=check.INTEGERS)
                 check.same("negative_ids", v.negative_ids, "x", x, dtype=False)
-                check.per_row("negative_ids", v.negative_ids, v.negatives.shape[:-2], v.negatives.shape[-2])
+                check.per_row("negative_ids", v.negative_ids, self.lead, v.negatives.shape[-2])
+        if v.hard_negatives is not None:
+            self._check_bank("hard_negatives", v.hard_negatives, 3, f"[..., {x.shape[-2]}, K, {x.shape[-1]}]")
         if v.guide is not None:
             self._check_guide(v.guide)
-        if v.hard_negatives is not None:
-            others = v.hard_negatives
-            check.same("hard_negatives", others, "x", x)
-            if others.ndim != x.ndim + 1 or others.shape[-1] != x.shape[-1] or others.shape[-3] != x.shape[-2]:
-                shape = f"[..., {x.shape[-2]}, K, {x.shape[-1]}]"
-                raise ValueError(f"hard_negatives: expected shape {shape}, got {list(others.shape)}")
-            if self.options.get("nan_policy") == "raise":
-                check.finite("hard_negatives", others)
+
+    def _check_bank(self, name: str, bank: Tensor, ndim: int, shape: str) -> None:
+        """More negatives, whose last dimensions and whose leading ones fit x."""
+        x = self.x
+        # Under autocast they are cast, as x and y are.
+        check.same(name, bank, "x", x, dtype=autocast_dtype(x.device.type) is None)
+        fits = bank.ndim >= ndim and bank.shape[-1] == x.shape[-1] and (ndim == 2 or bank.shape[-3] == x.shape[-2])
+        if not fits:
+            raise ValueError(f"{name}: expected shape {shape}, got {list(bank.shape)}")
+        lead = bank.shape[:-ndim]
+        if leading(self.lead, name, lead) != self.lead:
+            fit = f"leading dimensions that broadcast to {list(self.lead)}"
+            raise ValueError(f"{name}: expected {fit}, got {list(lead)}")
+        if self.options.get("nan_policy") == "raise":
+            check.finite(name, bank)
 
     def _check_guide(self, guide: Sequence[Tensor | None]) -> None:
         x, y, v = self.x, self.y, self.variant
-        lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-        u, _ = checked_guide(tuple(guide[:2]), lead, x.shape[-2], y.shape[-2], x)
+        u, _ = checked_guide(tuple(guide[:2]), self.lead, x.shape[-2], y.shape[-2], x)
         for place, name in ((2, "negatives"), (3, "hard_negatives")):
             bank, theirs = getattr(v, name), self._guide(place)
             if theirs is None:
@@ -139,14 +114,21 @@ class Contrast:
             check.same(f"guide[{place}]", theirs, "guide[0]", u)
             check.shape(f"guide[{place}]", theirs, (*bank.shape[:-1], u.shape[-1]))
 
-    def outline(self) -> list[Any]:
+    def outline(self) -> str:
         """What the reductions depend on, without the values of tensors."""
-        plain = (getattr(self.variant, name) for name in VARIANT)
-        return [value is None if isinstance(value, Tensor | None) else value for value in plain]
+        shown: list[Any] = []
+        for name in VARIANT:
+            value = getattr(self.variant, name)
+            if name == "guide" and value is not None:
+                value = tuple(t is None for t in value)
+            shown.append(value is None if isinstance(value, Tensor | None) else value)
+        return repr([float(value) if isinstance(value, int) else value for value in shown])
 
     def sides(self, reduce: Reduce, of_banks: Reduce) -> list[Side]:
         """The rows and, of a symmetric loss, the columns."""
         self.reduce, self.of_banks, v = reduce, of_banks, self.variant
+        if check.boolean("normalize", self.options.pop("normalize", False)):
+            self._normalize()
         if v.filtered:
             self.row_limit, self.col_limit = self._limits()
         if v.hardness:
@@ -154,7 +136,9 @@ class Contrast:
             positives, _ = self._pairs(1.0, negatives=False)
             hard, weights = (self._rests(f, self._pairs(f, positives=False)[1]) for f in (1 + v.hardness, v.hardness))
             rests = [
-                _Negatives(_difference(a.lse, b.lse) + _log(b.number, b.lse), a.total / (1 + v.hardness), a.number)
+                Negatives(
+                    difference(a.lse, b.lse) + log_of_number(b.number, b.lse), a.total / (1 + v.hardness), a.number
+                )
                 for a, b in zip(hard, weights, strict=True)
             ]
         else:
@@ -162,7 +146,17 @@ class Contrast:
             rests = self._rests(1.0, pairs)
         return [self._side(p, r) for p, r in zip(positives, rests, strict=True)]
 
-    def _side(self, positives: _Positives, rest: _Negatives) -> Side:
+    def _normalize(self) -> None:
+        """Once, before the reductions: x and y are in several of them."""
+        backend, labels = self.options.get("backend", "auto"), self.keys["row_labels"]
+        self.x, self.y = normalize_pair(self.x, self.y, backend, labels, self.keys["col_labels"])
+        if self.negatives is not None:
+            self.negatives = l2_normalize(self.negatives, backend=backend)
+        if self.hard_negatives is not None:
+            own = without_ignored(self.hard_negatives.flatten(-2), labels).view_as(self.hard_negatives)
+            self.hard_negatives = l2_normalize(own, backend=backend)
+
+    def _side(self, positives: Positives, rest: Negatives) -> Side:
         v, counts = self.variant, None if positives.number is None else positives.number > 0
         lse = rest.lse
         if v.debiased:
@@ -180,7 +174,7 @@ class Contrast:
         if v.smoothing:
             own = torch.ones_like(raw) if positives.number is None else positives.number
             every = (rest.total + positives.total) / (rest.number + own).clamp(min=1)
-            raw = raw + v.smoothing * (positives.mean - every)
+            raw = raw + v.smoothing * (goal - every)
         if v.focal:
             # -expm1(-L) is the probability that is missing. Where it is 0 so is the loss, and a power would have no
             # derivative.
@@ -188,13 +182,15 @@ class Contrast:
             raw = raw * torch.where(missing > 0, missing, 1) ** v.focal * (missing > 0)
         return Side(raw, counts)
 
-    def _debiased(self, own: Tensor, rest: _Negatives) -> Tensor:
+    def _debiased(self, own: Tensor, rest: Negatives) -> Tensor:
         """log((Σ exp(rest) − τ n exp(own)) / (1 − τ)), at least log n − scale, which unit vectors cannot fall below."""
-        share = torch.as_tensor(self.variant.debias, dtype=own.dtype, device=own.device)
-        several = _log(rest.number, own)
-        floor = several - as_scalar("scale", self.scale, self.x).detach().abs()
+        share = torch.as_tensor(self.variant.debias, dtype=own.dtype, device=own.device).detach()
+        if share.numel() == 1:
+            share = share.reshape(())
+        several = log_of_number(rest.number, own)
+        floor = several - self.scale.detach().abs()
         if self.bias is not None:
-            floor = floor + as_scalar("bias", self.bias, self.x).detach()
+            floor = floor + self.bias.detach()
         gap = share.log() + several + own - rest.lse
         below = gap < 0
         value = torch.where(below, rest.lse, 0) + torch.log(-torch.expm1(torch.where(below, gap, -1)))
@@ -205,24 +201,22 @@ class Contrast:
 
     def _pairs(
         self, factor: float, *, positives: bool = True, negatives: bool = True
-    ) -> tuple[list[_Positives], list[_Negatives]]:
-        """Of rows and columns their positives, and the negatives among the pairs of x and y."""
+    ) -> tuple[list[Positives], dict[str, Negatives]]:
+        """Of rows and columns their positives, and by direction the negatives among the pairs of x and y."""
         v, several, labelled = self.variant, self.keys["row_ids"] is not None, self.keys["row_labels"] is not None
         own: list[tuple[str, int]] = []
         if positives:
-            own = [
-                ("sum", SELF),
-                *([("lse", SELF)] if several else []),
-                *([("count", SELF)] if several or labelled else []),
-            ]
-        rest = self._rest_spec() if negatives and v.in_batch else []
-        if not own and not rest:
-            return [], []
-        columns = self.two_sides or "y_to_x" in v.joint
+            own = [("sum", SELF)]
+            own += [("lse", SELF), ("count", SELF)] if several else [("count", SELF)] if labelled else []
+        wanted = v.joint or (("x_to_y", "y_to_x") if self.two_sides else ("x_to_y",) if v.in_batch else ())
+        directions = [d for d in ("x_to_y", "y_to_x") if negatives and d in wanted]
+        specs = [
+            (own if side == 0 or self.two_sides else []) + (self._rest_spec() if direction in directions else [])
+            for side, direction in enumerate(("x_to_y", "y_to_x"))
+        ]
+        if not any(specs):
+            return [], {}
         col_limit = self.row_limit if v.joint else self.col_limit
-        limited = self._limited(0, 1, col_limit if columns else None) if rest else {}
-        # Of a joint loss columns are only negatives.
-        specs = own + rest, (own if self.two_sides else []) + rest if columns else []
         results = self.reduce(
             *(self.x, self.y),
             rows=specs[0],
@@ -230,30 +224,27 @@ class Contrast:
             **self._scaled(factor),
             **self.keys,
             paired=self.paired,
-            **limited,
+            **(self._limited(0, 1, col_limit if "y_to_x" in directions else None) if directions else {}),
             **self.options,
         )
-        found: list[_Positives] = []
-        rests: list[_Negatives] = []
-        for side, spec in zip(results, specs, strict=True):
-            split = len(spec) - len(rest)
-            if split > 0:
-                total, *more = side[:split]
+        found: list[Positives] = []
+        rests: dict[str, Negatives] = {}
+        for direction, side in zip(("x_to_y", "y_to_x"), results, strict=True):
+            rest = len(self._rest_spec()) if direction in directions else 0
+            if len(side) > rest:
+                total, *more = side[: len(side) - rest]
                 count = more[-1] if more else None
                 inside = total if count is None or not several else torch.where(count > 0, more[0], 0)
-                found.append(_Positives(total, inside, count))
-            if rest and spec:
-                rests.append(self._set(side[split:]))
+                found.append(Positives(total, inside, count))
+            if rest:
+                rests[direction] = self._set(side[len(side) - rest :])
         return found, rests
 
-    def _rests(self, factor: float, pairs: list[_Negatives]) -> list[_Negatives]:
+    def _rests(self, factor: float, pairs: dict[str, Negatives]) -> list[Negatives]:
         """All negatives of rows, and of columns if theirs are wanted: those among the pairs and all others."""
         v, keys = self.variant, self.keys
-        sets: list[_Negatives] = []
-        if v.in_batch and (not v.joint or "x_to_y" in v.joint):
-            sets.append(pairs[0])
-        if "y_to_x" in v.joint:
-            sets.append(pairs[1])
+        of_columns = [pairs["y_to_x"]] if self.two_sides else []
+        sets = [pairs[d] for d in ("x_to_y", "y_to_x") if d in pairs and not (of_columns and d == "y_to_x")]
         cols = {name: keys[f"row_{name}"] if keys[f"col_{name}"] is None else keys[f"col_{name}"] for name in _KEYS}
         for direction, bank, of_bank, place in (
             ("x_to_x", self.x, {name: keys[f"row_{name}"] for name in _KEYS}, 0),
@@ -262,15 +253,19 @@ class Contrast:
             if direction in v.joint:
                 both = {f"{side}_{name}": key for name, key in of_bank.items() for side in ("row", "col")}
                 sets.append(self._bank(factor, bank, bank, self._limited(place, place), paired=None, **both))
-        if v.negatives is not None:
-            keys = self._foreign(v.negatives)
-            sets.append(self._bank(factor, self.x, v.negatives, self._limited(0, 2), paired=False, **keys))
-        if v.hard_negatives is not None:
-            sets.append(self._own(factor, v.hard_negatives))
-        return [_Negatives.union(sets), *(pairs[1:] if self.two_sides else [])]
+        if self.negatives is not None:
+            keys = self._foreign(self.negatives)
+            sets.append(self._bank(factor, self.x, self.negatives, self._limited(0, 2), paired=False, **keys))
+        if self.hard_negatives is not None:
+            sets.append(self._own(factor, self.hard_negatives))
+        return [Negatives.union(sets), *of_columns]
 
-    def _bank(self, factor: float, x: Tensor, y: Tensor, limited: dict[str, Any], **keys: Any) -> _Negatives:
+    def _bank(self, factor: float, x: Tensor, y: Tensor, limited: dict[str, Any], **keys: Any) -> Negatives:
         """The negatives of x in a bank of its own or of others."""
+        if any(isinstance(key, Tensor) and key.ndim > 1 for key in (*keys.values(), *limited.values())):
+            same = x is y
+            x = x.expand(*self.lead, *x.shape[-2:])  # which all banks share, but not their keys
+            y = x if same else y
         rest = self._rest_spec()
         rows, _ = self.of_banks(x, y, rows=rest, **self._scaled(factor), **limited, **keys, **self.options)
         return self._set(rows)
@@ -290,34 +285,31 @@ class Contrast:
             keys |= {"row_ids": ids, "col_ids": names}
         return keys
 
-    def _own(self, factor: float, others: Tensor) -> _Negatives:
+    def _own(self, factor: float, others: Tensor) -> Negatives:
         """Every row's own hard negatives; their logits are few, so they are made."""
-        x = self.x
         labels = self.keys["row_labels"]
-        x, others = without_ignored(x, labels), without_ignored(others.flatten(-2), labels).view_as(others)
-        if self.options.get("normalize"):
-            x, others = l2_normalize(x), l2_normalize(others)
-        cosine = _each(x, others)
-        logits = factor * as_scalar("scale", self.scale, x) * cosine
+        x, others = without_ignored(self.x, labels), without_ignored(others.flatten(-2), labels).view_as(others)
+        cosine = products_of_own(x, others)
+        logits = factor * self.scale * cosine
         if self.bias is not None:
-            logits = logits + factor * as_scalar("bias", self.bias, x)
+            logits = logits + factor * self.bias
         if self.row_limit is not None:
             of_x, of_others = self._guide(0), self._guide(3)
             if of_x is not None and of_others is not None:
-                cosine = _each(of_x, of_others)
+                cosine = products_of_own(of_x, of_others)
             if self.variant.guide is None or of_others is not None:
                 logits = torch.where(cosine.detach() > self.row_limit[..., None], -torch.inf, logits)
         kept = logits > -torch.inf
         total = torch.where(kept, logits, 0).sum(-1) if self.wants_total else 0
-        return _Negatives(logsumexp(logits, -1), total, kept.sum(-1) if self.wants_count else 0)
+        return Negatives(logsumexp(logits, -1), total, kept.sum(-1) if self.wants_count else 0)
 
     def _rest_spec(self) -> list[tuple[str, int]]:
         total, count = ("sum", self.rest), ("count", self.rest)
         return [("lse", self.rest), *([total] if self.wants_total else []), *([count] if self.wants_count else [])]
 
-    def _set(self, results: list[Tensor]) -> _Negatives:
+    def _set(self, results: list[Tensor]) -> Negatives:
         count = results[-1] if self.wants_count else 0
-        return _Negatives(results[0], results[1] if self.wants_total else 0, count)
+        return Negatives(results[0], results[1] if self.wants_total else 0, count)
 
     def _scaled(self, factor: float) -> dict[str, Any]:
         if factor == 1:
@@ -345,17 +337,14 @@ class Contrast:
     def _limits(self) -> tuple[Tensor, Tensor | None]:
         """The similarity above which a pair is no negative of its row, and of its column."""
         v = self.variant
-        x, y, options = self.x, self.y, self.options
-        if v.guide is not None:
-            x, y = (check.tensor("guide", features) for features in v.guide[:2])
-            options = {**options, "normalize": False}
+        x, y = (self.x, self.y) if v.guide is None else (check.tensor("guide", t) for t in v.guide[:2])
         if v.margin is None:
             most = float(v.threshold or 0)
-            row, col = (torch.full(t.shape[:-1], most, dtype=_wide(t), device=t.device) for t in (self.x, self.y))
+            row, col = (torch.full(t.shape[:-1], most, dtype=wide(t), device=t.device) for t in (self.x, self.y))
             return row, col
         spec = [("sum", SELF), ("count", SELF)]
         cols = spec if self.two_sides else []
-        sides = self.reduce(x, y, rows=spec, cols=cols, **self.keys, paired=self.paired, **options)
+        sides = self.reduce(x, y, rows=spec, cols=cols, **self.keys, paired=self.paired, **self.options)
         rounding = _ROUNDING.get(autocast_dtype(x.device.type) or x.dtype, 1e-6)
         limits = []
         for total, count in filter(None, sides):
@@ -366,24 +355,3 @@ class Contrast:
                 limit = limit.clamp(max=v.threshold)
             limits.append(torch.where(count > 0, limit, torch.inf))
         return limits[0], limits[1] if self.two_sides else None
-
-
-def _each(x: Tensor, others: Tensor) -> Tensor:
-    """x ``[..., N, D]`` times its own ``[..., N, K, D]`` in at least fp32: ``[..., N, K]``."""
-    with without_autocast(x.device):
-        return torch.matmul(others.to(_wide(x)), x.to(_wide(x))[..., None])[..., 0]
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
-def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """a − b, and −inf of two empty sets."""
-    empty = b == -torch.inf
-    return torch.where(empty, -torch.inf, torch.where(empty, 0, a) - torch.where(empty, 0, b))
-
-
-def _log(count: Tensor | int, like: Tensor) -> Tensor:
-    """The logarithm of a number of negatives; of none it is 0, for what is added to −inf."""
-    return torch.as_tensor(count, device=like.device).clamp(min=1).to(like.dtype).log()

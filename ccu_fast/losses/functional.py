@@ -15,7 +15,7 @@ from ccu_fast import check
 from ccu_fast.losses import formulas
 from ccu_fast.losses.contrast import Contrast
 from ccu_fast.losses.formulas import INVERSE_KINDS, POSITIVES
-from ccu_fast.losses.variant import VARIANT, name_ids
+from ccu_fast.losses.variant import VARIANT, name_ids, without_defaults
 from ccu_fast.ops.backend import autocast_dtype, choose, fp32_precision
 from ccu_fast.ops.reduce_similarity import operator
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
@@ -107,12 +107,13 @@ def info_nce(
         symmetric: average the losses over rows and over columns.
         reduction: "mean" or "sum" over the items, or "none".
         ids: int64 ``[N]`` or ``[..., N]``, for row_ids and col_ids alike: items of one id, such as pictures with the
-            same caption, are positives of each other. Rows without a positive do not count.
+            same caption, are positives of each other.
         positives: what several positives of a row come to. "mean" draws each of them near: lse(all) − mean(own), as in
-            Khosla et al. 2020, eq. 2, and in UniCL. "lse" is content with one: minus the logarithm of the probability
-            of all together, which is eq. 3 there but for the constant log of their number. "own": the row's own pair
-            is the positive, and the others of its id, or its row_label, are left out. (Of texts that are equal to the
-            last bit, "mean" makes what InfoNCE makes without ids, towers' gradients included: equal columns share it.)
+            Khosla et al. 2020, eq. 2, and in UniCL. "lse": it suffices that one is near; minus the log of the
+            probability of all together, which is eq. 3 there but for the constant log of their number. "own": the row's
+            own pair (by place, or by row_ids) is the positive, and the others of its ids= or row_labels= are left out.
+            (If the texts of one id are identical to the last bit, "mean" equals InfoNCE without ids, also in the
+            gradients of the towers.)
         negatives: ``[..., K, D]`` more keys, which are negatives of every row of x (DPR, NegCLIP, a queue of MoCo).
         negative_ids: int64 ``[K]``: which of them are no negatives of the rows with the same id.
         hard_negatives: ``[..., N, K, D]``, K negatives of each row of x alone.
@@ -130,9 +131,9 @@ def info_nce(
         decoupled: the positive is not among what it is compared with: rest − own (DCL, Yeh et al. 2022, arXiv
             2110.06848, eq. 6). Rows without a negative do not count.
         smoothing: in [0, 1], the share of the target that is spread over all logits of a row (``label_smoothing``).
-        debias: τ in [0, 1), or a tensor ``[N]`` of them: the share of false negatives that is assumed and subtracted:
-            rest = log max((Σ exp(negatives) − τ n exp(own)) / (1 − τ), n exp(−scale)), of n negatives (Chuang et al.
-            2020, arXiv 2007.00224, eq. 8).
+        debias: τ in [0, 1), or a tensor ``[N]`` of them, without a gradient: the share of false negatives that is
+            assumed and subtracted: rest = log max((Σ exp(negatives) − τ n exp(own)) / (1 − τ), n exp(bias − |scale|)),
+            of n negatives (Chuang et al. 2020, arXiv 2007.00224, eq. 8).
         hardness: β ≥ 0, weighs negatives by exp(β · logit), with mean weight 1 (Robinson et al. 2021, arXiv
             2010.04592, eq. 4). A second pass over the similarities.
         focal: γ ≥ 0: every row times (1 − p)^γ, p the probability of its positive (Lin et al. 2017, arXiv 1708.02002).
@@ -140,7 +141,7 @@ def info_nce(
             row_limits, col_limits, normalize, backend, workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
 
     Returns:
-        fp32 ``[...]`` (one value per bank), or ``[..., N]`` for reduction="none".
+        fp32 ``[...]`` (one value per bank), or ``[..., N]`` for reduction="none". Rows without a positive do not count.
 
     Raises:
         TypeError, ValueError: N ≠ M without ids, reduction="none" of a symmetric loss with N ≠ M, an option outside its
@@ -157,6 +158,8 @@ def info_nce(
     tensor(0.6045)
     """
     check.one_of("reduction", reduction, REDUCTIONS)
+    if not VARIED.isdisjoint(options):
+        options = without_defaults(options)
     small = None if bias is not None or reduction == "none" else served_by(x, y, options)
     if small is not None:
         return small_info_nce(x, y, scale, symmetric=symmetric, mean=reduction == "mean", backend=small)
@@ -165,16 +168,9 @@ def info_nce(
         _require_positives(x, y, options)
         sides = formulas.info_nce(reduce_similarity, x, y, **pair, **options)
     else:
-        _name_ids(options)
         _require_positives(x, y, options)
         sides = Contrast(x, y, **pair, **options).sides(reduce_similarity, reduce_similarity)
     return formulas.average([_reduce(side, reduction) for side in sides])
-
-
-def _name_ids(options: dict[str, Any]) -> None:
-    if options.get("ids") is not None:
-        check.tensor("ids", options["ids"], dtypes=check.INTEGERS)
-    name_ids(options)
 
 
 @arguments("bias", *SIMILARITY)
@@ -251,8 +247,8 @@ def sup_con(
         x: ``[..., N, D]``; y: ``[..., M, D]``.
         scale: number or one-element tensor; 1 / temperature.
         row_labels: int64 ``[..., N]``; col_labels: int64 ``[..., M]``, by default the row labels.
-        positives: "mean" draws every positive near; "lse", the "inside" form but for the constant log of their number,
-            is content with one.
+        positives: "mean" draws every positive near; "lse": it suffices that one is near, the "inside" form but for the
+            constant log of their number.
         reduction: "mean" or "sum" over the rows, or "none".
         **similarity: see :func:`ccu_fast.reduce_similarity`.
 
@@ -319,8 +315,9 @@ def sigmoid_loss(
     tensor(2.2064)
     """
     check.one_of("reduction", reduction, REDUCTIONS)
-    if "ids" in similarity:
-        _name_ids(similarity)
+    if isinstance(similarity.get("ids"), Tensor) and isinstance(x, Tensor) and x.ndim >= 2:
+        check.per_row("ids", similarity["ids"], x.shape[:-2], x.shape[-2])
+    name_ids(similarity)
     _require_positives(x, y, similarity, negatives_only=True)
     return _reduce(formulas.sigmoid_loss(reduce_similarity, x, y, scale=scale, bias=bias, **similarity), reduction)
 
@@ -361,6 +358,8 @@ def _require_positives(
     if not all(isinstance(t, Tensor) and not t.is_nested and t.ndim >= 2 for t in (x, y)):
         return  # reduce_similarity says what is wrong
     if similarity.get("row_ids") is not None or (labels and similarity.get("row_labels") is not None):
+        return
+    if similarity.get("ids") is not None and similarity.get("positives") != "own":
         return
     keys = "row_ids and col_ids or row_labels and col_labels" if labels else "row_ids and col_ids"
     if similarity.get("paired") is False:

@@ -108,8 +108,11 @@ class InfoNCE(_SimilarityLoss):
     @arguments(*FIXED, *OPTIONS)
     def __init__(self, *, scale: float | None = None, symmetric: bool = True, **options: Any) -> None:
         self.variant = {name: options.pop(name) for name in FIXED if name in options}
-        Variant(**{name: value for name, value in self.variant.items() if name != "in_batch"})
-        check.boolean("in_batch", self.variant.get("in_batch", True))  # what it goes with, only forward knows
+        alone = {} if self.variant.get("joint") else {"in_batch": True}  # with what else it goes, only forward knows
+        Variant(**{**self.variant, **alone})
+        check.boolean("in_batch", self.variant.get("in_batch", True))
+        if isinstance(self.variant.get("debias"), Tensor):
+            raise TypeError("debias: expected a number, and in forward a tensor, got a tensor")
         super().__init__(scale=scale, **options)
         self.symmetric = symmetric
 
@@ -125,7 +128,7 @@ class InfoNCE(_SimilarityLoss):
         Returns:
             fp32 ``[...]``, or ``[..., N]`` for reduction="none".
         """
-        return info_nce(x, y, symmetric=self.symmetric, **self._options(scale), **{**self.variant, **similarity})
+        return info_nce(x, y, **{"symmetric": self.symmetric, **self._options(scale), **self.variant, **similarity})
 
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in self.variant.items())])

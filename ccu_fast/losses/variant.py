@@ -53,7 +53,12 @@ class Variant:
         for name in ("margin", "threshold"):
             if getattr(self, name) is not None:
                 check.number(name, getattr(self, name))
-        if not isinstance(self.debias, Tensor) and not check.number("debias", self.debias, low=0.0) < 1:
+        if isinstance(self.debias, Tensor):
+            check.tensor("debias", self.debias)
+            outside = check.at_hand(self.debias) and self.debias.device.type == "cpu" and not _is_share(self.debias)
+        else:
+            outside = not check.number("debias", self.debias, low=0.0) < 1
+        if outside:
             raise ValueError(f"debias: expected a number in [0, 1) or a tensor of them, got {self.debias}")
         self._check_sets()
         self._check_together()
@@ -61,10 +66,11 @@ class Variant:
     def _check_sets(self) -> None:
         if not isinstance(self.joint, tuple | list):
             raise TypeError(f"joint: expected a tuple of {DIRECTIONS}, got {self.joint!r}")
+        object.__setattr__(self, "joint", tuple(self.joint))
         for direction in self.joint:
             check.one_of("joint", direction, DIRECTIONS)
         if len(set(self.joint)) < len(self.joint):
-            raise ValueError(f"joint: expected each direction once, got {tuple(self.joint)}")
+            raise ValueError(f"joint: expected each direction once, got {self.joint}")
         for name in ("negatives", "hard_negatives"):
             if getattr(self, name) is not None:
                 check.tensor(name, getattr(self, name))
@@ -89,32 +95,52 @@ class Variant:
             raise ValueError(f"focal: expected 0 with decoupled, whose losses are no probabilities, got {self.focal}")
 
 
-def as_labels(ids: Tensor) -> Tensor:
-    """Ids without their sign, as a negative label would be ignored: two that differ in it alone are 2^63 apart.
+def _is_share(values: Tensor) -> bool:
+    return bool(((values >= 0) & (values < 1)).all())
 
-    What are no ids is another function's to refuse.
-    """
-    return ids.long() & (2**63 - 1) if check.readable(ids) and ids.dtype in check.INTEGERS else ids
+
+VARIANT = tuple(item.name for item in fields(Variant))
+_DEFAULTS = {item.name: item.default for item in fields(Variant)} | {"ids": None}
+_KEYS = ("ids", "row_ids", "row_labels")
+
+
+def without_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that ask for something: what they leave is InfoNCE itself, which has a quicker way."""
+    asked = {}
+    for name, value in options.items():
+        default = _DEFAULTS.get(name, _DEFAULTS)
+        if value is not default and (isinstance(value, Tensor) or value != default):
+            asked[name] = value
+    if "positives" in asked and all(asked.get(name) is None for name in _KEYS):
+        check.one_of("positives", asked.pop("positives"), POSITIVES)  # of one positive all forms are the same
+    return asked
+
+
+def as_labels(ids: Tensor) -> Tensor:
+    """Ids without their sign, as a negative label would be ignored: two that differ in it alone are 2^63 apart."""
+    return ids.long() & (2**63 - 1)
 
 
 def name_ids(options: dict[str, Any]) -> None:
     """Write ``ids`` as the two keywords that it stands for: ids, or with positives="own" labels.
 
-    Rows whose label is negative stay ignored. Over ranks the ids of one may be wrong, of which all have to hear: they
-    are checked as row_ids, or as row_labels.
+    Rows whose label is negative stay ignored.
     """
     ids = options.pop("ids", None)
     if ids is None:
         return
+    check.tensor("ids", ids, dtypes=check.INTEGERS)
     if options.get("positives") == "own":
-        rows, cols = options.get("row_labels"), options.get("col_labels")
-        for name, given in (("row_labels", rows), ("col_labels", rows if cols is None else cols)):
-            options[name] = as_labels(ids) if given is None else torch.where(given < 0, -1, as_labels(ids))
+        rows = options.get("row_labels")
+        cols = rows if options.get("col_labels") is None else options["col_labels"]
+        for name, given in (("row_labels", rows), ("col_labels", cols)):
+            options[name] = as_labels(ids)
+            if given is not None:
+                check.tensor(name, given, dtypes=check.INTEGERS)
+                check.shape(name, given, ids.shape)
+                options[name] = torch.where(given < 0, -1, options[name])
         return
     for name in ("row_ids", "col_ids"):
         if options.get(name) is not None:
             raise ValueError(f"{name}: expected none because ids is given, got a tensor")
         options[name] = ids
-
-
-VARIANT = tuple(item.name for item in fields(Variant))

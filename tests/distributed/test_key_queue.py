@@ -42,6 +42,8 @@ def test_a_checkpoint_goes_on_where_it_was(tmp_path: Any) -> None:
     assert torch.equal(queue.keys, other.keys)
     assert torch.equal(queue.keys, third.keys)
     assert len(other) == 5
+    with pytest.raises(ValueError, match="capacity: expected 6 in the checkpoint, got 5"):
+        KeyQueue(6, 3).load_state_dict(queue.state_dict(), strict=False)
     # Inside a model, with others, and in another dtype and device.
     model = torch.nn.ModuleDict({"queue": queue, "tower": torch.nn.Linear(3, 3)})
     fresh = torch.nn.ModuleDict({"queue": KeyQueue(5, 3), "tower": torch.nn.Linear(3, 3)})
@@ -60,6 +62,27 @@ def test_keys_get_no_gradient_and_their_change_is_noticed() -> None:
     queue.enqueue(torch.randn(1, 4))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_compiled_step_is_compiled_once_when_it_is_full() -> None:
+    queue, graphs = KeyQueue(4, 8), 0
+    queue.enqueue(torch.randn(4, 8))
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    @torch.compile(backend=count)
+    def step(x: torch.Tensor) -> torch.Tensor:
+        loss = ccu_fast.info_nce(x, x, scale=2.0, negatives=queue.keys)
+        queue.enqueue(x)
+        return loss
+
+    torch._dynamo.reset()
+    losses = [step(torch.randn(2, 8)) for _ in range(6)]
+    assert graphs <= 2
+    assert len(set(map(float, losses))) == 6
 
 
 def test_moco(backend: str) -> None:

