@@ -66,7 +66,7 @@ inline void widen(const ccu_tile& t, int64_t row, int64_t i, int64_t begin, int6
 
 // Stands for similarities that no mode without a limit asks for.
 struct NoSimilarity {
-  vf operator()() const { return splat(0.0f); }
+  __attribute__((always_inline)) vf operator()() const { return splat(0.0f); }
 };
 
 // The pairs of one bank that a reduction chooses.
@@ -106,8 +106,9 @@ struct Chooser {
 
   // Lanes of 0 or -1 for row i of the chunk and the columns from j on. `similar` gives those pairs' similarities to the
   // modes with a limit. A comparison with NaN leaves nothing out.
+  // Always inline: the compiler would else call it for each vector where several kinds of a reduction share it.
   template <Mode with_limit, class Lanes, class Similar = NoSimilarity>
-  vi choose(int64_t i, int64_t j, Lanes lanes, const Similar& similar = {}) const {
+  __attribute__((always_inline)) vi choose(int64_t i, int64_t j, Lanes lanes, const Similar& similar = {}) const {
     constexpr Mode mode = base_of(with_limit);
     const vi yes = splat(-1), no = splat(0);
     vi chosen = yes;

@@ -84,8 +84,9 @@ void add(const Stripe& stripe, const Chooser& chooser, const Side& side) {
     end = std::min(end, chooser.row0 + stripe.i + 1);
   }
   for_vectors(begin, end, [&](int64_t j, auto lanes) {
-    const vi chosen =
-        chooser.choose<mode>(stripe.i, j, lanes, [&] { return load<vf>(stripe.alike + (j - stripe.begin), lanes); });
+    const vi chosen = chooser.choose<mode>(stripe.i, j, lanes, [&]() __attribute__((always_inline)) {
+      return load<vf>(stripe.alike + (j - stripe.begin), lanes);
+    });
     // Few pairs have the same label or id; the others need no exponential.
     if (base_of(mode) == Mode::kGeneral && term != Term::kNothing && !any(chosen)) return;
     vf value = side.factors(j, lanes);

@@ -55,14 +55,11 @@ struct Block {
     return load<vf>(dot + (i - first) * stride + (j - begin), lanes) * scale + bias;
   }
 
-  template <class Lanes>
-  vf similarities(int64_t i, int64_t j, Lanes lanes) const {
-    return load<vf>(alike + (i - first) * alike_stride + (j - begin), lanes);
-  }
-
   template <Mode mode, class Lanes>
-  vi choose(const Chooser& chooser, int64_t i, int64_t j, Lanes lanes) const {
-    return chooser.choose<mode>(i, j, lanes, [&] { return similarities(i, j, lanes); });
+  __attribute__((always_inline)) vi choose(const Chooser& chooser, int64_t i, int64_t j, Lanes lanes) const {
+    return chooser.choose<mode>(i, j, lanes, [&]() __attribute__((always_inline)) {
+      return load<vf>(alike + (i - first) * alike_stride + (j - begin), lanes);
+    });
   }
 
   // Points to the chunk itself, or to its fp32 form in `widened` when it is bf16; then does the same for the guide.
@@ -134,10 +131,11 @@ Partial reduce_row(const Block& block, const Chooser& chooser, Kind kind, int64_
     begin = std::max(begin, chooser.row0 + i);
     end = std::min(end, chooser.row0 + i + 1);
   }
-  const auto choose = [&](int64_t j, auto lanes) { return block.choose<mode>(chooser, i, j, lanes); };
   const auto add_up = [&](const auto& term) {
     vf total = splat(0.0f);
-    for_vectors(begin, end, [&](int64_t j, auto lanes) { total += choose(j, lanes) ? term(j, lanes) : splat(0.0f); });
+    for_vectors(begin, end, [&](int64_t j, auto lanes) {
+      total += block.choose<mode>(chooser, i, j, lanes) ? term(j, lanes) : splat(0.0f);
+    });
     return sum(total);
   };
   if (kind == kCount) return {0, add_up([&](int64_t, auto) { return splat(1.0f); })};
@@ -149,7 +147,7 @@ Partial reduce_row(const Block& block, const Chooser& chooser, Kind kind, int64_
     vf total = splat(0.0f);
     vi seen = splat(0);
     for_vectors(begin, end, [&](int64_t j, auto lanes) {
-      const vi chosen = choose(j, lanes);
+      const vi chosen = block.choose<mode>(chooser, i, j, lanes);
       seen |= chosen;
       total += chosen ? block.shared_exp(i, j, lanes) : splat(0.0f);
     });
@@ -159,7 +157,7 @@ Partial reduce_row(const Block& block, const Chooser& chooser, Kind kind, int64_
   }
   vf highest = splat(-kInf);
   for_vectors(begin, end, [&](int64_t j, auto lanes) {
-    highest = max(highest, choose(j, lanes) ? block.scores(i, j, lanes) : splat(-kInf));
+    highest = max(highest, block.choose<mode>(chooser, i, j, lanes) ? block.scores(i, j, lanes) : splat(-kInf));
   });
   const float peak = max(highest);
   const float shift = peak == -kInf ? 0.0f : peak;
@@ -174,10 +172,10 @@ void reduce_columns(const Block& block, const Chooser& chooser, Kind kind, float
     end = std::min(end, chooser.row0 + block.last);
   }
   for_vectors(begin, end, [&](int64_t j, auto lanes) {
-    const auto choose = [&](int64_t i) { return block.choose<mode>(chooser, i, j, lanes); };
     const auto add_up = [&](const auto& term) {
       vf total = splat(0.0f);
-      for (int64_t i = block.first; i < block.last; ++i) total += choose(i) ? term(i) : splat(0.0f);
+      for (int64_t i = block.first; i < block.last; ++i)
+        total += block.choose<mode>(chooser, i, j, lanes) ? term(i) : splat(0.0f);
       return total;
     };
     double* const column_sum = running_sum + j;
@@ -196,7 +194,7 @@ void reduce_columns(const Block& block, const Chooser& chooser, Kind kind, float
     if (trusted) {
       vi seen = splat(0);
       for (int64_t i = block.first; i < block.last; ++i) {
-        const vi chosen = choose(i);
+        const vi chosen = block.choose<mode>(chooser, i, j, lanes);
         seen |= chosen;
         total += chosen ? block.shared_exp(i, j, lanes) : splat(0.0f);
       }
@@ -209,7 +207,7 @@ void reduce_columns(const Block& block, const Chooser& chooser, Kind kind, float
     if (!trusted) {
       vf peak = before;
       for (int64_t i = block.first; i < block.last; ++i)
-        peak = max(peak, choose(i) ? block.scores(i, j, lanes) : splat(-kInf));
+        peak = max(peak, block.choose<mode>(chooser, i, j, lanes) ? block.scores(i, j, lanes) : splat(-kInf));
       const vf finite = peak == splat(-kInf) ? splat(0.0f) : peak;
       total = add_up([&](int64_t i) { return exp(block.scores(i, j, lanes) - finite); });
       shift = peak;

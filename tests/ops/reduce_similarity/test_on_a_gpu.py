@@ -10,10 +10,17 @@ from torch import Tensor
 
 import ccu_fast
 from ccu_fast import info_nce
-from tests.support.oracle import unit
+from tests.support.oracle import gap, unit
 from tests.support.tolerance import assert_three_way
 
 pytestmark = pytest.mark.gpu
+
+
+def between(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Limits that no rounding of a product crosses."""
+    similar = x.detach().double() @ y.detach().double().mT
+    return {"row_limits": gap(similar, -1), "col_limits": gap(similar, -2)}
+
 
 LABELS = torch.arange(300) % 7
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -24,6 +31,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     ),
     "sup_con": lambda x, y, **o: ccu_fast.sup_con(x, y, row_labels=LABELS.to(x.device), **o),
     "sigmoid": lambda x, y, **o: ccu_fast.sigmoid_loss(x, y, bias=-10.0, **o),
+    "limits": lambda x, y, **o: info_nce(x, y, **between(x, y), **o),
+    "guide": lambda x, y, **o: info_nce(x, y, guide=(x[:, :72], y[:, :72]), **between(x[:, :72], y[:, :72]), **o),
 }
 ARITHMETIC = {
     "bf16": (torch.bfloat16, "highest"),
