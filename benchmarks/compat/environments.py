@@ -18,7 +18,7 @@ class Environment:
     """One library in one version.
 
     Attributes:
-        target: a name of :func:`ccu_fast.patch.targets`; its tests are ``tests/patch/test_<target>.py``.
+        target: a name of :func:`ccu_fast.patch.targets`; its tests are ``tests/patch/test_<target>*.py``.
         version: what is installed; for code that is not a package what the table calls it.
         packages: requirements in ``pip``'s words, installed with theirs.
         alone: requirements installed without theirs: those need torchvision or dozens of packages that are not used.

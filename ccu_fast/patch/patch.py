@@ -55,14 +55,16 @@ TARGETS = {
         "transformers",
         "4.40",
         "6",
-        "the loss in the forward of CLIP, SigLIP, ALIGN and CLAP models (return_loss=True)",
+        "the loss in the forward of CLIP, SigLIP (2), ALIGN, CLAP, AltCLIP, BLIP, ChineseCLIP, CLIPSeg, GroupViT, "
+        "MetaCLIP 2 and VisionTextDualEncoder models (return_loss=True)",
     ),
     "sentence_transformers": Target(
         "sentence-transformers",
         "sentence_transformers",
         "5",
         "7",
-        "MultipleNegativesRankingLoss, also symmetric and with hard negatives, with cos_sim or dot_score",
+        "MultipleNegativesRankingLoss with cos_sim or dot_score, in all directions, with hard negatives and penalties "
+        "for them, and the loss part of its cached versions, also inside MatryoshkaLoss",
     ),
     "pytorch_metric_learning": Target(
         "pytorch-metric-learning",
