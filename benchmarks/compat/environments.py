@@ -50,9 +50,15 @@ _TEXTATTACK = (
     "regex",
 )
 
+# Version 4 is not released; its sources may lie on this machine.
+_OPEN_CLIP_4 = os.environ.get("CCU_FAST_OPEN_CLIP") or (
+    "git+https://github.com/mlfoundations/open_clip@89fb801f1e6087880e951fc8354b8a2077b79c6d"
+)
+
 ENVIRONMENTS = (
     Environment("open_clip", "2.24.0", ("ftfy", "regex", "tqdm", "huggingface-hub"), ("open_clip_torch==2.24.0",)),
     Environment("open_clip", "3.3.0", ("ftfy", "regex", "tqdm", "huggingface-hub"), ("open_clip_torch==3.3.0",)),
+    Environment("open_clip", "4.2.0.dev0", ("ftfy", "regex", "tqdm", "huggingface-hub"), (_OPEN_CLIP_4,)),
     Environment("transformers", "4.57.6", ("transformers==4.57.6",)),
     Environment("transformers", "5.24.0", ("transformers==5.24.0",)),
     Environment("sentence_transformers", "5.1.2", ("sentence-transformers==5.1.2",)),

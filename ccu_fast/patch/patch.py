@@ -47,7 +47,7 @@ TARGETS = {
         "open_clip_torch",
         "open_clip",
         "2.24",
-        "4",
+        "5",
         "ClipLoss and SigLipLoss (CoCaLoss inherits it), on one process or several",
     ),
     "transformers": Target(
