@@ -65,6 +65,10 @@ ENVIRONMENTS = (
     Environment("sentence_transformers", "6.2.0", ("sentence-transformers==6.2.0",)),
     Environment("pytorch_metric_learning", "2.3.0", ("pytorch-metric-learning==2.3.0",)),
     Environment("pytorch_metric_learning", "2.9.0", ("pytorch-metric-learning==2.9.0",)),
+    # Of what lightly requires, which is much, its losses need torchvision alone, and that is stood in for.
+    Environment("lightly", "1.5.20", ("tqdm",), ("lightly==1.5.20",)),
+    Environment("lightly", "1.6.0", ("tqdm",), ("lightly==1.6.0",)),
+    Environment("info_nce", "0.1.4", (), ("info-nce-pytorch==0.1.4",)),
     Environment("nanogcg", "0.2.3", ("nanogcg==0.2.3",)),
     Environment("nanogcg", "0.3.0", ("nanogcg==0.3.0",)),
     Environment("textattack", "0.3.10", ("requests", "pandas", "transformers"), ("textattack==0.3.10", *_TEXTATTACK)),

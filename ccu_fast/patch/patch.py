@@ -73,6 +73,14 @@ TARGETS = {
         "3",
         "NTXentLoss and SupConLoss over labels, with their default reducers",
     ),
+    "lightly": Target("lightly", "lightly", "1.5.20", "2", "NTXentLoss, with and without a memory bank"),
+    "info_nce": Target(
+        "info-nce-pytorch",
+        "info_nce",
+        "0.1.4",
+        "1",
+        "info_nce and InfoNCE, with the other positives or shared (unpaired) keys as negatives",
+    ),
     "nanogcg": Target("nanogcg", "nanogcg", "0.2", "0.4", "the token gradient (no one-hot) and sample_ids_from_grad"),
     "textattack": Target(
         "textattack", "textattack", "0.3.8", "0.4", "WordSwapGradientBased: no sort of words × vocabulary"
