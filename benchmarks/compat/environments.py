@@ -50,6 +50,7 @@ _TEXTATTACK = (
     "regex",
 )
 
+_LIGHTLY = ("tqdm", "requests", "python-dateutil", "pydantic", "aenum", "urllib3", "certifi", "six")
 # Version 4 is not released; its sources may lie on this machine.
 _OPEN_CLIP_4 = os.environ.get("CCU_FAST_OPEN_CLIP") or (
     "git+https://github.com/mlfoundations/open_clip@89fb801f1e6087880e951fc8354b8a2077b79c6d"
@@ -66,9 +67,12 @@ ENVIRONMENTS = (
     Environment("pytorch_metric_learning", "2.3.0", ("pytorch-metric-learning==2.3.0",)),
     Environment("pytorch_metric_learning", "2.9.0", ("pytorch-metric-learning==2.9.0",)),
     # Of what lightly requires, which is much, its losses need torchvision alone, and that is stood in for.
-    Environment("lightly", "1.5.20", ("tqdm",), ("lightly==1.5.20",)),
+    Environment("lightly", "1.5.20", _LIGHTLY, ("lightly==1.5.20", "lightly-utils")),
     Environment("lightly", "1.6.0", ("tqdm",), ("lightly==1.6.0",)),
     Environment("info_nce", "0.1.4", (), ("info-nce-pytorch==0.1.4",)),
+    Environment(
+        "colpali_engine", "0.3.18", ("transformers>=5.3", "peft", "pillow", "scipy"), ("colpali-engine==0.3.18",)
+    ),
     Environment("nanogcg", "0.2.3", ("nanogcg==0.2.3",)),
     Environment("nanogcg", "0.3.0", ("nanogcg==0.3.0",)),
     Environment("textattack", "0.3.10", ("requests", "pandas", "transformers"), ("textattack==0.3.10", *_TEXTATTACK)),

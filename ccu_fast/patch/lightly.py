@@ -13,7 +13,15 @@ from ccu_fast.losses.formulas import softplus
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME
 from ccu_fast.patch.info_nce import against_keys, is_temperature
-from ccu_fast.patch.site import Site, are_pairs, are_plain, cross_entropy_dtype, is_stock, torch_is_stock
+from ccu_fast.patch.site import (
+    Site,
+    are_pairs,
+    are_plain,
+    cross_entropy_dtype,
+    is_mean_cross_entropy,
+    is_stock,
+    torch_is_stock,
+)
 
 BANK = "lightly.models.modules.memory_bank.MemoryBankModule"
 
@@ -27,7 +35,7 @@ def sites() -> list[Site]:
         usual = (
             torch_is_stock()
             and getattr(module, "nn", None) is nn
-            and _is_mean(self.cross_entropy)
+            and is_mean_cross_entropy(self.cross_entropy)
             and not self.gather_distributed
             and are_pairs(out0, out1)
             and len(out0) > 1
@@ -64,16 +72,6 @@ def nt_xent_loss(x: Tensor, y: Tensor, *, scale: float | Tensor) -> Tensor:
     spec = [("lse", OTHER), ("sum", SAME)]
     (rest, own), _ = reduce_similarity(both, both, scale=scale, row_labels=labels, rows=spec)
     return softplus(rest - own).mean()
-
-
-def _is_mean(held: Any) -> bool:
-    """Whether the cross entropy that the object holds is the one that it was made with."""
-    return (
-        type(held) is nn.CrossEntropyLoss
-        and is_stock(held.forward, "torch.nn.modules.loss.CrossEntropyLoss.forward")
-        and not (held._forward_hooks or held._forward_pre_hooks)
-        and (held.weight, held.ignore_index, held.reduction, held.label_smoothing) == (None, -100, "mean", 0)
-    )
 
 
 def _fits(bank: Any, x: Tensor) -> bool:

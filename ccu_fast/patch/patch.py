@@ -81,6 +81,13 @@ TARGETS = {
         "1",
         "info_nce and InfoNCE, with the other positives or shared (unpaired) keys as negatives",
     ),
+    "colpali_engine": Target(
+        "colpali-engine",
+        "colpali_engine",
+        "0.3.18",
+        "0.4",
+        "BiEncoderLoss and BiPairedEncoderLoss, without pos_aware_negative_filtering",
+    ),
     "nanogcg": Target("nanogcg", "nanogcg", "0.2", "0.4", "the token gradient (no one-hot) and sample_ids_from_grad"),
     "textattack": Target(
         "textattack", "textattack", "0.3.8", "0.4", "WordSwapGradientBased: no sort of words × vocabulary"

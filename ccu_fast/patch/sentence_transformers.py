@@ -16,14 +16,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ccu_fast.losses.formulas import softplus
 from ccu_fast.losses.functional import info_nce
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER
-from ccu_fast.patch.site import Site, are_plain, arguments, below_patches, is_one_number, is_stock
+from ccu_fast.patch.site import (
+    Site,
+    are_plain,
+    arguments,
+    below_patches,
+    is_mean_cross_entropy,
+    is_one_number,
+    is_stock,
+)
 
 HALF = (torch.float16, torch.bfloat16)
 FORWARD, BACKWARD = "query_to_doc", "doc_to_query"
@@ -260,15 +268,10 @@ def _options(loss: Any) -> Options | None:
 
 def _one_loss(loss: Any, symmetric: bool) -> Options | None:
     """The way of a class, where the cross entropy that the object holds is the one that it was made with."""
-    held, module = loss.cross_entropy_loss, "torch.nn.modules.loss.CrossEntropyLoss"
-    stock = (
-        type(held) is nn.CrossEntropyLoss
-        and is_stock(held.forward, f"{module}.forward")
-        and is_stock(F.cross_entropy, "torch.nn.functional.cross_entropy")
-        and not (held._forward_hooks or held._forward_pre_hooks)
-        and (held.weight, held.ignore_index, held.reduction, held.label_smoothing) == (None, -100, "mean", 0)
-    )
-    return Options(frozenset({FORWARD, BACKWARD} if symmetric else {FORWARD})) if stock else None
+    stock = is_stock(F.cross_entropy, "torch.nn.functional.cross_entropy")
+    if not stock or not is_mean_cross_entropy(loss.cross_entropy_loss):
+        return None
+    return Options(frozenset({FORWARD, BACKWARD} if symmetric else {FORWARD}))
 
 
 def _is_similarity(function: Any, name: str) -> bool:

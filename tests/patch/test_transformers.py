@@ -159,7 +159,12 @@ def test_the_loss_has_the_library_s_dtype(built: Built, dtype: torch.dtype, auto
         pytest.skip("a CPU mixes no two half-precision dtypes")
     built[0].to(dtype)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        theirs = loss_of(built, dtype)
+        try:
+            theirs = loss_of(built, dtype)
+        except RuntimeError as error:
+            if "without overflow" not in str(error):
+                raise
+            pytest.skip("this version makes float64's causal mask in fp32")
         with counted("transformers") as calls:
             ours = loss_of(built, dtype)
     assert ours.dtype == theirs.dtype
