@@ -64,8 +64,8 @@ def run(environment: Environment, root: Path) -> dict[str, Any]:
         return {**row, "outcome": f"not built: {error}"}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "record.jsonl"
-        tests = CHECKOUT / "tests" / "patch" / f"test_{environment.target}.py"
-        command = [str(python), "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", str(tests)]
+        tests = sorted((CHECKOUT / "tests" / "patch").glob(f"test_{environment.target}*.py"))
+        command = [str(python), "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", *map(str, tests)]
         names = {"CCU_FAST_COMPAT_RECORD": str(log), "CCU_FAST_COMPAT_VERSION": environment.version}
         done = subprocess.run(
             command, cwd=CHECKOUT, env={**os.environ, **names}, capture_output=True, text=True, check=False

@@ -18,7 +18,7 @@ class Environment:
     """One library in one version.
 
     Attributes:
-        target: a name of :func:`ccu_fast.patch.targets`; its tests are ``tests/patch/test_<target>.py``.
+        target: a name of :func:`ccu_fast.patch.targets`; its tests are ``tests/patch/test_<target>*.py``.
         version: what is installed; for code that is not a package what the table calls it.
         packages: requirements in ``pip``'s words, installed with theirs.
         alone: requirements installed without theirs: those need torchvision or dozens of packages that are not used.
@@ -50,15 +50,29 @@ _TEXTATTACK = (
     "regex",
 )
 
+_LIGHTLY = ("tqdm", "requests", "python-dateutil", "pydantic", "aenum", "urllib3", "certifi", "six")
+# Version 4 is not released; its sources may lie on this machine.
+_OPEN_CLIP_4 = os.environ.get("CCU_FAST_OPEN_CLIP") or (
+    "git+https://github.com/mlfoundations/open_clip@89fb801f1e6087880e951fc8354b8a2077b79c6d"
+)
+
 ENVIRONMENTS = (
     Environment("open_clip", "2.24.0", ("ftfy", "regex", "tqdm", "huggingface-hub"), ("open_clip_torch==2.24.0",)),
     Environment("open_clip", "3.3.0", ("ftfy", "regex", "tqdm", "huggingface-hub"), ("open_clip_torch==3.3.0",)),
+    Environment("open_clip", "4.2.0.dev0", ("ftfy", "regex", "tqdm", "huggingface-hub"), (_OPEN_CLIP_4,)),
     Environment("transformers", "4.57.6", ("transformers==4.57.6",)),
     Environment("transformers", "5.24.0", ("transformers==5.24.0",)),
     Environment("sentence_transformers", "5.1.2", ("sentence-transformers==5.1.2",)),
     Environment("sentence_transformers", "6.2.0", ("sentence-transformers==6.2.0",)),
     Environment("pytorch_metric_learning", "2.3.0", ("pytorch-metric-learning==2.3.0",)),
     Environment("pytorch_metric_learning", "2.9.0", ("pytorch-metric-learning==2.9.0",)),
+    # Of what lightly requires, which is much, its losses need torchvision alone, and that is stood in for.
+    Environment("lightly", "1.5.20", _LIGHTLY, ("lightly==1.5.20", "lightly-utils")),
+    Environment("lightly", "1.6.0", ("tqdm",), ("lightly==1.6.0",)),
+    Environment("info_nce", "0.1.4", (), ("info-nce-pytorch==0.1.4",)),
+    Environment(
+        "colpali_engine", "0.3.18", ("transformers>=5.3", "peft", "pillow", "scipy"), ("colpali-engine==0.3.18",)
+    ),
     Environment("nanogcg", "0.2.3", ("nanogcg==0.2.3",)),
     Environment("nanogcg", "0.3.0", ("nanogcg==0.3.0",)),
     Environment("textattack", "0.3.10", ("requests", "pandas", "transformers"), ("textattack==0.3.10", *_TEXTATTACK)),

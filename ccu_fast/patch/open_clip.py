@@ -29,11 +29,14 @@ def sites(*, same: Any = None) -> list[Site]:
     equals = "mean" if ids_of is None else "own"
     clip_alone, siglip_alone = ClipLoss(positives=equals), SigLipLoss()  # made once: that takes as long as a small loss
 
+    # Since version 4, which can also compute SigLipLoss in chunks.
+    gather = ("_all_gather_with_grad",) if hasattr(module, "_all_gather_with_grad") else ()
+
     def are_stock(theirs: Any, kind: str, methods: tuple[str, ...], functions: tuple[str, ...]) -> bool:
         return (
             getattr(module, "F", None) is functional
             and all(is_stock(getattr(theirs, m, None), f"open_clip.loss.{kind}.{m}") for m in methods)
-            and all(is_stock(getattr(module, f, None), f"open_clip.loss.{f}") for f in functions)
+            and all(is_stock(getattr(module, f, None), f"open_clip.loss.{f}") for f in (*functions, *gather))
         )
 
     def clip(theirs: Any, images: Tensor, ranks: dict[str, Any]) -> Any:
@@ -46,6 +49,12 @@ def sites(*, same: Any = None) -> list[Site]:
         exchanges = ("neighbour_exchange_with_grad", "neighbour_exchange_bidir_with_grad")
         if not are_stock(theirs, "SigLipLoss", ("_loss", "get_logits", "get_ground_truth"), exchanges):
             return None
+        if getattr(theirs, "chunk_size", 0):
+            chunked = is_stock(getattr(theirs, "_chunked_loss", None), "open_clip.loss.SigLipLoss._chunked_loss")
+            if not chunked or theirs.chunk_size < 0 or not is_stock(functional.softplus, "builtins.softplus"):
+                return None
+            dtype = torch.promote_types(images.dtype, torch.float32)  # of the sum over chunks
+            return SigLipLoss(**ranks) if ranks else siglip_alone, dtype
         dtype = cross_entropy_dtype(images)
         # Its last operation is a sum, which autocast takes to fp32 on a GPU only.
         if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):

@@ -52,7 +52,7 @@ TARGETS = {
         "open_clip_torch",
         "open_clip",
         "2.24",
-        "4",
+        "5",
         "ClipLoss and SigLipLoss (CoCaLoss inherits it), on one process or several",
     ),
     "transformers": Target(
@@ -60,14 +60,16 @@ TARGETS = {
         "transformers",
         "4.40",
         "6",
-        "the loss in the forward of CLIP, SigLIP, ALIGN and CLAP models (return_loss=True)",
+        "the loss in the forward of CLIP, SigLIP (2), ALIGN, CLAP, AltCLIP, BLIP, ChineseCLIP, CLIPSeg, GroupViT, "
+        "MetaCLIP 2 and VisionTextDualEncoder models (return_loss=True)",
     ),
     "sentence_transformers": Target(
         "sentence-transformers",
         "sentence_transformers",
         "5",
         "7",
-        "MultipleNegativesRankingLoss, also symmetric and with hard negatives, with cos_sim or dot_score",
+        "MultipleNegativesRankingLoss with cos_sim or dot_score, in all directions, with hard negatives and penalties "
+        "for them, and the loss part of its cached versions, also inside MatryoshkaLoss",
     ),
     "pytorch_metric_learning": Target(
         "pytorch-metric-learning",
@@ -75,6 +77,21 @@ TARGETS = {
         "2.3",
         "3",
         "NTXentLoss and SupConLoss over labels, with their default reducers",
+    ),
+    "lightly": Target("lightly", "lightly", "1.5.20", "2", "NTXentLoss, with and without a memory bank"),
+    "info_nce": Target(
+        "info-nce-pytorch",
+        "info_nce",
+        "0.1.4",
+        "1",
+        "info_nce and InfoNCE, with the other positives or shared (unpaired) keys as negatives",
+    ),
+    "colpali_engine": Target(
+        "colpali-engine",
+        "colpali_engine",
+        "0.3.18",
+        "0.4",
+        "BiEncoderLoss and BiPairedEncoderLoss, without pos_aware_negative_filtering",
     ),
     "nanogcg": Target("nanogcg", "nanogcg", "0.2", "0.4", "the token gradient (no one-hot) and sample_ids_from_grad"),
     "textattack": Target(

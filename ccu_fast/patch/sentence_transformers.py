@@ -1,20 +1,66 @@
-"""sentence-transformers: MultipleNegativesRankingLoss, one-way and symmetric, with or without hard negatives."""
+"""sentence-transformers: MultipleNegativesRankingLoss in all its variants, and the loss part of the cached ones.
+
+The variants are one-way and symmetric, with or without hard negatives, with other directions (GTE) and with penalties
+for hard negatives. The cached classes compute the same loss in a loop over mini-batches of score rows; here it is one
+call, and the gradient caching stays the library's.
+"""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from ccu_fast.losses.formulas import softplus
 from ccu_fast.losses.functional import info_nce
-from ccu_fast.patch.site import Site, are_plain, is_one_number, is_stock
+from ccu_fast.ops.reduce_similarity.api import reduce_similarity
+from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER
+from ccu_fast.patch.site import (
+    Site,
+    are_plain,
+    arguments,
+    below_patches,
+    is_mean_cross_entropy,
+    is_one_number,
+    is_stock,
+)
 
 HALF = (torch.float16, torch.bfloat16)
+FORWARD, BACKWARD = "query_to_doc", "doc_to_query"
+DIRECTIONS = (FORWARD, "query_to_query", BACKWARD, "doc_to_doc")
+# Which documents a penalty falls on: those of other queries, the query's own hard negatives.
+HARDNESS = {"in_batch_negatives": (True, False), "hard_negatives": (False, True), "all_negatives": (True, True)}
+NONE = (False, False)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an object of the library asks for.
+
+    Attributes:
+        directions: a set of DIRECTIONS that has FORWARD.
+        joint: one softmax over all of them, instead of the mean of one for each.
+        penalised: a value of HARDNESS, or NONE.
+        strength: of the penalty.
+    """
+
+    directions: frozenset[str] = frozenset({FORWARD})
+    joint: bool = False
+    penalised: tuple[bool, bool] = NONE
+    strength: float = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """InfoNCE from the queries, and if symmetric from the documents."""
+        return self.penalised == NONE and (len(self.directions) == 1 or not self.joint)
 
 
 def sites() -> list[Site]:
@@ -22,52 +68,94 @@ def sites() -> list[Site]:
     losses = importlib.import_module("sentence_transformers.losses")
     util = importlib.import_module("sentence_transformers.util")
     one_way, symmetric = losses.MultipleNegativesRankingLoss, losses.MultipleNegativesSymmetricRankingLoss
-    # Since 5.3 the object says which ways, and the symmetric class inherits the other's function; before, the class.
-    own = [c for c in (one_way, symmetric) if "compute_loss_from_embeddings" in vars(c)]
+    cached, cached_symmetric = (
+        losses.CachedMultipleNegativesRankingLoss,
+        losses.CachedMultipleNegativesSymmetricRankingLoss,
+    )
+    # Since 5.3 the object says which ways, and the symmetric classes inherit the others' function; before, the class.
     says = "directions" in inspect.signature(one_way).parameters
     # Since version 6 half precision is widened before the similarity.
     one = torch.ones(1, 1, dtype=torch.float16)
     widens = util.dot_score(one, one).dtype == torch.float32
 
-    def site(owner: type) -> Site:
+    def evaluate(owner: type, self: Any, embeddings: Any, first: Callable[[], Tensor]) -> Tensor | None:
+        """The loss of columns of embeddings, in the dtype of the ``first`` item's; None where only theirs will do."""
+        options = _options(self) if says else _one_loss(self, owner in (symmetric, cached_symmetric))
+        cosine, dot = (_is_similarity(self.similarity_fct, name) for name in ("cos_sim", "dot_score"))
+        if options is None or not (cosine or dot) or getattr(self, "gather_across_devices", False):
+            return None
+        if not _are_columns(embeddings):
+            return None
+        columns = [e.float() if widens and e.dtype in HALF else e for e in embeddings]
+        queries = columns[0]
+        if any(e.dtype != queries.dtype for e in columns) or not is_one_number(self.scale, queries):
+            return None
+        # What is masked out is -inf times the scale there, and a lone query has no others.
+        if not options.is_plain and (len(queries) < 2 or isinstance(self.scale, Tensor) or self.scale <= 0):
+            return None
+        if options.penalised[0] and torch.compiler.is_compiling():
+            return None
+        if cosine:
+            columns = [F.normalize(e, dim=1) for e in columns]
+        value = ranking_loss(columns[0], columns[1:], scale=self.scale, options=options)
+        if torch.is_autocast_enabled(queries.device.type) or queries.dtype in HALF:
+            with torch.no_grad():
+                dtype = first().dtype
+            value = value.to(dtype)
+        return value
+
+    def plain(owner: type) -> Site:
         def loss(original: Any, self: Any, embeddings: list[Tensor], labels: Any = None) -> Any:
-            ways = _ways(self) if says else _one_loss(self, 1 + (owner is symmetric))
-            cosine, dot = (_is_similarity(self.similarity_fct, name) for name in ("cos_sim", "dot_score"))
-            if ways is None or not (cosine or dot) or getattr(self, "gather_across_devices", False):
-                return NotImplemented
-            if not _are_columns(embeddings):
-                return NotImplemented
-            columns = [e.float() if widens and e.dtype in HALF else e for e in embeddings]
-            queries = columns[0]
-            if any(e.dtype != queries.dtype for e in columns) or not is_one_number(self.scale, queries):
-                return NotImplemented
-            if cosine:
-                columns = [F.normalize(e, dim=1) for e in columns]
-            value = ranking_loss(columns[0], columns[1:], scale=self.scale, symmetric=ways == 2)
-            if torch.is_autocast_enabled(queries.device.type) or queries.dtype in HALF:
-                with torch.no_grad():  # the library's loss of the first item, for its dtype
-                    first = original(self, [e[:1] for e in embeddings], labels)
-                value = value.to(first.dtype)
-            return value
+            value = evaluate(owner, self, embeddings, lambda: original(self, [e[:1] for e in embeddings], labels))
+            return NotImplemented if value is None else value
 
         return Site(owner, "compute_loss_from_embeddings", ("self", "embeddings", "labels"), loss)
 
-    return [site(owner) for owner in own]
+    def in_batches(owner: type) -> Site:
+        def loss(original: Any, *args: Any, **kwargs: Any) -> Any:
+            call = arguments(original, args, kwargs)
+            self, reps = call.pop("self"), call.pop("reps")
+            backward = call.pop("with_backward", None)
+            if set(call) - {"labels"} or not isinstance(backward, bool) or not _are_batches(reps):
+                return NotImplemented
+            embeddings = [torch.cat(list(column)) for column in reps]
+            value = evaluate(owner, self, embeddings, lambda: original(self, [[column[0][:1]] for column in reps]))
+            if value is None:
+                return NotImplemented
+            if backward:
+                value.backward()
+                value = value.detach()
+            return value
+
+        return Site(owner, "calculate_loss", ("self", "reps"), loss)
+
+    found = [plain(c) for c in (one_way, symmetric) if "compute_loss_from_embeddings" in vars(c)]
+    found += [in_batches(c) for c in (cached, cached_symmetric) if "calculate_loss" in vars(c)]
+    # Around a cached loss MatryoshkaLoss keeps the function that its object had when it was made.
+    matryoshka = importlib.import_module(losses.MatryoshkaLoss.__module__)
+    if hasattr(matryoshka, "CachedLossDecorator"):
+        found.append(Site(matryoshka.CachedLossDecorator, "__call__", ("self", "reps"), _up_to_date))
+    return found
 
 
-def ranking_loss(queries: Tensor, documents: Sequence[Tensor], *, scale: float, symmetric: bool) -> Tensor:
+def ranking_loss(queries: Tensor, documents: Sequence[Tensor], *, scale: float | Tensor, options: Options) -> Tensor:
     """InfoNCE of queries against their documents and all other documents::
 
         s = scale * queries @ torch.cat(documents).T                        # the first N columns are the positives
         loss = F.cross_entropy(s, arange(N))
         if symmetric: loss = (loss + F.cross_entropy(s[:, :N].T, arange(N))) / 2
 
+    and for other options :func:`directed_loss`.
+
     Args:
         queries: ``[N, D]``.
         documents: ``[N, D]`` each: the positives, then hard negatives.
         scale: inverse temperature.
-        symmetric: also from the positives to the queries.
+        options: which ways, and with which penalties.
     """
+    if not options.is_plain:
+        return directed_loss(queries, documents, scale=scale, options=options)
+    symmetric = BACKWARD in options.directions
     if len(documents) == 1:
         return info_nce(queries, documents[0], scale=scale, symmetric=symmetric)
     every = torch.cat(list(documents))
@@ -78,28 +166,112 @@ def ranking_loss(queries: Tensor, documents: Sequence[Tensor], *, scale: float, 
     return loss
 
 
-def _ways(loss: Any) -> int | None:
-    """1 or 2; None for what only the library has: other directions, hardness weights."""
-    if loss.hardness_mode is not None:
+def directed_loss(queries: Tensor, documents: Sequence[Tensor], *, scale: float | Tensor, options: Options) -> Tensor:
+    """InfoNCE of queries whose negatives come from several directions, with penalties for the similar ones::
+
+        z = logsumexp of: scale * q @ d.T (+ strength * (q @ d.T).detach() where penalised),
+                          scale * q @ q.T,  scale * p @ q.T,  scale * p @ d.T     # each where asked; p the positives
+        loss = mean(z - scale * (q * p).sum(1))                                    # joint
+
+    A query is no negative of itself, nor is a document of those of its query. Where the directions are not joint, the
+    mean of one such loss for each.
+
+    Args:
+        queries: ``[N, D]``, two or more.
+        documents: ``[N, D]`` each: the positives, then hard negatives.
+        scale: inverse temperature.
+        options: which ways, and with which penalties.
+
+    Source: Li et al. 2023 (arXiv 2308.03281), eq. 2; Lan et al. 2025 (arXiv 2503.04812), eq. 5.
+    """
+    # The similarity of each query to its own documents, [documents, N]; in fp32, as the kernels have the others.
+    wide = queries if queries.dtype == torch.float64 else queries.float()
+    own = torch.stack([(wide * d.to(wide.dtype)).sum(1) for d in documents])
+    positive, negatives = scale * own[0], list(scale * own[1:])
+    others, hard = options.penalised
+    if hard:
+        negatives = [n + options.strength * s.detach() for n, s in zip(negatives, own[1:], strict=True)]
+
+    every = documents[0] if len(documents) == 1 else torch.cat(list(documents))
+    ids = torch.arange(len(queries), device=queries.device)
+    keys: dict[str, Any] = {"row_ids": ids, "col_ids": ids.repeat(len(documents))} if len(documents) > 1 else {}
+    directions, back = options.directions, ALL if options.joint else OTHER
+    # Of pairs both ways are one pass, unless one of them is penalised.
+    both = BACKWARD in directions and len(documents) == 1 and not others
+    warm = scale + options.strength if others else scale
+    cols = [("lse", back)] if both else ()
+    (forward,), backward = reduce_similarity(queries, every, scale=warm, rows=[("lse", OTHER)], cols=cols, **keys)
+    if others:
+        forward = _Penalised.apply(forward, queries, every, scale, options.strength, keys)
+    rest: dict[str, list[Tensor]] = {FORWARD: [*negatives, forward]}
+    if both:
+        rest[BACKWARD] = backward
+    elif BACKWARD in directions:
+        rest[BACKWARD] = reduce_similarity(documents[0], queries, scale=scale, rows=[("lse", back)])[0]
+    if "query_to_query" in directions:
+        rest["query_to_query"] = reduce_similarity(queries, queries, scale=scale, rows=[("lse", OTHER)])[0]
+    if "doc_to_doc" in directions:
+        rest["doc_to_doc"] = reduce_similarity(documents[0], every, scale=scale, rows=[("lse", OTHER)], **keys)[0]
+    groups = [[term for terms in rest.values() for term in terms]] if options.joint else list(rest.values())
+    losses = [softplus(_log_sum_exp(group) - positive) for group in groups]
+    return (sum(losses[1:], losses[0]) / len(losses)).mean()
+
+
+def _log_sum_exp(terms: Sequence[Tensor]) -> Tensor:
+    return terms[0] if len(terms) == 1 else torch.stack(list(terms)).logsumexp(0)
+
+
+class _Penalised(torch.autograd.Function):
+    """The log-sum-exp over OTHER of ``scale * x @ y.T + strength * (x @ y.T).detach()``.
+
+    Its values are those at the scale ``scale + strength``, and its gradient is as much smaller as the scale. That holds
+    for the first derivative only: for others the whole is computed anew, with twice the columns.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, warm: Tensor, x: Tensor, y: Tensor, scale: float, strength: float, keys: dict[str, Any]
+    ) -> Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.scale, ctx.strength, ctx.keys = scale, strength, keys
+        return warm.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return grad * (ctx.scale / (ctx.scale + ctx.strength)), None, None, None, None, None
+        x, y = ctx.saved_tensors
+        wide, twice = torch.cat([ctx.scale * x, ctx.strength * x.detach()], 1), torch.cat([y, y.detach()], 1)
+        (exact,), _ = reduce_similarity(wide, twice, rows=[("lse", OTHER)], **ctx.keys)
+        wanted = [t for t in (x, y) if t.requires_grad]
+        found = iter(torch.autograd.grad(exact, wanted, grad, create_graph=True))
+        return None, *(next(found) if t.requires_grad else None for t in (x, y)), None, None, None
+
+
+def _options(loss: Any) -> Options | None:
+    """None for what is not known."""
+    directions = frozenset(loss.directions)
+    if not {FORWARD} <= directions <= set(DIRECTIONS) or loss.partition_mode not in ("joint", "per_direction"):
         return None
-    directions = set(loss.directions)
-    if directions == {"query_to_doc"}:
-        return 1
-    both_ways = directions == {"query_to_doc", "doc_to_query"}
-    return 2 if both_ways and loss.partition_mode == "per_direction" else None
+    joint = loss.partition_mode == "joint"
+    if not joint and not directions <= {FORWARD, BACKWARD}:  # the library refuses to make one
+        return None
+    mode, strength = loss.hardness_mode, loss.hardness_strength
+    if mode is None:
+        return Options(directions, joint)
+    if not isinstance(mode, str) or mode not in HARDNESS or type(strength) not in (int, float):
+        return None
+    if not 0 <= strength < math.inf:
+        return None
+    return Options(directions, joint, HARDNESS[mode] if strength else NONE, strength)
 
 
-def _one_loss(loss: Any, ways: int) -> int | None:
-    """``ways`` where the cross entropy that the object holds is the one that it was made with."""
-    held, module = loss.cross_entropy_loss, "torch.nn.modules.loss.CrossEntropyLoss"
-    stock = (
-        type(held) is nn.CrossEntropyLoss
-        and is_stock(held.forward, f"{module}.forward")
-        and is_stock(F.cross_entropy, "torch.nn.functional.cross_entropy")
-        and not (held._forward_hooks or held._forward_pre_hooks)
-        and (held.weight, held.ignore_index, held.reduction, held.label_smoothing) == (None, -100, "mean", 0)
-    )
-    return ways if stock else None
+def _one_loss(loss: Any, symmetric: bool) -> Options | None:
+    """The way of a class, where the cross entropy that the object holds is the one that it was made with."""
+    stock = is_stock(F.cross_entropy, "torch.nn.functional.cross_entropy")
+    if not stock or not is_mean_cross_entropy(loss.cross_entropy_loss):
+        return None
+    return Options(frozenset({FORWARD, BACKWARD} if symmetric else {FORWARD}))
 
 
 def _is_similarity(function: Any, name: str) -> bool:
@@ -118,3 +290,29 @@ def _are_columns(embeddings: Any) -> bool:
         and first.is_floating_point()
         and all(e.shape == first.shape and e.device == first.device for e in embeddings)
     )
+
+
+def _are_batches(reps: Any) -> bool:
+    """Columns of embeddings in mini-batches: plain matrices of one width, dtype and device in a column."""
+
+    def fit(column: Any) -> bool:
+        return (
+            isinstance(column, list | tuple)
+            and len(column) > 0
+            and are_plain(*column)
+            and len({(b.shape[1:], b.dtype, b.device) for b in column}) == 1
+            and column[0].ndim == 2
+        )
+
+    return isinstance(reps, list | tuple) and len(reps) > 1 and all(map(fit, reps))
+
+
+def _up_to_date(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A decorator of MatryoshkaLoss around the function that its loss has now, where that is still the class's."""
+    loss, name = getattr(self.fn, "__self__", None), getattr(self.fn, "__name__", "")
+    now = getattr(type(loss), name, None)
+    if now is None or not inspect.ismethod(self.fn) or below_patches(now) is not below_patches(self.fn.__func__):
+        return NotImplemented
+    theirs = copy.copy(self)
+    theirs.fn = now.__get__(loss)
+    return original(theirs, *args, **kwargs)

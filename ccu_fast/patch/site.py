@@ -139,6 +139,16 @@ def torch_is_stock() -> bool:
     )
 
 
+def is_mean_cross_entropy(held: Any) -> bool:
+    """Whether this is torch's module for the mean cross-entropy, as it comes."""
+    return (
+        type(held) is nn.CrossEntropyLoss
+        and is_stock(held.forward, "torch.nn.modules.loss.CrossEntropyLoss.forward")
+        and not (held._forward_hooks or held._forward_pre_hooks)
+        and (held.weight, held.ignore_index, held.reduction, held.label_smoothing) == (None, -100, "mean", 0)
+    )
+
+
 def are_plain(*tensors: Any) -> bool:
     """Whether a kernel may read these tensors, and nobody but autograd wants to know what it does with them.
 

@@ -8,6 +8,7 @@ both passes.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,33 +61,44 @@ class _Model:
 
     Attributes:
         name: its class.
+        loss: its loss, of the model and of its output.
         scales: its parameters that make the logits: one number each.
-        functions: those of its module that make the loss, under all names that they have had.
-        loss: what they give, of the model and of its output.
+        sigmoid: its loss is written out in its forward; the others' is a function of its module.
     """
 
     name: str
-    scales: tuple[str, ...]
-    functions: tuple[str, ...]
-    loss: Callable[[Any, Any], Tensor]
+    loss: Callable[[Any, Any], Tensor] = _clip
+    scales: tuple[str, ...] = ("logit_scale",)
+    sigmoid: bool = False
 
 
+# By the name of their module, which is also that of a loss that some of them have. Other models end in another loss, or
+# in similarities that are no product of two matrices: those of X-CLIP have text embeddings for each video.
 _MODELS = {
-    "clip": _Model(
-        "CLIPModel", ("logit_scale",), ("contrastive_loss", "clip_loss", "image_text_contrastive_loss"), _clip
-    ),
-    "siglip": _Model("SiglipModel", ("logit_scale", "logit_bias"), (), _siglip),
-    "align": _Model("AlignModel", ("temperature",), ("contrastive_loss", "align_loss"), _align),
-    "clap": _Model("ClapModel", ("logit_scale_t", "logit_scale_a"), ("contrastive_loss",), _clap),
+    "clip": _Model("CLIPModel"),
+    "align": _Model("AlignModel", _align, ("temperature",)),
+    "altclip": _Model("AltCLIPModel"),
+    "blip": _Model("BlipModel"),
+    "chinese_clip": _Model("ChineseCLIPModel"),
+    "clap": _Model("ClapModel", _clap, ("logit_scale_t", "logit_scale_a")),
+    "clipseg": _Model("CLIPSegModel"),
+    "groupvit": _Model("GroupViTModel"),
+    "metaclip_2": _Model("MetaClip2Model"),
+    "siglip": _Model("SiglipModel", _siglip, ("logit_scale", "logit_bias"), sigmoid=True),
+    "siglip2": _Model("Siglip2Model", _siglip, ("logit_scale", "logit_bias"), sigmoid=True),
+    "vision_text_dual_encoder": _Model("VisionTextDualEncoderModel"),
 }
+_FIRST = ("clip", "siglip", "align", "clap")  # which every known version has
 
 
 def sites() -> list[Site]:
-    """What is replaced."""
+    """What is replaced: the models that this version has."""
     found = []
     for name, known in _MODELS.items():
-        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-        found.append(Site(getattr(module, known.name), "forward", ("self", "input_ids"), _with(known, module)))
+        home = f"transformers.models.{name}"
+        if name in _FIRST or importlib.util.find_spec(home) is not None:
+            module = importlib.import_module(f"{home}.modeling_{name}")
+            found.append(Site(getattr(module, known.name), "forward", ("self", "input_ids"), _with(known, module)))
     return found
 
 
@@ -129,7 +141,8 @@ def _with(known: _Model, module: Any) -> Callable[..., Any]:
 
 def _is_usual(known: _Model, module: Any, call: dict[str, Any]) -> bool:
     """What can be said before the towers run: nobody has replaced a loss, and the tensors are plain."""
-    there = [name for name in known.functions if hasattr(module, name)]
+    names = ("contrastive_loss", "image_text_contrastive_loss", "clip_loss", f"{module.__name__.split('.')[-2]}_loss")
+    there = [name for name in names if hasattr(module, name)]
     if not torch_is_stock() or not all(is_stock(getattr(module, n), f"{module.__name__}.{n}") for n in there):
         return False
     scales = [getattr(call["self"], name) for name in known.scales]
@@ -139,6 +152,6 @@ def _is_usual(known: _Model, module: Any, call: dict[str, Any]) -> bool:
 
 
 def _dtype(known: _Model, logits: Tensor) -> torch.dtype:
-    if known.functions:
-        return cross_entropy_dtype(logits)
-    return torch.promote_types(logits.dtype, torch.get_default_dtype())  # of the identity matrix that makes the signs
+    if known.sigmoid:  # the identity matrix that makes the signs is of the default dtype
+        return torch.promote_types(logits.dtype, torch.get_default_dtype())
+    return cross_entropy_dtype(logits)

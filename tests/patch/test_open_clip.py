@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -48,6 +49,47 @@ def test_siglip_loss_has_the_same_numbers(loss_py) -> None:  # type: ignore[no-u
         return lambda: loss_py.SigLipLoss()(*leaves), leaves
 
     same_numbers("open_clip", problem)
+
+
+def chunked(loss_py: Any, size: int) -> Any:
+    if "chunk_size" not in inspect.signature(loss_py.SigLipLoss).parameters:
+        pytest.skip("this version has no chunks")
+    return loss_py.SigLipLoss(chunk_size=size)
+
+
+@pytest.mark.parametrize("size", [5, 64])
+def test_siglip_loss_in_chunks(loss_py, size: int) -> None:  # type: ignore[no-untyped-def]
+    loss = chunked(loss_py, size)
+
+    def problem(dtype: torch.dtype):  # type: ignore[no-untyped-def]
+        leaves = [*towers(dtype), torch.tensor(BIAS, dtype=dtype).requires_grad_()]
+        return lambda: loss(*leaves), leaves
+
+    same_numbers("open_clip", problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_dtype_of_siglip_loss_in_chunks(loss_py, dtype: torch.dtype, autocast: bool) -> None:  # type: ignore[no-untyped-def]
+    loss = chunked(loss_py, 5)
+    x, y, _ = (t.detach() for t in towers(dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        theirs = loss(x, y, SCALE, BIAS)
+        with ccu_fast.patch.applied("open_clip"):
+            ours = loss(x, y, SCALE, BIAS)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_chunks_of_somebody_else_are_the_library_s(loss_py, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    loss = chunked(loss_py, 5)
+    x, y, _ = (t.detach() for t in towers(torch.float32))
+    monkeypatch.setattr(loss, "_chunked_loss", lambda *_: torch.zeros(()))
+    left_alone("open_clip", lambda: loss(x, y, SCALE, BIAS))
+    monkeypatch.undo()
+    own = torch.nn.functional.softplus
+    monkeypatch.setattr(torch.nn.functional, "softplus", lambda *args: 2 * own(*args))
+    left_alone("open_clip", lambda: loss(x, y, SCALE, BIAS))
 
 
 def test_coca_loss_has_the_same_numbers(loss_py) -> None:  # type: ignore[no-untyped-def]

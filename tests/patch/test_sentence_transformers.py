@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +16,26 @@ import ccu_fast
 from tests.support.drop_in import counted, library, same_numbers, same_training, speed, train_towers, unit
 from tests.support.tolerance import assert_three_way
 
+WIDTH = 12
+
 
 class Towers(nn.Module):
     """Stands in for the model: the features are the embeddings."""
 
     def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
         return features
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self
+
+    def get_embedding_dimension(self) -> int:
+        return WIDTH
+
+    get_sentence_embedding_dimension = get_embedding_dimension
+
+
+class Sub(Tensor):
+    pass
 
 
 def losses() -> Any:
@@ -40,6 +55,32 @@ def kinds() -> dict[str, Callable[[], Any]]:
         "dot": lambda: module.MultipleNegativesRankingLoss(Towers(), scale=3.0, similarity_fct=dot),
         "symmetric": lambda: module.MultipleNegativesSymmetricRankingLoss(Towers()),
     }
+
+
+GTE = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gte": {"directions": GTE},
+    "queries": {"directions": ("query_to_doc", "query_to_query")},
+    "documents": {"directions": ("query_to_doc", "doc_to_doc")},
+    "joint": {"directions": ("query_to_doc", "doc_to_query")},
+    "in_batch": {"hardness_mode": "in_batch_negatives", "hardness_strength": 9.0},
+    "hard": {"hardness_mode": "hard_negatives", "hardness_strength": 5},
+    "all": {"hardness_mode": "all_negatives", "hardness_strength": 3.0, "scale": 7.0},
+    "no strength": {"hardness_mode": "all_negatives", "hardness_strength": 0.0},
+    "gte, in_batch": {"directions": GTE, "hardness_mode": "in_batch_negatives", "hardness_strength": 2.0},
+    "per_direction, in_batch": {
+        **{"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+        **{"hardness_mode": "in_batch_negatives", "hardness_strength": 2.0},
+    },
+}
+
+
+def variant(name: str, kind: str = "MultipleNegativesRankingLoss", **more: Any) -> Any:
+    made = getattr(losses(), kind)
+    options = VARIANTS.get(name, {})
+    if not set(options) <= set(inspect.signature(made).parameters):
+        pytest.skip("this version has one direction and no penalties")
+    return made(Towers(), **options, **more)
 
 
 @pytest.mark.parametrize("columns", [2, 4], ids=["pairs", "two_hard_negatives"])
@@ -65,7 +106,6 @@ def test_training_is_the_same() -> None:
 
 
 HALF = [torch.float16, torch.bfloat16]
-WIDTH = 12
 
 
 def batch(*dtypes: torch.dtype, grad: bool = False) -> list[Tensor]:
@@ -118,9 +158,10 @@ def test_queries_and_documents_of_different_dtypes() -> None:
         same_as_the_library("one_way", columns)
 
 
-def test_a_gradient_penalty() -> None:
+@pytest.mark.parametrize("name", ["usual", "gte", "in_batch"])
+def test_a_gradient_penalty(name: str) -> None:
     """create_graph=True: the gradient is differentiated again."""
-    loss = losses().MultipleNegativesRankingLoss(Towers())
+    loss = variant(name)
 
     def penalty(dtype: torch.dtype) -> Tensor:
         columns = batch(dtype, dtype, dtype, grad=True)
@@ -139,10 +180,6 @@ def tanh(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T).tanh()
 
 
-class Sub(Tensor):
-    pass
-
-
 OBJECTS: dict[str, Callable[[Any], Any]] = {
     "similarity_fct": lambda loss: setattr(loss, "similarity_fct", tanh),
     "similarity_fct that wraps": lambda loss: setattr(loss, "similarity_fct", doubled(loss.similarity_fct)),
@@ -155,11 +192,15 @@ OBJECTS: dict[str, Callable[[Any], Any]] = {
     "True as scale": lambda loss: setattr(loss, "scale", True),
     "gather_across_devices": lambda loss: setattr(loss, "gather_across_devices", True),
     "cross_entropy_loss": lambda loss: setattr(loss, "cross_entropy_loss", nn.CrossEntropyLoss(label_smoothing=0.1)),
-    "directions": lambda loss: setattr(loss, "directions", ("query_to_doc", "query_to_query")),
-    "directions in one softmax": lambda loss: setattr(loss, "directions", ("query_to_doc", "doc_to_query")),
-    "hardness_mode": lambda loss: (
-        setattr(loss, "hardness_mode", "all_negatives"),
-        setattr(loss, "hardness_strength", 2),
+    "directions without the positives": lambda loss: setattr(loss, "directions", ("query_to_query", "doc_to_doc")),
+    "directions at a negative scale": lambda loss: vars(loss).update(directions=GTE, scale=-2.0),
+    "directions at a tensor's scale": lambda loss: vars(loss).update(directions=GTE, scale=torch.tensor(20.0)),
+    "directions of which one has no positives": lambda loss: vars(loss).update(
+        directions=GTE, partition_mode="per_direction"
+    ),
+    "hardness_mode that is unknown": lambda loss: vars(loss).update(hardness_mode="some", hardness_strength=2.0),
+    "hardness_mode with a tensor": lambda loss: vars(loss).update(
+        hardness_mode="all_negatives", hardness_strength=torch.tensor(2.0)
     ),
 }
 

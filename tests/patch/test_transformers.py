@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,96 +14,18 @@ from torch.autograd import forward_ad
 
 import ccu_fast
 from tests.support.drop_in import counted, left_alone, library, same_numbers, same_training, speed
-
-N = 12
-TEXT = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 2}
-VISION = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 2}
-IMAGE = {"image_size": 16, "patch_size": 8}
-
-
-def clip(t: Any) -> tuple[Any, dict[str, Any]]:
-    text = {**TEXT, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 49}
-    config = t.CLIPConfig(text_config=text, vision_config={**VISION, **IMAGE}, projection_dim=16)
-    return t.CLIPModel(config), {"pixel_values": torch.randn(N, 3, 16, 16)}
-
-
-def siglip(t: Any) -> tuple[Any, dict[str, Any]]:
-    config = t.SiglipConfig(
-        text_config={**TEXT, "max_position_embeddings": 16, "projection_size": 32},
-        vision_config={**VISION, **IMAGE},
-    )
-    return t.SiglipModel(config), {"pixel_values": torch.randn(N, 3, 16, 16)}
-
-
-def align(t: Any) -> tuple[Any, dict[str, Any]]:
-    vision = {
-        "image_size": 32,
-        "width_coefficient": 1.0,
-        "depth_coefficient": 0.25,
-        "depth_divisor": 8,
-        "kernel_sizes": [3, 3],
-        "in_channels": [32, 16],
-        "out_channels": [16, 32],
-        "strides": [1, 2],
-        "depthwise_padding": [],
-        "num_block_repeats": [1, 1],
-        "expand_ratios": [1, 2],
-        "hidden_dim": 32,
-        "drop_connect_rate": 0.0,
-    }
-    text = {**TEXT, "max_position_embeddings": 16, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = t.AlignConfig(text_config=text, vision_config=vision, projection_dim=32)
-    return t.AlignModel(config), {"pixel_values": torch.randn(N, 3, 32, 32)}
-
-
-def clap(t: Any) -> tuple[Any, dict[str, Any]]:
-    text = {
-        **TEXT,
-        "max_position_embeddings": 20,
-        "projection_dim": 16,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-    audio = {
-        "spec_size": 32,
-        "num_mel_bins": 8,
-        "patch_size": 4,
-        "patch_stride": [4, 4],
-        "window_size": 4,
-        "patch_embeds_hidden_size": 16,
-        "hidden_size": 32,
-        "depths": [1, 1],
-        "num_attention_heads": [2, 2],
-        "num_classes": 4,
-        "projection_dim": 16,
-        "drop_path_rate": 0.0,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "enable_fusion": False,
-    }
-    model = t.ClapModel(t.ClapConfig(text_config=text, audio_config=audio, projection_dim=16))
-    return model, {"input_features": torch.randn(N, 1, 128, 8), "is_longer": torch.zeros(N, 1, dtype=torch.bool)}
-
-
-MODELS: dict[str, Callable[[Any], tuple[Any, dict[str, Any]]]] = {
-    "clip": clip,
-    "siglip": siglip,
-    "align": align,
-    "clap": clap,
-}
+from tests.support.transformers_models import IMAGE, MODELS, TEXT, VISION, Built, N, build, clip
 
 
 @pytest.fixture(params=list(MODELS))
-def built(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any]]:
+def built(request: pytest.FixtureRequest) -> Built:
     transformers = library("transformers")
-    torch.manual_seed(0)
-    model, inputs = MODELS[request.param](transformers)
-    inputs["input_ids"] = torch.randint(3, 48, (N, 8))
-    inputs["input_ids"][:, -1] = 49
-    return model.eval(), inputs
+    if importlib.util.find_spec(f"transformers.models.{request.param}") is None:
+        pytest.skip(f"this version has no {request.param}")
+    return build(transformers, request.param)
 
 
-def test_the_loss_has_the_same_numbers(built: tuple[Any, dict[str, Any]]) -> None:
+def test_the_loss_has_the_same_numbers(built: Built) -> None:
     model, inputs = built
     state = {k: v.clone() for k, v in model.state_dict().items()}
 
@@ -130,7 +52,7 @@ def test_the_loss_has_the_same_numbers(built: tuple[Any, dict[str, Any]]) -> Non
     same_numbers("transformers", problem, ulps=64)
 
 
-def test_outputs_are_the_library_s(built: tuple[Any, dict[str, Any]]) -> None:
+def test_outputs_are_the_library_s(built: Built) -> None:
     model, inputs = built
     with torch.no_grad():
         theirs, as_tuple = model(**inputs, return_loss=True), model(**inputs, return_loss=True, return_dict=False)
@@ -147,7 +69,7 @@ def test_outputs_are_the_library_s(built: tuple[Any, dict[str, Any]]) -> None:
             assert torch.equal(ours[key], theirs[key]), key
 
 
-def loss_of(built: tuple[Any, dict[str, Any]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def loss_of(built: Built, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     model, inputs = built
     given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     loss: torch.Tensor = model(**given, return_loss=True).loss
@@ -156,10 +78,10 @@ def loss_of(built: tuple[Any, dict[str, Any]], dtype: torch.dtype = torch.float3
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_loss_that_somebody_replaces_in_the_module_is_used(
-    built: tuple[Any, dict[str, Any]], when: str, monkeypatch: pytest.MonkeyPatch
+    built: Built, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = sys.modules[type(built[0]).__module__]
-    for name in ("contrastive_loss", "align_loss", "image_text_contrastive_loss"):
+    for name in ("contrastive_loss", f"{module.__name__.split('.')[-2]}_loss", "image_text_contrastive_loss"):
         with monkeypatch.context() as change:
 
             def replace(name: str = name, change: pytest.MonkeyPatch = change) -> None:
@@ -176,7 +98,7 @@ def test_a_loss_that_somebody_replaces_in_the_module_is_used(
 
 @pytest.mark.parametrize("name", ["cross_entropy", "logsigmoid"])
 def test_a_loss_that_somebody_replaces_in_torch_is_used(
-    built: tuple[Any, dict[str, Any]], name: str, monkeypatch: pytest.MonkeyPatch
+    built: Built, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = getattr(nn.functional, name)
     monkeypatch.setattr(nn.functional, name, lambda *args, **options: 2 * own(*args, **options))
@@ -184,7 +106,7 @@ def test_a_loss_that_somebody_replaces_in_torch_is_used(
 
 
 def test_a_forward_that_somebody_replaced_is_left_alone_with_a_warning(
-    built: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    built: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = type(built[0])
     own = kind.forward
@@ -200,14 +122,14 @@ def test_a_forward_that_somebody_replaced_is_left_alone_with_a_warning(
         assert ccu_fast.patch.apply("transformers") == []
 
 
-def test_a_scale_that_is_no_number_is_the_library_s(built: tuple[Any, dict[str, Any]]) -> None:
+def test_a_scale_that_is_no_number_is_the_library_s(built: Built) -> None:
     model = built[0]
     name = next(n for n, _ in model.named_parameters() if "logit" in n or n == "temperature")
     setattr(model, name, nn.Parameter(torch.linspace(0.5, 1.5, N)))
     left_alone("transformers", lambda: loss_of(built).detach())
 
 
-def test_a_call_under_a_transform_is_the_library_s(built: tuple[Any, dict[str, Any]]) -> None:
+def test_a_call_under_a_transform_is_the_library_s(built: Built) -> None:
     model, inputs = built
     name, weight = next((n, p.detach()) for n, p in model.named_parameters() if "projection" in n or "head" in n)
 
@@ -224,7 +146,7 @@ def test_a_call_under_a_transform_is_the_library_s(built: tuple[Any, dict[str, A
     left_alone("transformers", lambda: tangent().detach())
 
 
-def test_a_model_without_values_stays_without(built: tuple[Any, dict[str, Any]]) -> None:
+def test_a_model_without_values_stays_without(built: Built) -> None:
     model, inputs = built
     meta = {k: v.to("meta") for k, v in inputs.items()}
     left_alone("transformers", lambda: loss_of((model.to("meta"), meta)))
@@ -232,14 +154,17 @@ def test_a_model_without_values_stays_without(built: tuple[Any, dict[str, Any]])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_loss_has_the_library_s_dtype(
-    built: tuple[Any, dict[str, Any]], dtype: torch.dtype, autocast: bool
-) -> None:
+def test_the_loss_has_the_library_s_dtype(built: Built, dtype: torch.dtype, autocast: bool) -> None:
     if autocast and dtype == torch.float16:
         pytest.skip("a CPU mixes no two half-precision dtypes")
     built[0].to(dtype)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        theirs = loss_of(built, dtype)
+        try:
+            theirs = loss_of(built, dtype)
+        except RuntimeError as error:
+            if "without overflow" not in str(error):
+                raise
+            pytest.skip("this version makes float64's causal mask in fp32")
         with counted("transformers") as calls:
             ours = loss_of(built, dtype)
     assert ours.dtype == theirs.dtype

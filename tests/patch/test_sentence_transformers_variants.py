@@ -1,0 +1,151 @@
+"""sentence-transformers' ranking losses in all directions, with penalties, cached, and inside MatryoshkaLoss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.patch.test_sentence_transformers import VARIANTS, WIDTH, Sub, Towers, forward, losses, variant
+from tests.support.drop_in import counted, left_alone, same_numbers, speed, unit
+from tests.support.tolerance import assert_three_way
+
+
+@pytest.mark.parametrize("columns", [2, 4], ids=["pairs", "two_hard_negatives"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_directions_and_penalties_have_the_same_numbers(name: str, columns: int) -> None:
+    loss = variant(name)
+
+    def problem(dtype: torch.dtype) -> Any:
+        leaves = [(1.5 * unit(23, 12, seed=i, dtype=dtype)).requires_grad_() for i in range(columns)]
+        return lambda: forward(loss, leaves), leaves
+
+    same_numbers("sentence_transformers", problem)
+
+
+def in_batches(columns: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> list[list[Tensor]]:
+    leaves = [(1.5 * unit(23, WIDTH, seed=i, dtype=dtype)).split(5) for i in range(columns)]
+    return [[batch.clone().requires_grad_(grad) for batch in column] for column in leaves]
+
+
+CACHED = ("CachedMultipleNegativesRankingLoss", "CachedMultipleNegativesSymmetricRankingLoss")
+
+
+@pytest.mark.parametrize("columns", [2, 4], ids=["pairs", "two_hard_negatives"])
+@pytest.mark.parametrize("kind", CACHED)
+@pytest.mark.parametrize("name", ["usual", "gte", "in_batch"])
+def test_a_cached_loss_has_the_same_numbers(kind: str, name: str, columns: int) -> None:
+    loss = variant(name, kind, mini_batch_size=4)
+
+    def problem(dtype: torch.dtype) -> Any:
+        reps = in_batches(columns, dtype)
+        return lambda: loss.calculate_loss(reps), [batch for column in reps for batch in column]
+
+    same_numbers("sentence_transformers", problem)
+
+    def cached(dtype: torch.dtype) -> list[Tensor]:
+        reps = in_batches(columns, dtype)
+        value = loss.calculate_loss(reps, with_backward=True)
+        assert not value.requires_grad
+        return [value, *(torch.cat([batch.grad for batch in column]) for column in reps)]  # type: ignore[misc]
+
+    theirs, exact = cached(torch.float32), cached(torch.float64)
+    with counted("sentence_transformers") as calls:
+        ours = cached(torch.float32)
+    assert calls.kernels > 0
+    for o, t, e in zip(ours, theirs, exact, strict=True):
+        assert_three_way(f"{kind} {name}", o, t, e)
+
+
+def test_a_step_of_a_cached_loss() -> None:
+    """Through the gradient cache, which embeds twice."""
+    weight = nn.Parameter(unit(WIDTH, WIDTH, seed=5))
+
+    class Embedding(Towers):
+        def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
+            return {"sentence_embedding": features["input_ids"] @ weight}
+
+    loss = losses().CachedMultipleNegativesRankingLoss(Embedding(), mini_batch_size=6)
+
+    def step() -> tuple[Tensor, Tensor]:
+        weight.grad = None
+        value = loss([{"input_ids": unit(23, WIDTH, seed=i)} for i in range(2)], None)
+        value.backward()
+        assert weight.grad is not None
+        return value.detach(), weight.grad
+
+    theirs = step()
+    with counted("sentence_transformers") as calls:
+        ours = step()
+        with torch.no_grad():
+            evaluated = loss([{"input_ids": unit(23, WIDTH, seed=i)} for i in range(2)], None)
+    assert calls.kernels == 2
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(evaluated, theirs[0])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_matryoshka_around_a_cached_loss(when: str) -> None:
+    """Each of its dimensions is served, also by an object that was made before the patch."""
+
+    def made() -> Any:
+        inner = losses().CachedMultipleNegativesRankingLoss(Towers(), mini_batch_size=4)
+        losses().MatryoshkaLoss(inner.model, inner, [WIDTH, 8, 4])
+        return inner
+
+    def evaluated(loss: Any) -> list[Tensor]:
+        reps = in_batches(2)
+        value = loss.calculate_loss(reps, with_backward=True)
+        return [value, *(batch.grad for column in reps for batch in column)]  # type: ignore[list-item]
+
+    early = made()
+    theirs = evaluated(early)
+    with counted("sentence_transformers") as calls:
+        loss = early if when == "before" else made()
+        ours = evaluated(loss)
+    assert calls.kernels == 3
+    torch.testing.assert_close(ours, theirs)
+    with counted("sentence_transformers") as calls:
+        pass
+    torch.testing.assert_close(evaluated(loss), theirs, rtol=0, atol=0)
+
+
+def test_matryoshka_around_a_loss() -> None:
+    inner = losses().MultipleNegativesRankingLoss(Towers())
+    loss = losses().MatryoshkaLoss(inner.model, inner, [WIDTH, 8, 4])
+    features = [{"sentence_embedding": 1.5 * unit(23, WIDTH, seed=i)} for i in range(2)]
+    theirs = loss([dict(f) for f in features], None)
+    with counted("sentence_transformers") as calls:
+        ours = loss([dict(f) for f in features], None)
+    assert calls.kernels == 3
+    torch.testing.assert_close(ours, theirs)
+
+
+BATCHES: dict[str, Callable[[list[list[Tensor]]], Any]] = {
+    "no mini-batch": lambda reps: [reps[0], []],
+    "queries alone": lambda reps: reps[:1],
+    "two widths": lambda reps: [reps[0], [reps[1][0][:, :3], *reps[1][1:]]],
+    "subclass": lambda reps: [reps[0], [batch.as_subclass(Sub) for batch in reps[1]]],
+    "fewer documents": lambda reps: [reps[0], reps[1][1:]],
+}
+
+
+@pytest.mark.parametrize("change", BATCHES)
+def test_batches_that_are_not_understood_stay_with_the_library(change: str) -> None:
+    loss = losses().CachedMultipleNegativesRankingLoss(Towers(), mini_batch_size=4)
+    left_alone("sentence_transformers", lambda: loss.calculate_loss(BATCHES[change](in_batches(2, grad=False))))
+
+
+@pytest.mark.parametrize("name", ["usual", "gte", "in_batch"])
+def test_speed_of_a_cached_loss(name: str) -> None:
+    loss = variant(name, CACHED[0])
+    reps = [[b.clone().requires_grad_() for b in unit(2048, 384, seed=i).split(32)] for i in range(2)]
+    speed(
+        "sentence_transformers",
+        f"loss part of {CACHED[0]} ({name}), N = 2048, D = 384, mini-batches of 32",
+        lambda: loss.calculate_loss(reps, with_backward=True),
+        rounds=5,
+    )
