@@ -16,7 +16,7 @@ from ccu_fast.distributed.losses import global_value
 from ccu_fast.distributed.ranks import Ranks, offsets
 from ccu_fast.distributed.similarity import reduce_similarity
 from ccu_fast.losses import formulas
-from ccu_fast.losses.functional import info_nce, sigmoid_loss
+from ccu_fast.losses.functional import at_once, info_nce, sigmoid_loss
 from ccu_fast.ops.reduce_similarity.api import as_scalar, normalize_pair
 
 # open_clip's pairs are those of each rank: other numbers of texts than of images would be paired with another rank's.
@@ -49,17 +49,23 @@ class _OpenClipLoss(nn.Module):
         self, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor | None, output_dict: bool
     ) -> Tensor | dict[str, Tensor]:
         """What ``forward`` returns; errors name its arguments and not those of the functions behind it."""
-        options: dict[str, Any] = {"scale": scale, "bias": bias, "normalize": self.normalize}
-        options |= {"backend": self.backend, "workspace": self.workspace}
         try:
-            if self.world_size == 1:  # of several every one has to hear of it
-                for name, features in (("x", images), ("y", texts)):
-                    check.tensor(name, features, ndim=2)
-            loss = self._of_all(images, texts, options)
+            loss = self._at_once(images, texts, scale) if bias is None else None
+            if loss is None:
+                if self.world_size == 1:  # of several every one has to hear of it
+                    for name, features in (("x", images), ("y", texts)):
+                        check.tensor(name, features, ndim=2)
+                options: dict[str, Any] = {"scale": scale, "bias": bias, "normalize": self.normalize}
+                options |= {"backend": self.backend, "workspace": self.workspace}
+                loss = self._of_all(images, texts, options)
         except (TypeError, ValueError) as error:
             said = str(error).replace(" or row_ids and col_ids", "")  # which forward does not take
             raise type(error)(_WORDS.sub(lambda word: _NAMES[word[0]], said)) from error
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _at_once(self, images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor | None:
+        """The loss of a small batch, to which checks and options would add a tenth; None: :meth:`_of_all` has it."""
+        return None
 
     def _of_all(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
         raise NotImplementedError
@@ -157,6 +163,11 @@ class ClipLoss(_OpenClipLoss):
             fp32 scalar. open_clip's own is in the dtype of the logits.
         """
         return self._called(image_features, text_features, logit_scale, logit_bias, output_dict)
+
+    def _at_once(self, images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor | None:
+        if self.world_size > 1 or self.normalize or self.workspace is not None:
+            return None
+        return at_once(images, texts, scale, {"backend": self.backend})
 
     def _of_all(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
         if self.world_size == 1:

@@ -33,6 +33,7 @@ DEPTHS = {  # of every committed file of figures, as its command stores it
     "protection/phases.json": mem_phases.DEPTH,
     "protection/results.json": protection.DEPTH,
     "results/*/*.json": 1,
+    "small_batches.json": 2,
     "unlearning/results.json": 2,
     "unlearning/told.json": 3,
     "visits/*/summary.json": 1,
