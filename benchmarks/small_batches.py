@@ -43,7 +43,7 @@ ARITHMETICS = {
     "autocast bf16": (torch.float32, torch.bfloat16),
 }
 # At most so long for the rounds of a row, but so many of them at least.
-SECONDS, FEWEST = 20.0, 11
+SECONDS, FEWEST = 12.0, 7
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 WHAT = ("loss", "dx", "dy", "dscale")

@@ -58,7 +58,11 @@ class _SmallInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        call = twice_differentiable(_backward, _backward_again) if torch.is_grad_enabled() else _backward
+        call: Any = _backward
+        if torch._C._functorch.is_legacy_batchedtensor(grad):
+            call = _backward_again  # is_grads_batched=True: many gradients at once, which no kernel can read
+        elif torch.is_grad_enabled():
+            call = twice_differentiable(_backward, _backward_again)
         return (*call(*ctx.saved_tensors, grad, ctx.needs_input_grad[:3], *ctx.rest), None)
 
 

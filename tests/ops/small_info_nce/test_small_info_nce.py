@@ -136,6 +136,15 @@ def test_second_derivatives_are_those_of_the_formula(way: Way, symmetric: bool, 
         torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
 
 
+def test_many_gradients_at_once(native: str) -> None:
+    x, y = (torch.randn(6, 8).requires_grad_() for _ in range(2))
+    for dtype in (torch.float32, torch.bfloat16):
+        loss = ccu_fast.info_nce(x.to(dtype), y.to(dtype), scale=2.0)
+        many = torch.autograd.grad(loss, [x, y], torch.tensor([1.0, 2.0]), is_grads_batched=True, retain_graph=True)
+        for got, one in zip(many, torch.autograd.grad(loss, [x, y]), strict=True):
+            torch.testing.assert_close(got, torch.stack([one, 2 * one]), rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
 def test_views_one_bank_for_both_and_no_gradient(way: Way) -> None:
     backend, dtype = way
     wide = torch.randn(24, 60).to(dtype)
