@@ -45,7 +45,11 @@ constexpr double kPairFmas = 24;
 
 struct Margin {
   double softplus, sigmoid;
-  explicit Margin(double z) : softplus(z > 50 ? z : std::log1p(std::exp(z))), sigmoid(1 / (1 + std::exp(-z))) {}
+  explicit Margin(double z) {
+    const double e = std::exp(z > 0 ? -z : z);  // at most 1; NaN for NaN
+    softplus = (z > 0 ? z : 0.0) + std::log1p(e);
+    sigmoid = (z > 0 ? 1.0 : e) / (1 + e);
+  }
 };
 
 // For every range of S: lse of rows and columns by themselves, then G from a second exponential.

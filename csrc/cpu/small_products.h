@@ -181,11 +181,15 @@ inline void multiply_rows(const Features& x, const Features& y, int64_t first, i
         rows = next_rows(last - i, kDotRows);
         float found[kDotRows * kDotCols];
         dots<kDotRows>(static_cast<int>(rows), left + (i - first), right, depth, found);
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t k = 0; k < some; ++k) {
-            float& to = out[(i + r) * cols + j + k];
-            to = begin == 0 ? found[r * kDotCols + k] : to + found[r * kDotCols + k];
+        for (int64_t r = 0; r < rows; ++r) {
+          float* const to = out + (i + r) * cols + j;
+          const float* const from = found + r * kDotCols;
+          if (begin == 0 && some == kDotCols) {
+            std::memcpy(to, from, kDotCols * sizeof(float));
+          } else {
+            for (int64_t k = 0; k < some; ++k) to[k] = begin == 0 ? from[k] : to[k] + from[k];
           }
+        }
       }
     }
   }
@@ -197,7 +201,7 @@ inline void multiply_rows(const Features& x, const Features& y, int64_t first, i
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;
 // A task's rows and columns. Its rows of G are read once for every panel; a panel, at most 64 KiB, is made once a task
 // and read once for every kTileRows of them.
-constexpr int64_t kTaskRows = 96, kTaskCols = 128;
+constexpr int64_t kTaskRows = 128, kTaskCols = 128;
 
 // out[r, :] = sum_k a[r, k] * panel[k, :] with `a` the rows from one on of G, or of G^T, which is [count, count].
 template <bool transposed, int rows>
