@@ -45,7 +45,7 @@ ARITHMETICS = {
     "autocast bf16": (torch.float32, torch.bfloat16),
 }
 # At most about so long for the rounds of a row, but so many of them at least.
-SECONDS, FEWEST = 5.0, 5
+SECONDS, FEWEST = 4.0, 5
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 WHAT = ("loss", "dx", "dy", "dscale")
