@@ -7,12 +7,13 @@ Loss and the gradients of all features. Torch's loss is the few lines that one w
 ours, of the same FLOPs: as many pairs as the variant has. All three take turns; ratios are medians over the rounds.
 Nothing is timed before loss and gradients are right: at 384 items, with an error against float64 of at most twice that
 of torch in fp32, or a few units in the last place. Memory is the peak of one call beyond its inputs. Writes
-variants.json beside this file, from which the table in the README is made.
+variants.json beside this file and the table in docs/losses.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,8 @@ from benchmarks.environment import describe
 from benchmarks.results import store
 
 RESULTS = Path(__file__).resolve().with_suffix(".json")
+PAGE = RESULTS.parents[1] / "docs" / "losses.md"
+BEGIN, END = "<!-- variants -->", "<!-- end of variants -->"
 SCALE, COSINE, OWN = 20.0, 0.3, 4
 GATE_ITEMS = 384
 GTE = ("x_to_y", "y_to_x", "x_to_x", "y_to_y")
@@ -172,6 +175,25 @@ def measure(name: str, items: int, dim: int, seconds: float) -> dict[str, Any]:
     return row
 
 
+def table() -> str:
+    """The stored rows for people."""
+    *rows, last = json.loads(RESULTS.read_text())
+    facts = last["environment"]
+    lines = ["| | ms | torch, ms | times torch | over `info_nce` | MB | torch, MB |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row["loss"], f"{row['ours ms']:.0f}", f"{row['torch ms']:.0f}", f"{row['times torch']:.2f}"]
+        cells += [str(row.get("over info_nce", "")), str(row["MB"]), str(row["torch's MB"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}."])
+
+
+def write_table() -> None:
+    """Put the table between its two marks in docs/losses.md."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+
+
 def main() -> None:
     """Measure, keep the results and print them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.variants", description=str(__doc__).splitlines()[0])
@@ -186,6 +208,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     if not asked.only:
         store(RESULTS, [*rows, {"environment": describe(torch.device("cpu"))}], depth=1)
+        write_table()
 
 
 if __name__ == "__main__":

@@ -84,7 +84,38 @@ def similarity_backward(
 def similarity_softmax(
     *, tile: Tile, e: int, keys: int, dim: int, shift: int, sum: int, mean: int, group_stride: int
 ) -> None: ...
-def small_info_nce(*, tile: Tile, weight: float, loss: int, scale_grad: int) -> None: ...
+def small_info_nce(
+    x: int,
+    y: int,
+    items: int,
+    dim: int,
+    dtype: int,
+    rounded: int,
+    scale: float,
+    weight: float,
+    symmetric: bool,
+    dot: int,
+    loss: int,
+    scale_grad: int,
+    threads: int,
+    /,
+) -> None: ...
+def small_info_nce_backward(
+    grad: int,
+    x: int,
+    y: int,
+    items: int,
+    dim: int,
+    dtype: int,
+    rounded: int,
+    factor: float,
+    dx: int,
+    dy: int,
+    scale_grad: int,
+    dscale: int,
+    threads: int,
+    /,
+) -> None: ...
 def candidate_rest(*, s: int, batch: int, rest: int, fixed: int, threads: int) -> None: ...
 def candidate_losses(
     *,

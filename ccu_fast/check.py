@@ -32,7 +32,11 @@ def tensor(name: str, value: Any, *, dtypes: Sequence[torch.dtype] | None = FLOA
 
 def at_hand(*values: Any) -> bool:
     """All are tensors whose values a kernel can read now."""
-    return all(readable(value) and not by_operator(value) for value in values)
+    return not _traced() and all(map(_at_hand, values))
+
+
+def _at_hand(value: Any) -> bool:
+    return readable(value) and not value.is_meta
 
 
 def readable(value: Any) -> TypeGuard[Tensor]:

@@ -106,15 +106,39 @@ typedef struct {
 
 int ccu_similarity_softmax(const ccu_similarity_softmax_args* args);
 
-// InfoNCE of one small paired batch, see csrc/cpu/small_info_nce.cpp.
+// InfoNCE of one small paired batch, and its gradients; see csrc/cpu/small_info_nce.cpp.
 typedef struct {
-  ccu_tile tile;      // one bank in fp32, rows = cols; row_codes lse OTHER and sum SELF, col_codes lse OTHER or none
-  double weight;      // of a row's, and of a column's loss
+  const void* x;  // [items, dim]; NULL: `dot` holds x y^T, and the next four say nothing
+  const void* y;  // [items, dim]
+  int64_t dim;
+  int32_t dtype;    // of x and y
+  int32_t rounded;  // to which their values are rounded before they are multiplied; CCU_F32 for not at all
+  int64_t items;
+  float scale;
+  double weight;  // of a row's, and of a column's loss
+  int32_t symmetric;
+  float* dot;         // [items, items]
   float* loss;        // one number
   float* scale_grad;  // one number, and `dot` is overwritten with scale * G; or NULL, and only the loss is computed
+  int32_t threads;
 } ccu_small_info_nce_args;
 
 int ccu_small_info_nce(const ccu_small_info_nce_args* args);
+
+typedef struct {
+  const float* grad;  // [items, items]: scale * G
+  const void *x, *y;  // [items, dim]
+  int64_t items, dim;
+  int32_t dtype;            // of x, y, dx and dy
+  int32_t rounded;          // as above
+  float factor;             // of all gradients
+  void *dx, *dy;            // [items, dim]; NULL where one is not wanted
+  const float* scale_grad;  // one number
+  float* dscale;            // factor times that; or NULL
+  int32_t threads;
+} ccu_small_info_nce_backward_args;
+
+int ccu_small_info_nce_backward(const ccu_small_info_nce_backward_args* args);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // topk_flips: for each row the k tokens of lowest score = sign * dot(embedding[id], grad) + penalty in float64, ties to

@@ -7,16 +7,15 @@ import importlib
 import importlib.util
 import inspect
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import ccu_fast
+from tests.support.paths import ROOT
 from tests.support.presence import absent
 
-CONTRIBUTING = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
 MODULES = ("ccu_fast", "ccu_fast.distributed", "ccu_fast.unlearn", "ccu_fast.mem", "ccu_fast.patch")
 
 # What no paper says how to do.
@@ -90,7 +89,9 @@ def test_examples(name: str) -> None:
     assert result.failed == 0, "".join(said)
 
 
-def test_the_loss_of_contributing() -> None:
-    result = doctest.testfile(str(CONTRIBUTING), module_relative=False)
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/losses.md"])
+def test_examples_of_pages(page: str) -> None:
+    result = doctest.testfile(str(ROOT / page), module_relative=False)
+    assert result.attempted > 5
     assert result.failed == 0
     assert result.attempted > 5

@@ -17,7 +17,7 @@ from ccu_fast.distributed.ranks import Ranks, offsets
 from ccu_fast.distributed.similarity import reduce_similarity
 from ccu_fast.losses import formulas
 from ccu_fast.losses.contrast import Contrast
-from ccu_fast.losses.functional import info_nce, sigmoid_loss
+from ccu_fast.losses.functional import at_once, info_nce, sigmoid_loss
 from ccu_fast.losses.variant import POSITIVES, as_labels, name_ids
 from ccu_fast.ops.l2_normalize.api import l2_normalize
 from ccu_fast.ops.reduce_similarity.api import normalize_pair
@@ -59,18 +59,23 @@ class _OpenClipLoss(nn.Module):
         more: dict[str, Any],
     ) -> Tensor | dict[str, Tensor]:
         """What ``forward`` returns; errors name its arguments and not those of the functions behind it."""
-        options: dict[str, Any] = {"scale": scale, "bias": bias, "normalize": self.normalize}
-        options |= {"backend": self.backend, "workspace": self.workspace}
-        options |= {name: value for name, value in more.items() if value is not None}
         try:
-            if self.world_size == 1:  # of several every one has to hear of it
-                for name, features in (("x", images), ("y", texts)):
-                    check.tensor(name, features, ndim=2)
-            loss = self._of_all(images, texts, options)
+            loss = self._at_once(images, texts, scale) if bias is None and not more else None
+            if loss is None:
+                if self.world_size == 1:  # of several every one has to hear of it
+                    for name, features in (("x", images), ("y", texts)):
+                        check.tensor(name, features, ndim=2)
+                options: dict[str, Any] = {"scale": scale, "bias": bias, "normalize": self.normalize}
+                options |= {"backend": self.backend, "workspace": self.workspace, **more}
+                loss = self._of_all(images, texts, options)
         except (TypeError, ValueError) as error:
             said = str(error).replace(" or row_ids and col_ids", "")  # which forward does not take
             raise type(error)(_WORDS.sub(lambda word: _NAMES[word[0]], said)) from error
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _at_once(self, images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor | None:
+        """The loss of a small batch, to which checks and options would add a tenth; None: :meth:`_of_all` has it."""
+        return None
 
     def _of_all(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
         raise NotImplementedError
@@ -178,10 +183,19 @@ class ClipLoss(_OpenClipLoss):
         Returns:
             fp32 scalar. open_clip's own is in the dtype of the logits.
         """
-        more: dict[str, Any] = {"ids": ids, "negatives": negatives, "hard_negatives": hard_negatives}
-        if self.positives != "mean":
-            more["positives"] = self.positives
+        more: dict[str, Any] = {}
+        if ids is not None:
+            more |= {"ids": ids, "positives": self.positives}
+        if negatives is not None:
+            more["negatives"] = negatives
+        if hard_negatives is not None:
+            more["hard_negatives"] = hard_negatives
         return self._called(image_features, text_features, logit_scale, logit_bias, output_dict, more)
+
+    def _at_once(self, images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor | None:
+        if self.world_size > 1 or self.normalize or self.workspace is not None:
+            return None
+        return at_once(images, texts, scale, {"backend": self.backend})
 
     def _of_all(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
         if self.world_size == 1:
@@ -291,7 +305,9 @@ class SigLipLoss(_OpenClipLoss):
         ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss; arguments and result as of :meth:`ClipLoss.forward`. Every pair of one id is a positive."""
-        return self._called(image_features, text_features, logit_scale, logit_bias, output_dict, {"ids": ids})
+        return self._called(
+            image_features, text_features, logit_scale, logit_bias, output_dict, {} if ids is None else {"ids": ids}
+        )
 
     def _of_all(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
         if self.world_size == 1:

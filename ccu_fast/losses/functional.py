@@ -16,7 +16,7 @@ from ccu_fast.losses import formulas
 from ccu_fast.losses.contrast import Contrast
 from ccu_fast.losses.formulas import INVERSE_KINDS, POSITIVES
 from ccu_fast.losses.variant import VARIANT, name_ids, without_defaults
-from ccu_fast.ops.backend import autocast_dtype, choose, fp32_precision
+from ccu_fast.ops.backend import KERNEL_DTYPES, autocast_dtype, choose, fp32_precision
 from ccu_fast.ops.reduce_similarity import operator
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.small_info_nce.api import small_info_nce
@@ -160,15 +160,15 @@ def info_nce(
     check.one_of("reduction", reduction, REDUCTIONS)
     if not VARIED.isdisjoint(options):
         options = without_defaults(options)
-    small = None if bias is not None or reduction == "none" else served_by(x, y, options)
-    if small is not None:
-        return small_info_nce(x, y, scale, symmetric=symmetric, mean=reduction == "mean", backend=small)
+    if bias is None and reduction != "none":
+        loss = at_once(x, y, scale, options, symmetric=symmetric, mean=reduction == "mean")
+        if loss is not None:
+            return loss
+    _require_positives(x, y, options)
     pair: dict[str, Any] = {"scale": scale, "bias": bias, "symmetric": symmetric}
     if VARIED.isdisjoint(options):
-        _require_positives(x, y, options)
         sides = formulas.info_nce(reduce_similarity, x, y, **pair, **options)
     else:
-        _require_positives(x, y, options)
         sides = Contrast(x, y, **pair, **options).sides(reduce_similarity, reduce_similarity)
     return formulas.average([_reduce(side, reduction) for side in sides])
 
@@ -322,28 +322,37 @@ def sigmoid_loss(
     return _reduce(formulas.sigmoid_loss(reduce_similarity, x, y, scale=scale, bias=bias, **similarity), reduction)
 
 
+def at_once(
+    x: Any, y: Any, scale: Any, options: dict[str, Any], *, symmetric: bool = True, mean: bool = True
+) -> Tensor | None:
+    """:func:`info_nce` of a small batch, by one operator; None where there is none for it."""
+    backend = served_by(x, y, options)
+    if backend is None:
+        return None
+    return small_info_nce(x, y, scale, symmetric=symmetric, mean=mean, backend=backend)
+
+
 def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
     """The backend that has one operator for a call of :func:`info_nce`; None: the general way, which also checks.
 
-    Two matrices of one shape and dtype without keys, fp32 on a CPU, half precision on a GPU.
+    Two matrices of one shape and dtype without keys; on a GPU in half precision.
     """
     if not check.at_hand(x, y) or x.ndim != 2 or x.shape != y.shape:  # a graph must not depend on the size
         return None
-    if x.dtype != y.dtype or x.device != y.device or (options and any(map(_asks_for_more, options.items()))):
+    dtype, device = x.dtype, x.device
+    if dtype != y.dtype or device != y.device or (options and any(map(_asks_for_more, options.items()))):
         return None
     items, dim = x.shape
-    if not 0 < items * items <= operator.SMALL_PAIRS or dim == 0:
+    if not 0 < items * items <= operator.SMALL_PAIRS or dim == 0 or dtype not in KERNEL_DTYPES:
         return None
-    kind = x.device.type
-    if autocast_dtype(kind) not in (None, x.dtype):
+    cast = autocast_dtype(device.type)
+    if cast not in (None, dtype) and not (dtype == torch.float32 and cast in operator.HALF):
         return None
-    if x.dtype in operator.HALF and dim <= operator.SMALL_DIM:
-        wanted = "triton"
-    elif x.dtype == torch.float32 and fp32_precision(kind) != "medium":
-        wanted = "native"
-    else:
-        return None
-    return wanted if choose(options.get("backend", "auto"), "reduce_similarity", x.device, x.dtype) == wanted else None
+    backend = choose(options.get("backend", "auto"), "reduce_similarity", device, dtype)
+    if backend == "native":  # which rounds as autocast does, but not as the other setting does
+        return None if cast is None and dtype == torch.float32 and fp32_precision("cpu") == "medium" else backend
+    half = backend == "triton" and dtype in operator.HALF and dim <= operator.SMALL_DIM and cast in (None, dtype)
+    return backend if half else None
 
 
 def _asks_for_more(option: tuple[str, Any]) -> bool:

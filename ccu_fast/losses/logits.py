@@ -65,6 +65,7 @@ def products_of_own(x: Tensor, others: Tensor) -> Tensor:
 
 
 def wide(t: Tensor) -> torch.dtype:
+    """The dtype of sums: fp64 of fp64, else fp32."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 

@@ -70,6 +70,7 @@ void call_on(bool cuda, const char* name, int (*cpu_op)(const Args*),
 #endif
 
 void bind_similarity(py::module_& m);
+void bind_small_info_nce(py::module_& m);
 void bind_tokens(py::module_& m);
 void bind_noise(py::module_& m);
 

@@ -20,6 +20,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("cpu_isa", [] { return std::string(ccu_cpu_isa()); }, "Names the instruction set that the CPU kernels use.");
   ccu::bind_similarity(m);
+  ccu::bind_small_info_nce(m);
   ccu::bind_tokens(m);
   ccu::bind_noise(m);
 }

@@ -162,20 +162,6 @@ void bind_reduce_similarity(py::module_& m) {
       "Adds one block of keys to the running softmax of each group of relations.", py::kw_only(), py::arg("tile"),
       py::arg("e"), py::arg("keys"), py::arg("dim"), py::arg("shift"), py::arg("sum"), py::arg("mean"),
       py::arg("group_stride"));
-
-  m.def(
-      "small_info_nce",
-      [](const ccu_tile& tile, double weight, Address loss, Address scale_grad) {
-        ccu_small_info_nce_args a{};
-        a.tile = tile;
-        a.weight = weight;
-        a.loss = pointer<float>(loss);
-        a.scale_grad = pointer<float>(scale_grad);
-        call("info_nce", ccu_small_info_nce, a);
-      },
-      "Writes the loss of a small batch and, where scale_grad is not 0, that gradient and the products' in their "
-      "place.",
-      py::kw_only(), py::arg("tile"), py::arg("weight"), py::arg("loss"), py::arg("scale_grad"));
 }
 
 void bind_candidates(py::module_& m) {

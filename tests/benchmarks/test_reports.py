@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bars, host_time, mem_phases, plots, results, summary, tables
+from benchmarks import bars, host_time, mem_phases, plots, results, summary, tables, variants
 from benchmarks.__main__ import main
 from benchmarks.compat import __main__ as compat
 from benchmarks.distributed import __main__ as distributed
@@ -33,8 +33,10 @@ DEPTHS = {  # of every committed file of figures, as its command stores it
     "protection/phases.json": mem_phases.DEPTH,
     "protection/results.json": protection.DEPTH,
     "results/*/*.json": 1,
+    "small_batches.json": 2,
     "unlearning/results.json": 2,
     "unlearning/told.json": 3,
+    "variants.json": 1,
     "visits/*/summary.json": 1,
     "visits/*/tune.json": 3,
 }
@@ -248,6 +250,11 @@ def test_every_committed_file_of_figures_has_a_row_a_line() -> None:
     assert depths.keys() | {bars.FILE} == set(folder.rglob("*.json"))
     for path, depth in depths.items():
         assert path.read_text() == results.text(json.loads(path.read_text()), depth), path
+
+
+def test_the_table_of_variants_is_that_of_its_figures() -> None:
+    page = variants.PAGE.read_text()
+    assert page.split(variants.BEGIN)[1].split(variants.END)[0].strip() == variants.table()
 
 
 def test_every_file_that_facts_names_exists() -> None:

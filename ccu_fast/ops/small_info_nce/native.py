@@ -1,7 +1,9 @@
-"""InfoNCE of a small batch on a CPU: one product, one call into C++, two products; see api.py.
+"""InfoNCE of a small batch on a CPU: one call into C++ each way, between the library's products where those are faster.
 
-The forward pass turns the logits into their gradient in place, which takes N² · 4 bytes until the backward pass. The
-backward pass only multiplies.
+The forward pass turns the products x yᵀ into their gradient in place, which takes N² · 4 bytes until the backward pass.
+The backward pass only multiplies. Everything is fp32, from inputs in the dtype that they have; a gradient in half
+precision is rounded once. Only where the CPU multiplies bf16 and the batch is large enough to feel it are the products
+in bf16, as torch's; the pairs (i, i) are in fp32 even then.
 """
 
 from __future__ import annotations
@@ -12,48 +14,117 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
-from ccu_fast.ops.reduce_similarity.native.chunks import FP32, SERIAL_PAIRS, UNLABELLED, reductions
-from ccu_fast.ops.small_info_nce.api import COLS, ROWS, Inputs
+from ccu_fast.ops.backend import without_autocast
+from ccu_fast.ops.native import DTYPES
+from ccu_fast.ops.reduce_similarity.native.chunks import has_bf16
+from ccu_fast.ops.small_info_nce.api import Inputs
+
+# N² from which the library's products are faster than ours, which need no call of their own: with AVX2 and D = 512 they
+# take as long at 256 items, and less at 512.
+LIBRARY_PAIRS = 1 << 16
 
 
-def forward(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float, keep: bool) -> tuple[Tensor, ...]:
-    """The loss and, if ``keep``, its gradients with respect to ``scale`` and to x yᵀ ``[N, N]``."""
-    items = x.shape[0]
-    dot = torch.mm(x, y.T)
-    tile = _C.Tile(
-        dot=(dot.data_ptr(), _C.F32),
-        self_dot=0,
-        shape=(1, items, items),
-        row0=0,
-        scale=float(scale),
-        bias=0.0,
-        relations=UNLABELLED[True],
-        reductions=reductions(ROWS, COLS if symmetric else ()),
-        threads=torch.get_num_threads() if items * items > SERIAL_PAIRS else 1,
+def forward(
+    x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, weight: float, keep: bool, cast: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """The loss and, if ``keep``, its gradients with respect to x yᵀ and to ``scale``, flat in one tensor."""
+    items, dim = x.shape
+    pairs = items * items
+    loss = torch.empty_like(scale)
+    kept = scale.new_empty((pairs + 1,))
+    dot = kept.data_ptr()
+    if pairs < LIBRARY_PAIRS:
+        x, y = x.contiguous(), y.contiguous()
+        at = x.data_ptr(), y.data_ptr()
+    else:
+        _products(x, y, cast, kept[:-1].view(items, items))
+        at = 0, 0
+    _C.small_info_nce(
+        *at,
+        items,
+        dim,
+        DTYPES[x.dtype],
+        DTYPES[cast or torch.float32],
+        scale.item(),
+        weight,
+        symmetric,
+        dot,
+        loss.data_ptr(),
+        dot + 4 * pairs if keep else 0,
+        torch.get_num_threads(),
     )
-    loss = torch.empty((), **FP32)
-    if not keep:
-        _C.small_info_nce(tile=tile, weight=weight, loss=loss.data_ptr(), scale_grad=0)
-        return (loss,)
-    by_scale = torch.empty((), **FP32)
-    _C.small_info_nce(tile=tile, weight=weight, loss=loss.data_ptr(), scale_grad=by_scale.data_ptr())
-    return loss, by_scale, dot
+    return (loss, kept) if keep else (loss,)
 
 
 def backward(
-    inputs: Inputs, saved: Sequence[Tensor], grad: Tensor, needs: Sequence[bool], symmetric: bool, weight: float
+    inputs: Inputs,
+    saved: Sequence[Tensor],
+    grad: Tensor,
+    needs: Sequence[bool],
+    symmetric: bool,
+    weight: float,
+    cast: torch.dtype | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, y and scale; None where none is needed."""
-    x, y, _ = inputs
-    by_scale, by_dot = saved
-    factor = float(grad)
-
-    def product(left: Tensor, right: Tensor) -> Tensor:
-        out = torch.mm(left, right)
-        return out if factor == 1.0 else out.mul_(factor)
-
-    return (
-        product(by_dot, y) if needs[0] else None,
-        product(by_dot.T, x) if needs[1] else None,
-        by_scale * factor if needs[2] else None,
+    x, y, scale = inputs
+    kept = saved[0]
+    items, dim = x.shape
+    pairs = items * items
+    dscale = torch.empty_like(scale) if needs[2] else None
+    dx = dy = None
+    if pairs < LIBRARY_PAIRS:
+        x, y = x.contiguous(), y.contiguous()
+        dx = torch.empty_like(x) if needs[0] else None
+        dy = torch.empty_like(y) if needs[1] else None
+    at = kept.data_ptr()
+    factor = grad.item()
+    _C.small_info_nce_backward(
+        at,
+        x.data_ptr(),
+        y.data_ptr(),
+        items,
+        dim,
+        DTYPES[x.dtype],
+        DTYPES[cast or torch.float32],
+        factor,
+        0 if dx is None else dx.data_ptr(),
+        0 if dy is None else dy.data_ptr(),
+        at + 4 * pairs,
+        0 if dscale is None else dscale.data_ptr(),
+        torch.get_num_threads(),
     )
+    if pairs >= LIBRARY_PAIRS:
+        by_dot = kept[:-1].view(items, items)
+        dx = _gradient(by_dot, y, cast, factor) if needs[0] else None
+        dy = _gradient(by_dot.T, x, cast, factor) if needs[1] else None
+    return dx, dy, dscale
+
+
+def _in_bf16(x: Tensor, cast: torch.dtype | None) -> bool:
+    """Whether the library's products are in bf16."""
+    return torch.bfloat16 in (x.dtype, cast) and has_bf16()
+
+
+def _products(x: Tensor, y: Tensor, cast: torch.dtype | None, out: Tensor) -> None:
+    """``out = x yᵀ``."""
+    bf16 = _in_bf16(x, cast)
+    x, y = (t if cast is None else t.to(cast) for t in (x, y))
+    with torch.no_grad(), without_autocast(x.device):
+        if bf16:
+            out.copy_(torch.mm(x, y.T))
+        x, y = x.float(), y.float()
+        if bf16:
+            torch.sum(x * y, 1, out=out.diagonal())
+        else:
+            torch.mm(x, y.T, out=out)
+
+
+def _gradient(left: Tensor, right: Tensor, cast: torch.dtype | None, factor: float) -> Tensor:
+    """``left @ right * factor`` in the dtype of right."""
+    rounded = right if cast is None else right.to(cast)
+    with torch.no_grad(), without_autocast(right.device):
+        if _in_bf16(right, cast):
+            left = left if factor == 1.0 else left * factor
+            return torch.mm(left.to(torch.bfloat16), rounded).to(right.dtype)
+        out = torch.mm(left, rounded.float())
+        return (out if factor == 1.0 else out.mul_(factor)).to(right.dtype)

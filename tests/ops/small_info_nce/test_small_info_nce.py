@@ -22,11 +22,34 @@ def only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "served_by", lambda *a: served_by(*a) or pytest.fail("not served"))
 
 
-@pytest.fixture
-def way(native: str, monkeypatch: pytest.MonkeyPatch) -> Way:
-    """A backend and the dtype that it serves. (Triton's: ops/triton/interpreted/test_interpreted_small_batch.py)"""
+PRODUCTS = ("ours", "the library's", "the library's in bf16")
+
+
+def products_by(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who multiplies, whatever the size and the CPU."""
+    from ccu_fast.ops.small_info_nce import native
+
+    monkeypatch.setattr(native, "LIBRARY_PAIRS", 1 << 40 if which == "ours" else 0)
+    monkeypatch.setattr(native, "has_bf16", lambda: which == "the library's in bf16")
+
+
+@pytest.fixture(
+    params=[
+        ("ours", torch.float32),
+        ("ours", torch.bfloat16),
+        ("ours", torch.float16),
+        ("the library's", torch.float32),
+        ("the library's", torch.bfloat16),
+        ("the library's in bf16", torch.bfloat16),
+    ],
+    ids=lambda p: f"{p[0]}-{str(p[1])[6:]}",
+)
+def way(native: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Way:
+    """A backend and a dtype that it serves. (Triton's: ops/triton/interpreted/test_interpreted_small_batch.py)"""
     only(monkeypatch)
-    return native, torch.float32
+    which, dtype = request.param
+    products_by(which, monkeypatch)
+    return native, dtype
 
 
 def by_torch(x: Tensor, y: Tensor, scale: Tensor, symmetric: bool, reduction: str) -> Tensor:
@@ -105,12 +128,21 @@ def test_second_derivatives_are_those_of_the_formula(way: Way, symmetric: bool, 
         x, y, scale = leaves
         value = 3 * loss(x, y, scale.exp())
         firsts = torch.autograd.grad(value, leaves, create_graph=True)
-        return torch.autograd.grad(value + sum(g.double().square().sum() for g in firsts), leaves)
+        return torch.autograd.grad(value + 0.01 * sum(g.double().square().sum() for g in firsts), leaves)
 
     exact = penalty_gradients(plain, [t.double() for t in values])
     for got, want in zip(penalty_gradients(ours, values), exact, strict=True):
         tolerance = (1e-4 if dtype == torch.float32 else 5e-2) * float(want.abs().max())
         torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
+
+
+def test_many_gradients_at_once(native: str) -> None:
+    x, y = (torch.randn(6, 8).requires_grad_() for _ in range(2))
+    for dtype in (torch.float32, torch.bfloat16):
+        loss = ccu_fast.info_nce(x.to(dtype), y.to(dtype), scale=2.0)
+        many = torch.autograd.grad(loss, [x, y], torch.tensor([1.0, 2.0]), is_grads_batched=True, retain_graph=True)
+        for got, one in zip(many, torch.autograd.grad(loss, [x, y]), strict=True):
+            torch.testing.assert_close(got, torch.stack([one, 2 * one]), rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 def test_views_one_bank_for_both_and_no_gradient(way: Way) -> None:
@@ -140,18 +172,108 @@ def test_nan_goes_through(way: Way) -> None:
     assert ccu_fast.info_nce(x, y, scale=2.0, backend=backend).isnan()
 
 
-def test_the_number_of_threads_changes_no_bit(native: str) -> None:
-    x, y = (torch.randn(300, 32).requires_grad_() for _ in range(2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("items", [64, 130, 300])
+def test_the_number_of_threads_changes_no_bit(native: str, items: int, dtype: torch.dtype) -> None:
+    x, y = (torch.randn(items, 300).to(dtype).requires_grad_() for _ in range(2))
+    scale = torch.tensor(0.3, requires_grad=True)
     before, results = torch.get_num_threads(), []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        try:
-            loss = ccu_fast.info_nce(x, y, scale=2.0)
-            results.append([loss, *torch.autograd.grad(loss, [x, y])])
-        finally:
-            torch.set_num_threads(before)
+    with pytest.MonkeyPatch.context() as patch:
+        products_by("ours", patch)
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            try:
+                loss = ccu_fast.info_nce(x, y, scale=scale)
+                results.append([loss, *torch.autograd.grad(loss, [x, y, scale])])
+            finally:
+                torch.set_num_threads(before)
     for other in results[1:]:
-        assert torch.equal(results[0][0], other[0])
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("which", PRODUCTS)
+def test_autocast_rounds_the_features_and_nothing_else(
+    native: str, monkeypatch: pytest.MonkeyPatch, which: str, cast: torch.dtype
+) -> None:
+    only(monkeypatch)
+    products_by(which, monkeypatch)
+    x, y = (F.normalize(torch.randn(40, 100), dim=-1).requires_grad_() for _ in range(2))
+    scale = torch.tensor(1e-2, requires_grad=True)  # whose gradients are denormal numbers in fp16
+    with torch.autocast("cpu", cast):
+        loss = ccu_fast.info_nce(x, y, scale=scale)
+        grads = torch.autograd.grad(loss, [x, y, scale], retain_graph=True)
+    for a, b in zip(grads, torch.autograd.grad(loss, [x, y, scale]), strict=True):
+        assert torch.equal(a, b)  # in a backward pass under autocast nothing else is rounded
+    half = [t.detach().to(cast).requires_grad_() for t in (x, y)]
+    same = ccu_fast.info_nce(*half, scale=scale)
+    assert torch.equal(loss, same) and grads[0].dtype == torch.float32
+    for ours, rounded in zip(grads, torch.autograd.grad(same, [*half, scale]), strict=True):
+        assert torch.equal(ours.to(rounded.dtype), rounded)
+    firsts = torch.autograd.grad(ccu_fast_autocast(x, y, scale, cast), [x, y], create_graph=True)
+    exact = torch.autograd.grad(
+        by_torch(*(t.to(cast).double() for t in (x, y)), scale.double(), True, "mean"), [x, y], create_graph=True
+    )
+    seconds, wanted = (
+        torch.autograd.grad(sum(g.double().square().sum() for g in pair), scale)[0] for pair in (firsts, exact)
+    )
+    torch.testing.assert_close(seconds, wanted, rtol=2e-2, atol=0)
+
+
+def ccu_fast_autocast(x: Tensor, y: Tensor, scale: Tensor, cast: torch.dtype) -> Tensor:
+    with torch.autocast("cpu", cast):
+        return ccu_fast.info_nce(x, y, scale=scale)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_whose_logits_are_far_from_those_of_others(native: str, symmetric: bool) -> None:
+    """One exponential cannot serve all rows and columns, so that each gets its own."""
+    x, y = (F.normalize(torch.randn(30, 16), dim=-1) for _ in range(2))
+    x[:10] *= 0.01
+    y[20:] *= 0.02
+
+    def run(dtype: torch.dtype, loss: Any) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, y, torch.tensor(150.0))]
+        value = loss(*leaves)
+        return [value, *torch.autograd.grad(value, leaves)]
+
+    ours = run(torch.float32, lambda x, y, s: ccu_fast.info_nce(x, y, scale=s, symmetric=symmetric))
+    same, exact = (
+        run(dtype, lambda x, y, s: by_torch(x, y, s, symmetric, "mean")) for dtype in (torch.float32, torch.float64)
+    )
+    for name, *values in zip(("loss", "dx", "dy", "dscale"), ours, same, exact, strict=True):
+        assert_three_way(name, *values, ulps=8, magnitude=150.0 if name in ("loss", "dscale") else None)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_so_where_torch_has_it(native: str, value: float) -> None:
+    for items in (2, 5, 40):
+        x, y = torch.rand(items, 8), torch.rand(items, 8)
+        x[items // 2, 3] = value
+        found = []
+        for loss in (lambda x, y: ccu_fast.info_nce(x, y, scale=2.0), lambda x, y: by_torch(x, y, 2.0, True, "mean")):
+            leaves = [x.clone().requires_grad_(), y.clone().requires_grad_()]
+            result = loss(*leaves)
+            found.append([result, *torch.autograd.grad(result, leaves)])
+        ours, torchs = found
+        assert bool(ours[0].isfinite()) == bool(torchs[0].isfinite())
+        if value != -torch.inf:  # in which torch multiplies probabilities of 0 by -inf
+            for a, b in zip(ours[1:], torchs[1:], strict=True):
+                assert (a.isfinite() <= b.isfinite()).all()
+
+
+def test_one_call_into_the_compiled_module_each_way(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no product of torch's."""
+    from ccu_fast.ops.small_info_nce import native as kernels
+
+    calls: list[str] = []
+    for name in ("small_info_nce", "small_info_nce_backward"):
+        call = getattr(kernels._C, name)
+        monkeypatch.setattr(kernels._C, name, lambda *a, call=call, name=name: (calls.append(name), call(*a))[1])
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: pytest.fail("torch.mm"))
+    x, y = (torch.randn(32, 20, requires_grad=True) for _ in range(2))
+    ccu_fast.ClipLoss()(x, y, torch.tensor(2.0, requires_grad=True)).backward()
+    assert calls == ["small_info_nce", "small_info_nce_backward"]
 
 
 def test_who_goes_this_way(native: str) -> None:
@@ -159,7 +281,12 @@ def test_who_goes_this_way(native: str) -> None:
     assert served_by(x, x, {}) == served_by(x, x, {"backend": "native"}) == "native"
     assert served_by(x, x, {"backend": "reference"}) is None
     assert served_by(x.double(), x.double(), {}) is None
-    assert served_by(x.bfloat16(), x.bfloat16(), {}) is None
+    for dtype in (torch.bfloat16, torch.float16):
+        assert served_by(x.to(dtype), x.to(dtype), {}) == "native"
+        with torch.autocast("cpu", dtype):
+            assert served_by(x, x, {}) == served_by(x.to(dtype), x.to(dtype), {}) == "native"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert served_by(x.half(), x.half(), {}) is None
     assert served_by(x, x[:10], {}) is None
     assert served_by(x[None], x[None], {}) is None
     assert served_by(x[:0], x[:0], {}) is None
@@ -170,8 +297,6 @@ def test_who_goes_this_way(native: str) -> None:
     assert served_by(torch.empty(1024, 1), torch.empty(1024, 1), {}) == "native"
     assert served_by(torch.empty(1025, 1), torch.empty(1025, 1), {}) is None
     assert served_by("x", x, {}) is None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert served_by(x, x, {}) is None
     torch.set_float32_matmul_precision("medium")
     try:
         assert served_by(x, x, {}) is None
