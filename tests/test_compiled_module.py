@@ -16,6 +16,8 @@ from tests.support.presence import require_backend
 ROOT = Path(__file__).resolve().parents[1]
 STUB = ROOT / "ccu_fast" / "_C.pyi"
 MOST_POSITIONAL = 6
+# Of a batch of eight items the names of thirteen arguments would take a tenth of the time.
+BY_PLACE = {"small_info_nce": 13, "small_info_nce_backward": 13}
 Signature = tuple[list[str], list[str]]  # arguments that may be positional, and those that may not
 
 
@@ -78,7 +80,7 @@ def test_the_stub_has_the_signatures_of_the_module(module: Any) -> None:
         found, text = documented(function)
         assert found == known, name
         assert text, f"{name} has no docstring"
-        assert len([a for a in found[0] if a != "self"]) <= MOST_POSITIONAL, name
+        assert len([a for a in found[0] if a != "self"]) <= BY_PLACE.get(name, MOST_POSITIONAL), name
 
 
 def calls(tree: ast.AST) -> Iterator[ast.Call]:
@@ -96,6 +98,7 @@ def test_no_call_has_many_positional_arguments() -> None:
             for call in calls(ast.parse(path.read_text())):
                 seen += 1
                 where = f"{path.relative_to(ROOT)}:{call.lineno}"
+                most = BY_PLACE.get(getattr(call.func, "attr", ""), MOST_POSITIONAL)
                 assert not any(isinstance(a, ast.Starred) for a in call.args), where
-                assert len(call.args) <= MOST_POSITIONAL, where
+                assert len(call.args) <= most, where
     assert seen >= 15

@@ -120,7 +120,7 @@ def info_nce(
         in_batch: False: ``negatives`` and ``hard_negatives`` are the only negatives, and only rows count.
         joint: in place of ``symmetric`` one softmax for each pair i, over its own logit and the negatives of these
             directions: "x_to_y" (x_i and every y_j), "y_to_x" (y_i and every x_j), "x_to_x", "y_to_y". GTE has all four
-            (Li et al. 2023, arXiv 2308.03281, sec. 3.4), SimCLR's halves have "x_to_y" and "x_to_x".
+            (Li et al. 2023, arXiv 2308.03281), SimCLR's halves have "x_to_y" and "x_to_x". The positive is in it once.
         margin, threshold: leave out as false negatives what resembles an item more than its positive does by more than
             ``margin``, or by more than ``threshold`` at all. Similarities are those of x and y before scale and bias; a
             row's positives are never left out. Qwen3 Embedding has margin 0.1 (arXiv 2506.05176, eq. 1).

@@ -35,12 +35,13 @@ def forward(
     dot = kept.data_ptr()
     if pairs < LIBRARY_PAIRS:
         x, y = x.contiguous(), y.contiguous()
-        at = x.data_ptr(), y.data_ptr()
+        of_x, of_y = x.data_ptr(), y.data_ptr()
     else:
         _products(x, y, cast, kept[:-1].view(items, items))
-        at = 0, 0
+        of_x = of_y = 0
     _C.small_info_nce(
-        *at,
+        of_x,
+        of_y,
         items,
         dim,
         DTYPES[x.dtype],
