@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ccu_fast.losses.formulas import logsumexp
-from ccu_fast.ops.backend import without_autocast
+from ccu_fast.ops.backend import transformed, without_autocast
 
 
 class Positives(NamedTuple):
@@ -61,7 +61,29 @@ def leading(lead: torch.Size, name: str, other: torch.Size) -> torch.Size:
 def products_of_own(x: Tensor, others: Tensor) -> Tensor:
     """x ``[..., N, D]`` times its own ``[..., N, K, D]`` in at least fp32: ``[..., N, K]``."""
     with without_autocast(x.device):
-        return torch.matmul(others.to(wide(x)), x.to(wide(x))[..., None])[..., 0]
+        x, others = x.to(wide(x)), others.to(wide(others))
+        if x.shape[:-1] != others.shape[:-2] or transformed(x, others):
+            return torch.matmul(others, x[..., None])[..., 0]
+        products: Tensor = _Own.apply(x, others)
+        return products
+
+
+class _Own(torch.autograd.Function):
+    """Torch's own gradients of this product take twice as long: it adds up the outer ones one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, others: Tensor) -> Tensor:
+        ctx.save_for_backward(x, others)
+        return torch.matmul(others, x[..., None])[..., 0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, others = ctx.saved_tensors
+        of_x, of_others = ctx.needs_input_grad
+        return (
+            torch.matmul(grad[..., None, :], others)[..., 0, :] if of_x else None,
+            grad[..., None] * x[..., None, :] if of_others else None,
+        )
 
 
 def wide(t: Tensor) -> torch.dtype:
