@@ -182,7 +182,7 @@ def directed_loss(queries: Tensor, documents: Sequence[Tensor], *, scale: float 
         scale: inverse temperature.
         options: which ways, and with which penalties.
 
-    Source: Li et al. 2023 (arXiv 2308.03281), eq. 2; Lan et al. 2025 (arXiv 2503.04812), eq. 5.
+    Source: Li et al. 2023 (arXiv 2308.03281); Lan et al. 2025 (arXiv 2503.04812), eq. 5.
     """
     # The similarity of each query to its own documents, [documents, N]; in fp32, as the kernels have the others.
     wide = queries if queries.dtype == torch.float64 else queries.float()
