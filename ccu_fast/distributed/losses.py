@@ -76,6 +76,7 @@ def info_nce(
         tensor(0.3408)
     """
     _check(reduction, gradients)
+    check.boolean("symmetric", symmetric)
     sides = info_nce_sides(PAIRS_OR_IDS, x, y, scale=scale, bias=bias, symmetric=symmetric, **similarity)
     return _finish(sides, reduction, gradients, similarity)
 

@@ -158,6 +158,7 @@ def info_nce(
     tensor(0.6045)
     """
     check.one_of("reduction", reduction, REDUCTIONS)
+    check.boolean("symmetric", symmetric)
     if not VARIED.isdisjoint(options):
         options = without_defaults(options)
     if bias is None and reduction != "none":
@@ -350,7 +351,8 @@ def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
         return None
     backend = choose(options.get("backend", "auto"), "reduce_similarity", device, dtype)
     if backend == "native":  # which rounds as autocast does, but not as the other setting does
-        return None if cast is None and dtype == torch.float32 and fp32_precision("cpu") == "medium" else backend
+        in_bf16 = torch.bfloat16 in (dtype, cast)
+        return None if not in_bf16 and fp32_precision("cpu") == "medium" else backend
     half = backend == "triton" and dtype in operator.HALF and dim <= operator.SMALL_DIM and cast in (None, dtype)
     return backend if half else None
 

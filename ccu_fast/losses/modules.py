@@ -114,7 +114,7 @@ class InfoNCE(_SimilarityLoss):
         if isinstance(self.variant.get("debias"), Tensor):
             raise TypeError("debias: expected a number, and in forward a tensor, got a tensor")
         super().__init__(scale=scale, **options)
-        self.symmetric = symmetric
+        self.symmetric = check.boolean("symmetric", symmetric)
 
     def forward(self, x: Tensor, y: Tensor, *, scale: float | Tensor | None = None, **similarity: Any) -> Tensor:
         """``info_nce(x, y)`` with the options of the module.

@@ -47,7 +47,7 @@ def sites() -> list[Site]:
             return NotImplemented
         dtype = cross_entropy_dtype(out0)
         x, y = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
-        y, keys = bank.forward(y, update=out0.requires_grad)
+        y, keys = bank.forward(y, update=x.requires_grad)
         if keys is None:
             return nt_xent_loss(x, y, scale=1 / heat).to(dtype)
         return against_keys(x, y, keys.T, scale=1 / heat).mean().to(dtype)

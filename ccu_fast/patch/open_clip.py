@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from ccu_fast import check
 from ccu_fast.distributed.open_clip import ClipLoss, SigLipLoss
 from ccu_fast.patch.site import Site, are_pairs, arguments, cross_entropy_dtype, is_one_number, is_stock, torch_is_stock
 
@@ -82,7 +83,8 @@ def equal_texts(images: Tensor, texts: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _places(features: int, device: torch.device) -> Tensor:
     """A random number for the place of every feature."""
-    return torch.randint(-(2**63), 2**63 - 1, (features,), generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)  # whatever the default device is
+    return torch.randint(-(2**63), 2**63 - 1, (features,), generator=generator, device="cpu").to(device)
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -102,7 +104,8 @@ def _by(ours: Callable[..., Any], ids_of: Callable[[Tensor, Tensor], Tensor] | N
             return NotImplemented
         loss, dtype = found
         if ids_of is not None:
-            call["ids"] = ids_of(call["image_features"], call["text_features"])
+            ids = ids_of(call["image_features"], call["text_features"])
+            call["ids"] = check.tensor("same", ids, dtypes=check.INTEGERS)
         value = loss(**call).to(dtype)
         return {"contrastive_loss": value} if as_dict else value
 

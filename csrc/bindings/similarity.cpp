@@ -46,8 +46,7 @@ void bind_tile(py::module_& m) {
       .def(py::init(
                [](Strided rows, Strided cols, std::pair<Address, int32_t> guide) { return Limits{rows, cols, guide}; }),
            "Takes an address and a stride from bank to bank for each side, (0, 0) for none, and the address and dtype "
-           "of "
-           "the products to compare, (0, 0) for those of the tile itself.",
+           "of the products to compare, (0, 0) for those of the tile itself.",
            py::arg("rows"), py::arg("cols"), py::arg("guide"));
 
   py::class_<Reductions>(m, "Reductions", "The codes of the reductions over rows and over columns.")

@@ -476,6 +476,7 @@ def test_what_compiles_in_one_graph() -> None:
 
 WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "positives": (ValueError, "positives: expected one of", {"positives": "all"}),
+    "symmetric": (TypeError, "symmetric: expected True or False", {"symmetric": "no"}),
     "joint word": (ValueError, "joint: expected one of", {"joint": ("x_to_z",)}),
     "joint text": (TypeError, "joint: expected a tuple", {"joint": "x_to_y"}),
     "joint twice": (ValueError, "joint: expected each direction once", {"joint": ("x_to_y", "x_to_y")}),

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ccu_fast
-from ccu_fast.patch.open_clip import equal_texts
+from ccu_fast.patch.open_clip import _places, equal_texts
 from tests.support import torchvision_stub
 from tests.support.drop_in import counted, left_alone, library, same_numbers, same_training, speed, train_towers, unit
 
@@ -379,6 +379,9 @@ def test_texts_are_equal_where_all_their_bits_are(dtype: torch.dtype) -> None:
     other[:, 7] = torch.nextafter(other[:, 7].float(), torch.tensor(9.0)).to(dtype) if dtype == torch.float32 else 3
     ids = equal_texts(texts, torch.cat([texts, texts.flip(0), other]))
     assert torch.equal(ids[:64], ids[64:128].flip(0))
+    _places.cache_clear()
+    with torch.device("meta"):  # a default device is not that of the features
+        assert torch.equal(equal_texts(texts, texts), ids[:64])
     assert len(ids.unique()) == 128
 
 
@@ -401,6 +404,11 @@ def test_wrong_options_are_refused(loss_py) -> None:  # type: ignore[no-untyped-
         pytest.raises(ValueError, match="same: expected None, with which open_clip is applied, got 'texts'; revert"),
     ):
         ccu_fast.patch.apply("open_clip", same="texts")
+    with (
+        ccu_fast.patch.applied("open_clip", same=lambda images, texts: None),
+        pytest.raises(TypeError, match=r"same: expected a torch\.Tensor, got NoneType"),
+    ):
+        loss_py.ClipLoss()(*captioned())
     with (
         ccu_fast.patch.applied("open_clip", same=lambda images, texts: CAPTIONS[:3]),
         pytest.raises(ValueError, match="ids: expected shape"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.ops.backend import load, without_autocast
+from ccu_fast.ops.backend import load, outside_transforms, without_autocast
 from ccu_fast.ops.operator import operator, twice_differentiable
 from ccu_fast.ops.reduce_similarity.problem import Gradients, SimilarityProblem, decode
 
@@ -161,6 +161,7 @@ class SimilarityReduction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:4])
         problem = (*tensors, diagonal, rows, cols)
         kept = (row_out, col_out, stash, needs, backend, workspace)
+        outside_transforms("reduce_similarity", grad_rows, grad_cols)
         incoming = (grad_rows.contiguous(), grad_cols.contiguous())
         call: Any = _backward
         if check.by_operator(grad_rows):

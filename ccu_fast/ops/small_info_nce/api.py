@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.ops.backend import autocast_dtype, load, reverse_mode_alone, without_autocast
+from ccu_fast.ops.backend import autocast_dtype, load, outside_transforms, reverse_mode_alone, without_autocast
 from ccu_fast.ops.operator import twice_differentiable
 from ccu_fast.ops.reduce_similarity.api import as_scalar
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
@@ -58,6 +58,7 @@ class _SmallInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        outside_transforms("info_nce", grad)
         call: Any = _backward
         if torch._C._functorch.is_legacy_batchedtensor(grad):
             call = _backward_again  # is_grads_batched=True: many gradients at once, which no kernel can read

@@ -376,3 +376,22 @@ def test_limits_that_concern_nothing_are_dropped() -> None:
     p = built([("sum", SELF)], [], **every)
     assert not p.limited
     assert p.guide_x is None
+
+
+@pytest.mark.parametrize("workspace", [None, 0])
+@pytest.mark.parametrize("shared", ["x", "y"])
+def test_a_guide_may_be_one_for_all_banks(shared: str, workspace: int | None, backend: str) -> None:
+    """Both of its sides too, which those of the features cannot be."""
+    x, y = unit(3, 5, 4), unit(3, 6, 4)
+    x, y = (x[0], y) if shared == "x" else (x, y[0])
+    guide, limits = (torch.randn(5, 2), torch.randn(6, 2)), torch.zeros(5)
+
+    def run(name: str, guide: tuple[Tensor, Tensor]) -> list[Tensor]:
+        leaves = [t.float().requires_grad_() for t in (x, y)]
+        (lse,), _ = reduce_similarity(
+            *leaves, rows=[("lse", OTHER)], row_limits=limits, guide=guide, backend=name, workspace=workspace
+        )
+        return [lse, *torch.autograd.grad(torch.where(lse.isinf(), 0, lse).sum(), leaves)]
+
+    want = run("reference", tuple(t.expand(3, *t.shape) for t in guide))
+    torch.testing.assert_close(run(backend, guide), want)

@@ -643,3 +643,16 @@ def test_what_the_default_workspace_of_a_gpu_holds(pairs: int, pieces: int) -> N
     chunks = plan.chunks(p, 128, 4 << 30, int(words))
     assert len(chunks) == pieces
     assert all(chunk.kept for chunk in chunks) == (pairs <= 32768)
+
+
+def test_gradients_inside_a_transform_are_refused_by_name(native: str) -> None:
+    """Torch's own errors are about storages and items."""
+    x, y = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    for options, name in (({}, "info_nce"), ({"paired": True}, "reduce_similarity")):
+        loss = info_nce(x, y, scale=2.0, **options)
+
+        def gradient(v: Tensor, loss: Tensor = loss) -> Tensor:
+            return torch.autograd.grad(loss, x, v, retain_graph=True)[0]
+
+        with pytest.raises(RuntimeError, match=f"{name}: expected tensors from outside"):
+            torch.func.vmap(gradient)(torch.tensor([1.0, 2.0]))

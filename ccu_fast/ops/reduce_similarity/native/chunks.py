@@ -252,7 +252,8 @@ def _dot(x: Tensor, y: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
         for j in range(0, m, width):
             torch.mm(rows, y[0, j : j + width].T, out=flat[:, j : j + width])
     else:
-        torch.bmm(x.expand(banks, -1, -1), of_banks(y, chunk.of_banks).mT, out=dot)
+        # Of a guide both sides may be shared by all banks.
+        torch.bmm(x.expand(banks, -1, -1), of_banks(y, chunk.of_banks).mT.expand(banks, -1, -1), out=dot)
     return dot
 
 
