@@ -158,7 +158,8 @@ def info_nce(
     tensor(0.6045)
     """
     check.one_of("reduction", reduction, REDUCTIONS)
-    check.boolean("symmetric", symmetric)
+    if symmetric is not True and symmetric is not False:  # a call would be felt by a small batch
+        check.boolean("symmetric", symmetric)
     if not VARIED.isdisjoint(options):
         options = without_defaults(options)
     if bias is None and reduction != "none":

@@ -161,7 +161,8 @@ class SimilarityReduction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:4])
         problem = (*tensors, diagonal, rows, cols)
         kept = (row_out, col_out, stash, needs, backend, workspace)
-        outside_transforms("reduce_similarity", grad_rows, grad_cols)
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            outside_transforms("reduce_similarity", grad_rows, grad_cols)
         incoming = (grad_rows.contiguous(), grad_cols.contiguous())
         call: Any = _backward
         if check.by_operator(grad_rows):

@@ -58,7 +58,8 @@ class _SmallInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        outside_transforms("info_nce", grad)
+        if torch._C._are_functorch_transforms_active():
+            outside_transforms("info_nce", grad)
         call: Any = _backward
         if torch._C._functorch.is_legacy_batchedtensor(grad):
             call = _backward_again  # is_grads_batched=True: many gradients at once, which no kernel can read
