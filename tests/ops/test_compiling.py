@@ -250,7 +250,8 @@ def test_inductor(backend: str) -> None:
 def test_under_autocast(backend: str) -> None:
     def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return info_nce(x, y, scale=scale, backend=backend)
+            # Of a small batch the one operator, which a graph has not, rounds less than autocast does.
+            return info_nce(x, y, scale=scale, backend=backend, paired=True)
 
     assert_same(run(torch.compile(step, fullgraph=True, backend="aot_eager"), 40), run(step, 40))
 
