@@ -105,6 +105,16 @@ def per_row(name: str, value: Tensor, lead: Sequence[int], items: int) -> Tensor
     return value.reshape(math.prod(lead), items)
 
 
+def leading(name: str, lead: Sequence[int], of_x: Sequence[int]) -> tuple[int, ...]:
+    """The leading dimensions that those of ``name`` and of x broadcast to."""
+    try:
+        return tuple(torch.broadcast_shapes(tuple(of_x), tuple(lead)))
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: expected leading dimensions that broadcast with {list(of_x)} (those of x), got {list(lead)}"
+        ) from None
+
+
 def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf) -> float:
     """``value`` as a finite float within [low, high]."""
     if isinstance(value, bool) or not isinstance(value, Real):

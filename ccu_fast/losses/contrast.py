@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.losses.formulas import Reduce, Side, attract, logsumexp, softplus
-from ccu_fast.losses.logits import Negatives, Positives, difference, leading, log_of_number, products_of_own, wide
+from ccu_fast.losses.logits import Negatives, Positives, difference, log_of_number, products_of_own, wide
 from ccu_fast.losses.variant import VARIANT, Variant, as_labels, name_ids
 from ccu_fast.ops.backend import autocast_dtype
 from ccu_fast.ops.l2_normalize.api import l2_normalize
@@ -40,7 +40,7 @@ class Contrast:
             if t.ndim < 2:
                 raise ValueError(f"{name}: expected shape [..., items, D], got {list(t.shape)}")
         self.x, self.y = x, y
-        self.lead = leading(x.shape[:-2], "y", y.shape[:-2])
+        self.lead = check.leading("y", y.shape[:-2], x.shape[:-2])
         if isinstance(options.get("ids"), Tensor):
             for t in (x, y):
                 check.per_row("ids", options["ids"], self.lead, t.shape[-2])
@@ -95,7 +95,7 @@ class Contrast:
         if not fits:
             raise ValueError(f"{name}: expected shape {shape}, got {list(bank.shape)}")
         lead = bank.shape[:-ndim]
-        if leading(self.lead, name, lead) != self.lead:
+        if check.leading(name, lead, self.lead) != self.lead:
             fit = f"leading dimensions that broadcast to {list(self.lead)}"
             raise ValueError(f"{name}: expected {fit}, got {list(lead)}")
         if self.options.get("nan_policy") == "raise":

@@ -48,16 +48,6 @@ class Negatives(NamedTuple):
         return Negatives(logsumexp(torch.stack(lse)), sum(s.total for s in sets), sum(s.number for s in sets))
 
 
-def leading(lead: torch.Size, name: str, other: torch.Size) -> torch.Size:
-    """Leading dimensions that both broadcast to."""
-    try:
-        return torch.Size(torch.broadcast_shapes(lead, other))
-    except RuntimeError:
-        raise ValueError(
-            f"{name}: expected leading dimensions that broadcast with {list(lead)} (those of x), got {list(other)}"
-        ) from None
-
-
 def products_of_own(x: Tensor, others: Tensor) -> Tensor:
     """x ``[..., N, D]`` times its own ``[..., N, K, D]`` in at least fp32: ``[..., N, K]``."""
     with without_autocast(x.device):

@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from ccu_fast.losses.formulas import softplus
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME
-from ccu_fast.patch.info_nce import against_keys, is_temperature
+from ccu_fast.patch.info_nce import against_keys, are_keys, is_temperature
 from ccu_fast.patch.site import (
     Site,
     are_pairs,
-    are_plain,
     cross_entropy_dtype,
     is_mean_cross_entropy,
     is_stock,
@@ -76,12 +75,4 @@ def nt_xent_loss(x: Tensor, y: Tensor, *, scale: float | Tensor) -> Tensor:
 
 def _fits(bank: Any, x: Tensor) -> bool:
     """Whether a bank's vectors are like the rows of x. Asking it changes it, so this is asked before."""
-    keys = bank.bank
-    return (
-        bank.feature_dim_first
-        and are_plain(keys)
-        and keys.ndim == 2
-        and len(keys) > 0
-        and keys.shape[1] == x.shape[1]
-        and (keys.dtype, keys.device) == (x.dtype, x.device)
-    )
+    return bank.feature_dim_first and are_keys(x, bank.bank)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ccu_fast.losses.formulas import softplus
+from ccu_fast.losses.formulas import logsumexp, softplus
 from ccu_fast.losses.functional import info_nce
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER
@@ -213,12 +213,8 @@ def directed_loss(queries: Tensor, documents: Sequence[Tensor], *, scale: float 
     if "doc_to_doc" in directions:
         rest["doc_to_doc"] = reduce_similarity(documents[0], every, scale=scale, rows=[("lse", OTHER)], **keys)[0]
     groups = [[term for terms in rest.values() for term in terms]] if options.joint else list(rest.values())
-    losses = [softplus(_log_sum_exp(group) - positive) for group in groups]
+    losses = [softplus(logsumexp(torch.stack(group)) - positive) for group in groups]
     return (sum(losses[1:], losses[0]) / len(losses)).mean()
-
-
-def _log_sum_exp(terms: Sequence[Tensor]) -> Tensor:
-    return terms[0] if len(terms) == 1 else torch.stack(list(terms)).logsumexp(0)
 
 
 class _Penalised(torch.autograd.Function):

@@ -16,10 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccu_fast.losses.formulas import softplus
 from ccu_fast.losses.functional import info_nce, sigmoid_loss
-from ccu_fast.ops.reduce_similarity.api import reduce_similarity
-from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SELF
 from ccu_fast.patch.site import (
     Site,
     are_pairs,
@@ -45,7 +42,7 @@ def _siglip(model: Any, out: Any) -> Tensor:
 
 
 def _align(model: Any, out: Any) -> Tensor:
-    return smoothed_info_nce(out.text_embeds, out.image_embeds, scale=1 / model.temperature, smoothing=0.1)
+    return info_nce(out.text_embeds, out.image_embeds, scale=1 / model.temperature, smoothing=0.1)
 
 
 def _clap(model: Any, out: Any) -> Tensor:
@@ -100,22 +97,6 @@ def sites() -> list[Site]:
             module = importlib.import_module(f"{home}.modeling_{name}")
             found.append(Site(getattr(module, known.name), "forward", ("self", "input_ids"), _with(known, module)))
     return found
-
-
-def smoothed_info_nce(x: Tensor, y: Tensor, *, scale: Tensor, smoothing: float) -> Tensor:
-    """Symmetric InfoNCE with label smoothing, the loss of ALIGN::
-
-        s = scale * x @ y.T;  target = arange(N)
-        (F.cross_entropy(s, target, label_smoothing=smoothing)
-         + F.cross_entropy(s.T, target, label_smoothing=smoothing)) / 2
-
-    The smoothed target puts smoothing / N on every column. A row is that of InfoNCE, and smoothing times what its own
-    logit has over the mean of all.
-    """
-    spec = [("lse", OTHER), ("sum", SELF), ("sum", ALL)]
-    sides = reduce_similarity(x, y, scale=scale, rows=spec, cols=spec)
-    losses = [softplus(rest - own) + smoothing * (own - every / len(x)) for rest, own, every in sides]
-    return (losses[0] + losses[1]).mean() / 2
 
 
 def _with(known: _Model, module: Any) -> Callable[..., Any]:

@@ -214,14 +214,8 @@ def build_problem(
     if nan_policy == "raise":
         check.finite("x", x)
         check.finite("y", y)
-    try:
-        # Torch's function takes longer than a small product.
-        lead = () if x.ndim == y.ndim == 2 else tuple(torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]))
-    except RuntimeError:
-        raise ValueError(
-            f"y: expected leading dimensions that broadcast with {list(x.shape[:-2])} (those of x), "
-            f"got {list(y.shape[:-2])}"
-        ) from None
+    # Torch's function takes longer than a small product.
+    lead = () if x.ndim == y.ndim == 2 else check.leading("y", y.shape[:-2], x.shape[:-2])
     n, m = x.shape[-2], y.shape[-2]
     check_paired(paired)
     square = n == m if paired is None else paired
