@@ -4,7 +4,7 @@
     python -m benchmarks.variants --items 1024 --only "hard negatives" hardness
 
 Loss and the gradients of all features. Torch's loss is the few lines that one would write, on stored logits. InfoNCE is
-ours, of the same FLOPs: as many pairs as the variant has. All three take turns; ratios are medians over the rounds.
+ours, of the same FLOPs: as many pairs as the variant has (of prefixes: the whole alone). All three take turns; ratios are medians over the rounds.
 Nothing is timed before loss and gradients are right: at 384 items, with an error against float64 of at most twice that
 of torch in fp32, or a few units in the last place. Memory is the peak of one call beyond its inputs. Writes
 variants.json beside this file and the table in docs/losses.md.
@@ -33,6 +33,7 @@ PAGE = RESULTS.parents[1] / "docs" / "losses.md"
 BEGIN, END = "<!-- variants -->", "<!-- end of variants -->"
 SCALE, COSINE, OWN = 20.0, 0.3, 4
 GATE_ITEMS = 384
+PREFIXES = (64, 128, 256, 512)
 GTE = ("x_to_y", "y_to_x", "x_to_x", "y_to_y")
 
 Inputs = dict[str, Tensor]
@@ -113,6 +114,16 @@ def _without_false_negatives(of: Inputs, margin: float) -> Tensor:
     return _entropy((SCALE * s).masked_fill((s > s.diagonal()[:, None] + margin) & ~_eye(of), -torch.inf))
 
 
+def _matryoshka(of: Inputs, prefixes: tuple[int, ...]) -> Tensor:
+    pairs = ([F.normalize(of[name][:, :d], dim=-1) for name in ("x", "y")] for d in prefixes)
+    return sum((_entropy(SCALE * x @ y.T) for x, y in pairs), torch.zeros((), dtype=of["x"].dtype))
+
+
+def _one_by_one(of: Inputs, prefixes: tuple[int, ...]) -> Tensor:
+    pairs = ({name: of[name][:, :d] for name in ("x", "y")} for d in prefixes)
+    return sum((ours(pair, normalize=True) for pair in pairs), torch.zeros(()))
+
+
 # Ours, torch's, and InfoNCE with as many pairs.
 _ONE, _TWO = partial(ours), partial(ours, extra=("negatives",))
 CASES: dict[str, tuple[Loss, Loss, Loss]] = {
@@ -126,6 +137,16 @@ CASES: dict[str, tuple[Loss, Loss, Loss]] = {
     "hardness": (partial(ours, hardness=0.5), partial(_debiased, share=0.0, hardness=0.5), _TWO),
     "focal": (partial(ours, focal=2.0), partial(_focal, gamma=2.0), _ONE),
     "margin": (partial(ours, margin=-0.1), partial(_without_false_negatives, margin=-0.1), _ONE),
+    "prefixes": (
+        partial(ours, prefixes=PREFIXES, normalize=True),
+        partial(_matryoshka, prefixes=PREFIXES),
+        partial(ours, normalize=True),
+    ),
+    "prefixes one by one": (
+        partial(_one_by_one, prefixes=PREFIXES),
+        partial(_matryoshka, prefixes=PREFIXES),
+        partial(ours, normalize=True),
+    ),
 }
 
 

@@ -71,6 +71,7 @@ class Tile:
         reductions: Reductions,
         threads: int,
         limits: Limits | None = None,
+        factors: tuple[int, int] = (0, 0),
     ) -> None: ...
 
 def similarity_forward(tile: Tile, rows: tuple[int, int, int], cols: tuple[int, int, int]) -> None: ...
@@ -80,6 +81,8 @@ def similarity_backward(
     cols: tuple[int, int, int],
     grad: tuple[int, int],
     sums: tuple[int, int],
+    add: bool = False,
+    col_sums: int = 0,
 ) -> None: ...
 def similarity_softmax(
     *, tile: Tile, e: int, keys: int, dim: int, shift: int, sum: int, mean: int, group_stride: int

@@ -13,6 +13,7 @@ from ccu_fast.ops.l2_normalize.api import l2_normalize
 from ccu_fast.ops.noise_store.api import NoiseStore
 from ccu_fast.ops.pgd_step.api import check_pgd_steps, pgd_step_
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
+from ccu_fast.ops.reduce_similarity.prefixes import reduce_prefixes
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF, Relation
 from ccu_fast.ops.topk_flips.api import Flips, TokenTable, candidate_losses, topk_flips
 
@@ -44,6 +45,7 @@ __all__ = [
     "l2_normalize",
     "patch",
     "pgd_step_",
+    "reduce_prefixes",
     "reduce_similarity",
     "sigmoid_loss",
     "sup_con",

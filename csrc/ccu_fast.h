@@ -61,6 +61,10 @@ typedef struct {
   int64_t row_limit_stride, col_limit_stride;
   const void* guide;  // [banks, rows, cols] in guide_dtype: the similarities that limits look at; NULL: those are dot
   int32_t guide_dtype;
+  // [banks, rows] of this chunk and [banks, cols], both or neither: what is said of dot_ij concerns dot_ij times
+  // row_factors_i times col_factors_j, such as inverse norms. Only with CCU_F32.
+  const float* row_factors;
+  const float* col_factors;
 } ccu_tile;
 
 // Row results of the chunk, and running column results.
@@ -84,10 +88,13 @@ typedef struct {
   const float* col_grad;  // [n_col, banks, cols], strides of col_out
   const float* col_out;
   int64_t col_reduction_stride;
-  void* grad;          // [banks, rows, cols]: scale * G in grad_dtype; may be `dot` itself if the dtypes are the same
+  void* grad;          // [banks, rows, cols]: scale * G (times the factors, if there are any) in grad_dtype; may be
+                       // `dot` itself if the dtypes are the same
   int32_t grad_dtype;  // CCU_F32 or CCU_BF16
   double* scale_sums;  // [banks * rows]: sum_j G_ij dot_ij
   double* bias_sums;   // [banks * rows]: sum_j G_ij
+  int32_t add;         // 1: is added to what grad holds, which is not dot
+  double* col_sums;    // [banks * cols]: sum_i G_ij dot_ij is added; NULL where it is not wanted
 } ccu_similarity_backward_args;
 
 int ccu_similarity_backward(const ccu_similarity_backward_args* args);

@@ -7,6 +7,7 @@ between the reductions and the softplus.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ from ccu_fast.losses.logits import Negatives, Positives, difference, log_of_numb
 from ccu_fast.losses.variant import VARIANT, Variant, as_labels, name_ids
 from ccu_fast.ops.backend import autocast_dtype
 from ccu_fast.ops.l2_normalize.api import l2_normalize
-from ccu_fast.ops.reduce_similarity.api import as_scalar, normalize_pair
+from ccu_fast.ops.reduce_similarity.api import as_scalar, normalize_pair, reduce_similarity
+from ccu_fast.ops.reduce_similarity.prefixes import fit, of_each_prefix, reduce_prefixes
 from ccu_fast.ops.reduce_similarity.problem import checked_guide, without_ignored
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME, SELF
 
@@ -33,6 +35,7 @@ class Contrast:
 
     reduce: Reduce
     of_banks: Reduce
+    of_guide: Reduce
 
     def __init__(self, x: Tensor, y: Tensor, *, scale: Any, bias: Any, symmetric: bool, **options: Any) -> None:
         for name, t in (("x", x), ("y", y)):
@@ -55,6 +58,7 @@ class Contrast:
         self.options = options  # that say how to compute, not what
         self.negatives, self.hard_negatives = v.negatives, v.hard_negatives
         self.two_sides = symmetric and v.in_batch and not v.joint
+        self.normalize = False
         self.wants_total = v.smoothing > 0
         self.wants_count = self.wants_total or v.debiased or v.hardness > 0
         self._check()
@@ -85,6 +89,8 @@ class Contrast:
             self._check_bank("hard_negatives", v.hard_negatives, 3, f"[..., {x.shape[-2]}, K, {x.shape[-1]}]")
         if v.guide is not None:
             self._check_guide(v.guide)
+        if v.prefixes:
+            fit(v.prefixes, x)
 
     def _check_bank(self, name: str, bank: Tensor, ndim: int, shape: str) -> None:
         """More negatives, whose last dimensions and whose leading ones fit x."""
@@ -126,9 +132,20 @@ class Contrast:
 
     def sides(self, reduce: Reduce, of_banks: Reduce) -> list[Side]:
         """The rows and, of a symmetric loss, the columns."""
-        self.reduce, self.of_banks, v = reduce, of_banks, self.variant
-        if check.boolean("normalize", self.options.pop("normalize", False)):
+        self.of_guide, v = reduce, self.variant
+        self.normalize = check.boolean("normalize", self.options.pop("normalize", False))
+        if v.prefixes:
+            reduce, of_banks = (
+                functools.partial(
+                    *((reduce_prefixes,) if f is reduce_similarity else (of_each_prefix, f)),
+                    prefixes=v.prefixes,
+                    normalize=self.normalize,
+                )
+                for f in (reduce, of_banks)
+            )
+        elif self.normalize:
             self._normalize()
+        self.reduce, self.of_banks = reduce, of_banks
         if v.filtered:
             self.row_limit, self.col_limit = self._limits()
         if v.hardness:
@@ -144,7 +161,17 @@ class Contrast:
         else:
             positives, pairs = self._pairs(1.0)
             rests = self._rests(1.0, pairs)
-        return [self._side(p, r) for p, r in zip(positives, rests, strict=True)]
+        sides = [self._side(p, r) for p, r in zip(positives, rests, strict=True)]
+        return [part for side in sides for part in self._parts(side)] if v.prefixes else sides
+
+    def _parts(self, side: Side) -> list[Side]:
+        """A side of each prefix, whose mean is the weighted sum."""
+        v, counts = self.variant, None if side.counts is None else side.counts.expand_as(side.raw)
+        number = len(v.prefixes)
+        return [
+            Side(number * weight * side.raw[k], None if counts is None else counts[k])
+            for k, weight in enumerate(v.prefix_weights or [1.0] * number)
+        ]
 
     def _normalize(self) -> None:
         """Once, before the reductions: x and y are in several of them."""
@@ -289,7 +316,7 @@ class Contrast:
         """Every row's own hard negatives; their logits are few, so they are made."""
         labels = self.keys["row_labels"]
         x, others = without_ignored(self.x, labels), without_ignored(others.flatten(-2), labels).view_as(others)
-        cosine = products_of_own(x, others)
+        cosine = self._products_of_own(x, others)
         logits = factor * self.scale * cosine
         if self.bias is not None:
             logits = logits + factor * self.bias
@@ -302,6 +329,16 @@ class Contrast:
         kept = logits > -torch.inf
         total = torch.where(kept, logits, 0).sum(-1) if self.wants_total else 0
         return Negatives(logsumexp(logits, -1), total, kept.sum(-1) if self.wants_count else 0)
+
+    def _products_of_own(self, x: Tensor, others: Tensor) -> Tensor:
+        """Similarities ``[..., N, K]``, or with prefixes ``[P, ..., N, K]``."""
+        if not self.variant.prefixes:
+            return products_of_own(x, others)
+        backend, unit = self.options.get("backend", "auto"), self.normalize
+        pairs = ((x[..., :d], others[..., :d]) for d in self.variant.prefixes)
+        return torch.stack(
+            [products_of_own(*(l2_normalize(t, backend=backend) if unit else t for t in pair)) for pair in pairs]
+        )
 
     def _rest_spec(self) -> list[tuple[str, int]]:
         total, count = ("sum", self.rest), ("count", self.rest)
@@ -344,7 +381,8 @@ class Contrast:
             return row, col
         spec = [("sum", SELF), ("count", SELF)]
         cols = spec if self.two_sides else []
-        sides = self.reduce(x, y, rows=spec, cols=cols, **self.keys, paired=self.paired, **self.options)
+        reduce = self.reduce if v.guide is None else self.of_guide
+        sides = reduce(x, y, rows=spec, cols=cols, **self.keys, paired=self.paired, **self.options)
         rounding = _ROUNDING.get(autocast_dtype(x.device.type) or x.dtype, 1e-6)
         limits = []
         for total, count in filter(None, sides):

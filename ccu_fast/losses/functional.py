@@ -137,6 +137,10 @@ def info_nce(
         hardness: β ≥ 0, weighs negatives by exp(β · logit), with mean weight 1 (Robinson et al. 2021, arXiv
             2010.04592, eq. 4). A second pass over the similarities.
         focal: γ ≥ 0: every row times (1 − p)^γ, p the probability of its positive (Lin et al. 2017, arXiv 1708.02002).
+        prefixes: ascending numbers of dimensions: the sum of the losses of x[..., :d], y[..., :d] and of so much of all
+            negatives (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147, eq. 1), each made a unit vector where
+            ``normalize``. See :func:`ccu_fast.reduce_prefixes` for what that costs.
+        prefix_weights: a number for each of them. Default: 1.
         **options: row_ids, col_ids, row_labels and col_labels (only negative ones matter here), paired,
             row_limits, col_limits, normalize, backend, workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`.
 

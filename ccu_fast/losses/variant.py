@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
+from ccu_fast.ops.reduce_similarity.prefixes import checked_prefixes
 
 POSITIVES = ("mean", "lse", "own")
 DIRECTIONS = ("x_to_y", "y_to_x", "x_to_x", "y_to_y")
@@ -34,6 +35,8 @@ class Variant:
     debias: float | Tensor = 0.0
     hardness: float = 0.0
     focal: float = 0.0
+    prefixes: tuple[int, ...] = ()
+    prefix_weights: tuple[float, ...] | None = None
 
     @property
     def filtered(self) -> bool:
@@ -61,6 +64,7 @@ class Variant:
         if outside:
             raise ValueError(f"debias: expected a number in [0, 1) or a tensor of them, got {self.debias}")
         self._check_sets()
+        self._check_prefixes()
         self._check_together()
 
     def _check_sets(self) -> None:
@@ -87,6 +91,20 @@ class Variant:
                 "guide: expected a tuple of its features of x, of y and, if given, of negatives and hard_negatives, "
                 f"got {got}"
             )
+
+    def _check_prefixes(self) -> None:
+        if isinstance(self.prefixes, tuple | list) and not self.prefixes:
+            if self.prefix_weights is not None:
+                raise ValueError("prefixes: expected numbers of dimensions because prefix_weights is given, got none")
+            return
+        object.__setattr__(self, "prefixes", checked_prefixes(self.prefixes))
+        if self.prefix_weights is None:
+            return
+        if not isinstance(self.prefix_weights, tuple | list) or len(self.prefix_weights) != len(self.prefixes):
+            wanted = f"a number for each of the {len(self.prefixes)} prefixes"
+            raise TypeError(f"prefix_weights: expected {wanted}, got {self.prefix_weights!r}")
+        weights = tuple(check.number("prefix_weights", weight) for weight in self.prefix_weights)
+        object.__setattr__(self, "prefix_weights", weights)
 
     def _check_together(self) -> None:
         if self.relative and self.margin is None:

@@ -63,7 +63,7 @@ void bind_tile(py::module_& m) {
   py::class_<ccu_tile>(m, "Tile", "A part of the similarities, and what its rows and columns are.")
       .def(py::init([](std::pair<Address, int32_t> dot, Address self_dot, std::tuple<int64_t, int64_t, int64_t> shape,
                        int64_t row0, float scale, float bias, const Relations& relations, const Reductions& reductions,
-                       int threads, const Limits* limits) {
+                       int threads, const Limits* limits, std::pair<Address, Address> factors) {
              ccu_tile t{};
              t.dot = pointer<void>(dot.first);
              t.dot_dtype = dot.second;
@@ -94,11 +94,16 @@ void bind_tile(py::module_& m) {
                t.guide = pointer<void>(limits->guide.first);
                t.guide_dtype = limits->guide.second;
              }
+             t.row_factors = pointer<float>(factors.first);
+             t.col_factors = pointer<float>(factors.second);
              return t;
            }),
-           "Takes the products by address and dtype, and their shape as (banks, rows, cols).", py::kw_only(),
+           "Takes the products by address and dtype, and their shape as (banks, rows, cols). Factors are those of rows "
+           "and of columns.",
+           py::kw_only(),
            py::arg("dot"), py::arg("self_dot"), py::arg("shape"), py::arg("row0"), py::arg("scale"), py::arg("bias"),
-           py::arg("relations"), py::arg("reductions"), py::arg("threads"), py::arg("limits") = py::none());
+           py::arg("relations"), py::arg("reductions"), py::arg("threads"), py::arg("limits") = py::none(),
+           py::arg("factors") = std::pair<Address, Address>(0, 0));
 }
 
 void bind_reduce_similarity(py::module_& m) {
@@ -123,7 +128,7 @@ void bind_reduce_similarity(py::module_& m) {
       "similarity_backward",
       [](const ccu_tile& tile, std::tuple<Address, Address, int64_t, int64_t> rows,
          std::tuple<Address, Address, int64_t> cols, std::pair<Address, int32_t> grad,
-         std::pair<Address, Address> sums) {
+         std::pair<Address, Address> sums, bool add, Address col_sums) {
         ccu_similarity_backward_args a{};
         a.tile = tile;
         a.row_grad = pointer<float>(std::get<0>(rows));
@@ -137,11 +142,15 @@ void bind_reduce_similarity(py::module_& m) {
         a.grad_dtype = grad.second;
         a.scale_sums = pointer<double>(sums.first);
         a.bias_sums = pointer<double>(sums.second);
+        a.add = add;
+        a.col_sums = pointer<double>(col_sums);
         call("similarity_backward", ccu_similarity_backward, a);
       },
       "Writes grad = (address, dtype) and sums = (for scale, for bias) from rows = (gradients, results, stride of "
-      "reductions, stride of banks) and cols = (gradients, results, stride of reductions).",
-      py::arg("tile"), py::arg("rows"), py::arg("cols"), py::arg("grad"), py::arg("sums"));
+      "reductions, stride of banks) and cols = (gradients, results, stride of reductions). With add it adds to grad; to "
+      "col_sums it always does.",
+      py::arg("tile"), py::arg("rows"), py::arg("cols"), py::arg("grad"), py::arg("sums"), py::arg("add") = false,
+      py::arg("col_sums") = 0);
 
   m.def(
       "similarity_softmax",

@@ -35,6 +35,25 @@ inline Mode mode_of(const ccu_tile& t, int32_t relations) {
   return self == other && other ? Mode::kAll : Mode::kDiagonal;
 }
 
+// The usual problem: one lse of rows and at most one of columns over all OTHER pairs, beside reductions of pairs (i, i).
+struct Usual {
+  int row = -1, col = -1;  // which reductions they are; col is -1 if there is none
+  bool holds = false;
+
+  explicit Usual(const ccu_tile& t) {
+    if (t.row_limits != nullptr || t.col_limits != nullptr || t.row_labels != nullptr || t.row_ids != nullptr) return;
+    const auto find = [](const int32_t* codes, int n, int* at) {
+      for (int r = 0; r < n; ++r) {
+        if (!(relations_of(codes[r]) & kOther)) continue;
+        if (!is_lse(codes[r]) || *at >= 0) return false;
+        *at = r;
+      }
+      return true;
+    };
+    holds = find(t.row_codes, t.n_row, &row) && find(t.col_codes, t.n_col, &col) && row >= 0;
+  }
+};
+
 // The mode of a block of rows [first, last) and columns [begin, end): away from the diagonal there is nothing to check.
 inline Mode mode_of(const ccu_tile& t, int32_t relations, int64_t first, int64_t last, int64_t begin, int64_t end) {
   const Mode mode = mode_of(t, relations);
@@ -62,6 +81,16 @@ inline void widen(const ccu_tile& t, int64_t row, int64_t i, int64_t begin, int6
   widen(static_cast<const uint16_t*>(t.dot) + row * t.cols + begin, end - begin, out);
   const int64_t own = t.row0 + i;
   if (t.self_dot != nullptr && own >= begin && own < end) out[own - begin] = t.self_dot[row];
+}
+
+// The row times its factors; `row` is counted over all banks.
+inline void multiply(const ccu_tile& t, int64_t row, int64_t begin, int64_t end, float* out) {
+  const vf own = splat(t.row_factors[row]);
+  const float* dot = static_cast<const float*>(t.dot) + row * t.cols;
+  const float* factors = t.col_factors + row / t.rows * t.cols;
+  for_vectors(begin, end, [&](int64_t j, auto lanes) {
+    store(out + (j - begin), load<vf>(dot + j, lanes) * (own * load<vf>(factors + j, lanes)), lanes);
+  });
 }
 
 // Stands for similarities that no mode without a limit asks for.

@@ -135,15 +135,13 @@ inline float max(vf v) {
   return result;
 }
 
-// exp(x) to about 1 ulp; denormals and 0 below -87, inf above 88.7, NaN for NaN.
-inline vf exp(vf x) {
-  // exp(x) = 2^n * exp(r), n = round(x / ln 2). Below -104 the result is always 0, above 89 always inf.
-  // A NaN is the second operand and passes through.
-  x = max(splat(-104.0f), x);
-  x = min(splat(89.0f), x);
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const vf shifted = x * 1.44269504088896341f + magic;
-  const vf n = shifted - magic;
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+
+// exp(x) without the power of two: shifted - kMagic is that power's exponent, an integer, also in the low bits.
+inline vf exp_mantissa(vf x, vf* shifted) {
+  // exp(x) = 2^n * exp(r), n = round(x / ln 2).
+  *shifted = x * 1.44269504088896341f + kMagic;
+  const vf n = *shifted - kMagic;
   vf r = x - n * 0.693145751953125f;
   r = r - n * 1.42860682030941723e-6f;
   vf poly = splat(1.9875691500e-4f);
@@ -152,15 +150,36 @@ inline vf exp(vf x) {
   poly = poly * r + 4.1665795894e-2f;
   poly = poly * r + 1.6666665459e-1f;
   poly = poly * r + 5.0000001201e-1f;
-  poly = poly * (r * r) + r + 1.0f;
+  return poly * (r * r) + r + 1.0f;
+}
+
+// exp(x) to about 1 ulp; denormals and 0 below -87, inf above 88.7, NaN for NaN.
+inline vf exp(vf x) {
+  // Below -104 the result is always 0, above 89 always inf. A NaN is the second operand and passes through.
+  x = max(splat(-104.0f), x);
+  x = min(splat(89.0f), x);
+  vf shifted;
+  const vf mantissa = exp_mantissa(x, &shifted);
 #if defined(__AVX512F__)
-  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)poly, (__m512)n);
+  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)mantissa, (__m512)(shifted - kMagic));
 #else
   // 2^n in two factors, because n may reach -150 and 129, beyond a single exponent.
-  const vi exponent = (vi)shifted - (vi)splat(magic);
+  const vi exponent = (vi)shifted - (vi)splat(kMagic);
   const vi half = exponent >> 1;
-  return poly * (vf)((half + 127) << 23) * (vf)((exponent - half + 127) << 23);
+  return mantissa * (vf)((half + 127) << 23) * (vf)((exponent - half + 127) << 23);
 #endif
+}
+
+// The same with 0 for whatever is below e^-86, in fewer instructions. What x above 88 gives is not said.
+inline vf exp_of_normal(vf x) {
+  vf shifted;
+  const vf mantissa = exp_mantissa(x, &shifted);
+#if defined(__AVX512F__)
+  const vf value = (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)mantissa, (__m512)(shifted - kMagic));
+#else
+  const vf value = mantissa * (vf)(((vi)shifted << 23) + (127 << 23));
+#endif
+  return x < -86.0f ? splat(0.0f) : value;
 }
 
 // log(1 + exp(s)), to about 2 ulp, without overflow on either side.

@@ -4,7 +4,9 @@
 //                                                           softplus: g_ri / (1 + exp(-S_ij))
 //          + the same over column reductions with g_cj, out_cj
 //     grad = scale * G                        so that dX = grad Y and dY = grad^T X
-//     scale_sums_i = sum_j G_ij dot_ij        bias_sums_i = sum_j G_ij
+//     scale_sums_i = sum_j G_ij dot_ij        bias_sums_i = sum_j G_ij        col_sums_j = sum_i G_ij dot_ij
+//
+// With factors (of prefixes that are made unit vectors) grad takes them too, and is added to that of longer prefixes.
 //
 // Work: 4 bytes read and 4 (bf16: 2) written per pair, and one exponential for all lse together: with
 // w_ri = g_ri exp(c - out_ri), the same for columns, and one constant c, their part of G is exp(S_ij - c) (sum of the
@@ -198,60 +200,163 @@ void accumulate(const ccu_similarity_backward_args& a, const SharedExponential& 
   each(rest, [&](Kind kind, const Chooser& chooser, const PerColumn& column, int) { rest(kind, chooser, column); });
 }
 
+// What is summed up of a row.
+struct RowSums {
+  vf scale = splat(0.0f), bias = splat(0.0f);
+};
+
+// A row of the usual problem without its pair (i, i), from dot to grad in one pass.
+template <bool with_columns, bool with_factors, bool add_to, bool with_col_sums>
+void differentiate(const ccu_tile& t, const float* dot, int64_t count, float c, float row_weight,
+                   const float* col_weights, float row_factor, const float* col_factors, float* out, float* of_columns,
+                   RowSums& sums) {
+  const float offset = t.bias - c;
+  for_vectors(0, count, [&](int64_t j, auto lanes) {
+    const vf product = load<vf>(dot + j, lanes);
+    const vf factor = with_factors ? load<vf>(col_factors + j, lanes) * row_factor : splat(1.0f);
+    vf weight = splat(row_weight);
+    if (with_columns) weight += load<vf>(col_weights + j, lanes);
+    const vf e = exp_of_normal(product * (with_factors ? factor * t.scale : splat(t.scale)) + offset);
+    // Where nothing was chosen S is not bounded, and 0 * inf must not make a NaN.
+    vf g = in_use(lanes) ? (weight == 0.0f ? weight : weight * e) : splat(0.0f);
+    sums.bias += g;
+    if (with_factors) g *= factor;
+    const vf for_scale = g * product;
+    sums.scale += for_scale;
+    if (with_col_sums) store(of_columns + j, load<vf>(of_columns + j, lanes) + for_scale, lanes);
+    vf value = g * t.scale;
+    if (add_to) value += load<vf>(out + j, lanes);
+    store(out + j, value, lanes);
+  });
+}
+
+using Differentiate = decltype(&differentiate<true, true, true, true>);
+
+template <bool with_columns>
+Differentiate differentiate_with(bool factors, bool add_to, bool col_sums) {
+  if (!factors) return add_to ? differentiate<with_columns, false, true, false> : differentiate<with_columns, false, false, false>;
+  if (col_sums) return add_to ? differentiate<with_columns, true, true, true> : differentiate<with_columns, true, false, true>;
+  return add_to ? differentiate<with_columns, true, true, false> : differentiate<with_columns, true, false, false>;
+}
+
+// scale * G of a row times its factors, in place.
+void multiply_back(const ccu_tile& t, int64_t row, int64_t begin, int64_t end, float* g) {
+  const vf own = splat(t.row_factors[row]);
+  const float* factors = t.col_factors + row / t.rows * t.cols;
+  for_vectors(begin, end, [&](int64_t j, auto lanes) {
+    store(g + (j - begin), load<vf>(g + (j - begin)) * (own * load<vf>(factors + j, lanes)));
+  });
+}
+
 }  // namespace
 
 int similarity_backward(const ccu_similarity_backward_args& a) {
   const ccu_tile& t = a.tile;
-  if (a.grad_dtype != CCU_F32 && a.grad_dtype != CCU_BF16) return CCU_UNSUPPORTED;
+  if (a.grad_dtype != CCU_F32 && (a.grad_dtype != CCU_BF16 || a.add)) return CCU_UNSUPPORTED;
   const int64_t blocks = (t.rows + kRowBlock - 1) / kRowBlock;
   const SharedExponential exponential(a);
+  const Usual usual(t);
+  const bool at_once =
+      usual.holds && exponential.shared && t.dot_dtype == CCU_F32 && a.grad_dtype == CCU_F32;
+  const Differentiate differentiate_row =
+      usual.col < 0 ? differentiate_with<false>(t.row_factors != nullptr, a.add, a.col_sums != nullptr)
+                    : differentiate_with<true>(t.row_factors != nullptr, a.add, a.col_sums != nullptr);
+  std::unique_ptr<float[]> col_parts;  // [banks * blocks, cols], added up in this order
+  if (a.col_sums != nullptr) {
+    col_parts.reset(new (std::nothrow) float[t.banks * blocks * t.cols]);
+    if (!col_parts) return CCU_OUT_OF_MEMORY;
+  }
 
   parallel_for(t.banks * blocks, t.threads, [&](int64_t task) {
     const int64_t bank = task / blocks, first = task % blocks * kRowBlock;
     const int64_t last = std::min(first + kRowBlock, t.rows);
-    alignas(64) float g[kStripe + kLanes], widened[kStripe], widened_guide[kStripe];
+    alignas(64) float g[kStripe + kLanes], widened[kStripe], widened_guide[kStripe], of_columns[kStripe + kLanes];
     double scale_sum[kRowBlock] = {}, bias_sum[kRowBlock] = {};
     for (int64_t begin = 0; begin < t.cols; begin += kStripe) {
       const int64_t end = std::min(begin + kStripe, t.cols);
+      if (col_parts) std::fill(of_columns, of_columns + kStripe + kLanes, 0.0f);
       for (int64_t i = first; i < last; ++i) {
         const int64_t row = bank * t.rows + i;
-        const float* dot = widened;
-        if (t.dot_dtype == CCU_F32)
-          dot = static_cast<const float*>(t.dot) + row * t.cols + begin;
-        else
-          widen(t, row, i, begin, end, widened);
-        const float* alike = dot;
-        if (t.guide != nullptr && t.guide_dtype == CCU_F32) {
-          alike = static_cast<const float*>(t.guide) + row * t.cols + begin;
-        } else if (t.guide != nullptr) {
-          widen(static_cast<const uint16_t*>(t.guide) + row * t.cols + begin, end - begin, widened_guide);
-          alike = widened_guide;
-        }
-        accumulate(a, exponential, bank, Stripe{dot, alike, t.scale, t.bias, i, begin, end, g});
-        vf scale_part = splat(0.0f), bias_part = splat(0.0f);
-        for_vectors(begin, end, [&](int64_t j, auto lanes) {
-          float* slot = g + (j - begin);
-          const vf value = load<vf>(slot);
-          scale_part += value * load<vf>(dot + (j - begin), lanes);
-          bias_part += value;
-          store(slot, value * t.scale);
-        });
-        scale_sum[i - first] += sum(scale_part);
-        bias_sum[i - first] += sum(bias_part);
-        // Last, because grad may be dot itself.
-        const int64_t at = row * t.cols + begin;
-        if (a.grad_dtype == CCU_F32) {
-          std::copy(g, g + (end - begin), static_cast<float*>(a.grad) + at);
+        RowSums sums;
+        const auto any_way = [&](int64_t from, int64_t to) {
+          const float* dot = widened;
+          if (t.row_factors != nullptr)
+            multiply(t, row, from, to, widened);
+          else if (t.dot_dtype == CCU_F32)
+            dot = static_cast<const float*>(t.dot) + row * t.cols + from;
+          else
+            widen(t, row, i, from, to, widened);
+          const float* alike = dot;
+          if (t.guide != nullptr && t.guide_dtype == CCU_F32) {
+            alike = static_cast<const float*>(t.guide) + row * t.cols + from;
+          } else if (t.guide != nullptr) {
+            widen(static_cast<const uint16_t*>(t.guide) + row * t.cols + from, to - from, widened_guide);
+            alike = widened_guide;
+          }
+          accumulate(a, exponential, bank, Stripe{dot, alike, t.scale, t.bias, i, from, to, g});
+          for_vectors(from, to, [&](int64_t j, auto lanes) {
+            float* slot = g + (j - from);
+            const vf value = load<vf>(slot);
+            const vf for_scale = value * load<vf>(dot + (j - from), lanes);
+            sums.scale += for_scale;
+            sums.bias += value;
+            store(slot, value * t.scale);
+            float* of_column = of_columns + (j - begin);
+            if (col_parts) store(of_column, load<vf>(of_column, lanes) + for_scale, lanes);
+          });
+          if (t.row_factors != nullptr) multiply_back(t, row, from, to, g);
+          // Last, because grad may be dot itself.
+          const int64_t at = row * t.cols + from;
+          if (a.grad_dtype == CCU_F32) {
+            float* out = static_cast<float*>(a.grad) + at;
+            if (a.add)
+              for_vectors(0, to - from, [&](int64_t j, auto lanes) {
+                store(out + j, load<vf>(out + j, lanes) + load<vf>(g + j), lanes);
+              });
+            else
+              std::copy(g, g + (to - from), out);
+          } else {
+            bf16* out = static_cast<bf16*>(a.grad) + at;
+            for (int64_t j = 0; j < to - from; ++j) out[j] = from_float<bf16>(g[j]);
+          }
+        };
+        const auto in_one_pass = [&](int64_t from, int64_t to) {
+          const int64_t of_row = usual.row * a.row_reduction_stride + bank * a.row_bank_stride + i;
+          const float weight = a.row_grad[of_row] * exponential.factor(splat(a.row_out[of_row]))[0];
+          const float* weights = nullptr;
+          if (usual.col >= 0) weights = exponential.col_factors.get() + (usual.col * t.banks + bank) * t.cols + from;
+          differentiate_row(t, static_cast<const float*>(t.dot) + row * t.cols + from, to - from, exponential.c, weight,
+                            weights, t.row_factors ? t.row_factors[row] : 1.0f,
+                            t.col_factors ? t.col_factors + bank * t.cols + from : nullptr,
+                            static_cast<float*>(a.grad) + row * t.cols + from, of_columns + (from - begin), sums);
+        };
+        const int64_t own = t.diagonal ? t.row0 + i : -1;
+        if (!at_once) {
+          any_way(begin, end);
+        } else if (own < begin || own >= end) {
+          in_one_pass(begin, end);
         } else {
-          bf16* out = static_cast<bf16*>(a.grad) + at;
-          for (int64_t j = 0; j < end - begin; ++j) out[j] = from_float<bf16>(g[j]);
+          if (begin < own) in_one_pass(begin, own);
+          any_way(own, own + 1);
+          if (own + 1 < end) in_one_pass(own + 1, end);
         }
+        scale_sum[i - first] += sum(sums.scale);
+        bias_sum[i - first] += sum(sums.bias);
       }
+      if (col_parts) std::copy(of_columns, of_columns + (end - begin), col_parts.get() + task * t.cols + begin);
     }
     for (int64_t i = first; i < last; ++i) {
       a.scale_sums[bank * t.rows + i] = scale_sum[i - first];
       a.bias_sums[bank * t.rows + i] = bias_sum[i - first];
     }
+  });
+  if (!col_parts) return CCU_OK;
+  const int64_t stripes = (t.cols + kStripe - 1) / kStripe;
+  parallel_for(t.banks * stripes, t.threads, [&](int64_t task) {
+    const int64_t bank = task / stripes, begin = task % stripes * kStripe, end = std::min(begin + kStripe, t.cols);
+    double* total = a.col_sums + bank * t.cols;
+    for (int64_t block = bank * blocks; block < (bank + 1) * blocks; ++block)
+      for (int64_t j = begin; j < end; ++j) total[j] += col_parts[block * t.cols + j];
   });
   return CCU_OK;
 }

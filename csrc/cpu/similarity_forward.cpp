@@ -12,7 +12,8 @@
 // A task is a stripe of columns of one bank: it owns the running (shift, sum) of its columns, and leaves a partial
 // (shift, sum) per row, merged afterwards in stripe order. A block of a few rows of the stripe stays in the L1 cache:
 // its maximum c is the shift of E = exp(S - c), computed once, and every lse is a sum over E. A sum so small that terms
-// may have underflowed is recomputed with its own maximum, so no range of S is lost.
+// may have underflowed is recomputed with its own maximum, so no range of S is lost. Away from the diagonal of a problem
+// with one lse a side, the c of the block above mostly serves, and the block is read once.
 // Neither the tasks nor the order of additions depend on the number of threads.
 #include <algorithm>
 #include <memory>
@@ -62,7 +63,8 @@ struct Block {
     });
   }
 
-  // Points to the chunk itself, or to its fp32 form in `widened` when it is bf16; then does the same for the guide.
+  // Points to the chunk itself, or to a copy in `widened`: in fp32 when it is bf16, times its factors when it has any.
+  // Then does the same for the guide.
   void fetch(const ccu_tile& t, int64_t bank, float* widened, float* widened_guide) {
     fetch_dot(t, bank, widened);
     alike = dot;
@@ -78,12 +80,18 @@ struct Block {
 
   void fetch_dot(const ccu_tile& t, int64_t bank, float* widened) {
     const int64_t row = bank * t.rows + first;
-    if (t.dot_dtype == CCU_F32) {
+    if (t.dot_dtype == CCU_F32 && t.row_factors == nullptr) {
       dot = static_cast<const float*>(t.dot) + row * t.cols + begin;
       stride = t.cols;
       return;
     }
-    for (int64_t i = first; i < last; ++i) widen(t, row + (i - first), i, begin, end, widened + (i - first) * kStripe);
+    for (int64_t i = first; i < last; ++i) {
+      float* out = widened + (i - first) * kStripe;
+      if (t.dot_dtype == CCU_F32)
+        multiply(t, row + (i - first), begin, end, out);
+      else
+        widen(t, row + (i - first), i, begin, end, out);
+    }
     dot = widened;
     stride = kStripe;
   }
@@ -218,6 +226,109 @@ void reduce_columns(const Block& block, const Chooser& chooser, Kind kind, float
   });
 }
 
+// Terms exceed the shift by no more than this in exponents: their sums are far from infinity.
+constexpr float kHeadroom = 40.0f;
+
+// E of `count` rows from `dot` on, summed up by row and by column; returns how far the highest score is above the shift.
+template <int count, bool with_factors, bool with_columns>
+float add_exponentials(const ccu_tile& t, const float* dot, int64_t stride, const float* row_factors,
+                       const float* col_factors, int64_t width, float shift, float* row_sums, float* col_sums) {
+  vf total[count], top[count];
+  for (int i = 0; i < count; ++i) total[i] = splat(0.0f), top[i] = splat(-kInf);
+  const float offset = t.bias - shift;
+  for_vectors(0, width, [&](int64_t j, auto lanes) {
+    const vf by_column = with_factors ? load<vf>(col_factors + j, lanes) * t.scale : splat(t.scale);
+    vf column = splat(0.0f);
+    for (int i = 0; i < count; ++i) {
+      const vf factor = with_factors ? by_column * row_factors[i] : by_column;
+      const vf above = load<vf>(dot + i * stride + j, lanes) * factor + offset;  // S - shift
+      const vf e = in_use(lanes) ? exp_of_normal(above) : splat(0.0f);
+      top[i] = max(top[i], in_use(lanes) ? above : splat(-kInf));
+      total[i] += e;
+      column += e;
+    }
+    if (with_columns) store(col_sums + j, load<vf>(col_sums + j) + column);
+  });
+  float highest = -kInf;
+  for (int i = 0; i < count; ++i) {
+    row_sums[i] = sum(total[i]);
+    highest = std::max(highest, max(top[i]));
+  }
+  return highest;
+}
+
+// The sums of a block.
+struct Sums {
+  alignas(64) float rows[kRowBlock];
+  alignas(64) float cols[kStripe + kLanes];
+  float highest;  // score, above the shift
+
+  template <bool with_factors, bool with_columns>
+  void add(const ccu_tile& t, const Block& block, const float* row_factors, const float* col_factors, float shift) {
+    const int64_t count = block.last - block.first, width = block.end - block.begin;
+    highest = -kInf;
+    int64_t i = 0;
+    const auto next = [&](auto add_some, int64_t some) {
+      const float* of_rows = with_factors ? row_factors + i : nullptr;
+      const float top = add_some(t, block.dot + i * block.stride, block.stride, of_rows, col_factors, width, shift,
+                                 rows + i, cols);
+      highest = std::max(highest, top);
+      i += some;
+    };
+    while (i + 4 <= count) next(add_exponentials<4, with_factors, with_columns>, 4);
+    while (i < count) next(add_exponentials<1, with_factors, with_columns>, 1);
+  }
+};
+
+// Reduces a block in one pass with the shift of the block above; false where that shift does not fit, and nothing is
+// written. The next block gets its own.
+bool reduce_at_once(const ccu_similarity_forward_args& a, const Usual& usual, Block& block, int64_t bank, float& shift,
+                    float* widened, Partial* partials, int64_t per_reduction) {
+  const ccu_tile& t = a.tile;
+  Sums sums;
+  const bool factors = t.row_factors != nullptr, columns = usual.col >= 0;
+  if (columns) std::fill(sums.cols, sums.cols + kStripe + kLanes, 0.0f);
+  if (factors) {
+    const float* of_rows = t.row_factors + bank * t.rows + block.first;
+    const float* of_cols = t.col_factors + bank * t.cols + block.begin;
+    block.dot = static_cast<const float*>(t.dot) + (bank * t.rows + block.first) * t.cols + block.begin;
+    block.stride = t.cols;
+    if (columns)
+      sums.add<true, true>(t, block, of_rows, of_cols, shift);
+    else
+      sums.add<true, false>(t, block, of_rows, of_cols, shift);
+  } else {
+    block.fetch_dot(t, bank, widened);
+    if (columns)
+      sums.add<false, true>(t, block, nullptr, nullptr, shift);
+    else
+      sums.add<false, false>(t, block, nullptr, nullptr, shift);
+  }
+  const float used = shift;
+  if (!(sums.highest <= kHeadroom)) return false;
+  for (int64_t i = 0; i < block.last - block.first; ++i)
+    if (sums.rows[i] < kTrusted) return false;
+  if (columns)
+    for (int64_t j = 0; j < block.end - block.begin; ++j)
+      if (sums.cols[j] < kTrusted) return false;
+  if (sums.highest < -kHeadroom / 2) shift = used + sums.highest;
+  for (int r = 0; r < t.n_row; ++r)
+    for (int64_t i = block.first; i < block.last; ++i)
+      partials[r * per_reduction + i] = r == usual.row          ? Partial{used, sums.rows[i - block.first]}
+                                        : is_lse(t.row_codes[r]) ? Partial{-kInf, 0}
+                                                                 : Partial{0, 0};
+  if (!columns) return true;
+  const int64_t offset = usual.col * a.col_reduction_stride + bank * t.cols;
+  for_vectors(block.begin, block.end, [&](int64_t j, auto lanes) {
+    const vf before = load<vf>(a.col_max + offset + j, lanes), now = max(before, splat(used));
+    const vf total = load<vf>(sums.cols + (j - block.begin)) * exp(used - now), decay = exp(before - now);
+    double* running = a.col_sum + offset + j;
+    for (int lane = 0; lane < lanes.n; ++lane) running[lane] = running[lane] * decay[lane] + total[lane];
+    store(a.col_max + offset + j, now, lanes);
+  });
+  return true;
+}
+
 }  // namespace
 
 int similarity_forward(const ccu_similarity_forward_args& a) {
@@ -231,6 +342,7 @@ int similarity_forward(const ccu_similarity_forward_args& a) {
   for (int r = 0; r < t.n_row; ++r) row_lse |= is_lse(t.row_codes[r]) ? relations_of(t.row_codes[r]) : 0;
   for (int c = 0; c < t.n_col; ++c) col_lse |= is_lse(t.col_codes[c]) ? relations_of(t.col_codes[c]) : 0;
   const bool limited = t.row_limits != nullptr || t.col_limits != nullptr;
+  const Usual usual(t);
   parallel_for(t.banks * stripes, t.threads, [&](int64_t task) {
     const int64_t bank = task / stripes, stripe = task % stripes;
     alignas(64) float e[kRowBlock * kStripe];
@@ -238,8 +350,14 @@ int similarity_forward(const ccu_similarity_forward_args& a) {
     alignas(64) float widened_guide[kRowBlock * kStripe];
     const int64_t begin = stripe * kStripe, end = std::min(begin + kStripe, t.cols);
     Block block{nullptr, 0, t.scale, t.bias, 0, 0, begin, end, 0, false, e, nullptr, 0};
+    Partial* const of_stripe = partials.get() + (bank * stripes + stripe) * t.rows;
+    float shift = kInf;  // of the block above, if that has one
     for (block.first = 0; block.first < t.rows; block.first = block.last) {
       block.last = std::min(block.first + kRowBlock, t.rows);
+      const bool crosses = t.row0 + block.first < end && begin < t.row0 + block.last;  // the diagonal
+      if (usual.holds && shift < kInf && !(t.diagonal && crosses) &&
+          reduce_at_once(a, usual, block, bank, shift, widened, of_stripe, per_reduction))
+        continue;
       block.fetch(t, bank, widened, widened_guide);
       const auto mode_in = [&](const Chooser& chooser) {
         return mode_of(t, chooser, block.first, block.last, begin, end);
@@ -251,13 +369,14 @@ int similarity_forward(const ccu_similarity_forward_args& a) {
         if (limited && col_lse != 0) raise(Chooser::of_columns(t, bank, col_lse));
         if (!limited) raise(Chooser(t, bank, row_lse | col_lse));
         block.compute_exponentials(top);
+        shift = block.exponentials ? block.shift : kInf;
       }
       for (int r = 0; r < t.n_row; ++r) {
         const Chooser chooser = Chooser::of_rows(t, bank, relations_of(t.row_codes[r]));
         const auto reduce =
             pick(mode_in(chooser), reduce_row<Mode::kAll>, reduce_row<Mode::kDiagonal>, reduce_row<Mode::kGeneral>,
                  reduce_row<Mode::kAllLimited>, reduce_row<Mode::kDiagonalLimited>, reduce_row<Mode::kGeneralLimited>);
-        Partial* out = partials.get() + r * per_reduction + (bank * stripes + stripe) * t.rows;
+        Partial* out = of_stripe + r * per_reduction;
         for (int64_t i = block.first; i < block.last; ++i) out[i] = reduce(block, chooser, kind_of(t.row_codes[r]), i);
       }
       for (int c = 0; c < t.n_col; ++c) {

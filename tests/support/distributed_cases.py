@@ -707,6 +707,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "decoupled": ({"decoupled": True}, ("negatives",)),
     "margin": ({"margin": -0.1, "joint": ("x_to_y", "y_to_y")}, ("negatives", "hard_negatives")),
     "guide": ({"margin": -0.2, "symmetric": False}, ("guide",)),
+    "prefixes": ({"prefixes": (3, 8), "prefix_weights": (2.0, 1.0), "normalize": True}, ("ids", "hard_negatives")),
+    "prefixes with a margin": ({"prefixes": (3, 5, 8), "margin": 0.1}, ("negatives",)),
     "margin of both sides, and weights": ({"margin": 0.1, "debias": 0.02, "threshold": 1.0}, ("ids",)),
 }
 

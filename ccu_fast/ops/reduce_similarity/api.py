@@ -35,7 +35,7 @@ from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF, Rel
 DEFAULT_WORKSPACE = {"cpu": 288 << 20, "cuda": 4 << 30}
 
 # The sum over pairs (i, i), of which there is one: no other similarity is needed.
-_OWN = encode("sum", SELF)
+OWN_PAIRS = encode("sum", SELF)
 
 Reduction = tuple[str, int]
 
@@ -145,7 +145,7 @@ def reduce_similarity(
     name = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
     if not p.rows and not p.cols:  # nothing but counts
         tiles: tuple[list[Tensor], list[Tensor]] = ([], [])
-    elif p.diagonal and set(p.rows + p.cols) == {_OWN}:
+    elif p.diagonal and set(p.rows + p.cols) == {OWN_PAIRS}:
         with without_autocast(p.x.device):
             tiles = reference.own_pairs(p.without_ignored())
     elif name == "reference" or not (p.x.numel() and p.y.numel()):
@@ -198,8 +198,12 @@ def build_problem(
     row_limits: Tensor | None = None,
     col_limits: Tensor | None = None,
     guide: tuple[Tensor, Tensor] | None = None,
+    prefixes: tuple[int, ...] = (),
 ) -> tuple[SimilarityProblem, tuple[int, ...], list[Reduction], list[Reduction]]:
-    """The checked arguments of :func:`reduce_similarity`: the problem, its leading dimensions, both specs as asked."""
+    """The checked arguments of :func:`reduce_similarity`: the problem, its leading dimensions, both specs as asked.
+
+    With ``prefixes`` limits may have one more dimension in front.
+    """
     check.tensor("x", x)
     check.tensor("y", y)
     check.same("y", y, "x", x, dtype=False)
@@ -241,8 +245,9 @@ def build_problem(
         raise ValueError("guide: expected row_limits or col_limits beside it, got neither")
     scale = as_scalar("scale", scale, x)
     # What no reduction asks for costs nothing.
-    row_limits = _limits("row_limits", row_limits, row_spec, lead, n, scale)
-    col_limits = _limits("col_limits", col_limits, col_spec, lead, m, scale)
+    sets = (len(prefixes), *lead) if prefixes else lead
+    row_limits = _limits("row_limits", row_limits, row_spec, sets, n, scale)
+    col_limits = _limits("col_limits", col_limits, col_spec, sets, m, scale)
     guide_x, guide_y = (None, None) if guide is None else _guide(guide, lead, n, m, x, scale.dtype)
     if row_limits is None and col_limits is None:
         guide_x = guide_y = None
@@ -263,6 +268,7 @@ def build_problem(
         col_limits=col_limits,
         guide_x=guide_x,
         guide_y=guide_y,
+        prefixes=prefixes,
     )
     return p, lead, row_spec, col_spec
 

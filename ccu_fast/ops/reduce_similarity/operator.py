@@ -22,9 +22,9 @@ from ccu_fast.ops.reduce_similarity.problem import Gradients, SimilarityProblem,
 _FIELDS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_labels, Tensor? col_labels, "
     "Tensor? row_ids, Tensor? col_ids, Tensor? row_limits, Tensor? col_limits, Tensor? guide_x, Tensor? guide_y, "
-    "bool diagonal, int[] rows, int[] cols"
+    "bool diagonal, int[] rows, int[] cols, int[] prefixes, bool unit"
 )
-_N_KEYED, _N_TENSORS, _N_FIELDS = 8, 12, 15
+_N_KEYED, _N_TENSORS, _N_FIELDS = 8, 12, 17
 # With fewer frozen keys what has to be kept is small, and many rows or banks at a time make better GEMMs.
 MANY_KEYS = 4096
 # What one small kernel each way does sooner than the launches of the large ones: pairs in all, and of one item.
@@ -54,13 +54,14 @@ def flat(p: SimilarityProblem) -> tuple[Any, ...]:
     """The fields in order, in the types an operator schema knows."""
     keyed = (p.x, p.y, p.scale, p.bias, p.row_labels, p.col_labels, p.row_ids, p.col_ids)
     limits = (p.row_limits, p.col_limits, p.guide_x, p.guide_y)
-    return (*keyed, *limits, p.diagonal, list(p.rows), list(p.cols))
+    return (*keyed, *limits, p.diagonal, list(p.rows), list(p.cols), list(p.prefixes), p.unit)
 
 
 def _problem(args: Sequence[Any]) -> SimilarityProblem:
     """The inverse of :func:`flat`, of an operator's first arguments."""
-    diagonal, rows, cols = args[_N_TENSORS:_N_FIELDS]
-    return SimilarityProblem(*(*args[:_N_KEYED], diagonal, tuple(rows), tuple(cols), *args[_N_KEYED:_N_TENSORS]))
+    diagonal, rows, cols, prefixes, unit = args[_N_TENSORS:_N_FIELDS]
+    spec = (diagonal, tuple(rows), tuple(cols))
+    return SimilarityProblem(*args[:_N_KEYED], *spec, *args[_N_KEYED:_N_TENSORS], tuple(prefixes), unit)
 
 
 def run_forward(p: SimilarityProblem, backend: str, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,8 +98,8 @@ def run_backward(
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     p = _problem(args)
     backend, workspace, keep = args[_N_FIELDS:]
-    row_out = p.x.new_empty((len(p.rows), p.banks, p.n), dtype=torch.float32)
-    col_out = p.x.new_empty((len(p.cols), p.banks, p.m), dtype=torch.float32)
+    row_out = p.x.new_empty((len(p.rows), p.sets, p.n), dtype=torch.float32)
+    col_out = p.x.new_empty((len(p.cols), p.sets, p.m), dtype=torch.float32)
     stash = p.x.new_empty(load("reduce_similarity", backend).stash_shape(p, workspace, keep), dtype=torch.float32)
     return row_out, col_out, stash
 
@@ -157,9 +158,9 @@ class SimilarityReduction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, row_out, col_out, stash = ctx.saved_tensors
-        diagonal, rows, cols, backend, workspace, _ = ctx.rest
+        *spec, backend, workspace, _ = ctx.rest
         needs = list(ctx.needs_input_grad[:4])
-        problem = (*tensors, diagonal, rows, cols)
+        problem = (*tensors, *spec)
         kept = (row_out, col_out, stash, needs, backend, workspace)
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             outside_transforms("reduce_similarity", grad_rows, grad_cols)
@@ -172,4 +173,4 @@ class SimilarityReduction(torch.autograd.Function):
         elif torch.is_grad_enabled():
             call = twice_differentiable(_backward, _backward_again)
         grads = call(*incoming, *problem, *kept)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 14)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 16)

@@ -56,6 +56,10 @@ class SimilarityProblem:
             reduction of that side has OTHER.
         guide_x, guide_y: ``[1 or B, N, Dg]`` and ``[1 or B, M, Dg]`` whose products are the similarities that limits
             look at, in a dtype of their own; None for x and y themselves.
+        prefixes: ascending numbers of dimensions; each makes an S of its own, of that many of the first dimensions.
+            The results, and limits that are not shared, are then ``[P · B, …]``, all banks of one prefix after those of
+            the one before.
+        unit: every prefix of x and y is made a unit vector; x and y are such vectors, and ``guide`` remains as it is.
     """
 
     x: Tensor
@@ -73,6 +77,8 @@ class SimilarityProblem:
     col_limits: Tensor | None = None
     guide_x: Tensor | None = None
     guide_y: Tensor | None = None
+    prefixes: tuple[int, ...] = ()
+    unit: bool = False
 
     def without_ignored(self) -> SimilarityProblem:
         """The same problem with the items that no pair counts set to zero.
@@ -87,6 +93,11 @@ class SimilarityProblem:
     def banks(self) -> int:
         # Not the larger of the two: no bank at all on one side is no bank.
         return self.y.shape[0] if self.x.shape[0] == 1 else self.x.shape[0]
+
+    @property
+    def sets(self) -> int:
+        """How many S there are."""
+        return self.banks * max(len(self.prefixes), 1)
 
     @property
     def limited(self) -> bool:

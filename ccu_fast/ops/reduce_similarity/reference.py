@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ccu_fast.ops.l2_normalize.api import EPS
 from ccu_fast.ops.reduce_similarity.problem import Gradients, Incoming, SimilarityProblem, decode
 from ccu_fast.ops.reduce_similarity.relations import limited_relations
 
@@ -17,6 +18,10 @@ def reduce(p: SimilarityProblem) -> tuple[list[Tensor], list[Tensor]]:
 
     Computes in fp64 for fp64 inputs, in fp32 otherwise.
     """
+    if p.prefixes:
+        sides = zip(*(reduce(of_prefix(p, k)) for k in range(len(p.prefixes))), strict=True)
+        rows, cols = ([torch.cat(results) for results in zip(*side, strict=True)] for side in sides)
+        return rows, cols
     compute = torch.float64 if p.x.dtype == torch.float64 else torch.float32
     dots = torch.matmul(p.x.to(compute), p.y.to(compute).mT)
     s = p.scale.to(compute) * dots
@@ -27,6 +32,17 @@ def reduce(p: SimilarityProblem) -> tuple[list[Tensor], list[Tensor]]:
         [_reduce(s, of_rows, code, dim=-1) for code in p.rows],
         [_reduce(s, of_cols, code, dim=-2) for code in p.cols],
     )
+
+
+def of_prefix(p: SimilarityProblem, k: int) -> SimilarityProblem:
+    """The problem that one prefix is."""
+    compute = torch.float64 if p.x.dtype == torch.float64 else torch.float32
+    x, y = (t[..., : p.prefixes[k]] for t in (p.x, p.y))
+    if p.unit and p.prefixes[k] < p.x.shape[-1]:
+        x, y = (torch.nn.functional.normalize(t.to(compute), dim=-1, eps=EPS) for t in (x, y))
+    banks = slice(k * p.banks, (k + 1) * p.banks)
+    row, col = (None if t is None else t if t.shape[0] == 1 else t[banks] for t in (p.row_limits, p.col_limits))
+    return replace(p, x=x, y=y, row_limits=row, col_limits=col, prefixes=(), unit=False)
 
 
 def own_pairs(p: SimilarityProblem) -> tuple[list[Tensor], list[Tensor]]:
@@ -105,7 +121,7 @@ def differentiable_backward(p: SimilarityProblem, grad_rows: Tensor, grad_cols: 
 
 
 def _stack(results: list[Tensor], p: SimilarityProblem, items: int) -> Tensor:
-    return torch.stack(results) if results else p.scale.new_empty((0, p.banks, items))
+    return torch.stack(results) if results else p.scale.new_empty((0, p.sets, items))
 
 
 def _relative(code: int, own: Tensor, shift: Tensor, grad: Tensor) -> Tensor:

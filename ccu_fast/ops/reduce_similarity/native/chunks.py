@@ -76,7 +76,7 @@ class _Chunk:
         return results[:, self.of_banks].data_ptr()
 
 
-def _scratch(workspace: int) -> int:
+def scratch_bytes(workspace: int) -> int:
     """Bytes of a chunk: a quarter of the workspace at most."""
     return min(workspace // 4, _LARGEST_CHUNK)
 
@@ -91,7 +91,7 @@ def _cut(
     banks: int, n: int, m: int, workspace: int, stash: int, dtype: torch.dtype, guided: torch.dtype | None
 ) -> list[_Chunk]:
     """The chunks in order, of which the first are kept: as many as fit into the ``stash``, which is in words."""
-    scratch = _scratch(workspace) // (dtype.itemsize + (0 if guided is None else guided.itemsize))
+    scratch = scratch_bytes(workspace) // (dtype.itemsize + (0 if guided is None else guided.itemsize))
     group, rows = 1, n
     if n * m <= scratch or n <= _FEWEST_ROWS:
         group = max(1, scratch // (n * m))
@@ -122,13 +122,13 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
     all_pairs, fewest = banks * n * m, _FEWEST_ROWS * m
     # For symbols only torch's minimum avoids a branch; for numbers it costs as much as a small problem's arithmetic.
     least, most = (min, max) if isinstance(all_pairs, int) else (torch.sym_min, torch.sym_max)
-    pairs = least(all_pairs, most((workspace - _scratch(workspace)) // dtype.itemsize, fewest))
+    pairs = least(all_pairs, most((workspace - scratch_bytes(workspace)) // dtype.itemsize, fewest))
     return (_HEADER + (pairs * dtype.itemsize + 3) // 4,)
 
 
-def gemm_dtype(p: SimilarityProblem) -> torch.dtype:
+def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the GEMMs multiply: bf16 if the CPU has it and the inputs' dtype or the matmul precision asks for it."""
-    wanted = p.x.dtype == torch.bfloat16 or (p.x.dtype == torch.float32 and fp32_precision("cpu") == "medium")
+    wanted = dtype == torch.bfloat16 or (dtype == torch.float32 and fp32_precision("cpu") == "medium")
     return torch.bfloat16 if wanted and has_bf16() else torch.float32
 
 
@@ -175,11 +175,18 @@ class Operands:
         return self.p.y.to(self.dtype)
 
     def tile(
-        self, dot: Tensor, banks: slice, rows: slice, cols: slice = slice(0, None), guide: Tensor | None = None
+        self,
+        dot: Tensor,
+        banks: slice,
+        rows: slice,
+        cols: slice = slice(0, None),
+        guide: Tensor | None = None,
+        limits_of: slice | None = None,
+        factors: tuple[int, int] = (0, 0),
     ) -> _C.Tile:
         """What C++ has to know about a part of S whose products are ``dot``, ``[banks, rows, cols]``.
 
-        ``guide`` are those of the guide, in the same shape.
+        ``guide`` are those of the guide, in the same shape. Limits are those of the banks, or of ``limits_of``.
         """
         # self holds it until the next tile, because C++ reads it through an address.
         self.own = None if self.self_dot is None else self.self_dot[banks, rows].contiguous()
@@ -193,7 +200,8 @@ class Operands:
             relations=self._relations(banks, rows, cols),
             reductions=self.reductions,
             threads=self.threads,
-            limits=None if self.unlimited else self._limits(banks, rows, cols, guide),
+            limits=None if self.unlimited else self._limits(limits_of or banks, rows, cols, guide),
+            factors=factors,
         )
 
     def _limits(self, banks: slice, rows: slice, cols: slice, guide: Tensor | None) -> _C.Limits:
@@ -272,7 +280,7 @@ class _Guide:
 
 def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row results ``[R, B, N]``, column results ``[C, B, M]`` and the kept chunks, flat."""
-    dtype = gemm_dtype(p)
+    dtype = gemm_dtype(p.x.dtype)
     banks, n, m = _sizes(p)
     size = stash_shape(p, workspace, keep)[0]
     chunks = _cut(banks, n, m, workspace, size, dtype, _guide_dtype(p))
@@ -297,11 +305,16 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
             (chunk.rows_of(row_out), row_out.stride(0), row_out.stride(1)),
             (chunk.cols_of(col_max), chunk.cols_of(col_sum), col_max.stride(0)),
         )
-    col_out = torch.empty_like(col_max)
+    return row_out, column_results(p, col_max, col_sum), stash
+
+
+def column_results(p: SimilarityProblem, peaks: Tensor, sums: Tensor) -> Tensor:
+    """What C++ has left of the columns, all chunks together, as results."""
+    results = torch.empty_like(peaks)
     for c, code in enumerate(p.cols):
         is_lse = code - code % 8 == CODES["lse"]
-        col_out[c] = col_max[c] + col_sum[c].log() if is_lse else col_sum[c]
-    return row_out, col_out, stash
+        results[c] = peaks[c] + sums[c].log() if is_lse else sums[c]
+    return results
 
 
 def backward(
@@ -314,7 +327,7 @@ def backward(
     """
     grad_rows, grad_cols, row_out, col_out = incoming
     # The choice of the forward pass, even if the precision setting has changed since.
-    dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if stash.numel() else gemm_dtype(p)
+    dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if stash.numel() else gemm_dtype(p.x.dtype)
     banks, n, m = _sizes(p)
     chunks = _cut(banks, n, m, workspace, stash.numel(), dtype, _guide_dtype(p))
     native, guide = Operands(p, dtype), _Guide(p, chunks)

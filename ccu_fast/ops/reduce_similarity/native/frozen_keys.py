@@ -56,7 +56,7 @@ def _parts(p: SimilarityProblem, stash: Tensor) -> tuple[Tensor, Tensor]:
 
 def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row results ``[R, 1, N]``, column results ``[0, 1, M]`` and the parts of all groups."""
-    groups, dtype = _groups(p), gemm_dtype(p)
+    groups, dtype = _groups(p), gemm_dtype(p.x.dtype)
     native = Operands(p, dtype, tuple(encode("lse", group) for group in groups))
     stash = torch.zeros(stash_shape(p, workspace, keep), **FP32)
     total, mean = _parts(p, stash)

@@ -1,0 +1,171 @@
+"""reduce_similarity of several prefixes of the same features, as Matryoshka representations are trained with.
+
+On a CPU one operator serves all prefixes (see :mod:`native.prefixes <.native.prefixes>`); elsewhere they are a loop.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import check
+from ccu_fast.ops.backend import choose, load, reverse_mode_alone
+from ccu_fast.ops.operator import constant
+from ccu_fast.ops.reduce_similarity.api import (
+    OWN_PAIRS,
+    Reduction,
+    assemble,
+    build_problem,
+    normalize_pair,
+    reduce_similarity,
+    workspace_bytes,
+)
+from ccu_fast.ops.reduce_similarity.operator import SimilarityReduction, flat
+from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
+from ccu_fast.ops.reduce_similarity.relations import Relation, count_relations
+
+Results = tuple[list[Tensor], list[Tensor]]
+
+
+def reduce_prefixes(
+    x: Tensor,
+    y: Tensor,
+    *,
+    prefixes: Sequence[int],
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor | None = None,
+    row_labels: Tensor | None = None,
+    col_labels: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    paired: bool | None = None,
+    row_limits: Tensor | None = None,
+    col_limits: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
+    rows: Sequence[Reduction] = (),
+    cols: Sequence[Reduction] = (),
+    normalize: bool = False,
+    backend: str = "auto",
+    workspace: int | None = None,
+    nan_policy: str = "propagate",
+) -> Results:
+    """Reduce the similarities that each of several prefixes of the features makes::
+
+        for d in prefixes:                                           # u = F.normalize where normalize, else the identity
+            reduce_similarity(u(x[..., :d]), u(y[..., :d]), ...)     # all results stacked
+
+    The products of a prefix are those of the shorter one and some more, and the gradients of x and y telescope, so that
+    on a CPU all prefixes together cost the products of the longest one. On a GPU, over ranks and where a CPU multiplies
+    bf16, they are a loop.
+
+    Args:
+        x: ``[..., N, D]``; y: ``[..., M, D]``: as of :func:`ccu_fast.reduce_similarity`.
+        prefixes: ascending numbers of dimensions, each in [1, D].
+        scale, bias: numbers or one-element tensors (gradient flows).
+        row_labels, col_labels, row_ids, col_ids, paired: as there; the same for every prefix.
+        row_limits: ``[N]``, ``[..., N]``, or ``[P, ..., N]`` with those of each prefix, of which there are P.
+        col_limits: ``[M]``, ``[..., M]`` or ``[P, ..., M]``.
+        guide: as there; taken whole, and the same for every prefix.
+        rows, cols: the reductions, as there.
+        normalize: make every prefix a unit vector.
+        backend, workspace, nan_policy: as there.
+
+    Returns:
+        Two lists, in the order asked: row results ``[P, ..., N]`` and column results ``[P, ..., M]``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: prefixes that do not ascend or do not fit; else as there.
+
+    Source: the sums of Kusupati et al. 2022 (arXiv 2205.13147), eq. 1, need these.
+
+    >>> rows, _ = ccu_fast.reduce_prefixes(torch.eye(3), torch.eye(3), prefixes=(1, 3), rows=[("sum", ccu_fast.ALL)])
+    >>> rows
+    [tensor([[1., 0., 0.],
+            [1., 1., 1.]])]
+    """
+    check.tensor("x", x)
+    prefixes = checked_prefixes(prefixes)
+    fit(prefixes, x)
+    options: dict[str, Any] = {
+        "row_labels": row_labels, "col_labels": col_labels, "row_ids": row_ids, "col_ids": col_ids, "paired": paired,
+        "rows": rows, "cols": cols, "nan_policy": nan_policy,
+        "row_limits": row_limits, "col_limits": col_limits, "guide": guide,
+    }  # fmt: skip
+    name = choose(backend, "reduce_similarity", x.device, x.dtype)
+    check.boolean("normalize", normalize)
+    pair = normalize_pair(x, y, backend, row_labels, col_labels) if normalize else (x, y)
+    p, lead, row_spec, col_spec = build_problem(*pair, scale, bias, prefixes=prefixes, **options)
+    few = not (p.rows or p.cols) or (p.diagonal and set(p.rows + p.cols) == {OWN_PAIRS})
+    if few or name == "triton" or (name == "native" and not _at_once(p.x.dtype)) or not (p.x.numel() and p.y.numel()):
+        how = {"normalize": normalize, "backend": backend, "workspace": workspace}
+        return of_each_prefix(reduce_similarity, x, y, prefixes=prefixes, scale=scale, bias=bias, **options, **how)
+    p = replace(p, unit=normalize)
+    inputs = (p.x, p.y, p.scale, p.bias)
+    reverse_mode_alone("reduce_prefixes", *inputs)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    named = "native.prefixes" if name == "native" else name
+    row_out, col_out = SimilarityReduction.apply(*flat(p), named, workspace_bytes(workspace, x.device), keep)
+    row_counts, col_counts = (functools.partial(_counts, p, along_rows=side) for side in (True, False))
+    rows_shape, cols_shape = ((len(prefixes), *lead, items) for items in (p.n, p.m))
+    of_rows, of_cols = (t.unbind(0) for t in (row_out.view(-1, *rows_shape), col_out.view(-1, *cols_shape)))
+    return (
+        assemble(row_spec, iter(of_rows), row_counts, rows_shape, limited=p.row_limits is not None),
+        assemble(col_spec, iter(of_cols), col_counts, cols_shape, limited=p.col_limits is not None),
+    )
+
+
+def checked_prefixes(prefixes: Any) -> tuple[int, ...]:
+    """Ascending numbers of dimensions."""
+    if not isinstance(prefixes, tuple | list) or not prefixes:
+        raise TypeError(f"prefixes: expected ascending numbers of dimensions such as (64, 128, 256), got {prefixes!r}")
+    checked = tuple(check.integer("prefixes", d, low=1) for d in prefixes)
+    if any(a >= b for a, b in zip(checked, checked[1:], strict=False)):
+        raise ValueError(f"prefixes: expected ascending numbers, got {checked}")
+    return checked
+
+
+def fit(prefixes: tuple[int, ...], x: Tensor) -> None:
+    """Refuse prefixes that are longer than the features."""
+    if x.ndim and prefixes[-1] > x.shape[-1]:
+        raise ValueError(f"prefixes: expected at most {x.shape[-1]} dimensions (those of x), got {prefixes[-1]}")
+
+
+def of_each_prefix(
+    reduce: Callable[..., Results],
+    x: Tensor,
+    y: Tensor,
+    *,
+    prefixes: Sequence[int],
+    row_limits: Tensor | None = None,
+    col_limits: Tensor | None = None,
+    **options: Any,
+) -> Results:
+    """:func:`reduce_prefixes` as a loop over any function that reduces."""
+    lead = len(check.leading("y", y.shape[:-2], x.shape[:-2]))
+
+    def limit(limits: Tensor | None, k: int) -> Tensor | None:
+        return limits if limits is None or limits.ndim < lead + 2 else limits[k if len(limits) > 1 else 0]
+
+    sides = [
+        reduce(x[..., :d], y[..., :d], row_limits=limit(row_limits, k), col_limits=limit(col_limits, k), **options)
+        for k, d in enumerate(prefixes)
+    ]
+    rows, cols = ([torch.stack(results) for results in zip(*side, strict=True)] for side in zip(*sides, strict=True))
+    return rows, cols
+
+
+@constant
+def _at_once(dtype: torch.dtype) -> bool:
+    serves: bool = load("reduce_similarity", "native.prefixes").serves(dtype)
+    return serves
+
+
+def _counts(p: SimilarityProblem, *, along_rows: bool) -> dict[Relation, Tensor]:
+    """Those of one prefix, for each of them."""
+    by_relation = count_relations(p, along_rows=along_rows)
+    return {relation: t.expand(p.banks, -1).repeat(len(p.prefixes), 1) for relation, t in by_relation.items()}
