@@ -4,7 +4,8 @@
     python -m benchmarks.variants --items 1024 --only "hard negatives" hardness
 
 Loss and the gradients of all features. Torch's loss is the few lines that one would write, on stored logits. InfoNCE is
-ours, of the same FLOPs: as many pairs as the variant has (of prefixes: the whole alone). All three take turns; ratios are medians over the rounds.
+ours, of the same FLOPs: as many pairs as the variant has (of prefixes: the whole alone). All three take turns; ratios
+are medians over the rounds.
 Nothing is timed before loss and gradients are right: at 384 items, with an error against float64 of at most twice that
 of torch in fp32, or a few units in the last place. Memory is the peak of one call beyond its inputs. Writes
 variants.json beside this file and the table in docs/losses.md.

@@ -135,14 +135,7 @@ class Contrast:
         self.of_guide, v = reduce, self.variant
         self.normalize = check.boolean("normalize", self.options.pop("normalize", False))
         if v.prefixes:
-            reduce, of_banks = (
-                functools.partial(
-                    *((reduce_prefixes,) if f is reduce_similarity else (of_each_prefix, f)),
-                    prefixes=v.prefixes,
-                    normalize=self.normalize,
-                )
-                for f in (reduce, of_banks)
-            )
+            reduce, of_banks = (self._of_prefixes(f) for f in (reduce, of_banks))
         elif self.normalize:
             self._normalize()
         self.reduce, self.of_banks = reduce, of_banks
@@ -163,6 +156,13 @@ class Contrast:
             rests = self._rests(1.0, pairs)
         sides = [self._side(p, r) for p, r in zip(positives, rests, strict=True)]
         return [part for side in sides for part in self._parts(side)] if v.prefixes else sides
+
+    def _of_prefixes(self, reduce: Reduce) -> Reduce:
+        """The same reductions of every prefix, which are made unit vectors there."""
+        options: dict[str, Any] = {"prefixes": self.variant.prefixes, "normalize": self.normalize}
+        if reduce is reduce_similarity:
+            return functools.partial(reduce_prefixes, **options)
+        return functools.partial(of_each_prefix, reduce, **options)
 
     def _parts(self, side: Side) -> list[Side]:
         """A side of each prefix, whose mean is the weighted sum."""

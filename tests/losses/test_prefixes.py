@@ -109,12 +109,17 @@ def test_one_whole_prefix_is_the_loss_itself() -> None:
     x, y = torch.randn(N, D), torch.randn(N, D)
     for normalize in (False, True):
         torch.testing.assert_close(
-            info_nce(x, y, scale=3.0, prefixes=(D,), normalize=normalize), info_nce(x, y, scale=3.0, normalize=normalize)
+            info_nce(x, y, scale=3.0, prefixes=(D,), normalize=normalize),
+            info_nce(x, y, scale=3.0, normalize=normalize),
         )
 
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"prefix_weights": (1.0,)}, ValueError, "prefixes: expected numbers of dimensions because prefix_weights is given"),
+    (
+        {"prefix_weights": (1.0,)},
+        ValueError,
+        "prefixes: expected numbers of dimensions because prefix_weights is given",
+    ),
     ({"prefixes": (2, 4), "prefix_weights": (1.0,)}, TypeError, "prefix_weights: expected a number for each of the 2"),
     ({"prefixes": (2, 4), "prefix_weights": (1.0, "a")}, TypeError, "prefix_weights: expected a number, got str"),
     ({"prefixes": (2, 4), "prefix_weights": (1.0, torch.nan)}, ValueError, "prefix_weights: expected a finite number"),

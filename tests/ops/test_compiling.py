@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,19 @@ def test_opcheck(dtype: torch.dtype, keys: bool, workspace: int, limits: bool, n
             torch.ops.ccu_fast.reduce_similarity_backward.default,
             (*incoming, *flat(p), row_out, col_out, stash, needs, native, workspace),
         )
+
+
+@pytest.mark.parametrize("workspace", [0, 1 << 28])
+@pytest.mark.parametrize("unit", [True, False])
+def test_opcheck_of_prefixes(unit: bool, workspace: int) -> None:
+    p = replace(problem(torch.float32, keys=not unit, bias=True, shared=unit, limits=False), prefixes=(2, 5), unit=unit)
+    op = torch.ops.ccu_fast.reduce_similarity
+    how = ("native.prefixes", workspace)
+    torch.library.opcheck(op.default, (*flat(p), *how, True))
+    row_out, col_out, stash = op(*flat(p), *how, True)
+    results = (torch.randn_like(row_out), torch.randn_like(col_out)), (row_out, col_out, stash)
+    args = (*results[0], *flat(p), *results[1], [True] * 4, *how)
+    torch.library.opcheck(torch.ops.ccu_fast.reduce_similarity_backward.default, args)
 
 
 def test_a_constant_is_marked_as_torch_marks_it() -> None:

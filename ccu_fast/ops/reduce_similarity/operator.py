@@ -60,8 +60,8 @@ def flat(p: SimilarityProblem) -> tuple[Any, ...]:
 def _problem(args: Sequence[Any]) -> SimilarityProblem:
     """The inverse of :func:`flat`, of an operator's first arguments."""
     diagonal, rows, cols, prefixes, unit = args[_N_TENSORS:_N_FIELDS]
-    spec = (diagonal, tuple(rows), tuple(cols))
-    return SimilarityProblem(*args[:_N_KEYED], *spec, *args[_N_KEYED:_N_TENSORS], tuple(prefixes), unit)
+    keyed, limits = args[:_N_KEYED], args[_N_KEYED:_N_TENSORS]
+    return SimilarityProblem(*(*keyed, diagonal, tuple(rows), tuple(cols), *limits, tuple(prefixes), unit))
 
 
 def run_forward(p: SimilarityProblem, backend: str, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ On a CPU one operator serves all prefixes (see :mod:`native.prefixes <.native.pr
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -56,7 +57,7 @@ def reduce_prefixes(
 ) -> Results:
     """Reduce the similarities that each of several prefixes of the features makes::
 
-        for d in prefixes:                                           # u = F.normalize where normalize, else the identity
+        for d in prefixes:                                           # u(t) = F.normalize(t) if normalize else t
             reduce_similarity(u(x[..., :d]), u(y[..., :d]), ...)     # all results stacked
 
     The products of a prefix are those of the shorter one and some more, and the gradients of x and y telescope, so that
@@ -102,7 +103,7 @@ def reduce_prefixes(
     p, lead, row_spec, col_spec = build_problem(*pair, scale, bias, prefixes=prefixes, **options)
     few = not (p.rows or p.cols) or (p.diagonal and set(p.rows + p.cols) == {OWN_PAIRS})
     if few or name == "triton" or (name == "native" and not _at_once(p.x.dtype)) or not (p.x.numel() and p.y.numel()):
-        how = {"normalize": normalize, "backend": backend, "workspace": workspace}
+        how: dict[str, Any] = {"normalize": normalize, "backend": backend, "workspace": workspace}
         return of_each_prefix(reduce_similarity, x, y, prefixes=prefixes, scale=scale, bias=bias, **options, **how)
     p = replace(p, unit=normalize)
     inputs = (p.x, p.y, p.scale, p.bias)
@@ -124,7 +125,7 @@ def checked_prefixes(prefixes: Any) -> tuple[int, ...]:
     if not isinstance(prefixes, tuple | list) or not prefixes:
         raise TypeError(f"prefixes: expected ascending numbers of dimensions such as (64, 128, 256), got {prefixes!r}")
     checked = tuple(check.integer("prefixes", d, low=1) for d in prefixes)
-    if any(a >= b for a, b in zip(checked, checked[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(checked)):
         raise ValueError(f"prefixes: expected ascending numbers, got {checked}")
     return checked
 

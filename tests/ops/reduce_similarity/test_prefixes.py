@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ccu_fast
 from ccu_fast import ALL, OTHER, SAME, SELF, reduce_prefixes, reduce_similarity
+from ccu_fast.ops.reduce_similarity.api import build_problem
 from ccu_fast.ops.reduce_similarity.native import prefixes as native
 from tests.support.oracle import unit
 from tests.support.tolerance import assert_three_way
@@ -57,7 +60,9 @@ def differentiate(
     return named | dict(zip(("dx", "dy", "dscale", "dbias"), grads, strict=True))
 
 
-def check(x: Tensor, y: Tensor, backend: str, dtype: torch.dtype, *, workspace: int | None = None, **given: Any) -> None:
+def check(
+    x: Tensor, y: Tensor, backend: str, dtype: torch.dtype, *, workspace: int | None = None, **given: Any
+) -> None:
     """Values and gradients by the three-way rule, from inputs that are exact in ``dtype``."""
     x, y = x.to(dtype).double(), y.to(dtype).double()
     exact, same = (differentiate(loop, x, y, t, **given) for t in (torch.float64, dtype))
@@ -82,10 +87,8 @@ def test_reductions_of_every_prefix(keys: str, normalize: bool, engine: Engine) 
     }[keys]
     spec = MIX if keys == "labels" else [*MIX, ("lse", SELF)]
     for prefixes in ((24,), (5, 20), PREFIXES):
-        check(
-            *(unit(n, 24), 3 * unit(m, 24), *engine), prefixes=prefixes, normalize=normalize, rows=spec, cols=spec[::-1],
-            **given,
-        )  # fmt: skip
+        options: dict[str, Any] = {"prefixes": prefixes, "normalize": normalize, "rows": spec, "cols": spec[::-1]}
+        check(unit(n, 24), 3 * unit(m, 24), *engine, **options, **given)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -111,7 +114,9 @@ def test_limits_of_all_prefixes_and_of_each(normalize: bool, guided: bool, engin
     """Half of the pairs are beyond them; a guide's similarities are those of no prefix."""
     x, y, prefixes = unit(29, 24), unit(41, 24), (5, 11, 24)
     guide = (unit(29, 6), unit(41, 6)) if guided else None
-    pairs = [guide] * 3 if guide else [[F.normalize(t[:, :d]) if normalize else t[:, :d] for t in (x, y)] for d in prefixes]
+    pairs = (
+        [guide] * 3 if guide else [[F.normalize(t[:, :d]) if normalize else t[:, :d] for t in (x, y)] for d in prefixes]
+    )
     sims = torch.stack([u @ v.T for u, v in pairs])
     # In the middle of the widest gap, so that every dtype decides alike.
     ordered = sims.sort(-1).values[..., 10:31]
@@ -205,33 +210,31 @@ def test_one_graph_serves_all_sizes() -> None:
     assert graphs == 1
 
 
-def test_the_operator_keeps_its_promises() -> None:
-    from ccu_fast.ops.reduce_similarity.api import build_problem
-    from ccu_fast.ops.reduce_similarity.operator import flat
+class Multiplications(TorchDispatchMode):
+    """How many of them the products of matrices took, in whatever form they are written."""
 
-    x, y = (torch.randn(12, 8, requires_grad=True) for _ in range(2))
-    p, *_ = build_problem(
-        x, y, 2.0, None, None, None, None, None, None, CLIP, CLIP, "propagate", prefixes=(3, 8)
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.ccu_fast.reduce_similarity, (*flat(p), "native.prefixes", 1 << 20, True))
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_"):
+            a, b = args[-2:]
+            self.total += a.numel() * b.shape[-1]
+        return func(*args, **(kwargs or {}))
 
 
-def test_one_product_for_all_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Multiplications forward and backward: those of the longest prefix, where a loop has twice as many."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    x, y = (torch.randn(256, 64, requires_grad=True) for _ in range(2))
-
-    def flops(call: Callable[[], list[Tensor]]) -> int:
-        with FlopCounterMode(display=False) as counter:
-            sum(t.sum() for t in call()).backward()
-        return counter.get_total_flops()
-
-    options: dict[str, Any] = {"rows": CLIP, "cols": CLIP, "normalize": True}
-    fused = flops(lambda: at_once(x, y, prefixes=(8, 16, 32, 64), **options))
-    assert fused == 6 * 256 * 256 * 64
-    monkeypatch.setattr(native, "serves", lambda dtype: False)
-    assert flops(lambda: at_once(x, y, prefixes=(8, 16, 32, 64), **options)) == 6 * 256 * 256 * (8 + 16 + 32 + 64)
+def test_one_product_for_all_prefixes() -> None:
+    """Forward and backward have the multiplications of the longest prefix, where a loop has those of each."""
+    x, y = torch.randn(256, 64), torch.randn(256, 64)
+    p, *_ = build_problem(x, y, 2.0, None, *[None] * 5, CLIP, CLIP, "propagate", prefixes=(8, 16, 32, 64))
+    for unit_vectors in (False, True):
+        p = replace(p, unit=unit_vectors)
+        with Multiplications() as mode:
+            row_out, col_out, kept = native.forward(p, 1 << 24, True)
+            incoming = torch.ones_like(row_out), torch.ones_like(col_out), row_out, col_out
+            native.backward(p, incoming, kept, [True] * 4, 1 << 24)
+        assert mode.total == 3 * 256 * 256 * 64
+        assert kept.numel() == 4 * 256 * 256
 
 
 def test_a_cpu_that_multiplies_bf16_takes_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ The GEMMs are fp32: where a CPU multiplies bf16, partial sums would be rounded a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
