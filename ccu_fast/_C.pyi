@@ -81,6 +81,7 @@ def similarity_backward(
     cols: tuple[int, int, int],
     grad: tuple[int, int],
     sums: tuple[int, int],
+    *,
     add: bool = False,
     col_sums: int = 0,
 ) -> None: ...

@@ -100,10 +100,9 @@ void bind_tile(py::module_& m) {
            }),
            "Takes the products by address and dtype, and their shape as (banks, rows, cols). Factors are those of rows "
            "and of columns.",
-           py::kw_only(),
-           py::arg("dot"), py::arg("self_dot"), py::arg("shape"), py::arg("row0"), py::arg("scale"), py::arg("bias"),
-           py::arg("relations"), py::arg("reductions"), py::arg("threads"), py::arg("limits") = py::none(),
-           py::arg("factors") = std::pair<Address, Address>(0, 0));
+           py::kw_only(), py::arg("dot"), py::arg("self_dot"), py::arg("shape"), py::arg("row0"), py::arg("scale"),
+           py::arg("bias"), py::arg("relations"), py::arg("reductions"), py::arg("threads"),
+           py::arg("limits") = py::none(), py::arg("factors") = std::pair<Address, Address>(0, 0));
 }
 
 void bind_reduce_similarity(py::module_& m) {
@@ -127,8 +126,8 @@ void bind_reduce_similarity(py::module_& m) {
   m.def(
       "similarity_backward",
       [](const ccu_tile& tile, std::tuple<Address, Address, int64_t, int64_t> rows,
-         std::tuple<Address, Address, int64_t> cols, std::pair<Address, int32_t> grad,
-         std::pair<Address, Address> sums, bool add, Address col_sums) {
+         std::tuple<Address, Address, int64_t> cols, std::pair<Address, int32_t> grad, std::pair<Address, Address> sums,
+         bool add, Address col_sums) {
         ccu_similarity_backward_args a{};
         a.tile = tile;
         a.row_grad = pointer<float>(std::get<0>(rows));
@@ -147,9 +146,11 @@ void bind_reduce_similarity(py::module_& m) {
         call("similarity_backward", ccu_similarity_backward, a);
       },
       "Writes grad = (address, dtype) and sums = (for scale, for bias) from rows = (gradients, results, stride of "
-      "reductions, stride of banks) and cols = (gradients, results, stride of reductions). With add it adds to grad; to "
+      "reductions, stride of banks) and cols = (gradients, results, stride of reductions). With add it adds to grad; "
+      "to "
       "col_sums it always does.",
-      py::arg("tile"), py::arg("rows"), py::arg("cols"), py::arg("grad"), py::arg("sums"), py::arg("add") = false,
+      py::arg("tile"), py::arg("rows"), py::arg("cols"), py::arg("grad"), py::arg("sums"), py::kw_only(),
+      py::arg("add") = false,
       py::arg("col_sums") = 0);
 
   m.def(

@@ -35,7 +35,8 @@ inline Mode mode_of(const ccu_tile& t, int32_t relations) {
   return self == other && other ? Mode::kAll : Mode::kDiagonal;
 }
 
-// The usual problem: one lse of rows and at most one of columns over all OTHER pairs, beside reductions of pairs (i, i).
+// The usual problem: one lse of rows and at most one of columns over all OTHER pairs, beside reductions of pairs (i,
+// i).
 struct Usual {
   int row = -1, col = -1;  // which reductions they are; col is -1 if there is none
   bool holds = false;
@@ -163,6 +164,67 @@ struct Chooser {
       if (row_labels[i] < 0) chosen = no;
     }
     return chosen & in_use(lanes);
+  }
+};
+
+// The pairs of one row by relation, a vector of columns at a time, for problems of which only rows are reduced.
+struct Classes {
+  enum { kOtherPairs, kSamePairs, kSelfPairs, kCount };
+
+  const int32_t *col_labels = nullptr, *col_ids = nullptr;
+  int32_t label = 0, id = 0;
+  int64_t own = -1;  // the column that is the same item by place
+
+  Classes(const ccu_tile& t, int64_t bank, int64_t i) {
+    if (t.row_labels != nullptr) {
+      label = t.row_labels[bank * t.row_label_stride + i];
+      col_labels = t.col_labels + bank * t.col_label_stride;
+    }
+    if (t.row_ids != nullptr) {
+      id = t.row_ids[bank * t.row_id_stride + i];
+      col_ids = t.col_ids + bank * t.col_id_stride;
+    } else if (t.diagonal) {
+      own = t.row0 + i;
+    }
+  }
+
+  // Whether these can tell the pairs of a problem: it has labels or ids, and each reduction is an lse or a sum of rows.
+  static bool suffice(const ccu_tile& t) {
+    if (t.row_labels == nullptr && t.row_ids == nullptr) return false;
+    if (t.n_col != 0 || t.row_limits != nullptr) return false;
+    bool some_lse = false;
+    for (int r = 0; r < t.n_row; ++r) {
+      if (kind_of(t.row_codes[r]) != kLse && kind_of(t.row_codes[r]) != kSum) return false;
+      some_lse |= is_lse(t.row_codes[r]);
+    }
+    return some_lse;
+  }
+
+  static bool has(int32_t relations, int which) {
+    return relations & (which == kOtherPairs ? kOther : which == kSamePairs ? kSame : kSelf);
+  }
+
+  bool ignored() const { return col_labels != nullptr && label < 0; }
+
+  // True where all columns are OTHER; else the masks say what each is, none of them for an ignored one.
+  template <class Lanes>
+  __attribute__((always_inline)) bool all_other(int64_t j, Lanes lanes, vi masks[kCount]) const {
+    vi self = splat(0), same = splat(0), left_out = splat(0);
+    if (col_labels != nullptr) {
+      const vi labels = load<vi>(col_labels + j, lanes);
+      same = labels == splat(label);
+      left_out = labels < splat(0);
+    }
+    if (col_ids != nullptr)
+      self = load<vi>(col_ids + j, lanes) == splat(id);
+    else if (own >= j && own < j + lanes.n)
+      self = iota() == splat(static_cast<int32_t>(own - j));
+    if (lanes.n == kLanes && !any(self | same | left_out)) return true;
+    const vi there = in_use(lanes) & ~left_out;
+    masks[kSelfPairs] = self & there;
+    masks[kSamePairs] = same & ~self & there;
+    masks[kOtherPairs] = ~same & ~self & there;
+    return false;
   }
 };
 

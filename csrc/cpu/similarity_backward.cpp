@@ -210,21 +210,22 @@ template <bool with_columns, bool with_factors, bool add_to, bool with_col_sums>
 void differentiate(const ccu_tile& t, const float* dot, int64_t count, float c, float row_weight,
                    const float* col_weights, float row_factor, const float* col_factors, float* out, float* of_columns,
                    RowSums& sums) {
-  const float offset = t.bias - c;
   for_vectors(0, count, [&](int64_t j, auto lanes) {
-    const vf product = load<vf>(dot + j, lanes);
-    const vf factor = with_factors ? load<vf>(col_factors + j, lanes) * row_factor : splat(1.0f);
+    const vf factor = with_factors ? splat(row_factor) * load<vf>(col_factors + j, lanes) : splat(1.0f);
+    vf product = load<vf>(dot + j, lanes);
+    if (with_factors) product *= factor;
     vf weight = splat(row_weight);
     if (with_columns) weight += load<vf>(col_weights + j, lanes);
-    const vf e = exp_of_normal(product * (with_factors ? factor * t.scale : splat(t.scale)) + offset);
+    const vf score = product * t.scale + t.bias;
+    const vf e = exp_of_normal(score - c);
     // Where nothing was chosen S is not bounded, and 0 * inf must not make a NaN.
-    vf g = in_use(lanes) ? (weight == 0.0f ? weight : weight * e) : splat(0.0f);
-    sums.bias += g;
-    if (with_factors) g *= factor;
+    const vf g = in_use(lanes) ? (weight == 0.0f ? weight : weight * e) : splat(0.0f);
     const vf for_scale = g * product;
+    sums.bias += g;
     sums.scale += for_scale;
     if (with_col_sums) store(of_columns + j, load<vf>(of_columns + j, lanes) + for_scale, lanes);
     vf value = g * t.scale;
+    if (with_factors) value *= factor;
     if (add_to) value += load<vf>(out + j, lanes);
     store(out + j, value, lanes);
   });
@@ -234,9 +235,47 @@ using Differentiate = decltype(&differentiate<true, true, true, true>);
 
 template <bool with_columns>
 Differentiate differentiate_with(bool factors, bool add_to, bool col_sums) {
-  if (!factors) return add_to ? differentiate<with_columns, false, true, false> : differentiate<with_columns, false, false, false>;
-  if (col_sums) return add_to ? differentiate<with_columns, true, true, true> : differentiate<with_columns, true, false, true>;
+  if (!factors)
+    return add_to ? differentiate<with_columns, false, true, false> : differentiate<with_columns, false, false, false>;
+  if (col_sums)
+    return add_to ? differentiate<with_columns, true, true, true> : differentiate<with_columns, true, false, true>;
   return add_to ? differentiate<with_columns, true, true, false> : differentiate<with_columns, true, false, false>;
+}
+
+// A row of a problem whose reductions are of rows alone, from dot to grad in one pass: G is exp(S - c) times a weight
+// of the pair's relation, plus another.
+void differentiate_by_classes(const ccu_similarity_backward_args& a, const SharedExponential& exponential, int64_t bank,
+                              int64_t i, const float* dot, int64_t begin, int64_t end, float* out, RowSums& sums) {
+  const ccu_tile& t = a.tile;
+  const Classes classes(t, bank, i);
+  float weight[Classes::kCount] = {}, constant[Classes::kCount] = {};
+  for (int r = 0; r < t.n_row && !classes.ignored(); ++r) {
+    const int64_t at = r * a.row_reduction_stride + bank * a.row_bank_stride + i;
+    const bool lse = is_lse(t.row_codes[r]);
+    const float share = lse ? a.row_grad[at] * exponential.factor(splat(a.row_out[at]))[0] : a.row_grad[at];
+    for (int which = 0; which < Classes::kCount; ++which)
+      if (Classes::has(relations_of(t.row_codes[r]), which)) (lse ? weight : constant)[which] += share;
+  }
+  const vf by_other = splat(weight[Classes::kOtherPairs]), of_other = splat(constant[Classes::kOtherPairs]);
+  for_vectors(begin, end, [&](int64_t j, auto lanes) {
+    const vf product = load<vf>(dot + (j - begin), lanes);
+    const vf score = product * t.scale + t.bias;
+    const vf e = exp_of_normal(score - exponential.c);
+    vi masks[Classes::kCount];
+    vf g = splat(0.0f);
+    // Where nothing was chosen S is not bounded, and 0 * inf must not make a NaN.
+    if (classes.all_other(j, lanes, masks)) {
+      g = (by_other == 0.0f ? by_other : by_other * e) + of_other;
+    } else {
+      for (int which = 0; which < Classes::kCount; ++which) {
+        const vf own = weight[which] == 0.0f ? splat(0.0f) : e * weight[which];
+        g = masks[which] ? own + constant[which] : g;
+      }
+    }
+    sums.scale += g * product;
+    sums.bias += g;
+    store(out + (j - begin), g * t.scale, lanes);
+  });
 }
 
 // scale * G of a row times its factors, in place.
@@ -256,8 +295,9 @@ int similarity_backward(const ccu_similarity_backward_args& a) {
   const int64_t blocks = (t.rows + kRowBlock - 1) / kRowBlock;
   const SharedExponential exponential(a);
   const Usual usual(t);
-  const bool at_once =
-      usual.holds && exponential.shared && t.dot_dtype == CCU_F32 && a.grad_dtype == CCU_F32;
+  const bool at_once = usual.holds && exponential.shared && t.dot_dtype == CCU_F32 && a.grad_dtype == CCU_F32;
+  const bool by_classes = Classes::suffice(t) && exponential.shared && t.dot_dtype == CCU_F32 &&
+                          a.grad_dtype == CCU_F32 && t.row_factors == nullptr;
   const Differentiate differentiate_row =
       usual.col < 0 ? differentiate_with<false>(t.row_factors != nullptr, a.add, a.col_sums != nullptr)
                     : differentiate_with<true>(t.row_factors != nullptr, a.add, a.col_sums != nullptr);
@@ -331,7 +371,11 @@ int similarity_backward(const ccu_similarity_backward_args& a) {
                             static_cast<float*>(a.grad) + row * t.cols + from, of_columns + (from - begin), sums);
         };
         const int64_t own = t.diagonal ? t.row0 + i : -1;
-        if (!at_once) {
+        if (by_classes) {
+          const int64_t at = row * t.cols + begin;
+          differentiate_by_classes(a, exponential, bank, i, static_cast<const float*>(t.dot) + at, begin, end,
+                                   static_cast<float*>(a.grad) + at, sums);
+        } else if (!at_once) {
           any_way(begin, end);
         } else if (own < begin || own >= end) {
           in_one_pass(begin, end);

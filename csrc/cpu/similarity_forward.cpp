@@ -12,9 +12,9 @@
 // A task is a stripe of columns of one bank: it owns the running (shift, sum) of its columns, and leaves a partial
 // (shift, sum) per row, merged afterwards in stripe order. A block of a few rows of the stripe stays in the L1 cache:
 // its maximum c is the shift of E = exp(S - c), computed once, and every lse is a sum over E. A sum so small that terms
-// may have underflowed is recomputed with its own maximum, so no range of S is lost. Away from the diagonal of a problem
-// with one lse a side, the c of the block above mostly serves, and the block is read once.
-// Neither the tasks nor the order of additions depend on the number of threads.
+// may have underflowed is recomputed with its own maximum, so no range of S is lost. Away from the diagonal of a
+// problem with one lse a side, the c of the block above mostly serves, and the block is read once. Neither the tasks
+// nor the order of additions depend on the number of threads.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -229,19 +229,22 @@ void reduce_columns(const Block& block, const Chooser& chooser, Kind kind, float
 // Terms exceed the shift by no more than this in exponents: their sums are far from infinity.
 constexpr float kHeadroom = 40.0f;
 
-// E of `count` rows from `dot` on, summed up by row and by column; returns how far the highest score is above the shift.
+// E of `count` rows from `dot` on, summed up by row and by column; returns how far the highest score is above the
+// shift.
 template <int count, bool with_factors, bool with_columns>
 float add_exponentials(const ccu_tile& t, const float* dot, int64_t stride, const float* row_factors,
                        const float* col_factors, int64_t width, float shift, float* row_sums, float* col_sums) {
   vf total[count], top[count];
   for (int i = 0; i < count; ++i) total[i] = splat(0.0f), top[i] = splat(-kInf);
-  const float offset = t.bias - shift;
   for_vectors(0, width, [&](int64_t j, auto lanes) {
-    const vf by_column = with_factors ? load<vf>(col_factors + j, lanes) * t.scale : splat(t.scale);
+    const vf by_column = with_factors ? load<vf>(col_factors + j, lanes) : splat(1.0f);
     vf column = splat(0.0f);
     for (int i = 0; i < count; ++i) {
-      const vf factor = with_factors ? by_column * row_factors[i] : by_column;
-      const vf above = load<vf>(dot + i * stride + j, lanes) * factor + offset;  // S - shift
+      vf product = load<vf>(dot + i * stride + j, lanes);
+      if (with_factors) product *= splat(row_factors[i]) * by_column;
+      // S is rounded as everywhere: a row of one large S has that very number for its lse, and 1 for its exponential.
+      const vf s = product * t.scale + t.bias;
+      const vf above = s - shift;
       const vf e = in_use(lanes) ? exp_of_normal(above) : splat(0.0f);
       top[i] = max(top[i], in_use(lanes) ? above : splat(-kInf));
       total[i] += e;
@@ -270,8 +273,8 @@ struct Sums {
     int64_t i = 0;
     const auto next = [&](auto add_some, int64_t some) {
       const float* of_rows = with_factors ? row_factors + i : nullptr;
-      const float top = add_some(t, block.dot + i * block.stride, block.stride, of_rows, col_factors, width, shift,
-                                 rows + i, cols);
+      const float top =
+          add_some(t, block.dot + i * block.stride, block.stride, of_rows, col_factors, width, shift, rows + i, cols);
       highest = std::max(highest, top);
       i += some;
     };
@@ -314,7 +317,7 @@ bool reduce_at_once(const ccu_similarity_forward_args& a, const Usual& usual, Bl
   if (sums.highest < -kHeadroom / 2) shift = used + sums.highest;
   for (int r = 0; r < t.n_row; ++r)
     for (int64_t i = block.first; i < block.last; ++i)
-      partials[r * per_reduction + i] = r == usual.row          ? Partial{used, sums.rows[i - block.first]}
+      partials[r * per_reduction + i] = r == usual.row           ? Partial{used, sums.rows[i - block.first]}
                                         : is_lse(t.row_codes[r]) ? Partial{-kInf, 0}
                                                                  : Partial{0, 0};
   if (!columns) return true;
@@ -327,6 +330,65 @@ bool reduce_at_once(const ccu_similarity_forward_args& a, const Usual& usual, Bl
     store(a.col_max + offset + j, now, lanes);
   });
   return true;
+}
+
+// Reduces a row of a block in one pass with the shift of the block above, one sum for each relation; a sum that this
+// shift does not fit is made as in any other block. Sets `top` to the highest score.
+void reduce_row_by_classes(const ccu_tile& t, const Block& block, int64_t bank, int64_t i, float shift, float* top,
+                           Partial* partials, int64_t per_reduction) {
+  const Classes classes(t, bank, i);
+  const float* dot = block.dot + (i - block.first) * block.stride;
+  vf e_sums[Classes::kCount], s_sums[Classes::kCount], highest = splat(-kInf);
+  vi seen[Classes::kCount];
+  for (int which = 0; which < Classes::kCount; ++which)
+    e_sums[which] = s_sums[which] = splat(0.0f), seen[which] = splat(0);
+  if (!classes.ignored()) {
+    vf e_other = splat(0.0f), s_other = splat(0.0f);
+    bool plain = false;
+    for_vectors(block.begin, block.end, [&](int64_t j, auto lanes) {
+      const vf s = load<vf>(dot + (j - block.begin), lanes) * t.scale + t.bias;
+      const vf e = exp_of_normal(s - shift);
+      vi masks[Classes::kCount];
+      if (classes.all_other(j, lanes, masks)) {
+        plain = true;
+        highest = max(highest, s);
+        e_other += e;
+        s_other += s;
+        return;
+      }
+      for (int which = 0; which < Classes::kCount; ++which) {
+        highest = max(highest, masks[which] ? s : splat(-kInf));
+        e_sums[which] += masks[which] ? e : splat(0.0f);
+        s_sums[which] += masks[which] ? s : splat(0.0f);
+        seen[which] |= masks[which];
+      }
+    });
+    e_sums[Classes::kOtherPairs] += e_other;
+    s_sums[Classes::kOtherPairs] += s_other;
+    if (plain) seen[Classes::kOtherPairs] = splat(-1);
+  }
+  const float peak = max(highest);
+  *top = std::max(*top, peak);
+  for (int r = 0; r < t.n_row; ++r) {
+    const int32_t relations = relations_of(t.row_codes[r]);
+    const bool lse = is_lse(t.row_codes[r]);
+    bool some = false;
+    float total = 0;
+    for (int which = 0; which < Classes::kCount; ++which) {
+      if (!Classes::has(relations, which)) continue;
+      some |= any(seen[which]);
+      total += sum(lse ? e_sums[which] : s_sums[which]);
+    }
+    Partial& out = partials[r * per_reduction + i];
+    if (!lse)
+      out = {0, total};
+    else if (!some)
+      out = {-kInf, 0};
+    else if (peak - shift <= kHeadroom && !(total < kTrusted))
+      out = {shift, total};
+    else
+      out = reduce_row<Mode::kGeneral>(block, Chooser::of_rows(t, bank, relations), kLse, i);
+  }
 }
 
 }  // namespace
@@ -343,6 +405,7 @@ int similarity_forward(const ccu_similarity_forward_args& a) {
   for (int c = 0; c < t.n_col; ++c) col_lse |= is_lse(t.col_codes[c]) ? relations_of(t.col_codes[c]) : 0;
   const bool limited = t.row_limits != nullptr || t.col_limits != nullptr;
   const Usual usual(t);
+  const bool by_classes = Classes::suffice(t);
   parallel_for(t.banks * stripes, t.threads, [&](int64_t task) {
     const int64_t bank = task / stripes, stripe = task % stripes;
     alignas(64) float e[kRowBlock * kStripe];
@@ -359,6 +422,15 @@ int similarity_forward(const ccu_similarity_forward_args& a) {
           reduce_at_once(a, usual, block, bank, shift, widened, of_stripe, per_reduction))
         continue;
       block.fetch(t, bank, widened, widened_guide);
+      if (by_classes && shift < kInf) {
+        float top = -kInf;
+        block.exponentials = false;
+        for (int64_t i = block.first; i < block.last; ++i)
+          reduce_row_by_classes(t, block, bank, i, shift, &top, of_stripe, per_reduction);
+        const bool fits = top - shift <= kHeadroom && top - shift >= -kHeadroom / 2;
+        if (!fits) shift = std::isfinite(top) ? top : kInf;
+        continue;
+      }
       const auto mode_in = [&](const Chooser& chooser) {
         return mode_of(t, chooser, block.first, block.last, begin, end);
       };

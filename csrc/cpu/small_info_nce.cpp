@@ -101,8 +101,8 @@ int at_any_range(const ccu_small_info_nce_args& a) {
   if (a.scale_grad == nullptr) return CCU_OK;
 
   double* const by_row = doubles.get() + n;
-  status = similarity_backward({t, row_grad, lse, n, n, col_grad, col_lse, n, a.dot, CCU_F32, by_row, by_row + n,
-                                0, nullptr});
+  status = similarity_backward(
+      {t, row_grad, lse, n, n, col_grad, col_lse, n, a.dot, CCU_F32, by_row, by_row + n, 0, nullptr});
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += by_row[i];
   *a.scale_grad = static_cast<float>(sum);

@@ -92,11 +92,9 @@ def reduce_prefixes(
     check.tensor("x", x)
     prefixes = checked_prefixes(prefixes)
     fit(prefixes, x)
-    options: dict[str, Any] = {
-        "row_labels": row_labels, "col_labels": col_labels, "row_ids": row_ids, "col_ids": col_ids, "paired": paired,
-        "rows": rows, "cols": cols, "nan_policy": nan_policy,
-        "row_limits": row_limits, "col_limits": col_limits, "guide": guide,
-    }  # fmt: skip
+    keys = {"row_labels": row_labels, "col_labels": col_labels, "row_ids": row_ids, "col_ids": col_ids}
+    limits = {"row_limits": row_limits, "col_limits": col_limits, "guide": guide}
+    options: dict[str, Any] = {**keys, **limits, "paired": paired, "rows": rows, "cols": cols, "nan_policy": nan_policy}
     name = choose(backend, "reduce_similarity", x.device, x.dtype)
     check.boolean("normalize", normalize)
     pair = normalize_pair(x, y, backend, row_labels, col_labels) if normalize else (x, y)
