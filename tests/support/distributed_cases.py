@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -421,6 +422,27 @@ def wrong_arguments_are_refused_on_every_rank() -> None:
         )
         options = option if one else {}
         refuses(kind, text, lambda options=options: over.info_nce(x, x, scale=1.0, **options))
+    given = {"info_nce": {}, "inverse_info_nce": {}, "sup_con": {"row_labels": whole}, "sigmoid_loss": {}}
+    for name, keys in given.items():
+        loss = partial(getattr(over, name), x, x, scale=1.0, **keys)
+        for option, values in (("reduction", ("average", "sum", "none", ["mean"])), ("gradients", ("avg", "sum"))):
+            for value in values:
+                known = value in ("sum", "none")
+                text = f"{option}: expected {'the same value' if known else 'one of'}" if known or one else elsewhere
+                refuses(ValueError, text, partial(loss, **{option: value} if one else {}))
+    wrong: dict[str, Any] = {"info_nce": {"symmetric": 1}, "inverse_info_nce": {"kind": "near"}}
+    wrong |= {"sup_con": {"positives": "own", **given["sup_con"]}, "sigmoid_loss": {"ids": whole, "row_ids": whole}}
+    for name, options in wrong.items():
+        kind, text = (TypeError if name == "info_nce" else ValueError, "expected") if one else (ValueError, elsewhere)
+        call = partial(getattr(over, name), x, x, scale=1.0, **(options if one else given[name]))
+        refuses(kind, text, call)
+    refuses(
+        ValueError,
+        "reduction: expected the same value",
+        lambda: over.info_nce(x, x, scale=1.0, decoupled=True, reduction="none" if one else "mean"),
+    )
+    unlike = "rows: expected the same reductions"
+    refuses(ValueError, unlike, lambda: over.info_nce(x, x, scale=1.0, symmetric=one))
     assert over.sup_con(x, x, scale=1.0, row_labels=whole).isfinite(), "the ranks are still at the same call"
     refuses(ValueError, "y: expected", lambda: over.info_nce(x, x[: 3 if one else 4], scale=1.0))
     refuses(
