@@ -32,7 +32,7 @@ export PYTHONDONTWRITEBYTECODE =
 # The workers share the cores: a waiting thread of one must not spin while another has work.
 test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/.test lint
-	$(if $(SYSTEM_SITE),CCU_FAST_TEST_OFFLINE=1) $(PY) -m pytest -q $(if $(SYSTEM_SITE),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(ARGS)
+	$(if $(SYSTEM_SITE),CCU_FAST_TEST_OFFLINE=1) $(PY) -m pytest -q --signs-of-life $(if $(SYSTEM_SITE),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(ARGS)
 	$(if $(ARGS),,@$(MAKE) --no-print-directory test-newest)
 
 test-quick: export OMP_WAIT_POLICY = passive
@@ -51,8 +51,8 @@ test-newest: export PYTHONPATH = $(abspath $(NEWEST))
 test-newest: export OMP_NUM_THREADS = 1
 test-newest: $(NEWEST)/.$(subst *,x,$(NEWEST_TRITON))
 	@$(PY) -c "import triton; print('Triton', triton.__version__, 'from', triton.__file__)"
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -p no:cacheprovider -n $(WORKERS) tests/ops/triton/interpreted -k '$(INTERPRETED)'
-	$(PY) -m pytest -q -p no:cacheprovider -n $(WORKERS) tests/ops/triton/test_ahead_of_time.py \
+	TRITON_INTERPRET=1 $(PY) -m pytest -q --signs-of-life -p no:cacheprovider -n $(WORKERS) tests/ops/triton/interpreted -k '$(INTERPRETED)'
+	$(PY) -m pytest -q --signs-of-life -p no:cacheprovider -n $(WORKERS) tests/ops/triton/test_ahead_of_time.py \
 	  -k 'normalize or (bf16 and not 100)'
 
 # Only Triton, in a folder that is searched before the environment; torch comes from the environment.

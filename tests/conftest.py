@@ -11,6 +11,7 @@ import torch
 
 from tests.support.paths import TESTS
 from tests.support.presence import require_backend
+from tests.support.signs_of_life import SignsOfLife
 
 # The files that take longest. One process runs a file: if it started last, the others would wait for it.
 FIRST = (
@@ -69,6 +70,14 @@ CASES = 3
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help=f"no slow test, and at most {CASES} cases of every other one")
+    parser.addoption("--signs-of-life", action="store_true", help="a line for every few seconds without another one")
+
+
+@pytest.hookimpl(trylast=True)  # the reporter is there by then
+def pytest_configure(config: pytest.Config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if config.getoption("--signs-of-life") and terminal is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SignsOfLife(terminal))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

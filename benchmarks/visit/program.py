@@ -27,6 +27,7 @@ MAIN: tuple[Group, ...] = (
 )
 LABELS: tuple[Group, ...] = ((("bounded_inverse", "contrastive_unlearning", "sup_con_keys"), ()),)
 REST: tuple[Group, ...] = (
+    (("info_nce_hard", "info_nce_margin", "info_nce_guide"), ()),
     (("topk_flips",), ()),
     (("clip_loss_forward",), ()),
     (("clip_loss",), ("B=4096", "B=8192", "B=16384")),
@@ -36,6 +37,8 @@ SANITIZED = (
     "clip_loss",
     "clip_loss_banks",
     "bounded_inverse",
+    "info_nce_hard",
+    "info_nce_guide",
     "topk_flips",
     "candidate_losses",
     "pgd_step",

@@ -46,6 +46,8 @@ AGREED = (
     ("y", "requires_grad"),
     ("scale", "requires_grad (its own or that of bias)"),
     ("rows", "reductions, and cols, paired, normalize and bias or none (as one number)"),
+    ("reduction", "value (its place in mean, sum, none)"),
+    ("gradients", "value (its place in mean, sum)"),
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

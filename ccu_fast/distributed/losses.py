@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -75,9 +75,9 @@ def info_nce(
         >>> ccu_fast.distributed.info_nce(torch.eye(4), torch.eye(4), scale=2.0)
         tensor(0.3408)
     """
-    _check(reduction, gradients)
-    check.boolean("symmetric", symmetric)
-    sides = info_nce_sides(PAIRS_OR_IDS, x, y, scale=scale, bias=bias, symmetric=symmetric, **similarity)
+    ending = _heard(x, reduction, gradients, similarity, lambda: check.boolean("symmetric", symmetric))
+    reduce = partial(PAIRS_OR_IDS, ending=ending)
+    sides = info_nce_sides(reduce, x, y, scale=scale, bias=bias, symmetric=symmetric, **similarity)
     return _finish(sides, reduction, gradients, similarity)
 
 
@@ -125,14 +125,14 @@ def inverse_info_nce(
         >>> ccu_fast.distributed.inverse_info_nce(torch.eye(4), torch.eye(4), scale=2.0)
         tensor(1.2421)
     """
-    check.one_of("kind", kind, INVERSE_KINDS)
-    _check(reduction, gradients)
+    ending = _heard(x, reduction, gradients, similarity, lambda: check.one_of("kind", kind, INVERSE_KINDS))
     reduces: dict[str, formulas.Reduce] = {
         "contrastive": reduce_similarity,
         "bounded": PAIRS_IDS_OR_LABELS,
         "ascent": PAIRS_OR_IDS,
     }
-    side = formulas.inverse_info_nce(reduces[kind], x, y, scale=scale, kind=kind, **similarity)
+    reduce = partial(reduces[kind], ending=ending)
+    side = formulas.inverse_info_nce(reduce, x, y, scale=scale, kind=kind, **similarity)
     return _finish([side], reduction, gradients, similarity)
 
 
@@ -165,10 +165,9 @@ def sup_con(
         >>> ccu_fast.distributed.sup_con(z, z, scale=2.0, row_labels=labels)
         tensor(1.0986)
     """
-    check.one_of("positives", positives, POSITIVES)
-    _check(reduction, gradients)
+    ending = _heard(x, reduction, gradients, similarity, lambda: check.one_of("positives", positives, POSITIVES))
     side = formulas.sup_con(
-        *(reduce_similarity, x, y),
+        *(partial(reduce_similarity, ending=ending), x, y),
         scale=scale,
         row_labels=row_labels,
         col_labels=col_labels,
@@ -203,16 +202,31 @@ def sigmoid_loss(
         >>> ccu_fast.distributed.sigmoid_loss(torch.eye(4), torch.eye(4), scale=2.0)
         tensor(2.2064)
     """
-    _check(reduction, gradients)
-    name_ids(similarity)
-    reduce = reduce_similarity if similarity.get("paired") is False else PAIRS_OR_IDS
+    ending = _heard(x, reduction, gradients, similarity, lambda: name_ids(similarity))
+    reduce = partial(reduce_similarity if similarity.get("paired") is False else PAIRS_OR_IDS, ending=ending)
     side = formulas.sigmoid_loss(reduce, x, y, scale=scale, bias=bias, **similarity)
     return _finish([side], reduction, gradients, similarity)
 
 
-def _check(reduction: str, gradients: str) -> None:
-    check.one_of("reduction", reduction, REDUCTIONS)
-    check.one_of("gradients", gradients, GRADIENTS)
+def _heard(
+    x: Any, reduction: str, gradients: str, similarity: dict[str, Any], more: Callable[[], object]
+) -> tuple[int, int]:
+    """Check what is needed before the first exchange; what of it has to be the same on every rank, as numbers.
+
+    A rank that refuses its arguments takes part in the exchange that the others are in, which then hear of it.
+    """
+    try:
+        check.one_of("reduction", reduction, REDUCTIONS)
+        check.one_of("gradients", gradients, GRADIENTS)
+        more()
+    except (TypeError, ValueError) as error:
+        wrong = error
+
+        def refuse() -> tuple[None, list[int]]:
+            raise wrong
+
+        agree(Ranks(similarity.get("group")), refuse, x, equal=similarity.get("equal", False))
+    return REDUCTIONS.index(reduction), GRADIENTS.index(gradients)
 
 
 def _finish(sides: Sequence[Side], reduction: str, gradients: str, similarity: dict[str, Any]) -> Tensor:

@@ -68,6 +68,7 @@ def reduce_similarity(
     equal: bool = False,
     positives: str | None = None,
     alike: bool = False,
+    ending: tuple[int, int] = (0, 0),
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Compute :func:`ccu_fast.reduce_similarity` of x and y whose rows lie on several ranks::
 
@@ -104,6 +105,7 @@ def reduce_similarity(
         positives: for a loss in which every item needs a positive: the keys that mark positives when items are not
             paired, such as "row_ids and col_ids". Items that are neither paired nor have these keys are refused.
         alike: refuse a rank that has not as many rows of y as of x: for a loss whose pairs lie on one rank each.
+        ending: for a loss: which reduction and which gradients it was asked for.
 
     Returns:
         Two lists in the order asked: row results ``[n]`` and column results ``[m]`` of this rank.
@@ -158,6 +160,7 @@ def reduce_similarity(
             p.y.requires_grad,
             p.scale.requires_grad or (p.bias is not None and p.bias.requires_grad),
             zlib.crc32(repr((row_spec, col_spec, p.bias is None, paired, normalize)).encode()),
+            *ending,
         ]
         return prepared, [p.n, p.m, *must_match]
 

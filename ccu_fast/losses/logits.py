@@ -10,6 +10,9 @@ from torch import Tensor
 from ccu_fast.losses.formulas import logsumexp
 from ccu_fast.ops.backend import transformed, without_autocast
 
+# The most bytes of hard negatives that are in fp32 at a time; a GPU's cache holds about as many.
+WIDENED = 32 << 20
+
 
 class Positives(NamedTuple):
     """The positives of every row or column.
@@ -51,29 +54,80 @@ class Negatives(NamedTuple):
 def products_of_own(x: Tensor, others: Tensor) -> Tensor:
     """x ``[..., N, D]`` times its own ``[..., N, K, D]`` in at least fp32: ``[..., N, K]``."""
     with without_autocast(x.device):
-        x, others = x.to(wide(x)), others.to(wide(others))
         if x.shape[:-1] != others.shape[:-2] or transformed(x, others):
-            return torch.matmul(others, x[..., None])[..., 0]
+            return _products(x, others)
         products: Tensor = _Own.apply(x, others)
         return products
 
 
 class _Own(torch.autograd.Function):
-    """Torch's own gradients of this product take twice as long: it adds up the outer ones one by one."""
+    """Torch's own gradients of this product take twice as long: it adds up the outer ones one by one.
+
+    ``others`` in half precision, the largest tensor here, are widened some rows at a time, so that neither they nor
+    their gradient are ever whole in fp32.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, others: Tensor) -> Tensor:
         ctx.save_for_backward(x, others)
-        return torch.matmul(others, x[..., None])[..., 0]
+        if _multiplied_in_half(x, others):
+            products: Tensor = torch.bmm(others.flatten(0, -3), x.reshape(-1, x.shape[-1], 1), out_dtype=torch.float32)
+            return products.view(others.shape[:-1])
+        parts = [_products(x[..., rows, :], others[..., rows, :, :]) for rows in _parts(others)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, others = ctx.saved_tensors
         of_x, of_others = ctx.needs_input_grad
-        return (
-            torch.matmul(grad[..., None, :], others)[..., 0, :] if of_x else None,
-            grad[..., None] * x[..., None, :] if of_others else None,
-        )
+        parts = _parts(others)
+        if len(parts) == 1 or torch.is_grad_enabled() or _batched(grad):
+            return (
+                _sums(grad, others).to(x.dtype) if of_x else None,
+                _outer(grad, x).to(others.dtype) if of_others else None,
+            )
+        dx = torch.empty_like(x) if of_x else None
+        dothers = torch.empty_like(others) if of_others else None
+        for rows in parts:
+            part = grad[..., rows, :]
+            if dx is not None:
+                dx[..., rows, :] = _sums(part, others[..., rows, :, :])
+            if dothers is not None:
+                dothers[..., rows, :, :] = _outer(part, x[..., rows, :])
+        return dx, dothers
+
+
+def _batched(grad: Tensor) -> bool:
+    """Whether these are many cotangents at once, which cannot be written into parts of one tensor."""
+    return transformed(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def _products(x: Tensor, others: Tensor) -> Tensor:
+    return torch.matmul(others.to(wide(others)), x.to(wide(x))[..., None])[..., 0]
+
+
+def _sums(grad: Tensor, others: Tensor) -> Tensor:
+    return torch.matmul(grad[..., None, :], others.to(wide(others)))[..., 0, :]
+
+
+def _outer(grad: Tensor, x: Tensor) -> Tensor:
+    return grad[..., None] * x.to(wide(x))[..., None, :]
+
+
+def _parts(others: Tensor) -> list[slice]:
+    """The rows of ``others`` to widen at a time; all of them where there is nothing to widen, or in a graph."""
+    n = others.shape[-3]
+    # A graph serves any number of rows, and so has no loop over them.
+    if torch.compiler.is_compiling() or others.dtype == wide(others) or 4 * others.numel() <= WIDENED:
+        return [slice(0, n)]
+    step = max(1, WIDENED * n // (4 * others.numel()))
+    return [slice(start, start + step) for start in range(0, n, step)]
+
+
+def _multiplied_in_half(x: Tensor, others: Tensor) -> bool:
+    """Whether a GEMM takes both as they are and sums in fp32: of CUDA alone."""
+    half = x.dtype == others.dtype and x.dtype in (torch.float16, torch.bfloat16)
+    return half and x.is_cuda and torch.version.hip is None and others.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def wide(t: Tensor) -> torch.dtype:

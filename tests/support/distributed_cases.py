@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -77,6 +78,21 @@ def engines() -> list[tuple[str, torch.dtype]]:
     return [(name, dtype) for name, dtype in ENGINES if not unavailable(name)]
 
 
+_ALONE: dict[Any, dict[str, Tensor]] = {}
+
+
+def alone(key: Any, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What one process makes of everything: the first rank computes it for all ranks, and once for all cases."""
+    if key not in _ALONE:
+        by_each = dist.get_backend() == "nccl"  # which sends no objects without a detour
+        found = [{name: t.detach() for name, t in compute().items()} if by_each or rank() == 0 else None]
+        if not by_each:
+            dist.broadcast_object_list(found, src=0)
+        assert found[0] is not None
+        _ALONE[key] = found[0]
+    return _ALONE[key]
+
+
 # ---- the primitive
 
 SPEC = [("lse", ALL), ("sum", SELF | SAME), ("softplus", OTHER), ("logsigmoid", SELF | SAME), ("count", SELF)]
@@ -97,7 +113,7 @@ def primitive(
     return named | {f"d{name}": leaf.grad for name, leaf in leaves.items()}
 
 
-def check_primitive(n: list[int], m: list[int], keys: dict[str, Any], **options: Any) -> None:
+def check_primitive(n: list[int], m: list[int], keyed: str, keys: dict[str, Any], **options: Any) -> None:
     """All results and gradients against one process that has everything."""
     torch.manual_seed(3)
     x, y = torch.randn(sum(n), 6).double(), torch.randn(sum(m), 6).double()
@@ -107,9 +123,12 @@ def check_primitive(n: list[int], m: list[int], keys: dict[str, Any], **options:
     here = {k: shard(v, side[k]) if k in side else v for k, v in keys.items()}
     if "guide" in keys:
         here["guide"] = tuple(shard(t, part) for t, part in zip(keys["guide"], (n, m), strict=True))
+    whole = partial(primitive, ccu_fast.reduce_similarity)
+    problem = (*n, "and", *m, keyed)
+    exact = alone(problem, lambda: whole(x, y, keys, weights))
     for backend, dtype in engines():
-        exact = primitive(ccu_fast.reduce_similarity, x, y, keys, weights)
-        peer = primitive(ccu_fast.reduce_similarity, x.to(dtype), y.to(dtype), keys, weights, backend=backend)
+        in_dtype = partial(whole, x.to(dtype), y.to(dtype), keys, weights, backend=backend)
+        peer = alone((*problem, backend), in_dtype)
         ours = primitive(
             over.reduce_similarity,
             shard(x, n).to(dtype),
@@ -162,8 +181,8 @@ LAYOUTS = {
 def _primitive_case(mode: str) -> None:
     for n, m in LAYOUTS.values():
         n_here, m_here = sizes_like(*n), sizes_like(*m)
-        for keys in keysets(sum(n_here), sum(m_here)).values():
-            check_primitive(n_here, m_here, keys, mode=mode)
+        for keyed, keys in keysets(sum(n_here), sum(m_here)).items():
+            check_primitive(n_here, m_here, keyed, keys, mode=mode)
 
 
 @case
@@ -179,7 +198,7 @@ def primitive_around_a_ring() -> None:
 @case
 def equal_batches_need_no_exchange_of_sizes() -> None:
     n = sizes_like(4)
-    check_primitive(n, n, {}, equal=True)
+    check_primitive(n, n, "none", {}, equal=True)
     x = torch.randn(4, 3)
     with mock.patch.object(agreement.Ranks, "table", side_effect=AssertionError("sizes were exchanged")):
         over.info_nce(x, x, scale=1.0, equal=True)
@@ -222,8 +241,9 @@ def _loss_case(gradients: str, factor: int) -> None:
     for name, (mode, reduction) in itertools.product(LOSSES, (("gather", "mean"), ("ring", "sum"), ("gather", "none"))):
         keys = {k: v for which in LOSSES[name][2] for k, v in every[which].items()}
         here = {k: shard(v, n) for k, v in keys.items()}
-        exact = loss_of(ccu_fast, name, x, y, keys, reduction=reduction)
-        peer = loss_of(ccu_fast, name, x.to(dtype), y.to(dtype), keys, reduction=reduction, backend=backend)
+        whole = partial(loss_of, ccu_fast, name, keys=keys, reduction=reduction)
+        exact = alone((name, reduction), partial(whole, x, y))
+        peer = alone((name, reduction, backend), partial(whole, x.to(dtype), y.to(dtype), backend=backend))
         ours = loss_of(
             over,
             name,
@@ -421,6 +441,27 @@ def wrong_arguments_are_refused_on_every_rank() -> None:
         )
         options = option if one else {}
         refuses(kind, text, lambda options=options: over.info_nce(x, x, scale=1.0, **options))
+    given = {"info_nce": {}, "inverse_info_nce": {}, "sup_con": {"row_labels": whole}, "sigmoid_loss": {}}
+    for name, keys in given.items():
+        loss = partial(getattr(over, name), x, x, scale=1.0, **keys)
+        for option, values in (("reduction", ("average", "sum", "none", ["mean"])), ("gradients", ("avg", "sum"))):
+            for value in values:
+                known = value in ("sum", "none")
+                text = f"{option}: expected {'the same value' if known else 'one of'}" if known or one else elsewhere
+                refuses(ValueError, text, partial(loss, **{option: value} if one else {}))
+    wrong: dict[str, Any] = {"info_nce": {"symmetric": 1}, "inverse_info_nce": {"kind": "near"}}
+    wrong |= {"sup_con": {"positives": "own", **given["sup_con"]}, "sigmoid_loss": {"ids": whole, "row_ids": whole}}
+    for name, options in wrong.items():
+        kind, text = (TypeError if name == "info_nce" else ValueError, "expected") if one else (ValueError, elsewhere)
+        call = partial(getattr(over, name), x, x, scale=1.0, **(options if one else given[name]))
+        refuses(kind, text, call)
+    refuses(
+        ValueError,
+        "reduction: expected the same value",
+        lambda: over.info_nce(x, x, scale=1.0, decoupled=True, reduction="none" if one else "mean"),
+    )
+    unlike = "rows: expected the same reductions"
+    refuses(ValueError, unlike, lambda: over.info_nce(x, x, scale=1.0, symmetric=one))
     assert over.sup_con(x, x, scale=1.0, row_labels=whole).isfinite(), "the ranks are still at the same call"
     refuses(ValueError, "y: expected", lambda: over.info_nce(x, x[: 3 if one else 4], scale=1.0))
     refuses(
@@ -743,8 +784,8 @@ def variants_are_those_of_the_global_batch() -> None:
         of = {key: everything[key] for key in ("x", "y", *given)}
         sizes = {key: k if key.startswith("negative") else n for key in of}
         here = {key: shard(t, sizes[key]) for key, t in of.items()}
-        exact = run(ccu_fast.info_nce, of, torch.float64, **options)
-        peer = run(ccu_fast.info_nce, of, dtype, **options, backend=backend)
+        exact = alone(("variant", name), partial(run, ccu_fast.info_nce, of, torch.float64, **options))
+        peer = alone(("variant", name, backend), partial(run, ccu_fast.info_nce, of, dtype, **options, backend=backend))
         ours = run(over.info_nce, here, dtype, **options, backend=backend, mode=mode, gradients="sum")
         ours["scale"] = total(ours["scale"])
         for key, got in ours.items():

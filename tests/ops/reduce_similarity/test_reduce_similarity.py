@@ -230,19 +230,16 @@ def test_nan_reaches_the_gradient(backend: str) -> None:
     assert y.grad.isnan().any()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("shape", [((13, 9), (21, 9)), ((2, 13, 9), (21, 9))], ids=["one bank", "two banks"])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_what_an_ignored_item_holds_does_not_matter(
-    shape: tuple[Any, Any], normalize: bool, value: float, backend: str
-) -> None:
+def test_what_an_ignored_item_holds_does_not_matter(shape: tuple[Any, Any], normalize: bool, backend: str) -> None:
     """The result equals that of zeros in its place: values and all four gradients, with E kept and recomputed."""
     x, y = unit(*shape[0]).float(), unit(*shape[1]).float()
     labels = {"row_labels": ints(3, 13), "col_labels": ints(3, 21)}
     labels["row_labels"][5] = labels["col_labels"][[0, 20]] = -1
     for bias, workspace in ((0.5, 0), (None, 0), (None, 1 << 24)):
         results = []
-        for hidden in (0.0, value):
+        for hidden in (0.0, torch.nan, torch.inf):
             leaves = [x.clone(), y.clone(), torch.tensor(3.0), *([] if bias is None else [torch.tensor(bias)])]
             leaves[0][..., 5, :] = leaves[1][..., [0, 20], 3] = hidden
             for leaf in leaves:
@@ -253,8 +250,9 @@ def test_what_an_ignored_item_holds_does_not_matter(
             outputs = [*rows, *cols]
             grads = torch.autograd.grad(outputs, leaves, [torch.linspace(-1, 1, o.numel()).view_as(o) for o in outputs])
             results.append([*outputs, *grads])
-        for zero, hidden in zip(*results, strict=True):
-            torch.testing.assert_close(hidden, zero, rtol=1e-5, atol=1e-6)
+        for zero, *others in zip(*results, strict=True):
+            for hidden in others:
+                torch.testing.assert_close(hidden, zero, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])

@@ -6,10 +6,12 @@ tensors. So the arguments, specialisations and tiles compiled here are those tha
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -157,21 +159,22 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ca
     forget()
 
 
-def usage(cubin: bytes, folder: Path) -> dict[str, int]:
-    """REG, STACK, LOCAL, … as cuobjdump reports them; a spill is a stack frame."""
+@functools.cache
+def usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL, … as cuobjdump reports them; a spill is a stack frame. Cases share their small kernels."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    (folder / "kernel.cubin").write_bytes(cubin)
-    dump = subprocess.run(
-        [tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True, timeout=60
-    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        dump = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True, timeout=60)
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", dump.stdout.splitlines()[-1])}
 
 
-def nothing_spills(kernels: dict[str, Any], folder: Path) -> None:
+def nothing_spills(kernels: dict[str, Any]) -> None:
     for name, kernel in kernels.items():
-        used = usage(kernel.asm["cubin"], folder)
+        used = usage(kernel.asm["cubin"])
         assert used["STACK"] == used["LOCAL"] == 0, f"{name} spills: {used}"
 
 
@@ -207,7 +210,6 @@ def test_resources(
     precision: str,
     variant: str,
     compiled_for: Callable[[int], Callable[[], dict[str, Any]]],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ccu_fast.ops.reduce_similarity import triton as similarity
@@ -233,7 +235,7 @@ def test_resources(
         expected.remove("scale_kernel")
     assert {name.split()[0] for name in kernels} == expected
     for name, kernel in kernels.items():
-        used = usage(kernel.asm["cubin"], tmp_path)
+        used = usage(kernel.asm["cubin"])
         print(f"{name}: {used['REG']} registers, {kernel.metadata.shared} B shared, {used['STACK']} B stack")
         assert used["STACK"] <= spills(variant, precision=precision), f"{name} spills: {used}"
         assert used["LOCAL"] == 0, f"{name}: {used}"
@@ -285,9 +287,7 @@ def test_what_tiles_read() -> None:
 
 
 @pytest.mark.parametrize("capability", MATRIX_INSTRUCTION)
-def test_resources_of_normalize(
-    capability: int, compiled_for: Callable[[int], Callable[[], dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_resources_of_normalize(capability: int, compiled_for: Callable[[int], Callable[[], dict[str, Any]]]) -> None:
     from ccu_fast.ops.l2_normalize import triton as normalize
 
     compiled = compiled_for(capability)
@@ -296,7 +296,7 @@ def test_resources_of_normalize(
     normalize.backward(out, x, inverse, 1e-12)
     kernels = compiled()
     assert {name.split()[0] for name in kernels} == set(NORMALIZE)
-    nothing_spills(kernels, tmp_path)
+    nothing_spills(kernels)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,6 @@ def test_resources_of_small_batches(
     variant: str,
     d: int,
     compiled_for: Callable[[int], Callable[[], dict[str, Any]]],
-    tmp_path: Path,
 ) -> None:
     from ccu_fast.ops.reduce_similarity.triton import small as small_batch
 
@@ -336,7 +335,7 @@ def test_resources_of_small_batches(
     kernels = compiled()
     assert {name.split()[0] for name in kernels} == set(SMALL)
     for name, kernel in kernels.items():
-        used = usage(kernel.asm["cubin"], tmp_path)
+        used = usage(kernel.asm["cubin"])
         print(f"{name}: {used['REG']} registers, {kernel.metadata.shared} B shared, {used['STACK']} B stack")
         assert used["STACK"] <= spills(variant, small=True), f"{name} spills: {used}"
         assert used["LOCAL"] == 0, f"{name}: {used}"
@@ -347,7 +346,7 @@ def test_resources_of_small_batches(
 
 @pytest.mark.parametrize("capability", MATRIX_INSTRUCTION)
 def test_resources_of_the_small_loss(
-    capability: int, compiled_for: Callable[[int], Callable[[], dict[str, Any]]], tmp_path: Path
+    capability: int, compiled_for: Callable[[int], Callable[[], dict[str, Any]]]
 ) -> None:
     from ccu_fast.ops.small_info_nce import triton as small_info_nce
 
@@ -357,4 +356,4 @@ def test_resources_of_the_small_loss(
     small_info_nce.backward((x, x, torch.ones(())), saved, loss, (True, True, True), True, 1 / 2048)
     kernels = compiled()
     assert {name.split()[0] for name in kernels} == {*SMALL, *LOSS}
-    nothing_spills({"loss_kernel": kernels["loss_kernel 0"]}, tmp_path)
+    nothing_spills({"loss_kernel": kernels["loss_kernel 0"]})

@@ -18,7 +18,6 @@ from tests.ops.reduce_similarity.test_limits import (  # noqa: F401 - collected 
     limited,
     test_a_far_false_negative_does_not_cost_the_others_their_digits,
     test_counts,
-    test_losses_pass_limits_on,
     test_nan_is_not_left_out,
     test_no_gradient_flows_to_limits_and_guide,
     test_no_limit_all_limits_and_nan,
@@ -27,6 +26,7 @@ from tests.ops.reduce_similarity.test_limits import (  # noqa: F401 - collected 
     test_what_is_as_similar_as_the_limit_stays,
 )
 from tests.ops.reduce_similarity.test_limits import test_banks as whole_numbers_in_banks
+from tests.ops.reduce_similarity.test_limits import test_losses_pass_limits_on as losses_pass_limits_on
 from tests.support.oracle import SETS, Case, by_us, check, unit
 
 FP32, FP16 = torch.float32, torch.float16
@@ -71,6 +71,12 @@ def test_a_guide_decides(of: torch.dtype, keys: str, engine: tuple[str, torch.dt
 def test_banks(name: str, workspace: int | None, guided: bool, engine: tuple[str, torch.dtype]) -> None:
     assert name in BANKS
     whole_numbers_in_banks(name, workspace, guided, engine)
+
+
+@pytest.mark.parametrize("n", [8, 40])
+def test_losses_pass_limits_on(n: int, backend: str) -> None:
+    """No batch of fp32 is small here, so that one of several tiles shows as much as one of many."""
+    losses_pass_limits_on(n, backend)
 
 
 @pytest.mark.parametrize("workspace", [0, 1 << 14, 1 << 24])
