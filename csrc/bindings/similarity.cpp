@@ -150,8 +150,7 @@ void bind_reduce_similarity(py::module_& m) {
       "to "
       "col_sums it always does.",
       py::arg("tile"), py::arg("rows"), py::arg("cols"), py::arg("grad"), py::arg("sums"), py::kw_only(),
-      py::arg("add") = false,
-      py::arg("col_sums") = 0);
+      py::arg("add") = false, py::arg("col_sums") = 0);
 
   m.def(
       "similarity_softmax",
