@@ -76,7 +76,8 @@ TARGETS = {
         "pytorch_metric_learning",
         "2.3",
         "3",
-        "NTXentLoss and SupConLoss over labels, with their default reducers",
+        "NTXentLoss and SupConLoss over labels, with their default reducers, also inside SelfSupervisedLoss, "
+        "CrossBatchMemory and DistributedLossWrapper",
     ),
     "lightly": Target("lightly", "lightly", "1.5.20", "2", "NTXentLoss, with and without a memory bank"),
     "info_nce": Target(
@@ -123,8 +124,8 @@ def targets() -> dict[str, str]:
     Returns:
         By name what is replaced, for people.
 
-    >>> ccu_fast.patch.targets()["pytorch_metric_learning"]
-    'NTXentLoss and SupConLoss over labels, with their default reducers'
+    >>> ccu_fast.patch.targets()["lightly"]
+    'NTXentLoss, with and without a memory bank'
     """
     return {name: target.replaces for name, target in TARGETS.items()}
 
