@@ -69,7 +69,7 @@ TARGETS = {
         "5",
         "7",
         "MultipleNegativesRankingLoss with cos_sim or dot_score, in all directions, with hard negatives and penalties "
-        "for them, and the loss part of its cached versions, also inside MatryoshkaLoss",
+        "for them, and the loss part of its cached versions, also inside MatryoshkaLoss and over gathered devices",
     ),
     "pytorch_metric_learning": Target(
         "pytorch-metric-learning",

@@ -5,9 +5,9 @@ CrossBatchMemory and DistributedLossWrapper. The latter two list all pairs but t
 among the columns too: the list is replaced by the places of these columns.
 
 Lists that a miner or the user made go to the library: which pairs they hold follows no rule that a reduction could be
-given, and to compare them with the list of all pairs would take that list. Other distances than cosine and dot product,
-reducers that want the loss of every pair, and methods other than the library's own go there too. So does a batch without
-anything to compare.
+given, and to compare them with the list of all pairs would take that list. Other distances than cosine and dot
+product, reducers that want the loss of every pair, and methods other than the library's own go there too. So does a
+batch without anything to compare.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Listed:
     """Stands for the list of all pairs, less those of a row with itself.
 
     Attributes:
-        places: int64 ``[N]``, the column that holds each row itself, if its label is the row's too; None: no column does.
+        places: int64 ``[N]``, the column that holds each row itself, if its label is the row's too; None: none does.
         make: the library's list, from the labels of rows and columns.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.patch.test_sentence_transformers import VARIANTS, WIDTH, Sub, Towers, forward, losses, variant
-from tests.support.drop_in import counted, left_alone, same_numbers, speed, unit
+from tests.support.drop_in import counted, left_alone, require, same_numbers, speed, unit
 from tests.support.tolerance import assert_three_way
 
 
@@ -149,3 +150,19 @@ def test_speed_of_a_cached_loss(name: str) -> None:
         lambda: loss.calculate_loss(reps, with_backward=True),
         rounds=5,
     )
+
+
+def test_many_vectors_of_a_text_stay_with_the_library() -> None:
+    """A score is the sum over a query's tokens of the nearest token: no product of two matrices."""
+    require("sentence_transformers")
+    name = "sentence_transformers.multi_vector_encoder.losses"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        pytest.skip("this version has no MultiVectorEncoder")
+    features = [
+        {"token_embeddings": unit(5, 4, WIDTH, seed=i), "attention_mask": torch.ones(5, 4, dtype=torch.int64)}
+        for i in range(3)
+    ]
+    loss = module.MultiVectorMultipleNegativesRankingLoss(Towers())
+    left_alone("sentence_transformers", lambda: loss([dict(f) for f in features]))
