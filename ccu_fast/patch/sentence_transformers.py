@@ -204,7 +204,7 @@ def ranking_loss(
     mine = slice(place, place + len(queries))
     loss = info_nce(queries, candidates, scale=scale, symmetric=False, row_ids=ids[mine], col_ids=ids)
     if symmetric:
-        keys = {} if alone else {"row_ids": ids[mine], "col_ids": ids[: len(every)]}
+        keys: dict[str, Any] = {} if alone else {"row_ids": ids[mine], "col_ids": ids[: len(every)]}
         loss = (loss + info_nce(documents[0][mine], every, scale=scale, symmetric=False, **keys)) / 2
     return loss
 
@@ -247,7 +247,7 @@ def directed_loss(
     keys: dict[str, Any] = {}
     if len(documents) > 1 or not alone:
         keys = {"row_ids": ids[mine], "col_ids": ids.repeat(len(documents))}
-    of_queries = {} if alone else {"row_ids": ids[mine], "col_ids": ids}
+    of_queries: dict[str, Any] = {} if alone else {"row_ids": ids[mine], "col_ids": ids}
     directions, back = options.directions, ALL if options.joint else OTHER
     # Of pairs both ways are one pass, unless one of them is penalised.
     both = BACKWARD in directions and len(documents) == 1 and alone and not others
