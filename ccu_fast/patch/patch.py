@@ -94,6 +94,13 @@ TARGETS = {
         "0.4",
         "BiEncoderLoss and BiPairedEncoderLoss, without pos_aware_negative_filtering",
     ),
+    "flag_embedding": Target(
+        "FlagEmbedding",
+        "FlagEmbedding",
+        "1.3.2",
+        "1.5",
+        "the loss of the dense embedders, with negatives of the batch and of all devices, without a teacher",
+    ),
     "nanogcg": Target("nanogcg", "nanogcg", "0.2", "0.4", "the token gradient (no one-hot) and sample_ids_from_grad"),
     "textattack": Target(
         "textattack", "textattack", "0.3.8", "0.4", "WordSwapGradientBased: no sort of words × vocabulary"
