@@ -101,6 +101,9 @@ TARGETS = {
         "1.5",
         "the loss of the dense embedders, with negatives of the batch and of all devices, without a teacher",
     ),
+    "laion_clap": Target(
+        "laion-clap", "laion_clap", "1.1.4", "2", "ClipLoss without weight_loss_kappa, on one process or several"
+    ),
     "nanogcg": Target("nanogcg", "nanogcg", "0.2", "0.4", "the token gradient (no one-hot) and sample_ids_from_grad"),
     "textattack": Target(
         "textattack", "textattack", "0.3.8", "0.4", "WordSwapGradientBased: no sort of words × vocabulary"
