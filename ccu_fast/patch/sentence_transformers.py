@@ -5,9 +5,9 @@ for hard negatives. The cached classes compute the same loss in a loop over mini
 call, and the gradient caching stays the library's. With ``gather_across_devices=True`` the library gathers the columns
 as ever, and the loss of this process's queries against those of all is ours.
 
-GISTEmbedLoss stays with the library: its ``forward`` is one function from texts to the loss, with no place to hook in
-between. So do the losses of MultiVectorEncoder, whose scores are sums of maxima over tokens and no product of two
-matrices.
+GISTEmbedLoss and its cached version stay with the library: they leave out what a guide finds more similar than the
+positive, and where texts repeat the two are equal but for rounding, so that only the library's own sums decide as it
+does. So do the losses of MultiVectorEncoder, whose scores are sums of maxima over tokens: no product of two matrices.
 """
 
 from __future__ import annotations
