@@ -51,6 +51,12 @@ _TEXTATTACK = (
 )
 
 _LIGHTLY = ("tqdm", "requests", "python-dateutil", "pydantic", "aenum", "urllib3", "certifi", "six")
+_CLAP = (
+    *("transformers==4.57.6", "librosa", "soundfile", "torchlibrosa", "ftfy", "braceexpand", "webdataset", "wget"),
+    *("scikit-learn", "pandas", "h5py", "tqdm", "regex", "pillow", "progressbar"),
+)
+# datasets of the time of transformers 4, which has an older huggingface-hub.
+_FLAG = ("datasets==3.6.0", "peft", "sentencepiece", "ir-datasets")
 # Version 4 is not released; its sources may lie on this machine.
 _OPEN_CLIP_4 = os.environ.get("CCU_FAST_OPEN_CLIP") or (
     "git+https://github.com/mlfoundations/open_clip@89fb801f1e6087880e951fc8354b8a2077b79c6d"
@@ -73,6 +79,13 @@ ENVIRONMENTS = (
     Environment(
         "colpali_engine", "0.3.18", ("transformers>=5.3", "peft", "pillow", "scipy"), ("colpali-engine==0.3.18",)
     ),
+    # Its package imports what reads audio and tar files before it comes to its loss.
+    Environment("laion_clap", "1.1.4", _CLAP, ("laion-clap==1.1.4",)),
+    Environment("laion_clap", "1.1.7", _CLAP, ("laion-clap==1.1.7",)),
+    # 1.3.2 asks for transformers 4.44.2, which needs numpy 1; of later ones it imports 4.46 at the most. 1.4.2 says
+    # that it takes transformers 5, and does not import with it.
+    Environment("flag_embedding", "1.3.2", ("transformers==4.46.3", *_FLAG), ("FlagEmbedding==1.3.2",)),
+    Environment("flag_embedding", "1.4.2", ("transformers==4.57.6", *_FLAG), ("FlagEmbedding==1.4.2",)),
     Environment("nanogcg", "0.2.3", ("nanogcg==0.2.3",)),
     Environment("nanogcg", "0.3.0", ("nanogcg==0.3.0",)),
     Environment("textattack", "0.3.10", ("requests", "pandas", "transformers"), ("textattack==0.3.10", *_TEXTATTACK)),

@@ -69,14 +69,15 @@ TARGETS = {
         "5",
         "7",
         "MultipleNegativesRankingLoss with cos_sim or dot_score, in all directions, with hard negatives and penalties "
-        "for them, and the loss part of its cached versions, also inside MatryoshkaLoss",
+        "for them, and the loss part of its cached versions, also inside MatryoshkaLoss and over gathered devices",
     ),
     "pytorch_metric_learning": Target(
         "pytorch-metric-learning",
         "pytorch_metric_learning",
         "2.3",
         "3",
-        "NTXentLoss and SupConLoss over labels, with their default reducers",
+        "NTXentLoss and SupConLoss over labels, with their default reducers, also inside SelfSupervisedLoss, "
+        "CrossBatchMemory and DistributedLossWrapper",
     ),
     "lightly": Target("lightly", "lightly", "1.5.20", "2", "NTXentLoss, with and without a memory bank"),
     "info_nce": Target(
@@ -92,6 +93,16 @@ TARGETS = {
         "0.3.18",
         "0.4",
         "BiEncoderLoss and BiPairedEncoderLoss, without pos_aware_negative_filtering",
+    ),
+    "flag_embedding": Target(
+        "FlagEmbedding",
+        "FlagEmbedding",
+        "1.3.2",
+        "1.5",
+        "the loss of the dense embedders, with negatives of the batch and of all devices, without a teacher",
+    ),
+    "laion_clap": Target(
+        "laion-clap", "laion_clap", "1.1.4", "2", "ClipLoss without weight_loss_kappa, on one process or several"
     ),
     "nanogcg": Target("nanogcg", "nanogcg", "0.2", "0.4", "the token gradient (no one-hot) and sample_ids_from_grad"),
     "textattack": Target(
@@ -123,8 +134,8 @@ def targets() -> dict[str, str]:
     Returns:
         By name what is replaced, for people.
 
-    >>> ccu_fast.patch.targets()["pytorch_metric_learning"]
-    'NTXentLoss and SupConLoss over labels, with their default reducers'
+    >>> ccu_fast.patch.targets()["lightly"]
+    'NTXentLoss, with and without a memory bank'
     """
     return {name: target.replaces for name, target in TARGETS.items()}
 

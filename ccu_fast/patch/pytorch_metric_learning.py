@@ -1,8 +1,13 @@
 """pytorch-metric-learning: NTXentLoss and SupConLoss over labels, without their lists of pairs.
 
-Both work on every pair of rows with equal labels against the pairs with different ones. Mined pairs, other distances
-than cosine and dot product, reducers that want the loss of every pair, and methods other than the library's own go to
-the library. So does a batch without anything to compare.
+Both work on every pair of rows with equal labels against the pairs with different ones, also inside SelfSupervisedLoss,
+CrossBatchMemory and DistributedLossWrapper. The latter two list all pairs but those of a row with itself, which lies
+among the columns too: the list is replaced by the places of these columns.
+
+Lists that a miner or the user made go to the library: which pairs they hold follows no rule that a reduction could be
+given, and to compare them with the list of all pairs would take that list. Other distances than cosine and dot
+product, reducers that want the loss of every pair, and methods other than the library's own go there too. So does a
+batch without anything to compare.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +46,24 @@ REDUCER_METHODS = (
 )
 COMMON_FUNCTIONS = ("neg_inf", "small_val", "to_dtype")
 PAIRS_FUNCTIONS = ("convert_to_pairs", "get_all_pairs_indices", "get_matches_and_diffs", "logsumexp")
+# And on the way to a list of all pairs but a row's with itself.
+OWN_FUNCTIONS = ("remove_self_comparisons", "not_self_comparisons")
+MEMORY_METHODS = ("forward", "add_to_memory", "create_indices_tuple")
+WRAPPER_METHODS = ("forward", "forward_regular_loss")
+GATHER_FUNCTIONS = ("get_indices_tuple", "gather_emb_and_ref", "gather", "select_ref_or_regular")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Stands for the list of all pairs, less those of a row with itself.
+
+    Attributes:
+        places: int64 ``[N]``, the column that holds each row itself, if its label is the row's too; None: none does.
+        make: the library's list, from the labels of rows and columns.
+    """
+
+    places: Tensor | None
+    make: Callable[[Tensor, Tensor], Any]
 
 
 @dataclass(frozen=True)
@@ -49,8 +73,9 @@ class Problem:
     Attributes:
         x: ``[N, D]``; y: ``[M, D]``: as the library multiplies them, in the dtype of its similarities.
         scale: 1 / temperature.
-        names: ``row_labels``, ``col_labels`` and ``paired`` as reduce_similarity takes them.
+        names: ``row_labels``, ``col_labels``, and ``paired`` or ids, as reduce_similarity takes them.
         alike: int64 ``[N]``: how many columns have the label of a row.
+        own: how many rows have themselves among these columns; a tensor or a number.
         farthest: no two logits of a row differ by more, nor does the log-sum-exp of some of them from one.
     """
 
@@ -59,6 +84,7 @@ class Problem:
     scale: float | Tensor
     names: dict[str, Any]
     alike: Tensor
+    own: Tensor | int
     farthest: float
 
 
@@ -74,6 +100,8 @@ def sites(*, exact: bool = False) -> list[Site]:
     reducers = importlib.import_module("pytorch_metric_learning.reducers")
     common = importlib.import_module("pytorch_metric_learning.utils.common_functions")
     pairs = importlib.import_module("pytorch_metric_learning.utils.loss_and_miner_utils")
+    distributed = importlib.import_module("pytorch_metric_learning.utils.distributed")
+    memories = losses.CrossBatchMemory
     base = importlib.import_module("pytorch_metric_learning.losses.base_metric_loss_function").BaseMetricLossFunction
     generic = importlib.import_module("pytorch_metric_learning.losses.generic_pair_loss").GenericPairLoss
 
@@ -103,7 +131,6 @@ def sites(*, exact: bool = False) -> list[Site]:
             and not _is_hooked(reducer)
         )
 
-    @never
     def nt_xent(original: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_stock(original, _home(base, "forward")):
             return NotImplemented
@@ -113,7 +140,7 @@ def sites(*, exact: bool = False) -> list[Site]:
             len(call) > len(PARAMETERS)
             or not is_usual(loss, losses.NTXentLoss, "pair_based_loss", *NT_XENT_METHODS)
             or not averages(loss)
-            or indices is not None
+            or not isinstance(indices, Listed | None)
             or not (isinstance(x, Tensor) and isinstance(labels, Tensor))
         ):
             return NotImplemented
@@ -122,7 +149,7 @@ def sites(*, exact: bool = False) -> list[Site]:
         common.check_shapes(x, labels)
         labels = common.to_device(labels, x)
         y, others = common.set_ref_emb(x, labels, y, others)
-        p = _problem(loss, x, labels, y, others)
+        p = _problem(loss, x, labels, y, others, indices)
         # In fp16 the library's number is made by its roundings, which no other order of sums repeats.
         if p is None or (p.x.dtype == torch.float16 and not exact):
             return NotImplemented
@@ -130,10 +157,9 @@ def sites(*, exact: bool = False) -> list[Site]:
         if floor is not None and p.farthest + floor < math.log(torch.finfo(p.x.dtype).eps):
             floor = None  # it would be lost to rounding
         with without_autocast(x.device):
-            value = nt_xent_loss(p.x, p.y, scale=p.scale, alike=p.alike, floor=floor, **p.names)
+            value = nt_xent_loss(p.x, p.y, scale=p.scale, alike=p.alike, own=p.own, floor=floor, **p.names)
         return value if exact else value.to(torch.log(torch.exp(p.x.detach()[:0])).dtype)
 
-    @never
     def supervised(original: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_stock(original, _home(generic, "compute_loss")):
             return NotImplemented
@@ -142,10 +168,10 @@ def sites(*, exact: bool = False) -> list[Site]:
         if (
             len(call) > len(PARAMETERS)
             or not is_usual(loss, losses.SupConLoss, "mat_based_loss", *SUP_CON_METHODS)
-            or indices is not None
+            or not isinstance(indices, Listed | None)
         ):
             return NotImplemented
-        p = _problem(loss, x, labels, y, others)
+        p = _problem(loss, x, labels, y, others, indices)
         if p is None:
             return NotImplemented
         with without_autocast(x.device):
@@ -155,10 +181,71 @@ def sites(*, exact: bool = False) -> list[Site]:
         indices = torch.arange(len(rows), device=rows.device)
         return {"loss": {"losses": rows, "indices": indices, "reduction_type": "element"}}
 
+    def takes_listed(loss: Any) -> bool:
+        """Whether what a loss is given as its list of pairs reaches ``nt_xent`` or ``supervised``, and nobody else."""
+        if type(loss) not in (losses.NTXentLoss, losses.SupConLoss) or _is_hooked(loss):
+            return False
+        taken = {"forward": base, "compute_loss": generic}
+        return all(is_stock(getattr(loss, name), _home(owner, name)) for name, owner in taken.items()) and all(
+            is_stock(getattr(pairs, name), f"{pairs.__name__}.{name}") for name in (*PAIRS_FUNCTIONS, *OWN_FUNCTIONS)
+        )
+
+    @never
+    def in_memory(original: Any, *args: Any, **kwargs: Any) -> Any:
+        call = arguments(original, args, kwargs)
+        memory, removes = call["self"], call["do_remove_self_comparisons"]
+        if (
+            memory.miner is not None
+            or call["input_indices_tuple"] is not None
+            or not _is_own(memory, memories, *MEMORY_METHODS)
+            or not takes_listed(memory.loss)
+            # A batch of one the library compares with itself.
+            or (removes and len(call["embeddings"]) < 2)
+        ):
+            return NotImplemented
+        return Listed(memory.curr_batch_idx if removes else None, lambda *_: original(*args, **kwargs))
+
+    @never
+    def on_ranks(original: Any, *args: Any, **kwargs: Any) -> Any:
+        call = arguments(original, args, kwargs)
+        wrapper, x, labels = call["self"], call["emb"], call["labels"]
+        if (
+            not wrapper.efficient
+            or call["world_size"] < 2
+            or call["indices_tuple"] is not None
+            or not (isinstance(x, Tensor) and isinstance(labels, Tensor))
+            or len(x) < 2
+            or not _is_own(wrapper, distributed.DistributedLossWrapper, *WRAPPER_METHODS)
+            or not all(is_stock(getattr(distributed, n), f"{distributed.__name__}.{n}") for n in GATHER_FUNCTIONS)
+            or not takes_listed(wrapper.loss)
+        ):
+            return NotImplemented
+        places = torch.arange(len(x), device=x.device)  # every rank gathers its own rows first
+        return original(**{**call, "indices_tuple": Listed(places, distributed.get_indices_tuple)})
+
+    memory_parameters = ("self", "embeddings", "labels", "E_mem", "L_mem", "input_indices_tuple")
+    wrapper_parameters = ("self", "emb", "labels", "indices_tuple", "ref_emb", "ref_labels", "world_size")
     return [
-        Site(losses.NTXentLoss, "forward", PARAMETERS, nt_xent),
-        Site(losses.SupConLoss, "compute_loss", PARAMETERS, supervised),
+        Site(losses.NTXentLoss, "forward", PARAMETERS, _or_from_list(nt_xent)),
+        Site(losses.SupConLoss, "compute_loss", PARAMETERS, _or_from_list(supervised)),
+        Site(memories, "create_indices_tuple", memory_parameters, in_memory),
+        Site(distributed.DistributedLossWrapper, "forward_regular_loss", wrapper_parameters, on_ranks),
     ]
+
+
+def _or_from_list(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """A replacement whose call, where it is left to the library, has the library's list of pairs again."""
+
+    @never
+    def loss(original: Any, *args: Any, **kwargs: Any) -> Any:
+        value = ours(original, *args, **kwargs)
+        listed = next((given for given in (*args, *kwargs.values()) if isinstance(given, Listed)), None)
+        if value is not NotImplemented or listed is None:
+            return value
+        call = arguments(original, args, kwargs)
+        return original(**{**call, "indices_tuple": listed.make(call["labels"], call["ref_labels"])})
+
+    return loss
 
 
 def nt_xent_loss(
@@ -168,9 +255,10 @@ def nt_xent_loss(
     scale: float | Tensor,
     row_labels: Tensor,
     col_labels: Tensor,
-    paired: bool,
     alike: Tensor,
+    own: Tensor | int,
     floor: float | None = None,
+    **identity: Any,
 ) -> Tensor:
     """NT-Xent over every positive pair, each against the negatives of its row alone::
 
@@ -187,9 +275,10 @@ def nt_xent_loss(
         x: ``[N, D]``; y: ``[M, D]``.
         scale: number or one-element tensor; 1 / temperature.
         row_labels: int64 ``[N]`` ≥ 0; col_labels: int64 ``[M]`` ≥ 0.
-        paired: x and y are one bank: the pair (i, i) is left out.
         alike: int64 ``[N]``, how many columns have the label of a row; there is at least one pair of SAME.
+        own: how many pairs of SELF are among these.
         floor: logarithm of the number that every probability is raised by; ≈ is off by that number at most.
+        **identity: paired (True: x and y are one bank, the pair (i, i) is left out), or row_ids and col_ids.
 
     Returns:
         fp32 scalar (fp64 for fp64).
@@ -200,7 +289,7 @@ def nt_xent_loss(
         x, y = x.float(), y.float()
     # The pairs of a row without negatives cost nothing.
     row_labels = row_labels.masked_fill(alike == len(y), -1)
-    keys: dict[str, Any] = {"row_labels": row_labels, "col_labels": col_labels, "paired": paired}
+    keys: dict[str, Any] = {"row_labels": row_labels, "col_labels": col_labels, **identity}
     (negatives,), _ = reduce_similarity(x, y, scale=scale, rows=[("lse", OTHER)], **keys)
     wider = torch.cat([x * -scale, negatives.masked_fill(row_labels < 0, 0)[:, None]], 1)
     ones = torch.cat([y, y.new_ones(len(y), 1)], 1)
@@ -208,10 +297,10 @@ def nt_xent_loss(
     if floor is not None:
         (beyond,), _ = reduce_similarity(wider, ones, bias=floor, rows=[("softplus", SAME)], **keys)
         losses = losses - beyond
-    return losses.sum() / (alike.sum() - (len(x) if paired else 0))
+    return losses.sum() / (alike.sum() - own)
 
 
-def _problem(loss: Any, x: Any, labels: Any, y: Any, others: Any) -> Problem | None:
+def _problem(loss: Any, x: Any, labels: Any, y: Any, others: Any, listed: Listed | None) -> Problem | None:
     """None where our kernels would give other numbers than the library, or none."""
     temperature = loss.temperature
     if (
@@ -231,14 +320,27 @@ def _problem(loss: Any, x: Any, labels: Any, y: Any, others: Any) -> Problem | N
         or (isinstance(temperature, Tensor) and temperature.ndim > 0)
     ):
         return None
-    paired = others is labels
+    # Where the pairs are listed for the library, nothing is left out but what the list leaves out.
+    paired, places = others is labels and listed is None, None if listed is None else listed.places
+    if places is not None and len(places) > len(y):
+        return None
     both = torch.cat([labels, others])
     distinct, names = both.view(SIGNED.get(both.dtype, both.dtype)).unique(return_inverse=True)
     rows, cols = names[: len(x)], names[len(x) :]
     alike = torch.bincount(cols, minlength=len(distinct))[rows]
+    identity: dict[str, Any] = {"paired": paired}
+    own: Tensor | int = len(x) if paired else 0
+    if places is not None:
+        # Of a column with another label the pair is a negative, which the library leaves in.
+        themselves = cols[places] == rows
+        identity = {
+            "row_ids": torch.where(themselves, places, len(y)),
+            "col_ids": torch.arange(len(y), device=x.device),
+        }
+        own = themselves.sum()
     of_rows, of_cols = (torch.linalg.vector_norm(t.detach(), dim=1).max().float() for t in (x, y))
     facts = (
-        alike.sum() > (len(x) if paired else 0),
+        alike.sum() > own,
         alike.sum() < len(x) * len(y),
         (both != both).any(),
         of_rows * of_cols,
@@ -262,15 +364,19 @@ def _problem(loss: Any, x: Any, labels: Any, y: Any, others: Any) -> Problem | N
         x=unit,
         y=unit if y is x else normalize(y).to(dtype),
         scale=1 / temperature,
-        names={"row_labels": rows, "col_labels": cols, "paired": paired},
+        names={"row_labels": rows, "col_labels": cols, **identity},
         alike=alike,
+        own=own,
         farthest=farthest,
     )
 
 
 def _is_own(thing: Any, kind: type, *names: str) -> bool:
-    """Whether methods are those that the library wrote for a class: nobody's subclass, object or class has others."""
-    return all(is_stock(getattr(thing, name), _home(kind, name)) for name in names)
+    """Whether methods are those that the library wrote for a class: nobody's subclass, object or class has others.
+
+    A method that this version does not have is called by nobody.
+    """
+    return all(is_stock(getattr(thing, name), _home(kind, name)) for name in names if hasattr(kind, name))
 
 
 @functools.cache

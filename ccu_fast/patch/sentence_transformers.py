@@ -2,7 +2,12 @@
 
 The variants are one-way and symmetric, with or without hard negatives, with other directions (GTE) and with penalties
 for hard negatives. The cached classes compute the same loss in a loop over mini-batches of score rows; here it is one
-call, and the gradient caching stays the library's.
+call, and the gradient caching stays the library's. With ``gather_across_devices=True`` the library gathers the columns
+as ever, and the loss of this process's queries against those of all is ours.
+
+GISTEmbedLoss and its cached version stay with the library: they leave out what a guide finds more similar than the
+positive, and where texts repeat the two are equal but for rounding, so that only the library's own sums decide as it
+does. So do the losses of MultiVectorEncoder, whose scores are sums of maxima over tokens: no product of two matrices.
 """
 
 from __future__ import annotations
@@ -16,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccu_fast.losses.formulas import logsumexp, softplus
@@ -78,35 +84,57 @@ def sites() -> list[Site]:
     one = torch.ones(1, 1, dtype=torch.float16)
     widens = util.dot_score(one, one).dtype == torch.float32
 
-    def evaluate(owner: type, self: Any, embeddings: Any, first: Callable[[], Tensor]) -> Tensor | None:
+    def evaluate(owner: type, self: Any, embeddings: Any, first: Callable[[Any], Tensor]) -> Tensor | None:
         """The loss of columns of embeddings, in the dtype of the ``first`` item's; None where only theirs will do."""
-        options = _options(self) if says else _one_loss(self, owner in (symmetric, cached_symmetric))
+        both_ways = owner in (symmetric, cached_symmetric)
+        options = _options(self) if says else _one_loss(self, both_ways)
         cosine, dot = (_is_similarity(self.similarity_fct, name) for name in ("cos_sim", "dot_score"))
-        if options is None or not (cosine or dot) or getattr(self, "gather_across_devices", False):
+        gathers = getattr(self, "gather_across_devices", False)
+        if options is None or not (cosine or dot) or (gathers and not _can_gather(owner)):
             return None
         if not _are_columns(embeddings):
             return None
-        columns = [e.float() if widens and e.dtype in HALF else e for e in embeddings]
-        queries = columns[0]
-        if any(e.dtype != queries.dtype for e in columns) or not is_one_number(self.scale, queries):
+
+        def widened(t: Tensor) -> Tensor:
+            return t.float() if widens and t.dtype in HALF else t
+
+        queries = widened(embeddings[0])
+        if any(widened(e[:0]).dtype != queries.dtype for e in embeddings) or not is_one_number(self.scale, queries):
             return None
         # What is masked out is -inf times the scale there, and a lone query has no others.
         if not options.is_plain and (len(queries) < 2 or isinstance(self.scale, Tensor) or self.scale <= 0):
             return None
         if options.penalised[0] and torch.compiler.is_compiling():
             return None
+        place, every, documents = 0, [embeddings[0]], embeddings[1:]
+        if gathers:
+            # The same columns in the same order as the library, so that a rank whose call it takes finds the others.
+            gather = importlib.import_module(owner.__module__).all_gather_with_grad
+            if says or both_ways:
+                every = [gather(embeddings[0])]
+            documents = [gather(e) for e in documents]
+            place = dist.get_rank() * len(queries) if dist.is_available() and dist.is_initialized() else 0
+        columns = [widened(e) for e in (*every, *documents)]
         if cosine:
             columns = [F.normalize(e, dim=1) for e in columns]
-        value = ranking_loss(columns[0], columns[1:], scale=self.scale, options=options)
+        of_all = len(columns[0]) > len(queries)
+        value = ranking_loss(
+            columns[0][place : place + len(queries)] if of_all else columns[0],
+            columns[1:],
+            scale=self.scale,
+            options=options,
+            place=place,
+            every=columns[0],
+        )
         if torch.is_autocast_enabled(queries.device.type) or queries.dtype in HALF:
             with torch.no_grad():
-                dtype = first().dtype
+                dtype = first(_alone(self) if gathers else self).dtype
             value = value.to(dtype)
         return value
 
     def plain(owner: type) -> Site:
         def loss(original: Any, self: Any, embeddings: list[Tensor], labels: Any = None) -> Any:
-            value = evaluate(owner, self, embeddings, lambda: original(self, [e[:1] for e in embeddings], labels))
+            value = evaluate(owner, self, embeddings, lambda loss: original(loss, [e[:1] for e in embeddings], labels))
             return NotImplemented if value is None else value
 
         return Site(owner, "compute_loss_from_embeddings", ("self", "embeddings", "labels"), loss)
@@ -119,7 +147,7 @@ def sites() -> list[Site]:
             if set(call) - {"labels"} or not isinstance(backward, bool) or not _are_batches(reps):
                 return NotImplemented
             embeddings = [torch.cat(list(column)) for column in reps]
-            value = evaluate(owner, self, embeddings, lambda: original(self, [[column[0][:1]] for column in reps]))
+            value = evaluate(owner, self, embeddings, lambda loss: original(loss, [[column[0][:1]] for column in reps]))
             if value is None:
                 return NotImplemented
             if backward:
@@ -138,7 +166,15 @@ def sites() -> list[Site]:
     return found
 
 
-def ranking_loss(queries: Tensor, documents: Sequence[Tensor], *, scale: float | Tensor, options: Options) -> Tensor:
+def ranking_loss(
+    queries: Tensor,
+    documents: Sequence[Tensor],
+    *,
+    scale: float | Tensor,
+    options: Options,
+    place: int = 0,
+    every: Tensor | None = None,
+) -> Tensor:
     """InfoNCE of queries against their documents and all other documents::
 
         s = scale * queries @ torch.cat(documents).T                        # the first N columns are the positives
@@ -149,24 +185,39 @@ def ranking_loss(queries: Tensor, documents: Sequence[Tensor], *, scale: float |
 
     Args:
         queries: ``[N, D]``.
-        documents: ``[N, D]`` each: the positives, then hard negatives.
+        documents: ``[M, D]`` each: the positives, then hard negatives. Usually M = N; of several processes M counts the
+            items of all.
         scale: inverse temperature.
         options: which ways, and with which penalties.
+        place: the first query's among all M.
+        every: ``[M, D]``, the queries of all processes; by default these. Only other ways than FORWARD read it.
     """
+    every = queries if every is None else every
     if not options.is_plain:
-        return directed_loss(queries, documents, scale=scale, options=options)
+        return directed_loss(queries, documents, scale=scale, options=options, place=place, every=every)
     symmetric = BACKWARD in options.directions
-    if len(documents) == 1:
+    alone = len(documents[0]) == len(queries)
+    if alone and len(documents) == 1:
         return info_nce(queries, documents[0], scale=scale, symmetric=symmetric)
-    every = torch.cat(list(documents))
-    ids = torch.arange(len(every), device=every.device)
-    loss = info_nce(queries, every, scale=scale, symmetric=False, row_ids=ids[: len(queries)], col_ids=ids)
+    candidates = torch.cat(list(documents))
+    ids = torch.arange(len(candidates), device=candidates.device)
+    mine = slice(place, place + len(queries))
+    loss = info_nce(queries, candidates, scale=scale, symmetric=False, row_ids=ids[mine], col_ids=ids)
     if symmetric:
-        loss = (loss + info_nce(documents[0], queries, scale=scale, symmetric=False)) / 2
+        keys: dict[str, Any] = {} if alone else {"row_ids": ids[mine], "col_ids": ids[: len(every)]}
+        loss = (loss + info_nce(documents[0][mine], every, scale=scale, symmetric=False, **keys)) / 2
     return loss
 
 
-def directed_loss(queries: Tensor, documents: Sequence[Tensor], *, scale: float | Tensor, options: Options) -> Tensor:
+def directed_loss(
+    queries: Tensor,
+    documents: Sequence[Tensor],
+    *,
+    scale: float | Tensor,
+    options: Options,
+    place: int,
+    every: Tensor,
+) -> Tensor:
     """InfoNCE of queries whose negatives come from several directions, with penalties for the similar ones::
 
         z = logsumexp of: scale * q @ d.T (+ strength * (q @ d.T).detach() where penalised),
@@ -178,40 +229,43 @@ def directed_loss(queries: Tensor, documents: Sequence[Tensor], *, scale: float 
 
     Args:
         queries: ``[N, D]``, two or more.
-        documents: ``[N, D]`` each: the positives, then hard negatives.
-        scale: inverse temperature.
-        options: which ways, and with which penalties.
+        documents, scale, options, place, every: as of :func:`ranking_loss`.
 
     Source: Li et al. 2023 (arXiv 2308.03281); Lan et al. 2025 (arXiv 2503.04812), eq. 5.
     """
+    mine, alone = slice(place, place + len(queries)), len(documents[0]) == len(queries)
     # The similarity of each query to its own documents, [documents, N]; in fp32, as the kernels have the others.
     wide = queries if queries.dtype == torch.float64 else queries.float()
-    own = torch.stack([(wide * d.to(wide.dtype)).sum(1) for d in documents])
+    own = torch.stack([(wide * d[mine].to(wide.dtype)).sum(1) for d in documents])
     positive, negatives = scale * own[0], list(scale * own[1:])
     others, hard = options.penalised
     if hard:
         negatives = [n + options.strength * s.detach() for n, s in zip(negatives, own[1:], strict=True)]
 
-    every = documents[0] if len(documents) == 1 else torch.cat(list(documents))
-    ids = torch.arange(len(queries), device=queries.device)
-    keys: dict[str, Any] = {"row_ids": ids, "col_ids": ids.repeat(len(documents))} if len(documents) > 1 else {}
+    candidates = documents[0] if len(documents) == 1 else torch.cat(list(documents))
+    ids = torch.arange(len(documents[0]), device=queries.device)
+    keys: dict[str, Any] = {}
+    if len(documents) > 1 or not alone:
+        keys = {"row_ids": ids[mine], "col_ids": ids.repeat(len(documents))}
+    of_queries: dict[str, Any] = {} if alone else {"row_ids": ids[mine], "col_ids": ids}
     directions, back = options.directions, ALL if options.joint else OTHER
     # Of pairs both ways are one pass, unless one of them is penalised.
-    both = BACKWARD in directions and len(documents) == 1 and not others
+    both = BACKWARD in directions and len(documents) == 1 and alone and not others
     warm = scale + options.strength if others else scale
     cols = [("lse", back)] if both else ()
-    (forward,), backward = reduce_similarity(queries, every, scale=warm, rows=[("lse", OTHER)], cols=cols, **keys)
+    (forward,), backward = reduce_similarity(queries, candidates, scale=warm, rows=[("lse", OTHER)], cols=cols, **keys)
     if others:
-        forward = _Penalised.apply(forward, queries, every, scale, options.strength, keys)
+        forward = _Penalised.apply(forward, queries, candidates, scale, options.strength, keys)
     rest: dict[str, list[Tensor]] = {FORWARD: [*negatives, forward]}
+    positives = documents[0][mine]
     if both:
         rest[BACKWARD] = backward
     elif BACKWARD in directions:
-        rest[BACKWARD] = reduce_similarity(documents[0], queries, scale=scale, rows=[("lse", back)])[0]
+        rest[BACKWARD] = reduce_similarity(positives, every, scale=scale, rows=[("lse", back)], **of_queries)[0]
     if "query_to_query" in directions:
-        rest["query_to_query"] = reduce_similarity(queries, queries, scale=scale, rows=[("lse", OTHER)])[0]
+        rest["query_to_query"] = reduce_similarity(queries, every, scale=scale, rows=[("lse", OTHER)], **of_queries)[0]
     if "doc_to_doc" in directions:
-        rest["doc_to_doc"] = reduce_similarity(documents[0], every, scale=scale, rows=[("lse", OTHER)], **keys)[0]
+        rest["doc_to_doc"] = reduce_similarity(positives, candidates, scale=scale, rows=[("lse", OTHER)], **keys)[0]
     groups = [[term for terms in rest.values() for term in terms]] if options.joint else list(rest.values())
     losses = [softplus(logsumexp(torch.stack(group)) - positive) for group in groups]
     return (sum(losses[1:], losses[0]) / len(losses)).mean()
@@ -268,6 +322,25 @@ def _one_loss(loss: Any, symmetric: bool) -> Options | None:
     if not stock or not is_mean_cross_entropy(loss.cross_entropy_loss):
         return None
     return Options(frozenset({FORWARD, BACKWARD} if symmetric else {FORWARD}))
+
+
+def _can_gather(owner: type) -> bool:
+    """Whether what a loss gathers with is the library's own, and no graph is being made of it."""
+    if torch.compiler.is_compiling():
+        return False
+    module, home = importlib.import_module(owner.__module__), "sentence_transformers.util.distributed"
+    names = [name for name in ("all_gather_with_grad", "get_rank") if hasattr(module, name)]
+    return "all_gather_with_grad" in names and all(is_stock(getattr(module, n), f"{home}.{n}") for n in names)
+
+
+def _alone(loss: Any) -> Any:
+    """A copy of a loss that gathers nothing, and shares the rest."""
+    alone = copy.copy(loss)
+    if isinstance(getattr(loss, "loss", None), nn.Module):  # where a cached loss keeps its options
+        alone._modules = dict(loss._modules)
+        alone.loss = copy.copy(loss.loss)
+    alone.gather_across_devices = False
+    return alone
 
 
 def _is_similarity(function: Any, name: str) -> bool:

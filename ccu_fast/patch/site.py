@@ -32,12 +32,14 @@ class Site:
         attribute: its name there.
         parameters: the names its signature must begin with. Another signature is another function: it is left alone.
         replacement: what takes its calls.
+        package: under whose name it was imported, where that is not the target's.
     """
 
     owner: Any
     attribute: str
     parameters: tuple[str, ...]
     replacement: Replacement
+    package: str | None = None
 
     @property
     def name(self) -> str:
@@ -50,6 +52,7 @@ class Site:
         Args:
             package: whose functions are known; None for any.
         """
+        package = self.package or package
         function = getattr(self.owner, self.attribute, None)
         if not callable(function):
             return f"{self.name} does not exist"

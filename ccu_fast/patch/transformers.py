@@ -70,7 +70,8 @@ class _Model:
 
 
 # By the name of their module, which is also that of a loss that some of them have. Other models end in another loss, or
-# in similarities that are no product of two matrices: those of X-CLIP have text embeddings for each video.
+# in similarities that are no product of two matrices. X-CLIP prompts every text with every video, [videos, texts, D]:
+# its logits cost no more than these features, which the model has made by then, so there is nothing to save either.
 _MODELS = {
     "clip": _Model("CLIPModel"),
     "align": _Model("AlignModel", _align, ("temperature",)),

@@ -179,6 +179,8 @@ def test_methods_of_a_users_own_stay_with_the_library(kind: str, place: str, mon
     parts = {"self": OVERRIDES[kind], "distance": OF_DISTANCE, "reducer": OF_REDUCER if kind == "NTXentLoss" else ()}
     for part, names in parts.items():
         for name in names:
+            if part == "self" and not hasattr(make(kind), name):  # 2.3.0 has no check of the masks
+                continue
             with monkeypatch.context() as context:
                 loss = make(kind)
                 change = functools.partial(

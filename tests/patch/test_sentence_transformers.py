@@ -190,7 +190,6 @@ OBJECTS: dict[str, Callable[[Any], Any]] = {
     "scale in double": lambda loss: setattr(loss, "scale", torch.tensor([20.0], dtype=torch.float64)),
     "infinite scale": lambda loss: setattr(loss, "scale", float("inf")),
     "True as scale": lambda loss: setattr(loss, "scale", True),
-    "gather_across_devices": lambda loss: setattr(loss, "gather_across_devices", True),
     "cross_entropy_loss": lambda loss: setattr(loss, "cross_entropy_loss", nn.CrossEntropyLoss(label_smoothing=0.1)),
     "directions without the positives": lambda loss: setattr(loss, "directions", ("query_to_query", "doc_to_doc")),
     "directions at a negative scale": lambda loss: vars(loss).update(directions=GTE, scale=-2.0),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.patch.test_sentence_transformers import VARIANTS, WIDTH, Sub, Towers, forward, losses, variant
-from tests.support.drop_in import counted, left_alone, same_numbers, speed, unit
+from tests.support.drop_in import counted, left_alone, library, require, same_numbers, speed, unit
 from tests.support.tolerance import assert_three_way
 
 
@@ -149,3 +151,36 @@ def test_speed_of_a_cached_loss(name: str) -> None:
         lambda: loss.calculate_loss(reps, with_backward=True),
         rounds=5,
     )
+
+
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("kind", ["GISTEmbedLoss", "CachedGISTEmbedLoss"])
+def test_a_guide_s_false_negatives_stay_with_the_library(kind: str, gather: bool) -> None:
+    made = getattr(losses(), kind)
+    tokenizer = mock.MagicMock(spec=library("transformers").PreTrainedTokenizerBase, vocab={})
+    tokenizer.get_vocab.return_value = {}
+    towers = Towers()
+    towers.tokenizer, towers.max_seq_length = tokenizer, 8
+    loss = made(towers, towers, gather_across_devices=gather)
+    columns = [unit(9, WIDTH, seed=i) for i in range(3)]
+    if kind == "GISTEmbedLoss":
+        left_alone("sentence_transformers", lambda: loss([{"sentence_embedding": c} for c in columns], None))
+    else:
+        reps = [list(c.split(4)) for c in columns]
+        left_alone("sentence_transformers", lambda: loss.calculate_loss(reps, reps))
+
+
+def test_many_vectors_of_a_text_stay_with_the_library() -> None:
+    """A score is the sum over a query's tokens of the nearest token: no product of two matrices."""
+    require("sentence_transformers")
+    name = "sentence_transformers.multi_vector_encoder.losses"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        pytest.skip("this version has no MultiVectorEncoder")
+    features = [
+        {"token_embeddings": unit(5, 4, WIDTH, seed=i), "attention_mask": torch.ones(5, 4, dtype=torch.int64)}
+        for i in range(3)
+    ]
+    loss = module.MultiVectorMultipleNegativesRankingLoss(Towers())
+    left_alone("sentence_transformers", lambda: loss([dict(f) for f in features]))

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 import ccu_fast
 from tests.support.drop_in import counted, left_alone, library, same_numbers, same_training, speed
-from tests.support.transformers_models import IMAGE, MODELS, TEXT, VISION, Built, N, build, clip
+from tests.support.transformers_models import IMAGE, MODELS, TEXT, VISION, Built, N, build, clip, x_clip
 
 
 @pytest.fixture(params=list(MODELS))
@@ -170,6 +170,17 @@ def test_the_loss_has_the_library_s_dtype(built: Built, dtype: torch.dtype, auto
     assert ours.dtype == theirs.dtype
     assert calls.kernels > 0 or dtype == torch.float64  # which the reference serves
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+def test_texts_that_each_video_has_its_own_of_stay_with_the_library() -> None:
+    """X-CLIP's matrix is the product of each video with a matrix of its own, and no product of two."""
+    torch.manual_seed(0)
+    model, inputs = x_clip(library("transformers"))
+    with torch.no_grad():
+        out = model(**inputs)
+    assert out.text_embeds.shape == (N, N, 32)
+    assert not torch.allclose(out.text_embeds[0], out.text_embeds[1])
+    left_alone("transformers", lambda: loss_of((model, inputs)).detach())
 
 
 def test_training_is_the_same() -> None:

@@ -143,6 +143,21 @@ def vision_text_dual_encoder(t: Any) -> Built:
     return t.VisionTextDualEncoderModel(config), images()
 
 
+def x_clip(t: Any) -> Built:
+    """A video of two frames for each text; its loss is not among ours."""
+    text = {**TEXT, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 49}
+    vision = {**VISION, **IMAGE, "num_frames": 2, "drop_path_rate": 0.0}
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        vision[f"mit_{name}"] = VISION[name]
+    config = t.XCLIPConfig(
+        text_config=text, vision_config=vision, projection_dim=32, prompt_layers=1, prompt_num_attention_heads=2
+    )
+    return t.XCLIPModel(config).eval(), {
+        "pixel_values": torch.randn(N, 2, 3, 16, 16),
+        "input_ids": torch.cat([torch.randint(3, 48, (N, 7)), torch.full((N, 1), 49)], 1),
+    }
+
+
 MODELS: dict[str, Callable[[Any], Built]] = {
     make.__name__: make
     for make in (
