@@ -13,7 +13,7 @@ from ccu_fast.ops.l2_normalize.api import l2_normalize
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 
 # What it passes on to the reduction.
-PASSED_ON = ("row_labels", "col_labels", "paired", "normalize", "backend", "workspace", "nan_policy")
+PASSED_ON = ("bias", "row_labels", "col_labels", "paired", "normalize", "backend", "workspace", "nan_policy")
 
 
 @arguments(*PASSED_ON)
@@ -53,7 +53,7 @@ def distill(
         teacher_scale: number or one-element tensor; the teacher's 1 / temperature, applied in fp32.
         symmetric: average the losses over rows and over columns.
         reduction: "mean" or "sum" over the items, or "none".
-        **similarity: row_labels and col_labels (negative ones take items out of everything), paired, backend,
+        **similarity: bias, row_labels and col_labels (negative ones take items out of everything), paired, backend,
             workspace, nan_policy: see :func:`ccu_fast.reduce_similarity`; normalize, which makes the teacher's rows
             unit vectors too.
 

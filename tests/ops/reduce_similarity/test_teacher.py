@@ -78,9 +78,13 @@ def test_shapes(shape: tuple[int, int, int], engine: Engine) -> None:
 def test_nothing_to_reduce(backend: str) -> None:
     for n, m in ((0, 3), (3, 0), (0, 0)):
         rows, cols = reduce_similarity(
-            torch.randn(n, 4), torch.randn(m, 4), teacher=(torch.randn(n, 2), torch.randn(m, 2)), backend=backend,
-            rows=[("expected", ALL), ("mass", OTHER), ("count", ALL)], cols=[("expected", OTHER)],
-        )  # fmt: skip
+            torch.randn(n, 4),
+            torch.randn(m, 4),
+            teacher=(torch.randn(n, 2), torch.randn(m, 2)),
+            backend=backend,
+            rows=[("expected", ALL), ("mass", OTHER), ("count", ALL)],
+            cols=[("expected", OTHER)],
+        )
         assert rows[0].eq(0).all() and rows[0].shape == (n,)
         assert rows[1].eq(0).all()
         assert cols[0].eq(0).all() and cols[0].shape == (m,)
@@ -251,9 +255,14 @@ def test_products_in_bf16_still_add_up(dtype: torch.dtype, native: str, monkeypa
     try:
         for workspace in (0, None):
             rows, _ = reduce_similarity(
-                x, y, teacher=(u, u), teacher_scale=100.0, rows=[("mass", ALL), ("expected", ALL)], backend=native,
+                x,
+                y,
+                teacher=(u, u),
+                teacher_scale=100.0,
+                rows=[("mass", ALL), ("expected", ALL)],
+                backend=native,
                 workspace=workspace,
-            )  # fmt: skip
+            )
             torch.testing.assert_close(rows[0], torch.ones(40), rtol=1e-3, atol=0)
             torch.set_float32_matmul_precision("highest")  # what was kept says how it was made
             torch.autograd.grad(rows[1].sum(), x)
@@ -265,8 +274,23 @@ def test_products_in_bf16_still_add_up(dtype: torch.dtype, native: str, monkeypa
 def test_many_frozen_keys_have_no_way_of_their_own(native: str) -> None:
     case = taught(24, 4200, d=16, frozen=("y",), rows=(("lse", ALL), ("expected", ALL)), cols=())
     p = build_problem(
-        case.x.float().requires_grad_(), case.y.float(), 5.0, None, None, None, None, None, None, case.rows, (),
-        "propagate", None, None, None, case.taught(torch.float32), 3.0,
-    )[0]  # fmt: skip
+        case.x.float().requires_grad_(),
+        case.y.float(),
+        5.0,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        case.rows,
+        (),
+        "propagate",
+        None,
+        None,
+        None,
+        case.taught(torch.float32),
+        3.0,
+    )[0]
     assert specialised(p, native, True) == native
     check(case, native, torch.float32)

@@ -221,9 +221,17 @@ def empty_state(SPEC: tl.constexpr, ITEMS: tl.constexpr):
 
 @triton.jit
 def reduce_tile(
-    t, e, relation, state, SPEC: tl.constexpr, AXIS: tl.constexpr, inside=None, MASK: tl.constexpr = False,
-    similar=None, limits=None,
-):  # fmt: skip
+    t,
+    e,
+    relation,
+    state,
+    SPEC: tl.constexpr,
+    AXIS: tl.constexpr,
+    inside=None,
+    MASK: tl.constexpr = False,
+    similar=None,
+    limits=None,
+):
     """The state after one more tile, reduced over AXIS (1: row results, 0: column results).
 
     With ``MASK`` t counts only in the columns or rows that are ``inside``; e outside has to be 0 already. ``similar``
