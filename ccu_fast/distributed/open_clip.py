@@ -141,7 +141,10 @@ class ClipLoss(_OpenClipLoss):
     tensor(0.3408)
     """
 
-    _show = ("local_loss", "gather_with_grad", "rank", "world_size", "positives", "normalize", "backend", "workspace")
+    _show: tuple[str, ...] = (
+        *("local_loss", "gather_with_grad", "rank", "world_size", "positives"),
+        *("normalize", "backend", "workspace"),
+    )
 
     def __init__(
         self,

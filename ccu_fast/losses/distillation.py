@@ -74,8 +74,8 @@ def distill(
     check.boolean("symmetric", symmetric)
     if check.boolean("normalize", similarity.get("normalize", False)):
         teacher = unit_teacher(teacher, similarity.get("backend", "auto"))
-    options = {"scale": scale, "teacher": teacher, "teacher_scale": teacher_scale, "symmetric": symmetric}
-    sides = formulas.distill(reduce_similarity, x, y, **options, **similarity)
+    options: dict[str, Any] = {"scale": scale, "teacher": teacher, "teacher_scale": teacher_scale, **similarity}
+    sides = formulas.distill(reduce_similarity, x, y, symmetric=symmetric, **options)
     return formulas.average([reduced(side.distilled, reduction) for side in sides])
 
 
