@@ -127,17 +127,14 @@ def load_keys(keys, bank, index, in_range):
 
 @triton.jit
 def load_limits(limits, bank, limit_bank, index, in_range, teacher=None):
-    """``limits``, those of some rows or columns, and the teacher's scale times log2(e); None for what there is not.
+    """``limits``, those of some rows or columns, and ``teacher``, its scale's address; None for what there is not.
 
     Out of range a limit leaves nothing out. With a teacher they are its log-sum-exps: there its probabilities are 0.
     """
     limit = index
-    scale = None
     if limits is not None:
         limit = tl.load(limits + bank * limit_bank + index, mask=in_range, other=float("inf"))
-    if teacher is not None:
-        scale = tl.load(teacher) * LOG2E
-    return limits, limit, scale
+    return limits, limit, teacher
 
 
 @triton.jit
@@ -146,7 +143,8 @@ def probability(similar, limits, AXIS: tl.constexpr):
 
     Where an item takes part in nothing its log-sum-exp is −inf and this is inf: the caller leaves such pairs out.
     """
-    return tl.exp2(similar * limits[2] - tl.expand_dims(limits[1] * LOG2E, AXIS))
+    scale = tl.load(limits[2]) * LOG2E
+    return tl.exp2(similar * scale - tl.expand_dims(limits[1] * LOG2E, AXIS))
 
 
 @triton.jit
