@@ -1,4 +1,4 @@
-"""What the options of info_nce cost on a CPU, beside plain torch and beside InfoNCE itself.
+"""What the options of info_nce and a teacher cost on a CPU, beside plain torch and beside InfoNCE itself.
 
     python -m benchmarks.variants                       # B = 4096, D = 512: some minutes
     python -m benchmarks.variants --items 1024 --only "hard negatives" hardness
@@ -32,7 +32,7 @@ from benchmarks.results import store
 RESULTS = Path(__file__).resolve().with_suffix(".json")
 PAGE = RESULTS.parents[1] / "docs" / "losses.md"
 BEGIN, END = "<!-- variants -->", "<!-- end of variants -->"
-SCALE, COSINE, OWN = 20.0, 0.3, 4
+SCALE, TEACHER_SCALE, COSINE, OWN = 20.0, 50.0, 0.3, 4
 GATE_ITEMS = 384
 PREFIXES = (64, 128, 256, 512)
 GTE = ("x_to_y", "y_to_x", "x_to_x", "y_to_y")
@@ -51,7 +51,10 @@ def inputs(items: int, dim: int, dtype: torch.dtype = torch.float32) -> Inputs:
     x = unit(items, dim)
     y = F.normalize(COSINE * x + (1 - COSINE**2) ** 0.5 * unit(items, dim), dim=-1)
     made = {"x": x, "y": y, "negatives": unit(items, dim), "hard_negatives": unit(items, OWN, dim)}
-    return {name: t.float().to(dtype).requires_grad_() for name, t in made.items()}
+    u = unit(items, dim)
+    taught = {"u": u, "v": F.normalize(COSINE * u + (1 - COSINE**2) ** 0.5 * unit(items, dim), dim=-1)}
+    leaves = {name: t.float().to(dtype).requires_grad_() for name, t in made.items()}
+    return leaves | {name: t.float().to(dtype) for name, t in taught.items()}
 
 
 def ours(of: Inputs, *, extra: tuple[str, ...] = (), **options: Any) -> Tensor:
@@ -125,6 +128,19 @@ def _one_by_one(of: Inputs, prefixes: tuple[int, ...]) -> Tensor:
     return sum((ours(pair, normalize=True) for pair in pairs), torch.zeros(()))
 
 
+def _distilled(of: Inputs) -> Tensor:
+    teacher = of["u"], of["v"]
+    return ccu_fast.distill(
+        of["x"], of["y"], scale=SCALE, teacher=teacher, teacher_scale=TEACHER_SCALE, symmetric=False
+    )
+
+
+def _cross_entropy_with_teacher(of: Inputs) -> Tensor:
+    with torch.no_grad():
+        target = (TEACHER_SCALE * of["u"] @ of["v"].T).softmax(1)
+    return -(target * (SCALE * of["x"] @ of["y"].T).log_softmax(1)).sum(1).mean()
+
+
 # Ours, torch's, and InfoNCE with as many pairs.
 _ONE, _TWO = partial(ours), partial(ours, extra=("negatives",))
 CASES: dict[str, tuple[Loss, Loss, Loss]] = {
@@ -148,16 +164,15 @@ CASES: dict[str, tuple[Loss, Loss, Loss]] = {
         partial(_matryoshka, prefixes=PREFIXES),
         partial(ours, normalize=True),
     ),
+    "distill": (_distilled, _cross_entropy_with_teacher, _TWO),
 }
 
 
 def step(loss: Loss, of: Inputs) -> list[Tensor]:
     """The loss and the gradients of what it depends on."""
     value = loss(of)
-    return [
-        value.detach(),
-        *(g for g in torch.autograd.grad(value, list(of.values()), allow_unused=True) if g is not None),
-    ]
+    leaves = [t for t in of.values() if t.requires_grad]
+    return [value.detach(), *(g for g in torch.autograd.grad(value, leaves, allow_unused=True) if g is not None)]
 
 
 def errors(name: str, dim: int) -> dict[str, float]:

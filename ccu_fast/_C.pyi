@@ -52,7 +52,13 @@ class Relations:
     ) -> None: ...
 
 class Limits:
-    def __init__(self, rows: tuple[int, int], cols: tuple[int, int], guide: tuple[int, int]) -> None: ...
+    def __init__(
+        self,
+        rows: tuple[int, int],
+        cols: tuple[int, int],
+        guide: tuple[int, int],
+        teacher: tuple[float, int] | None = None,
+    ) -> None: ...
 
 class Reductions:
     def __init__(self, rows: Sequence[int], cols: Sequence[int]) -> None: ...

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from ccu_fast import patch
 from ccu_fast._version import __version__ as __version__
+from ccu_fast.distributed.distill_clip import DistillClipLoss
 from ccu_fast.distributed.key_queue import KeyQueue
 from ccu_fast.distributed.open_clip import ClipLoss, SigLipLoss
+from ccu_fast.losses.distillation import distill
 from ccu_fast.losses.functional import info_nce, inverse_info_nce, sigmoid_loss, sup_con
-from ccu_fast.losses.modules import InfoNCE, InverseInfoNCE, SigmoidLoss, SupCon
+from ccu_fast.losses.modules import DistillLoss, InfoNCE, InverseInfoNCE, SigmoidLoss, SupCon
 from ccu_fast.ops.l2_normalize.api import l2_normalize
 from ccu_fast.ops.noise_store.api import NoiseStore
 from ccu_fast.ops.pgd_step.api import check_pgd_steps, pgd_step_
@@ -28,6 +30,8 @@ __all__ = [
     "SAME",
     "SELF",
     "ClipLoss",
+    "DistillClipLoss",
+    "DistillLoss",
     "Flips",
     "InfoNCE",
     "InverseInfoNCE",
@@ -40,6 +44,7 @@ __all__ = [
     "TokenTable",
     "candidate_losses",
     "check_pgd_steps",
+    "distill",
     "info_nce",
     "inverse_info_nce",
     "l2_normalize",

@@ -31,10 +31,11 @@ const char* ccu_cpu_isa(void);
 // ---------------------------------------------------------------------------------------------------------------------
 // reduce_similarity on tiles of S = scale * dot + bias, where a library GEMM has computed dot = x y^T.
 //
-// A reduction is encoded as kind * 8 + relations: kind 0 = lse, 1 = sum, 2 = softplus, 3 = logsigmoid, 4 = count;
-// relations is a set of SELF = 1, SAME = 2, OTHER = 4. Without labels no pair is SAME; without ids, `diagonal` says
-// whether (i, i) is SELF. An OTHER pair whose similarity is above the limit of its row has no part in the reductions of
-// rows, and likewise for columns.
+// A reduction is encoded as kind * 8 + relations: kind 0 = lse, 1 = sum, 2 = softplus, 3 = logsigmoid, 4 = count,
+// 5 = mass, 6 = expected; relations is a set of SELF = 1, SAME = 2, OTHER = 4. Without labels no pair is SAME; without
+// ids, `diagonal` says whether (i, i) is SELF. An OTHER pair whose similarity is above the limit of its row has no part
+// in the reductions of rows, and likewise for columns. With a teacher, a guide whose products make the probabilities of
+// mass and expected, there are no limits.
 
 enum { CCU_MAX_REDUCTIONS = 8 };
 
@@ -56,11 +57,14 @@ typedef struct {
   int32_t row_codes[CCU_MAX_REDUCTIONS];
   int32_t col_codes[CCU_MAX_REDUCTIONS];
   int32_t threads;
-  const float* row_limits;  // [banks or 1, rows] of this chunk, or NULL
-  const float* col_limits;  // [banks or 1, cols], or NULL
+  const float* row_limits;  // [banks or 1, rows] of this chunk, or NULL; of a teacher the lse of its rows
+  const float* col_limits;  // [banks or 1, cols], or NULL; of a teacher the lse of its columns
   int64_t row_limit_stride, col_limit_stride;
   const void* guide;  // [banks, rows, cols] in guide_dtype: the similarities that limits look at; NULL: those are dot
   int32_t guide_dtype;
+  int32_t teaches;              // whether the guide is a teacher
+  float teacher_scale;          // of the teacher's products
+  const float* guide_self_dot;  // what self_dot is to dot; or NULL
   // [banks, rows] of this chunk and [banks, cols], both or neither: what is said of dot_ij concerns dot_ij times
   // row_factors_i times col_factors_j, such as inverse norms. Only with CCU_F32.
   const float* row_factors;

@@ -42,6 +42,8 @@ AGREED = (
     ("col_limits", "answer whether they are given"),
     ("guide", "last dimension (0 where there is none)"),
     ("guide", "dtype (its place in fp32, fp16, bf16, fp64; 0 where there is none)"),
+    ("teacher", "last dimension (0 where there is none)"),
+    ("teacher", "dtype (its place in fp32, fp16, bf16, fp64; 0 where there is none)"),
     ("x", "requires_grad"),
     ("y", "requires_grad"),
     ("scale", "requires_grad (its own or that of bias)"),

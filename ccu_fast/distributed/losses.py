@@ -15,6 +15,8 @@ from ccu_fast.distributed.ranks import Ranks
 from ccu_fast.distributed.similarity import reduce_similarity
 from ccu_fast.losses import formulas
 from ccu_fast.losses.contrast import Contrast
+from ccu_fast.losses.distillation import PASSED_ON as DISTILLING
+from ccu_fast.losses.distillation import unit_teacher
 from ccu_fast.losses.formulas import INVERSE_KINDS, POSITIVES, Side
 from ccu_fast.losses.functional import REDUCTIONS, SIMILARITY, VARIED, arguments
 from ccu_fast.losses.variant import VARIANT, name_ids, without_defaults
@@ -206,6 +208,44 @@ def sigmoid_loss(
     reduce = partial(reduce_similarity if similarity.get("paired") is False else PAIRS_OR_IDS, ending=ending)
     side = formulas.sigmoid_loss(reduce, x, y, scale=scale, bias=bias, **similarity)
     return _finish([side], reduction, gradients, similarity)
+
+
+@arguments(*DISTILLING, "group", "mode", "equal")
+def distill(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor,
+    teacher: tuple[Tensor, Tensor],
+    teacher_scale: float | Tensor,
+    symmetric: bool = True,
+    reduction: str = "mean",
+    gradients: str = "mean",
+    **similarity: Any,
+) -> Tensor:
+    """Compute :func:`ccu_fast.distill`, which has the formula, of the batch on all ranks together.
+
+    Args: teacher ``([n, Dt], [m, Dt])``, its features of this rank's items, and teacher_scale as there, the same on
+    every rank; all others as of :func:`info_nce` here.
+
+    Returns: fp32 scalar, or ``[n]`` for reduction="none".
+
+    Raises: what :func:`ccu_fast.distill` and :func:`reduce_similarity` here raise.
+
+    Source: that of :func:`ccu_fast.distill`.
+
+    Example, of one process alone:
+        >>> x = torch.eye(4)
+        >>> ccu_fast.distributed.distill(x, x, scale=2.0, teacher=(x, x), teacher_scale=2.0)
+        tensor(0.9183)
+    """
+    ending = _heard(x, reduction, gradients, similarity, lambda: check.boolean("symmetric", symmetric))
+    if check.boolean("normalize", similarity.get("normalize", False)):
+        teacher = unit_teacher(teacher, similarity.get("backend", "auto"))
+    reduce = partial(reduce_similarity, ending=ending)
+    options: dict[str, Any] = {"scale": scale, "teacher": teacher, "teacher_scale": teacher_scale}
+    sides = formulas.distill(reduce, x, y, symmetric=symmetric, **options, **similarity)
+    return _finish([side.distilled for side in sides], reduction, gradients, similarity)
 
 
 def _heard(

@@ -20,7 +20,7 @@ from ccu_fast.losses.contrast import Contrast
 from ccu_fast.losses.functional import at_once, info_nce, sigmoid_loss
 from ccu_fast.losses.variant import POSITIVES, as_labels, name_ids
 from ccu_fast.ops.l2_normalize.api import l2_normalize
-from ccu_fast.ops.reduce_similarity.api import normalize_pair
+from ccu_fast.ops.reduce_similarity.normalize import normalize_pair
 
 # open_clip's pairs are those of each rank: other numbers of texts than of images would be paired with another rank's.
 ITS_OWN_PAIRS = partial(reduce_similarity, alike=True)
@@ -28,9 +28,20 @@ ITS_OWN_PAIRS = partial(reduce_similarity, alike=True)
 # The arguments of forward, by their names in the functions that it calls.
 _NAMES = {"x": "image_features", "y": "text_features", "scale": "logit_scale", "bias": "logit_bias"}
 _NAMES |= {"row_ids": "ids", "col_ids": "ids", "row_labels": "ids", "col_labels": "ids"}
+_NAMES |= {"teacher_scale": "dist_logit_scale"}
 _WORDS = re.compile(rf"\b({'|'.join(_NAMES)})\b")
 
+_TEACHER = {"teacher[0]": "dist_image_features", "teacher[1]": "dist_text_features"}
+
 SIGLIP_EXCHANGES = ("bidir", "shift", "reduce", "gather")
+
+
+def renamed(error: Exception) -> Exception:
+    """The error of a function behind forward, by the names of forward's arguments."""
+    said = str(error).replace(" or row_ids and col_ids", "")  # which forward does not take
+    for name, theirs in _TEACHER.items():
+        said = said.replace(name, theirs)
+    return type(error)(_WORDS.sub(lambda word: _NAMES[word[0]], said))
 
 
 class _OpenClipLoss(nn.Module):
@@ -69,8 +80,7 @@ class _OpenClipLoss(nn.Module):
                 options |= {"backend": self.backend, "workspace": self.workspace, **more}
                 loss = self._of_all(images, texts, options)
         except (TypeError, ValueError) as error:
-            said = str(error).replace(" or row_ids and col_ids", "")  # which forward does not take
-            raise type(error)(_WORDS.sub(lambda word: _NAMES[word[0]], said)) from error
+            raise renamed(error) from error
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _at_once(self, images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor | None:
@@ -131,7 +141,10 @@ class ClipLoss(_OpenClipLoss):
     tensor(0.3408)
     """
 
-    _show = ("local_loss", "gather_with_grad", "rank", "world_size", "positives", "normalize", "backend", "workspace")
+    _show: tuple[str, ...] = (
+        *("local_loss", "gather_with_grad", "rank", "world_size", "positives"),
+        *("normalize", "backend", "workspace"),
+    )
 
     def __init__(
         self,
@@ -212,10 +225,10 @@ class ClipLoss(_OpenClipLoss):
             factor = self.world_size if self.gather_with_grad else 1
             for name in ("scale", "bias"):
                 if isinstance(options[name], Tensor):
-                    options[name] = _SumGradient.apply(options[name], ranks, factor)
+                    options[name] = SumGradient.apply(options[name], ranks, factor)
         sides = info_nce_sides(ITS_OWN_PAIRS, images, texts, **options)
         if self.local_loss:
-            return (_mean(sides[0].raw) + _mean(sides[1].raw)) / 2
+            return (mean(sides[0].raw) + mean(sides[1].raw)) / 2
         return global_value(ranks, sides, "mean", factor=factor)
 
     def _own_rows_alone(self, images: Tensor, texts: Tensor, options: dict[str, Any]) -> Tensor:
@@ -314,15 +327,15 @@ class SigLipLoss(_OpenClipLoss):
             return sigmoid_loss(images, texts, **options)
         self._ranks()
         name_ids(options)
-        return _mean(formulas.sigmoid_loss(ITS_OWN_PAIRS, images, texts, **options).raw)
+        return mean(formulas.sigmoid_loss(ITS_OWN_PAIRS, images, texts, **options).raw)
 
 
-def _mean(values: Tensor) -> Tensor:
+def mean(values: Tensor) -> Tensor:
     """0 for a rank without pairs."""
     return values.sum() / max(len(values), 1)
 
 
-class _SumGradient(torch.autograd.Function):
+class SumGradient(torch.autograd.Function):
     """A number that every rank has; its gradient is the sum of the ranks' shares, each ``factor`` times too large."""
 
     @staticmethod

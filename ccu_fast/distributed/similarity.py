@@ -20,16 +20,11 @@ from ccu_fast.distributed.ranks import Ranks, offsets
 from ccu_fast.losses.formulas import logsumexp
 from ccu_fast.ops.backend import choose
 from ccu_fast.ops.operator import never
-from ccu_fast.ops.reduce_similarity.api import (
-    Reduction,
-    assemble,
-    build_problem,
-    check_paired,
-    normalize_pair,
-    workspace_bytes,
-)
+from ccu_fast.ops.reduce_similarity.api import Reduction, assemble, build_problem, check_paired, workspace_bytes
+from ccu_fast.ops.reduce_similarity.normalize import normalize_pair
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
 from ccu_fast.ops.reduce_similarity.relations import count_relations
+from ccu_fast.ops.reduce_similarity.teacher import of_teacher
 
 
 class _Prepared(NamedTuple):
@@ -57,6 +52,8 @@ def reduce_similarity(
     row_limits: Tensor | None = None,
     col_limits: Tensor | None = None,
     guide: tuple[Tensor, Tensor] | None = None,
+    teacher: tuple[Tensor, Tensor] | None = None,
+    teacher_scale: float | Tensor = 1.0,
     normalize: bool = False,
     rows: Sequence[Reduction] = (),
     cols: Sequence[Reduction] = (),
@@ -94,6 +91,8 @@ def reduce_similarity(
         row_limits: ``[n]``, those of this rank's rows, as there. On every rank or on none, like all that follows.
         col_limits: ``[m]``, those of this rank's columns, which all ranks see.
         guide: ``([n, Dg], [m, Dg])`` of this rank's rows and columns; the second travels with y.
+        teacher: the same of a teacher; once more before, for its log-sum-exps over all ranks.
+        teacher_scale: as there, the same on every rank.
         normalize: as there; before anything travels.
         rows, cols, backend, workspace, nan_policy: as there; ``workspace`` is for each rank.
         group: None for the default group. Ranks outside it must not call.
@@ -141,10 +140,11 @@ def reduce_similarity(
         here = None if paired else paired  # whether pairs meet on this rank is seen when all sizes are known
         p, _, row_spec, col_spec = build_problem(
             *pair, scale, bias, row_labels, col_labels, row_ids, col_ids, here, rows, cols, nan_policy,
-            row_limits, col_limits, guide,
+            row_limits, col_limits, guide, teacher, teacher_scale,
         )  # fmt: skip
         engine = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
         prepared = _Prepared(p, row_spec, col_spec, engine, workspace_bytes(workspace, p.x.device))
+        beside = [0, 0] if p.guide_y is None else [p.guide_y.shape[-1], agreement.DTYPES.index(p.guide_y.dtype)]
         must_match = [
             0,
             p.x.shape[-1],
@@ -154,8 +154,8 @@ def reduce_similarity(
             p.row_ids is not None,
             p.row_limits is not None,
             p.col_limits is not None,
-            0 if p.guide_y is None else p.guide_y.shape[-1],
-            0 if p.guide_y is None else agreement.DTYPES.index(p.guide_y.dtype),
+            *(beside if teacher is None else [0, 0]),
+            *(beside if teacher is not None else [0, 0]),
             p.x.requires_grad,
             p.y.requires_grad,
             p.scale.requires_grad or (p.bias is not None and p.bias.requires_grad),
@@ -170,6 +170,8 @@ def reduce_similarity(
             f"y: expected {sum(sizes.x)} rows over all ranks (those of x) or {positives}, got {sum(sizes.y)}"
         )
     plan = _plan(ranks, p, sizes, paired, agreement.ring(mode, sizes.y, p.y), engine, room)
+    if teacher is not None:
+        plan = _normalised(plan, backend)
     if p.rows or p.cols:
         guide_y = None if p.guide_y is None else p.guide_y[0]
         row_out, col_parts = Blocks.apply(p.x[0], p.y[0], p.scale, p.bias, guide_y, plan)
@@ -178,8 +180,8 @@ def reduce_similarity(
     merged = _merge(plan, p, col_parts)
     row_counts, col_counts = partial(count_relations, _counted(plan), along_rows=True), partial(_column_counts, plan)
     return (
-        assemble(row_spec, iter(row_out.unbind(0)), row_counts, (p.n,), limited=p.row_limits is not None),
-        assemble(col_spec, iter(merged), col_counts, (p.m,), limited=p.col_limits is not None),
+        assemble(row_spec, iter(row_out.unbind(0)), row_counts, (p.n,), limited=row_limits is not None),
+        assemble(col_spec, iter(merged), col_counts, (p.m,), limited=col_limits is not None),
     )
 
 
@@ -204,6 +206,19 @@ def _plan(
         for keys in (p.col_labels, col_ids, p.col_limits)
     )
     return replace(plan, col_labels=labels, col_ids=ids, col_limits=limits)
+
+
+@torch.no_grad()
+def _normalised(plan: Plan, backend: str) -> Plan:
+    """The plan with the log-sum-exps of the teacher over all ranks: this rank's rows, and all columns."""
+    t = of_teacher(plan.local)
+    engine = choose(backend, "reduce_similarity", t.x.device, t.x.dtype)
+    rows, parts = Blocks.apply(t.x[0], t.y[0], t.scale, None, None, replace(plan, local=t, backend=engine))
+    every = None
+    if t.cols:
+        (cols,) = _merge(plan, t, parts)
+        every = plan.in_order(plan.ranks.gather(cols, plan.sizes))
+    return replace(plan, local=replace(plan.local, row_limits=rows if t.rows else None), col_limits=every)
 
 
 def _merge(plan: Plan, p: SimilarityProblem, col_parts: Tensor) -> list[Tensor]:

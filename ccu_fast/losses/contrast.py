@@ -20,7 +20,8 @@ from ccu_fast.losses.logits import Negatives, Positives, difference, log_of_numb
 from ccu_fast.losses.variant import VARIANT, Variant, as_labels, name_ids
 from ccu_fast.ops.backend import autocast_dtype
 from ccu_fast.ops.l2_normalize.api import l2_normalize
-from ccu_fast.ops.reduce_similarity.api import as_scalar, normalize_pair, reduce_similarity
+from ccu_fast.ops.reduce_similarity.api import as_scalar, reduce_similarity
+from ccu_fast.ops.reduce_similarity.normalize import normalize_pair
 from ccu_fast.ops.reduce_similarity.prefixes import fit, of_each_prefix, reduce_prefixes
 from ccu_fast.ops.reduce_similarity.problem import checked_guide, without_ignored
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME, SELF

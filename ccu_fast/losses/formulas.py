@@ -137,6 +137,35 @@ def sup_con(
     return Side(attract(rest, inside, *more), counts)
 
 
+class Taught(NamedTuple):
+    """What rows or columns contribute to InfoNCE, and to the cross-entropy with a teacher, from one pass."""
+
+    contrast: Side
+    distilled: Side
+
+
+def distill(
+    reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, symmetric: bool = True, **similarity: Any
+) -> list[Taught]:
+    """softplus(lse(REST) − SELF) + sum(Q · (SELF − S) over REST), Q a teacher's softmax, REST = SAME ∪ OTHER.
+
+    That is −sum(Q · log softmax(S)) over everything, of the rows and if symmetric of the columns. An item has one SELF
+    or none; of one without it is lse(REST) − sum(Q · S) / sum(Q).
+    """
+    rest = SAME | OTHER
+    spec = [("lse", rest), ("sum", SELF), ("expected", rest), ("mass", rest), ("count", SELF)]
+    found = reduce(x, y, scale=scale, rows=spec, cols=spec if symmetric else (), **similarity)
+    sides = []
+    for lse, own, expected, mass, count in filter(None, found):
+        paired = count > 0
+        contrast = softplus(lse - own)
+        # Both sums are over the very probabilities that the kernel made: what rounding adds to all of them cancels.
+        anchored = contrast + (own * mass - expected)
+        raw = torch.where(paired, anchored, lse - expected / torch.where(mass > 0, mass, 1))
+        sides.append(Taught(Side(contrast, paired), Side(raw, paired | (lse > -torch.inf))))
+    return sides
+
+
 def sigmoid_loss(reduce: Reduce, x: Tensor, y: Tensor, *, scale: Any, bias: Any = None, **similarity: Any) -> Side:
     """softplus(S) summed over SAME ∪ OTHER, plus softplus(−S) over SELF, of the rows."""
     # softplus(−S) of a positive, not softplus(S) − S, whose terms cancel where the pair is sure.

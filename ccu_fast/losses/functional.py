@@ -176,7 +176,7 @@ def info_nce(
         sides = formulas.info_nce(reduce_similarity, x, y, **pair, **options)
     else:
         sides = Contrast(x, y, **pair, **options).sides(reduce_similarity, reduce_similarity)
-    return formulas.average([_reduce(side, reduction) for side in sides])
+    return formulas.average([reduced(side, reduction) for side in sides])
 
 
 @arguments("bias", *SIMILARITY)
@@ -226,7 +226,7 @@ def inverse_info_nce(
     check.one_of("reduction", reduction, REDUCTIONS)
     if kind != "contrastive":
         _require_positives(x, y, similarity, labels=kind == "bounded")
-    return _reduce(formulas.inverse_info_nce(reduce_similarity, x, y, scale=scale, kind=kind, **similarity), reduction)
+    return reduced(formulas.inverse_info_nce(reduce_similarity, x, y, scale=scale, kind=kind, **similarity), reduction)
 
 
 @arguments("bias", *SIMILARITY)
@@ -280,7 +280,7 @@ def sup_con(
         positives=positives,
         **similarity,
     )
-    return _reduce(side, reduction)
+    return reduced(side, reduction)
 
 
 @arguments("ids", *SIMILARITY)
@@ -325,7 +325,7 @@ def sigmoid_loss(
         check.per_row("ids", similarity["ids"], x.shape[:-2], x.shape[-2])
     name_ids(similarity)
     _require_positives(x, y, similarity, negatives_only=True)
-    return _reduce(formulas.sigmoid_loss(reduce_similarity, x, y, scale=scale, bias=bias, **similarity), reduction)
+    return reduced(formulas.sigmoid_loss(reduce_similarity, x, y, scale=scale, bias=bias, **similarity), reduction)
 
 
 def at_once(
@@ -385,7 +385,7 @@ def _require_positives(
         raise ValueError(f"y: expected {x.shape[-2]} rows (those of x) or {keys}, got {y.shape[-2]} rows")
 
 
-def _reduce(side: formulas.Side, reduction: str) -> Tensor:
+def reduced(side: formulas.Side, reduction: str) -> Tensor:
     """Mean over the items that count; without any the result is 0, not NaN."""
     values = side.values()
     if reduction == "none":

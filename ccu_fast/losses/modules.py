@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ccu_fast import check
+from ccu_fast.losses.distillation import distill
 from ccu_fast.losses.formulas import POSITIVES
 from ccu_fast.losses.functional import (
     INVERSE_KINDS,
@@ -212,6 +213,63 @@ class SupCon(_SimilarityLoss):
         """
         options: dict[str, Any] = {"positives": self.positives, **self._options(scale), **similarity}
         return sup_con(x, y, row_labels=row_labels, col_labels=col_labels, **options)
+
+
+class DistillLoss(_SimilarityLoss):
+    """Distillation of similarities as a module: :func:`ccu_fast.distill`, which has formula and source.
+
+    Args:
+        scale: the student's inverse temperature, by keyword; None when forward is to be given it.
+        teacher_scale: the teacher's; None when forward is to be given it. It is never learned.
+        symmetric: average the losses over rows and over columns.
+        **options: learnable, reduction, normalize, backend and workspace, as of :class:`SupCon`; learnable concerns
+            ``scale``, normalize the teacher's rows too.
+
+    Raises:
+        TypeError, ValueError: as of :class:`SupCon`.
+
+    >>> x = torch.eye(4)
+    >>> ccu_fast.DistillLoss(scale=2.0, teacher_scale=2.0)(x, x, teacher=(x, x))
+    tensor(0.9183)
+    """
+
+    _show = ("teacher_scale", "symmetric", *_SimilarityLoss._show)
+
+    @arguments(*OPTIONS)
+    def __init__(
+        self,
+        *,
+        scale: float | None = None,
+        teacher_scale: float | None = None,
+        symmetric: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(scale=scale, **options)
+        self.teacher_scale = None if teacher_scale is None else check.number("teacher_scale", teacher_scale)
+        self.symmetric = check.boolean("symmetric", symmetric)
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        teacher: tuple[Tensor, Tensor],
+        scale: float | Tensor | None = None,
+        teacher_scale: float | Tensor | None = None,
+        **similarity: Any,
+    ) -> Tensor:
+        """``distill(x, y)`` with the options of the module.
+
+        Args and result as of :meth:`InfoNCE.forward`, and teacher, the features of the other model; teacher_scale is
+        required when the module has none of its own, refused when it has. See :func:`ccu_fast.distill`.
+        """
+        if (teacher_scale is None) == (self.teacher_scale is None):
+            own, got = ("its own", "a value") if teacher_scale is not None else ("none", "None")
+            expected = "None" if teacher_scale is not None else "a number or tensor"
+            raise ValueError(f"teacher_scale: expected {expected} because the module has {own}, got {got}")
+        options: dict[str, Any] = {"symmetric": self.symmetric, **self._options(scale), **similarity}
+        options["teacher_scale"] = self.teacher_scale if teacher_scale is None else teacher_scale
+        return distill(x, y, teacher=teacher, **options)
 
 
 class SigmoidLoss(_SimilarityLoss):

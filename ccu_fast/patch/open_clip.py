@@ -1,4 +1,4 @@
-"""open_clip: ``ClipLoss.forward`` and ``SigLipLoss.forward``; ``CoCaLoss`` calls the former as part of its own."""
+"""open_clip: the forward of ``ClipLoss``, which ``CoCaLoss`` calls too, ``SigLipLoss`` and ``DistillClipLoss``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from ccu_fast import check
+from ccu_fast.distributed.distill_clip import DistillClipLoss
 from ccu_fast.distributed.open_clip import ClipLoss, SigLipLoss
 from ccu_fast.patch.site import Site, are_pairs, arguments, cross_entropy_dtype, is_one_number, is_stock, torch_is_stock
 
 PARAMETERS = ("self", "image_features", "text_features", "logit_scale")
+TAUGHT = (*PARAMETERS, "dist_image_features", "dist_text_features", "dist_logit_scale")
+
+# A loss of ours in place of one of theirs, and what it returns: names and dtypes.
+Found = tuple[Any, dict[str, torch.dtype]]
 
 
 def sites(*, same: Any = None) -> list[Site]:
@@ -28,7 +33,8 @@ def sites(*, same: Any = None) -> list[Site]:
     ids_of = equal_texts if same == "texts" else same
     module = importlib.import_module("open_clip.loss")
     equals = "mean" if ids_of is None else "own"
-    clip_alone, siglip_alone = ClipLoss(positives=equals), SigLipLoss()  # made once: that takes as long as a small loss
+    # Made once: that takes as long as a small loss.
+    clip_alone, siglip_alone, distill_alone = ClipLoss(positives=equals), SigLipLoss(), DistillClipLoss()
 
     # Since version 4, which can also compute SigLipLoss in chunks.
     gather = ("_all_gather_with_grad",) if hasattr(module, "_all_gather_with_grad") else ()
@@ -40,13 +46,21 @@ def sites(*, same: Any = None) -> list[Site]:
             and all(is_stock(getattr(module, f, None), f"open_clip.loss.{f}") for f in (*functions, *gather))
         )
 
-    def clip(theirs: Any, images: Tensor, ranks: dict[str, Any]) -> Any:
+    def clip(theirs: Any, images: Tensor, ranks: dict[str, Any]) -> Found | None:
         if not are_stock(theirs, "ClipLoss", ("get_logits", "get_ground_truth"), ("gather_features",)):
             return None
         ours = ClipLoss(theirs.local_loss, theirs.gather_with_grad, positives=equals, **ranks) if ranks else clip_alone
-        return ours, cross_entropy_dtype(images)
+        return ours, {"contrastive_loss": cross_entropy_dtype(images)}
 
-    def siglip(theirs: Any, images: Tensor, ranks: dict[str, Any]) -> Any:
+    def distill(theirs: Any, images: Tensor, ranks: dict[str, Any]) -> Found | None:
+        inherited = are_stock(theirs, "ClipLoss", ("get_logits", "get_ground_truth"), ("gather_features",))
+        # Of equal captions it knows nothing.
+        if ids_of is not None or not inherited or not are_stock(theirs, "DistillClipLoss", ("dist_loss",), ()):
+            return None
+        ours = DistillClipLoss(theirs.local_loss, theirs.gather_with_grad, **ranks) if ranks else distill_alone
+        return ours, {"contrastive_loss": cross_entropy_dtype(images), "distill_loss": _softmax_dtype(images)}
+
+    def siglip(theirs: Any, images: Tensor, ranks: dict[str, Any]) -> Found | None:
         exchanges = ("neighbour_exchange_with_grad", "neighbour_exchange_bidir_with_grad")
         if not are_stock(theirs, "SigLipLoss", ("_loss", "get_logits", "get_ground_truth"), exchanges):
             return None
@@ -55,16 +69,17 @@ def sites(*, same: Any = None) -> list[Site]:
             if not chunked or theirs.chunk_size < 0 or not is_stock(functional.softplus, "builtins.softplus"):
                 return None
             dtype = torch.promote_types(images.dtype, torch.float32)  # of the sum over chunks
-            return SigLipLoss(**ranks) if ranks else siglip_alone, dtype
+            return SigLipLoss(**ranks) if ranks else siglip_alone, {"contrastive_loss": dtype}
         dtype = cross_entropy_dtype(images)
         # Its last operation is a sum, which autocast takes to fp32 on a GPU only.
         if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             dtype = torch.promote_types(images.dtype, torch.get_autocast_dtype("cpu"))
-        return SigLipLoss(**ranks) if ranks else siglip_alone, dtype
+        return SigLipLoss(**ranks) if ranks else siglip_alone, {"contrastive_loss": dtype}
 
     return [
-        Site(module.ClipLoss, "forward", PARAMETERS, _by(clip, ids_of)),
-        Site(module.SigLipLoss, "forward", (*PARAMETERS, "logit_bias"), _by(siglip, ids_of)),
+        Site(module.ClipLoss, "forward", PARAMETERS, _by(clip, ids_of, _is_usual)),
+        Site(module.SigLipLoss, "forward", (*PARAMETERS, "logit_bias"), _by(siglip, ids_of, _is_usual)),
+        Site(module.DistillClipLoss, "forward", TAUGHT, _by(distill, ids_of, _is_taught)),
     ]
 
 
@@ -90,24 +105,31 @@ def _places(features: int, device: torch.device) -> Tensor:
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _by(ours: Callable[..., Any], ids_of: Callable[[Tensor, Tensor], Tensor] | None) -> Callable[..., Any]:
-    """A forward by the loss that ``ours`` makes in place of one of theirs, in the dtype that it names."""
+def _by(
+    ours: Callable[..., Found | None],
+    ids_of: Callable[[Tensor, Tensor], Tensor] | None,
+    usual: Callable[..., bool],
+) -> Callable[..., Any]:
+    """A forward by the loss that ``ours`` makes in place of one of theirs, in the dtypes that it names."""
 
     def served(original: Any, *args: Any, **kwargs: Any) -> Any:
         call = arguments(original, args, kwargs)
         theirs, as_dict = call.pop("self"), call.pop("output_dict", False)
         ranks = _ranks(theirs)
-        if ranks is None or not torch_is_stock() or not _is_usual(**call):
+        if ranks is None or not torch_is_stock() or not usual(**call):
             return NotImplemented
         found = ours(theirs, call["image_features"], ranks)
         if found is None:
             return NotImplemented
-        loss, dtype = found
+        loss, dtypes = found
         if ids_of is not None:
             ids = ids_of(call["image_features"], call["text_features"])
             call["ids"] = check.tensor("same", ids, dtypes=check.INTEGERS)
-        value = loss(**call).to(dtype)
-        return {"contrastive_loss": value} if as_dict else value
+        values = loss(**call)
+        several = isinstance(values, tuple)
+        pairs = zip(dtypes.items(), values if several else (values,), strict=True)
+        named = {name: value.to(dtype) for (name, dtype), value in pairs}
+        return named if as_dict else tuple(named.values()) if several else named["contrastive_loss"]
 
     def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
         value = served(original, *args, **kwargs)
@@ -131,6 +153,31 @@ def _is_usual(
         and is_one_number(logit_scale, image_features)
         and (logit_bias is None or is_one_number(logit_bias, image_features))
     )
+
+
+def _is_taught(dist_image_features: Any, dist_text_features: Any, dist_logit_scale: Any, **student: Any) -> bool:
+    """The same of student and teacher, of as many pairs in one dtype, and no gradient to the teacher."""
+    if not _is_usual(**student) or not are_pairs(dist_image_features, dist_text_features):
+        return False
+    images = student["image_features"]
+    alike = (dist_image_features.dtype, dist_image_features.device) == (images.dtype, images.device)
+    learns = any(
+        isinstance(t, Tensor) and t.requires_grad for t in (dist_image_features, dist_text_features, dist_logit_scale)
+    )
+    return (
+        alike
+        and len(dist_image_features) == len(images)
+        and is_one_number(dist_logit_scale, dist_image_features)
+        and not (learns and torch.is_grad_enabled())
+    )
+
+
+def _softmax_dtype(images: Tensor) -> torch.dtype:
+    """That of a sum of probabilities times their logarithms, which autocast makes in fp32 on a GPU only."""
+    kind = images.device.type
+    if images.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return images.dtype
+    return torch.get_autocast_dtype(kind) if kind == "cpu" else torch.float32
 
 
 def _ranks(theirs: Any) -> dict[str, Any] | None:

@@ -53,7 +53,7 @@ TARGETS = {
         "open_clip",
         "2.24",
         "5",
-        "ClipLoss and SigLipLoss (CoCaLoss inherits it), on one process or several",
+        "ClipLoss (CoCaLoss inherits it), SigLipLoss and DistillClipLoss, on one process or several",
     ),
     "transformers": Target(
         "transformers",

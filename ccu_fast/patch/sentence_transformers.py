@@ -3,7 +3,7 @@
 The variants are one-way and symmetric, with or without hard negatives, with other directions (GTE) and with penalties
 for hard negatives. The cached classes compute the same loss in a loop over mini-batches of score rows; here it is one
 call, and the gradient caching stays the library's. With ``gather_across_devices=True`` the library gathers the columns
-as ever, and the loss of this process's queries against those of all is ours.
+as ever, and the loss of this process's queries against those of all is ours. MatryoshkaLoss is in a file of its own.
 
 GISTEmbedLoss and its cached version stay with the library: they leave out what a guide finds more similar than the
 positive, and where texts repeat the two are equal but for rounding, so that only the library's own sums decide as it
@@ -29,6 +29,7 @@ from ccu_fast.losses.formulas import logsumexp, softplus
 from ccu_fast.losses.functional import info_nce
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER
+from ccu_fast.patch.sentence_transformers_matryoshka import Prefixes, asked_of, site
 from ccu_fast.patch.site import (
     Site,
     are_plain,
@@ -84,7 +85,9 @@ def sites() -> list[Site]:
     one = torch.ones(1, 1, dtype=torch.float16)
     widens = util.dot_score(one, one).dtype == torch.float32
 
-    def evaluate(owner: type, self: Any, embeddings: Any, first: Callable[[Any], Tensor]) -> Tensor | None:
+    def evaluate(
+        owner: type, self: Any, embeddings: Any, first: Callable[[Any], Tensor], prefixes: Prefixes | None = None
+    ) -> Tensor | None:
         """The loss of columns of embeddings, in the dtype of the ``first`` item's; None where only theirs will do."""
         both_ways = owner in (symmetric, cached_symmetric)
         options = _options(self) if says else _one_loss(self, both_ways)
@@ -93,6 +96,8 @@ def sites() -> list[Site]:
         if options is None or not (cosine or dot) or (gathers and not _can_gather(owner)):
             return None
         if not _are_columns(embeddings):
+            return None
+        if prefixes and (gathers or not options.is_plain or prefixes.dims[-1] > embeddings[0].shape[1]):
             return None
 
         def widened(t: Tensor) -> Tensor:
@@ -115,7 +120,7 @@ def sites() -> list[Site]:
             documents = [gather(e) for e in documents]
             place = dist.get_rank() * len(queries) if dist.is_available() and dist.is_initialized() else 0
         columns = [widened(e) for e in (*every, *documents)]
-        if cosine:
+        if cosine and not prefixes:
             columns = [F.normalize(e, dim=1) for e in columns]
         of_all = len(columns[0]) > len(queries)
         value = ranking_loss(
@@ -125,6 +130,7 @@ def sites() -> list[Site]:
             options=options,
             place=place,
             every=columns[0],
+            more=prefixes.options() if prefixes else {},
         )
         if torch.is_autocast_enabled(queries.device.type) or queries.dtype in HALF:
             with torch.no_grad():
@@ -134,7 +140,10 @@ def sites() -> list[Site]:
 
     def plain(owner: type) -> Site:
         def loss(original: Any, self: Any, embeddings: list[Tensor], labels: Any = None) -> Any:
-            value = evaluate(owner, self, embeddings, lambda loss: original(loss, [e[:1] for e in embeddings], labels))
+            prefixes, one = asked_of(self), [e[:1] for e in embeddings]
+            value = evaluate(owner, self, embeddings, lambda loss: original(loss, one, labels), prefixes)
+            if value is None and prefixes:
+                return prefixes.one_by_one(embeddings, lambda cut: self.compute_loss_from_embeddings(cut, labels))
             return NotImplemented if value is None else value
 
         return Site(owner, "compute_loss_from_embeddings", ("self", "embeddings", "labels"), loss)
@@ -157,10 +166,13 @@ def sites() -> list[Site]:
 
         return Site(owner, "calculate_loss", ("self", "reps"), loss)
 
-    found = [plain(c) for c in (one_way, symmetric) if "compute_loss_from_embeddings" in vars(c)]
+    direct = [c for c in (one_way, symmetric) if "compute_loss_from_embeddings" in vars(c)]
+    found = [plain(c) for c in direct]
     found += [in_batches(c) for c in (cached, cached_symmetric) if "calculate_loss" in vars(c)]
     # Around a cached loss MatryoshkaLoss keeps the function that its object had when it was made.
     matryoshka = importlib.import_module(losses.MatryoshkaLoss.__module__)
+    if direct and hasattr(matryoshka, "shrink"):
+        found.append(site(matryoshka, (one_way, symmetric)))
     if hasattr(matryoshka, "CachedLossDecorator"):
         found.append(Site(matryoshka.CachedLossDecorator, "__call__", ("self", "reps"), _up_to_date))
     return found
@@ -174,14 +186,13 @@ def ranking_loss(
     options: Options,
     place: int = 0,
     every: Tensor | None = None,
+    more: dict[str, Any] | None = None,
 ) -> Tensor:
-    """InfoNCE of queries against their documents and all other documents::
+    """InfoNCE of queries against their documents and all others; where options are not plain :func:`directed_loss`::
 
         s = scale * queries @ torch.cat(documents).T                        # the first N columns are the positives
         loss = F.cross_entropy(s, arange(N))
         if symmetric: loss = (loss + F.cross_entropy(s[:, :N].T, arange(N))) / 2
-
-    and for other options :func:`directed_loss`.
 
     Args:
         queries: ``[N, D]``.
@@ -191,21 +202,22 @@ def ranking_loss(
         options: which ways, and with which penalties.
         place: the first query's among all M.
         every: ``[M, D]``, the queries of all processes; by default these. Only other ways than FORWARD read it.
+        more: keywords of :func:`ccu_fast.info_nce`, where the options are plain.
     """
-    every = queries if every is None else every
+    every, more = queries if every is None else every, more or {}
     if not options.is_plain:
         return directed_loss(queries, documents, scale=scale, options=options, place=place, every=every)
     symmetric = BACKWARD in options.directions
     alone = len(documents[0]) == len(queries)
     if alone and len(documents) == 1:
-        return info_nce(queries, documents[0], scale=scale, symmetric=symmetric)
+        return info_nce(queries, documents[0], scale=scale, symmetric=symmetric, **more)
     candidates = torch.cat(list(documents))
     ids = torch.arange(len(candidates), device=candidates.device)
     mine = slice(place, place + len(queries))
-    loss = info_nce(queries, candidates, scale=scale, symmetric=False, row_ids=ids[mine], col_ids=ids)
+    loss = info_nce(queries, candidates, scale=scale, symmetric=False, row_ids=ids[mine], col_ids=ids, **more)
     if symmetric:
         keys: dict[str, Any] = {} if alone else {"row_ids": ids[mine], "col_ids": ids[: len(every)]}
-        loss = (loss + info_nce(documents[0][mine], every, scale=scale, symmetric=False, **keys)) / 2
+        loss = (loss + info_nce(documents[0][mine], every, scale=scale, symmetric=False, **keys, **more)) / 2
     return loss
 
 

@@ -1,5 +1,6 @@
 // reduce_similarity, candidate_losses and l2_normalize for Python.
 #include <algorithm>
+#include <optional>
 #include <tuple>
 
 #include "bindings.h"
@@ -14,10 +15,13 @@ struct Relations {
 };
 
 // Limits of rows and columns, each an address and a stride from bank to bank, and the guide's products by address and
-// dtype.
+// dtype; or the same of a teacher.
 struct Limits {
   Strided rows, cols;
   std::pair<Address, int32_t> guide;
+  bool teaches;
+  float teacher_scale;
+  Address guide_self_dot;
 };
 
 struct Reductions {
@@ -43,11 +47,15 @@ void bind_tile(py::module_& m) {
            py::arg("row_labels"), py::arg("col_labels"), py::arg("row_ids"), py::arg("col_ids"), py::arg("diagonal"));
 
   py::class_<Limits>(m, "Limits", "How similar an OTHER pair may be to take part in a reduction.")
-      .def(py::init(
-               [](Strided rows, Strided cols, std::pair<Address, int32_t> guide) { return Limits{rows, cols, guide}; }),
+      .def(py::init([](Strided rows, Strided cols, std::pair<Address, int32_t> guide,
+                       std::optional<std::pair<float, Address>> teacher) {
+             const auto [scale, self_dot] = teacher.value_or(std::pair<float, Address>{0.0f, 0});
+             return Limits{rows, cols, guide, teacher.has_value(), scale, self_dot};
+           }),
            "Takes an address and a stride from bank to bank for each side, (0, 0) for none, and the address and dtype "
-           "of the products to compare, (0, 0) for those of the tile itself.",
-           py::arg("rows"), py::arg("cols"), py::arg("guide"));
+           "of the products to compare, (0, 0) for those of the tile itself. Where these are a teacher's: its scale "
+           "and the address of its fp32 products of the diagonal pairs or 0; the sides are its log-sum-exps.",
+           py::arg("rows"), py::arg("cols"), py::arg("guide"), py::arg("teacher") = py::none());
 
   py::class_<Reductions>(m, "Reductions", "The codes of the reductions over rows and over columns.")
       .def(py::init([](const std::vector<int32_t>& rows, const std::vector<int32_t>& cols) {
@@ -93,6 +101,9 @@ void bind_tile(py::module_& m) {
                t.col_limit_stride = limits->cols.second;
                t.guide = pointer<void>(limits->guide.first);
                t.guide_dtype = limits->guide.second;
+               t.teaches = limits->teaches;
+               t.teacher_scale = limits->teacher_scale;
+               t.guide_self_dot = pointer<float>(limits->guide_self_dot);
              }
              t.row_factors = pointer<float>(factors.first);
              t.col_factors = pointer<float>(factors.second);

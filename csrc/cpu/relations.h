@@ -9,7 +9,7 @@ namespace ccu {
 namespace CCU_ISA {
 
 enum : int32_t { kSelf = 1, kSame = 2, kOther = 4 };
-enum Kind : int32_t { kLse = 0, kSum = 1, kSoftplus = 2, kLogSigmoid = 3, kCount = 4 };
+enum Kind : int32_t { kLse = 0, kSum = 1, kSoftplus = 2, kLogSigmoid = 3, kCount = 4, kMass = 5, kExpected = 6 };
 
 // How much of the relation must be checked. Most problems need nothing or only the diagonal. The last three are the
 // same with a limit on OTHER pairs.
@@ -76,12 +76,34 @@ inline void widen(const uint16_t* in, int64_t count, float* out) {
   for_vectors(0, count, [&](int64_t j, auto lanes) { store(out + j, load_bf16(in + j, lanes), lanes); });
 }
 
-// A bf16 row of the chunk (`row` counted over all banks, row `i` of its bank) as fp32, columns [begin, end), with the
+// A bf16 row of `dot` (`row` counted over all banks, row `i` of its bank) as fp32, columns [begin, end), with the
 // unrounded value of the diagonal pair.
-inline void widen(const ccu_tile& t, int64_t row, int64_t i, int64_t begin, int64_t end, float* out) {
-  widen(static_cast<const uint16_t*>(t.dot) + row * t.cols + begin, end - begin, out);
+inline void widen(const ccu_tile& t, const void* dot, const float* self_dot, int64_t row, int64_t i, int64_t begin,
+                  int64_t end, float* out) {
+  widen(static_cast<const uint16_t*>(dot) + row * t.cols + begin, end - begin, out);
   const int64_t own = t.row0 + i;
-  if (t.self_dot != nullptr && own >= begin && own < end) out[own - begin] = t.self_dot[row];
+  if (self_dot != nullptr && own >= begin && own < end) out[own - begin] = self_dot[row];
+}
+
+inline void widen(const ccu_tile& t, int64_t row, int64_t i, int64_t begin, int64_t end, float* out) {
+  widen(t, t.dot, t.self_dot, row, i, begin, end, out);
+}
+
+inline void widen_guide(const ccu_tile& t, int64_t row, int64_t i, int64_t begin, int64_t end, float* out) {
+  widen(t, t.guide, t.guide_self_dot, row, i, begin, end, out);
+}
+
+// Whether there are limits; those of a teacher are none.
+inline bool is_limited(const ccu_tile& t) {
+  return t.teaches == 0 && (t.row_limits != nullptr || t.col_limits != nullptr);
+}
+
+// The log-sum-exps of the teacher's rows and columns in one bank; NULL where no reduction of that side needs them.
+inline const float* row_norms(const ccu_tile& t, int64_t bank) {
+  return t.row_limits == nullptr ? nullptr : t.row_limits + bank * t.row_limit_stride;
+}
+inline const float* col_norms(const ccu_tile& t, int64_t bank) {
+  return t.col_limits == nullptr ? nullptr : t.col_limits + bank * t.col_limit_stride;
 }
 
 // The row times its factors; `row` is counted over all banks.
@@ -119,13 +141,13 @@ struct Chooser {
   // What a reduction of rows chooses.
   static Chooser of_rows(const ccu_tile& t, int64_t bank, int32_t relations) {
     Chooser made(t, bank, relations);
-    if (t.row_limits != nullptr && relations & kOther) made.row_limits = t.row_limits + bank * t.row_limit_stride;
+    if (is_limited(t) && relations & kOther) made.row_limits = row_norms(t, bank);
     return made;
   }
 
   static Chooser of_columns(const ccu_tile& t, int64_t bank, int32_t relations) {
     Chooser made(t, bank, relations);
-    if (t.col_limits != nullptr && relations & kOther) made.col_limits = t.col_limits + bank * t.col_limit_stride;
+    if (is_limited(t) && relations & kOther) made.col_limits = col_norms(t, bank);
     return made;
   }
 

@@ -2,6 +2,7 @@
 //
 //     G_ij = sum over row reductions r that chose (i, j):   lse: g_ri exp(S_ij - out_ri)   sum: g_ri
 //                                                           softplus: g_ri / (1 + exp(-S_ij))
+//                                                           expected: g_ri exp(teacher_scale * guide_ij - norm_i)
 //          + the same over column reductions with g_cj, out_cj
 //     grad = scale * G                        so that dX = grad Y and dY = grad^T X
 //     scale_sums_i = sum_j G_ij dot_ij        bias_sums_i = sum_j G_ij        col_sums_j = sum_i G_ij dot_ij
@@ -62,7 +63,7 @@ struct PerColumn {
 };
 
 // What the factor is multiplied by.
-enum class Term { kNothing, kOwnExp, kSigmoid, kOtherSigmoid };  // the last is 1 - sigmoid
+enum class Term { kNothing, kOwnExp, kSigmoid, kOtherSigmoid, kTeacher };  // the fourth is 1 - sigmoid
 
 // A stripe of one row: its part of S, and the accumulator for G, padded to whole vectors.
 struct Stripe {
@@ -71,10 +72,16 @@ struct Stripe {
   float scale, bias;
   int64_t i, begin, end;
   float* g;
+  float teacher_scale;
 
   template <class Lanes>
   vf scores(int64_t j, Lanes lanes) const {
     return load<vf>(dot + (j - begin), lanes) * scale + bias;
+  }
+
+  template <class Lanes>
+  vf teacher(int64_t j, Lanes lanes) const {
+    return load<vf>(alike + (j - begin), lanes) * teacher_scale;
   }
 };
 
@@ -98,6 +105,8 @@ void add(const Stripe& stripe, const Chooser& chooser, const Side& side) {
       const vf s = term == Term::kSigmoid ? stripe.scores(j, lanes) : -stripe.scores(j, lanes);
       const vf e = exp(s < 0.0f ? s : -s);  // through exp(-|s|), which cannot overflow
       value *= (s < 0.0f ? e : splat(1.0f)) / (e + 1.0f);
+    } else if (term == Term::kTeacher) {
+      value *= exp(stripe.teacher(j, lanes) - side.outs(j, lanes));
     }
     float* slot = stripe.g + (j - stripe.begin);
     store(slot, load<vf>(slot) + (chosen ? value : splat(0.0f)));
@@ -190,14 +199,21 @@ void accumulate(const ccu_similarity_backward_args& a, const SharedExponential& 
       store(slot, weight == 0.0f ? weight : weight * exp(stripe.scores(j, lanes) - exponential.c));
     });
   }
-  const auto rest = [&](Kind kind, const Chooser& chooser, const auto& side) {
+  // `norms` is the side with the teacher's log-sum-exps in place of the results.
+  const auto rest = [&](Kind kind, const Chooser& chooser, const auto& side, const auto& norms) {
     const Mode mode = mode_in(chooser);
     if (kind == kSum) add<Term::kNothing>(stripe, chooser, mode, side);
     if (kind == kSoftplus) add<Term::kSigmoid>(stripe, chooser, mode, side);
     if (kind == kLogSigmoid) add<Term::kOtherSigmoid>(stripe, chooser, mode, side);
     if (kind == kLse && !exponential.shared) add<Term::kOwnExp>(stripe, chooser, mode, side);
+    if (kind == kExpected) add<Term::kTeacher>(stripe, chooser, mode, norms);
   };
-  each(rest, [&](Kind kind, const Chooser& chooser, const PerColumn& column, int) { rest(kind, chooser, column); });
+  const float *of_rows = row_norms(t, bank), *of_columns = col_norms(t, bank);
+  each([&](Kind kind, const Chooser& chooser,
+           const PerRow& row) { rest(kind, chooser, row, PerRow{row.grad, of_rows == nullptr ? 0.0f : of_rows[i]}); },
+       [&](Kind kind, const Chooser& chooser, const PerColumn& column, int) {
+         rest(kind, chooser, column, PerColumn{column.grad, of_columns});
+       });
 }
 
 // What is summed up of a row.
@@ -330,10 +346,10 @@ int similarity_backward(const ccu_similarity_backward_args& a) {
           if (t.guide != nullptr && t.guide_dtype == CCU_F32) {
             alike = static_cast<const float*>(t.guide) + row * t.cols + from;
           } else if (t.guide != nullptr) {
-            widen(static_cast<const uint16_t*>(t.guide) + row * t.cols + from, to - from, widened_guide);
+            widen_guide(t, row, i, from, to, widened_guide);
             alike = widened_guide;
           }
-          accumulate(a, exponential, bank, Stripe{dot, alike, t.scale, t.bias, i, from, to, g});
+          accumulate(a, exponential, bank, Stripe{dot, alike, t.scale, t.bias, i, from, to, g, t.teacher_scale});
           for_vectors(from, to, [&](int64_t j, auto lanes) {
             float* slot = g + (j - from);
             const vf value = load<vf>(slot);

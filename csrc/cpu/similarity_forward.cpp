@@ -5,9 +5,12 @@
 //     softplus   out_i = sum_j [chosen_ij] log(1 + exp(S_ij))        and the same along columns
 //     logsigmoid out_i = -sum_j [chosen_ij] log(1 + exp(-S_ij))
 //     count      out_i = sum_j [chosen_ij]
+//     mass       out_i = sum_j [chosen_ij] Q_ij                          Q_ij = exp(teacher_scale * guide_ij - norm_i)
+//     expected   out_i = sum_j [chosen_ij] Q_ij S_ij
 //
-// Work: 4 bytes read per pair, and one exponential for all lse together. The GEMM of the chunk costs 2 D FLOP per pair,
-// so this is a few percent of it.
+// Work: 4 bytes read per pair, and one exponential for all lse together; with a teacher 4 bytes more, and an
+// exponential for each mass and expected. The GEMM of the chunk costs 2 D FLOP per pair, so this is a few percent of
+// it.
 //
 // A task is a stripe of columns of one bank: it owns the running (shift, sum) of its columns, and leaves a partial
 // (shift, sum) per row, merged afterwards in stripe order. A block of a few rows of the stripe stays in the L1 cache:
@@ -50,10 +53,18 @@ struct Block {
   float* e;            // [kRowBlock][kStripe]
   const float* alike;  // what limits look at, of (first, begin): dot or the guide
   int64_t alike_stride;
+  float teacher_scale;
+  const float *row_norms, *col_norms;  // of the teacher's logits, which are alike times teacher_scale
 
   template <class Lanes>
   vf scores(int64_t i, int64_t j, Lanes lanes) const {
     return load<vf>(dot + (i - first) * stride + (j - begin), lanes) * scale + bias;
+  }
+
+  // The teacher's probabilities, given the log-sum-exp of its logits.
+  template <class Lanes, class Norm>
+  vf probabilities(int64_t i, int64_t j, Lanes lanes, Norm norm) const {
+    return exp(load<vf>(alike + (i - first) * alike_stride + (j - begin), lanes) * teacher_scale - norm);
   }
 
   template <Mode mode, class Lanes>
@@ -75,7 +86,7 @@ struct Block {
     alike = t.guide_dtype == CCU_F32 ? static_cast<const float*>(t.guide) + at : widened_guide;
     if (t.guide_dtype == CCU_F32) return;
     for (int64_t i = 0; i < last - first; ++i)
-      widen(static_cast<const uint16_t*>(t.guide) + at + i * t.cols, end - begin, widened_guide + i * kStripe);
+      widen_guide(t, bank * t.rows + first + i, first + i, begin, end, widened_guide + i * kStripe);
   }
 
   void fetch_dot(const ccu_tile& t, int64_t bank, float* widened) {
@@ -151,6 +162,12 @@ Partial reduce_row(const Block& block, const Chooser& chooser, Kind kind, int64_
   if (kind == kSoftplus) return {0, add_up([&](int64_t j, auto lanes) { return softplus(block.scores(i, j, lanes)); })};
   if (kind == kLogSigmoid)
     return {0, add_up([&](int64_t j, auto lanes) { return -softplus(-block.scores(i, j, lanes)); })};
+  if (kind == kMass)
+    return {0, add_up([&](int64_t j, auto lanes) { return block.probabilities(i, j, lanes, block.row_norms[i]); })};
+  if (kind == kExpected)
+    return {0, add_up([&](int64_t j, auto lanes) {
+              return block.probabilities(i, j, lanes, block.row_norms[i]) * block.scores(i, j, lanes);
+            })};
   if (block.exponentials) {
     vf total = splat(0.0f);
     vi seen = splat(0);
@@ -187,6 +204,15 @@ void reduce_columns(const Block& block, const Chooser& chooser, Kind kind, float
       return total;
     };
     double* const column_sum = running_sum + j;
+    if (kind == kMass || kind == kExpected) {
+      const vf norm = load<vf>(block.col_norms + j, lanes);
+      const vf total =
+          kind == kMass
+              ? add_up([&](int64_t i) { return block.probabilities(i, j, lanes, norm); })
+              : add_up([&](int64_t i) { return block.probabilities(i, j, lanes, norm) * block.scores(i, j, lanes); });
+      for (int lane = 0; lane < lanes.n; ++lane) column_sum[lane] += total[lane];
+      return;
+    }
     if (kind != kLse) {
       const vf total = kind == kCount      ? add_up([](int64_t) { return splat(1.0f); })
                        : kind == kSum      ? add_up([&](int64_t i) { return block.scores(i, j, lanes); })
@@ -403,7 +429,7 @@ int similarity_forward(const ccu_similarity_forward_args& a) {
   int32_t row_lse = 0, col_lse = 0;  // the relations of any lse of rows, and of columns
   for (int r = 0; r < t.n_row; ++r) row_lse |= is_lse(t.row_codes[r]) ? relations_of(t.row_codes[r]) : 0;
   for (int c = 0; c < t.n_col; ++c) col_lse |= is_lse(t.col_codes[c]) ? relations_of(t.col_codes[c]) : 0;
-  const bool limited = t.row_limits != nullptr || t.col_limits != nullptr;
+  const bool limited = is_limited(t);
   const Usual usual(t);
   const bool by_classes = Classes::suffice(t);
   parallel_for(t.banks * stripes, t.threads, [&](int64_t task) {
@@ -412,7 +438,22 @@ int similarity_forward(const ccu_similarity_forward_args& a) {
     alignas(64) float widened[kRowBlock * kStripe];
     alignas(64) float widened_guide[kRowBlock * kStripe];
     const int64_t begin = stripe * kStripe, end = std::min(begin + kStripe, t.cols);
-    Block block{nullptr, 0, t.scale, t.bias, 0, 0, begin, end, 0, false, e, nullptr, 0};
+    Block block{nullptr,
+                0,
+                t.scale,
+                t.bias,
+                0,
+                0,
+                begin,
+                end,
+                0,
+                false,
+                e,
+                nullptr,
+                0,
+                t.teacher_scale,
+                row_norms(t, bank),
+                col_norms(t, bank)};
     Partial* const of_stripe = partials.get() + (bank * stripes + stripe) * t.rows;
     float shift = kInf;  // of the block above, if that has one
     for (block.first = 0; block.first < t.rows; block.first = block.last) {

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccu_fast import info_nce, inverse_info_nce, sigmoid_loss, sup_con
+from ccu_fast import distill, info_nce, inverse_info_nce, sigmoid_loss, sup_con
 from tests.support.losses import compare, features, logits
 from tests.support.open_clip_loss import open_clip_loss
 from tests.support.oracle import unit
@@ -294,6 +294,10 @@ def labels_of(n: int) -> Tensor:
     return torch.arange(n) % 3
 
 
+def teacher_of(n: int, m: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(2.0 * n).cos().view(n, 2), torch.arange(2.0 * m).sin().view(m, 2)
+
+
 ALL_LOSSES: dict[str, Callable[..., Tensor]] = {
     "info_nce": info_nce,
     "info_nce, one way": lambda x, y, **k: info_nce(x, y, symmetric=False, **k),
@@ -303,6 +307,7 @@ ALL_LOSSES: dict[str, Callable[..., Tensor]] = {
     "ascent": lambda x, y, **k: inverse_info_nce(x, y, kind="ascent", **k),
     "sup_con": lambda x, y, **k: sup_con(x, y, row_labels=labels_of(x.shape[-2]), **k),
     "sigmoid_loss": sigmoid_loss,
+    "distill": lambda x, y, **k: distill(x, y, teacher=teacher_of(x.shape[-2], y.shape[-2]), teacher_scale=3.0, **k),
 }
 
 

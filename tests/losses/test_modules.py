@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ccu_fast
-from ccu_fast import ClipLoss, InfoNCE, InverseInfoNCE, SigLipLoss, SigmoidLoss, SupCon
+from ccu_fast import ClipLoss, DistillLoss, InfoNCE, InverseInfoNCE, SigLipLoss, SigmoidLoss, SupCon
 from tests.support.forked import on_ranks
 from tests.support.open_clip_loss import open_clip_loss
 from tests.support.oracle import unit
@@ -49,6 +49,11 @@ TWINS: dict[str, tuple[nn.Module, Any, dict[str, Any]]] = {
         SigmoidLoss(reduction="none"),
         lambda *a, **k: ccu_fast.sigmoid_loss(*a, reduction="none", **k),
         {"paired": True},
+    ),
+    "DistillLoss": (
+        DistillLoss(teacher_scale=5.0, symmetric=False),
+        lambda *a, **k: ccu_fast.distill(*a, teacher_scale=5.0, symmetric=False, **k),
+        {"teacher": (torch.eye(6), torch.eye(6).flip(0)), "row_labels": LABELS},
     ),
 }
 
@@ -117,10 +122,10 @@ def test_what_a_module_says_of_itself() -> None:
     assert "dist_impl='shift'" in repr(SigLipLoss(dist_impl="shift"))
 
 
-# ---- open_clip's two, one process
+# ---- open_clip's three, one process
 
 
-@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss", "DistillClipLoss"])
 def test_signatures_are_open_clips(name: str) -> None:
     """Arguments, order and defaults; what we add is keyword-only."""
     ours, theirs = getattr(ccu_fast, name), getattr(open_clip_loss(), name)
@@ -138,18 +143,30 @@ def test_signatures_are_open_clips(name: str) -> None:
 
 def run(loss: nn.Module, data: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     at_least_single = torch.promote_types(dtype, torch.float32)
-    leaves = {k: t.to(dtype if t.ndim > 1 else at_least_single).clone().requires_grad_() for k, t in data.items()}
-    value = loss(**leaves)
-    value.backward()
-    return {"loss": value.detach()} | {f"d{k}": t.grad for k, t in leaves.items()}
+    leaves = {k: t.to(dtype if t.ndim > 1 else at_least_single).clone() for k, t in data.items()}
+    live = {k: t.requires_grad_() for k, t in leaves.items() if not k.startswith("dist_")}
+    values = loss(**leaves)
+    values = values if isinstance(values, tuple) else (values,)
+    sum(weight * value for weight, value in enumerate(values, 1)).backward()
+    losses = {"loss" if i == 0 else "distill_loss": value.detach() for i, value in enumerate(values)}
+    return losses | {f"d{k}": t.grad for k, t in live.items()}
 
 
-def towers(n: int, *, scale: float, bias: float | None) -> dict[str, Tensor]:
+def towers(n: int, *, scale: float, bias: float | None, name: str = "") -> dict[str, Tensor]:
     data = {"image_features": unit(n, 32), "text_features": unit(n, 32), "logit_scale": torch.tensor(scale)}
+    if name == "DistillClipLoss":
+        teacher = {"dist_image_features": unit(n, 20), "dist_text_features": unit(n, 20)}
+        return data | teacher | {"dist_logit_scale": torch.tensor(1.5 * scale)}
     return data if bias is None else data | {"logit_bias": torch.tensor(bias)}
 
 
-CONFIGURATIONS = [("ClipLoss", 100.0, None), ("ClipLoss", 14.0, -4.0), ("SigLipLoss", 10.0, -10.0)]
+CONFIGURATIONS = [
+    ("ClipLoss", 100.0, None),
+    ("ClipLoss", 14.0, -4.0),
+    ("SigLipLoss", 10.0, -10.0),
+    ("DistillClipLoss", 14.0, None),
+    ("DistillClipLoss", 60.0, None),
+]
 
 
 def compare(
@@ -177,7 +194,7 @@ def test_numbers_and_gradients_are_open_clips(
     backend, dtype = engine
     name, scale, bias = configuration
     theirs, ours = getattr(open_clip_loss(), name)(), getattr(ccu_fast, name)(backend=backend)
-    data = {k: t.to(dtype).double() for k, t in towers(n, scale=scale, bias=bias).items()}
+    data = {k: t.to(dtype).double() for k, t in towers(n, scale=scale, bias=bias, name=name).items()}
     compare(run(ours, data, dtype), run(theirs, data, dtype), run(theirs, data, torch.float64), scale)
 
 
@@ -186,7 +203,7 @@ def test_numbers_and_gradients_are_open_clips(
 def test_half_features(configuration: tuple[str, float, float | None], dtype: torch.dtype, backend: str) -> None:
     name, scale, bias = configuration
     theirs, ours = getattr(open_clip_loss(), name)(), getattr(ccu_fast, name)(backend=backend)
-    data = {k: t.to(dtype).double() for k, t in towers(70, scale=scale, bias=bias).items()}
+    data = {k: t.to(dtype).double() for k, t in towers(70, scale=scale, bias=bias, name=name).items()}
     mine = run(ours, data, dtype)
     assert mine["loss"].dtype == torch.float32
     compare(mine, run(theirs, data, dtype), run(theirs, data, torch.float64), scale, rounded=dtype)
@@ -214,6 +231,7 @@ CLIP_OPTIONS = [
 DISTRIBUTED: list[tuple[str, dict[str, Any], float, float | None]] = [
     *[("ClipLoss", options, 14.0, bias) for options in CLIP_OPTIONS for bias in (None, -4.0)],
     *[("SigLipLoss", {"dist_impl": impl}, 10.0, -10.0) for impl in (None, "bidir", "shift", "reduce", "gather")],
+    *[("DistillClipLoss", options, 14.0, None) for options in CLIP_OPTIONS],
 ]
 
 
@@ -225,7 +243,7 @@ def every_configuration(rank: int) -> list[Any]:
         theirs = getattr(open_clip_loss(), name)(**place)
         ours = {b: getattr(ccu_fast, name)(**place, backend=b) for b in backends_here()}
         torch.manual_seed(rank)
-        data = {k: t.float().double() for k, t in towers(33, scale=scale, bias=bias).items()}
+        data = {k: t.float().double() for k, t in towers(33, scale=scale, bias=bias, name=name).items()}
         row = {
             "exact": run(theirs, data, torch.float64),
             "torch": run(theirs, data, torch.float32),

@@ -153,7 +153,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         reduce(X, Y, cols=[("mean", ALL)]),
         ValueError,
-        "cols: expected a reduction in ('lse', 'sum', 'softplus', 'logsigmoid', 'count'), got 'mean'",
+        "cols: expected a reduction in ('lse', 'sum', 'softplus', 'logsigmoid', 'count', 'mass', 'expected'), got 'mea",
     ),
     (reduce(X, Y, rows=[("lse", 0)]), ValueError, "rows: expected a set of SELF, SAME and OTHER, got 0"),
     (reduce(X, Y, rows=[("lse", 8)]), ValueError, "rows: expected a set of SELF, SAME and OTHER, got 8"),

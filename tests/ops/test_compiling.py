@@ -14,7 +14,19 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ccu_fast import ALL, OTHER, SAME, SELF, ClipLoss, InfoNCE, SigLipLoss, SigmoidLoss, info_nce, reduce_similarity
+from ccu_fast import (
+    ALL,
+    OTHER,
+    SAME,
+    SELF,
+    ClipLoss,
+    DistillClipLoss,
+    InfoNCE,
+    SigLipLoss,
+    SigmoidLoss,
+    info_nce,
+    reduce_similarity,
+)
 from ccu_fast.ops import operator
 from ccu_fast.ops.reduce_similarity.operator import flat
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
@@ -26,8 +38,14 @@ ROWS = (encode("lse", ALL), encode("sum", SELF), encode("softplus", OTHER))
 COLS = (encode("lse", SAME | OTHER),)
 
 
-def problem(dtype: torch.dtype, *, keys: bool, bias: bool, shared: bool, limits: bool = False) -> SimilarityProblem:
+def problem(
+    dtype: torch.dtype, *, keys: bool, bias: bool, shared: bool, limits: bool = False, teacher: bool = False
+) -> SimilarityProblem:
     n, m, d = 70, 81, 9
+    beside = limits or teacher
+    asked = ROWS
+    if beside:
+        asked = (*ROWS, encode("count", OTHER)) if limits else (*ROWS, encode("mass", ALL), encode("expected", OTHER))
     labels = (torch.randint(-1, 3, (1, n)), torch.randint(-1, 3, (2, m))) if keys else (None, None)
     ids = (torch.randint(0, 9, (2, n)), torch.randint(0, 9, (1, m))) if keys else (None, None)
     return SimilarityProblem(
@@ -38,22 +56,25 @@ def problem(dtype: torch.dtype, *, keys: bool, bias: bool, shared: bool, limits:
         *labels,
         *ids,
         diagonal=not keys,
-        rows=(*ROWS, encode("count", OTHER)) if limits else ROWS,
+        rows=asked,
         cols=COLS,
-        row_limits=torch.randn(1, n) if limits else None,
-        col_limits=torch.randn(2, m) if limits else None,
-        guide_x=torch.randn(2, n, 5) if limits and keys else None,
-        guide_y=torch.randn(1, m, 5) if limits and keys else None,
+        row_limits=torch.randn(1, n) if beside else None,
+        col_limits=torch.randn(2, m) if beside else None,
+        guide_x=torch.randn(2, n, 5) if teacher or (limits and keys) else None,
+        guide_y=torch.randn(1, m, 5) if teacher or (limits and keys) else None,
+        teacher_scale=torch.tensor(3.0) if teacher else None,
     )
 
 
 @pytest.mark.parametrize(
-    ("workspace", "limits"), [(0, False), (1 << 17, False), (1 << 28, False), (0, True), (1 << 28, True)]
+    ("workspace", "beside"),
+    [(0, ""), (1 << 17, ""), (1 << 28, ""), (0, "limits"), (1 << 28, "limits"), (1 << 17, "teacher")],
 )
 @pytest.mark.parametrize("keys", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype: torch.dtype, keys: bool, workspace: int, limits: bool, native: str) -> None:
-    p = problem(dtype, keys=keys, bias=keys, shared=not keys, limits=limits)
+def test_opcheck(dtype: torch.dtype, keys: bool, workspace: int, beside: str, native: str) -> None:
+    given = {beside: True} if beside else {}
+    p = problem(dtype, keys=keys, bias=keys, shared=not keys, **given)
     op = torch.ops.ccu_fast.reduce_similarity
     for keep in (True, False):
         torch.library.opcheck(op.default, (*flat(p), native, workspace, keep))
@@ -214,6 +235,20 @@ def test_one_graph_serves_any_batch(workspace: int | None, backend: str) -> None
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     for n in (20, 33, 150, 64, 257):
+        assert_same(run(compiled, n), run(step, n))
+    assert counter.frame_count == 1
+
+
+def test_one_graph_serves_any_batch_with_a_teacher(backend: str) -> None:
+    """Its log-sum-exps are made in the graph."""
+
+    def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        contrastive, distilled = DistillClipLoss(backend=backend)(x, y, scale, x[:, :5], y[:, :5], scale.detach() + 1)
+        return contrastive + 2 * distilled
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for n in (20, 33, 150):
         assert_same(run(compiled, n), run(step, n))
     assert counter.frame_count == 1
 

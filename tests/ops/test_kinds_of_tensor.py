@@ -52,6 +52,18 @@ CALLS: dict[str, tuple[str, Callable[[Make], Any]]] = {
     "inverse_info_nce": ("x", lambda make: ccu_fast.inverse_info_nce(make(X), make(X), scale=2.0)),
     "sup_con": ("row_labels", lambda make: ccu_fast.sup_con(X, X, scale=2.0, row_labels=make(LABELS))),
     "sigmoid_loss": ("x", lambda make: ccu_fast.sigmoid_loss(make(X), make(X), scale=2.0)),
+    "distill": (
+        "x",
+        lambda make: ccu_fast.distill(make(X), make(X), scale=2.0, teacher=(make(X), make(X)), teacher_scale=3.0),
+    ),
+    "distill, teacher": (
+        r"teacher\[0\]",
+        lambda make: ccu_fast.distill(X, X, scale=2.0, teacher=(make(X), make(X)), teacher_scale=3.0),
+    ),
+    "DistillClipLoss": (
+        "image_features",
+        lambda make: sum(ccu_fast.DistillClipLoss()(make(X), make(X), 2.0, make(X), make(X), 3.0)),
+    ),
     "reduce_similarity": ("x", lambda make: ccu_fast.reduce_similarity(make(X), X, rows=SPEC)),
     "reduce_similarity, ids": ("row_ids", lambda make: ccu_fast.reduce_similarity(X, X, rows=SPEC, row_ids=make(ROWS))),
     "ClipLoss": ("image_features", lambda make: ccu_fast.ClipLoss()(make(X), make(X), 2.0)),
@@ -181,7 +193,7 @@ def test_a_scale_that_is_not_whole_is_refused(name: str, placement: Any, mesh: D
 
 # ---- shapes alone, and modes that look on
 
-FREE = ("info_nce", "inverse_info_nce", "sigmoid_loss", "SigLipLoss", "ClipLoss, normalize", "l2_normalize")
+FREE = ("info_nce", "inverse_info_nce", "sigmoid_loss", "distill", "SigLipLoss", "ClipLoss, normalize", "l2_normalize")
 
 
 @pytest.mark.parametrize("name", [*FREE, "candidate_losses", "pgd_step_", "reduce_similarity"])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ import ccu_fast
 from ccu_fast.patch.open_clip import _places, equal_texts
 from tests.support import torchvision_stub
 from tests.support.drop_in import counted, left_alone, library, same_numbers, same_training, speed, train_towers, unit
+from tests.support.forked import on_ranks
+from tests.support.tolerance import assert_three_way
 
 SCALE, BIAS = 30.0, -6.0
 
@@ -114,6 +119,7 @@ def test_objects_that_exist_are_served_and_given_back(loss_py) -> None:  # type:
         assert ccu_fast.patch.active()["open_clip"] == [
             "open_clip.loss.ClipLoss.forward",
             "open_clip.loss.SigLipLoss.forward",
+            "open_clip.loss.DistillClipLoss.forward",
         ]
         existing(*leaves)
     assert calls.kernels == 1
@@ -325,6 +331,127 @@ def test_a_compiled_loss_is_served_in_one_graph(loss_py) -> None:  # type: ignor
             ours = torch.compile(loss, fullgraph=True, backend=keep)(*leaves)
         assert "ccu_fast.reduce_similarity" in graphs[0]
         torch.testing.assert_close(ours, theirs)
+
+
+# ---- a teacher
+
+
+def taught(dtype: torch.dtype, n: int = 37) -> list[Tensor]:
+    """What the student's features, scale and then the teacher's are; these get no gradient."""
+    u, v = (unit(n, 20, seed=seed, dtype=dtype) for seed in (3, 4))
+    return [*towers(dtype, n), u, v, torch.tensor(1.5 * SCALE, dtype=dtype)]
+
+
+def test_distill_loss_has_the_same_numbers(loss_py) -> None:  # type: ignore[no-untyped-def]
+    def problem(dtype: torch.dtype):  # type: ignore[no-untyped-def]
+        leaves = taught(dtype)
+        loss = loss_py.DistillClipLoss()
+
+        def both() -> Tensor:
+            named = loss(*leaves, output_dict=True)
+            assert list(named) == ["contrastive_loss", "distill_loss"]
+            contrastive, distilled = loss(*leaves)
+            assert torch.equal(distilled, named["distill_loss"])
+            return contrastive + 2 * distilled
+
+        return both, leaves[:3]
+
+    same_numbers("open_clip", problem)
+
+
+def test_training_with_a_teacher_is_the_same(loss_py) -> None:  # type: ignore[no-untyped-def]
+    loss, teacher = loss_py.DistillClipLoss(), taught(torch.float32, 64)[3:]
+    same_training("open_clip", lambda steps: train_towers(lambda *student: sum(loss(*student, *teacher)), steps))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_the_dtype_of_distill_loss(loss_py, dtype: torch.dtype, autocast: torch.dtype | None) -> None:  # type: ignore[no-untyped-def]
+    leaves, loss = taught(dtype), loss_py.DistillClipLoss()
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        theirs = loss(*leaves)
+        with counted("open_clip") as calls:
+            ours = loss(*leaves)
+    assert calls.kernels > 0 or dtype == torch.float64
+    for mine, their in zip(ours, theirs, strict=True):
+        assert mine.dtype == their.dtype
+        torch.testing.assert_close(mine, their, rtol=4e-2, atol=4e-2)
+
+
+def test_what_a_distill_loss_does_not_say_is_the_library_s(loss_py, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    loss, (x, y, scale, u, v, of) = loss_py.DistillClipLoss(), (t.detach() for t in taught(torch.float32))
+
+    def alone(*args: Any, by: Any = loss) -> None:
+        left_alone("open_clip", lambda: sum(by(*args)))
+
+    alone(x, y, scale, u.requires_grad_(), v, of)  # a teacher that learns
+    u.requires_grad_(False)
+    alone(x, y, scale, u, v, of.clone().requires_grad_())
+    alone(x, y, scale, u.double(), v.double(), of)
+    alone(x, y, scale, u[:-1], v[:-1], of)
+    alone(x, y, torch.linspace(1, 3, 37)[:, None], u, v, of)
+    alone(x, y, scale, u, v, torch.linspace(1, 3, 37)[:, None])
+    alone(x, y, scale, u.as_subclass(Mine), v, of)
+    for method in ("dist_loss", "get_logits", "get_ground_truth"):
+        own = getattr(loss_py.DistillClipLoss, method)
+        subclass = type("Theirs", (loss_py.DistillClipLoss,), {method: wraps(own)(lambda *a, own=own: own(*a))})
+        alone(x, y, scale, u, v, of, by=subclass())
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda logits, labels: logits.sum())
+    alone(x, y, scale, u, v, of)
+
+
+def test_a_compiled_distill_loss_is_served_in_one_graph(loss_py) -> None:  # type: ignore[no-untyped-def]
+    leaves, loss = taught(torch.float32), loss_py.DistillClipLoss()
+    torch._dynamo.reset()
+    with counted("open_clip"):
+        ours = torch.compile(loss, fullgraph=True, backend="eager")(*leaves)
+    torch.testing.assert_close(ours, loss(*leaves))
+
+
+def test_with_same_a_distill_loss_is_refused(loss_py) -> None:  # type: ignore[no-untyped-def]
+    with ccu_fast.patch.applied("open_clip", same="texts"), pytest.raises(RuntimeError, match="same: expected plain"):
+        loss_py.DistillClipLoss()(*taught(torch.float32))
+
+
+def distilled_on(rank: int, loss_py: Any) -> list[tuple[list[Tensor], list[Tensor], list[Tensor], int]]:
+    """For each way to gather: losses and gradients in fp64 and fp32 by open_clip and in fp32 by us, and our calls."""
+    found = []
+    for local, grad in itertools.product([False, True], repeat=2):
+        loss = loss_py.DistillClipLoss(local_loss=local, gather_with_grad=grad, rank=rank, world_size=2)
+
+        def run(dtype: torch.dtype, loss: Any = loss) -> list[Tensor]:
+            whole = taught(torch.float32, 42)
+            mine = [t.detach()[21 * rank : 21 * rank + 21] if t.ndim else t.detach() for t in whole]
+            leaves = [t.to(dtype).requires_grad_(i < 3) for i, t in enumerate(mine)]
+            contrastive, distilled = loss(*leaves)
+            (contrastive + 2 * distilled).backward()
+            return [contrastive.detach(), distilled.detach(), *(t.grad for t in leaves[:3])]
+
+        exact, theirs = run(torch.float64), run(torch.float32)
+        own = ccu_fast.DistillClipLoss._both
+        with (
+            ccu_fast.patch.applied("open_clip"),
+            mock.patch.object(ccu_fast.DistillClipLoss, "_both", autospec=True, side_effect=own) as served,
+        ):
+            ours = run(torch.float32)
+        found.append((exact, theirs, ours, served.call_count))
+    return found
+
+
+def test_distill_loss_on_two_ranks(loss_py, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    first, second = on_ranks(2, tmp_path, lambda rank: distilled_on(rank, loss_py))
+    for ways in zip(first, second, strict=True):
+        for exact, theirs, ours, calls in ways:
+            assert calls == 1
+            for name, want, same, got in zip(("contrastive", "distill", "dx", "dy"), exact, theirs, ours, strict=False):
+                assert_three_way(name, got, same, want, ulps=64)
+        # With local_loss and gather_with_grad the ranks split the gradient of the scale otherwise.
+        assert_three_way(
+            "dscale",
+            *(sum(way[i][4] for way in ways) for i in (2, 1, 0)),
+            ulps=64,
+            magnitude=1.0,  # type: ignore[arg-type]
+        )
 
 
 def test_speed(loss_py) -> None:  # type: ignore[no-untyped-def]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import random
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -115,15 +117,62 @@ def test_matryoshka_around_a_cached_loss(when: str) -> None:
     torch.testing.assert_close(evaluated(loss), theirs, rtol=0, atol=0)
 
 
-def test_matryoshka_around_a_loss() -> None:
-    inner = losses().MultipleNegativesRankingLoss(Towers())
-    loss = losses().MatryoshkaLoss(inner.model, inner, [WIDTH, 8, 4])
-    features = [{"sentence_embedding": 1.5 * unit(23, WIDTH, seed=i)} for i in range(2)]
-    theirs = loss([dict(f) for f in features], None)
+def matryoshka(name: str = "usual", **options: Any) -> Any:
+    inner = variant(name)
+    return losses().MatryoshkaLoss(inner.model, inner, [WIDTH, 8, 4], **options)
+
+
+@pytest.mark.parametrize("columns", [2, 4], ids=["pairs", "two_hard_negatives"])
+@pytest.mark.parametrize("options", [{}, {"matryoshka_weights": [1.0, 0.5, 2]}], ids=["alike", "weights"])
+@pytest.mark.parametrize("kind", ["MultipleNegativesRankingLoss", "MultipleNegativesSymmetricRankingLoss"])
+@pytest.mark.parametrize("similarity", ["cos_sim", "dot_score"])
+def test_matryoshka_around_a_loss(similarity: str, kind: str, options: dict[str, Any], columns: int) -> None:
+    """All of its dimensions are one call."""
+    similar = getattr(importlib.import_module("sentence_transformers.util"), similarity)
+    inner = getattr(losses(), kind)(Towers(), similarity_fct=similar)
+    loss = losses().MatryoshkaLoss(inner.model, inner, [WIDTH, 8, 4], **options)
+
+    def problem(dtype: torch.dtype) -> Any:
+        leaves = [(1.5 * unit(23, WIDTH, seed=i, dtype=dtype)).requires_grad_() for i in range(columns)]
+        return lambda: loss([{"sentence_embedding": t} for t in leaves], None), leaves
+
+    same_numbers("sentence_transformers", problem)
+    call, _ = problem(torch.float32)
     with counted("sentence_transformers") as calls:
-        ours = loss([dict(f) for f in features], None)
-    assert calls.kernels == 3
-    torch.testing.assert_close(ours, theirs)
+        call()
+    assert calls.kernels == (2 if "Symmetric" in kind and columns > 2 else 1)
+
+
+@pytest.mark.parametrize("name", ["gte", "in_batch"])
+def test_matryoshka_around_what_is_no_plain_loss(name: str) -> None:
+    """Dimension by dimension, each of them served."""
+    loss = matryoshka(name)
+
+    def problem(dtype: torch.dtype) -> Any:
+        leaves = [(1.5 * unit(23, WIDTH, seed=i, dtype=dtype)).requires_grad_() for i in range(2)]
+        return lambda: loss([{"sentence_embedding": t} for t in leaves], None), leaves
+
+    same_numbers("sentence_transformers", problem)
+
+
+def test_matryoshka_that_draws_dimensions_stays_with_the_library() -> None:
+    loss = matryoshka(n_dims_per_step=2)
+    features = [{"sentence_embedding": 1.5 * unit(23, WIDTH, seed=i)} for i in range(2)]
+    values = []
+    for patched in (False, True):
+        random.seed(3)
+        with counted("sentence_transformers") if patched else contextlib.nullcontext() as calls:
+            values.append(loss([dict(f) for f in features], None))
+    assert calls is not None
+    assert calls.kernels == 2  # one for each that was drawn
+    torch.testing.assert_close(values[1], values[0])
+
+
+def test_matryoshka_with_too_many_dimensions_is_the_librarys_error() -> None:
+    loss = matryoshka()
+    features = [{"sentence_embedding": unit(5, WIDTH - 1, seed=i)} for i in range(2)]
+    with counted("sentence_transformers"), pytest.raises(ValueError, match="matryoshka_dims cannot be greater"):
+        loss(features, None)
 
 
 BATCHES: dict[str, Callable[[list[list[Tensor]]], Any]] = {
@@ -149,6 +198,20 @@ def test_speed_of_a_cached_loss(name: str) -> None:
         "sentence_transformers",
         f"loss part of {CACHED[0]} ({name}), N = 2048, D = 384, mini-batches of 32",
         lambda: loss.calculate_loss(reps, with_backward=True),
+        rounds=5,
+    )
+
+
+def test_speed_of_matryoshka() -> None:
+    inner = losses().MultipleNegativesRankingLoss(Towers())
+    dims = [512, 256, 128, 64]
+    inner.model.get_embedding_dimension = inner.model.get_sentence_embedding_dimension = lambda: dims[0]
+    loss = losses().MatryoshkaLoss(inner.model, inner, dims)
+    columns = [unit(4096, dims[0], seed=i).requires_grad_() for i in range(2)]
+    speed(
+        "sentence_transformers",
+        "MatryoshkaLoss around MultipleNegativesRankingLoss forward + backward, N = 4096, D = 512, 256, 128, 64",
+        lambda: loss([{"sentence_embedding": t} for t in columns], None).backward(),
         rounds=5,
     )
 

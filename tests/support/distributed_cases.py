@@ -106,6 +106,9 @@ def primitive(
     leaves = {"x": x, "y": y, "scale": torch.tensor(1.7, dtype=scalar), "bias": torch.tensor(-0.4, dtype=scalar)}
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     spec = [("lse", SELF | SAME) if pair == ("lse", SAME) and "row_labels" not in keys else pair for pair in SPEC]
+    if "teacher" in keys:
+        spec[1:3] = [("expected", ALL), ("mass", OTHER)]
+        spec[3] = ("expected", OTHER)
     rows, cols = function(**leaves, **keys, rows=spec, cols=spec[::-1], **options)
     loss = sum((torch.where(o.isinf(), 0, o) * w).sum() for o, w in zip(rows + cols, weights, strict=True))
     loss.backward()
@@ -121,8 +124,8 @@ def check_primitive(n: list[int], m: list[int], keyed: str, keys: dict[str, Any]
     weights = [torch.randn(sum(of)).double() for of in parts]
     side = {f"{of}_{what}": part for of, part in (("row", n), ("col", m)) for what in ("labels", "ids", "limits")}
     here = {k: shard(v, side[k]) if k in side else v for k, v in keys.items()}
-    if "guide" in keys:
-        here["guide"] = tuple(shard(t, part) for t, part in zip(keys["guide"], (n, m), strict=True))
+    for of in keys.keys() & {"guide", "teacher"}:
+        here[of] = tuple(shard(t, part) for t, part in zip(keys[of], (n, m), strict=True))
     whole = partial(primitive, ccu_fast.reduce_similarity)
     problem = (*n, "and", *m, keyed)
     exact = alone(problem, lambda: whole(x, y, keys, weights))
@@ -157,6 +160,7 @@ def keysets(n: int, m: int) -> dict[str, dict[str, Any]]:
     ids = {"row_ids": torch.randint(0, 9, (n,)), "col_ids": torch.randint(0, 9, (m,))}
     limits = {"row_limits": torch.randn(n), "col_limits": torch.randn(m)}
     guide = {"guide": (torch.randn(n, 3), torch.randn(m, 3))}
+    teacher = {"teacher": (torch.randn(n, 4), torch.randn(m, 4)), "teacher_scale": 1.3}
     return {
         "none": {},
         "labels": labels,
@@ -167,6 +171,8 @@ def keysets(n: int, m: int) -> dict[str, dict[str, Any]]:
         "limits of rows, labels": {"row_limits": limits["row_limits"], **labels},
         "guide": limits | guide,
         "guide of columns, ids": {"col_limits": limits["col_limits"], **guide, **ids},
+        "teacher": teacher,
+        "teacher, both": teacher | labels | ids,
     }
 
 
@@ -217,11 +223,15 @@ LOSSES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "sup_con": ("sup_con", {}, ("labels",)),
     "sigmoid_loss": ("sigmoid_loss", {"bias": -1.0}, ()),
     "sigmoid_loss, ids": ("sigmoid_loss", {"bias": -1.0}, ("ids",)),
+    "distill": ("distill", {"teacher_scale": 9.0}, ("teacher",)),
+    "distill, labels": ("distill", {"teacher_scale": 9.0, "symmetric": False}, ("teacher", "labels")),
 }
 
 
 def loss_of(module: Any, name: str, x: Tensor, y: Tensor, keys: dict[str, Tensor], **more: Any) -> dict[str, Tensor]:
     function, options, _ = LOSSES[name]
+    if "teacher" in keys:
+        keys = keys | {"teacher": keys["teacher"].unbind(1)}
     x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
     scale = torch.tensor(5.0, dtype=torch.promote_types(x.dtype, torch.float32), requires_grad=True)
     loss = getattr(module, function)(x, y, scale=scale, **options, **keys, **more)
@@ -236,6 +246,7 @@ def _loss_case(gradients: str, factor: int) -> None:
     every = {
         "labels": {k: torch.randint(-1, 4, (sum(n),)) for k in ("row_labels", "col_labels")},
         "ids": {k: torch.randint(0, 12, (sum(n),)) for k in ("row_ids", "col_ids")},
+        "teacher": {"teacher": torch.stack([unit(sum(n), 5), unit(sum(n), 5)], 1).float()},
     }
     backend, dtype = engines()[-1]
     for name, (mode, reduction) in itertools.product(LOSSES, (("gather", "mean"), ("ring", "sum"), ("gather", "none"))):
@@ -417,6 +428,11 @@ def wrong_arguments_are_refused_on_every_rank() -> None:
         given = {side: limits} if one else {}
         text = f"{side}: expected the same answer whether they are given"
         refuses(ValueError, text, lambda given=given: over.reduce_similarity(x, x, **spec, **given))
+    taught: dict[str, Any] = {"rows": [("expected", ALL)]}
+    for theirs, text in ((x[:, :2], "last dimension"), (x.bfloat16(), "dtype")):
+        given = {"teacher": (theirs, theirs) if one else (x, x)}
+        text = f"teacher: expected the same {text}"
+        refuses(ValueError, text, lambda given=given: over.reduce_similarity(x, x, **taught, **given))
     for theirs, text in ((x[:, :2], "last dimension"), (x.bfloat16(), "dtype"), (None, "last dimension")):
         t = theirs if one else x
         given = {"row_limits": limits, "guide": None if t is None else (t, t)}

@@ -28,6 +28,9 @@ class Case:
     cols: tuple[tuple[str, int], ...] = ()
     frozen: tuple[str, ...] = ()  # inputs that get no gradient
     limits: dict[str, Any] = field(default_factory=dict)  # row_limits, col_limits, guide
+    teacher: tuple[Tensor, Tensor] | None = None  # fp64 masters too
+    teacher_scale: float = 1.0
+    teacher_dtype: torch.dtype | None = None  # of every run but that in fp64; None: that of x
 
     @property
     def square(self) -> bool:
@@ -36,7 +39,13 @@ class Case:
 
     def with_dtype(self, dtype: torch.dtype) -> Case:
         """The same case with inputs that are exact in ``dtype``."""
-        return replace(self, x=self.x.to(dtype).double(), y=self.y.to(dtype).double())
+        teacher = None if self.teacher is None else tuple(t.double() for t in self.taught(dtype))
+        return replace(self, x=self.x.to(dtype).double(), y=self.y.to(dtype).double(), teacher=teacher)
+
+    def taught(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The teacher's features beside x and y in ``dtype``."""
+        own = dtype if dtype == torch.float64 else self.teacher_dtype or dtype
+        return tuple(t.to(own) for t in self.teacher or ())
 
 
 def relations(case: Case) -> Tensor:
@@ -83,7 +92,19 @@ def in_reach(case: Case, dim: int) -> Tensor:
     return torch.where((relation == int(OTHER)) & beyond, 0, relation)
 
 
-def reduce(s: Tensor, chosen: Tensor, kind: str, dim: int) -> Tensor:
+def probabilities(case: Case, dtype: torch.dtype, dim: int) -> Tensor:
+    """The definition: the teacher's softmax over all pairs that take part."""
+    u, v = case.taught(dtype)
+    t = (u @ v.mT).to(torch.promote_types(dtype, torch.float32)) * case.teacher_scale
+    chosen = relations(case) != 0
+    some = chosen.any(dim, keepdim=True)
+    return torch.where(some, t.masked_fill(~chosen & some, -torch.inf), 0).softmax(dim) * chosen
+
+
+def reduce(s: Tensor, chosen: Tensor, kind: str, dim: int, taught: Tensor | None = None) -> Tensor:
+    if taught is not None and kind in ("mass", "expected"):
+        weighted = taught if kind == "mass" else taught * s
+        return weighted.expand_as(s).masked_fill(~chosen, 0).sum(dim)
     if kind == "sum":
         return s.masked_fill(~chosen, 0).sum(dim)
     if kind == "softplus":
@@ -109,9 +130,12 @@ def _live(leaves: dict[str, Tensor]) -> list[Tensor]:
     return [leaf for leaf in leaves.values() if leaf.requires_grad]
 
 
-def _cotangents(outputs: list[Tensor]) -> list[Tensor]:
+def _gradients(outputs: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """For a cotangent of each output; "mass" has none."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    return torch.autograd.grad([o for o, _ in pairs], inputs, [c for _, c in pairs])
 
 
 def _named(
@@ -133,12 +157,11 @@ def by_torch(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[st
     s = dot * leaves["scale"]
     if case.bias is not None:
         s = s + leaves["bias"]
-    outputs = [
-        reduce(s, (in_reach(case, dim) & int(r)) != 0, kind, dim)
-        for dim, spec in ((-1, case.rows), (-2, case.cols))
-        for kind, r in spec
-    ]
-    *grads, grad_s = torch.autograd.grad(outputs, [*_live(leaves), s], _cotangents(outputs))
+    outputs = []
+    for dim, spec in ((-1, case.rows), (-2, case.cols)):
+        taught = None if case.teacher is None else probabilities(case, dtype, dim)
+        outputs += [reduce(s, (in_reach(case, dim) & int(r)) != 0, kind, dim, taught) for kind, r in spec]
+    *grads, grad_s = _gradients(outputs, [*_live(leaves), s])
     terms = {"dscale": float((grad_s * dot.detach()).abs().sum()), "dbias": float(grad_s.abs().sum())}
     terms["largest"] = float(s.detach().abs().max()) if s.numel() else 0.0
     return _named(case, leaves, outputs, tuple(grads)), terms
@@ -147,9 +170,11 @@ def by_torch(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[st
 def by_us(case: Case, dtype: torch.dtype, backend: str, **options: Any) -> dict[str, Tensor]:
     leaves = _leaves(case, dtype, torch.float64 if dtype == torch.float64 else torch.float32)
     given = {**case.keys, **case.limits, "rows": case.rows, "cols": case.cols, "backend": backend, **options}
+    if case.teacher is not None:
+        given |= {"teacher": case.taught(dtype), "teacher_scale": case.teacher_scale}
     rows, cols = reduce_similarity(**leaves, **given)
     outputs = [*rows, *cols]
-    return _named(case, leaves, outputs, torch.autograd.grad(outputs, _live(leaves), _cotangents(outputs)))
+    return _named(case, leaves, outputs, _gradients(outputs, _live(leaves)))
 
 
 def check(case: Case, backend: str, dtype: torch.dtype, *, ulps: float = 8, **options: Any) -> dict[str, Tensor]:

@@ -126,6 +126,10 @@ def _everything(x: Tensor, y: Tensor, **options: object) -> Tensor:
     return torch.stack([part.mean() for part in (*rows, *cols)]).sum()
 
 
+def _distilled(x: Tensor, y: Tensor, **options: object) -> Tensor:
+    return ccu_fast.distill(x, y, teacher=(x[..., :5], y[..., :5]), teacher_scale=9.0, **options)
+
+
 LOSSES: dict[str, Loss] = {
     "info_nce": ccu_fast.info_nce,
     "sigmoid_loss": partial(ccu_fast.sigmoid_loss, bias=-10.0),
@@ -133,6 +137,7 @@ LOSSES: dict[str, Loss] = {
     "contrastive": partial(_bounded, kind="contrastive"),
     "sup_con": _sup_con,
     "info_nce ids": _with_ids,
+    "distill": _distilled,
     "reduce_similarity": _everything,
 }
 

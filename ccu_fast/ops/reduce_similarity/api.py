@@ -15,20 +15,22 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.ops.backend import choose, reverse_mode_alone, without_autocast
-from ccu_fast.ops.l2_normalize.api import l2_normalize
 from ccu_fast.ops.operator import constant
 from ccu_fast.ops.reduce_similarity import reference
+from ccu_fast.ops.reduce_similarity.normalize import normalize_pair
 from ccu_fast.ops.reduce_similarity.operator import SimilarityReduction, flat, specialised
 from ccu_fast.ops.reduce_similarity.problem import (
     CODES,
     KINDS,
     MAX_REDUCTIONS,
+    TAUGHT,
     SimilarityProblem,
     checked_guide,
+    checked_keys,
     encode,
-    without_ignored,
 )
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF, Relation, count_relations
+from ccu_fast.ops.reduce_similarity.teacher import check_teacher, normalised
 
 # On a CPU: all of a batch of 8192 in fp32, and a chunk of scratch.
 # A GPU's is at most this, and at most a sixteenth of its memory: E of 32768 pairs and G of as many, in one piece.
@@ -54,6 +56,8 @@ def reduce_similarity(
     row_limits: Tensor | None = None,
     col_limits: Tensor | None = None,
     guide: tuple[Tensor, Tensor] | None = None,
+    teacher: tuple[Tensor, Tensor] | None = None,
+    teacher_scale: float | Tensor = 1.0,
     rows: Sequence[Reduction] = (),
     cols: Sequence[Reduction] = (),
     normalize: bool = False,
@@ -69,6 +73,8 @@ def reduce_similarity(
         for ("softplus", R):  out_i = sum(log(1 + exp(S[i, j])) for j with relation(i, j) in R)
         for ("logsigmoid", R): out_i = -sum(log(1 + exp(-S[i, j])) for j with relation(i, j) in R)
         for ("count", R):     out_i = number of j with relation(i, j) in R
+        for ("mass", R):      out_i = sum(Q[i, j] for j with relation(i, j) in R)              # no gradient
+        for ("expected", R):  out_i = sum(Q[i, j] * S[i, j] for j with relation(i, j) in R)
 
     ``rows`` reduce over j for every i, ``cols`` over i for every j; all of them come from one pass over S. An empty
     set has lse −inf, sum 0 and count 0, and passes no gradient.
@@ -79,6 +85,9 @@ def reduce_similarity(
         similar = x @ y.mT                                           # before scale and bias; or guide[0] @ guide[1].mT
         rows:  relation(i, j) is none where it is OTHER and similar[i, j] > row_limits[i]
         cols:  relation(i, j) is none where it is OTHER and similar[i, j] > col_limits[j]
+
+    Q, not stored either, is a teacher's softmax of teacher_scale * teacher[0] @ teacher[1].mT over all pairs of a row
+    that take part, or for ``cols`` of a column. Its log-sum-exps cost a pass before.
 
     Args:
         x: ``[..., N, D]`` fp32, fp16 or bf16 (fp64 on the reference backend). Any strides; N may be 0.
@@ -101,9 +110,11 @@ def reduce_similarity(
         guide: features ``([..., N, Dg], [..., M, Dg])`` of another model, by whose products limits go: of one float
             dtype and of any Dg, on the device of ``x``, taken as they are (``normalize`` does not concern them);
             no gradient flows. Default: x and y. Products in bf16 or TF32 are rounded before they meet a limit, as S is.
-        rows: reductions along rows: pairs of "lse", "sum", "softplus", "logsigmoid" or "count" and a set of relations,
-            e.g. ``[("lse", ALL), ("sum", SELF)]``. At most 8 besides counts (counts over OTHER are among the 8 where
-            there are limits, and exact up to 2^24). ``("lse", SAME)`` needs labels.
+        teacher: features of another model like ``guide``, for "mass" and "expected"; not beside limits.
+        teacher_scale: number or one-element tensor (no gradient); applied in fp32 to the teacher's products.
+        rows: reductions along rows: pairs of a word above and a set of relations: ``[("lse", ALL), ("sum", SELF)]``. At
+            most 8 besides counts (counts over OTHER are among the 8 where there are limits, and exact up to 2^24).
+            ``("lse", SAME)`` needs labels.
         cols: reductions along columns; at least one in rows or cols.
         normalize: make the rows of x and y unit vectors first (:func:`ccu_fast.l2_normalize`: in fp32, rounded once).
         backend: "auto", or one of "native", "triton", "reference"; a named one raises if it cannot serve.
@@ -119,13 +130,12 @@ def reduce_similarity(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. A DTensor (but for scale and
             bias), a subclass with operators of its own and a sparse or nested tensor are refused. So is a guide without
-            limits.
+            limits, and a teacher without "mass" and "expected".
         RuntimeError: inside a transform of torch.func, or with a forward-mode derivative, unless backend="reference".
 
-    On the device meta, and under FakeTensorMode, the results have shapes and no values.
-
     Under autocast the inputs are cast to the autocast dtype, as torch.matmul does. Accumulation is in fp32. The
-    result is deterministic. Second derivatives (create_graph=True) are computed in plain torch, which stores S.
+    result is deterministic. Second derivatives (create_graph=True) are computed in plain torch, which stores S. On the
+    device meta, and under FakeTensorMode, the results have shapes and no values.
 
     Source: this project's definition; each loss over it names its paper.
 
@@ -138,11 +148,13 @@ def reduce_similarity(
         x, y = normalize_pair(x, y, backend, row_labels, col_labels)
     p, lead, row_spec, col_spec = build_problem(
         x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, paired, rows, cols, nan_policy,
-        row_limits, col_limits, guide,
+        row_limits, col_limits, guide, teacher, teacher_scale,
     )  # fmt: skip
     n, m = p.x.shape[1], p.y.shape[1]
     workspace = workspace_bytes(workspace, p.x.device)
     name = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
+    if teacher is not None:
+        p = normalised(p, backend, workspace)
     if not p.rows and not p.cols:  # nothing but counts
         tiles: tuple[list[Tensor], list[Tensor]] = ([], [])
     elif p.diagonal and set(p.rows + p.cols) == {OWN_PAIRS}:
@@ -162,24 +174,9 @@ def reduce_similarity(
 
     row_counts, col_counts = (functools.partial(count_relations, p, along_rows=side) for side in (True, False))
     return (
-        assemble(row_spec, iter(tiles[0]), row_counts, (*lead, n), limited=p.row_limits is not None),
-        assemble(col_spec, iter(tiles[1]), col_counts, (*lead, m), limited=p.col_limits is not None),
+        assemble(row_spec, iter(tiles[0]), row_counts, (*lead, n), limited=row_limits is not None),
+        assemble(col_spec, iter(tiles[1]), col_counts, (*lead, m), limited=col_limits is not None),
     )
-
-
-def normalize_pair(
-    x: Tensor, y: Tensor, backend: str, row_labels: Tensor | None = None, col_labels: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Scale the rows of both to unit length; a bank that is compared with itself is scaled once.
-
-    Ignored rows become zero before: their gradient is 0 although they may hold NaN. Labels are checked later.
-    """
-    check.tensor("x", x)
-    check.tensor("y", y)
-    col_labels = row_labels if col_labels is None else col_labels
-    same = y is x and col_labels is row_labels
-    unit = l2_normalize(without_ignored(x, row_labels), backend=backend)
-    return unit, unit if same else l2_normalize(without_ignored(y, col_labels), backend=backend)
 
 
 def build_problem(
@@ -198,12 +195,11 @@ def build_problem(
     row_limits: Tensor | None = None,
     col_limits: Tensor | None = None,
     guide: tuple[Tensor, Tensor] | None = None,
+    teacher: tuple[Tensor, Tensor] | None = None,
+    teacher_scale: float | Tensor = 1.0,
     prefixes: tuple[int, ...] = (),
 ) -> tuple[SimilarityProblem, tuple[int, ...], list[Reduction], list[Reduction]]:
-    """The checked arguments of :func:`reduce_similarity`: the problem, its leading dimensions, both specs as asked.
-
-    With ``prefixes`` limits may have one more dimension in front.
-    """
+    """The checked arguments: the problem, its leading dimensions, both specs as asked. Limits may be of each prefix."""
     check.tensor("x", x)
     check.tensor("y", y)
     check.same("y", y, "x", x, dtype=False)
@@ -233,14 +229,16 @@ def build_problem(
             missing, given = (f"row_{what}", f"col_{what}") if row is None else (f"col_{what}", f"row_{what}")
             raise ValueError(f"{missing}: expected a tensor because {given} is given, got None")
         col = row if col is None else col
-        return _keys(f"row_{what}", row, lead, n, x), _keys(f"col_{what}", col, lead, m, x)
+        return checked_keys(f"row_{what}", row, lead, n, x), checked_keys(f"col_{what}", col, lead, m, x)
 
     row_labels, col_labels = pair("labels", row_labels, col_labels)
     row_ids, col_ids = pair("ids", row_ids, col_ids)
-    row_spec = _spec("rows", rows, row_labels, limited=row_limits is not None)
-    col_spec = _spec("cols", cols, row_labels, limited=col_limits is not None)
+    row_spec = _spec("rows", rows, row_labels, limited=row_limits is not None, taught=teacher is not None)
+    col_spec = _spec("cols", cols, row_labels, limited=col_limits is not None, taught=teacher is not None)
     if not row_spec and not col_spec:
         raise ValueError("rows: expected at least one reduction in rows or cols, got none")
+    if teacher is not None:
+        check_teacher(row_spec + col_spec, row_limits=row_limits, col_limits=col_limits, guide=guide)
     if guide is not None and row_limits is None and col_limits is None:
         raise ValueError("guide: expected row_limits or col_limits beside it, got neither")
     scale = as_scalar("scale", scale, x)
@@ -248,8 +246,9 @@ def build_problem(
     sets = (len(prefixes), *lead) if prefixes else lead
     row_limits = _limits("row_limits", row_limits, row_spec, sets, n, scale)
     col_limits = _limits("col_limits", col_limits, col_spec, sets, m, scale)
-    guide_x, guide_y = (None, None) if guide is None else _guide(guide, lead, n, m, x, scale.dtype)
-    if row_limits is None and col_limits is None:
+    beside, called = (guide, "guide") if teacher is None else (teacher, "teacher")
+    guide_x, guide_y = (None, None) if beside is None else _guide(called, beside, lead, n, m, x, scale.dtype)
+    if row_limits is None and col_limits is None and teacher is None:
         guide_x = guide_y = None
 
     p = SimilarityProblem(
@@ -269,6 +268,7 @@ def build_problem(
         guide_x=guide_x,
         guide_y=guide_y,
         prefixes=prefixes,
+        teacher_scale=None if teacher is None else as_scalar("teacher_scale", teacher_scale, x).detach(),
     )
     return p, lead, row_spec, col_spec
 
@@ -284,10 +284,12 @@ def _in_tiles(kind: str, relations: int, limited: bool) -> bool:
     return kind != "count" or (limited and bool(relations & OTHER))
 
 
-def _spec(name: str, values: Sequence[Reduction], labels: Tensor | None, *, limited: bool) -> list[Reduction]:
+def _spec(
+    name: str, values: Sequence[Reduction], labels: Tensor | None, *, limited: bool, taught: bool
+) -> list[Reduction]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{name}: expected a sequence of pairs such as ('lse', ALL), got {type(values).__name__}")
-    kinds = (*KINDS, "count")
+    kinds = (*KINDS, "count", *TAUGHT)
     for value in values:
         if not isinstance(value, tuple) or len(value) != 2:
             raise TypeError(f"{name}: expected pairs such as ('lse', ALL), got {value!r}")
@@ -298,19 +300,14 @@ def _spec(name: str, values: Sequence[Reduction], labels: Tensor | None, *, limi
             raise ValueError(f"{name}: expected a set of SELF, SAME and OTHER, got {relations!r}")
         if kind == "lse" and relations == SAME and labels is None:
             raise ValueError(f"row_labels: expected a tensor for ('lse', SAME) in {name}, got None")
+        if kind in TAUGHT and not taught:
+            raise ValueError(f"teacher: expected a pair of tensors for {kind!r} in {name}, got None")
     spec = [(kind, int(relations)) for kind, relations in values]
     tiled = sum(_in_tiles(kind, relations, limited) for kind, relations in spec)
     if tiled > MAX_REDUCTIONS:
         besides = " (counts over OTHER included, because of limits)" if limited else " besides counts"
         raise ValueError(f"{name}: expected at most {MAX_REDUCTIONS} reductions{besides}, got {tiled}")
     return spec
-
-
-def _keys(name: str, value: Tensor, lead: tuple[int, ...], items: int, x: Tensor) -> Tensor:
-    """Labels or ids as int64 ``[1 or B, items]``."""
-    check.tensor(name, value, dtypes=check.INTEGERS)
-    check.same(name, value, "x", x, dtype=False)
-    return check.per_row(name, value.long(), lead, items).contiguous()
 
 
 def _limits(
@@ -325,10 +322,12 @@ def _limits(
     return value if any(relations & OTHER for _, relations in spec) else None
 
 
-def _guide(guide: Any, lead: tuple[int, ...], n: int, m: int, x: Tensor, sums: torch.dtype) -> tuple[Tensor, Tensor]:
+def _guide(
+    name: str, guide: Any, lead: tuple[int, ...], n: int, m: int, x: Tensor, sums: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Both sides of a guide as banks, in what torch.matmul would multiply; of fp64 no more than the sums have."""
-    u, v = (_autocast(t.detach()) for t in checked_guide(guide, lead, n, m, x))
-    check.same("guide[1]", v, "guide[0]", u)
+    u, v = (_autocast(t.detach()) for t in checked_guide(guide, lead, n, m, x, name))
+    check.same(f"{name}[1]", v, f"{name}[0]", u)
     if torch.float64 in (x.dtype, u.dtype):
         u, v = u.to(sums), v.to(sums)
     return _banks(u, lead), _banks(v, lead)
@@ -393,5 +392,7 @@ def assemble(
             result = next(tiles)
             if kind == "count":
                 result = result.long()
+            elif kind == "mass":
+                result = result.detach()
             results.append(result if result.shape == shape else result.reshape(shape))
     return results

@@ -22,9 +22,9 @@ from ccu_fast.ops.reduce_similarity.problem import Gradients, SimilarityProblem,
 _FIELDS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_labels, Tensor? col_labels, "
     "Tensor? row_ids, Tensor? col_ids, Tensor? row_limits, Tensor? col_limits, Tensor? guide_x, Tensor? guide_y, "
-    "bool diagonal, int[] rows, int[] cols, int[] prefixes, bool unit"
+    "Tensor? teacher_scale, bool diagonal, int[] rows, int[] cols, int[] prefixes, bool unit"
 )
-_N_KEYED, _N_TENSORS, _N_FIELDS = 8, 12, 17
+_N_KEYED, _N_TENSORS, _N_FIELDS = 8, 13, 18
 # With fewer frozen keys what has to be kept is small, and many rows or banks at a time make better GEMMs.
 MANY_KEYS = 4096
 # What one small kernel each way does sooner than the launches of the large ones: pairs in all, and of one item.
@@ -53,7 +53,7 @@ def specialised(p: SimilarityProblem, backend: str, keep: bool) -> str:
 def flat(p: SimilarityProblem) -> tuple[Any, ...]:
     """The fields in order, in the types an operator schema knows."""
     keyed = (p.x, p.y, p.scale, p.bias, p.row_labels, p.col_labels, p.row_ids, p.col_ids)
-    limits = (p.row_limits, p.col_limits, p.guide_x, p.guide_y)
+    limits = (p.row_limits, p.col_limits, p.guide_x, p.guide_y, p.teacher_scale)
     return (*keyed, *limits, p.diagonal, list(p.rows), list(p.cols), list(p.prefixes), p.unit)
 
 
@@ -173,4 +173,4 @@ class SimilarityReduction(torch.autograd.Function):
         elif torch.is_grad_enabled():
             call = twice_differentiable(_backward, _backward_again)
         grads = call(*incoming, *problem, *kept)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 16)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 17)

@@ -16,9 +16,12 @@ KINDS = ("lse", "sum", "softplus", "logsigmoid")
 MAX_REDUCTIONS = 8
 
 
+# What a teacher's probabilities make: their sum, which has no gradient, and that of the logits weighted by them.
+TAUGHT = ("mass", "expected")
+
 # A reduction as one integer, by its kind: add the relations. So it crosses an operator schema and the C ABI. A count is
 # among them where limits decide what counts; otherwise sorting finds it (relations.count_relations).
-_TILED = (*KINDS, "count")
+_TILED = (*KINDS, "count", *TAUGHT)
 CODES = {kind: 8 * place for place, kind in enumerate(_TILED)}
 
 
@@ -56,6 +59,9 @@ class SimilarityProblem:
             reduction of that side has OTHER.
         guide_x, guide_y: ``[1 or B, N, Dg]`` and ``[1 or B, M, Dg]`` whose products are the similarities that limits
             look at, in a dtype of their own; None for x and y themselves.
+        teacher_scale: like ``scale``, of the logits of a teacher whose features ``guide_x`` and ``guide_y`` are; None
+            without one. There are no limits beside it: ``row_limits`` and ``col_limits`` are the log-sum-exps of its
+            rows and columns, None where no reduction of that side needs them.
         prefixes: ascending numbers of dimensions; each makes an S of its own, of that many of the first dimensions.
             The results, and limits that are not shared, are then ``[P · B, …]``, all banks of one prefix after those of
             the one before.
@@ -77,6 +83,7 @@ class SimilarityProblem:
     col_limits: Tensor | None = None
     guide_x: Tensor | None = None
     guide_y: Tensor | None = None
+    teacher_scale: Tensor | None = None
     prefixes: tuple[int, ...] = ()
     unit: bool = False
 
@@ -102,7 +109,7 @@ class SimilarityProblem:
     @property
     def limited(self) -> bool:
         """A pair may take part in the reductions of its row and not in those of its column, or the other way round."""
-        return self.row_limits is not None or self.col_limits is not None
+        return self.teacher_scale is None and (self.row_limits is not None or self.col_limits is not None)
 
     @property
     def n(self) -> int:
@@ -136,13 +143,22 @@ def without_ignored(items: Tensor, labels: Tensor | None) -> Tensor:
     return items.masked_fill(ignored[..., None], 0)
 
 
-def checked_guide(guide: Any, lead: tuple[int, ...], n: int, m: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sides of a guide as given, of shapes that fit."""
+def checked_keys(name: str, value: Tensor, lead: tuple[int, ...], items: int, x: Tensor) -> Tensor:
+    """Labels or ids as int64 ``[1 or B, items]``."""
+    check.tensor(name, value, dtypes=check.INTEGERS)
+    check.same(name, value, "x", x, dtype=False)
+    return check.per_row(name, value.long(), lead, items).contiguous()
+
+
+def checked_guide(
+    guide: Any, lead: tuple[int, ...], n: int, m: int, x: Tensor, called: str = "guide"
+) -> tuple[Tensor, Tensor]:
+    """Both sides of a guide, or of what else ``called`` names, as given, of shapes that fit."""
     if not isinstance(guide, tuple | list) or len(guide) != 2:
         came = f"{len(guide)} of them" if isinstance(guide, tuple | list) else type(guide).__name__
-        raise TypeError(f"guide: expected a pair of tensors, for the rows of x and of y, got {came}")
+        raise TypeError(f"{called}: expected a pair of tensors, for the rows of x and of y, got {came}")
     for place, (t, items) in enumerate(zip(guide, (n, m), strict=True)):
-        name = f"guide[{place}]"
+        name = f"{called}[{place}]"
         check.tensor(name, t)
         check.same(name, t, "x", x, dtype=False)
         if t.ndim < 2 or t.shape[-2] != items or not t.shape[-1]:
@@ -154,5 +170,6 @@ def checked_guide(guide: Any, lead: tuple[int, ...], n: int, m: int, x: Tensor) 
             raise ValueError(f"{name}: expected shape {[*lead, items, t.shape[-1]]}, got {list(t.shape)}") from None
     u, v = guide
     if u.shape[-1] != v.shape[-1]:
-        raise ValueError(f"guide[1]: expected last dimension {u.shape[-1]} (that of guide[0]), got {v.shape[-1]}")
+        expected = f"last dimension {u.shape[-1]} (that of {called}[0])"
+        raise ValueError(f"{called}[1]: expected {expected}, got {v.shape[-1]}")
     return u, v

@@ -28,9 +28,10 @@ def reduce(p: SimilarityProblem) -> tuple[list[Tensor], list[Tensor]]:
     if p.bias is not None:
         s = s + p.bias.to(compute)
     of_rows, of_cols = limited_relations(p, dots)
+    by_row, by_col = _probabilities(p, compute)
     return (
-        [_reduce(s, of_rows, code, dim=-1) for code in p.rows],
-        [_reduce(s, of_cols, code, dim=-2) for code in p.cols],
+        [_reduce(s, of_rows, code, by_row, dim=-1) for code in p.rows],
+        [_reduce(s, of_cols, code, by_col, dim=-2) for code in p.cols],
     )
 
 
@@ -56,9 +57,28 @@ def own_pairs(p: SimilarityProblem) -> tuple[list[Tensor], list[Tensor]]:
     return [own.clone() for _ in p.rows], [own.clone() for _ in p.cols]
 
 
-def _reduce(s: Tensor, relation: Tensor, code: int, dim: int) -> Tensor:
+def _probabilities(p: SimilarityProblem, compute: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The teacher's softmax along rows and along columns, ``[1 or B, N, M]``; None for what is not asked for.
+
+    Pairs that take no part have any value.
+    """
+    if p.teacher_scale is None or p.guide_x is None or p.guide_y is None:
+        return None, None
+    t = p.teacher_scale.to(compute) * torch.matmul(p.guide_x.to(compute), p.guide_y.to(compute).mT)
+    return (
+        None if p.row_limits is None else torch.exp(t - p.row_limits[:, :, None]),
+        None if p.col_limits is None else torch.exp(t - p.col_limits[:, None, :]),
+    )
+
+
+def _reduce(s: Tensor, relation: Tensor, code: int, taught: Tensor | None, dim: int) -> Tensor:
     kind, relations = decode(code)
     chosen = (relation & relations) != 0
+    if taught is not None and kind == "mass":
+        return torch.where(chosen, taught, 0).expand_as(s).sum(dim)
+    if taught is not None and kind == "expected":
+        # Where nothing is chosen the probability may be inf, and its product with a gradient of 0 would be NaN.
+        return (torch.where(chosen, taught, 0) * torch.where(chosen, s, 0)).sum(dim)
     if kind == "count":
         return chosen.expand_as(s).sum(dim).to(s.dtype)
     if kind == "sum":

@@ -33,6 +33,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "sigmoid": lambda x, y, **o: ccu_fast.sigmoid_loss(x, y, bias=-10.0, **o),
     "limits": lambda x, y, **o: info_nce(x, y, **between(x, y), **o),
     "guide": lambda x, y, **o: info_nce(x, y, guide=(x[:, :72], y[:, :72]), **between(x[:, :72], y[:, :72]), **o),
+    "distill": lambda x, y, **o: ccu_fast.distill(x, y, teacher=(x[:, :72], y[:, :72]), teacher_scale=40.0, **o),
 }
 ARITHMETIC = {
     "bf16": (torch.bfloat16, "highest"),

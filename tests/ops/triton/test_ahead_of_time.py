@@ -41,6 +41,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 Variant = tuple[tuple[tuple[str, int], ...], tuple[tuple[str, int], ...], str]
 CLIP = (("lse", ALL), ("sum", SELF))
 OTHERS_ALONE = (("lse", OTHER), ("sum", SELF))
+DISTILL = (("lse", SAME | OTHER), ("sum", SELF), ("expected", SAME | OTHER), ("mass", SAME | OTHER))
 VARIANTS: dict[str, Variant] = {
     "clip": (CLIP, CLIP, ""),
     "clip ragged": (CLIP, CLIP, "ragged"),
@@ -59,6 +60,8 @@ VARIANTS: dict[str, Variant] = {
         "labels ids limits guide ragged",
     ),
     "siglip limits ragged": ((("softplus", ALL), ("sum", SELF)), (), "bias limits ragged"),
+    "distill": (DISTILL, DISTILL, "limits guide teacher"),
+    "distill labels ragged": (DISTILL, DISTILL, "labels limits guide teacher ragged"),
 }
 EVERYWHERE = [
     ("bf16", "clip"),
@@ -90,6 +93,8 @@ CASES = (
     + [(89, "bf16", "clip"), (89, "tf32", "clip labels ids ragged")]
     + [(capability, *case) for capability in (80, 90, 100) for case in LIMITED]
     + [(89, *LIMITED[1]), (90, "fp16", "siglip limits ragged"), (90, "ieee", "clip limits guide")]
+    + [(capability, "bf16", "distill") for capability in (80, 90, 100)]
+    + [(90, "tf32", "distill labels ragged")]
 )
 
 
@@ -201,6 +206,7 @@ def problem(variant: Variant, dtype: torch.dtype, d: int | None = None) -> Simil
         torch.zeros(1, n) if "limits" in traits and rows else None,
         torch.zeros(1, m) if "limits" in traits and cols else None,
         *([torch.zeros(1, items, 384, dtype=dtype) for items in (n, m)] if "guide" in traits else [None, None]),
+        torch.ones(()) if "teacher" in traits else None,
     )
 
 
@@ -231,7 +237,7 @@ def test_resources(
         expected.remove("online_kernel")
     if not own:
         expected.remove("own_kernel")
-    if p.bias is not None or p.limited:  # its gradient needs fp32 sums of all of G; they need the products
+    if p.bias is not None or p.limited or p.teacher_scale is not None:  # it needs fp32 sums of G; they need products
         expected.remove("scale_kernel")
     assert {name.split()[0] for name in kernels} == expected
     for name, kernel in kernels.items():

@@ -11,7 +11,8 @@ bf16, apart from the pairs (i, i) of a paired problem, the positives, which are 
 once, after all its terms are added in fp32.
 
 Limits look at a chunk of dot as it is, rounded or not, or at one of the guide, which another GEMM writes beside it in
-both passes: in bf16 if the guide is bf16 and the CPU multiplies that, else in fp32.
+both passes: in bf16 if the guide is bf16 and the CPU multiplies that, else in fp32. A teacher's products are such a
+guide's, but in what its log-sum-exps were made in, so that its probabilities add up to one.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ccu_fast import _C
-from ccu_fast.ops.backend import fp32_precision
 from ccu_fast.ops.native import DTYPES
+from ccu_fast.ops.reduce_similarity.native import precision
 from ccu_fast.ops.reduce_similarity.native.buffers import WORTH_KEEPING, borrow
+from ccu_fast.ops.reduce_similarity.native.keys import narrow, strided
 from ccu_fast.ops.reduce_similarity.problem import CODES, Gradients, Incoming, SimilarityProblem
 
 # With fewer pairs than this, another thread costs more than it saves.
@@ -117,31 +119,13 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
     """
     if not keep:
         return (0,)
-    dtype = torch.bfloat16 if p.x.dtype == torch.bfloat16 and has_bf16() else torch.float32
+    dtype = precision.kept_dtype(p.x.dtype)
     banks, n, m = _sizes(p)
     all_pairs, fewest = banks * n * m, _FEWEST_ROWS * m
     # For symbols only torch's minimum avoids a branch; for numbers it costs as much as a small problem's arithmetic.
     least, most = (min, max) if isinstance(all_pairs, int) else (torch.sym_min, torch.sym_max)
     pairs = least(all_pairs, most((workspace - scratch_bytes(workspace)) // dtype.itemsize, fewest))
     return (_HEADER + (pairs * dtype.itemsize + 3) // 4,)
-
-
-def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the GEMMs multiply: bf16 if the CPU has it and the inputs' dtype or the matmul precision asks for it."""
-    wanted = dtype == torch.bfloat16 or (dtype == torch.float32 and fp32_precision("cpu") == "medium")
-    return torch.bfloat16 if wanted and has_bf16() else torch.float32
-
-
-def _guide_dtype(p: SimilarityProblem) -> torch.dtype | None:
-    """What the GEMM of the guide multiplies, in both passes: no setting changes it. None without a guide."""
-    if p.guide_x is None:
-        return None
-    return torch.bfloat16 if p.guide_x.dtype == torch.bfloat16 and has_bf16() else torch.float32
-
-
-def has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 natively."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Operands:
@@ -155,13 +139,14 @@ class Operands:
         self.p, self.dtype = p, dtype
         self.self_dot: Tensor | None = None
         if dtype == torch.bfloat16 and p.diagonal:
-            pairs = min(p.n, p.m)
-            own = (p.x[:, :pairs].float() * p.y[:, :pairs].float()).sum(-1)
-            self.self_dot = torch.nn.functional.pad(own, (0, p.n - pairs)).expand(p.banks, -1)
+            self.self_dot = _own_dots(p.x, p.y).expand(p.banks, -1)
         self.scale = float(p.scale)
         self.bias = 0.0 if p.bias is None else float(p.bias)
-        self.row_labels, self.col_labels = _narrow(p.row_labels, p.col_labels)
-        self.row_ids, self.col_ids = _narrow(p.row_ids, p.col_ids)
+        self.row_labels = self.col_labels = self.row_ids = self.col_ids = None
+        if p.row_labels is not None and p.col_labels is not None:
+            self.row_labels, self.col_labels = narrow(p.row_labels, p.col_labels)
+        if p.row_ids is not None and p.col_ids is not None:
+            self.row_ids, self.col_ids = narrow(p.row_ids, p.col_ids)
         self.reductions = reductions(p.rows, p.cols) if codes is None else reductions(codes, ())
         self.unlimited = p.row_limits is None and p.col_limits is None  # no property: a small problem feels it
         self.threads = torch.get_num_threads() if math.prod(_sizes(p)) > SERIAL_PAIRS else 1
@@ -180,7 +165,7 @@ class Operands:
         banks: slice,
         rows: slice,
         cols: slice = slice(0, None),
-        guide: Tensor | None = None,
+        guide: Products | None = None,
         limits_of: slice | None = None,
         factors: tuple[int, int] = (0, 0),
     ) -> _C.Tile:
@@ -204,47 +189,40 @@ class Operands:
             factors=factors,
         )
 
-    def _limits(self, banks: slice, rows: slice, cols: slice, guide: Tensor | None) -> _C.Limits:
+    def _limits(self, banks: slice, rows: slice, cols: slice, guide: Products | None) -> _C.Limits:
+        self.guide = guide  # as tile does for its own
+        teacher = None
+        if guide is not None and self.p.teacher_scale is not None:
+            teacher = float(self.p.teacher_scale), 0 if guide.own is None else guide.own.data_ptr()
         return _C.Limits(
-            rows=_strided(self.p.row_limits, banks, rows),
-            cols=_strided(self.p.col_limits, banks, cols),
-            guide=(0, 0) if guide is None else (guide.data_ptr(), DTYPES[guide.dtype]),
+            rows=strided(self.p.row_limits, banks, rows),
+            cols=strided(self.p.col_limits, banks, cols),
+            guide=(0, 0) if guide is None else (guide.dot.data_ptr(), DTYPES[guide.dot.dtype]),
+            teacher=teacher,
         )
 
     def _relations(self, banks: slice, rows: slice, cols: slice) -> _C.Relations:
         if self.row_labels is None and self.row_ids is None:
             return UNLABELLED[self.p.diagonal]
         return _C.Relations(
-            row_labels=_strided(self.row_labels, banks, rows),
-            col_labels=_strided(self.col_labels, banks, cols),
-            row_ids=_strided(self.row_ids, banks, rows),
-            col_ids=_strided(self.col_ids, banks, cols),
+            row_labels=strided(self.row_labels, banks, rows),
+            col_labels=strided(self.col_labels, banks, cols),
+            row_ids=strided(self.row_ids, banks, rows),
+            col_ids=strided(self.col_ids, banks, cols),
             diagonal=self.p.diagonal,
         )
+
+
+def _own_dots(x: Tensor, y: Tensor) -> Tensor:
+    """The products of the pairs (i, i) in fp32, ``[1 or B, N]``; 0 for rows that have none."""
+    pairs = min(x.shape[1], y.shape[1])
+    own = (x[:, :pairs].float() * y[:, :pairs].float()).sum(-1)
+    return torch.nn.functional.pad(own, (0, x.shape[1] - pairs))
 
 
 def of_banks(t: Tensor, banks: slice) -> Tensor:
     """The part that belongs to some banks; the whole if all banks share one."""
     return t if t.shape[0] == 1 else t[banks]
-
-
-def _strided(keys: Tensor | None, banks: slice, items: slice) -> tuple[int, int]:
-    """Where a part's labels, ids or limits start, and the stride from bank to bank."""
-    if keys is None:
-        return 0, 0
-    return of_banks(keys, banks)[:, items].data_ptr(), 0 if keys.shape[0] == 1 else keys.stride(0)
-
-
-def _narrow(row: Tensor | None, col: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Labels or ids in int32 that have the same equalities and signs."""
-    if row is None or col is None:
-        return None, None
-    both = torch.cat([row.flatten(), col.flatten()])
-    if both.numel() and (both.max() > 2**31 - 1 or both.min() < -(2**31)):
-        names = both.unique(return_inverse=True)[1]
-        both = torch.where(both < 0, -1 - names, names)
-    both = both.to(torch.int32)
-    return both[: row.numel()].view(row.shape), both[row.numel() :].view(col.shape)
 
 
 def _dot(x: Tensor, y: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
@@ -265,29 +243,44 @@ def _dot(x: Tensor, y: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
     return dot
 
 
+class Products(NamedTuple):
+    """The guide's products of one chunk and, where they are a teacher's in bf16, those of the pairs (i, i) in fp32."""
+
+    dot: Tensor
+    own: Tensor | None
+
+
 class _Guide:
     """The guide's products, of one chunk after the other in one buffer; None without a guide."""
 
-    def __init__(self, p: SimilarityProblem, chunks: list[_Chunk]) -> None:
-        self.dtype = _guide_dtype(p)
-        if p.guide_x is not None and p.guide_y is not None and self.dtype is not None:
-            self.x, self.y = p.guide_x.to(self.dtype), p.guide_y.to(self.dtype)
-            self.scratch = torch.empty(max(chunk.size for chunk in chunks), dtype=self.dtype, device="cpu")
+    def __init__(self, p: SimilarityProblem, dtype: torch.dtype | None, chunks: list[_Chunk]) -> None:
+        self.dtype, self.own = dtype, None
+        if p.guide_x is not None and p.guide_y is not None and dtype is not None:
+            self.x, self.y = p.guide_x.to(dtype), p.guide_y.to(dtype)
+            self.scratch = torch.empty(max(chunk.size for chunk in chunks), dtype=dtype, device="cpu")
+            if p.teacher_scale is not None and dtype == torch.bfloat16 and p.diagonal:
+                self.own = _own_dots(p.guide_x, p.guide_y).expand(p.banks, -1)
 
-    def of(self, chunk: _Chunk) -> Tensor | None:
-        return None if self.dtype is None else _dot(self.x, self.y, chunk, self.scratch)
+    def of(self, chunk: _Chunk) -> Products | None:
+        if self.dtype is None:
+            return None
+        own = None if self.own is None else self.own[chunk.of_banks, chunk.of_rows].contiguous()
+        return Products(_dot(self.x, self.y, chunk, self.scratch), own)
 
 
 def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row results ``[R, B, N]``, column results ``[C, B, M]`` and the kept chunks, flat."""
-    dtype = gemm_dtype(p.x.dtype)
+    dtype = precision.gemm_dtype(p.x.dtype)
     banks, n, m = _sizes(p)
     size = stash_shape(p, workspace, keep)[0]
-    chunks = _cut(banks, n, m, workspace, size, dtype, _guide_dtype(p))
-    native, guide = Operands(p, dtype), _Guide(p, chunks)
+    guided = precision.guide_dtype(p)
+    chunks = _cut(banks, n, m, workspace, size, dtype, guided)
+    native, guide = Operands(p, dtype), _Guide(p, guided, chunks)
     # Asked here: a small problem would feel the call.
     stash = borrow(size) if 4 * size >= WORTH_KEEPING else torch.empty(size, **FP32)
     stash[:_HEADER].fill_(dtype == torch.bfloat16)
+    if guided is not None:
+        stash[1:2] = guided == torch.bfloat16
     # The part that no chunk fills must also be the same every time (except the half that bf16 GEMMs of fp32 inputs
     # leave unused).
     kept, filled = stash[_HEADER:].view(dtype), sum(chunk.size for chunk in chunks if chunk.kept)
@@ -327,10 +320,13 @@ def backward(
     """
     grad_rows, grad_cols, row_out, col_out = incoming
     # The choice of the forward pass, even if the precision setting has changed since.
-    dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if stash.numel() else gemm_dtype(p.x.dtype)
+    dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if stash.numel() else precision.gemm_dtype(p.x.dtype)
+    guided = precision.guide_dtype(p)
+    if guided is not None and stash.numel():
+        guided = torch.bfloat16 if float(stash[1]) else torch.float32
     banks, n, m = _sizes(p)
-    chunks = _cut(banks, n, m, workspace, stash.numel(), dtype, _guide_dtype(p))
-    native, guide = Operands(p, dtype), _Guide(p, chunks)
+    chunks = _cut(banks, n, m, workspace, stash.numel(), dtype, guided)
+    native, guide = Operands(p, dtype), _Guide(p, guided, chunks)
     dx = _Sum(p.x, needs[0], once=p.x.shape[0] == banks)
     dy = _Sum(p.y, needs[1], once=len(chunks) == 1 or (chunks[0].shape[1] == n and p.y.shape[0] == banks))
     kept = stash[_HEADER:].view(dtype)

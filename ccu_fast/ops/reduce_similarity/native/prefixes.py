@@ -28,7 +28,8 @@ from ccu_fast import _C
 from ccu_fast.ops.l2_normalize.api import EPS
 from ccu_fast.ops.native import DTYPES
 from ccu_fast.ops.reduce_similarity.native.buffers import WORTH_KEEPING, borrow
-from ccu_fast.ops.reduce_similarity.native.chunks import FP32, Operands, column_results, gemm_dtype, scratch_bytes
+from ccu_fast.ops.reduce_similarity.native.chunks import FP32, Operands, Products, column_results, scratch_bytes
+from ccu_fast.ops.reduce_similarity.native.precision import gemm_dtype
 from ccu_fast.ops.reduce_similarity.problem import Gradients, Incoming, SimilarityProblem
 
 _FEWEST_ROWS = 64
@@ -95,17 +96,17 @@ class _Prefixes(Operands):
         else:
             torch.addmm(before, x, y, out=out)
 
-    def guide(self, chunk: _Chunk) -> Tensor | None:
+    def guided(self, chunk: _Chunk) -> Products | None:
         """The guide's products, which all prefixes share."""
         if self.p.guide_x is None:
             return None
-        return torch.mm(self.rows_of(self.guides[0], chunk), _of(self.guides[1], chunk.bank).T)
+        return Products(torch.mm(self.rows_of(self.guides[0], chunk), _of(self.guides[1], chunk.bank).T), None)
 
     @staticmethod
     def rows_of(t: Tensor, chunk: _Chunk) -> Tensor:
         return _of(t, chunk.bank)[chunk.rows]
 
-    def tile_of(self, chunk: _Chunk, k: int, dot: Tensor, guide: Tensor | None) -> _C.Tile:
+    def tile_of(self, chunk: _Chunk, k: int, dot: Tensor, guide: Products | None) -> _C.Tile:
         """As :meth:`tile`, of one prefix, whose limits are those of a bank."""
         factors = (0, 0)
         if self.scaled[k]:
@@ -147,7 +148,7 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     filled, scratch = 0, torch.empty(0, **FP32)
     for chunk in _chunks(p, workspace, size):
         shape = chunk.rows.stop - chunk.rows.start, p.m
-        guide = native.guide(chunk)
+        guide = native.guided(chunk)
         before: Tensor | None = None
         for k in range(len(p.prefixes)):
             if chunk.place is not None:
@@ -187,7 +188,7 @@ def backward(
             dots = again[: (last + 1) * shape[0] * shape[1]].view(-1, *shape)
             for k in range(last + 1):
                 native.products(chunk, k, dots[k], dots[k - 1])
-        guide = native.guide(chunk)
+        guide = native.guided(chunk)
         grads = grads if grads.numel() else torch.empty(shape[0] * shape[1], **FP32)
         grad = grads[: shape[0] * shape[1]].view(shape)
         sums = torch.empty(last + 1, 2, shape[0], dtype=torch.float64, device="cpu")

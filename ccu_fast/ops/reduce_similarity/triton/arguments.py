@@ -16,7 +16,8 @@ from ccu_fast.ops.triton.launch import Descriptor, specialised_on
 # fp16's largest for each of rows and columns, and 2^28 above its smallest normal number.
 HALF_EXPONENT = 14
 
-# Row labels, column labels, row ids, column ids; then row limits, column limits, and the guide's two sides.
+# Row labels, column labels, row ids, column ids; then row limits, column limits, the guide's two sides, the scale of a
+# teacher.
 Keys = tuple[Tensor | None, ...]
 N_KEYS = 4
 
@@ -34,7 +35,7 @@ class Operands:
         names = (*_names(p.row_labels, p.col_labels, signed=True), *_names(p.row_ids, p.col_ids, signed=False))
         # The guide is read through pointers.
         guide = (None if t is None else _padded(t, device.largest_step) for t in (p.guide_x, p.guide_y))
-        self.keys = (*names, p.row_limits, p.col_limits, *guide)
+        self.keys = (*names, p.row_limits, p.col_limits, *guide, p.teacher_scale)
 
     def signature(self, p: SimilarityProblem, *others: Tensor) -> tuple[Hashable, ...]:
         """What the launches depend on: equal for problems that differ only in values."""
@@ -66,8 +67,9 @@ def limit_strides(keys: Keys) -> tuple[int | None, ...]:
 
     None, which a kernel is compiled without, for what there is not.
     """
-    of_all = (None if key is None else 0 if key.shape[0] == 1 else key.shape[1] for key in keys[N_KEYS:])
-    return *of_all, None if keys[-1] is None else keys[-1].shape[2]
+    of = keys[N_KEYS : N_KEYS + 4]
+    of_all = (None if key is None else 0 if key.shape[0] == 1 else key.shape[1] for key in of)
+    return *of_all, None if of[-1] is None else of[-1].shape[2]
 
 
 class Pass:
@@ -97,7 +99,7 @@ class Pass:
         tile, tma = self.tile, self.descriptors is not None
         found = {"ROWS": rows, "COLS": cols, "DIAGONAL": p.diagonal, "PRECISION": self.precision, "TMA": tma}
         for name, spec in (("ROWS", rows), ("COLS", cols)):
-            limited = (p.row_limits if name == "ROWS" else p.col_limits) is not None
+            limited = p.limited and (p.row_limits if name == "ROWS" else p.col_limits) is not None
             parts = plan.by_distance(p, spec, limited=limited)
             found |= {f"{name}_{where}": part for where, part in zip(("ALWAYS", "NEAR", "FAR"), parts, strict=True)}
         # What is beyond an edge needs no mask where there are labels: its label is negative, so it is ignored.

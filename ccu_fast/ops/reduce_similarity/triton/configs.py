@@ -99,9 +99,10 @@ class Device:
     def tile(self, kernel: str, arithmetic: str, p: SimilarityProblem) -> Tile:
         """The tile of "forward", "gradient" or "online" for p; narrower where pairs have to be looked at one by one."""
         full: Tile = getattr(self, kernel)[arithmetic]
-        keyed = p.row_labels is not None or p.row_ids is not None or p.limited
+        beside = p.limited or p.teacher_scale is not None
+        keyed = p.row_labels is not None or p.row_ids is not None or beside
         if keyed or row_stride(p.m) % full.block_n:
-            plain = p.row_ids is None and not p.limited and all(decode(code)[0] == "lse" for code in (*p.rows, *p.cols))
+            plain = p.row_ids is None and not beside and all(decode(code)[0] == "lse" for code in (*p.rows, *p.cols))
             columns = full.labels_n if plain and full.labels_n else full.keyed_n
             return replace(full, block_n=columns, num_stages=min(full.num_stages, full.keyed_stages))
         if full.ragged_n and (p.n % full.block_m or p.m % full.block_n):

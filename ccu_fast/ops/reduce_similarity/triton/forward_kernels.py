@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 
 from ccu_fast.ops.reduce_similarity.triton.tile import (
+    EXPECTED,
     LN2,
     LOG2E,
     LSE,
@@ -135,7 +136,7 @@ def own_kernel(
 @triton.jit
 def forward_kernel(
     x, y, squares, scale_ptr, bias_ptr, row_labels, col_labels, row_ids, col_ids,
-    row_limits, col_limits, guide_x, guide_y, row_parts, col_parts, header, kept,
+    row_limits, col_limits, guide_x, guide_y, teacher, row_parts, col_parts, header, kept,
     top, N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
     row_limit_bank, col_limit_bank, guide_x_bank, guide_y_bank, guide_d,
     groups, group_tiles, strips, strip_tiles, kept_rows, kept_stride,
@@ -177,14 +178,14 @@ def forward_kernel(
         rows = row + tl.arange(0, BLOCK_M)
         row_ok = rows < N
         row_names = load_keys(row_keys, bank, rows, row_ok)
-        row_limit = load_limits(row_limits, bank, row_limit_bank, rows, row_ok)
+        row_limit = load_limits(row_limits, bank, row_limit_bank, rows, row_ok, teacher)
         state = empty_state(ROWS, BLOCK_M)
         for col_tile in range(first_col_tile, last_col_tile):
             col = col_tile * BLOCK_N
             cols = col + tl.arange(0, BLOCK_N)
             col_ok = cols < M
             col_names = load_keys(col_keys, bank, cols, col_ok)
-            col_limit = load_limits(col_limits, bank, col_limit_bank, cols, col_ok)
+            col_limit = load_limits(col_limits, bank, col_limit_bank, cols, col_ok, teacher)
             if guide_x is not None:
                 similar = products(
                     guide_x, guide_y, row, col, bank * guide_x_bank, bank * guide_y_bank, N, M, guide_d, False, False,
@@ -212,18 +213,18 @@ def forward_kernel(
             of_rows = within(relation, similar, row_limit, 1)
             of_cols = within(relation, similar, col_limit, 0)
             col_state = empty_state(COLS, BLOCK_N)
-            row_state = reduce_tile(t, e, of_rows, state, ROWS_ALWAYS, 1, col_ok, MASK_M)
-            col_state = reduce_tile(t, e, of_cols, col_state, COLS_ALWAYS, 0, row_ok, MASK_N)
+            row_state = reduce_tile(t, e, of_rows, state, ROWS_ALWAYS, 1, col_ok, MASK_M, similar, row_limit)
+            col_state = reduce_tile(t, e, of_cols, col_state, COLS_ALWAYS, 0, row_ok, MASK_N, similar, col_limit)
             if DIAGONAL:
                 if crosses_diagonal(row, col, BLOCK_M, BLOCK_N):
                     relation = relate(rows, cols, M, row_names, col_names, row_keys, True, False)
                     of_rows = within(relation, similar, row_limit, 1)
                     of_cols = within(relation, similar, col_limit, 0)
-                    row_state = reduce_tile(t, e, of_rows, row_state, ROWS_NEAR, 1, col_ok, MASK_M)
-                    col_state = reduce_tile(t, e, of_cols, col_state, COLS_NEAR, 0, row_ok, MASK_N)
+                    row_state = reduce_tile(t, e, of_rows, row_state, ROWS_NEAR, 1, col_ok, MASK_M, similar, row_limit)
+                    col_state = reduce_tile(t, e, of_cols, col_state, COLS_NEAR, 0, row_ok, MASK_N, similar, col_limit)
                 else:
-                    row_state = reduce_tile(t, e, of_rows, row_state, ROWS_FAR, 1, col_ok, MASK_M)
-                    col_state = reduce_tile(t, e, of_cols, col_state, COLS_FAR, 0, row_ok, MASK_N)
+                    row_state = reduce_tile(t, e, of_rows, row_state, ROWS_FAR, 1, col_ok, MASK_M, similar, row_limit)
+                    col_state = reduce_tile(t, e, of_cols, col_state, COLS_FAR, 0, row_ok, MASK_N, similar, col_limit)
             if len(ROWS) > 0:  # Triton 3.4 cannot carry an empty tuple, and nothing else, through a loop
                 state = row_state
 
@@ -259,7 +260,7 @@ def _merge(parts, out, flags, block, shift, bias, banks, items, count, least, SP
             low |= ((total > 0.0) & (total < least)).to(tl.int32) | (total == float("inf")).to(tl.int32)
             empty = total == 0.0
             total = tl.where(empty, float("-inf"), (tl.log2(tl.where(empty, 1.0, total)) + shift + bias) * LN2)
-        elif SPEC[r][0] == SUM:
+        elif SPEC[r][0] == SUM or SPEC[r][0] == EXPECTED:
             total = total * LN2
         tl.store(out + SPEC[r][2] * slot + bank * items + index, total, mask=inside)
     tl.store(flags + block, tl.max(low, 0))
@@ -292,14 +293,14 @@ def _online(
     """One block of one side's items; ``side`` and ``other`` are what the caller knows of either side."""
     x, row_keys, x_bank, N, out, limits, limit_bank, u, u_bank = side
     y, col_keys, y_bank, M, _, _, _, v, v_bank = other
-    scale, bias, D, banks, guide_d = common
+    scale, bias, D, banks, guide_d, teacher = common
     blocks = tl.cdiv(N, BLOCK_M)
     bank = (block // blocks).to(tl.int64)
     row = block % blocks * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
     row_ok = rows < N
     row_names = load_keys(row_keys, bank, rows, row_ok)
-    limit = load_limits(limits, bank, limit_bank, rows, row_ok)
+    limit = load_limits(limits, bank, limit_bank, rows, row_ok, teacher)
     state = empty_online(SPEC, BLOCK_M)
     for col in range(0, M, BLOCK_N):
         cols = col + tl.arange(0, BLOCK_N)
@@ -308,7 +309,7 @@ def _online(
             x, y, row, col, bank * x_bank, bank * y_bank, N, M, D, False, MASK_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )
         similar = dots
-        if u is not None:
+        if u is not None and teacher is None:
             similar = products(
                 u, v, row, col, bank * u_bank, bank * v_bank, N, M, guide_d, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
                 PRECISION,
@@ -327,7 +328,7 @@ def _online(
 @triton.jit
 def online_kernel(
     x, y, scale_ptr, bias_ptr, row_labels, col_labels, row_ids, col_ids,
-    row_limits, col_limits, guide_x, guide_y, row_out, col_out, flags, header,
+    row_limits, col_limits, guide_x, guide_y, teacher, row_out, col_out, flags, header,
     N, M, D, banks, x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
     row_limit_bank, col_limit_bank, guide_x_bank, guide_y_bank, guide_d,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIAGONAL: tl.constexpr,
@@ -348,7 +349,7 @@ def online_kernel(
     if tl.program_id(0) == 0:
         tl.store(header + ONLINE, online.to(tl.float32))
     if online != 0:
-        common = tl.load(scale_ptr) * LOG2E, load_bias(bias_ptr), D, banks, guide_d
+        common = tl.load(scale_ptr) * LOG2E, load_bias(bias_ptr), D, banks, guide_d, teacher
         row_keys = row_labels, row_ids, row_label_bank, row_id_bank
         col_keys = col_labels, col_ids, col_label_bank, col_id_bank
         rows = x, row_keys, x_bank, N, row_out, row_limits, row_limit_bank, guide_x, guide_x_bank

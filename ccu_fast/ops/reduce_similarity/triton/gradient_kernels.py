@@ -130,19 +130,19 @@ def _send_back(
     col_sources = load_gradients(cols, COLS)
     t = dots * scale + bias
     if AGAIN:
-        g = gradient_online(t, of_rows, g, row_sources, ROWS, 1)
-        g = gradient_online(t, of_cols, g, col_sources, COLS, 0)
+        g = gradient_online(t, of_rows, g, row_sources, ROWS, 1, similar, row_limit)
+        g = gradient_online(t, of_cols, g, col_sources, COLS, 0, similar, col_limit)
     else:
         e = exponential(dots, scale, shift)
-        g = gradient_tile(t, e, of_rows, g, row_sources, shift + bias, ROWS, 1)
-        g = gradient_tile(t, e, of_cols, g, col_sources, shift + bias, COLS, 0)
+        g = gradient_tile(t, e, of_rows, g, row_sources, shift + bias, ROWS, 1, similar, row_limit)
+        g = gradient_tile(t, e, of_cols, g, col_sources, shift + bias, COLS, 0, similar, col_limit)
     return g
 
 
 @triton.jit
 def gradient_kernel(
     x, y, header, scale_ptr, bias_ptr, norm_ptr, row_labels, col_labels, row_ids, col_ids,
-    row_limits, col_limits, guide_x, guide_y, grad_rows, grad_cols, row_out, col_out, g_out, totals_out,
+    row_limits, col_limits, guide_x, guide_y, teacher, grad_rows, grad_cols, row_out, col_out, g_out, totals_out,
     N, M, D, banks, first_bank, chunk_banks, first_row, chunk_rows, g_stride, col_items, totals_stride,
     x_bank, y_bank, row_label_bank, col_label_bank, row_id_bank, col_id_bank,
     row_limit_bank, col_limit_bank, guide_x_bank, guide_y_bank, guide_d,
@@ -199,8 +199,8 @@ def gradient_kernel(
             )
             if guide_x is None:
                 similar = dots
-            row_limit = load_limits(row_limits, bank, row_limit_bank, rows, row_ok)
-            col_limit = load_limits(col_limits, bank, col_limit_bank, cols, col_ok)
+            row_limit = load_limits(row_limits, bank, row_limit_bank, rows, row_ok, teacher)
+            col_limit = load_limits(col_limits, bank, col_limit_bank, cols, col_ok, teacher)
             row_slot = tl.cast(banks, tl.int64) * N
             col_slot = tl.cast(banks, tl.int64) * col_items
             by_row = grad_rows, row_out, bank * N + rows, row_ok, row_slot

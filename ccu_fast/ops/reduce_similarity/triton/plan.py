@@ -119,11 +119,11 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
 
     Nothing of E if that is less than a sixteenth of it; if there is a bias, whose gradient is the sum of G, in which
     terms cancel that bf16 does not hold; if there is a softplus or logsigmoid, whose derivative e / (e + 1) needs e
-    where E has long been clamped; or if there are limits, which look at the products. The sizes may be symbols of a
-    compiled graph, so there is no branch on them.
+    where E has long been clamped; or if there are limits or a teacher, which look at products. The sizes may be symbols
+    of a compiled graph, so there is no branch on them.
     """
     from_logits = any(decode(code)[0] in ("softplus", "logsigmoid") for code in (*p.rows, *p.cols))
-    if not keep or p.bias is not None or from_logits or p.limited:
+    if not keep or p.bias is not None or from_logits or p.limited or p.teacher_scale is not None:
         return (HEADER,)
     words = (p.banks * p.n * row_stride(p.m) * kept_dtype(p).itemsize + 3) // 4
     room = (workspace - workspace // 4) // 4

@@ -10,13 +10,14 @@ leaves 0 to mean "nothing was summed". A row or column whose sum is so small tha
 is computed again with its own maximum (``reduce_online``), and the backward pass then uses ``gradient_online``.
 
 A SPEC is a tuple of ``(kind, relations)`` known at compile time: the kind of :data:`LSE`, :data:`SUM`,
-:data:`SOFTPLUS`, :data:`LOGSIGMOID` or :data:`COUNT`, and the relation bits. The empty set of relations costs nothing.
-A state is one vector of totals for each entry of a SPEC: ``lse`` totals e, ``sum`` totals t, the others total natural
-units.
+:data:`SOFTPLUS`, :data:`LOGSIGMOID`, :data:`COUNT`, :data:`MASS` or :data:`EXPECTED`, and the relation bits. The empty
+set of relations costs nothing. A state is one vector of totals for each entry of a SPEC: ``lse`` totals e, ``sum``
+totals t, ``expected`` t times the teacher's probability, the others total natural units.
 
 Where there are limits, rows and columns see different relations of a pair (``within``). They look at the products
 themselves, so nothing of E is kept for the backward pass, or at products of the guide, which every kernel computes
-beside its own.
+beside its own. A teacher is a guide whose products make probabilities (``probability``), given the log-sum-exps that
+stand in the place of limits.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -32,6 +33,8 @@ SUM = tl.constexpr(1)
 SOFTPLUS = tl.constexpr(2)
 LOGSIGMOID = tl.constexpr(3)
 COUNT = tl.constexpr(4)
+MASS = tl.constexpr(5)
+EXPECTED = tl.constexpr(6)
 
 SELF = tl.constexpr(1)
 SAME = tl.constexpr(2)
@@ -123,12 +126,25 @@ def load_keys(keys, bank, index, in_range):
 
 
 @triton.jit
-def load_limits(limits, bank, limit_bank, index, in_range):
-    """``limits`` and those of some rows or columns; out of range nothing is left out."""
+def load_limits(limits, bank, limit_bank, index, in_range, teacher=None):
+    """``limits``, those of some rows or columns, and ``teacher``, its scale's address; None for what there is not.
+
+    Out of range a limit leaves nothing out. With a teacher they are its log-sum-exps: there its probabilities are 0.
+    """
     limit = index
     if limits is not None:
         limit = tl.load(limits + bank * limit_bank + index, mask=in_range, other=float("inf"))
-    return limits, limit
+    return limits, limit, teacher
+
+
+@triton.jit
+def probability(similar, limits, AXIS: tl.constexpr):
+    """The teacher's of every pair of a tile, from its products and what ``load_limits`` returned.
+
+    Where an item takes part in nothing its log-sum-exp is −inf and this is inf: the caller leaves such pairs out.
+    """
+    scale = tl.load(limits[2]) * LOG2E
+    return tl.exp2(similar * scale - tl.expand_dims(limits[1] * LOG2E, AXIS))
 
 
 @triton.jit
@@ -137,7 +153,7 @@ def within(relation, similar, limits, AXIS: tl.constexpr):
 
     A comparison with NaN leaves nothing out.
     """
-    if limits[0] is not None:
+    if limits[0] is not None and limits[2] is None:
         beyond = (relation == OTHER) & (similar > tl.expand_dims(limits[1], AXIS))
         relation = tl.where(beyond, 0, relation)
     return relation
@@ -202,10 +218,22 @@ def empty_state(SPEC: tl.constexpr, ITEMS: tl.constexpr):
 
 
 @triton.jit
-def reduce_tile(t, e, relation, state, SPEC: tl.constexpr, AXIS: tl.constexpr, inside=None, MASK: tl.constexpr = False):
+def reduce_tile(
+    t,
+    e,
+    relation,
+    state,
+    SPEC: tl.constexpr,
+    AXIS: tl.constexpr,
+    inside=None,
+    MASK: tl.constexpr = False,
+    similar=None,
+    limits=None,
+):
     """The state after one more tile, reduced over AXIS (1: row results, 0: column results).
 
-    With ``MASK`` t counts only in the columns or rows that are ``inside``; e outside has to be 0 already.
+    With ``MASK`` t counts only in the columns or rows that are ``inside``; e outside has to be 0 already. ``similar``
+    and ``limits`` are what a teacher's probabilities are made from.
     """
     result = ()
     for r in tl.static_range(len(SPEC)):
@@ -220,6 +248,10 @@ def reduce_tile(t, e, relation, state, SPEC: tl.constexpr, AXIS: tl.constexpr, i
                 value = -softplus(-t)
             elif SPEC[r][0] == COUNT:
                 value = 1.0
+            elif SPEC[r][0] == MASS:
+                value = probability(similar, limits, AXIS)
+            elif SPEC[r][0] == EXPECTED:
+                value = probability(similar, limits, AXIS) * t
             value = tl.where((relation & SPEC[r][1]) != 0, value, 0.0)
             if MASK and SPEC[r][0] != LSE:
                 value = tl.where(tl.expand_dims(inside, 1 - AXIS), value, 0.0)
@@ -278,18 +310,21 @@ def load_gradients(source, SPEC: tl.constexpr):
 
 
 @triton.jit
-def gradient_tile(t, e, relation, g, sources, shift, SPEC: tl.constexpr, AXIS: tl.constexpr):
+def gradient_tile(t, e, relation, g, sources, shift, SPEC: tl.constexpr, AXIS: tl.constexpr, similar=None, limits=None):
     """g plus what the reductions over AXIS send back to every entry of S; ``shift`` includes the bias.
 
     Probability first, gradient second: their product with e in any other order could leave the range of fp32.
     The derivatives of softplus and logsigmoid come from t: of e nothing is left where S is far below its bound.
+    ``similar`` and ``limits`` are those of ``reduce_tile``.
     """
     for r in tl.static_range(len(SPEC)):
-        if SPEC[r][1] != 0 and SPEC[r][0] != COUNT:
+        if SPEC[r][1] != 0 and SPEC[r][0] != COUNT and SPEC[r][0] != MASS:
             grad, lse = sources[r]
             part = tl.expand_dims(grad, AXIS)
             if SPEC[r][0] == LSE:
                 part = e * tl.expand_dims(tl.exp2(shift - lse), AXIS) * part
+            elif SPEC[r][0] == EXPECTED:
+                part = probability(similar, limits, AXIS) * part
             elif SPEC[r][0] == SOFTPLUS:
                 part = part / (1.0 + tl.exp2(-t))
             elif SPEC[r][0] == LOGSIGMOID:
@@ -299,14 +334,16 @@ def gradient_tile(t, e, relation, g, sources, shift, SPEC: tl.constexpr, AXIS: t
 
 
 @triton.jit
-def gradient_online(t, relation, g, sources, SPEC: tl.constexpr, AXIS: tl.constexpr):
+def gradient_online(t, relation, g, sources, SPEC: tl.constexpr, AXIS: tl.constexpr, similar=None, limits=None):
     """The same with an exponential for each reduction, where one shift does not suit all."""
     for r in tl.static_range(len(SPEC)):
-        if SPEC[r][1] != 0 and SPEC[r][0] != COUNT:
+        if SPEC[r][1] != 0 and SPEC[r][0] != COUNT and SPEC[r][0] != MASS:
             grad, lse = sources[r]
             part = tl.expand_dims(grad, AXIS)
             if SPEC[r][0] == LSE:
                 part = part * tl.exp2(t - tl.expand_dims(lse, AXIS))
+            elif SPEC[r][0] == EXPECTED:
+                part = part * probability(similar, limits, AXIS)
             elif SPEC[r][0] == SOFTPLUS:
                 part = part / (1.0 + tl.exp2(-t))
             elif SPEC[r][0] == LOGSIGMOID:
