@@ -201,6 +201,21 @@ def fp32_precision(device_type: str) -> str:
         return names.get(backend.matmul.fp32_precision, "highest")
 
 
+def has_bf16() -> bool:
+    """Whether this machine's CPU multiplies bf16 natively."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def gemm_dtype(dtype: torch.dtype, *, settings: bool = True) -> torch.dtype:
+    """What the GEMMs on a CPU multiply: bf16, if it has that, of bf16 and at the precision "medium" of fp32.
+
+    Args:
+        settings: False to leave the precision out, which may change before a compiled graph runs.
+    """
+    wanted = dtype == torch.bfloat16 or (settings and dtype == torch.float32 and fp32_precision("cpu") == "medium")
+    return torch.bfloat16 if wanted and has_bf16() else torch.float32
+
+
 @contextmanager
 def fp32_sums() -> Iterator[None]:
     """GEMMs of fp16 in here add in fp32, although the user allowed cuBLAS to add in fp16.

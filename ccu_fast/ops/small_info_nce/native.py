@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
-from ccu_fast.ops.backend import without_autocast
+from ccu_fast.ops.backend import has_bf16, without_autocast
 from ccu_fast.ops.native import DTYPES
-from ccu_fast.ops.reduce_similarity.native.precision import has_bf16
 from ccu_fast.ops.small_info_nce.api import Inputs
 
 # N² from which the library's products are faster than ours, which need no call of their own: with AVX2 and D = 512 they

@@ -238,10 +238,8 @@ def test_one_product_for_all_prefixes() -> None:
 
 
 def test_a_cpu_that_multiplies_bf16_takes_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ccu_fast.ops.reduce_similarity.native import precision
-
     assert native.serves(torch.float32)
-    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    monkeypatch.setattr("ccu_fast.ops.backend.has_bf16", lambda: True)
     assert not native.serves(torch.bfloat16)
     assert native.serves(torch.float32)
 

@@ -247,7 +247,7 @@ def test_autocast_casts_the_teacher_too(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_in_bf16_still_add_up(dtype: torch.dtype, native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the dtype or the setting asks for them: probabilities are of the very products that the tile sees."""
-    monkeypatch.setattr("ccu_fast.ops.reduce_similarity.native.precision.has_bf16", lambda: True)
+    monkeypatch.setattr("ccu_fast.ops.backend.has_bf16", lambda: True)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     x, y = (unit(40, 16).to(dtype).requires_grad_() for _ in "xy")

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
+from ccu_fast.ops.backend import gemm_dtype
 from ccu_fast.ops.native import DTYPES
-from ccu_fast.ops.reduce_similarity.native import precision
 from ccu_fast.ops.reduce_similarity.native.buffers import WORTH_KEEPING, borrow
 from ccu_fast.ops.reduce_similarity.native.keys import narrow, strided
 from ccu_fast.ops.reduce_similarity.problem import CODES, Gradients, Incoming, SimilarityProblem
@@ -119,13 +119,18 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
     """
     if not keep:
         return (0,)
-    dtype = precision.kept_dtype(p.x.dtype)
+    dtype = torch.float32 if p.x.dtype != torch.bfloat16 else gemm_dtype(torch.bfloat16)
     banks, n, m = _sizes(p)
     all_pairs, fewest = banks * n * m, _FEWEST_ROWS * m
     # For symbols only torch's minimum avoids a branch; for numbers it costs as much as a small problem's arithmetic.
     least, most = (min, max) if isinstance(all_pairs, int) else (torch.sym_min, torch.sym_max)
     pairs = least(all_pairs, most((workspace - scratch_bytes(workspace)) // dtype.itemsize, fewest))
     return (_HEADER + (pairs * dtype.itemsize + 3) // 4,)
+
+
+def _guide_dtype(p: SimilarityProblem) -> torch.dtype | None:
+    """What the GEMM of the guide multiplies: no setting changes it unless it is a teacher. None without a guide."""
+    return None if p.guide_x is None else gemm_dtype(p.guide_x.dtype, settings=p.teacher_scale is not None)
 
 
 class Operands:
@@ -270,10 +275,10 @@ class _Guide:
 
 def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row results ``[R, B, N]``, column results ``[C, B, M]`` and the kept chunks, flat."""
-    dtype = precision.gemm_dtype(p.x.dtype)
+    dtype = gemm_dtype(p.x.dtype)
     banks, n, m = _sizes(p)
     size = stash_shape(p, workspace, keep)[0]
-    guided = precision.guide_dtype(p)
+    guided = _guide_dtype(p)
     chunks = _cut(banks, n, m, workspace, size, dtype, guided)
     native, guide = Operands(p, dtype), _Guide(p, guided, chunks)
     # Asked here: a small problem would feel the call.
@@ -320,8 +325,8 @@ def backward(
     """
     grad_rows, grad_cols, row_out, col_out = incoming
     # The choice of the forward pass, even if the precision setting has changed since.
-    dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if stash.numel() else precision.gemm_dtype(p.x.dtype)
-    guided = precision.guide_dtype(p)
+    dtype = (torch.bfloat16 if float(stash[0]) else torch.float32) if stash.numel() else gemm_dtype(p.x.dtype)
+    guided = _guide_dtype(p)
     if guided is not None and stash.numel():
         guided = torch.bfloat16 if float(stash[1]) else torch.float32
     banks, n, m = _sizes(p)

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
+from ccu_fast.ops.backend import gemm_dtype
 from ccu_fast.ops.native import address
 from ccu_fast.ops.reduce_similarity.native.chunks import FP32, Operands
-from ccu_fast.ops.reduce_similarity.native.precision import gemm_dtype
 from ccu_fast.ops.reduce_similarity.problem import Gradients, Incoming, SimilarityProblem, decode, encode
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME, SELF
 

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from ccu_fast import _C
+from ccu_fast.ops.backend import gemm_dtype
 from ccu_fast.ops.l2_normalize.api import EPS
 from ccu_fast.ops.native import DTYPES
 from ccu_fast.ops.reduce_similarity.native.buffers import WORTH_KEEPING, borrow
 from ccu_fast.ops.reduce_similarity.native.chunks import FP32, Operands, Products, column_results, scratch_bytes
-from ccu_fast.ops.reduce_similarity.native.precision import gemm_dtype
 from ccu_fast.ops.reduce_similarity.problem import Gradients, Incoming, SimilarityProblem
 
 _FEWEST_ROWS = 64
