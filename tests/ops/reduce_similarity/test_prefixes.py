@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ccu_fast
 from ccu_fast import ALL, OTHER, SAME, SELF, reduce_prefixes, reduce_similarity
 from ccu_fast.ops.reduce_similarity.api import build_problem
 from ccu_fast.ops.reduce_similarity.native import prefixes as native
+from tests.support.multiplications import Multiplications
 from tests.support.oracle import unit
 from tests.support.tolerance import assert_three_way
 
@@ -208,19 +208,6 @@ def test_one_graph_serves_all_sizes() -> None:
         for ours, eager in zip(compiled(x, y), call(x, y), strict=True):
             torch.testing.assert_close(ours, eager)
     assert graphs == 1
-
-
-class Multiplications(TorchDispatchMode):
-    """How many of them the products of matrices took, in whatever form they are written."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_"):
-            a, b = args[-2:]
-            self.total += a.numel() * b.shape[-1]
-        return func(*args, **(kwargs or {}))
 
 
 def test_one_product_for_all_prefixes() -> None:

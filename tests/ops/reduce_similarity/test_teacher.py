@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ccu_fast import ALL, OTHER, SAME, SELF, reduce_similarity
 from ccu_fast.ops.reduce_similarity.api import build_problem
+from ccu_fast.ops.reduce_similarity.native import chunks
 from ccu_fast.ops.reduce_similarity.operator import specialised
+from tests.support.multiplications import Multiplications
 from tests.support.oracle import SETS, Case, by_us, check, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -269,6 +271,23 @@ def test_products_in_bf16_still_add_up(dtype: torch.dtype, native: str, monkeypa
             torch.set_float32_matmul_precision("medium")
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_a_guide_s_products_are_made_once_where_they_fit(taught: bool) -> None:
+    """Those of x and y, of the guide, and two in the backward pass; with little room both are made again."""
+    n, dim = 256, 16
+    x, y, u, v = (torch.randn(n, dim) for _ in range(4))
+    more: dict[str, Any] = {"teacher": (u, v)} if taught else {"guide": (u, v), "row_limits": torch.zeros(n)}
+    spec = [("lse", ALL)] if not taught else [("lse", ALL), ("expected", ALL)]
+    p, *_ = build_problem(x, y, 2.0, None, *[None] * 5, spec, (), "propagate", **more)
+    p = replace(p, row_limits=torch.zeros(1, n))
+    for workspace, products in ((1 << 24, 4), (4 * n * n, 6)):
+        with Multiplications() as mode:
+            row_out, col_out, kept = chunks.forward(p, workspace, True)
+            chunks.backward(p, (torch.ones_like(row_out), col_out, row_out, col_out), kept, [True] * 4, workspace)
+        assert mode.total <= products * n * n * dim
+        assert mode.total > (products - 1) * n * n * dim
 
 
 def test_many_frozen_keys_have_no_way_of_their_own(native: str) -> None:

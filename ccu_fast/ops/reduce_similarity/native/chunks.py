@@ -10,18 +10,19 @@ Everything is fp32, except on a CPU that multiplies bf16, if the inputs are bf16
 bf16, apart from the pairs (i, i) of a paired problem, the positives, which are recomputed in fp32; and G is rounded
 once, after all its terms are added in fp32.
 
-Limits look at a chunk of dot as it is, rounded or not, or at one of the guide, which another GEMM writes beside it in
-both passes: in bf16 if the guide is bf16 and the CPU multiplies that, else in fp32. A teacher's products are such a
-guide's, but in what its log-sum-exps were made in, so that its probabilities add up to one.
+Limits look at a chunk of dot as it is, rounded or not, or at one of the guide, which another GEMM writes beside it:
+in bf16 if the guide is bf16 and the CPU multiplies that, else in fp32. A teacher's products are such a guide's, but
+in what its log-sum-exps were made in, so that its probabilities add up to one. Where all chunks of dot are kept, so
+are those of the guide that still fit; the others are made again.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from ccu_fast import _C
 from ccu_fast.ops.backend import gemm_dtype
 from ccu_fast.ops.native import DTYPES
 from ccu_fast.ops.reduce_similarity.native.buffers import WORTH_KEEPING, borrow
+from ccu_fast.ops.reduce_similarity.native.guide import Guide, Products, own_dots
 from ccu_fast.ops.reduce_similarity.native.keys import narrow, strided
 from ccu_fast.ops.reduce_similarity.problem import CODES, Gradients, Incoming, SimilarityProblem
 
@@ -57,6 +59,7 @@ class _Chunk:
         shape: ``[banks, rows, M]`` of the products.
         place: where they lie among the products of all chunks.
         kept: they stay there for the backward pass.
+        of_guide: where the guide's stay, behind all others; None: they do not.
     """
 
     of_banks: slice
@@ -64,6 +67,7 @@ class _Chunk:
     shape: tuple[int, int, int]
     place: slice
     kept: bool
+    of_guide: slice | None = None
 
     @property
     def size(self) -> int:
@@ -108,7 +112,10 @@ def _cut(
             start, end = end, end + math.prod(shape)
             of_banks, of_rows = slice(b, b + shape[0]), slice(i, i + shape[1])
             chunks.append(_Chunk(of_banks, of_rows, shape, slice(start, end), end <= room))
-    return chunks
+    if guided != dtype or end > room:
+        return chunks
+    behind = [slice(end + chunk.place.start, end + chunk.place.stop) for chunk in chunks]
+    return [replace(c, of_guide=place if place.stop <= room else None) for c, place in zip(chunks, behind, strict=True)]
 
 
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
@@ -124,6 +131,8 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
     all_pairs, fewest = banks * n * m, _FEWEST_ROWS * m
     # For symbols only torch's minimum avoids a branch; for numbers it costs as much as a small problem's arithmetic.
     least, most = (min, max) if isinstance(all_pairs, int) else (torch.sym_min, torch.sym_max)
+    if p.guide_x is not None and gemm_dtype(p.guide_x.dtype, settings=False) == dtype:
+        all_pairs = 2 * all_pairs  # the guide's too
     pairs = least(all_pairs, most((workspace - scratch_bytes(workspace)) // dtype.itemsize, fewest))
     return (_HEADER + (pairs * dtype.itemsize + 3) // 4,)
 
@@ -144,7 +153,7 @@ class Operands:
         self.p, self.dtype = p, dtype
         self.self_dot: Tensor | None = None
         if dtype == torch.bfloat16 and p.diagonal:
-            self.self_dot = _own_dots(p.x, p.y).expand(p.banks, -1)
+            self.self_dot = own_dots(p.x, p.y).expand(p.banks, -1)
         self.scale = float(p.scale)
         self.bias = 0.0 if p.bias is None else float(p.bias)
         self.row_labels = self.col_labels = self.row_ids = self.col_ids = None
@@ -218,13 +227,6 @@ class Operands:
         )
 
 
-def _own_dots(x: Tensor, y: Tensor) -> Tensor:
-    """The products of the pairs (i, i) in fp32, ``[1 or B, N]``; 0 for rows that have none."""
-    pairs = min(x.shape[1], y.shape[1])
-    own = (x[:, :pairs].float() * y[:, :pairs].float()).sum(-1)
-    return torch.nn.functional.pad(own, (0, x.shape[1] - pairs))
-
-
 def of_banks(t: Tensor, banks: slice) -> Tensor:
     """The part that belongs to some banks; the whole if all banks share one."""
     return t if t.shape[0] == 1 else t[banks]
@@ -248,29 +250,22 @@ def _dot(x: Tensor, y: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
     return dot
 
 
-class Products(NamedTuple):
-    """The guide's products of one chunk and, where they are a teacher's in bf16, those of the pairs (i, i) in fp32."""
+def _guide(p: SimilarityProblem, dtype: torch.dtype | None, chunks: list[_Chunk]) -> Guide | None:
+    if p.guide_x is None or p.guide_y is None or dtype is None:
+        return None
+    most = max(0 if chunk.of_guide else chunk.size for chunk in chunks)
+    return Guide(p.guide_x, p.guide_y, p, dtype, most)
 
-    dot: Tensor
-    own: Tensor | None
 
-
-class _Guide:
-    """The guide's products, of one chunk after the other in one buffer; None without a guide."""
-
-    def __init__(self, p: SimilarityProblem, dtype: torch.dtype | None, chunks: list[_Chunk]) -> None:
-        self.dtype, self.own = dtype, None
-        if p.guide_x is not None and p.guide_y is not None and dtype is not None:
-            self.x, self.y = p.guide_x.to(dtype), p.guide_y.to(dtype)
-            self.scratch = torch.empty(max(chunk.size for chunk in chunks), dtype=dtype, device="cpu")
-            if p.teacher_scale is not None and dtype == torch.bfloat16 and p.diagonal:
-                self.own = _own_dots(p.guide_x, p.guide_y).expand(p.banks, -1)
-
-    def of(self, chunk: _Chunk) -> Products | None:
-        if self.dtype is None:
-            return None
-        own = None if self.own is None else self.own[chunk.of_banks, chunk.of_rows].contiguous()
-        return Products(_dot(self.x, self.y, chunk, self.scratch), own)
+def _beside(guide: Guide | None, chunk: _Chunk, kept: Tensor, *, made: bool = False) -> Products | None:
+    """The guide's products of a chunk, which stay for the backward pass, where they are ``made``, if there is room."""
+    if guide is None:
+        return None
+    if made and chunk.of_guide:
+        dot = kept[chunk.of_guide].view(chunk.shape)
+    else:
+        dot = _dot(guide.x, guide.y, chunk, kept[chunk.of_guide] if chunk.of_guide else guide.scratch)
+    return guide.beside(dot, chunk.of_banks, chunk.of_rows)
 
 
 def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,7 +275,7 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     size = stash_shape(p, workspace, keep)[0]
     guided = _guide_dtype(p)
     chunks = _cut(banks, n, m, workspace, size, dtype, guided)
-    native, guide = Operands(p, dtype), _Guide(p, guided, chunks)
+    native, guide = Operands(p, dtype), _guide(p, guided, chunks)
     # Asked here: a small problem would feel the call.
     stash = borrow(size) if 4 * size >= WORTH_KEEPING else torch.empty(size, **FP32)
     stash[:_HEADER].fill_(dtype == torch.bfloat16)
@@ -288,10 +283,13 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
         stash[1:2] = guided == torch.bfloat16
     # The part that no chunk fills must also be the same every time (except the half that bf16 GEMMs of fp32 inputs
     # leave unused).
-    kept, filled = stash[_HEADER:].view(dtype), sum(chunk.size for chunk in chunks if chunk.kept)
+    kept, filled = (
+        stash[_HEADER:].view(dtype),
+        sum(chunk.size * (1 if chunk.of_guide is None else 2) for chunk in chunks if chunk.kept),
+    )
     largest = max(chunk.size for chunk in chunks)
     if filled < kept.numel():
-        kept[filled : filled + largest] = 0
+        kept[filled : filled + largest if guided is None else None] = 0
     scratch = torch.empty(0 if chunks[-1].kept else largest, dtype=dtype, device="cpu")
     row_out = torch.empty(len(p.rows), banks, n, **FP32)
     col_max = torch.full((len(p.cols), banks, m), -torch.inf, **FP32)
@@ -299,7 +297,7 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     for chunk in chunks:
         dot = _dot(native.x, native.y, chunk, kept[chunk.place] if chunk.kept else scratch)
         _C.similarity_forward(
-            native.tile(dot, chunk.of_banks, chunk.of_rows, guide=guide.of(chunk)),
+            native.tile(dot, chunk.of_banks, chunk.of_rows, guide=_beside(guide, chunk, kept)),
             (chunk.rows_of(row_out), row_out.stride(0), row_out.stride(1)),
             (chunk.cols_of(col_max), chunk.cols_of(col_sum), col_max.stride(0)),
         )
@@ -331,7 +329,7 @@ def backward(
         guided = torch.bfloat16 if float(stash[1]) else torch.float32
     banks, n, m = _sizes(p)
     chunks = _cut(banks, n, m, workspace, stash.numel(), dtype, guided)
-    native, guide = Operands(p, dtype), _Guide(p, guided, chunks)
+    native, guide = Operands(p, dtype), _guide(p, guided, chunks)
     dx = _Sum(p.x, needs[0], once=p.x.shape[0] == banks)
     dy = _Sum(p.y, needs[1], once=len(chunks) == 1 or (chunks[0].shape[1] == n and p.y.shape[0] == banks))
     kept = stash[_HEADER:].view(dtype)
@@ -342,7 +340,7 @@ def backward(
         grad = scratch[: dot.numel()].view(dot.shape)
         sums = torch.empty(2, dot.shape[0] * dot.shape[1], dtype=torch.float64, device="cpu")
         _C.similarity_backward(
-            native.tile(dot, chunk.of_banks, chunk.of_rows, guide=guide.of(chunk)),
+            native.tile(dot, chunk.of_banks, chunk.of_rows, guide=_beside(guide, chunk, kept, made=True)),
             (chunk.rows_of(grad_rows), chunk.rows_of(row_out), row_out.stride(0), row_out.stride(1)),
             (chunk.cols_of(grad_cols), chunk.cols_of(col_out), col_out.stride(0)),
             (grad.data_ptr(), DTYPES[dtype]),

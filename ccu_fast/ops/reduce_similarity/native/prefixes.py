@@ -29,7 +29,8 @@ from ccu_fast.ops.backend import gemm_dtype
 from ccu_fast.ops.l2_normalize.api import EPS
 from ccu_fast.ops.native import DTYPES
 from ccu_fast.ops.reduce_similarity.native.buffers import WORTH_KEEPING, borrow
-from ccu_fast.ops.reduce_similarity.native.chunks import FP32, Operands, Products, column_results, scratch_bytes
+from ccu_fast.ops.reduce_similarity.native.chunks import FP32, Operands, column_results, scratch_bytes
+from ccu_fast.ops.reduce_similarity.native.guide import Products
 from ccu_fast.ops.reduce_similarity.problem import Gradients, Incoming, SimilarityProblem
 
 _FEWEST_ROWS = 64
