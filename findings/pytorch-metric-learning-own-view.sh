@@ -5,9 +5,9 @@
 # those of equal positions, as it must where a batch is compared with itself. It does so with ref_emb as well, where
 # equal positions are two views of one item: get_indices_tuple in utils/distributed.py, which forward_regular_loss
 # calls. The documentation says that efficient=True changes gradients; one would not guess that it changes which pairs
-# there are, and efficient=False and a single process keep the pair. So who trains on two views passes indices_tuple, or
-# takes efficient=False: otherwise the loss is 0 with nothing to learn where every item has its own label, and lacks the
-# item's own view where labels repeat.
+# there are, and efficient=False and a single process keep the pair. So who trains on two views takes efficient=False:
+# otherwise the loss is 0 with nothing to learn where every item has its own label, and lacks the item's own view where
+# labels repeat.
 #
 # Seen, rows whose own view is as near as one other, loss log 2: one process 0.6932; two processes, where the wrapper
 # multiplies by their number: efficient=False 1.3864, gradient 5.05; efficient=True 0.0000, gradient 0.00.
