@@ -136,6 +136,8 @@ class Contrast:
         self.of_guide, v = reduce, self.variant
         self.normalize = check.boolean("normalize", self.options.pop("normalize", False))
         if v.prefixes:
+            # Results have the prefixes in front, so that all of them need the leading dimensions of the whole.
+            self.x, self.y = (t.expand(*self.lead, *t.shape[-2:]) for t in (self.x, self.y))
             reduce, of_banks = (self._of_prefixes(f) for f in (reduce, of_banks))
         elif self.normalize:
             self._normalize()

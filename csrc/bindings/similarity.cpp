@@ -157,9 +157,8 @@ void bind_reduce_similarity(py::module_& m) {
         call("similarity_backward", ccu_similarity_backward, a);
       },
       "Writes grad = (address, dtype) and sums = (for scale, for bias) from rows = (gradients, results, stride of "
-      "reductions, stride of banks) and cols = (gradients, results, stride of reductions). With add it adds to grad; "
-      "to "
-      "col_sums it always does.",
+      "reductions, stride of banks) and cols = (gradients, results, stride of reductions). With add it adds to "
+      "grad; to col_sums it always does.",
       py::arg("tile"), py::arg("rows"), py::arg("cols"), py::arg("grad"), py::arg("sums"), py::kw_only(),
       py::arg("add") = false, py::arg("col_sums") = 0);
 

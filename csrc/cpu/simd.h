@@ -99,7 +99,7 @@ inline vi iota() {
   return v;
 }
 
-// The second operand if either is NaN, like the instructions.
+// The second operand if either is NaN, like the instructions: a running maximum is that one, and passes NaN over.
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 inline vf min(vf a, vf b) { return a < b ? a : b; }
 

@@ -313,7 +313,7 @@ int similarity_backward(const ccu_similarity_backward_args& a) {
   const Usual usual(t);
   const bool at_once = usual.holds && exponential.shared && t.dot_dtype == CCU_F32 && a.grad_dtype == CCU_F32;
   const bool by_classes = Classes::suffice(t) && exponential.shared && t.dot_dtype == CCU_F32 &&
-                          a.grad_dtype == CCU_F32 && t.row_factors == nullptr;
+                          a.grad_dtype == CCU_F32 && t.row_factors == nullptr && !a.add;
   const Differentiate differentiate_row =
       usual.col < 0 ? differentiate_with<false>(t.row_factors != nullptr, a.add, a.col_sums != nullptr)
                     : differentiate_with<true>(t.row_factors != nullptr, a.add, a.col_sums != nullptr);

@@ -112,7 +112,7 @@ struct Block {
     vf top = splat(-kInf);
     for (int64_t i = first; i < last; ++i)
       for_vectors(begin, end, [&](int64_t j, auto lanes) {
-        top = max(top, choose<mode>(wanted, i, j, lanes) ? scores(i, j, lanes) : splat(-kInf));
+        top = max(choose<mode>(wanted, i, j, lanes) ? scores(i, j, lanes) : splat(-kInf), top);
       });
     return max(top);
   }
@@ -182,11 +182,35 @@ Partial reduce_row(const Block& block, const Chooser& chooser, Kind kind, int64_
   }
   vf highest = splat(-kInf);
   for_vectors(begin, end, [&](int64_t j, auto lanes) {
-    highest = max(highest, block.choose<mode>(chooser, i, j, lanes) ? block.scores(i, j, lanes) : splat(-kInf));
+    highest = max(block.choose<mode>(chooser, i, j, lanes) ? block.scores(i, j, lanes) : splat(-kInf), highest);
   });
   const float peak = max(highest);
   const float shift = peak == -kInf ? 0.0f : peak;
   return {peak, add_up([&](int64_t j, auto lanes) { return exp(block.scores(i, j, lanes) - shift); })};
+}
+
+// Adds total * exp(shift) to the running sums of some columns.
+template <class Lanes>
+void add_to_columns(float* running_shift, double* running_sum, vf shift, vf total, Lanes lanes) {
+  // A running sum may be far below its shift, and a total far above its own: what is left of them when the shift moves
+  // by more than this has to be exact all the same.
+  constexpr float kFar = 80;
+  const vf before = load<vf>(running_shift, lanes), now = max(shift, before);
+  const vi far = ((now - shift > kFar) & (total != 0.0f)) | ((now - before > kFar) & (before > -kInf));
+  if (any(far)) {
+    for (int lane = 0; lane < lanes.n; ++lane) {
+      const double top = now[lane];
+      const double decay = before[lane] == -kInf ? 0 : std::exp(before[lane] - top);
+      const double share = shift[lane] == -kInf ? 0 : std::exp(shift[lane] - top);
+      running_sum[lane] = running_sum[lane] * decay + total[lane] * share;
+    }
+  } else {
+    const vf decay = before == splat(-kInf) ? splat(0.0f) : exp(before - now);
+    const vf share = shift == splat(-kInf) ? splat(0.0f) : exp(shift - now);
+    for (int lane = 0; lane < lanes.n; ++lane)
+      running_sum[lane] = running_sum[lane] * decay[lane] + total[lane] * share[lane];
+  }
+  store(running_shift, now, lanes);
 }
 
 template <Mode mode>
@@ -221,9 +245,7 @@ void reduce_columns(const Block& block, const Chooser& chooser, Kind kind, float
       for (int lane = 0; lane < lanes.n; ++lane) column_sum[lane] += total[lane];
       return;
     }
-    const vf before = load<vf>(running_shift + j, lanes);
-    vf shift = max(before, splat(block.shift));
-    vf total = splat(0.0f);
+    vf shift = splat(block.shift), total = splat(0.0f);
     bool trusted = block.exponentials;
     if (trusted) {
       vi seen = splat(0);
@@ -235,20 +257,17 @@ void reduce_columns(const Block& block, const Chooser& chooser, Kind kind, float
       if (!any(seen)) return;
       trusted = !any((total < splat(kTrusted)) & seen);
       // A column of which nothing is in the block keeps its shift.
-      shift = seen ? shift : before;
-      total = seen ? total * exp(block.shift - shift) : splat(0.0f);
+      shift = seen ? shift : splat(-kInf);
     }
     if (!trusted) {
-      vf peak = before;
+      vf peak = splat(-kInf);
       for (int64_t i = block.first; i < block.last; ++i)
-        peak = max(peak, block.choose<mode>(chooser, i, j, lanes) ? block.scores(i, j, lanes) : splat(-kInf));
+        peak = max(block.choose<mode>(chooser, i, j, lanes) ? block.scores(i, j, lanes) : splat(-kInf), peak);
       const vf finite = peak == splat(-kInf) ? splat(0.0f) : peak;
       total = add_up([&](int64_t i) { return exp(block.scores(i, j, lanes) - finite); });
       shift = peak;
     }
-    const vf decay = shift == splat(-kInf) ? splat(0.0f) : exp(before - shift);
-    for (int lane = 0; lane < lanes.n; ++lane) column_sum[lane] = column_sum[lane] * decay[lane] + total[lane];
-    store(running_shift + j, shift, lanes);
+    add_to_columns(running_shift + j, column_sum, shift, total, lanes);
   });
 }
 
@@ -272,7 +291,7 @@ float add_exponentials(const ccu_tile& t, const float* dot, int64_t stride, cons
       const vf s = product * t.scale + t.bias;
       const vf above = s - shift;
       const vf e = in_use(lanes) ? exp_of_normal(above) : splat(0.0f);
-      top[i] = max(top[i], in_use(lanes) ? above : splat(-kInf));
+      top[i] = max(in_use(lanes) ? above : splat(-kInf), top[i]);
       total[i] += e;
       column += e;
     }
@@ -310,7 +329,7 @@ struct Sums {
 };
 
 // Reduces a block in one pass with the shift of the block above; false where that shift does not fit, and nothing is
-// written. The next block gets its own.
+// written. After true `shift` is that of the next block.
 bool reduce_at_once(const ccu_similarity_forward_args& a, const Usual& usual, Block& block, int64_t bank, float& shift,
                     float* widened, Partial* partials, int64_t per_reduction) {
   const ccu_tile& t = a.tile;
@@ -340,7 +359,7 @@ bool reduce_at_once(const ccu_similarity_forward_args& a, const Usual& usual, Bl
   if (columns)
     for (int64_t j = 0; j < block.end - block.begin; ++j)
       if (sums.cols[j] < kTrusted) return false;
-  if (sums.highest < -kHeadroom / 2) shift = used + sums.highest;
+  if (sums.highest < -kHeadroom / 2 && std::isfinite(sums.highest)) shift = used + sums.highest;
   for (int r = 0; r < t.n_row; ++r)
     for (int64_t i = block.first; i < block.last; ++i)
       partials[r * per_reduction + i] = r == usual.row           ? Partial{used, sums.rows[i - block.first]}
@@ -349,11 +368,8 @@ bool reduce_at_once(const ccu_similarity_forward_args& a, const Usual& usual, Bl
   if (!columns) return true;
   const int64_t offset = usual.col * a.col_reduction_stride + bank * t.cols;
   for_vectors(block.begin, block.end, [&](int64_t j, auto lanes) {
-    const vf before = load<vf>(a.col_max + offset + j, lanes), now = max(before, splat(used));
-    const vf total = load<vf>(sums.cols + (j - block.begin)) * exp(used - now), decay = exp(before - now);
-    double* running = a.col_sum + offset + j;
-    for (int lane = 0; lane < lanes.n; ++lane) running[lane] = running[lane] * decay[lane] + total[lane];
-    store(a.col_max + offset + j, now, lanes);
+    const vf total = load<vf>(sums.cols + (j - block.begin));
+    add_to_columns(a.col_max + offset + j, a.col_sum + offset + j, splat(used), total, lanes);
   });
   return true;
 }
@@ -377,13 +393,13 @@ void reduce_row_by_classes(const ccu_tile& t, const Block& block, int64_t bank, 
       vi masks[Classes::kCount];
       if (classes.all_other(j, lanes, masks)) {
         plain = true;
-        highest = max(highest, s);
+        highest = max(s, highest);
         e_other += e;
         s_other += s;
         return;
       }
       for (int which = 0; which < Classes::kCount; ++which) {
-        highest = max(highest, masks[which] ? s : splat(-kInf));
+        highest = max(masks[which] ? s : splat(-kInf), highest);
         e_sums[which] += masks[which] ? e : splat(0.0f);
         s_sums[which] += masks[which] ? s : splat(0.0f);
         seen[which] |= masks[which];
@@ -438,22 +454,12 @@ int similarity_forward(const ccu_similarity_forward_args& a) {
     alignas(64) float widened[kRowBlock * kStripe];
     alignas(64) float widened_guide[kRowBlock * kStripe];
     const int64_t begin = stripe * kStripe, end = std::min(begin + kStripe, t.cols);
-    Block block{nullptr,
-                0,
-                t.scale,
-                t.bias,
-                0,
-                0,
-                begin,
-                end,
-                0,
-                false,
-                e,
-                nullptr,
-                0,
-                t.teacher_scale,
-                row_norms(t, bank),
-                col_norms(t, bank)};
+    Block block{};
+    block.scale = t.scale, block.bias = t.bias;
+    block.begin = begin, block.end = end;
+    block.e = e;
+    block.teacher_scale = t.teacher_scale;
+    block.row_norms = row_norms(t, bank), block.col_norms = col_norms(t, bank);
     Partial* const of_stripe = partials.get() + (bank * stripes + stripe) * t.rows;
     float shift = kInf;  // of the block above, if that has one
     for (block.first = 0; block.first < t.rows; block.first = block.last) {

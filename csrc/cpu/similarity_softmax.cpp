@@ -42,7 +42,7 @@ struct Row {
   float highest(float before) const {
     vf top = splat(before);
     for_vectors(0, cols, [&](int64_t j, auto lanes) {
-      top = max(top, chooser.choose<mode>(i, j, lanes) ? scores(j, lanes) : splat(-kInf));
+      top = max(chooser.choose<mode>(i, j, lanes) ? scores(j, lanes) : splat(-kInf), top);
     });
     return max(top);
   }

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.ops.backend import choose, load, reverse_mode_alone
+from ccu_fast.ops.backend import choose, load, reverse_mode_alone, without_autocast
 from ccu_fast.ops.operator import constant
+from ccu_fast.ops.reduce_similarity import reference
 from ccu_fast.ops.reduce_similarity.api import (
     OWN_PAIRS,
     Reduction,
     assemble,
     build_problem,
-    normalize_pair,
     reduce_similarity,
     workspace_bytes,
 )
@@ -73,7 +73,8 @@ def reduce_prefixes(
         col_limits: ``[M]``, ``[..., M]`` or ``[P, ..., M]``.
         guide: as there; taken whole, and the same for every prefix.
         rows, cols: the reductions, as there.
-        normalize: make every prefix a unit vector.
+        normalize: make every prefix a unit vector; computed in fp32 and, where prefixes are no loop, never rounded to a
+            half type.
         backend, workspace, nan_policy: as there.
 
     Returns:
@@ -97,21 +98,25 @@ def reduce_prefixes(
     options: dict[str, Any] = {**keys, **limits, "paired": paired, "rows": rows, "cols": cols, "nan_policy": nan_policy}
     name = choose(backend, "reduce_similarity", x.device, x.dtype)
     check.boolean("normalize", normalize)
-    pair = normalize_pair(x, y, backend, row_labels, col_labels) if normalize else (x, y)
-    p, lead, row_spec, col_spec = build_problem(*pair, scale, bias, prefixes=prefixes, **options)
+    p, lead, row_spec, col_spec = build_problem(x, y, scale, bias, prefixes=prefixes, **options)
+    p = replace(p, unit=normalize)
     few = not (p.rows or p.cols) or (p.diagonal and set(p.rows + p.cols) == {OWN_PAIRS})
-    if few or name == "triton" or (name == "native" and not _at_once(p.x.dtype)) or not (p.x.numel() and p.y.numel()):
+    if few or name == "triton" or (name == "native" and not _at_once(p.x.dtype)):
         how: dict[str, Any] = {"normalize": normalize, "backend": backend, "workspace": workspace}
         return of_each_prefix(reduce_similarity, x, y, prefixes=prefixes, scale=scale, bias=bias, **options, **how)
-    p = replace(p, unit=normalize)
-    inputs = (p.x, p.y, p.scale, p.bias)
-    reverse_mode_alone("reduce_prefixes", *inputs)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    named = "native.prefixes" if name == "native" else name
-    row_out, col_out = SimilarityReduction.apply(*flat(p), named, workspace_bytes(workspace, x.device), keep)
-    row_counts, col_counts = (functools.partial(_counts, p, along_rows=side) for side in (True, False))
     rows_shape, cols_shape = ((len(prefixes), *lead, items) for items in (p.n, p.m))
-    of_rows, of_cols = (t.unbind(0) for t in (row_out.view(-1, *rows_shape), col_out.view(-1, *cols_shape)))
+    if name == "reference" or not (p.x.numel() and p.y.numel()):
+        with without_autocast(p.x.device):
+            of_rows, of_cols = reference.reduce(p.without_ignored())
+    else:
+        inputs = (p.x, p.y, p.scale, p.bias)
+        reverse_mode_alone("reduce_prefixes", *inputs)
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        room = workspace_bytes(workspace, x.device)
+        row_out, col_out = SimilarityReduction.apply(*flat(p), "native.prefixes", room, keep)
+        row_out, col_out = row_out.view(-1, *rows_shape), col_out.view(-1, *cols_shape)
+        of_rows, of_cols = list(row_out.unbind(0)), list(col_out.unbind(0))
+    row_counts, col_counts = (functools.partial(_counts, p, along_rows=side) for side in (True, False))
     return (
         assemble(row_spec, iter(of_rows), row_counts, rows_shape, limited=p.row_limits is not None),
         assemble(col_spec, iter(of_cols), col_counts, cols_shape, limited=p.col_limits is not None),

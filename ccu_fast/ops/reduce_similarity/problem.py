@@ -65,7 +65,7 @@ class SimilarityProblem:
         prefixes: ascending numbers of dimensions; each makes an S of its own, of that many of the first dimensions.
             The results, and limits that are not shared, are then ``[P · B, …]``, all banks of one prefix after those of
             the one before.
-        unit: every prefix of x and y is made a unit vector; x and y are such vectors, and ``guide`` remains as it is.
+        unit: every prefix of x and y is made a unit vector; the guide remains as it is.
     """
 
     x: Tensor

@@ -39,7 +39,7 @@ def of_prefix(p: SimilarityProblem, k: int) -> SimilarityProblem:
     """The problem that one prefix is."""
     compute = torch.float64 if p.x.dtype == torch.float64 else torch.float32
     x, y = (t[..., : p.prefixes[k]] for t in (p.x, p.y))
-    if p.unit and p.prefixes[k] < p.x.shape[-1]:
+    if p.unit:
         x, y = (torch.nn.functional.normalize(t.to(compute), dim=-1, eps=EPS) for t in (x, y))
     banks = slice(k * p.banks, (k + 1) * p.banks)
     row, col = (None if t is None else t if t.shape[0] == 1 else t[banks] for t in (p.row_limits, p.col_limits))

@@ -356,9 +356,14 @@ def backward(
     return (
         dx.total.to(p.x.dtype),
         dy.total.to(p.y.dtype),
-        torch.full((), scale_sum, **FP32),
-        torch.full((), bias_sum, **FP32),
+        in_fp32(scale_sum),
+        in_fp32(bias_sum),
     )
+
+
+def in_fp32(value: float) -> Tensor:
+    """A number as a tensor, and inf where fp32 ends."""
+    return torch.full((), value, dtype=torch.float64, device="cpu").float()
 
 
 class _Sum:

@@ -29,11 +29,11 @@ from ccu_fast.ops.backend import gemm_dtype
 from ccu_fast.ops.l2_normalize.api import EPS
 from ccu_fast.ops.native import DTYPES
 from ccu_fast.ops.reduce_similarity.native.buffers import WORTH_KEEPING, borrow
-from ccu_fast.ops.reduce_similarity.native.chunks import FP32, Operands, column_results, scratch_bytes
+from ccu_fast.ops.reduce_similarity.native.chunks import FP32, Operands, column_results, in_fp32, scratch_bytes
 from ccu_fast.ops.reduce_similarity.native.guide import Products
 from ccu_fast.ops.reduce_similarity.problem import Gradients, Incoming, SimilarityProblem
 
-_FEWEST_ROWS = 64
+_FEWEST_ROWS = 16
 
 
 class _Chunk(NamedTuple):
@@ -64,9 +64,10 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
 
 def _chunks(p: SimilarityProblem, workspace: int, stash: int) -> Iterator[_Chunk]:
     pairs = len(p.prefixes) * p.m
-    # Of a chunk that is not kept the products of all prefixes are made again at once; else one H is all that is needed.
-    at_a_time = p.m if stash >= p.sets * p.n * p.m else pairs
-    rows = max(_FEWEST_ROWS, scratch_bytes(workspace) // 4 // at_a_time // _FEWEST_ROWS * _FEWEST_ROWS)
+    # Of a chunk that is not kept the products of all prefixes are made again at once; else H, and the guide's, are all.
+    at_a_time = p.m * (1 + (p.guide_x is not None)) + (0 if stash >= p.sets * p.n * p.m else pairs)
+    fit = scratch_bytes(workspace) // 4 // at_a_time
+    rows = max(_FEWEST_ROWS, fit // _FEWEST_ROWS * _FEWEST_ROWS)
     end = 0
     for bank in range(p.banks):
         for first in range(0, p.n, rows):
@@ -82,8 +83,6 @@ class _Prefixes(Operands):
         super().__init__(p, torch.float32)
         self.parts = [slice(a, b) for a, b in zip((0, *p.prefixes[:-1]), p.prefixes, strict=True)]
         self.inverse = [_inverse_norms(t, self.parts) for t in (self.x, self.y)] if p.unit else []
-        # Of a vector of unit length the whole needs no factor.
-        self.scaled = [p.unit and end < p.x.shape[-1] for end in p.prefixes]
         if p.guide_x is not None and p.guide_y is not None:
             self.guides = p.guide_x.float(), p.guide_y.float()
 
@@ -110,7 +109,7 @@ class _Prefixes(Operands):
     def tile_of(self, chunk: _Chunk, k: int, dot: Tensor, guide: Products | None) -> _C.Tile:
         """As :meth:`tile`, of one prefix, whose limits are those of a bank."""
         factors = (0, 0)
-        if self.scaled[k]:
+        if self.p.unit:
             rows, cols = (_of(t[k], chunk.bank) for t in self.inverse)
             factors = rows[chunk.rows].data_ptr(), cols.data_ptr()
         bank = slice(chunk.bank, chunk.bank + 1)
@@ -122,9 +121,10 @@ class _Prefixes(Operands):
         return k * self.p.banks + chunk.bank
 
     def squares(self, side: int, chunk: _Chunk) -> Tensor:
-        """Squared inverse norms ``[P, items]`` of x (0) or y (1)."""
+        """Squared inverse norms ``[P, items]`` of x (0) or y (1), zero for those that EPS has replaced: no gradient."""
         inverse = self.inverse[side]
-        return torch.stack([_of(inverse[k], chunk.bank) for k in range(len(self.parts))]).square()
+        found = torch.stack([_of(inverse[k], chunk.bank) for k in range(len(self.parts))])
+        return torch.where(found < 1 / EPS, found.double().square(), 0)
 
 
 def _inverse_norms(t: Tensor, parts: list[slice]) -> Tensor:
@@ -207,7 +207,7 @@ def backward(
                 (grad.data_ptr(), DTYPES[torch.float32]),
                 (sums[k, 0].data_ptr(), sums[k, 1].data_ptr()),
                 add=k < last,
-                col_sums=col_sums[chunk.bank, k].data_ptr() if native.scaled[k] and needs[1] else 0,
+                col_sums=col_sums[chunk.bank, k].data_ptr() if p.unit and needs[1] else 0,
             )
             if needs[0]:
                 native.rows_of(dx, chunk)[:, part].addmm_(grad, _of(native.y, chunk.bank)[:, part])
@@ -225,8 +225,8 @@ def backward(
     return (
         dx.to(p.x.dtype),
         dy.to(p.y.dtype),
-        torch.full((), scale_sum, **FP32),
-        torch.full((), bias_sum, **FP32),
+        in_fp32(scale_sum),
+        in_fp32(bias_sum),
     )
 
 
@@ -234,7 +234,6 @@ def _through_norms(native: _Prefixes, total: Tensor, items: Tensor, sums: Tensor
     """Adds to the gradient of ``items`` what goes through the inverse norms of their prefixes."""
     share = torch.zeros(len(items), dtype=torch.float64, device="cpu")
     for k in range(len(native.parts) - 1, -1, -1):
-        if native.scaled[k]:
-            share = share + native.scale * sums[k] * squares[k]
+        share = share + native.scale * sums[k] * squares[k]
         part = native.parts[k]
         total[:, part].addcmul_(items[:, part], share[:, None].float(), value=-1)
