@@ -239,12 +239,13 @@ def distill(
         >>> ccu_fast.distributed.distill(x, x, scale=2.0, teacher=(x, x), teacher_scale=2.0)
         tensor(0.9183)
     """
-    ending = _heard(x, reduction, gradients, similarity, lambda: check.boolean("symmetric", symmetric))
-    if check.boolean("normalize", similarity.get("normalize", False)):
-        teacher = unit_teacher(teacher, similarity.get("backend", "auto"))
+    options = {"symmetric": symmetric, "normalize": similarity.get("normalize", False)}
+    ending = _heard(x, reduction, gradients, similarity, lambda: [check.boolean(*option) for option in options.items()])
+    if options["normalize"]:
+        teacher = unit_teacher(teacher)
     reduce = partial(reduce_similarity, ending=ending)
-    options: dict[str, Any] = {"scale": scale, "teacher": teacher, "teacher_scale": teacher_scale}
-    sides = formulas.distill(reduce, x, y, symmetric=symmetric, **options, **similarity)
+    taught: dict[str, Any] = {"scale": scale, "teacher": teacher, "teacher_scale": teacher_scale}
+    sides = formulas.distill(reduce, x, y, symmetric=symmetric, **taught, **similarity)
     return _finish([side.distilled for side in sides], reduction, gradients, similarity)
 
 

@@ -373,26 +373,26 @@ class Contrast:
         guide = self.variant.guide or ()
         return guide[place] if place < len(guide) else None
 
-    @torch.no_grad()
     def _limits(self) -> tuple[Tensor, Tensor | None]:
         """The similarity above which a pair is no negative of its row, and of its column."""
-        v = self.variant
-        x, y = (self.x, self.y) if v.guide is None else (check.tensor("guide", t) for t in v.guide[:2])
-        if v.margin is None:
-            most = float(v.threshold or 0)
-            row, col = (torch.full(t.shape[:-1], most, dtype=wide(t), device=t.device) for t in (self.x, self.y))
-            return row, col
-        spec = [("sum", SELF), ("count", SELF)]
-        cols = spec if self.two_sides else []
-        reduce = self.reduce if v.guide is None else self.of_guide
-        sides = reduce(x, y, rows=spec, cols=cols, **self.keys, paired=self.paired, **self.options)
-        rounding = _ROUNDING.get(autocast_dtype(x.device.type) or x.dtype, 1e-6)
-        limits = []
-        for total, count in filter(None, sides):
-            own = total / count.clamp(min=1)
-            limit = own * (1 + v.margin) if v.relative else own + v.margin
-            limit = limit + own.abs() * rounding
-            if v.threshold is not None:
-                limit = limit.clamp(max=v.threshold)
-            limits.append(torch.where(count > 0, limit, torch.inf))
-        return limits[0], limits[1] if self.two_sides else None
+        with torch.no_grad():  # as a decorator no graph takes it
+            v = self.variant
+            x, y = (self.x, self.y) if v.guide is None else (check.tensor("guide", t) for t in v.guide[:2])
+            if v.margin is None:
+                most = float(v.threshold or 0)
+                row, col = (torch.full(t.shape[:-1], most, dtype=wide(t), device=t.device) for t in (self.x, self.y))
+                return row, col
+            spec = [("sum", SELF), ("count", SELF)]
+            cols = spec if self.two_sides else []
+            reduce = self.reduce if v.guide is None else self.of_guide
+            sides = reduce(x, y, rows=spec, cols=cols, **self.keys, paired=self.paired, **self.options)
+            rounding = _ROUNDING.get(autocast_dtype(x.device.type) or x.dtype, 1e-6)
+            limits = []
+            for total, count in filter(None, sides):
+                own = total / count.clamp(min=1)
+                limit = own * (1 + v.margin) if v.relative else own + v.margin
+                limit = limit + own.abs() * rounding
+                if v.threshold is not None:
+                    limit = limit.clamp(max=v.threshold)
+                limits.append(torch.where(count > 0, limit, torch.inf))
+            return limits[0], limits[1] if self.two_sides else None

@@ -91,6 +91,39 @@ def test_banks(backend: str) -> None:
     compare(ours, lambda **leaves: loop(normalize=True, margin=0.1, **leaves), data, torch.float32)
 
 
+LEADS: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), (3,)), ((3,), ()), ((3,), (2, 3)), ((2, 1), (3,))]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"negatives": (5, D)},
+        {"hard_negatives": (N, 2, D)},
+        {"negatives": (5, D), "in_batch": False},
+        {"joint": ("x_to_y", "x_to_x", "y_to_y")},
+        {"margin": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("of_x", "of_y"), LEADS, ids=str)
+def test_sides_that_lack_leading_dimensions(
+    of_x: tuple[int, ...], of_y: tuple[int, ...], options: dict[str, Any], backend: str
+) -> None:
+    """As many prefixes as the missing dimension has entries, and not."""
+    made = {name: unit(*options[name]) for name in FEATURES if name in options}
+    if "hard_negatives" in made:
+        lead = torch.broadcast_shapes(of_x, of_y)
+        made["hard_negatives"] = made["hard_negatives"].expand(*lead, N, 2, D)
+    data = {"x": unit(*of_x, N, D), "y": unit(*of_y, N, D), "scale": torch.tensor(5.0), **made}
+    rest = {name: value for name, value in options.items() if name not in FEATURES}
+    compare(
+        lambda **leaves: info_nce(prefixes=PREFIXES, normalize=True, backend=backend, **leaves, **rest),
+        lambda **leaves: loop(normalize=True, **leaves, **rest),
+        data,
+        torch.float32,
+    )
+
+
 def test_the_module_has_them_fixed() -> None:
     x, y = torch.randn(N, D), torch.randn(N, D)
     fixed: dict[str, Any] = {"prefixes": PREFIXES, "prefix_weights": (1.0, 2.0, 3.0), "normalize": True}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
 
 from ccu_fast import (
     ALL,
@@ -98,6 +99,36 @@ def test_opcheck_of_prefixes(unit: bool, workspace: int) -> None:
     results = (torch.randn_like(row_out), torch.randn_like(col_out)), (row_out, col_out, stash)
     args = (*results[0], *flat(p), *results[1], [True] * 4, *how)
     torch.library.opcheck(torch.ops.ccu_fast.reduce_similarity_backward.default, args)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "margin": {"margin": 0.1},
+    "threshold": {"margin": 0.1, "relative": True, "threshold": 0.9},
+    "joint": {"joint": ("x_to_y", "x_to_x"), "smoothing": 0.1},
+    "weights": {"hardness": 0.5, "debias": 0.1, "focal": 1.0},
+    "decoupled": {"decoupled": True, "negatives": torch.ones(5, 8)},
+    "hard negatives": {"hard_negatives": torch.ones(40, 2, 8), "margin": 0.1},
+    "guide": {"margin": 0.0, "guide": (torch.ones(40, 3), torch.ones(40, 3))},
+    "prefixes": {"prefixes": (3, 8), "normalize": True, "margin": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_info_nce_are_one_graph(name: str) -> None:
+    x, y = (F.normalize(torch.randn(40, 8), dim=1).requires_grad_() for _ in range(2))
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return info_nce(x, y, scale=5.0, **OPTIONS[name])
+
+    ours = torch.compile(loss, backend="eager", fullgraph=True)(x, y)
+    for got, wanted in zip((ours, *torch.autograd.grad(ours, (x, y))), gradients(loss, x, y), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The loss and the gradients of its inputs."""
+    value = loss(*inputs)
+    return value, *torch.autograd.grad(value, inputs)
 
 
 def test_a_constant_is_marked_as_torch_marks_it() -> None:

@@ -471,6 +471,11 @@ def wrong_arguments_are_refused_on_every_rank() -> None:
         kind, text = (TypeError if name == "info_nce" else ValueError, "expected") if one else (ValueError, elsewhere)
         call = partial(getattr(over, name), x, x, scale=1.0, **(options if one else given[name]))
         refuses(kind, text, call)
+    distill = partial(over.distill, x, x, scale=1.0, teacher=(x, x), teacher_scale=1.0)
+    for option in ({"normalize": "yes"}, {"normalize": True, "backend": "none such"}, {"symmetric": 1}):
+        known = TypeError if "backend" not in option else ValueError
+        kind, text = (known, f"{list(option)[-1]}: expected") if one else (ValueError, elsewhere)
+        refuses(kind, text, partial(distill, **(option if one else {})))
     refuses(
         ValueError,
         "reduction: expected the same value",

@@ -92,3 +92,51 @@ def test_what_is_not_finite_stays_in_its_row(value: float, given: dict[str, Any]
     (exact,), _ = reduce_similarity(x, y, scale=20.0, rows=[("lse", OTHER)], paired=False, backend="reference", **given)
     assert not lse[40].isfinite()
     torch.testing.assert_close(lse, exact, equal_nan=True)
+
+
+@pytest.mark.parametrize("gap", [50.0, 92.0, 100.0, 104.5, 200.0])
+def test_columns_keep_their_digits_over_large_shifts(gap: float) -> None:
+    """A running sum far below its shift, and a total far above its own, when the shift moves by about e^100."""
+    s = torch.full((48, 64), -50.0)
+    s[0, 1] = 0
+    s[:16, 0] = -500
+    s[3, 0] = -59.5
+    s[16:32] = -gap - 3
+    s[16, 5] = s[32:48] = -gap
+    s[32:, 0] = 39 - gap
+    for order in (torch.arange(48), torch.arange(47, -1, -1)):
+        spec = (("lse", OTHER),)
+        check(
+            Case(s[order].double(), torch.eye(64).double(), 1.0, None, {"paired": False}, spec, spec),
+            "native",
+            torch.float32,
+        )
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("peak", [95.0, 200.0])
+def test_nan_hides_no_peak(peak: float, labelled: bool) -> None:
+    """One pair is NaN; the largest S of another row stands in the same lane of a vector."""
+    s = torch.randn(64, 64)
+    s[32:, 15] = peak
+    x, y = torch.cat([s, torch.zeros(64, 1)], 1), torch.cat([torch.eye(64), torch.zeros(64, 1)], 1)
+    x[:, -1] = 1
+    y[63, -1] = torch.nan
+    given: dict[str, Any] = {"paired": False}
+    if labelled:
+        labels = torch.arange(64)
+        labels[63] = 99
+        given |= {"row_labels": torch.full((64,), 99), "col_labels": labels}
+    cols = () if labelled else [("lse", OTHER)]
+    ours = reduce_similarity(x, y, rows=[("lse", OTHER)], cols=cols, **given)
+    exact = reduce_similarity(x, y, rows=[("lse", OTHER)], cols=cols, backend="reference", **given)
+    for got, wanted in zip([*ours[0], *ours[1]], [*exact[0], *exact[1]], strict=True):
+        torch.testing.assert_close(got, wanted, equal_nan=True)
+
+
+def test_the_gradient_of_scale_may_be_inf() -> None:
+    x, scale = torch.tensor([[1e19]]), torch.tensor(1.0, requires_grad=True)
+    (total,), _ = reduce_similarity(-x, x, scale=scale, rows=[("lse", ALL)], paired=False)
+    total.sum().backward(torch.tensor(10.0))
+    assert scale.grad is not None
+    assert scale.grad == -torch.inf
