@@ -233,9 +233,9 @@ def test_every_loss_of_unnormalised_features(name: str, dtype: torch.dtype, back
 
 def test_one_bank_is_normalised_once(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    api = ccu_fast.ops.reduce_similarity.api
-    real = api.l2_normalize
-    monkeypatch.setattr(api, "l2_normalize", lambda x, **k: calls.append(x) or real(x, **k))
+    module = ccu_fast.ops.reduce_similarity.normalize
+    real = module.l2_normalize
+    monkeypatch.setattr(module, "l2_normalize", lambda x, **k: calls.append(x) or real(x, **k))
     z = torch.randn(8, 12, requires_grad=True)
     sup_con(z, z, scale=10.0, row_labels=LABELS, normalize=True).backward()
     assert len(calls) == 1

@@ -21,6 +21,8 @@ from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, decode
 # A plan takes a few kilobytes. Where every batch has a different size none is worth keeping, so all go at once.
 MOST_PLANS = 256
 _NOTHING = nullcontext()
+# Two accumulators are in a tile then.
+WITH_TEACHER = 32
 # From LONG columns on, a row of E or G is padded to whole tiles of any width: at most an eighth more.
 LONG, WIDEST = 2048, 256
 # Triton decides this when a kernel is defined.
@@ -104,6 +106,8 @@ class Device:
         if keyed or row_stride(p.m) % full.block_n:
             plain = p.row_ids is None and not beside and all(decode(code)[0] == "lse" for code in (*p.rows, *p.cols))
             columns = full.labels_n if plain and full.labels_n else full.keyed_n
+            if p.teacher_scale is not None:
+                columns = min(columns, WITH_TEACHER)
             return replace(full, block_n=columns, num_stages=min(full.num_stages, full.keyed_stages))
         if full.ragged_n and (p.n % full.block_m or p.m % full.block_n):
             return replace(full, block_n=full.ragged_n)
