@@ -1,7 +1,8 @@
 """FlagEmbedding: the contrastive loss of its dense embedders, with negatives of the batch and of all devices.
 
 The library's functions for the loss return the matrix of scores beside it, which the ``forward`` of AbsEmbedderModel
-throws away. So only what that ``forward`` calls is served, and gets None for the scores. Where a query has no negatives
+throws away. So only what that ``forward`` calls is served, and gets None for the scores, where all of these functions
+are the library's. Where a query has no negatives
 but its own, only its own scores are made, without the matrix that the library picks them from.
 
 With a teacher's scores the losses stay with the library, which distils from the matrix, and so do those of the M3
@@ -38,6 +39,8 @@ DENSE = (
     "FlagEmbedding.finetune.embedder.decoder_only.base.modeling.BiDecoderOnlyEmbedderModel",
     "FlagEmbedding.finetune.embedder.decoder_only.icl.modeling.BiDecoderOnlyEmbedderICLModel",
 )
+# Who else may read the scores that a function for the loss returns: another of these, and what is called before them.
+LOSS_METHODS = ("_compute_no_in_batch_neg_loss", "_compute_in_batch_neg_loss", "_compute_cross_device_neg_loss")
 SCORE_METHODS = ("compute_score", "_compute_similarity")
 LOSS_PARAMETERS = ("self", "q_reps", "p_reps", "teacher_targets", "compute_score_func")
 
@@ -107,7 +110,8 @@ def _is_usual_loss(call: dict[str, Any]) -> bool:
         and call["teacher_targets"] is None
         and call["compute_score_func"] is None
         and torch_is_stock()
-        and _is_dense(model, *SCORE_METHODS, "compute_loss")
+        and all(is_stock(getattr(model, name), f"{HOME}.AbsEmbedderModel.{name}") for name in LOSS_METHODS)
+        and _is_dense(model, *SCORE_METHODS, "compute_loss", "encode")
         and is_mean_cross_entropy(model.cross_entropy)
         and _are_groups(x, y)
         and is_temperature(model.temperature, x)

@@ -54,8 +54,7 @@ def sites(*, same: Any = None) -> list[Site]:
 
     def distill(theirs: Any, images: Tensor, ranks: dict[str, Any]) -> Found | None:
         inherited = are_stock(theirs, "ClipLoss", ("get_logits", "get_ground_truth"), ("gather_features",))
-        # Of equal captions it knows nothing.
-        if ids_of is not None or not inherited or not are_stock(theirs, "DistillClipLoss", ("dist_loss",), ()):
+        if not inherited or not are_stock(theirs, "DistillClipLoss", ("dist_loss",), ()):
             return None
         ours = DistillClipLoss(theirs.local_loss, theirs.gather_with_grad, **ranks) if ranks else distill_alone
         return ours, {"contrastive_loss": cross_entropy_dtype(images), "distill_loss": _softmax_dtype(images)}
@@ -79,7 +78,7 @@ def sites(*, same: Any = None) -> list[Site]:
     return [
         Site(module.ClipLoss, "forward", PARAMETERS, _by(clip, ids_of, _is_usual)),
         Site(module.SigLipLoss, "forward", (*PARAMETERS, "logit_bias"), _by(siglip, ids_of, _is_usual)),
-        Site(module.DistillClipLoss, "forward", TAUGHT, _by(distill, ids_of, _is_taught)),
+        Site(module.DistillClipLoss, "forward", TAUGHT, _by(distill, None, _is_taught) if ids_of is None else _refused),
     ]
 
 
@@ -141,6 +140,12 @@ def _by(
         return value
 
     return forward
+
+
+def _refused(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of DistillClipLoss where some pairs are no negatives of each other."""
+    arguments(original, args, kwargs)
+    raise RuntimeError("same: expected ClipLoss or SigLipLoss, got DistillClipLoss, which knows nothing of equal items")
 
 
 def _is_usual(

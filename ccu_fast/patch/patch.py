@@ -167,9 +167,9 @@ def apply(name: str, *, exact: bool = False, same: Same | None = None) -> list[s
         same: for "open_clip": which pairs of a batch are no negatives of each other, where the library contrasts each
             with all others: ClipLoss leaves them out, and for SigLipLoss they are positives. "texts": those whose text
             features are equal in every bit, as those of equal captions are; or a function that is called with
-            image_features and text_features and returns ids, int64 ``[N]``, equal on all ranks for the same item. A
-            call that the patch would leave to the library then raises a RuntimeError, for the library's loss is
-            another.
+            image_features and text_features and returns ids, int64 ``[N]``, equal on all ranks for the same item. It
+            concerns ClipLoss and SigLipLoss alone. A call of DistillClipLoss then raises a RuntimeError, and so does
+            one that the patch would leave to the library, for the library's loss is another.
 
     Returns:
         The dotted names of what is replaced; empty, with a ``UserWarning``, when the version is not known, or when a

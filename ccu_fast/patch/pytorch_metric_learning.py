@@ -12,10 +12,10 @@ batch without anything to compare.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from ccu_fast.ops.backend import without_autocast
 from ccu_fast.ops.operator import never
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME
-from ccu_fast.patch.site import Site, are_plain, arguments, is_one_number, is_stock
+from ccu_fast.patch.site import Site, are_plain, arguments, home, is_hooked, is_one_number, is_own, is_stock
 
 PARAMETERS = ("self", "embeddings", "labels", "indices_tuple", "ref_emb", "ref_labels")
 # Integers without a sign are read as those with one: their names are others, and differ where they did.
@@ -51,6 +51,9 @@ OWN_FUNCTIONS = ("remove_self_comparisons", "not_self_comparisons")
 MEMORY_METHODS = ("forward", "add_to_memory", "create_indices_tuple")
 WRAPPER_METHODS = ("forward", "forward_regular_loss")
 GATHER_FUNCTIONS = ("get_indices_tuple", "gather_emb_and_ref", "gather", "select_ref_or_regular")
+
+# The memory in whose forward this thread is, which hands the list of pairs to its loss and to nobody else.
+_filling: ContextVar[Any] = ContextVar("filling", default=None)
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,13 @@ def sites(*, exact: bool = False) -> list[Site]:
         """Whether the loss, its distance and the way to its pairs are the library's own."""
         distance = loss.distance
         return (
-            _is_own(loss, kind, *methods)
-            and is_stock(loss.loss_method, _home(generic, method))
+            is_own(loss, kind, *methods)
+            and is_stock(loss.loss_method, home(generic, method))
             and loss.loss_method.__self__ is loss
             and type(distance) in (distances.CosineSimilarity, distances.DotProductSimilarity)
             and (distance.p, distance.power, distance.is_inverted, distance.collect_stats) == (2, 1, True, False)
-            and _is_own(distance, type(distance), *DISTANCE_METHODS)
-            and not _is_hooked(distance)
+            and is_own(distance, type(distance), *DISTANCE_METHODS)
+            and not is_hooked(distance)
             and all(is_stock(getattr(pairs, name), f"{pairs.__name__}.{name}") for name in PAIRS_FUNCTIONS)
             and all(is_stock(getattr(common, name), f"{common.__name__}.{name}") for name in COMMON_FUNCTIONS)
         )
@@ -127,12 +130,12 @@ def sites(*, exact: bool = False) -> list[Site]:
             loss.embedding_regularizer is None
             and type(reducer) is reducers.MeanReducer
             and not reducer.collect_stats
-            and _is_own(reducer, reducers.MeanReducer, *REDUCER_METHODS)
-            and not _is_hooked(reducer)
+            and is_own(reducer, reducers.MeanReducer, *REDUCER_METHODS)
+            and not is_hooked(reducer)
         )
 
     def nt_xent(original: Any, *args: Any, **kwargs: Any) -> Any:
-        if not is_stock(original, _home(base, "forward")):
+        if not is_stock(original, home(base, "forward")):
             return NotImplemented
         call = arguments(original, args, kwargs)
         loss, x, labels, indices, y, others = (call[name] for name in PARAMETERS)
@@ -161,7 +164,7 @@ def sites(*, exact: bool = False) -> list[Site]:
         return value if exact else value.to(torch.log(torch.exp(p.x.detach()[:0])).dtype)
 
     def supervised(original: Any, *args: Any, **kwargs: Any) -> Any:
-        if not is_stock(original, _home(generic, "compute_loss")):
+        if not is_stock(original, home(generic, "compute_loss")):
             return NotImplemented
         call = arguments(original, args, kwargs)
         loss, x, labels, indices, y, others = (call[name] for name in PARAMETERS)
@@ -183,21 +186,39 @@ def sites(*, exact: bool = False) -> list[Site]:
 
     def takes_listed(loss: Any) -> bool:
         """Whether what a loss is given as its list of pairs reaches ``nt_xent`` or ``supervised``, and nobody else."""
-        if type(loss) not in (losses.NTXentLoss, losses.SupConLoss) or _is_hooked(loss):
+        if type(loss) not in (losses.NTXentLoss, losses.SupConLoss) or is_hooked(loss):
             return False
         taken = {"forward": base, "compute_loss": generic}
-        return all(is_stock(getattr(loss, name), _home(owner, name)) for name, owner in taken.items()) and all(
+        return all(is_stock(getattr(loss, name), home(owner, name)) for name, owner in taken.items()) and all(
             is_stock(getattr(pairs, name), f"{pairs.__name__}.{name}") for name in (*PAIRS_FUNCTIONS, *OWN_FUNCTIONS)
         )
+
+    @never
+    def through_memory(original: Any, *args: Any, **kwargs: Any) -> Any:
+        call = arguments(original, args, kwargs)
+        memory = call["self"]
+        if (
+            memory.miner is not None
+            or call["indices_tuple"] is not None
+            or not is_own(memory, memories, *MEMORY_METHODS)
+            or not takes_listed(memory.loss)
+        ):
+            return NotImplemented
+        token = _filling.set(memory)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _filling.reset(token)
 
     @never
     def in_memory(original: Any, *args: Any, **kwargs: Any) -> Any:
         call = arguments(original, args, kwargs)
         memory, removes = call["self"], call["do_remove_self_comparisons"]
         if (
-            memory.miner is not None
+            _filling.get() is not memory
+            or memory.miner is not None
             or call["input_indices_tuple"] is not None
-            or not _is_own(memory, memories, *MEMORY_METHODS)
+            or not is_own(memory, memories, *MEMORY_METHODS)
             or not takes_listed(memory.loss)
             # A batch of one the library compares with itself.
             or (removes and len(call["embeddings"]) < 2)
@@ -215,7 +236,7 @@ def sites(*, exact: bool = False) -> list[Site]:
             or call["indices_tuple"] is not None
             or not (isinstance(x, Tensor) and isinstance(labels, Tensor))
             or len(x) < 2
-            or not _is_own(wrapper, distributed.DistributedLossWrapper, *WRAPPER_METHODS)
+            or not is_own(wrapper, distributed.DistributedLossWrapper, *WRAPPER_METHODS)
             or not all(is_stock(getattr(distributed, n), f"{distributed.__name__}.{n}") for n in GATHER_FUNCTIONS)
             or not takes_listed(wrapper.loss)
         ):
@@ -228,6 +249,7 @@ def sites(*, exact: bool = False) -> list[Site]:
     return [
         Site(losses.NTXentLoss, "forward", PARAMETERS, _or_from_list(nt_xent)),
         Site(losses.SupConLoss, "compute_loss", PARAMETERS, _or_from_list(supervised)),
+        Site(memories, "forward", PARAMETERS[:4], through_memory),
         Site(memories, "create_indices_tuple", memory_parameters, in_memory),
         Site(distributed.DistributedLossWrapper, "forward_regular_loss", wrapper_parameters, on_ranks),
     ]
@@ -369,24 +391,3 @@ def _problem(loss: Any, x: Any, labels: Any, y: Any, others: Any, listed: Listed
         own=own,
         farthest=farthest,
     )
-
-
-def _is_own(thing: Any, kind: type, *names: str) -> bool:
-    """Whether methods are those that the library wrote for a class: nobody's subclass, object or class has others.
-
-    A method that this version does not have is called by nobody.
-    """
-    return all(is_stock(getattr(thing, name), _home(kind, name)) for name in names if hasattr(kind, name))
-
-
-@functools.cache
-def _home(kind: type, name: str) -> str:
-    """The dotted name of a method, after the class that defines it."""
-    owner = next(c for c in kind.__mro__ if name in vars(c))
-    return f"{owner.__module__}.{owner.__qualname__}.{name}"
-
-
-def _is_hooked(module: Any) -> bool:
-    """Whether somebody is told of every call of a module."""
-    kinds = ("forward_pre", "forward", "backward_pre", "backward")
-    return torch.nn.modules.module._has_any_global_hook() or any(getattr(module, f"_{kind}_hooks") for kind in kinds)

@@ -29,12 +29,11 @@ from ccu_fast.losses.formulas import logsumexp, softplus
 from ccu_fast.losses.functional import info_nce
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER
-from ccu_fast.patch.sentence_transformers_matryoshka import Prefixes, asked_of, site
+from ccu_fast.patch.sentence_transformers_matryoshka import Prefixes, asked_of, site, up_to_date
 from ccu_fast.patch.site import (
     Site,
     are_plain,
     arguments,
-    below_patches,
     is_mean_cross_entropy,
     is_one_number,
     is_stock,
@@ -139,9 +138,15 @@ def sites() -> list[Site]:
         return value
 
     def plain(owner: type) -> Site:
-        def loss(original: Any, self: Any, embeddings: list[Tensor], labels: Any = None) -> Any:
-            prefixes, one = asked_of(self), [e[:1] for e in embeddings]
-            value = evaluate(owner, self, embeddings, lambda loss: original(loss, one, labels), prefixes)
+        def loss(original: Any, *args: Any, **kwargs: Any) -> Any:
+            call = arguments(original, args, kwargs)
+            if len(call) > 3:
+                return NotImplemented
+            self, embeddings, labels = call["self"], call["embeddings"], call["labels"]
+            prefixes = asked_of(self)
+            value = evaluate(
+                owner, self, embeddings, lambda loss: original(loss, [e[:1] for e in embeddings], labels), prefixes
+            )
             if value is None and prefixes:
                 return prefixes.one_by_one(embeddings, lambda cut: self.compute_loss_from_embeddings(cut, labels))
             return NotImplemented if value is None else value
@@ -174,7 +179,7 @@ def sites() -> list[Site]:
     if direct and hasattr(matryoshka, "shrink"):
         found.append(site(matryoshka, (one_way, symmetric)))
     if hasattr(matryoshka, "CachedLossDecorator"):
-        found.append(Site(matryoshka.CachedLossDecorator, "__call__", ("self", "reps"), _up_to_date))
+        found.append(Site(matryoshka.CachedLossDecorator, "__call__", ("self", "reps"), up_to_date))
     return found
 
 
@@ -386,14 +391,3 @@ def _are_batches(reps: Any) -> bool:
         )
 
     return isinstance(reps, list | tuple) and len(reps) > 1 and all(map(fit, reps))
-
-
-def _up_to_date(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A decorator of MatryoshkaLoss around the function that its loss has now, where that is still the class's."""
-    loss, name = getattr(self.fn, "__self__", None), getattr(self.fn, "__name__", "")
-    now = getattr(type(loss), name, None)
-    if now is None or not inspect.ismethod(self.fn) or below_patches(now) is not below_patches(self.fn.__func__):
-        return NotImplemented
-    theirs = copy.copy(self)
-    theirs.fn = now.__get__(loss)
-    return original(theirs, *args, **kwargs)

@@ -19,6 +19,11 @@ from ccu_fast.ops.operator import constant
 
 ABSENT = object()
 
+
+class DoesNotBind(TypeError):
+    """The arguments of a call do not fit its function, which has an error of its own for that."""
+
+
 Replacement = Callable[..., Any]
 """Called as ``replacement(original, *args, **kwargs)``; returns NotImplemented for a call that it leaves alone."""
 
@@ -90,7 +95,10 @@ class Installed:
         def call(*args: Any, **kwargs: Any) -> Any:
             # What a class inherits may be replaced there after the patch.
             theirs = getattr(super(owner, owner), attribute) if inherited else original
-            result = replacement(theirs, *args, **kwargs) if self.on else NotImplemented
+            try:
+                result = replacement(theirs, *args, **kwargs) if self.on else NotImplemented
+            except DoesNotBind:
+                result = NotImplemented
             return theirs(*args, **kwargs) if result is NotImplemented else result
 
         call.installed = self  # type: ignore[attr-defined]
@@ -200,6 +208,27 @@ def cross_entropy_dtype(logits: Tensor) -> torch.dtype:
     return torch.float32 if autocast else logits.dtype
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody is told of every call of a module."""
+    kinds = ("forward_pre", "forward", "backward_pre", "backward")
+    return torch.nn.modules.module._has_any_global_hook() or any(getattr(module, f"_{kind}_hooks") for kind in kinds)
+
+
+@functools.cache
+def home(kind: type, name: str) -> str:
+    """The dotted name of a method, after the class that defines it."""
+    owner = next(c for c in kind.__mro__ if name in vars(c))
+    return f"{owner.__module__}.{owner.__qualname__}.{name}"
+
+
+def is_own(thing: Any, kind: type, *names: str) -> bool:
+    """Whether methods are those that the library wrote for a class: nobody's subclass, object or class has others.
+
+    A method that this version does not have is called by nobody.
+    """
+    return all(is_stock(getattr(thing, name), home(kind, name)) for name in names if hasattr(kind, name))
+
+
 def below_patches(function: Any) -> Any:
     """The function that lies below the wrappers of patches."""
     while (ours := _installed(function)) is not None:
@@ -243,10 +272,16 @@ def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
     """The arguments of a call by name, defaults filled in, those of ``**kwargs`` beside the others.
 
     Names that the signature does not have are kept too: decorators remove them before the function sees them.
+
+    Raises:
+        DoesNotBind: an argument is missing, or there are too many.
     """
     parameters = _signature(function).parameters
     extra = {name: value for name, value in kwargs.items() if name not in parameters}
-    bound = _signature(function).bind(*args, **{name: kwargs[name] for name in kwargs if name not in extra})
+    try:
+        bound = _signature(function).bind(*args, **{name: kwargs[name] for name in kwargs if name not in extra})
+    except TypeError as error:
+        raise DoesNotBind(str(error)) from None
     bound.apply_defaults()
     named = dict(bound.arguments)
     for parameter in parameters.values():

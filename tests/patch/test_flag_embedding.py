@@ -194,6 +194,76 @@ def test_scores_of_a_user_s_own_for_each_query_stay_with_the_library(name: str) 
     torch.testing.assert_close(ours, theirs, **({} if name == "compute_local_score" else {"rtol": 0, "atol": 0}))
 
 
+def reads_scores(name: str, on: str) -> Any:
+    """A model whose own function for a loss adds a penalty for its scores."""
+    model = make()
+    own = getattr(type(model), name)
+
+    def users(self: Any, *args: Any, **kwargs: Any) -> Any:
+        scores, loss = own(self, *args, **kwargs)
+        return scores, loss + scores.pow(2).mean()
+
+    if on == "object":
+        setattr(model, name, functools.partial(users, model))
+    else:
+        model.__class__ = type("Users", (type(model),), {name: users})
+    return model
+
+
+@pytest.mark.parametrize("on", ["object", "subclass"])
+@pytest.mark.parametrize("name", ["_compute_in_batch_neg_loss", "_compute_cross_device_neg_loss"])
+def test_scores_that_a_user_s_loss_reads_stay_with_the_library(name: str, on: str, tmp_path: Path) -> None:
+    model = reads_scores(name, on)
+
+    def work(rank: int) -> None:
+        model.negatives_cross_device = "cross" in name
+        model.process_rank, model.world_size = rank, WORLD
+        given = [t.detach() for t in texts(seed=100 * rank)]
+        left_alone(TARGET, lambda: loss_of(model, *given))
+        assert torch.isfinite(loss_of(model, *given))
+
+    if "cross" in name:
+        on_ranks(WORLD, tmp_path, work)
+    else:
+        work(0)
+
+
+def test_scores_that_a_user_s_encode_reads_stay_with_the_library() -> None:
+    model = make()
+    kind, seen = type(model), []
+
+    class Users(kind):  # type: ignore[misc, valid-type]
+        def encode(self, features: Any) -> Any:
+            reps = super().encode(features)
+            scores, _ = self._compute_in_batch_neg_loss(reps[:1], reps)
+            seen.append(scores.shape)
+            return reps
+
+    model.__class__ = Users
+    given = [t.detach() for t in texts()]
+    left_alone(TARGET, lambda: loss_of(model, *given))
+    assert seen == 2 * [(1, 17), (1, 51)]
+
+
+def test_scores_that_a_wrapper_reads_stay_with_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that somebody put around the patched function."""
+    model, given = make(), [t.detach() for t in texts()]
+    base = importlib.import_module("FlagEmbedding.abc.finetune.embedder.AbsModeling").AbsEmbedderModel
+    theirs = loss_of(model, *given)
+    with counted(TARGET) as calls, monkeypatch.context() as change:
+        below, seen = base._compute_in_batch_neg_loss, []
+
+        def users(*args: Any, **kwargs: Any) -> Any:
+            scores, loss = below(*args, **kwargs)
+            seen.append(scores.shape)
+            return scores, loss
+
+        change.setattr(base, "_compute_in_batch_neg_loss", users)
+        assert torch.equal(loss_of(model, *given), theirs)
+    assert calls.kernels == 0
+    assert seen == [(17, 51)]
+
+
 @pytest.mark.parametrize("case", MODELS)
 def test_a_model_that_is_not_the_stock_one_stays_with_the_library(case: str) -> None:
     model, given = MODELS[case](), [t.detach() for t in texts()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Callable
@@ -409,8 +410,27 @@ def test_a_compiled_distill_loss_is_served_in_one_graph(loss_py) -> None:  # typ
 
 
 def test_with_same_a_distill_loss_is_refused(loss_py) -> None:  # type: ignore[no-untyped-def]
-    with ccu_fast.patch.applied("open_clip", same="texts"), pytest.raises(RuntimeError, match="same: expected plain"):
-        loss_py.DistillClipLoss()(*taught(torch.float32))
+    refused = pytest.raises(RuntimeError, match="same: expected ClipLoss or SigLipLoss, got DistillClipLoss")
+    with ccu_fast.patch.applied("open_clip", same="texts"):
+        with refused:
+            loss_py.DistillClipLoss()(*taught(torch.float32))
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'dist_logit_scale'"):
+            loss_py.DistillClipLoss()(*taught(torch.float32)[:-1])
+
+
+def test_a_missing_argument_is_the_library_s_error(loss_py) -> None:  # type: ignore[no-untyped-def]
+    given = taught(torch.float32)
+    for kind, count in (("ClipLoss", 2), ("SigLipLoss", 3), ("DistillClipLoss", 3)):
+        errors = []
+        for patched in (False, True):
+            with (
+                ccu_fast.patch.applied("open_clip") if patched else contextlib.nullcontext(),
+                pytest.raises(TypeError) as error,
+            ):
+                getattr(loss_py, kind)()(*given[:count])
+            errors.append(str(error.value))
+        assert errors[0] == errors[1]
+        assert "missing" in errors[0]
 
 
 def distilled_on(rank: int, loss_py: Any) -> list[tuple[list[Tensor], list[Tensor], list[Tensor], int]]:

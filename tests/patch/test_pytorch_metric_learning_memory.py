@@ -91,6 +91,28 @@ def test_a_memory_with_nothing_to_compare(kind: str, case: str) -> None:
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_asks_a_memory_for_its_pairs_gets_them(kind: str) -> None:
+    """Nobody but the loss in the memory's own forward is given something else."""
+    loss = memory(kind)
+    x, own = batch(0)
+    loss(x, own)
+    ask = functools.partial(loss.create_indices_tuple, x, own, loss.embedding_memory[:12], loss.label_memory[:12])
+    theirs = ask(None, True)
+    with counted(TARGET) as calls:
+        ours = ask(None, True)
+        loss(x, own)
+        after = ask(None, True)
+        with pytest.raises(TypeError, match=r"forward\(\) missing 1 required positional argument: 'labels'"):
+            loss(x)
+        assert isinstance(ask(None, False), tuple)
+    assert calls.kernels > 0
+    for found in (ours, after):
+        assert isinstance(found, tuple)
+        assert len(found) == 4
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def hooked(loss: Any) -> Any:
     """Somebody who looks at what the loss is called with."""
     loss.loss.register_forward_pre_hook(lambda module, given: None)

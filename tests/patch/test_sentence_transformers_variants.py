@@ -153,6 +153,10 @@ def test_matryoshka_around_what_is_no_plain_loss(name: str) -> None:
         return lambda: loss([{"sentence_embedding": t} for t in leaves], None), leaves
 
     same_numbers("sentence_transformers", problem)
+    call, _ = problem(torch.float32)
+    with counted("sentence_transformers") as calls:
+        call()
+    assert calls.kernels >= 3
 
 
 def test_matryoshka_that_draws_dimensions_stays_with_the_library() -> None:

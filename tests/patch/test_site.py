@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from ccu_fast.patch.site import Installed, Site, are_plain, is_one_number, is_stock
+from ccu_fast.patch.site import Installed, Site, are_plain, arguments, is_one_number, is_stock
 
 NAME = f"{__name__}.Loss.logits"
 
@@ -36,6 +36,22 @@ class Inherits(Loss):
 class Overrides(Loss):
     def logits(self, x: int) -> int:
         return 2 * x
+
+
+def test_a_call_that_does_not_bind_is_the_function_s_own_error() -> None:
+    def ours(original: Any, *args: Any, **kwargs: Any) -> int:
+        return -arguments(original, args, kwargs)["x"]
+
+    installed = Installed(Site(Loss, "logits", ("self", "x"), ours))
+    try:
+        assert Loss().logits(3) == -3
+        with pytest.raises(TypeError, match=r"^Loss\.logits\(\) missing 1 required positional argument: 'x'$"):
+            Loss().logits()  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match=r"^Loss\.logits\(\) takes 2 positional arguments but 3 were given$"):
+            Loss().logits(3, 4)  # type: ignore[call-arg]
+    finally:
+        installed.remove()
+    assert Loss().logits(3) == 3
 
 
 def test_a_function_is_stock_until_anybody_replaces_it(monkeypatch: pytest.MonkeyPatch) -> None:
