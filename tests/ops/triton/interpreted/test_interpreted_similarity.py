@@ -432,7 +432,7 @@ def test_offsets_beyond_32_bits() -> None:
     totals = torch.zeros(2, 1)
     header = torch.zeros(16)
     config = configs.device().gradient["half"]
-    tensors = (x, y, header, one, *[None] * 10, row_grad, row_grad, out, out, g, totals)
+    tensors = (x, y, header, one, *[None] * 11, row_grad, row_grad, out, out, g, totals)
     numbers = (n, m, d, 1, 0, 1, first, tile, stride, m, 1, *[0] * 6, *[None] * 5)
     kinds = {"ROWS": spec, "ROWS_ALWAYS": spec, "ROWS_NEAR": none, "ROWS_FAR": none}
     kinds |= {"COLS": none, "COLS_ALWAYS": none, "COLS_NEAR": none, "COLS_FAR": none}
