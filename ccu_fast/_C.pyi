@@ -81,6 +81,9 @@ class Tile:
     ) -> None: ...
 
 def similarity_forward(tile: Tile, rows: tuple[int, int, int], cols: tuple[int, int, int]) -> None: ...
+def similarity_forward_prefixes(
+    prefixes: list[tuple[Tile, tuple[int, int, int], tuple[int, int, int]]],
+) -> None: ...
 def similarity_backward(
     tile: Tile,
     rows: tuple[int, int, int, int],

@@ -72,13 +72,16 @@ typedef struct {
 } ccu_tile;
 
 // Row results of the chunk, and running column results.
-typedef struct {
+typedef struct ccu_similarity_forward_args {
   ccu_tile tile;
   float* row_out;  // reduction r, bank b, row i at r * row_reduction_stride + b * row_bank_stride + i
   int64_t row_reduction_stride, row_bank_stride;
   float* col_max;                // [n_col, banks, cols], -inf before the first chunk (lse only)
   double* col_sum;               // [n_col, banks, cols], 0 before the first chunk
   int64_t col_reduction_stride;  // from reduction to reduction in both
+  // Of more dimensions of the same items, or NULL: its products become those of this tile plus its own. Only with
+  // CCU_F32 and in the same shape.
+  const struct ccu_similarity_forward_args* longer;
 } ccu_similarity_forward_args;
 
 int ccu_similarity_forward(const ccu_similarity_forward_args* args);

@@ -116,23 +116,42 @@ void bind_tile(py::module_& m) {
            py::arg("limits") = py::none(), py::arg("factors") = std::pair<Address, Address>(0, 0));
 }
 
+using Rows = std::tuple<Address, int64_t, int64_t>;
+using Cols = std::tuple<Address, Address, int64_t>;
+
+ccu_similarity_forward_args forward_args(const ccu_tile& tile, const Rows& rows, const Cols& cols) {
+  ccu_similarity_forward_args a{};
+  a.tile = tile;
+  a.row_out = pointer<float>(std::get<0>(rows));
+  a.row_reduction_stride = std::get<1>(rows);
+  a.row_bank_stride = std::get<2>(rows);
+  a.col_max = pointer<float>(std::get<0>(cols));
+  a.col_sum = pointer<double>(std::get<1>(cols));
+  a.col_reduction_stride = std::get<2>(cols);
+  return a;
+}
+
 void bind_reduce_similarity(py::module_& m) {
   m.def(
       "similarity_forward",
-      [](const ccu_tile& tile, std::tuple<Address, int64_t, int64_t> rows, std::tuple<Address, Address, int64_t> cols) {
-        ccu_similarity_forward_args a{};
-        a.tile = tile;
-        a.row_out = pointer<float>(std::get<0>(rows));
-        a.row_reduction_stride = std::get<1>(rows);
-        a.row_bank_stride = std::get<2>(rows);
-        a.col_max = pointer<float>(std::get<0>(cols));
-        a.col_sum = pointer<double>(std::get<1>(cols));
-        a.col_reduction_stride = std::get<2>(cols);
-        call("similarity_forward", ccu_similarity_forward, a);
+      [](const ccu_tile& tile, const Rows& rows, const Cols& cols) {
+        call("similarity_forward", ccu_similarity_forward, forward_args(tile, rows, cols));
       },
       "Writes rows = (results, stride of reductions, stride of banks) and updates cols = (maxima, sums, stride of "
       "reductions).",
       py::arg("tile"), py::arg("rows"), py::arg("cols"));
+
+  m.def(
+      "similarity_forward_prefixes",
+      [](const std::vector<std::tuple<ccu_tile, Rows, Cols>>& prefixes) {
+        std::vector<ccu_similarity_forward_args> all;
+        for (const auto& [tile, rows, cols] : prefixes) all.push_back(forward_args(tile, rows, cols));
+        for (size_t k = 1; k < all.size(); ++k) all[k - 1].longer = &all[k];
+        if (!all.empty()) call("similarity_forward", ccu_similarity_forward, all[0]);
+      },
+      "The same of (tile, rows, cols) of each prefix, after adding its products to those of the shorter ones, in "
+      "place.",
+      py::arg("prefixes"));
 
   m.def(
       "similarity_backward",

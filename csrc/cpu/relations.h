@@ -106,13 +106,12 @@ inline const float* col_norms(const ccu_tile& t, int64_t bank) {
   return t.col_limits == nullptr ? nullptr : t.col_limits + bank * t.col_limit_stride;
 }
 
-// The row times its factors; `row` is counted over all banks.
-inline void multiply(const ccu_tile& t, int64_t row, int64_t begin, int64_t end, float* out) {
+// `in`, of columns [begin, end) of a row, times their factors and the row's; `row` is counted over all banks.
+inline void multiply(const ccu_tile& t, int64_t row, int64_t begin, int64_t end, const float* in, float* out) {
   const vf own = splat(t.row_factors[row]);
-  const float* dot = static_cast<const float*>(t.dot) + row * t.cols;
   const float* factors = t.col_factors + row / t.rows * t.cols;
   for_vectors(begin, end, [&](int64_t j, auto lanes) {
-    store(out + (j - begin), load<vf>(dot + j, lanes) * (own * load<vf>(factors + j, lanes)), lanes);
+    store(out + (j - begin), load<vf>(in + (j - begin), lanes) * (own * load<vf>(factors + j, lanes)), lanes);
   });
 }
 

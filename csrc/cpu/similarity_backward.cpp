@@ -294,15 +294,6 @@ void differentiate_by_classes(const ccu_similarity_backward_args& a, const Share
   });
 }
 
-// scale * G of a row times its factors, in place.
-void multiply_back(const ccu_tile& t, int64_t row, int64_t begin, int64_t end, float* g) {
-  const vf own = splat(t.row_factors[row]);
-  const float* factors = t.col_factors + row / t.rows * t.cols;
-  for_vectors(begin, end, [&](int64_t j, auto lanes) {
-    store(g + (j - begin), load<vf>(g + (j - begin)) * (own * load<vf>(factors + j, lanes)));
-  });
-}
-
 }  // namespace
 
 int similarity_backward(const ccu_similarity_backward_args& a) {
@@ -336,12 +327,14 @@ int similarity_backward(const ccu_similarity_backward_args& a) {
         RowSums sums;
         const auto any_way = [&](int64_t from, int64_t to) {
           const float* dot = widened;
-          if (t.row_factors != nullptr)
-            multiply(t, row, from, to, widened);
-          else if (t.dot_dtype == CCU_F32)
+          if (t.dot_dtype == CCU_F32)
             dot = static_cast<const float*>(t.dot) + row * t.cols + from;
           else
             widen(t, row, i, from, to, widened);
+          if (t.row_factors != nullptr) {
+            multiply(t, row, from, to, dot, widened);
+            dot = widened;
+          }
           const float* alike = dot;
           if (t.guide != nullptr && t.guide_dtype == CCU_F32) {
             alike = static_cast<const float*>(t.guide) + row * t.cols + from;
@@ -360,7 +353,7 @@ int similarity_backward(const ccu_similarity_backward_args& a) {
             float* of_column = of_columns + (j - begin);
             if (col_parts) store(of_column, load<vf>(of_column, lanes) + for_scale, lanes);
           });
-          if (t.row_factors != nullptr) multiply_back(t, row, from, to, g);
+          if (t.row_factors != nullptr) multiply(t, row, from, to, g, g);
           // Last, because grad may be dot itself.
           const int64_t at = row * t.cols + from;
           if (a.grad_dtype == CCU_F32) {

@@ -21,6 +21,7 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "../ccu_fast.h"
 #include "parallel.h"
@@ -44,6 +45,8 @@ struct Partial {
 
 // One bank's S, and the block of it that is being reduced: rows [first, last), columns [begin, end).
 struct Block {
+  const float* raw;  // the products without their factors, of (first, begin); NULL: they are not fp32
+  int64_t raw_stride;
   const float* dot;  // of (first, begin)
   int64_t stride;    // from row to row
   float scale, bias;
@@ -90,21 +93,16 @@ struct Block {
   }
 
   void fetch_dot(const ccu_tile& t, int64_t bank, float* widened) {
-    const int64_t row = bank * t.rows + first;
-    if (t.dot_dtype == CCU_F32 && t.row_factors == nullptr) {
-      dot = static_cast<const float*>(t.dot) + row * t.cols + begin;
-      stride = t.cols;
-      return;
-    }
-    for (int64_t i = first; i < last; ++i) {
-      float* out = widened + (i - first) * kStripe;
-      if (t.dot_dtype == CCU_F32)
-        multiply(t, row + (i - first), begin, end, out);
+    const bool as_it_is = raw != nullptr && t.row_factors == nullptr;
+    dot = as_it_is ? raw : widened;
+    stride = as_it_is ? raw_stride : kStripe;
+    for (int64_t i = 0; !as_it_is && i < last - first; ++i) {
+      const int64_t row = bank * t.rows + first + i;
+      if (raw != nullptr)
+        multiply(t, row, begin, end, raw + i * raw_stride, widened + i * kStripe);
       else
-        widen(t, row + (i - first), i, begin, end, out);
+        widen(t, row, first + i, begin, end, widened + i * kStripe);
     }
-    dot = widened;
-    stride = kStripe;
   }
 
   template <Mode mode>
@@ -339,8 +337,8 @@ bool reduce_at_once(const ccu_similarity_forward_args& a, const Usual& usual, Bl
   if (factors) {
     const float* of_rows = t.row_factors + bank * t.rows + block.first;
     const float* of_cols = t.col_factors + bank * t.cols + block.begin;
-    block.dot = static_cast<const float*>(t.dot) + (bank * t.rows + block.first) * t.cols + block.begin;
-    block.stride = t.cols;
+    block.dot = block.raw;
+    block.stride = block.raw_stride;
     if (columns)
       sums.add<true, true>(t, block, of_rows, of_cols, shift);
     else
@@ -433,84 +431,73 @@ void reduce_row_by_classes(const ccu_tile& t, const Block& block, int64_t bank, 
   }
 }
 
-}  // namespace
-
-int similarity_forward(const ccu_similarity_forward_args& a) {
-  const ccu_tile& t = a.tile;
-  const int64_t stripes = (t.cols + kStripe - 1) / kStripe;
-  const int64_t per_reduction = t.banks * stripes * t.rows;
-  const std::unique_ptr<Partial[]> partials(new (std::nothrow) Partial[t.n_row * per_reduction]);
-  if (!partials) return CCU_OUT_OF_MEMORY;
-
+// The reductions of one tile, block by block, and what they leave of each row of a stripe.
+struct Reducer {
+  const ccu_similarity_forward_args& a;
+  const ccu_tile& t;
+  const Usual usual;
+  const bool limited, by_classes;
   int32_t row_lse = 0, col_lse = 0;  // the relations of any lse of rows, and of columns
-  for (int r = 0; r < t.n_row; ++r) row_lse |= is_lse(t.row_codes[r]) ? relations_of(t.row_codes[r]) : 0;
-  for (int c = 0; c < t.n_col; ++c) col_lse |= is_lse(t.col_codes[c]) ? relations_of(t.col_codes[c]) : 0;
-  const bool limited = is_limited(t);
-  const Usual usual(t);
-  const bool by_classes = Classes::suffice(t);
-  parallel_for(t.banks * stripes, t.threads, [&](int64_t task) {
-    const int64_t bank = task / stripes, stripe = task % stripes;
-    alignas(64) float e[kRowBlock * kStripe];
-    alignas(64) float widened[kRowBlock * kStripe];
-    alignas(64) float widened_guide[kRowBlock * kStripe];
-    const int64_t begin = stripe * kStripe, end = std::min(begin + kStripe, t.cols);
-    Block block{};
-    block.scale = t.scale, block.bias = t.bias;
-    block.begin = begin, block.end = end;
-    block.e = e;
-    block.teacher_scale = t.teacher_scale;
-    block.row_norms = row_norms(t, bank), block.col_norms = col_norms(t, bank);
-    Partial* const of_stripe = partials.get() + (bank * stripes + stripe) * t.rows;
-    float shift = kInf;  // of the block above, if that has one
-    for (block.first = 0; block.first < t.rows; block.first = block.last) {
-      block.last = std::min(block.first + kRowBlock, t.rows);
-      const bool crosses = t.row0 + block.first < end && begin < t.row0 + block.last;  // the diagonal
-      if (usual.holds && shift < kInf && !(t.diagonal && crosses) &&
-          reduce_at_once(a, usual, block, bank, shift, widened, of_stripe, per_reduction))
-        continue;
-      block.fetch(t, bank, widened, widened_guide);
-      if (by_classes && shift < kInf) {
-        float top = -kInf;
-        block.exponentials = false;
-        for (int64_t i = block.first; i < block.last; ++i)
-          reduce_row_by_classes(t, block, bank, i, shift, &top, of_stripe, per_reduction);
-        const bool fits = top - shift <= kHeadroom && top - shift >= -kHeadroom / 2;
-        if (!fits) shift = std::isfinite(top) ? top : kInf;
-        continue;
-      }
-      const auto mode_in = [&](const Chooser& chooser) {
-        return mode_of(t, chooser, block.first, block.last, begin, end);
-      };
-      if ((row_lse | col_lse) != 0) {
-        float top = -kInf;
-        const auto raise = [&](const Chooser& wanted) { top = std::max(top, block.highest(wanted, mode_in(wanted))); };
-        if (limited && row_lse != 0) raise(Chooser::of_rows(t, bank, row_lse));
-        if (limited && col_lse != 0) raise(Chooser::of_columns(t, bank, col_lse));
-        if (!limited) raise(Chooser(t, bank, row_lse | col_lse));
-        block.compute_exponentials(top);
-        shift = block.exponentials ? block.shift : kInf;
-      }
-      for (int r = 0; r < t.n_row; ++r) {
-        const Chooser chooser = Chooser::of_rows(t, bank, relations_of(t.row_codes[r]));
-        const auto reduce =
-            pick(mode_in(chooser), reduce_row<Mode::kAll>, reduce_row<Mode::kDiagonal>, reduce_row<Mode::kGeneral>,
-                 reduce_row<Mode::kAllLimited>, reduce_row<Mode::kDiagonalLimited>, reduce_row<Mode::kGeneralLimited>);
-        Partial* out = of_stripe + r * per_reduction;
-        for (int64_t i = block.first; i < block.last; ++i) out[i] = reduce(block, chooser, kind_of(t.row_codes[r]), i);
-      }
-      for (int c = 0; c < t.n_col; ++c) {
-        const Chooser chooser = Chooser::of_columns(t, bank, relations_of(t.col_codes[c]));
-        const auto reduce = pick(mode_in(chooser), reduce_columns<Mode::kAll>, reduce_columns<Mode::kDiagonal>,
-                                 reduce_columns<Mode::kGeneral>, reduce_columns<Mode::kAllLimited>,
-                                 reduce_columns<Mode::kDiagonalLimited>, reduce_columns<Mode::kGeneralLimited>);
-        const int64_t offset = c * a.col_reduction_stride + bank * t.cols;
-        reduce(block, chooser, kind_of(t.col_codes[c]), a.col_max + offset, a.col_sum + offset);
-      }
-    }
-  });
+  int64_t per_reduction;
+  std::unique_ptr<Partial[]> partials;  // [n_row, banks, stripes, rows]
 
-  parallel_for(t.n_row * t.banks, t.threads, [&](int64_t task) {
-    const int64_t r = task / t.banks, bank = task % t.banks;
+  Reducer(const ccu_similarity_forward_args& args, int64_t stripes)
+      : a(args), t(args.tile), usual(t), limited(is_limited(t)), by_classes(Classes::suffice(t)) {
+    for (int r = 0; r < t.n_row; ++r) row_lse |= is_lse(t.row_codes[r]) ? relations_of(t.row_codes[r]) : 0;
+    for (int c = 0; c < t.n_col; ++c) col_lse |= is_lse(t.col_codes[c]) ? relations_of(t.col_codes[c]) : 0;
+    per_reduction = t.banks * stripes * t.rows;
+    partials.reset(new Partial[t.n_row * per_reduction]);
+  }
+
+  // `shift` is that of the block above, or inf; it becomes this block's. `of_stripe` are the stripe's partials.
+  void reduce(Block& block, int64_t bank, float& shift, float* widened, float* widened_guide,
+              Partial* of_stripe) const {
+    const bool crosses = t.row0 + block.first < block.end && block.begin < t.row0 + block.last;  // the diagonal
+    if (usual.holds && shift < kInf && !(t.diagonal && crosses) &&
+        reduce_at_once(a, usual, block, bank, shift, widened, of_stripe, per_reduction))
+      return;
+    block.fetch(t, bank, widened, widened_guide);
+    if (by_classes && shift < kInf) {
+      float top = -kInf;
+      block.exponentials = false;
+      for (int64_t i = block.first; i < block.last; ++i)
+        reduce_row_by_classes(t, block, bank, i, shift, &top, of_stripe, per_reduction);
+      const bool fits = top - shift <= kHeadroom && top - shift >= -kHeadroom / 2;
+      if (!fits) shift = std::isfinite(top) ? top : kInf;
+      return;
+    }
+    const auto mode_in = [&](const Chooser& chooser) {
+      return mode_of(t, chooser, block.first, block.last, block.begin, block.end);
+    };
+    if ((row_lse | col_lse) != 0) {
+      float top = -kInf;
+      const auto raise = [&](const Chooser& wanted) { top = std::max(top, block.highest(wanted, mode_in(wanted))); };
+      if (limited && row_lse != 0) raise(Chooser::of_rows(t, bank, row_lse));
+      if (limited && col_lse != 0) raise(Chooser::of_columns(t, bank, col_lse));
+      if (!limited) raise(Chooser(t, bank, row_lse | col_lse));
+      block.compute_exponentials(top);
+      shift = block.exponentials ? block.shift : kInf;
+    }
+    for (int r = 0; r < t.n_row; ++r) {
+      const Chooser chooser = Chooser::of_rows(t, bank, relations_of(t.row_codes[r]));
+      const auto reduce =
+          pick(mode_in(chooser), reduce_row<Mode::kAll>, reduce_row<Mode::kDiagonal>, reduce_row<Mode::kGeneral>,
+               reduce_row<Mode::kAllLimited>, reduce_row<Mode::kDiagonalLimited>, reduce_row<Mode::kGeneralLimited>);
+      Partial* out = of_stripe + r * per_reduction;
+      for (int64_t i = block.first; i < block.last; ++i) out[i] = reduce(block, chooser, kind_of(t.row_codes[r]), i);
+    }
+    for (int c = 0; c < t.n_col; ++c) {
+      const Chooser chooser = Chooser::of_columns(t, bank, relations_of(t.col_codes[c]));
+      const auto reduce = pick(mode_in(chooser), reduce_columns<Mode::kAll>, reduce_columns<Mode::kDiagonal>,
+                               reduce_columns<Mode::kGeneral>, reduce_columns<Mode::kAllLimited>,
+                               reduce_columns<Mode::kDiagonalLimited>, reduce_columns<Mode::kGeneralLimited>);
+      const int64_t offset = c * a.col_reduction_stride + bank * t.cols;
+      reduce(block, chooser, kind_of(t.col_codes[c]), a.col_max + offset, a.col_sum + offset);
+    }
+  }
+
+  // Row results of reduction r from the partials of all stripes.
+  void merge(int64_t r, int64_t bank, int64_t stripes) const {
     const bool lse = is_lse(t.row_codes[r]);
     const Partial* in = partials.get() + r * per_reduction + bank * stripes * t.rows;
     float* out = a.row_out + r * a.row_reduction_stride + bank * a.row_bank_stride;
@@ -526,8 +513,72 @@ int similarity_forward(const ccu_similarity_forward_args& a) {
       }
       out[i] = static_cast<float>(lse ? peak + std::log(total) : total);
     }
+  }
+};
+
+// Rows that are fetched ahead: pieces of so few columns are too short for the processor to see that more will be read.
+constexpr int64_t kAhead = 4;
+
+// Adds the products of a block to the sum over fewer dimensions, which stays in the L1 cache, and replaces them by it.
+void add_up(const ccu_tile& t, const Block& block, int64_t bank, bool first, float* total) {
+  for (int64_t i = block.first; i < block.last; ++i) {
+    float* dot = static_cast<float*>(const_cast<void*>(t.dot)) + (bank * t.rows + i) * t.cols;
+    float* of_row = total + (i - block.first) * kStripe - block.begin;
+    for_vectors(block.begin, block.end, [&](int64_t j, auto lanes) {
+      __builtin_prefetch(dot + kAhead * t.cols + j);
+      const vf sum = first ? load<vf>(dot + j, lanes) : load<vf>(of_row + j, lanes) + load<vf>(dot + j, lanes);
+      store(of_row + j, sum, lanes);
+      if (!first) store(dot + j, sum, lanes);
+    });
+  }
+}
+
+}  // namespace
+
+int similarity_forward(const ccu_similarity_forward_args& a) try {
+  const int64_t banks = a.tile.banks, rows = a.tile.rows, cols = a.tile.cols;
+  const int64_t stripes = (cols + kStripe - 1) / kStripe;
+  std::vector<Reducer> reducers;  // from the fewest dimensions to the most
+  for (const ccu_similarity_forward_args* each = &a; each != nullptr; each = each->longer)
+    reducers.emplace_back(*each, stripes);
+  const int64_t sets = static_cast<int64_t>(reducers.size());
+  std::vector<float> shifts(banks * stripes * sets, kInf);  // of the block above, if that has one
+  parallel_for(banks * stripes, a.tile.threads, [&](int64_t task) {
+    const int64_t bank = task / stripes, stripe = task % stripes;
+    alignas(64) float e[kRowBlock * kStripe];
+    alignas(64) float widened[kRowBlock * kStripe];
+    alignas(64) float widened_guide[kRowBlock * kStripe];
+    alignas(64) float total[kRowBlock * kStripe];
+    for (int64_t first = 0; first < rows; first += kRowBlock)
+      for (int64_t k = 0; k < sets; ++k) {
+        const Reducer& reducer = reducers[k];
+        const ccu_tile& t = reducer.t;
+        Block block{};
+        block.scale = t.scale, block.bias = t.bias;
+        block.first = first, block.last = std::min(first + kRowBlock, rows);
+        block.begin = stripe * kStripe, block.end = std::min(block.begin + kStripe, cols);
+        block.e = e;
+        block.teacher_scale = t.teacher_scale;
+        block.row_norms = row_norms(t, bank), block.col_norms = col_norms(t, bank);
+        if (t.dot_dtype == CCU_F32) {
+          block.raw = static_cast<const float*>(t.dot) + (bank * rows + first) * cols + block.begin;
+          block.raw_stride = cols;
+        }
+        if (sets > 1) {
+          add_up(t, block, bank, k == 0, total);
+          block.raw = total;
+          block.raw_stride = kStripe;
+        }
+        reducer.reduce(block, bank, shifts[task * sets + k], widened, widened_guide,
+                       reducer.partials.get() + (bank * stripes + stripe) * rows);
+      }
   });
+  for (const Reducer& reducer : reducers)
+    parallel_for(reducer.t.n_row * banks, a.tile.threads,
+                 [&](int64_t task) { reducer.merge(task / banks, task % banks, stripes); });
   return CCU_OK;
+} catch (const std::bad_alloc&) {
+  return CCU_OUT_OF_MEMORY;
 }
 
 }  // namespace CCU_ISA

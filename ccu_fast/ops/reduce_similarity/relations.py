@@ -15,6 +15,7 @@ from enum import IntFlag
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
 
@@ -102,8 +103,13 @@ def count_relations(p: SimilarityProblem, *, along_rows: bool) -> dict[Relation,
         if row_labels is None or col_labels is None:
             own = (torch.arange(n, device=device) < (m if p.diagonal else 0)).long()[None]
             return {SELF: own, SAME: torch.zeros_like(own), OTHER: m - own}
-        row_ids = torch.arange(n, device=device)[None]
-        col_ids = torch.arange(m, device=device)[None] if p.diagonal else torch.full((1, m), -1, device=device)
+        row_labels, col_labels = _same_banks(row_labels, col_labels)
+        keep, valid = (row_labels >= 0).long(), (col_labels >= 0).sum(-1, keepdim=True)
+        # The label of the pair (i, i), and −1 where there is none. Padded by n whatever m is: no branch on sizes.
+        paired = pad(col_labels, (0, n), value=-1)[:, :n] if p.diagonal else torch.full_like(row_labels, -1)
+        own = (paired >= 0).long() * keep
+        same = _occurrences(col_labels, row_labels) * keep - own * (row_labels == paired)
+        return {SELF: own, SAME: same, OTHER: (valid - own - same) * keep}
     if row_labels is None or col_labels is None:
         col_ids, row_ids = _same_banks(col_ids, row_ids)
         own = _occurrences(col_ids, row_ids)

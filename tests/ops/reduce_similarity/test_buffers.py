@@ -10,9 +10,11 @@ from torch import Tensor
 
 import ccu_fast
 from ccu_fast.ops.reduce_similarity.native import buffers
+from tests.support.forked import in_child
 
 pytestmark = pytest.mark.usefixtures("native", "fresh")
 LARGE = buffers.WORTH_KEEPING // 4
+STASH, SCRATCH = buffers.STASH, buffers.SCRATCH
 
 
 @pytest.fixture
@@ -23,26 +25,62 @@ def fresh() -> Iterator[None]:
 
 
 def test_lends_the_same_memory_again_but_not_while_it_is_used() -> None:
-    first = buffers.borrow(LARGE)
+    first = STASH.borrow(LARGE)
     address = first.data_ptr()
-    second = buffers.borrow(LARGE)
+    second = STASH.borrow(LARGE)
     assert second.data_ptr() != address
     view = first[10:20]
     del first
-    assert buffers.borrow(LARGE).data_ptr() != address, "a view still looks at it"
+    assert STASH.borrow(LARGE).data_ptr() != address, "a view still looks at it"
     del view
-    assert buffers.borrow(LARGE).data_ptr() == address
-    assert buffers.borrow(LARGE - 5).shape == (LARGE - 5,)
+    assert STASH.borrow(LARGE).data_ptr() == address
+    assert STASH.borrow(LARGE - 5).shape == (LARGE - 5,)
+    assert STASH.borrow(2 * LARGE, torch.bfloat16).data_ptr() == address
+    assert SCRATCH.borrow(LARGE).data_ptr() != address, "the two are never one"
 
 
 def test_keeps_the_largest() -> None:
-    buffers.borrow(2 * LARGE)
-    buffers.borrow(LARGE)
-    assert buffers._kept is not None and buffers._kept.numel() == 2 * LARGE
-    buffers.borrow(3 * LARGE)
-    assert buffers._kept.numel() == 3 * LARGE
+    STASH.borrow(2 * LARGE)
+    STASH.borrow(LARGE)
+    assert STASH.kept is not None and STASH.kept.numel() == 8 * LARGE
+    STASH.borrow(3 * LARGE)
+    assert STASH.kept.numel() == 12 * LARGE
     buffers.release()
-    assert buffers._kept is None
+    assert STASH.kept is None
+
+
+def test_keeps_nothing_that_is_small_or_beyond_its_limit() -> None:
+    small, large = SCRATCH.borrow(LARGE - 1), SCRATCH.borrow(SCRATCH.most // 4 + 1)
+    assert small.shape == (LARGE - 1,) and large.shape == (SCRATCH.most // 4 + 1,)
+    assert SCRATCH.kept is None
+
+
+def test_without_a_count_of_references_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "_references", None)
+    assert STASH.borrow(LARGE, torch.bfloat16).dtype == torch.bfloat16
+    assert STASH.kept is None
+
+
+@pytest.mark.parametrize("large_pages", [True, False])
+def test_memory_can_be_written_to_its_end(monkeypatch: pytest.MonkeyPatch, large_pages: bool) -> None:
+    monkeypatch.setattr(buffers, "_has_large_pages", large_pages and buffers._has_large_pages)
+    buffer = STASH.borrow(LARGE + 3).fill_(2)
+    assert buffer.sum(dtype=torch.float64) == 2 * (LARGE + 3)
+    address = buffer.data_ptr()
+    assert address % 64 == 0
+    del buffer
+    assert STASH.borrow(LARGE).data_ptr() == address
+
+
+def test_a_forked_child_has_memory_of_its_own() -> None:
+    buffer = STASH.borrow(LARGE).fill_(1)
+
+    def write() -> None:
+        buffer[0] = 7
+        assert buffer[0] == 7
+
+    assert in_child(write) == 0
+    assert buffer[0] == 1
 
 
 def loss_of(x: Tensor, y: Tensor) -> Tensor:
@@ -64,7 +102,16 @@ def test_two_living_graphs_do_not_share_a_stash() -> None:
 def test_the_stash_of_a_finished_step_is_reused() -> None:
     x, y = (torch.nn.functional.normalize(torch.randn(3000, 8), dim=1).requires_grad_() for _ in range(2))
     loss_of(x, y).backward()
-    assert buffers._kept is not None
-    address = buffers._kept.data_ptr()
+    assert STASH.kept is not None and STASH.is_free
+    address = STASH.kept.data_ptr()
     loss_of(x, y).backward()
-    assert buffers._kept.data_ptr() == address and buffers._is_free(buffers._kept)
+    assert STASH.kept.data_ptr() == address and STASH.is_free
+
+
+def test_a_step_borrows_what_it_works_on_once() -> None:
+    x, y = (torch.nn.functional.normalize(torch.randn(3000, 8), dim=1).requires_grad_() for _ in range(2))
+    loss_of(x, y).backward()
+    assert SCRATCH.kept is not None and SCRATCH.is_free
+    address = SCRATCH.kept.data_ptr()
+    loss_of(x, y).backward()
+    assert SCRATCH.kept.data_ptr() == address and SCRATCH.kept.numel() <= SCRATCH.most

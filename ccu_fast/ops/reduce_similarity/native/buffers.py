@@ -1,51 +1,75 @@
-"""One large buffer that stays between calls.
+"""Large buffers that stay between calls: what the backward pass will read, and the part that is being worked on.
 
-The C library maps blocks of more than 32 MiB anew each time, and the kernel then zeroes every page of them at its first
-touch, which for the similarities of a batch of 8192 shows in the time of a step. So the largest buffer, of up to
-320 MiB, stays with the process and is lent again once nothing but this module refers to its memory, saved graphs
-included. :func:`release` gives it back to the system.
+The C library gives large blocks back to the system and maps them anew at the next call, and the kernel then zeroes
+every page of them at its first touch, which shows in the time of a step. So the largest buffer of each kind stays with
+the process and is lent again once nothing but this module refers to its memory, saved graphs included. :func:`release`
+gives both back to the system.
+
+They ask the system for large pages, of which a product's operands touch few: with those of 4 KiB each row of a wide
+matrix begins in another page.
 """
 
 from __future__ import annotations
 
+import mmap
 import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
-WORTH_KEEPING = 32 << 20
-_MOST = 320 << 20  # what the default workspace comes to, and some
-_lock = threading.Lock()
-_kept: Tensor | None = None
+WORTH_KEEPING = 8 << 20
 _references: Any = getattr(torch._C, "_storage_Use_Count", None)
+_has_large_pages = hasattr(mmap, "MADV_HUGEPAGE")
 
 
-def _is_free(buffer: Tensor) -> bool:
-    storage = buffer.untyped_storage()
-    # Two refer to it: the tensor in _kept, and the wrapper made in the line above.
-    return bool(_references(storage._cdata) <= 2)
+class Buffer:
+    """The largest memory that was asked for, of up to ``most`` bytes."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.kept: Tensor | None = None
+        self._lock = threading.Lock()
+
+    def borrow(self, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``size`` uninitialised values on the CPU, flat; given back by letting go of them."""
+        count = size * dtype.itemsize
+        if count < WORTH_KEEPING or count > self.most or _references is None:
+            return torch.empty(size, dtype=dtype, device="cpu")
+        with self._lock:
+            if self.kept is not None and self.is_free:
+                if count <= self.kept.numel():
+                    return self.kept[:count].view(dtype)
+                self.kept = None
+            buffer = _allocate(count)
+            if self.kept is None:
+                self.kept = buffer
+            return buffer[:].view(dtype)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing looks at the memory that is kept."""
+        if self.kept is None:
+            return True
+        storage = self.kept.untyped_storage()
+        # Two refer to it: the tensor that is kept, and the wrapper made in the line above.
+        return bool(_references(storage._cdata) <= 2)
 
 
-def borrow(size: int) -> Tensor:
-    """``size`` uninitialised fp32 values on the CPU, flat and WORTH_KEEPING; given back by letting go of them."""
-    global _kept
-    if _references is None:
-        return torch.empty(size, dtype=torch.float32, device="cpu")
-    with _lock:
-        if _kept is not None and _is_free(_kept):
-            if size <= _kept.numel():
-                return _kept[:size]
-            if size * 4 <= _MOST:
-                _kept = None
-        buffer = torch.empty(size, dtype=torch.float32, device="cpu")
-        if _kept is None and size * 4 <= _MOST:
-            _kept = buffer
-        return buffer[:]
+def _allocate(count: int) -> Tensor:
+    """Uninitialised bytes in large pages where the system has them."""
+    if not _has_large_pages:
+        return torch.empty(count, dtype=torch.uint8, device="cpu")
+    # Private: after a fork each process has its own.
+    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+STASH = Buffer(320 << 20)  # what the default workspace comes to, and some
+SCRATCH = Buffer(32 << 20)
 
 
 def release() -> None:
-    """Forget the kept buffer; its memory is freed when its last user lets go."""
-    global _kept
-    with _lock:
-        _kept = None
+    """Forget the kept buffers; their memory is freed when its last user lets go."""
+    STASH.kept = SCRATCH.kept = None

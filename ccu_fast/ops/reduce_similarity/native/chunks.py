@@ -30,7 +30,7 @@ from torch import Tensor
 from ccu_fast import _C
 from ccu_fast.ops.backend import gemm_dtype
 from ccu_fast.ops.native import DTYPES
-from ccu_fast.ops.reduce_similarity.native.buffers import WORTH_KEEPING, borrow
+from ccu_fast.ops.reduce_similarity.native.buffers import SCRATCH, STASH, WORTH_KEEPING
 from ccu_fast.ops.reduce_similarity.native.guide import Guide, Products, own_dots
 from ccu_fast.ops.reduce_similarity.native.keys import narrow, strided
 from ccu_fast.ops.reduce_similarity.problem import CODES, Gradients, Incoming, SimilarityProblem
@@ -43,8 +43,8 @@ FP32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 UNLABELLED = {diagonal: _C.Relations((0, 0), (0, 0), (0, 0), (0, 0), diagonal) for diagonal in (False, True)}
 # Codes of row and of column reductions in the form that C++ takes.
 reductions = lru_cache(maxsize=64)(_C.Reductions)
-# Larger chunks do not make the GEMMs faster, and the C library would map them anew at every call (see buffers).
-_LARGEST_CHUNK = 30 << 20
+# Larger chunks do not make the GEMMs faster.
+_LARGEST_CHUNK = SCRATCH.most
 _FEWEST_ROWS = 64
 _SKINNY_ROWS, _SKINNY_COLUMNS = 512, 1024
 # The stash starts with a word that says whether it holds bf16; 64 bytes keep the rest aligned.
@@ -87,6 +87,12 @@ def scratch_bytes(workspace: int) -> int:
     return min(workspace // 4, _LARGEST_CHUNK)
 
 
+def even_rows(n: int, most: int, fewest: int) -> int:
+    """Rows of a chunk, a multiple of ``fewest``: chunks of few rows cost almost as much as others, so all are alike."""
+    chunks = math.ceil(n / max(fewest, most // fewest * fewest))
+    return math.ceil(n / chunks / fewest) * fewest
+
+
 def _sizes(p: SimilarityProblem) -> tuple[int, int, int]:
     """Banks, N and M in one call: a small problem feels those of its properties."""
     return p.y.shape[0] if p.x.shape[0] == 1 else p.x.shape[0], p.x.shape[1], p.y.shape[1]
@@ -102,7 +108,7 @@ def _cut(
     if n * m <= scratch or n <= _FEWEST_ROWS:
         group = max(1, scratch // (n * m))
     else:
-        rows = max(_FEWEST_ROWS, scratch // m // _FEWEST_ROWS * _FEWEST_ROWS)
+        rows = even_rows(n, max(1, scratch // m), _FEWEST_ROWS)
     room = (stash - _HEADER) * 4 // dtype.itemsize
     chunks: list[_Chunk] = []
     end = 0
@@ -250,6 +256,11 @@ def _dot(x: Tensor, y: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
     return dot
 
 
+def _scratch(size: int, dtype: torch.dtype) -> Tensor:
+    large = size * dtype.itemsize >= WORTH_KEEPING
+    return SCRATCH.borrow(size, dtype) if large else torch.empty(size, dtype=dtype, device="cpu")
+
+
 def _guide(p: SimilarityProblem, dtype: torch.dtype | None, chunks: list[_Chunk]) -> Guide | None:
     if p.guide_x is None or p.guide_y is None or dtype is None:
         return None
@@ -277,20 +288,18 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     chunks = _cut(banks, n, m, workspace, size, dtype, guided)
     native, guide = Operands(p, dtype), _guide(p, guided, chunks)
     # Asked here: a small problem would feel the call.
-    stash = borrow(size) if 4 * size >= WORTH_KEEPING else torch.empty(size, **FP32)
+    stash = STASH.borrow(size) if 4 * size >= WORTH_KEEPING else torch.empty(size, **FP32)
     stash[:_HEADER].fill_(dtype == torch.bfloat16)
     if guided is not None:
         stash[1:2] = guided == torch.bfloat16
     # The part that no chunk fills must also be the same every time (except the half that bf16 GEMMs of fp32 inputs
     # leave unused).
-    kept, filled = (
-        stash[_HEADER:].view(dtype),
-        sum(chunk.size * (1 if chunk.of_guide is None else 2) for chunk in chunks if chunk.kept),
-    )
+    kept = stash[_HEADER:].view(dtype)
+    filled = sum(chunk.size * (1 if chunk.of_guide is None else 2) for chunk in chunks if chunk.kept)
     largest = max(chunk.size for chunk in chunks)
     if filled < kept.numel():
         kept[filled : filled + largest if guided is None else None] = 0
-    scratch = torch.empty(0 if chunks[-1].kept else largest, dtype=dtype, device="cpu")
+    scratch = _scratch(0 if chunks[-1].kept else largest, dtype)
     row_out = torch.empty(len(p.rows), banks, n, **FP32)
     col_max = torch.full((len(p.cols), banks, m), -torch.inf, **FP32)
     col_sum = torch.zeros(len(p.cols), banks, m, dtype=torch.float64, device="cpu")
@@ -330,10 +339,9 @@ def backward(
     banks, n, m = _sizes(p)
     chunks = _cut(banks, n, m, workspace, stash.numel(), dtype, guided)
     native, guide = Operands(p, dtype), _guide(p, guided, chunks)
-    dx = _Sum(p.x, needs[0], once=p.x.shape[0] == banks)
-    dy = _Sum(p.y, needs[1], once=len(chunks) == 1 or (chunks[0].shape[1] == n and p.y.shape[0] == banks))
+    dx, dy = Sum(p.x, needs[0]), Sum(p.y, needs[1])
     kept = stash[_HEADER:].view(dtype)
-    scratch = torch.empty(max(chunk.size for chunk in chunks), dtype=dtype, device="cpu")
+    scratch = _scratch(max(chunk.size for chunk in chunks), dtype)
     scale_sum = bias_sum = 0.0
     for chunk in chunks:
         dot = kept[chunk.place].view(chunk.shape) if chunk.kept else _dot(native.x, native.y, chunk, scratch)
@@ -350,15 +358,10 @@ def backward(
         scale_sum += for_scale
         bias_sum += for_bias
         if needs[0]:
-            dx.add(chunk, chunk.of_rows, grad, of_banks(native.y, chunk.of_banks))
+            dx.add(chunk.of_banks, chunk.of_rows, grad, of_banks(native.y, chunk.of_banks))
         if needs[1]:
-            dy.add(chunk, slice(None), grad.mT, of_banks(native.x, chunk.of_banks)[:, chunk.of_rows])
-    return (
-        dx.total.to(p.x.dtype),
-        dy.total.to(p.y.dtype),
-        in_fp32(scale_sum),
-        in_fp32(bias_sum),
-    )
+            dy.add(chunk.of_banks, slice(None), grad.mT, of_banks(native.x, chunk.of_banks)[:, chunk.of_rows])
+    return dx.total.to(p.x.dtype), dy.total.to(p.y.dtype), in_fp32(scale_sum), in_fp32(bias_sum)
 
 
 def in_fp32(value: float) -> Tensor:
@@ -366,22 +369,17 @@ def in_fp32(value: float) -> Tensor:
     return torch.full((), value, dtype=torch.float64, device="cpu").float()
 
 
-class _Sum:
-    """The gradient of x or y in fp32: a sum of products over chunks and, where one bank serves all, over banks.
+class Sum:
+    """The gradient of x or y in fp32: a sum of products over chunks and, where one bank serves all, over banks."""
 
-    Args:
-        like: x or y.
-        once: one chunk contributes everything to an element, so that there is nothing to add to.
-    """
+    def __init__(self, like: Tensor, wanted: bool) -> None:
+        self.total = torch.empty(like.shape if wanted else (0,), **FP32)
+        self.begun: set[tuple[int, int, int]] = set()  # bank, first row and first column of what holds a product
 
-    def __init__(self, like: Tensor, wanted: bool, *, once: bool) -> None:
-        self.once = once
-        make = torch.empty if once else torch.zeros
-        self.total = make(like.shape if wanted else (0,), **FP32)
-
-    def add(self, chunk: _Chunk, rows: slice, left: Tensor, right: Tensor) -> None:
-        """total[banks of the chunk, rows] += left @ right."""
-        out = of_banks(self.total, chunk.of_banks)[:, rows]
+    def add(self, banks: slice, rows: slice, left: Tensor, right: Tensor, columns: slice = slice(0, None)) -> None:
+        """total[banks, rows, columns] += left @ right."""
+        out = of_banks(self.total, banks)[:, rows, columns]
+        first_bank = 0 if self.total.shape[0] == 1 else banks.start
         if out.shape[0] == 1 and left.shape[0] > 1 and left.mT.is_contiguous():
             # The sum over banks of Gᵀ X is one product, of all their rows.
             left, right = left.mT.reshape(1, -1, left.shape[1]).mT, right.reshape(1, -1, right.shape[2])
@@ -390,9 +388,12 @@ class _Sum:
             left, out = left.reshape(1, -1, left.shape[2]), out.view(1, -1, out.shape[2])
         for b in range(left.shape[0]):
             slot, factor = out[b % out.shape[0]], right[b % right.shape[0]]
+            at = first_bank + b % out.shape[0], rows.start or 0, columns.start
+            once = at not in self.begun
+            self.begun.add(at)
             if left.dtype != torch.float32:
-                (slot.copy_ if self.once else slot.add_)(torch.mm(left[b], factor))
-            elif self.once:
+                (slot.copy_ if once else slot.add_)(torch.mm(left[b], factor))
+            elif once:
                 torch.mm(left[b], factor, out=slot)
             else:
                 slot.addmm_(left[b], factor)

@@ -2,12 +2,13 @@
 
 With prefixes of d₁ < d₂ < … dimensions, and X_k the columns d_{k−1} to d_k of x,
 
-    dot_k = dot_{k−1} + X_k Y_kᵀ                        forward: one product of d_P dimensions in all
+    dot_k = dot_{k−1} + X_k Y_kᵀ                        forward: products of d_P dimensions in all
     H_k   = H_{k+1} + scale · G_k                       backward, from the longest prefix to the shortest
     dX_k  = H_k Y_k,  dY_k = H_kᵀ X_k                   two such products in all
 
 so that 6·N·M·d_P FLOPs serve all prefixes, if all dot_k are kept, and what is left for each of them is to reduce N·M
-similarities. A loop over them multiplies Σ d_k dimensions instead.
+similarities: in the forward pass C++ adds a block of X_k Y_kᵀ to what the L1 cache has of dot_{k−1}. A loop over the
+prefixes multiplies Σ d_k dimensions instead.
 
 Prefixes that are made unit vectors have S_k = scale · dot_k · r_k c_kᵀ, with their inverse norms r_k and c_k. C++ takes
 these as factors, and gives back q_k, the row and column sums of G_k ∘ dot_k ∘ r_k c_kᵀ: r_k = 1/‖x[:d_k]‖ adds
@@ -18,7 +19,8 @@ The GEMMs are fp32: where a CPU multiplies bf16, partial sums would be rounded a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,8 +30,17 @@ from ccu_fast import _C
 from ccu_fast.ops.backend import gemm_dtype
 from ccu_fast.ops.l2_normalize.api import EPS
 from ccu_fast.ops.native import DTYPES
-from ccu_fast.ops.reduce_similarity.native.buffers import WORTH_KEEPING, borrow
-from ccu_fast.ops.reduce_similarity.native.chunks import FP32, Operands, column_results, in_fp32, scratch_bytes
+from ccu_fast.ops.reduce_similarity.native.buffers import SCRATCH, STASH
+from ccu_fast.ops.reduce_similarity.native.chunks import (
+    FP32,
+    Operands,
+    Sum,
+    column_results,
+    even_rows,
+    in_fp32,
+    of_banks,
+    scratch_bytes,
+)
 from ccu_fast.ops.reduce_similarity.native.guide import Products
 from ccu_fast.ops.reduce_similarity.problem import Gradients, Incoming, SimilarityProblem
 
@@ -40,11 +51,13 @@ class _Chunk(NamedTuple):
     """Some rows of one bank against all columns.
 
     Attributes:
+        shape: ``[P, rows, M]`` of the products.
         place: where the products of all prefixes lie among those that are kept; None: they are not.
     """
 
     bank: int
     rows: slice
+    shape: tuple[int, int, int]
     place: slice | None
 
 
@@ -62,18 +75,42 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
     return (min(every, room) if isinstance(every, int) else torch.sym_min(every, room),)
 
 
-def _chunks(p: SimilarityProblem, workspace: int, stash: int) -> Iterator[_Chunk]:
+def _chunks(p: SimilarityProblem, workspace: int, stash: int) -> list[_Chunk]:
     pairs = len(p.prefixes) * p.m
     # Of a chunk that is not kept the products of all prefixes are made again at once; else H, and the guide's, are all.
     at_a_time = p.m * (1 + (p.guide_x is not None)) + (0 if stash >= p.sets * p.n * p.m else pairs)
-    fit = scratch_bytes(workspace) // 4 // at_a_time
-    rows = max(_FEWEST_ROWS, fit // _FEWEST_ROWS * _FEWEST_ROWS)
+    most = max(1, scratch_bytes(workspace) // 4 // at_a_time)
+    rows = even_rows(p.n, most, _FEWEST_ROWS)
+    chunks: list[_Chunk] = []
     end = 0
     for bank in range(p.banks):
         for first in range(0, p.n, rows):
             last = min(first + rows, p.n)
             start, end = end, end + (last - first) * pairs
-            yield _Chunk(bank, slice(first, last), slice(start, end) if end <= stash else None)
+            place = slice(start, end) if end <= stash else None
+            chunks.append(_Chunk(bank, slice(first, last), (len(p.prefixes), last - first, p.m), place))
+    return chunks
+
+
+class _Memory:
+    """Where the products of a chunk lie, and H."""
+
+    def __init__(self, chunks: list[_Chunk], stash: Tensor, *, backward: bool) -> None:
+        self.stash = stash
+        prefixes, rows, m = chunks[0].shape
+        self.pairs = rows * m if backward else 0
+        unkept = chunks[-1].place is None
+        self.scratch = SCRATCH.borrow(self.pairs + (prefixes * rows * m if unkept else 0))
+
+    def dots(self, chunk: _Chunk) -> Tensor:
+        """``[P, rows, M]``."""
+        if chunk.place is not None:
+            return self.stash[chunk.place].view(chunk.shape)
+        return self.scratch[self.pairs :][: math.prod(chunk.shape)].view(chunk.shape)
+
+    def grad(self, chunk: _Chunk) -> Tensor:
+        """``[rows, M]``."""
+        return self.scratch[: chunk.shape[1] * chunk.shape[2]].view(chunk.shape[1:])
 
 
 class _Prefixes(Operands):
@@ -86,15 +123,10 @@ class _Prefixes(Operands):
         if p.guide_x is not None and p.guide_y is not None:
             self.guides = p.guide_x.float(), p.guide_y.float()
 
-    def products(self, chunk: _Chunk, k: int, out: Tensor, before: Tensor | None = None) -> None:
-        """Writes dot_k, of which dot_{k−1} is ``before`` (or, where that is None, ``out`` itself)."""
+    def products(self, chunk: _Chunk, k: int, out: Tensor) -> None:
+        """Writes X_k Y_kᵀ, to which dot_{k−1} is yet to be added."""
         x, y = self.rows_of(self.x, chunk)[:, self.parts[k]], _of(self.y, chunk.bank)[:, self.parts[k]].T
-        if k == 0:
-            torch.mm(x, y, out=out)
-        elif before is None:
-            out.addmm_(x, y)
-        else:
-            torch.addmm(before, x, y, out=out)
+        torch.mm(x, y, out=out)
 
     def guided(self, chunk: _Chunk) -> Products | None:
         """The guide's products, which all prefixes share."""
@@ -106,7 +138,7 @@ class _Prefixes(Operands):
     def rows_of(t: Tensor, chunk: _Chunk) -> Tensor:
         return _of(t, chunk.bank)[chunk.rows]
 
-    def tile_of(self, chunk: _Chunk, k: int, dot: Tensor, guide: Products | None) -> _C.Tile:
+    def tile_of(self, chunk: _Chunk, k: int, dots: Tensor, guide: Products | None) -> _C.Tile:
         """As :meth:`tile`, of one prefix, whose limits are those of a bank."""
         factors = (0, 0)
         if self.p.unit:
@@ -114,7 +146,7 @@ class _Prefixes(Operands):
             factors = rows[chunk.rows].data_ptr(), cols.data_ptr()
         bank = slice(chunk.bank, chunk.bank + 1)
         limits_of = slice(self.set_of(chunk, k), self.set_of(chunk, k) + 1)
-        return self.tile(dot[None], bank, chunk.rows, guide=guide, limits_of=limits_of, factors=factors)
+        return self.tile(dots[k : k + 1], bank, chunk.rows, guide=guide, limits_of=limits_of, factors=factors)
 
     def set_of(self, chunk: _Chunk, k: int) -> int:
         """Which of the results are those of a prefix and a bank."""
@@ -141,31 +173,24 @@ def _of(t: Tensor, bank: int) -> Tensor:
 def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Row results ``[R, P·B, N]``, column results ``[C, P·B, M]``, prefix by prefix, and the kept products, flat."""
     size = stash_shape(p, workspace, keep)[0]
-    stash = borrow(size) if 4 * size >= WORTH_KEEPING else torch.empty(size, **FP32)
+    stash = STASH.borrow(size)
     native = _Prefixes(p)
     row_out = torch.empty(len(p.rows), p.sets, p.n, **FP32)
     col_max = torch.full((len(p.cols), p.sets, p.m), -torch.inf, **FP32)
     col_sum = torch.zeros(len(p.cols), p.sets, p.m, dtype=torch.float64, device="cpu")
-    filled, scratch = 0, torch.empty(0, **FP32)
-    for chunk in _chunks(p, workspace, size):
-        shape = chunk.rows.stop - chunk.rows.start, p.m
-        guide = native.guided(chunk)
-        before: Tensor | None = None
+    chunks = _chunks(p, workspace, size)
+    memory, filled = _Memory(chunks, stash, backward=False), 0
+    for chunk in chunks:
+        guide, dots = native.guided(chunk), memory.dots(chunk)
+        filled = filled if chunk.place is None else chunk.place.stop
+        each = []
         for k in range(len(p.prefixes)):
-            if chunk.place is not None:
-                dot = stash[chunk.place].view(-1, *shape)[k]
-                filled = chunk.place.stop
-            else:
-                scratch = scratch if scratch.numel() else torch.empty(shape[0] * shape[1], **FP32)
-                dot = scratch[: shape[0] * shape[1]].view(shape)
-            native.products(chunk, k, dot, before)
-            before = dot if chunk.place is not None else None
+            native.products(chunk, k, dots[k])
             at = slice(native.set_of(chunk, k), None)
-            _C.similarity_forward(
-                native.tile_of(chunk, k, dot, guide),
-                (row_out[:, at, chunk.rows].data_ptr(), row_out.stride(0), row_out.stride(1)),
-                (col_max[:, at].data_ptr(), col_sum[:, at].data_ptr(), col_max.stride(0)),
-            )
+            rows = row_out[:, at, chunk.rows].data_ptr(), row_out.stride(0), row_out.stride(1)
+            cols = col_max[:, at].data_ptr(), col_sum[:, at].data_ptr(), col_max.stride(0)
+            each.append((native.tile_of(chunk, k, dots, guide), rows, cols))
+        _C.similarity_forward_prefixes(each)
     stash[filled:] = 0  # the same bits every time
     return row_out, column_results(p, col_max, col_sum), stash
 
@@ -176,27 +201,25 @@ def backward(
     """Gradients of x, y, scale and bias; those not in ``needs`` are empty or zero."""
     grad_rows, grad_cols, row_out, col_out = incoming
     native, last = _Prefixes(p), len(p.prefixes) - 1
-    dx, dy = (torch.zeros(t.shape if need else (0,), **FP32) for t, need in zip((p.x, p.y), needs, strict=False))
-    again, grads = torch.empty(0, **FP32), torch.empty(0, **FP32)
+    dx, dy = Sum(p.x, needs[0]), Sum(p.y, needs[1])
+    for grads in (dx, dy):
+        grads.total[..., p.prefixes[-1] :] = 0
+    chunks = _chunks(p, workspace, stash.numel())
+    memory = _Memory(chunks, stash, backward=True)
     col_sums = torch.zeros(p.banks, len(p.prefixes), p.m, dtype=torch.float64, device="cpu")
     scale_sum = bias_sum = 0.0
-    for chunk in _chunks(p, workspace, stash.numel()):
-        shape = chunk.rows.stop - chunk.rows.start, p.m
-        if chunk.place is not None:
-            dots = stash[chunk.place].view(-1, *shape)
-        else:
-            again = again if again.numel() else torch.empty((last + 1) * shape[0] * shape[1], **FP32)
-            dots = again[: (last + 1) * shape[0] * shape[1]].view(-1, *shape)
-            for k in range(last + 1):
-                native.products(chunk, k, dots[k], dots[k - 1])
-        guide = native.guided(chunk)
-        grads = grads if grads.numel() else torch.empty(shape[0] * shape[1], **FP32)
-        grad = grads[: shape[0] * shape[1]].view(shape)
-        sums = torch.empty(last + 1, 2, shape[0], dtype=torch.float64, device="cpu")
+    for chunk in chunks:
+        dots, grad, guide = memory.dots(chunk), memory.grad(chunk), native.guided(chunk)
+        bank = slice(chunk.bank, chunk.bank + 1)
+        for k in range(0 if chunk.place is not None else last + 1):
+            native.products(chunk, k, dots[k])
+            if k > 0:
+                dots[k] += dots[k - 1]
+        sums = torch.empty(last + 1, 2, chunk.shape[1], dtype=torch.float64, device="cpu")
         for k in range(last, -1, -1):
             at, part = slice(native.set_of(chunk, k), None), native.parts[k]
             _C.similarity_backward(
-                native.tile_of(chunk, k, dots[k], guide),
+                native.tile_of(chunk, k, dots, guide),
                 (
                     grad_rows[:, at, chunk.rows].data_ptr(),
                     row_out[:, at, chunk.rows].data_ptr(),
@@ -210,24 +233,21 @@ def backward(
                 col_sums=col_sums[chunk.bank, k].data_ptr() if p.unit and needs[1] else 0,
             )
             if needs[0]:
-                native.rows_of(dx, chunk)[:, part].addmm_(grad, _of(native.y, chunk.bank)[:, part])
+                dx.add(bank, chunk.rows, grad[None], of_banks(native.y, bank)[..., part], part)
             if needs[1]:
-                _of(dy, chunk.bank)[:, part].addmm_(grad.T, native.rows_of(native.x, chunk)[:, part])
+                dy.add(bank, slice(None), grad.T[None], of_banks(native.x, bank)[:, chunk.rows, part], part)
         for_scale, for_bias = sums.sum((0, 2)).tolist()
         scale_sum += for_scale
         bias_sum += for_bias
         if needs[0] and p.unit:
             factors = native.squares(0, chunk)[:, chunk.rows]
-            _through_norms(native, native.rows_of(dx, chunk), native.rows_of(native.x, chunk), sums[:, 0], factors)
+            _through_norms(
+                native, native.rows_of(dx.total, chunk), native.rows_of(native.x, chunk), sums[:, 0], factors
+            )
         if needs[1] and p.unit and chunk.rows.stop == p.n:
             factors = native.squares(1, chunk)
-            _through_norms(native, _of(dy, chunk.bank), _of(native.y, chunk.bank), col_sums[chunk.bank], factors)
-    return (
-        dx.to(p.x.dtype),
-        dy.to(p.y.dtype),
-        in_fp32(scale_sum),
-        in_fp32(bias_sum),
-    )
+            _through_norms(native, _of(dy.total, chunk.bank), _of(native.y, chunk.bank), col_sums[chunk.bank], factors)
+    return dx.total.to(p.x.dtype), dy.total.to(p.y.dtype), in_fp32(scale_sum), in_fp32(bias_sum)
 
 
 def _through_norms(native: _Prefixes, total: Tensor, items: Tensor, sums: Tensor, squares: Tensor) -> None:
