@@ -10,7 +10,7 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.distributed.agreement import agree, like
 from ccu_fast.distributed.losses import global_value
-from ccu_fast.distributed.open_clip import ITS_OWN_PAIRS, ClipLoss, SumGradient, mean, renamed
+from ccu_fast.distributed.open_clip import ITS_OWN_PAIRS, ClipLoss, SumGradient, check_pairs, mean, renamed
 from ccu_fast.distributed.ranks import offsets
 from ccu_fast.losses import formulas
 from ccu_fast.losses.distillation import unit_teacher
@@ -127,10 +127,7 @@ class DistillClipLoss(ClipLoss):
         teacher = options.pop("teacher")
 
         def prepare() -> tuple[tuple[Tensor, Tensor], list[int]]:
-            for name, features in (("x", images), ("y", texts)):
-                check.tensor(name, features, ndim=2)
-            check.same("y", texts, "x", images)
-            check.shape("y", texts, images.shape)
+            check_pairs(images, texts)
             for place, features in enumerate(teacher):
                 check.tensor(f"teacher[{place}]", features, ndim=2)
                 check.same(f"teacher[{place}]", features, "x", images, dtype=False)

@@ -36,6 +36,14 @@ _TEACHER = {"teacher[0]": "dist_image_features", "teacher[1]": "dist_text_featur
 SIGLIP_EXCHANGES = ("bidir", "shift", "reduce", "gather")
 
 
+def check_pairs(images: Tensor, texts: Tensor) -> None:
+    """Both ``[B, D]``, of one dtype and device."""
+    for name, features in (("x", images), ("y", texts)):
+        check.tensor(name, features, ndim=2)
+    check.same("y", texts, "x", images)
+    check.shape("y", texts, images.shape)
+
+
 def renamed(error: Exception) -> Exception:
     """The error of a function behind forward, by the names of forward's arguments."""
     said = str(error).replace(" or row_ids and col_ids", "")  # which forward does not take
@@ -238,10 +246,7 @@ class ClipLoss(_OpenClipLoss):
         own = {"hard_negatives": options.pop("hard_negatives", None)}
 
         def prepare() -> tuple[tuple[Tensor, Tensor], list[int]]:
-            for name, features in (("x", images), ("y", texts)):
-                check.tensor(name, features, ndim=2)
-            check.same("y", texts, "x", images)
-            check.shape("y", texts, images.shape)
+            check_pairs(images, texts)
             if options.get("negatives") is not None:
                 raise ValueError("negatives: expected None with local_loss without gather_with_grad, got a tensor")
             scalars = {"scale": options["scale"], "bias": options["bias"]}

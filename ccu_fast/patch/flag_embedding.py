@@ -2,8 +2,8 @@
 
 The library's functions for the loss return the matrix of scores beside it, which the ``forward`` of AbsEmbedderModel
 throws away. So only what that ``forward`` calls is served, and gets None for the scores, where all of these functions
-are the library's. Where a query has no negatives
-but its own, only its own scores are made, without the matrix that the library picks them from.
+are the library's. Where a query has no negatives but its own, only its own scores are made, without the matrix that the
+library picks them from.
 
 With a teacher's scores the losses stay with the library, which distils from the matrix, and so do those of the M3
 embedder, which adds sparse and multi-vector scores to the dense ones.

@@ -190,7 +190,7 @@ struct Chooser {
 
 // The pairs of one row by relation, a vector of columns at a time, for problems of which only rows are reduced.
 struct Classes {
-  enum { kOtherPairs, kSamePairs, kSelfPairs, kCount };
+  enum { kOtherPairs, kSamePairs, kSelfPairs, kHowMany };
 
   const int32_t *col_labels = nullptr, *col_ids = nullptr;
   int32_t label = 0, id = 0;
@@ -229,7 +229,7 @@ struct Classes {
 
   // True where all columns are OTHER; else the masks say what each is, none of them for an ignored one.
   template <class Lanes>
-  __attribute__((always_inline)) bool all_other(int64_t j, Lanes lanes, vi masks[kCount]) const {
+  __attribute__((always_inline)) bool all_other(int64_t j, Lanes lanes, vi masks[kHowMany]) const {
     vi self = splat(0), same = splat(0), left_out = splat(0);
     if (col_labels != nullptr) {
       const vi labels = load<vi>(col_labels + j, lanes);

@@ -264,12 +264,12 @@ void differentiate_by_classes(const ccu_similarity_backward_args& a, const Share
                               int64_t i, const float* dot, int64_t begin, int64_t end, float* out, RowSums& sums) {
   const ccu_tile& t = a.tile;
   const Classes classes(t, bank, i);
-  float weight[Classes::kCount] = {}, constant[Classes::kCount] = {};
+  float weight[Classes::kHowMany] = {}, constant[Classes::kHowMany] = {};
   for (int r = 0; r < t.n_row && !classes.ignored(); ++r) {
     const int64_t at = r * a.row_reduction_stride + bank * a.row_bank_stride + i;
     const bool lse = is_lse(t.row_codes[r]);
     const float share = lse ? a.row_grad[at] * exponential.factor(splat(a.row_out[at]))[0] : a.row_grad[at];
-    for (int which = 0; which < Classes::kCount; ++which)
+    for (int which = 0; which < Classes::kHowMany; ++which)
       if (Classes::has(relations_of(t.row_codes[r]), which)) (lse ? weight : constant)[which] += share;
   }
   const vf by_other = splat(weight[Classes::kOtherPairs]), of_other = splat(constant[Classes::kOtherPairs]);
@@ -277,13 +277,13 @@ void differentiate_by_classes(const ccu_similarity_backward_args& a, const Share
     const vf product = load<vf>(dot + (j - begin), lanes);
     const vf score = product * t.scale + t.bias;
     const vf e = exp_of_normal(score - exponential.c);
-    vi masks[Classes::kCount];
+    vi masks[Classes::kHowMany];
     vf g = splat(0.0f);
     // Where nothing was chosen S is not bounded, and 0 * inf must not make a NaN.
     if (classes.all_other(j, lanes, masks)) {
       g = (by_other == 0.0f ? by_other : by_other * e) + of_other;
     } else {
-      for (int which = 0; which < Classes::kCount; ++which) {
+      for (int which = 0; which < Classes::kHowMany; ++which) {
         const vf own = weight[which] == 0.0f ? splat(0.0f) : e * weight[which];
         g = masks[which] ? own + constant[which] : g;
       }

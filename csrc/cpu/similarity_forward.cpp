@@ -378,9 +378,9 @@ void reduce_row_by_classes(const ccu_tile& t, const Block& block, int64_t bank, 
                            Partial* partials, int64_t per_reduction) {
   const Classes classes(t, bank, i);
   const float* dot = block.dot + (i - block.first) * block.stride;
-  vf e_sums[Classes::kCount], s_sums[Classes::kCount], highest = splat(-kInf);
-  vi seen[Classes::kCount];
-  for (int which = 0; which < Classes::kCount; ++which)
+  vf e_sums[Classes::kHowMany], s_sums[Classes::kHowMany], highest = splat(-kInf);
+  vi seen[Classes::kHowMany];
+  for (int which = 0; which < Classes::kHowMany; ++which)
     e_sums[which] = s_sums[which] = splat(0.0f), seen[which] = splat(0);
   if (!classes.ignored()) {
     vf e_other = splat(0.0f), s_other = splat(0.0f);
@@ -388,7 +388,7 @@ void reduce_row_by_classes(const ccu_tile& t, const Block& block, int64_t bank, 
     for_vectors(block.begin, block.end, [&](int64_t j, auto lanes) {
       const vf s = load<vf>(dot + (j - block.begin), lanes) * t.scale + t.bias;
       const vf e = exp_of_normal(s - shift);
-      vi masks[Classes::kCount];
+      vi masks[Classes::kHowMany];
       if (classes.all_other(j, lanes, masks)) {
         plain = true;
         highest = max(s, highest);
@@ -396,7 +396,7 @@ void reduce_row_by_classes(const ccu_tile& t, const Block& block, int64_t bank, 
         s_other += s;
         return;
       }
-      for (int which = 0; which < Classes::kCount; ++which) {
+      for (int which = 0; which < Classes::kHowMany; ++which) {
         highest = max(masks[which] ? s : splat(-kInf), highest);
         e_sums[which] += masks[which] ? e : splat(0.0f);
         s_sums[which] += masks[which] ? s : splat(0.0f);
@@ -414,7 +414,7 @@ void reduce_row_by_classes(const ccu_tile& t, const Block& block, int64_t bank, 
     const bool lse = is_lse(t.row_codes[r]);
     bool some = false;
     float total = 0;
-    for (int which = 0; which < Classes::kCount; ++which) {
+    for (int which = 0; which < Classes::kHowMany; ++which) {
       if (!Classes::has(relations, which)) continue;
       some |= any(seen[which]);
       total += sum(lse ? e_sums[which] : s_sums[which]);
