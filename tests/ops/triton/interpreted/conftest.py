@@ -37,5 +37,22 @@ def _patch_once_a_launch() -> None:
     interpreter._patch_lang = patch_once
 
 
+def _look_up_each_dtype_once() -> None:
+    """Every result asks for numpy's dtype, and every time the interpreter builds the table of all dtypes to look in."""
+    from triton.runtime import interpreter
+
+    ask = interpreter._get_np_dtype
+    known: dict[str, Any] = {}
+
+    def look_up(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = ask(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = look_up
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     _patch_once_a_launch()
+    _look_up_each_dtype_once()
