@@ -86,11 +86,14 @@ def emulated(build: Build) -> list[Path]:
 def around(build: Build) -> list[Path]:
     """Objects of the CPU kernels and of the Python side, which are called and are not under test.
 
-    Those of the module in use where it was compiled here, with CUDA; compiling them again takes a minute.
+    Those of the module in use where it was compiled here; compiling them again takes a minute. Without CUDA, its Python
+    side lacks what calls the kernels.
     """
-    record = machine.build_info()
-    if record is not None and record["cuda"] is not None and (objects := linked()):
-        return [path for path in objects if path.parent.name != "cuda"]
+    record, objects = machine.build_info(), linked()
+    if record is not None and objects:
+        if record["cuda"] is not None:
+            return [path for path in objects if path.parent.name != "cuda"]
+        return [path for path in objects if path.parent.name == "cpu"] + bindings(build)
     sources = sorted(path for path in (CSRC / "cpu").glob("*.cpp") if path.name != "dispatch.cpp")
     portable = build.objects(sources, extra=[*QUICK, "-DCCU_ISA=base"])
     dispatch = build.objects([CSRC / "cpu" / "dispatch.cpp"], extra=[*QUICK, "-DCCU_HAVE_BASE=1"])
@@ -99,22 +102,26 @@ def around(build: Build) -> list[Path]:
 
 def linked() -> list[Path]:
     """The objects of the module in use, in the order of linking; none if it was not compiled in this folder."""
-    folder = CSRC.parent / "build" / f"editable-{sys.implementation.cache_tag}"
     in_use = CSRC.parent / "ccu_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    built = folder / in_use.name
-    if not (in_use.exists() and built.exists() and filecmp.cmp(in_use, built, shallow=False)):
-        return []
-    [names] = re.findall(r"^build \S+: link (.*)$", (folder / "build.ninja").read_text(), re.MULTILINE)
-    return [folder / name for name in names.split()]
+    # An editable install's, and that of setup.py build_ext --inplace.
+    for folder in sorted((CSRC.parent / "build").glob(f"*-{sys.implementation.cache_tag}")):
+        built = folder / in_use.name
+        if in_use.exists() and built.exists() and filecmp.cmp(in_use, built, shallow=False):
+            [names] = re.findall(r"^build \S+: link (.*)$", (folder / "build.ninja").read_text(), re.MULTILINE)
+            return [folder / name for name in names.split()]
+    return []
 
 
 def bindings(build: Build) -> list[Path]:
-    """Objects of the Python side."""
+    """The Python side as one object: for each of its files pybind11's templates take longer than all the rest."""
     import pybind11
 
+    build.folder.mkdir(parents=True, exist_ok=True)
+    together = build.folder / "bindings.cpp"
+    together.write_text("".join(f'#include "{path}"\n' for path in sorted((CSRC / "bindings").glob("*.cpp"))))
     python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     flags = [*QUICK, "-DCCU_HAVE_CUDA=1", "-DCCU_HAVE_BASE=1", *python]
-    return build.objects(sorted((CSRC / "bindings").glob("*.cpp")), extra=flags)
+    return build.objects([together], extra=flags)
 
 
 def compiler() -> str:

@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <numeric>
 #include <string>
 #include <vector>
 
@@ -72,7 +71,7 @@ namespace emulation {
 namespace {
 
 constexpr unsigned kMostThreads = 1024, kWarp = 32;
-constexpr size_t kStackBytes = 256 << 10, kMostShared = 48 << 10, kMostParameters = 4096;
+constexpr size_t kStackBytes = 256 << 10, kFrame = 7 * 64, kMostShared = 48 << 10, kMostParameters = 4096;
 
 enum class State { kReady, kAtBarrier, kAtCollective, kDone };
 
@@ -83,6 +82,7 @@ struct Fiber {
   void* tsan = nullptr;
   State state = State::kDone;
   Place place{"", 0};
+  uint3 index{0, 0, 0};
   unsigned mask = 0;
   uint64_t value = 0;
 };
@@ -107,6 +107,9 @@ uint64_t random_number() {
   state ^= state >> 7;
   return state ^= state << 17;
 }
+
+// A multiplication: the remainder of a division would take longer than the rest of a switch.
+unsigned random_below(unsigned end) { return static_cast<unsigned>((random_number() >> 32) * end >> 32); }
 
 [[noreturn]] void die(const std::string& what, Place place) {
   std::fprintf(stderr, "emulated GPU: %s at %s:%d (block %u, thread %u)\n", what.c_str(), place.file, place.line,
@@ -164,7 +167,7 @@ void enter_block(unsigned) {}
 void leave_block() {}
 #endif
 
-bool same(Place a, Place b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+bool same(Place a, Place b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
 void wait(State state, Place place) {
   Fiber& f = fibers[current];
@@ -194,14 +197,16 @@ void first_of_fiber() {
 void resume(unsigned i) {
   Fiber& f = fibers[i];
   current = i;
-  threadIdx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+  threadIdx = f.index;
   void* fake = leave_for_fiber(f);
   emulation_switch(&scheduler, f.stack_pointer);
   arrived_in_scheduler(fake);
 }
 
 void start(Fiber& f) {
-  void** top = reinterpret_cast<void**>(f.stack + kStackBytes);
+  // Tops at equal offsets would all take the same few lines of the caches, and every switch would miss them.
+  const size_t apart = static_cast<size_t>(&f - fibers) * kFrame % (kStackBytes / 8);
+  void** top = reinterpret_cast<void**>(f.stack + kStackBytes - apart);
   *--top = nullptr;  // in place of a return address: keeps the stack aligned as after a call
   *--top = reinterpret_cast<void*>(&first_of_fiber);
   for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
@@ -262,21 +267,23 @@ bool open_barrier(unsigned threads) {
 void run_block(unsigned threads) {
   for (char* p = __start_emulated_shared; p < __stop_emulated_shared; ++p)
     *p = static_cast<char>(random_number() | 0x81);
-  for (unsigned i = 0; i < threads; ++i) start(fibers[i]);
+  for (unsigned i = 0; i < threads; ++i) {
+    fibers[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+    start(fibers[i]);
+  }
   enter_block(threads);
-  std::vector<unsigned> order(threads);
-  std::iota(order.begin(), order.end(), 0u);
+  std::vector<unsigned> ready;
   do {
     bool ran = true;
     while (ran && !trapped) {
-      ran = false;
-      for (unsigned i = threads; i > 1; --i) std::swap(order[i - 1], order[random_number() % i]);
+      ready.clear();
+      for (unsigned i = 0; i < threads; ++i)
+        if (fibers[i].state == State::kReady) ready.push_back(i);
+      ran = !ready.empty();
+      for (unsigned i = ready.size(); i > 1; --i) std::swap(ready[i - 1], ready[random_below(i)]);
       const uint64_t held_back = random_number() & random_number();
-      for (unsigned i : order) {
-        if (fibers[i].state != State::kReady || trapped) continue;
-        ran = true;
-        if (!(held_back >> (i / kWarp) & 1)) resume(i);
-      }
+      for (unsigned i : ready)
+        if (!trapped && !(held_back >> (i / kWarp) & 1)) resume(i);
       for (unsigned first = 0; first < threads && !trapped; first += kWarp) ran |= open_collective(first, threads);
     }
   } while (!trapped && open_barrier(threads));
