@@ -30,6 +30,7 @@ DEPTHS = {  # of every committed file of figures, as its command stores it
     "exactness/results.json": 2,
     "host/results/*.json": host_time.DEPTH,
     "in_turn.json": 1,
+    "in_turn_large.json": 1,
     "protection/phases.json": mem_phases.DEPTH,
     "protection/results.json": protection.DEPTH,
     "results/*/*.json": 1,
