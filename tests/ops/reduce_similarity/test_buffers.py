@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 
 import pytest
@@ -70,6 +71,14 @@ def test_memory_can_be_written_to_its_end(monkeypatch: pytest.MonkeyPatch, large
     assert address % 64 == 0
     del buffer
     assert STASH.borrow(LARGE).data_ptr() == address
+
+
+def test_a_kernel_without_large_pages_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    if buffers._has_large_pages:
+        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12_345)  # which the kernel refuses
+        with pytest.raises(OSError, match="Invalid argument"):
+            mmap.mmap(-1, 4096).madvise(mmap.MADV_HUGEPAGE)
+    assert STASH.borrow(LARGE).fill_(1)[-1] == 1
 
 
 def test_a_forked_child_has_memory_of_its_own() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def _allocate(count: int) -> Tensor:
         return torch.empty(count, dtype=torch.uint8, device="cpu")
     # Private: after a fork each process has its own.
     memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
