@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -79,6 +82,39 @@ def test_a_kernel_without_large_pages_is_no_error(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(OSError, match="Invalid argument"):
             mmap.mmap(-1, 4096).madvise(mmap.MADV_HUGEPAGE)
     assert STASH.borrow(LARGE).fill_(1)[-1] == 1
+
+
+def test_without_memory_the_error_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refused)
+    assert STASH.borrow(LARGE).fill_(1)[-1] == 1
+    with pytest.raises(RuntimeError, match="allocate"):
+        buffers._allocate(1 << 60)
+
+
+def test_threads_may_borrow_while_another_releases() -> None:
+    before, done = sys.getswitchinterval(), threading.Event()
+    sys.setswitchinterval(1e-6)
+
+    def borrow() -> int:
+        turns = 0
+        while not done.is_set():
+            STASH.borrow(LARGE)
+            turns += 1
+        return turns
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            turns = [pool.submit(borrow) for _ in range(2)]
+            for _ in range(5_000):
+                buffers.release()
+            done.set()
+            assert all(turn.result() for turn in turns)
+    finally:
+        done.set()
+        sys.setswitchinterval(before)
 
 
 def test_a_forked_child_has_memory_of_its_own() -> None:

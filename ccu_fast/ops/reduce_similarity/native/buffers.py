@@ -56,13 +56,21 @@ class Buffer:
         # Two refer to it: the tensor that is kept, and the wrapper made in the line above.
         return bool(_references(storage._cdata) <= 2)
 
+    def release(self) -> None:
+        """Forget the memory; it is freed when its last user lets go."""
+        with self._lock:
+            self.kept = None
+
 
 def _allocate(count: int) -> Tensor:
     """Uninitialised bytes in large pages where the system has them."""
     if not _has_large_pages:
         return torch.empty(count, dtype=torch.uint8, device="cpu")
-    # Private: after a fork each process has its own.
-    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        # Private: after a fork each process has its own.
+        memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # no memory: torch's error says so in its own words
+        return torch.empty(count, dtype=torch.uint8, device="cpu")
     with suppress(OSError):  # a kernel built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
@@ -74,4 +82,5 @@ SCRATCH = Buffer(32 << 20)
 
 def release() -> None:
     """Forget the kept buffers; their memory is freed when its last user lets go."""
-    STASH.kept = SCRATCH.kept = None
+    for buffer in (STASH, SCRATCH):
+        buffer.release()
