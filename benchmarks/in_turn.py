@@ -109,10 +109,6 @@ def serve() -> None:
         print(json.dumps([(clock() - start) / max(calls, 1), peak]), flush=True)
 
 
-def _ask(worker: Any, **request: Any) -> Any:
-    return worker.ask(**request)
-
-
 def main() -> None:
     """Measure, keep the results and print them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.in_turn", description=str(__doc__).splitlines()[0])
@@ -135,7 +131,7 @@ def main() -> None:
     before, after = (Worker(checkout, HERE, "--serve") for checkout in (asked.against.resolve(), REPOSITORY))
     rows = []
     for case in LARGE if asked.large else CASES:
-        ask = partial(_ask, case=case, threads=threads)
+        ask = partial(Worker.ask, case=case, threads=threads)
         peaks = [ask(worker, calls=1)[1] for worker in (before, after)]
         calls = max(1, int(0.1 / ask(before, calls=1)[0]))
         times = []

@@ -13,12 +13,13 @@ from torch import Tensor
 
 import ccu_fast
 from ccu_fast import ALL, OTHER, SAME
+from ccu_fast.ops.reduce_similarity.native import buffers, chunks
 from ccu_fast.ops.reduce_similarity.native.chunks import even_rows
 
 pytestmark = pytest.mark.usefixtures("native")
 
 
-@given(n=st.integers(1, 20_000), most=st.integers(1, 4000), fewest=st.sampled_from([16, 64]))
+@given(n=st.integers(1, 20_000), most=st.integers(0, 4000), fewest=st.sampled_from([16, 64]))
 def test_chunks_are_as_few_as_fit_and_alike(n: int, most: int, fewest: int) -> None:
     rows = even_rows(n, most, fewest)
     assert rows % fewest == 0
@@ -37,6 +38,21 @@ def filled_with_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=[False, True], ids=["own", "lent"])
+def lent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With True every buffer is lent, and full of NaN."""
+    if not request.param:
+        return
+    borrow = buffers.Buffer.borrow
+
+    def poisoned(self: buffers.Buffer, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return borrow(self, size, dtype).fill_(torch.nan)
+
+    for module in (buffers, chunks):
+        monkeypatch.setattr(module, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(buffers.Buffer, "borrow", poisoned)
+
+
 SHAPES = {
     "one bank": ((200, 24), (150, 24)),
     "x serves all banks": ((200, 24), (3, 150, 24)),
@@ -48,7 +64,7 @@ SHAPES = {
 @pytest.mark.parametrize("workspace", [0, 1 << 18, 1 << 20, 1 << 28])
 @pytest.mark.parametrize("prefixes", [None, (8, 20)])
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.usefixtures("filled_with_nan")
+@pytest.mark.usefixtures("filled_with_nan", "lent")
 def test_no_memory_is_read_before_it_is_written(name: str, prefixes: tuple[int, ...] | None, workspace: int) -> None:
     """Torch fills what it hands out with NaN. Dimensions after the last prefix get a gradient of zero."""
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ from torch import Tensor
 from ccu_fast import _C
 from ccu_fast.ops.backend import gemm_dtype
 from ccu_fast.ops.native import DTYPES
-from ccu_fast.ops.reduce_similarity.native.buffers import SCRATCH, STASH, WORTH_KEEPING
+from ccu_fast.ops.reduce_similarity.native.buffers import SCRATCH, STASH, WORTH_KEEPING, Buffer
 from ccu_fast.ops.reduce_similarity.native.guide import Guide, Products, own_dots
 from ccu_fast.ops.reduce_similarity.native.keys import narrow, strided
 from ccu_fast.ops.reduce_similarity.problem import CODES, Gradients, Incoming, SimilarityProblem
@@ -108,7 +108,7 @@ def _cut(
     if n * m <= scratch or n <= _FEWEST_ROWS:
         group = max(1, scratch // (n * m))
     else:
-        rows = even_rows(n, max(1, scratch // m), _FEWEST_ROWS)
+        rows = even_rows(n, scratch // m, _FEWEST_ROWS)
     room = (stash - _HEADER) * 4 // dtype.itemsize
     chunks: list[_Chunk] = []
     end = 0
@@ -256,9 +256,9 @@ def _dot(x: Tensor, y: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
     return dot
 
 
-def _scratch(size: int, dtype: torch.dtype) -> Tensor:
-    large = size * dtype.itemsize >= WORTH_KEEPING
-    return SCRATCH.borrow(size, dtype) if large else torch.empty(size, dtype=dtype, device="cpu")
+def _lent(buffer: Buffer, size: int, dtype: torch.dtype) -> Tensor:
+    large = size * dtype.itemsize >= WORTH_KEEPING  # asked here: a small problem would feel the call
+    return buffer.borrow(size, dtype) if large else torch.empty(size, dtype=dtype, device="cpu")
 
 
 def _guide(p: SimilarityProblem, dtype: torch.dtype | None, chunks: list[_Chunk]) -> Guide | None:
@@ -287,8 +287,7 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     guided = _guide_dtype(p)
     chunks = _cut(banks, n, m, workspace, size, dtype, guided)
     native, guide = Operands(p, dtype), _guide(p, guided, chunks)
-    # Asked here: a small problem would feel the call.
-    stash = STASH.borrow(size) if 4 * size >= WORTH_KEEPING else torch.empty(size, **FP32)
+    stash = _lent(STASH, size, torch.float32)
     stash[:_HEADER].fill_(dtype == torch.bfloat16)
     if guided is not None:
         stash[1:2] = guided == torch.bfloat16
@@ -299,7 +298,7 @@ def forward(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[Tensor, T
     largest = max(chunk.size for chunk in chunks)
     if filled < kept.numel():
         kept[filled : filled + largest if guided is None else None] = 0
-    scratch = _scratch(0 if chunks[-1].kept else largest, dtype)
+    scratch = _lent(SCRATCH, 0 if chunks[-1].kept else largest, dtype)
     row_out = torch.empty(len(p.rows), banks, n, **FP32)
     col_max = torch.full((len(p.cols), banks, m), -torch.inf, **FP32)
     col_sum = torch.zeros(len(p.cols), banks, m, dtype=torch.float64, device="cpu")
@@ -341,7 +340,7 @@ def backward(
     native, guide = Operands(p, dtype), _guide(p, guided, chunks)
     dx, dy = Sum(p.x, needs[0]), Sum(p.y, needs[1])
     kept = stash[_HEADER:].view(dtype)
-    scratch = _scratch(max(chunk.size for chunk in chunks), dtype)
+    scratch = _lent(SCRATCH, max(chunk.size for chunk in chunks), dtype)
     scale_sum = bias_sum = 0.0
     for chunk in chunks:
         dot = kept[chunk.place].view(chunk.shape) if chunk.kept else _dot(native.x, native.y, chunk, scratch)

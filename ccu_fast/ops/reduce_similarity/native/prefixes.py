@@ -79,8 +79,7 @@ def _chunks(p: SimilarityProblem, workspace: int, stash: int) -> list[_Chunk]:
     pairs = len(p.prefixes) * p.m
     # Of a chunk that is not kept the products of all prefixes are made again at once; else H, and the guide's, are all.
     at_a_time = p.m * (1 + (p.guide_x is not None)) + (0 if stash >= p.sets * p.n * p.m else pairs)
-    most = max(1, scratch_bytes(workspace) // 4 // at_a_time)
-    rows = even_rows(p.n, most, _FEWEST_ROWS)
+    rows = even_rows(p.n, scratch_bytes(workspace) // 4 // at_a_time, _FEWEST_ROWS)
     chunks: list[_Chunk] = []
     end = 0
     for bank in range(p.banks):
