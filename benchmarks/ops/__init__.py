@@ -28,6 +28,7 @@ OPS: dict[str, Op] = {
         options.INFO_NCE_HARD,
         options.INFO_NCE_MARGIN,
         options.INFO_NCE_GUIDE,
+        options.INFO_NCE_PREFIXES,
         topk_flips.TOPK_FLIPS,
         *([minilm.MINILM_FLIPS] if minilm.installed() else []),
         candidate_losses.CANDIDATE_LOSSES,

@@ -1,7 +1,8 @@
-"""What options of InfoNCE cost, from rows to columns: margin, guide and hard negatives, beside plain InfoNCE."""
+"""What options of InfoNCE cost, from rows to columns: margin, guide, hard negatives, prefixes, beside plain InfoNCE."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -86,9 +87,31 @@ def eager_hard(x: Tensor, y: Tensor, scale: Tensor, hard: Tensor, *, first: int 
     return _entropy(torch.cat([scale * x @ y.T, scale * own], 1), first)
 
 
+def prefixes_of(x: Tensor) -> tuple[int, ...]:
+    """All dimensions, the first half of them, a quarter and an eighth, 16 at least."""
+    return tuple(sorted({max(16, x.shape[-1] >> halvings) for halvings in range(4)}))
+
+
+def eager_prefixes(x: Tensor, y: Tensor, scale: Tensor, *, first: int = 0) -> Tensor:
+    """The sum over prefixes, each made unit vectors: Matryoshka."""
+    pairs = ([F.normalize(t[:, :d], dim=-1) for t in (x, y)] for d in prefixes_of(x))
+    return torch.stack([_entropy(scale * u @ v.T, first) for u, v in pairs]).sum()
+
+
+def one_by_one(x: Tensor, y: Tensor, scale: Tensor, *, backend: str) -> Tensor:
+    """The same sum by a loss of ours for each prefix."""
+    each = [
+        ccu_fast.info_nce(x[:, :d], y[:, :d], scale=scale, symmetric=False, normalize=True, backend=backend)
+        for d in prefixes_of(x)
+    ]
+    return torch.stack(each).sum()
+
+
 def ours(x: Tensor, y: Tensor, scale: Tensor, *extra: Tensor, kind: str = "", backend: str) -> Tensor:
     """The same by ccu_fast."""
     options: dict[str, Any] = {}
+    if kind == "prefixes":
+        options |= {"prefixes": prefixes_of(x), "normalize": True}
     if kind in ("margin", "guide"):
         options["margin"] = MARGIN
     if kind == "guide":
@@ -132,7 +155,7 @@ def work(shape: Shape, dtype: torch.dtype, *, features: int = 0) -> tuple[float,
     return shape["B"] ** 2 * (6.0 * shape["D"] + 2.0 * features), 0.0
 
 
-def _op(kind: str, title: str, eager: Loss, extra: str = "") -> Op:
+def _op(kind: str, title: str, eager: Loss, extra: str = "", more: Sequence[Provider] = ()) -> Op:
     plain = partial(expect, loss=eager_plain, names=PLAIN)
     return Op(
         name=f"info_nce_{kind}",
@@ -144,6 +167,7 @@ def _op(kind: str, title: str, eager: Loss, extra: str = "") -> Op:
         providers=(
             Provider("eager", partial(build, loss=eager)),
             Provider("ccu_fast", partial(build_ours, loss=partial(ours, kind=kind)), role="ours"),
+            *more,
             Provider("info_nce", build_plain, role="yardstick", expect=plain),
             Provider("gemm_ceiling", clip_loss.build_ceiling, role="ceiling"),
         ),
@@ -158,3 +182,9 @@ def _op(kind: str, title: str, eager: Loss, extra: str = "") -> Op:
 INFO_NCE_MARGIN = _op("margin", "without false negatives", eager_margin)
 INFO_NCE_GUIDE = _op("guide", "without what another model finds alike", eager_guide, "guide")
 INFO_NCE_HARD = _op("hard", f"with {OWN} hard negatives of each row", eager_hard, "hard")
+INFO_NCE_PREFIXES = _op(
+    "prefixes",
+    "of prefixes of the features",
+    eager_prefixes,
+    more=[Provider("one_by_one", partial(build_ours, loss=one_by_one), role="ours")],
+)

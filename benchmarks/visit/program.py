@@ -27,7 +27,7 @@ MAIN: tuple[Group, ...] = (
 )
 LABELS: tuple[Group, ...] = ((("bounded_inverse", "contrastive_unlearning", "sup_con_keys"), ()),)
 REST: tuple[Group, ...] = (
-    (("info_nce_hard", "info_nce_margin", "info_nce_guide"), ()),
+    (("info_nce_prefixes", "info_nce_hard", "info_nce_margin", "info_nce_guide"), ()),
     (("topk_flips",), ()),
     (("clip_loss_forward",), ()),
     (("clip_loss",), ("B=4096", "B=8192", "B=16384")),
@@ -39,6 +39,7 @@ SANITIZED = (
     "bounded_inverse",
     "info_nce_hard",
     "info_nce_guide",
+    "info_nce_prefixes",
     "topk_flips",
     "candidate_losses",
     "pgd_step",

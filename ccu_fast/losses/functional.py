@@ -15,30 +15,21 @@ from ccu_fast import check
 from ccu_fast.losses import formulas
 from ccu_fast.losses.contrast import Contrast
 from ccu_fast.losses.formulas import INVERSE_KINDS, POSITIVES
-from ccu_fast.losses.variant import VARIANT, name_ids, without_defaults
+from ccu_fast.losses.variant import VARIANT, name_ids, of_prefixes, without_defaults
 from ccu_fast.ops.backend import KERNEL_DTYPES, autocast_dtype, choose, fp32_precision
 from ccu_fast.ops.reduce_similarity import operator
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
+from ccu_fast.ops.reduce_similarity.normalize import normalize_pair
 from ccu_fast.ops.small_info_nce.api import small_info_nce
 
 REDUCTIONS = ("mean", "sum", "none")
 # What every loss passes on to the reduction.
 SIMILARITY = (
-    "row_labels",
-    "col_labels",
-    "row_ids",
-    "col_ids",
-    "paired",
-    "row_limits",
-    "col_limits",
-    "guide",
-    "normalize",
-    "backend",
-    "workspace",
-    "nan_policy",
+    *("row_labels", "col_labels", "row_ids", "col_ids", "paired", "row_limits", "col_limits", "guide"),
+    *("normalize", "backend", "workspace", "nan_policy"),
 )
-
 VARIED = frozenset(("ids", *VARIANT))
+PREFIXED = frozenset(("prefixes", "prefix_weights"))
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -335,13 +326,18 @@ def at_once(
     backend = served_by(x, y, options)
     if backend is None:
         return None
-    return small_info_nce(x, y, scale, symmetric=symmetric, mean=mean, backend=backend)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        x, y = normalize_pair(x, y, backend) if options.get("normalize") else (x, y)
+        return small_info_nce(x, y, scale, symmetric=symmetric, mean=mean, backend=backend)
+
+    return of_prefixes(loss, x, y, options) if "prefixes" in options else loss(x, y)
 
 
 def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
     """The backend that has one operator for a call of :func:`info_nce`; None: the general way, which also checks.
 
-    Two matrices of one shape and dtype without keys; on a GPU in half precision.
+    Two matrices of one shape and dtype without keys; on a GPU in half precision, and of prefixes a few on a CPU.
     """
     if not check.at_hand(x, y) or x.ndim != 2 or x.shape != y.shape:  # a graph must not depend on the size
         return None
@@ -355,6 +351,9 @@ def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
     if cast not in (None, dtype) and not (dtype == torch.float32 and cast in operator.HALF):
         return None
     backend = choose(options.get("backend", "auto"), "reduce_similarity", device, dtype)
+    if options and not PREFIXED.isdisjoint(options):
+        few = items * items < operator.FEW_PAIRS and dtype == torch.float32 and cast is None
+        return backend if few and backend == "native" and options.get("prefixes") else None
     if backend == "native":  # which rounds as autocast does, but not as the other setting does
         in_bf16 = torch.bfloat16 in (dtype, cast)
         return None if not in_bf16 and fp32_precision("cpu") == "medium" else backend
@@ -364,7 +363,8 @@ def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
 
 def _asks_for_more(option: tuple[str, Any]) -> bool:
     name, value = option
-    return not (value is None or name == "backend" or (name == "normalize" and value is False))
+    known = name == "backend" or name in PREFIXED or (name == "normalize" and isinstance(value, bool))
+    return not (known or value is None)
 
 
 def _require_positives(

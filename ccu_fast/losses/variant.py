@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.ops.reduce_similarity.prefixes import checked_prefixes
+from ccu_fast.ops.reduce_similarity.prefixes import checked_prefixes, fit
 
 POSITIVES = ("mean", "lse", "own")
 DIRECTIONS = ("x_to_y", "y_to_x", "x_to_x", "y_to_y")
@@ -132,6 +133,16 @@ def without_defaults(options: dict[str, Any]) -> dict[str, Any]:
     if "positives" in asked and all(asked.get(name) is None for name in _KEYS):
         check.one_of("positives", asked.pop("positives"), POSITIVES)  # of one positive all forms are the same
     return asked
+
+
+def of_prefixes(loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, options: dict[str, Any]) -> Tensor:
+    """The weighted sum of a loss of every prefix of x and y."""
+    v = Variant(prefixes=options["prefixes"], prefix_weights=options.get("prefix_weights"))
+    fit(v.prefixes, x)
+    losses = [loss(x[:, :d], y[:, :d]) for d in v.prefixes]
+    if v.prefix_weights is not None:
+        losses = [weight * value for weight, value in zip(v.prefix_weights, losses, strict=True)]
+    return sum(losses[1:], losses[0])
 
 
 def as_labels(ids: Tensor) -> Tensor:

@@ -184,12 +184,17 @@ def test_a_bug_shows_its_traceback(name: str, bug: Exception, idle: Any, ends: E
     [
         *(("unlearn", m, p) for m, p in (("sklearn", "scikit-learn"), ("safetensors", "safetensors"))),
         *(("unlearn", m, p) for m, p in (("matplotlib", "matplotlib"), ("rich", "rich"))),
-        ("compare", "sklearn", "scikit-learn"), ("compare", "safetensors", "safetensors"),
-        ("demo", "sklearn", "scikit-learn"), ("demo", "PIL", "pillow"), ("demo", "matplotlib", "matplotlib"),
-        ("protect", "PIL", "pillow"), ("protect", "rich", "rich"),
-        ("evaluate", "PIL", "pillow"), ("evaluate", "rich", "rich"),
+        ("compare", "sklearn", "scikit-learn"),
+        ("compare", "safetensors", "safetensors"),
+        ("demo", "sklearn", "scikit-learn"),
+        ("demo", "PIL", "pillow"),
+        ("demo", "matplotlib", "matplotlib"),
+        ("protect", "PIL", "pillow"),
+        ("protect", "rich", "rich"),
+        ("evaluate", "PIL", "pillow"),
+        ("evaluate", "rich", "rich"),
     ],
-)  # fmt: skip
+)
 def test_a_missing_package_is_named_before_the_work(
     name: str, module: str, package: str, ends: Ends, idle: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -73,8 +73,11 @@ class TestCommand:
         out = folder / "out"
         assert run(str(folder / "settings.toml"), "--out", str(out), "--seed", "3", "--quiet").startswith("0 ")
         assert sorted(p.name for p in out.iterdir()) == [
-            "checkpoint.pt", "model.safetensors", "report.html", "results.json"
-        ]  # fmt: skip
+            "checkpoint.pt",
+            "model.safetensors",
+            "report.html",
+            "results.json",
+        ]
         state, provenance = load_model(out / "model.safetensors")
         assert provenance["seed"] == 3 and provenance["config"]["budget"]["steps"] == 30
         assert provenance["versions"]["torch"] == torch.__version__
@@ -100,8 +103,12 @@ class TestCommand:
         assert run(*words, "--seed", "2", "--fresh").startswith("0 ")
         assert load_model(out / "model.safetensors")[1]["seed"] == 2
         assert sorted(p.name for p in out.iterdir()) == [
-            "checkpoint.pt", "model.safetensors", "notes.txt", "report.html", "results.json"
-        ]  # fmt: skip
+            "checkpoint.pt",
+            "model.safetensors",
+            "notes.txt",
+            "report.html",
+            "results.json",
+        ]
         # Its own result as the next run's weights.
         before = (out / "model.safetensors").read_bytes()
         (folder / "settings.toml").write_text(TOML.replace('"weights.safetensors"', '"out/model.safetensors"'))
@@ -380,8 +387,11 @@ class TestTasks:
         monkeypatch.setattr(figures, "embedding_map", quick_map)
         heard: list[str] = []
         call = partial(
-            comparing.compare, tmp_path, tasks=["digits-halves"], progress=lambda stage, *_: heard.append(stage),
-        )  # fmt: skip
+            comparing.compare,
+            tmp_path,
+            tasks=["digits-halves"],
+            progress=lambda stage, *_: heard.append(stage),
+        )
         first = call(scenarios=["class"], seeds=[0])
         assert len(list((tmp_path / "models").iterdir())) == 2
         heard.clear()

@@ -29,6 +29,8 @@ _N_KEYED, _N_TENSORS, _N_FIELDS = 8, 13, 18
 MANY_KEYS = 4096
 # What one small kernel each way does sooner than the launches of the large ones: pairs in all, and of one item.
 SMALL_PAIRS, SMALL_SIDE, SMALL_DIM = 1 << 20, 2048, 1024
+# Fewer than these cost a CPU so little that a loss of each prefix is sooner done than one of all prefixes at once.
+FEW_PAIRS = 1 << 16
 HALF = (torch.float16, torch.bfloat16)
 
 

@@ -1,12 +1,14 @@
 """reduce_similarity of several prefixes of the same features, as Matryoshka representations are trained with.
 
-On a CPU one operator serves all prefixes (see :mod:`native.prefixes <.native.prefixes>`); elsewhere they are a loop.
+One operator serves all prefixes (see :mod:`native.prefixes <.native.prefixes>` and
+:mod:`triton.prefix_kernels <.triton.prefix_kernels>`); where it does not, they are a loop.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -61,8 +63,8 @@ def reduce_prefixes(
             reduce_similarity(u(x[..., :d]), u(y[..., :d]), ...)     # all results stacked
 
     The products of a prefix are those of the shorter one and some more, and the gradients of x and y telescope, so that
-    on a CPU all prefixes together cost the products of the longest one. On a GPU, over ranks and where a CPU multiplies
-    bf16, they are a loop.
+    all prefixes together cost the products of the longest one. They are a loop over ranks, where a CPU multiplies bf16,
+    and on a GPU in fp16 and fp64, with a bias, limits or banks, and of prefixes that are no multiples of 16 or over 8.
 
     Args:
         x: ``[..., N, D]``; y: ``[..., M, D]``: as of :func:`ccu_fast.reduce_similarity`.
@@ -101,7 +103,7 @@ def reduce_prefixes(
     p, lead, row_spec, col_spec = build_problem(x, y, scale, bias, prefixes=prefixes, **options)
     p = replace(p, unit=normalize)
     few = not (p.rows or p.cols) or (p.diagonal and set(p.rows + p.cols) == {OWN_PAIRS})
-    if few or name == "triton" or (name == "native" and not _at_once(p.x.dtype)):
+    if few or not (name == "reference" or (_in_registers(p) if name == "triton" else _at_once(p.x.dtype))):
         how: dict[str, Any] = {"normalize": normalize, "backend": backend, "workspace": workspace}
         return of_each_prefix(reduce_similarity, x, y, prefixes=prefixes, scale=scale, bias=bias, **options, **how)
     rows_shape, cols_shape = ((len(prefixes), *lead, items) for items in (p.n, p.m))
@@ -113,7 +115,7 @@ def reduce_prefixes(
         reverse_mode_alone("reduce_prefixes", *inputs)
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         room = workspace_bytes(workspace, x.device)
-        row_out, col_out = SimilarityReduction.apply(*flat(p), "native.prefixes", room, keep)
+        row_out, col_out = SimilarityReduction.apply(*flat(p), f"{name}.prefixes", room, keep)
         row_out, col_out = row_out.view(-1, *rows_shape), col_out.view(-1, *cols_shape)
         of_rows, of_cols = list(row_out.unbind(0)), list(col_out.unbind(0))
     row_counts, col_counts = (functools.partial(_counts, p, along_rows=side) for side in (True, False))
@@ -161,6 +163,14 @@ def of_each_prefix(
     ]
     rows, cols = ([torch.stack(results) for results in zip(*side, strict=True)] for side in zip(*sides, strict=True))
     return rows, cols
+
+
+def _in_registers(p: SimilarityProblem) -> bool:
+    """Whether a GPU has a kernel that makes the products of one prefix from those of the last."""
+    # Not asked of the module, whose import torch.compile would have to follow.
+    plain = p.bias is None and p.guide_x is None and not p.limited and p.banks == 1
+    whole = 1 < len(p.prefixes) <= 8 and math.gcd(*p.prefixes) % 16 == 0
+    return plain and whole and p.x.dtype in (torch.bfloat16, torch.float32)
 
 
 @constant

@@ -32,6 +32,8 @@ PRODUCTS = ("forward_kernel", "gradient_kernel", "online_kernel")
 SMALL = ("small_forward_kernel", "small_gradient_kernel")
 LOSS = ("loss_kernel",)
 NORMALIZE = ("normalize_kernel", "normalize_backward_kernel")
+PREFIXES = ("prefix_forward_kernel", "prefix_gradient_kernel", "prefix_online_kernel", "prefix_norms_kernel")
+PREFIXES = (*PREFIXES, "prefix_finish_kernel")
 OTHERS = ("bound_kernel", "merge_kernel", "own_kernel", "norm_kernel", "scale_kernel", "finish_kernel")
 
 # Users must not see a release's warnings about options that were left out, either.
@@ -126,7 +128,7 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ca
     import triton
 
     from ccu_fast.ops.l2_normalize import triton as normalize
-    from ccu_fast.ops.reduce_similarity.triton import backward_pass, configs, forward_pass
+    from ccu_fast.ops.reduce_similarity.triton import backward_pass, configs, forward_pass, prefixes
     from ccu_fast.ops.reduce_similarity.triton import small as small_batch
     from ccu_fast.ops.small_info_nce import triton as small_info_nce
 
@@ -134,8 +136,8 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ca
     monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
     # Nobody reads the lines of what is compiled here, and they take a sixth of the compiler's time.
     monkeypatch.setattr(triton.knobs.compilation, "disable_line_info", True)
-    homes = [vars(home) for home in (forward_pass, backward_pass, small_batch, small_info_nce, normalize)]
-    names = (*PRODUCTS, *OTHERS, *SMALL, *LOSS, *NORMALIZE)
+    homes = [vars(home) for home in (forward_pass, backward_pass, prefixes, small_batch, small_info_nce, normalize)]
+    names = (*PRODUCTS, *OTHERS, *PREFIXES, *SMALL, *LOSS, *NORMALIZE)
     kernels = [next(home[name] for home in homes if name in home) for name in names]
 
     def forget() -> None:
@@ -260,6 +262,47 @@ def test_resources(
             assert 65536 // (32 * warps * used["REG"]) * warps >= 24, f"{name}: {used}"
         if capability >= 90 and name.split()[0] in PRODUCTS[:2]:
             assert "cp.async.bulk.tensor" in kernel.asm["ptx"], name
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "variant", "prefixes"),
+    [
+        (80, "bf16", "clip", (64, 128, 256, 512)),
+        (90, "bf16", "clip", tuple(range(64, 513, 64))),
+        (90, "tf32", "clip labels ids ragged", (16, 128)),
+        (100, "bf16", "clip", (64, 128, 256, 512)),
+    ],
+    ids=lambda value: str(value),
+)
+def test_resources_of_prefixes(
+    capability: int,
+    precision: str,
+    variant: str,
+    prefixes: tuple[int, ...],
+    compiled_for: Callable[[int], Callable[[], dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A few addresses spill, of as many prefixes as there may be; shared memory does not grow with them."""
+    from ccu_fast.ops.reduce_similarity.triton import prefixes as fused
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    compiled = compiled_for(capability)
+    p = problem(VARIANTS[variant], torch.bfloat16 if precision == "bf16" else torch.float32)
+    p = replace(p, prefixes=prefixes, unit=True)
+    row_out, col_out, stash = fused.forward(p, 1 << 24, True)
+    incoming = torch.zeros_like(row_out), torch.zeros_like(col_out), row_out, col_out
+    fused.backward(p, incoming, stash, [True, True, True, False], 1 << 30)
+    kernels = compiled()
+    assert {name.split()[0] for name in kernels} == {*PREFIXES, "merge_kernel"}
+    for name, kernel in kernels.items():
+        used = usage(kernel.asm["cubin"])
+        print(f"{name}: {used['REG']} registers, {kernel.metadata.shared} B shared, {used['STACK']} B stack")
+        assert used["STACK"] <= max(64, spills(variant)), f"{name} spills: {used}"
+        assert used["LOCAL"] == 0, f"{name}: {used}"
+        assert kernel.metadata.shared <= 96 << 10, f"{name}: {kernel.metadata.shared} B shared"
+        if name.split()[0] in PREFIXES[:2]:
+            assert MATRIX_INSTRUCTION[capability] in kernel.asm["ptx"], name
+            assert capability < 90 or "cp.async.bulk.tensor" in kernel.asm["ptx"], name
 
 
 def test_what_tiles_read() -> None:

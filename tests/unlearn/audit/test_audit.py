@@ -295,9 +295,13 @@ class TestWhole:
         data = toy()
         gone = data.labels == GONE
         result = audit(
-            trained(), forget=data[gone], retain=data[~gone], retain_test=data[~gone], forget_test=data[gone],
+            trained(),
+            forget=data[gone],
+            retain=data[~gone],
+            retain_test=data[~gone],
+            forget_test=data[gone],
             deep=True,
-        )  # fmt: skip
+        )
         json.dumps(result, allow_nan=False)
         assert result["mia_auc"] == result["mia_entropy_auc"] == 0.5  # the same items
         assert result["relearn_steps"] == 0 and result["probe"]["forget"] > 0.9

@@ -73,16 +73,11 @@ def limit_strides(keys: Keys) -> tuple[int | None, ...]:
 
 
 class Pass:
-    """What the launches of a problem have in common, made from sizes and types alone. No tensor is kept.
+    """What the launches of a problem have in common, made from sizes and types alone. No tensor is kept."""
 
-    Attributes:
-        tile: of ``kernel``, "forward" or "gradient".
-    """
-
-    def __init__(self, p: SimilarityProblem, operands: Operands, device: configs.Device, kernel: str) -> None:
-        self.arithmetic = arithmetic(p)
+    def __init__(self, p: SimilarityProblem, operands: Operands, device: configs.Device, tile: configs.Tile) -> None:
+        self.arithmetic, self.tile = arithmetic(p), tile
         self.precision = "tf32" if self.arithmetic == "tf32" else "ieee"
-        self.tile = device.tile(kernel, self.arithmetic, p)
         self.d = operands.x.shape[2]
         blocks = (self.tile.block_m, self.tile.block_k), (self.tile.block_n, self.tile.block_k)
         self.descriptors = tuple(map(Descriptor, blocks)) if device.tma else None

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from ccu_fast.ops.reduce_similarity.problem import Gradients, Incoming, SimilarityProblem
 from ccu_fast.ops.reduce_similarity.triton import configs, plan
-from ccu_fast.ops.reduce_similarity.triton.arguments import HALF_EXPONENT, N_KEYS, Operands, Pass
+from ccu_fast.ops.reduce_similarity.triton.arguments import HALF_EXPONENT, N_KEYS, Operands, Pass, arithmetic
 from ccu_fast.ops.reduce_similarity.triton.gemm import add_column_gradient, row_gradient
 from ccu_fast.ops.reduce_similarity.triton.gradient_kernels import (
     finish_kernel,
@@ -61,7 +61,7 @@ class _Backward(Pass):
         needs: tuple[bool, ...],
         workspace: int,
     ) -> None:
-        super().__init__(p, operands, device, "gradient")
+        super().__init__(p, operands, device, device.tile("gradient", arithmetic(p), p))
         self.want_x, self.want_y, self.want_scale, self.want_bias = needs
         self.store = self.want_x or self.want_y
         self.norm = _norm(p, device) if self.store and p.x.dtype == torch.float16 else None

@@ -87,7 +87,7 @@ def bound_kernel(x, y, out, x_rows, y_rows, D, BLOCK_M: tl.constexpr, BLOCK_K: t
 
 
 @triton.jit
-def _shift(squares, scale, top, PROGRAMS: tl.constexpr):
+def bounded_shift(squares, scale, top, PROGRAMS: tl.constexpr):
     """The smallest whole number that keeps every e at 2^top or below, by Cauchy and Schwarz; 0 if nothing is needed.
 
     It is a whole number and as small as can be, so that subtracting it costs S few digits or none.
@@ -158,7 +158,7 @@ def forward_kernel(
     bank = (pid // (groups * strips)).to(tl.int64)
     group, strip = swizzle(pid % (groups * strips), groups, strips, BAND)
     scale = tl.load(scale_ptr) * LOG2E
-    shift = _shift(squares, scale, top, PROGRAMS)
+    shift = bounded_shift(squares, scale, top, PROGRAMS)
     if pid == 0:
         tl.store(header + SHIFT, shift)
     bias = load_bias(bias_ptr)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem
 from ccu_fast.ops.reduce_similarity.triton import configs, plan
-from ccu_fast.ops.reduce_similarity.triton.arguments import Operands, Pass
+from ccu_fast.ops.reduce_similarity.triton.arguments import Operands, Pass, arithmetic
 from ccu_fast.ops.reduce_similarity.triton.forward_kernels import (
     bound_kernel,
     forward_kernel,
@@ -45,7 +45,7 @@ class _Forward(Pass):
     def __init__(
         self, p: SimilarityProblem, operands: Operands, device: configs.Device, workspace: int, keep: bool
     ) -> None:
-        super().__init__(p, operands, device, "forward")
+        super().__init__(p, operands, device, device.tile("forward", arithmetic(p), p))
         launch = functools.partial(Launch, index=device.index)
         rows, own_rows = plan.without_own(p, plan.spec(p, p.rows))
         cols, own_cols = plan.without_own(p, plan.spec(p, p.cols))

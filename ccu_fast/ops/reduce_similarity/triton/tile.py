@@ -59,17 +59,28 @@ def products(
     x, y, row, col, x_start, y_start, N, M, D, TMA: tl.constexpr, MASK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The tile of x yᵀ at (row, col) of one bank, in fp32.
+    """The tile of x yᵀ at (row, col) of one bank, in fp32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    return add_products(
+        acc, x, y, row, col, x_start, y_start, N, M, D, 0, D, TMA, MASK_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+    )
+
+
+@triton.jit
+def add_products(
+    acc, x, y, row, col, x_start, y_start, N, M, D, first, last, TMA: tl.constexpr, MASK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``acc`` plus the share that the dimensions [first, last) have in the tile of x yᵀ at (row, col) of one bank.
 
     ``x_start`` and ``y_start`` are the rows where the bank begins. With TMA x and y are descriptors of
-    ``[banks · items, D]``, otherwise pointers; without MASK_K they need a D that is a multiple of BLOCK_K. What lies
-    beyond the last row or column belongs to some other item: the caller masks it.
+    ``[banks · items, D]``, otherwise pointers; without MASK_K they need a last - first that is a multiple of BLOCK_K.
+    What lies beyond the last row or column belongs to some other item: the caller masks it.
     """
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:
         x_row = (x_start + row).to(tl.int32)
         y_row = (y_start + col).to(tl.int32)
-        for k in range(0, D, BLOCK_K):
+        for k in range(first, last, BLOCK_K):
             a = x.load([x_row, k])
             b = y.load([y_row, k])
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
@@ -77,12 +88,12 @@ def products(
         k = tl.arange(0, BLOCK_K)
         rows = x_start + tl.minimum(row + tl.arange(0, BLOCK_M), N - 1)
         cols = y_start + tl.minimum(col + tl.arange(0, BLOCK_N), M - 1)
-        x_ptrs = x + rows[:, None] * D + k[None, :]
-        y_ptrs = y + cols[None, :] * D + k[:, None]
-        for start in range(0, D, BLOCK_K):
+        x_ptrs = x + rows[:, None] * D + (first + k)[None, :]
+        y_ptrs = y + cols[None, :] * D + (first + k)[:, None]
+        for start in range(first, last, BLOCK_K):
             if MASK_K:
-                a = tl.load(x_ptrs, mask=(start + k < D)[None, :], other=0.0)
-                b = tl.load(y_ptrs, mask=(start + k < D)[:, None], other=0.0)
+                a = tl.load(x_ptrs, mask=(start + k < last)[None, :], other=0.0)
+                b = tl.load(y_ptrs, mask=(start + k < last)[:, None], other=0.0)
             else:
                 a = tl.load(x_ptrs)
                 b = tl.load(y_ptrs)

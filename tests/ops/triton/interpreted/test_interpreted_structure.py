@@ -17,11 +17,20 @@ from ccu_fast import ALL, SELF
 from ccu_fast.ops.l2_normalize import triton as normalize
 from ccu_fast.ops.reduce_similarity import triton as similarity
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
-from ccu_fast.ops.reduce_similarity.triton import backward_pass, configs, forward_pass, gemm, plan, small
+from ccu_fast.ops.reduce_similarity.triton import (
+    backward_pass,
+    configs,
+    forward_pass,
+    gemm,
+    plan,
+    prefixes,
+    small,
+)
 from ccu_fast.ops.small_info_nce import triton as small_info_nce
 
 CLIP = (encode("lse", int(ALL)), encode("sum", int(SELF)))
-KERNELS = [(home, name) for home in (forward_pass, backward_pass) for name in vars(home) if name.endswith("_kernel")]
+HOMES = (forward_pass, backward_pass, prefixes)
+KERNELS = [(home, name) for home in HOMES for name in vars(home) if name.endswith("_kernel")]
 # Calls that make the host wait for a GPU.
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "unique", "masked_select")
 
@@ -59,6 +68,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         counts["gemm"] += 1
 
     monkeypatch.setattr(gemm, "product", product)
+    monkeypatch.setattr(prefixes, "product", product)
     device = dataclasses.replace(configs.of("sm_90", 132), tma=False)
     monkeypatch.setattr(configs, "device", lambda: device)
     yield counts
@@ -178,6 +188,28 @@ def test_launches_of_a_call(launches: Counter[str]) -> None:
     arithmetic = {name: count for name, count in watch.operators.items() if not name.startswith("empty")}
     print(dict(watch.operators))
     assert sum(watch.operators.values()) <= 60, arithmetic
+
+
+@pytest.mark.parametrize(("n", "chunks"), [(4096, 1), (32768, 8)])
+def test_launches_of_all_prefixes(launches: Counter[str], n: int, chunks: int) -> None:
+    """As many as of one problem but for the GEMMs, whose FLOPs are those of the longest prefix."""
+    p = dataclasses.replace(problem(n, 512), prefixes=(64, 128, 256, 512), unit=True)
+    with Watch(p.x, p.y) as watch:
+        row_out, col_out, stash = prefixes.forward(p, GIB, True)
+        incoming = torch.empty_like(row_out), torch.empty_like(col_out)
+        grads = prefixes.backward(p, (*incoming, row_out, col_out), stash, [True, True, True, False], GIB)
+        del grads, incoming
+    assert launches == {
+        "prefix_norms_kernel": 1,
+        "prefix_forward_kernel": 1,
+        "merge_kernel": 1,
+        "prefix_online_kernel": 1,
+        "prefix_gradient_kernel": 2 * chunks,
+        "prefix_finish_kernel": chunks + 1,
+        "gemm": 8 * chunks,
+    }
+    rest = watch.peak - min(GIB, 4 * n * n * 2)
+    assert rest <= 2 * n * 512 * 2 + 2 * n * 512 * 4 + 4 * 600 * n * 4 + (64 << 20), f"{rest / 1e6:.0f} MB beside A"
 
 
 def test_a_frozen_side_has_no_gemm(launches: Counter[str]) -> None:
