@@ -26,6 +26,7 @@ from ccu_fast.files import write_whole
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
+SPEED = ("what", "ratio", "ms", "megabytes")
 RESULTS, TABLE = HERE / "results.json", HERE / "README.md"
 
 
@@ -80,7 +81,7 @@ def run(environment: Environment, root: Path) -> dict[str, Any]:
         "summary": done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr.strip()[-200:],
         "numbers": checks.count("numbers"),
         "training": max((m["difference"] for m in measured if m["check"] == "training"), default=None),
-        "speed": [{"what": m["what"], "ratio": m["ratio"], "ms": m["ms"]} for m in measured if m["check"] == "speed"],
+        "speed": [{name: m[name] for name in SPEED} for m in measured if m["check"] == "speed"],
     }
 
 
@@ -92,19 +93,26 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "Made by `make compat` from [results.json](results.json). *Numbers*: how many comparisons of loss and "
         "gradients (for token scoring: tokens) with the library's own passed, judged by the library in float64. "
         "*Training*: the largest difference between the losses of 100 steps with and without the patch, 0 where tokens "
-        "are chosen. *Speed*: the library's time over the patched one's, median of rounds in turns, on a CPU.",
+        "are chosen. *Speed*: the library's time over the patched one's, median of rounds in turns, on a CPU; "
+        "behind it what one call takes beyond its inputs, with the library and patched.",
         "",
-        "| library | version | replaced | numbers | training | speed |",
+        "| library | version | replaced | numbers | training | speed and memory |",
         "|---|---|---|---|---|---|",
     ]
     for _, row in sorted(rows.items()):
-        speed = "<br>".join(f"{s['ratio']:.2f}× {s['what']}" for s in row.get("speed", [])) or "–"
+        speed = "<br>".join(map(_speed, row.get("speed", []))) or "–"
         training = "–" if row.get("training") is None else f"{row['training']:.1e}"
         numbers = f"{row.get('numbers', 0)} equal" if row["outcome"] == "passed" else row["outcome"]
         lines.append(f"| {row['target']} | {row['version']} | {row['replaces']} | {numbers} | {training} | {speed} |")
     some = next(iter(rows.values()), {})
     lines += ["", f"torch {some.get('torch')}, Python {some.get('python')}, {some.get('threads')} threads.", ""]
     return "\n".join(lines)
+
+
+def _speed(row: dict[str, Any]) -> str:
+    """What the table says of one comparison."""
+    megabytes = row["megabytes"]
+    return f"{row['ratio']:.2f}× {row['what']} ({megabytes['library']:.0f} → {megabytes['patched']:.0f} MB)"
 
 
 if __name__ == "__main__":

@@ -353,7 +353,8 @@ def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
     backend = choose(options.get("backend", "auto"), "reduce_similarity", device, dtype)
     if options and not PREFIXED.isdisjoint(options):
         few = items * items < operator.FEW_PAIRS and dtype == torch.float32 and cast is None
-        return backend if few and backend == "native" and options.get("prefixes") else None
+        if not few or backend != "native" or not options.get("prefixes"):
+            return None
     if backend == "native":  # which rounds as autocast does, but not as the other setting does
         in_bf16 = torch.bfloat16 in (dtype, cast)
         return None if not in_bf16 and fp32_precision("cpu") == "medium" else backend

@@ -126,8 +126,10 @@ def matryoshka(name: str = "usual", **options: Any) -> Any:
 @pytest.mark.parametrize("options", [{}, {"matryoshka_weights": [1.0, 0.5, 2]}], ids=["alike", "weights"])
 @pytest.mark.parametrize("kind", ["MultipleNegativesRankingLoss", "MultipleNegativesSymmetricRankingLoss"])
 @pytest.mark.parametrize("similarity", ["cos_sim", "dot_score"])
-def test_matryoshka_around_a_loss(similarity: str, kind: str, options: dict[str, Any], columns: int) -> None:
-    """All of its dimensions are one call."""
+def test_matryoshka_around_a_loss(
+    similarity: str, kind: str, options: dict[str, Any], columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its dimensions are one call, but of a few pairs."""
     similar = getattr(importlib.import_module("sentence_transformers.util"), similarity)
     inner = getattr(losses(), kind)(Towers(), similarity_fct=similar)
     loss = losses().MatryoshkaLoss(inner.model, inner, [WIDTH, 8, 4], **options)
@@ -136,6 +138,8 @@ def test_matryoshka_around_a_loss(similarity: str, kind: str, options: dict[str,
         leaves = [(1.5 * unit(23, WIDTH, seed=i, dtype=dtype)).requires_grad_() for i in range(columns)]
         return lambda: loss([{"sentence_embedding": t} for t in leaves], None), leaves
 
+    same_numbers("sentence_transformers", problem)
+    monkeypatch.setattr("ccu_fast.ops.reduce_similarity.operator.FEW_PAIRS", 0)
     same_numbers("sentence_transformers", problem)
     call, _ = problem(torch.float32)
     with counted("sentence_transformers") as calls:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import ccu_fast
+from benchmarks import memory
 from tests.support.tolerance import assert_three_way
 
 RECORD = os.environ.get("CCU_FAST_COMPAT_RECORD")
@@ -120,7 +121,7 @@ def left_alone(target: str, call: Callable[[], Any]) -> None:
 
 
 def speed(target: str, what: str, call: Callable[[], Any], rounds: int = 7) -> None:
-    """Records how much faster ``call`` is with the patch: the median ratio over rounds that take turns."""
+    """Records how much faster ``call`` is with the patch, the median ratio of rounds in turns, and its memory."""
     if RECORD is None:
         return
     times: dict[bool, list[float]] = {False: [], True: []}
@@ -137,7 +138,11 @@ def speed(target: str, what: str, call: Callable[[], Any], rounds: int = 7) -> N
     ms = {
         name: 1e3 * statistics.median(times[patched][1:]) for name, patched in (("library", False), ("patched", True))
     }
-    record(target, check="speed", what=what, ratio=statistics.median(ratios), ms=ms, threads=torch.get_num_threads())
+    megabytes = {"library": memory.peak_of(call) / 1e6}
+    with ccu_fast.patch.applied(target):
+        megabytes["patched"] = memory.peak_of(call) / 1e6
+    facts = {"ms": ms, "megabytes": megabytes, "threads": torch.get_num_threads()}
+    record(target, check="speed", what=what, ratio=statistics.median(ratios), **facts)
 
 
 def record(target: str, **row: Any) -> None:

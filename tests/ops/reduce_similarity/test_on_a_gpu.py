@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,11 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "limits": lambda x, y, **o: info_nce(x, y, **between(x, y), **o),
     "guide": lambda x, y, **o: info_nce(x, y, guide=(x[:, :72], y[:, :72]), **between(x[:, :72], y[:, :72]), **o),
     "distill": lambda x, y, **o: ccu_fast.distill(x, y, teacher=(x[:, :72], y[:, :72]), teacher_scale=40.0, **o),
+    "prefixes": lambda x, y, **o: info_nce(x, y, prefixes=(16, 64, 192), **o),
+    "unit prefixes": lambda x, y, **o: info_nce(x, y, prefixes=(64, 128, 192), normalize=True, **o),
+    "prefixes, labels": lambda x, y, **o: info_nce(
+        x, y, prefixes=(32, 200 // 16 * 16), normalize=True, row_labels=LABELS.to(x.device), **o
+    ),
 }
 ARITHMETIC = {
     "bf16": (torch.bfloat16, "highest"),
@@ -93,12 +99,22 @@ def test_sharp_logits(scale: float) -> None:
     ours = info_nce(x, y, scale=scale, reduction="none", symmetric=False, backend="triton")
     exact = info_nce(x.double(), y.double(), scale=scale, reduction="none", symmetric=False, backend="reference")
     torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-3)
+    x[:, :64] = -x[:, :64]  # so that one prefix alone is far below what bounds all
+    given: dict[str, Any] = {"scale": scale, "symmetric": False, "prefixes": (64, 128), "normalize": True}
+    pairs = ((t.double().requires_grad_(), t.clone().requires_grad_()) for t in (x, y))
+    exact_leaves, leaves = zip(*pairs, strict=True)
+    ours = info_nce(*leaves, backend="triton", **given)
+    exact = info_nce(*exact_leaves, backend="reference", **given)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-3)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(exact, exact_leaves), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
 
 
+@pytest.mark.parametrize("prefixes", [(), (64, 128, 256, 512)])
 @pytest.mark.parametrize("n", [128, 1000, 4096])
-def test_same_inputs_same_bits(n: int) -> None:
+def test_same_inputs_same_bits(n: int, prefixes: tuple[int, ...]) -> None:
     x, y = inputs(n, 512, torch.bfloat16)
-    first, second = (step(info_nce, x, y, backend="triton", workspace=16 << 20) for _ in range(2))
+    first, second = (step(info_nce, x, y, backend="triton", workspace=16 << 20, prefixes=prefixes) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 

@@ -87,6 +87,62 @@ def test_loss_and_gradients(way: Way, items: int, dim: int, scale: float, symmet
         assert_three_way(name, *values, ulps=8, magnitude=magnitude)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_features_that_are_made_unit_vectors(way: Way, symmetric: bool, autocast: bool) -> None:
+    backend, dtype = way
+    x, y = (3 * torch.randn(37, 20).to(dtype) for _ in range(2))
+    x[3] = 0 if dtype != torch.float16 else x[3]  # whose gradient it cannot hold
+
+    def run(compute: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, y)]
+        loss = compute(*leaves)
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype if dtype != torch.float32 else torch.bfloat16, enabled=autocast):
+            return ccu_fast.info_nce(x, y, scale=10.0, symmetric=symmetric, normalize=True, backend=backend)
+
+    rounded = torch.bfloat16 if autocast and dtype == torch.float32 else dtype
+
+    def by_hand(x: Tensor, y: Tensor) -> Tensor:
+        units = (F.normalize(t.float(), dim=-1).to(rounded).float() for t in (x, y))
+        return by_torch(*units, torch.tensor(10.0), symmetric, "mean")
+
+    def exactly(x: Tensor, y: Tensor) -> Tensor:
+        return by_torch(*(F.normalize(t, dim=-1) for t in (x, y)), torch.tensor(10.0).double(), symmetric, "mean")
+
+    results = run(ours, dtype), run(by_hand, dtype), run(exactly, torch.float64)
+    for name, *values in zip(("loss", "dx", "dy"), *results, strict=True):
+        scale = 4 if rounded == dtype else torch.finfo(rounded).eps / torch.finfo(dtype).eps
+        assert_three_way(name, *values, ulps=8 * scale, magnitude=10.0 if name == "loss" else None)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("weights", [None, (0.5, 0.0, 2.0)])
+def test_prefixes(native: str, monkeypatch: pytest.MonkeyPatch, weights: Any, normalize: bool) -> None:
+    """One operator for each of them, and the sum that the general way has."""
+    x, y = (torch.randn(37, 20).requires_grad_() for _ in range(2))
+    scale = torch.tensor(3.0, requires_grad=True)
+    given = {"scale": scale, "prefixes": (4, 9, 20), "prefix_weights": weights, "normalize": normalize}
+    results = []
+    for options in ({"workspace": 1 << 24}, {}):
+        if not options:
+            only(monkeypatch)
+        for reduction in ("mean", "sum"):
+            loss = ccu_fast.info_nce(x, y, reduction=reduction, **given, **options)
+            results.append([loss, *torch.autograd.grad(loss, [x, y, scale])])
+    for general, few in zip(results[:2], results[2:], strict=True):
+        for a, b in zip(general, few, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6 * float(a.detach().abs().max()))
+    monkeypatch.undo()
+    for wrong, says in ((4, "prefixes: expected ascending"), ((4, 21), "prefixes: expected at most 20")):
+        with pytest.raises((TypeError, ValueError), match=says):
+            ccu_fast.info_nce(x, y, scale=1.0, prefixes=wrong)
+    with pytest.raises(TypeError, match="prefix_weights: expected a number for each of the 2"):
+        ccu_fast.info_nce(x, y, scale=1.0, prefixes=(4, 8), prefix_weights=(1.0,))
+
+
 def test_any_subset_of_gradients(way: Way) -> None:
     backend, dtype = way
     base = [torch.randn(20, 8).to(dtype), torch.randn(20, 8).to(dtype), torch.tensor(2.0)]
@@ -291,7 +347,13 @@ def test_who_goes_this_way(native: str) -> None:
     assert served_by(x[None], x[None], {}) is None
     assert served_by(x[:0], x[:0], {}) is None
     assert served_by(x, x, {"workspace": None, "normalize": False, "paired": None}) == "native"
-    for option in ({"workspace": 0}, {"normalize": True}, {"paired": False}, {"paired": 1}, {"nan_policy": "raise"}):
+    assert served_by(x, x, {"normalize": True}) == "native"
+    assert served_by(x, x, {"prefixes": (2, 8), "prefix_weights": (1.0, 2.0), "normalize": True}) == "native"
+    for option in ({"prefixes": ()}, {"prefix_weights": (1.0,)}, {"prefixes": (2, 8), "margin": 0.1}):
+        assert served_by(x, x, option) is None
+    assert served_by(x.bfloat16(), x.bfloat16(), {"prefixes": (2, 8)}) is None  # unit vectors would be rounded
+    assert served_by(torch.empty(256, 8), torch.empty(256, 8), {"prefixes": (2, 8)}) is None
+    for option in ({"workspace": 0}, {"normalize": 1}, {"paired": False}, {"paired": 1}, {"nan_policy": "raise"}):
         assert served_by(x, x, option) is None
     assert served_by(x, x, {"row_ids": torch.arange(20), "col_ids": torch.arange(20)}) is None
     assert served_by(torch.empty(1024, 1), torch.empty(1024, 1), {}) == "native"
@@ -300,6 +362,7 @@ def test_who_goes_this_way(native: str) -> None:
     torch.set_float32_matmul_precision("medium")
     try:
         assert served_by(x, x, {}) is None
+        assert served_by(x, x, {"prefixes": (2, 8)}) is None
     finally:
         torch.set_float32_matmul_precision("highest")
 

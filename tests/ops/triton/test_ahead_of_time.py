@@ -297,7 +297,7 @@ def test_resources_of_prefixes(
     for name, kernel in kernels.items():
         used = usage(kernel.asm["cubin"])
         print(f"{name}: {used['REG']} registers, {kernel.metadata.shared} B shared, {used['STACK']} B stack")
-        assert used["STACK"] <= max(64, spills(variant)), f"{name} spills: {used}"
+        assert used["STACK"] <= max(128, spills(variant)), f"{name} spills: {used}"
         assert used["LOCAL"] == 0, f"{name}: {used}"
         assert kernel.metadata.shared <= 96 << 10, f"{name}: {kernel.metadata.shared} B shared"
         if name.split()[0] in PREFIXES[:2]:

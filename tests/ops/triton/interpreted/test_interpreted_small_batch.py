@@ -12,6 +12,7 @@ from tests.ops.small_info_nce.test_small_info_nce import (  # noqa: F401 - the s
     Way,
     only,
     test_a_graph_may_be_walked_twice,
+    test_features_that_are_made_unit_vectors,
     test_loss_and_gradients,
     test_nan_goes_through,
     test_views_one_bank_for_both_and_no_gradient,
