@@ -32,8 +32,7 @@ PRODUCTS = ("forward_kernel", "gradient_kernel", "online_kernel")
 SMALL = ("small_forward_kernel", "small_gradient_kernel")
 LOSS = ("loss_kernel",)
 NORMALIZE = ("normalize_kernel", "normalize_backward_kernel")
-PREFIXES = ("prefix_forward_kernel", "prefix_gradient_kernel", "prefix_online_kernel", "prefix_norms_kernel")
-PREFIXES = (*PREFIXES, "prefix_finish_kernel")
+PREFIXES = tuple(f"prefix_{name}_kernel" for name in ("forward", "gradient", "online", "norms", "finish"))
 OTHERS = ("bound_kernel", "merge_kernel", "own_kernel", "norm_kernel", "scale_kernel", "finish_kernel")
 
 # Users must not see a release's warnings about options that were left out, either.
