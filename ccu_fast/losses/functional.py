@@ -322,14 +322,15 @@ def sigmoid_loss(
 def at_once(
     x: Any, y: Any, scale: Any, options: dict[str, Any], *, symmetric: bool = True, mean: bool = True
 ) -> Tensor | None:
-    """:func:`info_nce` of a small batch, by one operator; None where there is none for it."""
+    """:func:`info_nce` of a small batch by one operator, or one for each prefix; None where there is none for it."""
     backend = served_by(x, y, options)
     if backend is None:
         return None
 
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        x, y = normalize_pair(x, y, backend) if options.get("normalize") else (x, y)
-        return small_info_nce(x, y, scale, symmetric=symmetric, mean=mean, backend=backend)
+    def loss(u: Tensor, v: Tensor) -> Tensor:
+        if options.get("normalize"):
+            u, v = normalize_pair(u, v, backend)
+        return small_info_nce(u, v, scale, symmetric=symmetric, mean=mean, backend=backend)
 
     return of_prefixes(loss, x, y, options) if "prefixes" in options else loss(x, y)
 
@@ -337,7 +338,8 @@ def at_once(
 def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
     """The backend that has one operator for a call of :func:`info_nce`; None: the general way, which also checks.
 
-    Two matrices of one shape and dtype without keys; on a GPU in half precision, and of prefixes a few on a CPU.
+    Two matrices of one shape and dtype without keys; on a GPU in half precision. With prefixes fewer than 256 pairs of
+    fp32 on a CPU.
     """
     if not check.at_hand(x, y) or x.ndim != 2 or x.shape != y.shape:  # a graph must not depend on the size
         return None
@@ -353,7 +355,7 @@ def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
     backend = choose(options.get("backend", "auto"), "reduce_similarity", device, dtype)
     if options and not PREFIXED.isdisjoint(options):
         few = items * items < operator.FEW_PAIRS and dtype == torch.float32 and cast is None
-        if not few or backend != "native" or not options.get("prefixes"):
+        if not few or backend != "native" or "prefixes" not in options:
             return None
     if backend == "native":  # which rounds as autocast does, but not as the other setting does
         in_bf16 = torch.bfloat16 in (dtype, cast)
@@ -364,8 +366,11 @@ def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
 
 def _asks_for_more(option: tuple[str, Any]) -> bool:
     name, value = option
-    known = name == "backend" or name in PREFIXED or (name == "normalize" and isinstance(value, bool))
-    return not (known or value is None)
+    if name == "normalize":
+        return not isinstance(value, bool)
+    if name == "prefixes":
+        return not isinstance(value, tuple | list) or not value
+    return not (name in ("backend", "prefix_weights") or value is None)
 
 
 def _require_positives(

@@ -128,7 +128,8 @@ def without_defaults(options: dict[str, Any]) -> dict[str, Any]:
     asked = {}
     for name, value in options.items():
         default = _DEFAULTS.get(name, _DEFAULTS)
-        if value is not default and (isinstance(value, Tensor) or value != default):
+        # Arrays and tensors are not compared, which would give one of them.
+        if value is not default and not (isinstance(value, int | float | str | tuple | list) and value == default):
             asked[name] = value
     if "positives" in asked and all(asked.get(name) is None for name in _KEYS):
         check.one_of("positives", asked.pop("positives"), POSITIVES)  # of one positive all forms are the same

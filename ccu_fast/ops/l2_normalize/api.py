@@ -98,6 +98,9 @@ class _Normalize(torch.autograd.Function):
         call: Any = _backward
         if check.by_operator(grad):
             call = torch.ops.ccu_fast.l2_normalize_backward
+        elif torch._C._functorch.is_legacy_batchedtensor(grad):
+            # is_grads_batched=True: many gradients at once, which no kernel can read
+            return _backward_again(grad, x, inverse, ctx.backend)[0], None, None
         elif torch.is_grad_enabled():
             call = twice_differentiable(_backward, _backward_again)
         return call(grad.contiguous(), x, inverse, ctx.backend), None, None

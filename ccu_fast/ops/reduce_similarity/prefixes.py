@@ -64,7 +64,8 @@ def reduce_prefixes(
 
     The products of a prefix are those of the shorter one and some more, and the gradients of x and y telescope, so that
     all prefixes together cost the products of the longest one. They are a loop over ranks, where a CPU multiplies bf16,
-    and on a GPU in fp16 and fp64, with a bias, limits or banks, and of prefixes that are no multiples of 16 or over 8.
+    and on a GPU in fp16 and fp64, with a bias, limits or banks, of more than eight prefixes, and where one is no
+    multiple of 16.
 
     Args:
         x: ``[..., N, D]``; y: ``[..., M, D]``: as of :func:`ccu_fast.reduce_similarity`.
@@ -166,7 +167,7 @@ def of_each_prefix(
 
 
 def _in_registers(p: SimilarityProblem) -> bool:
-    """Whether a GPU has a kernel that makes the products of one prefix from those of the last."""
+    """Whether a GPU has a kernel that makes the products of one prefix from those of the one before."""
     # Not asked of the module, whose import torch.compile would have to follow.
     plain = p.bias is None and p.guide_x is None and not p.limited and p.banks == 1
     whole = 1 < len(p.prefixes) <= 8 and math.gcd(*p.prefixes) % 16 == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,16 +132,33 @@ def test_prefixes(native: str, monkeypatch: pytest.MonkeyPatch, weights: Any, no
             only(monkeypatch)
         for reduction in ("mean", "sum"):
             loss = ccu_fast.info_nce(x, y, reduction=reduction, **given, **options)
-            results.append([loss, *torch.autograd.grad(loss, [x, y, scale])])
+            results.append([loss, *torch.autograd.grad(loss, [x, y, scale], retain_graph=True)])
     for general, few in zip(results[:2], results[2:], strict=True):
         for a, b in zip(general, few, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6 * float(a.detach().abs().max()))
-    monkeypatch.undo()
-    for wrong, says in ((4, "prefixes: expected ascending"), ((4, 21), "prefixes: expected at most 20")):
+    many = torch.autograd.grad(loss, x, torch.tensor([1.0, 2.0]), is_grads_batched=True)[0]
+    one = results[-1][1]
+    torch.testing.assert_close(many, torch.stack([one, 2 * one]), rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("items", [8, 300, 1200])
+def test_what_is_wrong_is_named_at_every_size(native: str, items: int) -> None:
+    x = torch.randn(items, 20)
+    ascending, weights = "prefixes: expected ascending numbers", "prefix_weights: expected a number for each of the 2"
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"prefixes": 4}, ascending),
+        ({"prefixes": (4, 21)}, "prefixes: expected at most 20 dimensions"),
+        ({"prefixes": torch.tensor([4, 8])}, ascending),
+        ({"prefixes": np.array([4, 8])}, ascending),
+        ({"prefixes": (4, 8), "prefix_weights": (1.0,)}, weights),
+        ({"prefixes": (4, 8), "prefix_weights": np.ones(2)}, weights),
+        ({"prefix_weights": (1.0,)}, "prefixes: expected numbers of dimensions because prefix_weights is given"),
+        ({"normalize": None}, "normalize: expected True or False, got NoneType"),
+        ({"prefixes": (4,), "normalize": None}, "normalize: expected True or False, got NoneType"),
+    ]
+    for options, says in wrong:
         with pytest.raises((TypeError, ValueError), match=says):
-            ccu_fast.info_nce(x, y, scale=1.0, prefixes=wrong)
-    with pytest.raises(TypeError, match="prefix_weights: expected a number for each of the 2"):
-        ccu_fast.info_nce(x, y, scale=1.0, prefixes=(4, 8), prefix_weights=(1.0,))
+            ccu_fast.info_nce(x, x, scale=1.0, **options)
 
 
 def test_any_subset_of_gradients(way: Way) -> None:
@@ -192,10 +210,11 @@ def test_second_derivatives_are_those_of_the_formula(way: Way, symmetric: bool, 
         torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
 
 
-def test_many_gradients_at_once(native: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"normalize": True, "workspace": 1 << 20}], ids=str)
+def test_many_gradients_at_once(native: str, options: dict[str, Any]) -> None:
     x, y = (torch.randn(6, 8).requires_grad_() for _ in range(2))
     for dtype in (torch.float32, torch.bfloat16):
-        loss = ccu_fast.info_nce(x.to(dtype), y.to(dtype), scale=2.0)
+        loss = ccu_fast.info_nce(x.to(dtype), y.to(dtype), scale=2.0, **options)
         many = torch.autograd.grad(loss, [x, y], torch.tensor([1.0, 2.0]), is_grads_batched=True, retain_graph=True)
         for got, one in zip(many, torch.autograd.grad(loss, [x, y]), strict=True):
             torch.testing.assert_close(got, torch.stack([one, 2 * one]), rtol=0, atol=8 * torch.finfo(dtype).eps)

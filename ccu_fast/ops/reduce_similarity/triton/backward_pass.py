@@ -42,7 +42,13 @@ def backward(
     with configs.on_device(p.x):
         device = configs.device()
         operands = Operands(p, device)
-        signature = ("backward", workspace, tuple(needs), stash.shape, operands.signature(p, *incoming, stash))
+        signature = (
+            "backward",
+            workspace,
+            tuple(needs),
+            stash.shape,
+            operands.signature(p, p.x, p.y, *incoming, stash),
+        )
         made = device.plans.get(signature) or device.keep(
             signature, _Backward(p, operands, device, stash.shape[0], tuple(needs), workspace)
         )

@@ -22,7 +22,7 @@ from ccu_fast.ops.reduce_similarity.triton.tile import (
     swizzle,
 )
 
-# The inverse of a norm that LEAST_NORM replaces, through which no gradient flows, is not below this.
+# From here on an inverse norm is that of EPS, which replaces smaller norms and passes no gradient on; but for rounding.
 MOST_INVERSE = tl.constexpr(1 / EPS * (1 - 1e-6))
 
 
@@ -72,6 +72,7 @@ def prefix_gradient_kernel(
     row_slot = P * tl.cast(N, tl.int64)
     col_slot = P * tl.cast(col_items, tl.int64)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        # A remainder that changes nothing: the interpreter counts in Python's integers, which swizzle does not take.
         row_tile, col_tile = swizzle(tile % (row_tiles * col_tiles), row_tiles, col_tiles, BAND)
         row = first_row + row_tile * BLOCK_M
         col = col_tile * BLOCK_N

@@ -51,7 +51,7 @@ LEAST_NORM = tl.constexpr(EPS)
 
 @triton.jit
 def _norms(t, inverse, squares, rows, D, EDGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Inverse norms of this program's rows, fp32 ``[P, rows]``, and the largest |row|² that a product is made of."""
+    """Inverse norms of this program's rows, fp32 ``[P, rows]``, and the largest |row|², 1 with inverse norms."""
     most = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(tl.program_id(0) * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
@@ -120,7 +120,7 @@ def more_products(
 
 
 @triton.jit
-def _of(states, q, COUNT: tl.constexpr):
+def _of_prefix(states, q, COUNT: tl.constexpr):
     """The states of one prefix among those of all."""
     found = ()
     for r in tl.static_range(COUNT):
@@ -188,7 +188,7 @@ def prefix_forward_kernel(
                     if (row + BLOCK_M > N) | (col + BLOCK_N > M):
                         e = tl.where(row_ok[:, None] & col_ok[None, :], e, 0.0)
                 col_state = empty_state(COLS, BLOCK_N)
-                row_state = reduce_tile(t, e, relation, _of(state, q, len(ROWS)), ROWS_ALWAYS, 1, col_ok, MASK_M)
+                row_state = reduce_tile(t, e, relation, _of_prefix(state, q, len(ROWS)), ROWS_ALWAYS, 1, col_ok, MASK_M)
                 col_state = reduce_tile(t, e, relation, col_state, COLS_ALWAYS, 0, row_ok, MASK_N)
                 if DIAGONAL:
                     if crosses_diagonal(row, col, BLOCK_M, BLOCK_N):
@@ -249,7 +249,7 @@ def _online(
                 if x_inverse is not None:
                     of_rows, of_cols = factors(x_inverse, y_inverse, q, rows, cols, N, M, row_ok, col_ok)
                     dots = acc * of_rows * of_cols
-                after = after + reduce_online(dots * scale, relation, _of(state, q, len(SPEC)), SPEC)
+                after = after + reduce_online(dots * scale, relation, _of_prefix(state, q, len(SPEC)), SPEC)
             if len(SPEC) > 0:  # as in forward_kernel
                 state = after
         for q in tl.static_range(P):

@@ -35,7 +35,7 @@ _PACK = 16  # words, to which parts of the stash are aligned
 
 
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
-    """fp32 words of what forward keeps: the header, and the inverse norms of all prefixes."""
+    """fp32 words of the header and of all inverse norms, which forward needs even if nothing is kept."""
     return (plan.HEADER + (_words(p, p.n) + _words(p, p.m)) * p.unit,)
 
 
@@ -151,7 +151,7 @@ def backward(
         device = configs.device()
         operands = Operands(p, device)
         asked = (workspace, tuple(needs), p.prefixes, p.unit)
-        signature = ("prefixes backward", *asked, operands.signature(p, *incoming, stash))
+        signature = ("prefixes backward", *asked, operands.signature(p, p.x, p.y, *incoming, stash))
         made = device.plans.get(signature) or device.keep(
             signature, _Backward(p, operands, device, tuple(needs), workspace)
         )
@@ -177,7 +177,7 @@ class _Backward(_Prefixes):
         self.parts = [slice(a, b) for a, b in zip(self.edges, p.prefixes, strict=False)]
         chunks = plan.chunks(p, self.tile.block_m, workspace // len(p.prefixes), plan.HEADER)
         self.chunks = [_Chunk(self, p, device, chunk) for chunk in chunks]
-        self.scratch = max(math.prod(chunk.shape) for chunk in self.chunks)
+        self.scratch = max(chunk.size for chunk in self.chunks)
         self.finish_y = self.finisher(p, p.m, 0, p.m)
 
     def finisher(self, p: SimilarityProblem, items: int, first: int, count: int) -> Launch:
@@ -237,7 +237,8 @@ class _Chunk:
         self.first, self.rows, tile, sets = chunk.first, chunk.rows, backward.tile, len(p.prefixes)
         stride, items = configs.row_stride(p.m), p.m + backward.missing
         store = backward.want_x or backward.want_y
-        self.shape = (sets, chunk.rows, stride)
+        self.shape = (sets, chunk.rows if store else 0, stride)
+        self.size = math.prod(self.shape)
         self.columns = p.m
         row_tiles, col_tiles = triton.cdiv(chunk.rows, tile.block_m), triton.cdiv(p.m, tile.block_n)
         self.row_sums = (sets, col_tiles, chunk.rows) if backward.row_sums else (0,)
@@ -256,7 +257,7 @@ class _Chunk:
     def make(self, p: SimilarityProblem, common: Any, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A ``[P, rows, M]``, and fp32 ``[P, rows]`` and ``[P, M]``, the sums over columns and rows of G∘S/scale."""
         readers, tensors = common
-        a = scratch[: math.prod(self.shape)].view(self.shape)
+        a = scratch[: self.size].view(self.shape)
         row_sums, col_sums = (scratch.new_empty(size, dtype=torch.float32) for size in (self.row_sums, self.col_sums))
         for launch in self.gradient:
             launch(*readers, *tensors, a, row_sums, col_sums)

@@ -86,8 +86,9 @@ def add_products(
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     else:
         k = tl.arange(0, BLOCK_K)
-        rows = x_start + tl.minimum(row + tl.arange(0, BLOCK_M), N - 1)
-        cols = y_start + tl.minimum(col + tl.arange(0, BLOCK_N), M - 1)
+        # In 64 bits whatever the starts are: N·D may not fit into 32.
+        rows = x_start + tl.minimum(row + tl.arange(0, BLOCK_M), N - 1).to(tl.int64)
+        cols = y_start + tl.minimum(col + tl.arange(0, BLOCK_N), M - 1).to(tl.int64)
         x_ptrs = x + rows[:, None] * D + (first + k)[None, :]
         y_ptrs = y + cols[None, :] * D + (first + k)[:, None]
         for start in range(first, last, BLOCK_K):
