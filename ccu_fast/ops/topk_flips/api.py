@@ -19,7 +19,7 @@ from ccu_fast.ops.topk_flips.problem import TokenProblem, TokenResult
 
 __all__ = ["Flips", "TokenTable", "candidate_losses", "topk_flips"]
 
-_GRAM_ROWS = 1 << 16
+_GRAM_ROWS, _NORM_ROWS = 1 << 16, 1 << 12
 
 
 class Flips(NamedTuple):
@@ -296,7 +296,10 @@ def _allowed_ids(allowed: Tensor, vocabulary: int, device: torch.device) -> Tens
 
 def _largest_norm(embedding: Tensor, ids: Tensor | None) -> float:
     """max ‖row‖ over the allowed rows, which must be finite."""
-    norms = torch.linalg.vector_norm(embedding, dim=1, dtype=torch.float64)
+    norms = embedding.new_empty(embedding.shape[0], dtype=torch.float64)
+    # Some rows at a time: on a CPU torch copies what it sums in another dtype.
+    for part, out in zip(embedding.split(_NORM_ROWS), norms.split(_NORM_ROWS), strict=True):
+        torch.linalg.vector_norm(part, dim=1, dtype=torch.float64, out=out)
     if ids is not None:
         norms = norms[ids]
     largest = float(norms.max())
