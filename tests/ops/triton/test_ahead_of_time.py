@@ -46,6 +46,7 @@ DISTILL = (("lse", SAME | OTHER), ("sum", SELF), ("expected", SAME | OTHER), ("m
 VARIANTS: dict[str, Variant] = {
     "clip": (CLIP, CLIP, ""),
     "clip ragged": (CLIP, CLIP, "ragged"),
+    "rows": ((("lse", ALL),), (), ""),
     "clip labels ids ragged": (CLIP, CLIP, "labels ids ragged"),
     "clip of columns": ((), CLIP, ""),
     "siglip": ((("softplus", ALL), ("sum", SELF)), (), "bias"),
@@ -69,10 +70,8 @@ EVERYWHERE = [
     ("bf16", "clip ragged"),
     ("bf16", "clip labels ids ragged"),
     ("bf16", "siglip"),
-    ("fp16", "clip"),
     ("tf32", "clip"),
     ("tf32", "clip labels ids ragged"),
-    ("ieee", "clip labels ids ragged"),
 ]
 ON_SM_90 = [
     ("bf16", "siglip ragged"),
@@ -80,7 +79,10 @@ ON_SM_90 = [
     ("bf16", "clip of columns"),
     ("bf16", "bounded labels"),
     ("fp16", "supcon labels"),
+    ("fp16", "clip"),
+    # One tile serves it on every GPU.
     ("ieee", "clip"),
+    ("ieee", "clip labels ids ragged"),
 ]
 LIMITED = [
     ("bf16", "clip limits"),
@@ -93,7 +95,7 @@ CASES = (
     + [(capability, "tf32", "clip ragged") for capability in (89, 90, 100)]
     + [(89, "bf16", "clip"), (89, "tf32", "clip labels ids ragged")]
     + [(capability, *case) for capability in (80, 90, 100) for case in LIMITED[:2]]
-    + [(capability, *LIMITED[2]) for capability in (90, 100)]
+    + [(90, *LIMITED[2])]
     + [(89, *LIMITED[1]), (90, "fp16", "siglip limits ragged"), (90, "ieee", "clip limits guide")]
     + [(capability, "bf16", "distill") for capability in (90, 100)]
     + [(90, "tf32", "distill labels ragged")]
@@ -267,10 +269,10 @@ def test_resources(
 @pytest.mark.parametrize(
     ("capability", "precision", "variant", "prefixes"),
     [
-        (80, "bf16", "clip", (64, 128, 256, 512)),
-        (90, "bf16", "clip", tuple(range(64, 513, 64))),
-        (90, "tf32", "clip labels ids ragged", (16, 128)),
-        (100, "bf16", "clip", (64, 128, 256, 512)),
+        (80, "tf32", "clip labels ids ragged", (16, 128)),
+        (90, "bf16", "clip", (64, 128, 256, 512)),
+        (90, "bf16", "rows", tuple(range(64, 513, 64))),
+        (100, "bf16", "clip", (64, 512)),
     ],
     ids=lambda value: str(value),
 )
