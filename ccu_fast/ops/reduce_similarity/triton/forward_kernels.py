@@ -326,6 +326,19 @@ def _online(
 
 
 @triton.jit
+def any_flagged(flags, count, header):
+    """Whether one of the flags is up, which the first program also tells the backward pass."""
+    flagged = tl.zeros((1024,), tl.int32)
+    for start in range(0, count, 1024):
+        index = start + tl.arange(0, 1024)
+        flagged |= tl.load(flags + index, mask=index < count, other=0)
+    online = tl.max(flagged, 0)
+    if tl.program_id(0) == 0:
+        tl.store(header + ONLINE, online.to(tl.float32))
+    return online != 0
+
+
+@triton.jit
 def online_kernel(
     x, y, scale_ptr, bias_ptr, row_labels, col_labels, row_ids, col_ids,
     row_limits, col_limits, guide_x, guide_y, teacher, row_out, col_out, flags, header,
@@ -341,14 +354,7 @@ def online_kernel(
     """
     row_blocks = banks * tl.cdiv(N, BLOCK_M) if len(ROWS) > 0 else 0
     blocks = row_blocks + (banks * tl.cdiv(M, BLOCK_M) if len(COLS) > 0 else 0)
-    any_flag = tl.zeros((1024,), tl.int32)
-    for start in range(0, blocks, 1024):
-        index = start + tl.arange(0, 1024)
-        any_flag |= tl.load(flags + index, mask=index < blocks, other=0)
-    online = tl.max(any_flag, 0)
-    if tl.program_id(0) == 0:
-        tl.store(header + ONLINE, online.to(tl.float32))
-    if online != 0:
+    if any_flagged(flags, blocks, header):
         common = tl.load(scale_ptr) * LOG2E, load_bias(bias_ptr), D, banks, guide_d, teacher
         row_keys = row_labels, row_ids, row_label_bank, row_id_bank
         col_keys = col_labels, col_ids, col_label_bank, col_id_bank

@@ -88,10 +88,8 @@ def prefix_gradient_kernel(
         held = ()
         for q in tl.static_range(P):
             acc = more_products(acc, x, y, row, col, N, M, D, q, EDGES, TMA, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-            dots = acc
-            if x_inverse is not None:
-                of_rows, of_cols = factors(x_inverse, y_inverse, q, rows, cols, N, M, row_ok, col_ok)
-                dots = acc * of_rows * of_cols
+            of_rows, of_cols = factors(x_inverse, y_inverse, q, rows, cols, N, M, row_ok, col_ok)
+            dots = acc * of_rows * of_cols
             t = dots * scale
             by_row = grad_rows, row_out, q * tl.cast(N, tl.int64) + rows, row_ok, row_slot
             by_col = grad_cols, col_out, q * tl.cast(col_items, tl.int64) + cols, cols < col_items, col_slot
@@ -113,9 +111,7 @@ def prefix_gradient_kernel(
                 if COL_SUMS:
                     at = col_sums + (q * row_tiles + row_tile) * tl.cast(col_items, tl.int64) + cols
                     tl.store(at, tl.sum(weighted, 0), mask=cols < col_items)
-            if x_inverse is not None:
-                g = g * of_rows * of_cols
-            held = held + (g,)
+            held = held + (g * of_rows * of_cols,)
         if STORE:
             mask = row_ok[:, None]
             if not WHOLE:
