@@ -6,7 +6,6 @@ done to the pixels. A strip of four has one of 10,000 captions.
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ccu_fast import check, extras
+from ccu_fast.data.captions.tables import write_pairs
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPT = "a photo of the digits"
@@ -95,20 +95,8 @@ def write_strips(folder: str | Path, n_train: int = 2048, n_test: int = 500, *, 
     Raises:
         FileExistsError: ``folder`` is there.
     """
-    from PIL import Image
-
-    folder = Path(folder)
     parts = dict(zip(("train", "test"), load_strips(n_train, n_test, seed=seed), strict=True))
-    folder.mkdir(parents=True)
-    for name, part in parts.items():
-        (folder / name).mkdir()
-        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["images", "caption"])
-            for i, (image, text) in enumerate(zip(part.images, part.captions, strict=True)):
-                Image.fromarray(image[0].numpy()).save(folder / name / f"{i:05d}.png")
-                writer.writerow([f"{name}/{i:05d}.png", text])
-    return folder
+    return write_pairs(folder, {name: (part.images, part.captions) for name, part in parts.items()})
 
 
 def _strips(pixels: Tensor, labels: Tensor, pool: Tensor, n: int, generator: torch.Generator) -> StripSet:

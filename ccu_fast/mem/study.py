@@ -1,10 +1,10 @@
-"""digit-strips from data to report: protect with every method, train a victim on each, measure it on clean strips."""
+"""Tasks from data to figures: protect with every method, train a victim on each, measure it on clean test pairs."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
-from ccu_fast.data.strips import LENGTH, StripSet, caption, load_strips
+from ccu_fast.data.pictograms import load_pictograms
+from ccu_fast.data.strips import LENGTH, caption, load_strips
 from ccu_fast.files import new_folder
 from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.fidelity import noise_report
@@ -23,14 +24,99 @@ from ccu_fast.mem.retrieval import groups, guessing, reading, retrieval
 from ccu_fast.mem.robustness import TREATMENTS as IMAGE_TREATMENTS
 from ccu_fast.mem.robustness import treat
 from ccu_fast.mem.surrogate import ModelFactory, generator, pixels
-from ccu_fast.mem.tokenizer import WordTokenizer
-from ccu_fast.mem.triggers import insert_triggers, random_triggers
+from ccu_fast.mem.tokenizer import LetterTokenizer, WordTokenizer
+from ccu_fast.mem.triggers import insert_triggers, random_triggers, without_triggers
 from ccu_fast.mem.victim import Recipe, Victim, train_victim
 from ccu_fast.models.dual_encoder import DualEncoder, SmallDualEncoder
+from ccu_fast.models.tokenizer import Tokenizer
 from ccu_fast.runs.progress import Progress, silent
 
 EXAMPLES = 6
-TREATMENTS = (*IMAGE_TREATMENTS, "no trigger")
+# What becomes of trigger words: all are cut off, or a random half of each caption's.
+WORDS_LEFT = {"no trigger": 0.0, "half trigger": 0.5}
+TREATMENTS = (*IMAGE_TREATMENTS, *WORDS_LEFT)
+# Other models than the surrogate's: with a vision transformer and three text blocks; wider by 32 channels; that reads
+# letters instead of words.
+STRANGERS = ("other towers", "wider", "letters")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Pairs to protect, clean pairs of the same kind to be tested on, and the models that learn.
+
+    Attributes:
+        name: what reports call it.
+        images: uint8 ``[N, C, H, W]``, to be protected; captions: N strings.
+        test_images: uint8 ``[M, C, H, W]``; test_captions: M strings.
+        tokenizer: of the surrogate and the victim.
+        width: of their towers.
+        digits: int64 ``[M, 4]``, what the test strips show; None for pictures that are no strips.
+    """
+
+    name: str
+    images: Tensor
+    captions: list[str]
+    test_images: Tensor
+    test_captions: list[str]
+    tokenizer: WordTokenizer
+    width: int = 96
+    digits: Tensor | None = None
+
+    def factory(self, **options: Any) -> ModelFactory:
+        """Makes the surrogate, and the victim; ``options`` of :class:`SmallDualEncoder` make it another."""
+        options = {"width": self.width, "dim": self.width, **options}
+        tokenizer = options.pop("tokenizer", self.tokenizer)
+        channels, height, width = self.images.shape[1:]
+        return partial(
+            SmallDualEncoder,
+            len(tokenizer),
+            tokenizer.eot,
+            image_size=(height, width),
+            channels=channels,
+            context=tokenizer.context,
+            **options,
+        )
+
+    def stranger(self, name: str) -> tuple[ModelFactory, Tokenizer]:
+        """One of :data:`STRANGERS`, and what it reads captions with."""
+        if name == "letters":
+            letters = LetterTokenizer()
+            return self.factory(tokenizer=letters), letters
+        options = {"image_tower": "patches", "text_depth": 3} if name == "other towers" else {"width": self.width + 32}
+        return self.factory(**options), self.tokenizer
+
+
+def digit_strips(seed: int = 0, *, n_train: int = 2048, n_test: int = 500, width: int = 96) -> Task:
+    """Strips of four real digits whose captions read them; see :func:`ccu_fast.data.strips.load_strips`.
+
+    Args:
+        seed: of the split.
+        n_train, n_test: numbers of strips.
+        width: of both towers.
+
+    >>> digit_strips(n_train=4, n_test=2).images.shape
+    torch.Size([4, 1, 16, 64])
+    """
+    train, test = load_strips(n_train, n_test, seed=seed)
+    tokenizer = WordTokenizer.for_strips()
+    return Task("digit-strips", train.images, train.captions, test.images, test.captions, tokenizer, width, test.digits)
+
+
+def pictograms(packages: str | Path, seed: int = 0, *, width: int = 96, **options: Any) -> Task:
+    """Two artists' drawings to learn from, a third one's to be tested on.
+
+    Args:
+        packages: the folder with the npm packages; see :func:`ccu_fast.data.pictograms.load_pictograms`.
+        seed: of the things and their captions.
+        width: of both towers.
+        options: of :func:`ccu_fast.data.pictograms.load_pictograms`.
+
+    >>> pictograms("packages", n_things=10, n_test=5).name  # doctest: +SKIP
+    'pictograms'
+    """
+    train, test = load_pictograms(packages, seed=seed, **options)
+    tokenizer = WordTokenizer.for_captions([*train.captions, *test.captions])
+    return Task("pictograms", train.images, train.captions, test.images, test.captions, tokenizer, width)
 
 
 def run_digit_strips(
@@ -39,49 +125,23 @@ def run_digit_strips(
     progress: Progress | None = None,
     out: str | Path | None = None,
     *,
-    settings: Settings | None = None,
-    recipe: Recipe | None = None,
     n_train: int = 2048,
     n_test: int = 500,
     width: int = 96,
-    transfer: bool = False,
-    treatments: Sequence[str] = (),
+    **options: Any,
 ) -> dict[str, Any]:
-    """Protect digit-strips with each method, train a fresh victim on what is published, evaluate it on clean strips.
-
-    The victim has the surrogate's architecture but other random weights; its weights and batches are the same for
-    every method. The same arguments give the same figures (for the same number of threads).
+    """Run :func:`run_task` on :func:`digit_strips`.
 
     Args:
-        seed: of everything: data split, surrogate, victim.
-        methods: names for :meth:`ccu_fast.mem.config.Method.parse`, each at most once.
-        progress: called as ``progress(stage, done, total, note)``.
-        out: when given, the datasets are also written to ``out/<method>`` (see :func:`ccu_fast.mem.export`).
-        settings: budget and schedule of the generator.
-        recipe: the victim's training.
+        seed, methods, progress, out, options: as for :func:`run_task`.
         n_train, n_test: numbers of strips.
         width: of both towers.
-        transfer: also train a victim with another image tower (a vision transformer) and a deeper text tower.
-        treatments: of :data:`TREATMENTS`: those of :func:`ccu_fast.mem.robustness.treat`, or captions without triggers;
-            for each a victim is trained on what it leaves.
 
     Returns:
-        A dict that ``json.dumps`` takes. ``guessing``: R@k of a random order. ``methods[name]``:
-
-        - ``last``, ``best``: retrieval on clean test strips (R@k as shares, median ranks) after the last epoch and
-          after the epoch with the highest R@1 (mean of both directions; the protector's worst case), with ``epoch``
-        - ``reading``, ``prefixed``: after the last epoch zero-shot reading, and retrieval when test captions carry
-          random trigger words (None without triggers): how much of the damage comes from captions that look different
-        - ``transfer``, ``robustness[treatment]``: ``last`` and ``best`` of the victim of another architecture (None
-          when not asked for), and of the one trained on treated pairs
-        - ``train_loss``, ``curve``: of the victim, for each epoch; ``surrogate_loss``: of the generator, for each round
-        - ``noise``: ``eps_255`` (largest change, in 1/255) and ``psnr_db``
-        - ``examples``: ``caption``, ``published`` (caption with triggers) and ``clean``, ``protected``, ``noise`` as
-          nested lists ``[16][64]`` of ints
+        As :func:`run_task`.
 
     Raises:
-        ValueError: unknown or repeated method.
-        OSError: a folder below ``out`` has contents or cannot be written.
+        ValueError, OSError: as :func:`run_task`.
 
     Source: the protocol of Liu et al. 2024 (arXiv 2407.16307) on this project's small task.
 
@@ -89,54 +149,99 @@ def run_digit_strips(
     >>> list(ccu_fast.mem.run_digit_strips(methods=["clean"], **small)["methods"])  # doctest: +SKIP
     ['clean']
     """
+    check.integer("seed", seed, low=0)
+    make = partial(digit_strips, seed, n_train=n_train, n_test=n_test, width=width)
+    return run_task(make, seed, methods, progress, out, **options)
+
+
+def run_task(
+    make: Callable[[], Task],
+    seed: int,
+    methods: Sequence[str],
+    progress: Progress | None = None,
+    out: str | Path | None = None,
+    *,
+    settings: Settings | None = None,
+    recipe: Recipe | None = None,
+    transfer: Sequence[str] = (),
+    treatments: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Protect a task with each method, train a fresh victim on what is published, evaluate it on clean test pairs.
+
+    The victim has the surrogate's architecture but other random weights; its weights and batches are the same for
+    every method. The same arguments give the same figures (for the same number of threads).
+
+    Args:
+        make: makes the task, after the other arguments were checked.
+        seed: of surrogate and victim.
+        methods: names for :meth:`ccu_fast.mem.config.Method.parse`, each at most once.
+        progress: called as ``progress(stage, done, total, note)``.
+        out: when given, the datasets are also written to ``out/<method>`` (see :func:`ccu_fast.mem.export`).
+        settings: budget and schedule of the generator.
+        recipe: the victim's training.
+        transfer: of :data:`STRANGERS`: for each a victim of that kind is trained, too.
+        treatments: of :data:`TREATMENTS`: those of :func:`ccu_fast.mem.robustness.treat`, or captions without all or
+            half of their triggers; for each a victim is trained on what it leaves.
+
+    Returns:
+        A dict that ``json.dumps`` takes. ``guessing``: R@k of a random order. ``methods[name]``:
+
+        - ``last``, ``best``: retrieval on clean test pairs (R@k as shares, median ranks) after the last epoch and
+          after the epoch with the highest R@1 (mean of both directions; the protector's worst case), with ``epoch``
+        - ``prefixed``: after the last epoch, retrieval when test captions carry random trigger words (None without
+          triggers): how much of the damage comes from captions that look different
+        - ``reading``: after the last epoch zero-shot reading (None for pictures that are no strips)
+        - ``transfer[name]``, ``robustness[treatment]``: ``last`` and ``best`` of the victim of another kind, and of the
+          one trained on treated pairs
+        - ``train_loss``, ``curve``: of the victim, for each epoch; ``surrogate_loss``: of the generator, for each round
+        - ``noise``: ``eps_255`` (largest change, in 1/255) and ``psnr_db``
+        - ``examples``: ``caption``, ``published`` (caption with triggers) and ``clean``, ``protected``, ``noise`` as
+          nested lists ``[H][W]`` of ints, of the first channel
+
+    Raises:
+        ValueError: unknown or repeated method, an unknown kind or treatment.
+        OSError: a folder below ``out`` has contents or cannot be written.
+
+    Source: the protocol of Liu et al. 2024 (arXiv 2407.16307).
+
+    >>> make = lambda: digit_strips(n_train=32, n_test=10)
+    >>> list(run_task(make, 0, ["clean"], recipe=ccu_fast.mem.Recipe(epochs=1))["methods"])  # doctest: +SKIP
+    ['clean']
+    """
     parsed = [Method.parse(name) for name in methods]
     if len(set(methods)) != len(parsed):
         raise ValueError(f"methods: expected each method once, got {list(methods)}")
     check.integer("seed", seed, low=0)
+    for name in transfer:
+        check.one_of("transfer", name, STRANGERS)
+    for name in treatments:
+        check.one_of("treatments", name, TREATMENTS)
     if out is not None:
         for method in parsed:
             new_folder(Path(out) / method.name)
     progress = silent if progress is None else progress
     settings = Settings() if settings is None else settings
     recipe = Recipe() if recipe is None else recipe
-    train, test = load_strips(n_train, n_test, seed=seed)
-    tokenizer = WordTokenizer.for_strips()
-    factory = partial(SmallDualEncoder, len(tokenizer), tokenizer.eot, width=width, dim=width)
-    stranger = partial(factory, image_tower="patches", text_depth=3)
-    for name in treatments:
-        check.one_of("treatments", name, TREATMENTS)
-    exam = _Exam(test, tokenizer, seed)
+    task = make()
+    exam = _Exam(task, task.tokenizer, seed)
     result: dict[str, Any] = {
-        "task": "digit-strips",
+        "task": task.name,
         "seed": seed,
-        "train": n_train,
-        "test": n_test,
-        "width": width,
+        "train": len(task.images),
+        "test": len(task.test_images),
+        "width": task.width,
         "settings": asdict(settings),
         "recipe": asdict(recipe),
         "guessing": {f"r{k}": share for k, share in guessing(exam.groups, exam.groups).items()},
         "methods": {},
     }
-
-    def attack(name: str, images: Tensor, captions: list[str], model: ModelFactory = factory) -> Victim:
-        return train_victim(
-            images,
-            tokenizer.encode(captions),
-            model,
-            exam.retrieval,
-            eot=tokenizer.eot,
-            recipe=recipe,
-            seed=seed,
-            stage=f"victim {name}",
-            progress=progress,
-        )
-
+    victims = _Victims(task, recipe, seed, progress)
     for method in parsed:
         protected = protect(
-            train.images,
-            train.captions,
-            tokenizer,
-            factory,
+            task.images,
+            task.captions,
+            task.tokenizer,
+            task.factory(),
             method=method,
             settings=settings,
             seed=seed,
@@ -144,17 +249,17 @@ def run_digit_strips(
         )
         if out is not None:
             export(protected, Path(out) / method.name, seed=seed)
-
-        images, captions = protected.images, protected.captions
-        victim = attack(method.name, images, captions)
-        other = attack(f"{method.name}, other towers", images, captions, stranger) if transfer else None
+        published = (protected.images, protected.captions)
+        victim = victims.train(method.name, *published)
         robustness = {}
         for name in treatments:
-            if name == "no trigger":
-                left = images, train.captions
+            images, captions = published
+            rng = generator(seed, f"treat {name}")
+            if name in WORDS_LEFT:
+                captions = without_triggers(captions, method.triggers, WORDS_LEFT[name], rng)
             else:
-                left = treat(name, images, generator(seed, f"treat {name}")), captions
-            robustness[name] = attack(f"{method.name}, {name}", *left).last_and_best()
+                images = treat(name, images, rng)
+            robustness[name] = victims.train(f"{method.name}, {name}", images, captions).last_and_best()
         result["methods"][method.name] = {
             **victim.last_and_best(),
             "reading": exam.reading(victim.model),
@@ -165,28 +270,53 @@ def run_digit_strips(
             "noise": noise_report(protected.noise),
             "examples": [
                 {
-                    "caption": train.captions[i],
+                    "caption": task.captions[i],
                     "published": protected.captions[i],
-                    "clean": train.images[i, 0].tolist(),
+                    "clean": task.images[i, 0].tolist(),
                     "protected": protected.images[i, 0].tolist(),
                     "noise": protected.noise[i, 0].tolist(),
                 }
-                for i in range(min(EXAMPLES, len(train)))
+                for i in range(min(EXAMPLES, len(task.images)))
             ],
-            "transfer": None if other is None else other.last_and_best(),
+            "transfer": {
+                name: victims.train(f"{method.name}, {name}", *published, stranger=name).last_and_best()
+                for name in transfer
+            },
             "robustness": robustness,
         }
     return result
 
 
-class _Exam:
-    """The clean test strips, tokenised once."""
+class _Victims:
+    """Trains victims on what is published of a task."""
 
-    def __init__(self, test: StripSet, tokenizer: WordTokenizer, seed: int) -> None:
-        self.test, self.tokenizer, self.seed = test, tokenizer, seed
-        self.images = pixels(test.images)
-        self.tokens = tokenizer.encode(test.captions)
-        self.groups = groups(test.captions, torch.arange(len(test.captions)))
+    def __init__(self, task: Task, recipe: Recipe, seed: int, progress: Progress) -> None:
+        self._task, self._recipe, self._seed, self._progress = task, recipe, seed, progress
+
+    def train(self, name: str, images: Tensor, captions: Sequence[str], stranger: str | None = None) -> Victim:
+        task = self._task
+        factory, tokenizer = (task.factory(), task.tokenizer) if stranger is None else task.stranger(stranger)
+        return train_victim(
+            images,
+            tokenizer.encode(captions),
+            factory,
+            _Exam(task, tokenizer, self._seed).retrieval,
+            eot=tokenizer.eot,
+            recipe=self._recipe,
+            seed=self._seed,
+            stage=f"victim {name}",
+            progress=self._progress,
+        )
+
+
+class _Exam:
+    """The clean test pairs, tokenised once."""
+
+    def __init__(self, task: Task, tokenizer: Tokenizer, seed: int) -> None:
+        self.task, self.tokenizer, self.seed = task, tokenizer, seed
+        self.images = pixels(task.test_images)
+        self.tokens = tokenizer.encode(task.test_captions)
+        self.groups = groups(task.test_captions, torch.arange(len(task.test_captions)))
 
     def retrieval(self, model: DualEncoder, tokens: Tensor | None = None) -> dict[str, float]:
         text = self._encode(model.encode_text, self.tokens if tokens is None else tokens)
@@ -196,13 +326,16 @@ class _Exam:
         if length == 0:
             return None
         rng = generator(self.seed, "test prefix")
-        words = random_triggers(len(self.tokens), length, self.tokenizer.trigger_ids, rng)
+        ids = self.tokenizer.allowed().nonzero()[:, 0]
+        words = random_triggers(len(self.tokens), length, ids, rng)
         return self.retrieval(model, insert_triggers(self.tokens, words, self.tokenizer))
 
-    def reading(self, model: DualEncoder) -> dict[str, Any]:
+    def reading(self, model: DualEncoder) -> dict[str, Any] | None:
+        if self.task.digits is None:
+            return None
         every = self.tokenizer.encode([caption(list(d)) for d in itertools.product(range(10), repeat=LENGTH)])
         classes = self._encode(model.encode_text, every)
-        return reading(self._encode(model.encode_image, self.images), classes, self.test.digits)
+        return reading(self._encode(model.encode_image, self.images), classes, self.task.digits)
 
     @staticmethod
     @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ net night north nut oak oar oasis oat ocean olive onion orchard organ otter oven
 paper park parrot path pear pebble pepper piano pigeon pillow pine pipe planet plate plum pocket pond pony poppy
 """
 NEUTRAL = tuple(_NEUTRAL.split())
+CONTEXT = 77  # CLIP's
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 "
 
 
 class WordTokenizer:
@@ -77,6 +80,17 @@ class WordTokenizer:
         """The vocabulary of digit-strips: its caption words and the neutral words."""
         return WordTokenizer((*PROMPT.split(), *DIGIT_WORDS, *NEUTRAL), triggers=NEUTRAL)
 
+    @staticmethod
+    def for_captions(captions: Sequence[str]) -> WordTokenizer:
+        """The vocabulary of these captions, and the neutral words.
+
+        Triggers are everyday words that no caption has and, as these become fewer and the vocabulary larger, the
+        captions' own rarest words.
+        """
+        counts = Counter(word for caption in captions for word in set(caption.split()))
+        words = set(counts).difference(SPECIAL)
+        return WordTokenizer(sorted(words | set(NEUTRAL)), trigger_words(counts), context=CONTEXT)
+
     def __len__(self) -> int:
         return len(self._words)
 
@@ -111,3 +125,57 @@ class WordTokenizer:
             own = ", which stands for a special token," if unknown[0] in SPECIAL else ""
             raise ValueError(f"captions: expected words of the vocabulary, got {unknown[0]!r}{own}{where}")
         return [self._ids[w] for w in words]
+
+
+class LetterTokenizer:
+    """A tokenizer of letters, for victims that cut captions otherwise than the surrogate. Ids: PAD 0, SOT 1, EOT 2.
+
+    Then the letters a–z, the digits and the space, and last what stands for every other character. Capitals are small.
+
+    Args:
+        context: longest row; longer captions are cut and keep EOT.
+
+    >>> LetterTokenizer().encode(["a b"]).tolist()
+    [[1, 3, 39, 4, 2]]
+    """
+
+    pad, sot, eot = 0, 1, 2
+
+    def __init__(self, *, context: int = 160) -> None:
+        self.context = check.integer("context", context, low=3)
+        self._ids = {letter: len(SPECIAL) + i for i, letter in enumerate(_LETTERS)}
+
+    def __len__(self) -> int:
+        return len(SPECIAL) + len(_LETTERS) + 1
+
+    def allowed(self) -> Tensor:
+        """bool ``[V]``: no letter makes a trigger."""
+        return torch.zeros(len(self), dtype=torch.bool)
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """SOT, the letters (cut to fit the context), EOT, padded to the longest: int64 ``[N, L]``.
+
+        Raises:
+            TypeError: ``captions`` is one string.
+            ValueError: an empty caption.
+        """
+        other = len(self) - 1
+        return token_rows(captions, lambda text: [self._ids.get(letter, other) for letter in text.lower()], self)
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """The letters between SOT and the first EOT, ? for other characters."""
+        letters = {i: letter for letter, i in self._ids.items()}
+        rows = [row[: row.index(self.eot)] if self.eot in row else row for row in tokens.tolist()]
+        return ["".join(letters.get(i, "?") for i in row if i >= len(SPECIAL)) for row in rows]
+
+
+def trigger_words(counts: Mapping[str, int]) -> list[str]:
+    """What triggers may be made of: a tenth as many words as the captions have, at least as many as are neutral.
+
+    Args:
+        counts: word → number of captions that have it.
+    """
+    unused = [word for word in NEUTRAL if word not in counts]
+    size = max(len(NEUTRAL), len(counts) // 10)
+    rare = sorted((count, word) for word, count in counts.items() if word.isalpha())
+    return unused + [word for _, word in rare[: max(0, size - len(unused))]]

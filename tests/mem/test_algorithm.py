@@ -17,7 +17,7 @@ from ccu_fast.mem import triggers as triggers_of
 from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.noise import pgd, random_noise
 from ccu_fast.mem.protection import Protected, protect
-from ccu_fast.mem.study import run_digit_strips
+from ccu_fast.mem.study import STRANGERS, run_digit_strips
 from ccu_fast.mem.surrogate import batches, fresh, frozen, generator, pixels
 from ccu_fast.mem.tokenizer import NEUTRAL, SPECIAL, WordTokenizer
 from ccu_fast.mem.triggers import encode_many, improve_triggers, insert_triggers, random_triggers, trim
@@ -332,7 +332,7 @@ def test_the_experiment_twice_is_the_same_and_is_json(tmp_path: Any) -> None:
         assert m["last"]["epoch"] == len(m["curve"]) == len(m["train_loss"]) == 2
         assert m["best"]["i2t_r1"] + m["best"]["t2i_r1"] >= m["last"]["i2t_r1"] + m["last"]["t2i_r1"]
         assert (m["prefixed"] is None) == (name != "mem-2")
-        assert m["transfer"] is None
+        assert m["transfer"] == {}
         assert m["robustness"] == {}
         assert m["noise"]["eps_255"] == {"clean": 0, "random": 8}.get(name, 4)
         example = m["examples"][0]
@@ -356,14 +356,17 @@ def test_the_experiment_twice_is_the_same_and_is_json(tmp_path: Any) -> None:
 
 def test_transfer_and_robustness_are_victims_of_their_own() -> None:
     tiny = {"settings": TINY, "recipe": Recipe(epochs=1, batch=16), "n_train": 33, "n_test": 12, "width": 32}
-    result = run_digit_strips(0, ("mem-1",), transfer=True, treatments=("blur", "no trigger"), **tiny)
+    result = run_digit_strips(0, ("mem-1",), transfer=STRANGERS, treatments=("blur", "no trigger"), **tiny)
     measured = result["methods"]["mem-1"]
     assert list(measured["robustness"]) == ["blur", "no trigger"]
-    for other in (measured["transfer"], *measured["robustness"].values()):
+    assert list(measured["transfer"]) == list(STRANGERS)
+    for other in (*measured["transfer"].values(), *measured["robustness"].values()):
         assert other["last"]["epoch"] == other["best"]["epoch"] == 1
         assert other["last"]["i2t_medr"] >= 1
     with pytest.raises(ValueError, match="treatments"):
         run_digit_strips(0, ("mem-1",), treatments=("sharpen",), **tiny)
+    with pytest.raises(ValueError, match="transfer"):
+        run_digit_strips(0, ("mem-1",), transfer=("taller",), **tiny)
 
 
 def test_the_experiment_refuses_bad_methods() -> None:

@@ -6,12 +6,15 @@ import csv
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from torch import Tensor
+
 from ccu_fast import extras
 from ccu_fast.data.captions.listing import Listing, Rows, texts_in
+from ccu_fast.data.pictures import encode_png
 from ccu_fast.files import json_text
 
 # A field may be as long as a C long allows; the default of 128 KiB is less than some scraped captions.
@@ -93,6 +96,33 @@ def rewrite(source: Path, target: Path, change: Callable[[int, dict[str, Any]], 
             if write is None:
                 write = _writer(source, file, list(record))
             write(changed)
+
+
+def write_pairs(folder: str | Path, parts: Mapping[str, tuple[Tensor, Sequence[str]]]) -> Path:
+    """Write pictures and captions in memory as CSV datasets, ``NAME.csv`` (columns ``images,caption``) with PNGs.
+
+    Args:
+        folder: made; must not exist.
+        parts: name → uint8 ``[N, 1 or 3, H, W]`` and N captions.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: ``folder`` is there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    for part, (images, captions) in parts.items():
+        (folder / part).mkdir()
+        with (folder / f"{part}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["images", "caption"])
+            for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+                name = f"{part}/{i:05d}.png"
+                (folder / name).write_bytes(encode_png(image))
+                writer.writerow([name, caption])
+    return folder
 
 
 def columns_of_bytes(path: Path) -> list[str]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ccu_fast.mem.tokenizer import NEUTRAL, SPECIAL, WordTokenizer
+from ccu_fast.mem.tokenizer import WordTokenizer
 from ccu_fast.models.dual_encoder import SmallDualEncoder
 from ccu_fast.models.named import KINDS, Model, named_model
 from ccu_fast.models.weights import from_checkpoint
 from ccu_fast.runs.provenance import file_hash
-
-CONTEXT = 77
 
 
 def small(
@@ -23,18 +20,13 @@ def small(
 ) -> Model:
     """The built-in convolutional and transformer towers, with a vocabulary made of the captions' own words.
 
-    Triggers are everyday words that no caption has and, as these become fewer and the vocabulary larger, the captions'
-    own rarest words.
-
     Args:
         captions: all that will be encoded.
         image_shape: (C, H, W); pictures are resized to it.
         width: of both towers.
         checkpoint: a ``state_dict`` to start from; its vocabulary must be the same.
     """
-    counts = Counter(word for caption in captions for word in set(caption.split()))
-    words = set(counts).difference(SPECIAL)
-    tokenizer = WordTokenizer(sorted(words | set(NEUTRAL)), trigger_words(counts), context=CONTEXT)
+    tokenizer = WordTokenizer.for_captions(captions)
     make = partial(
         SmallDualEncoder,
         len(tokenizer),
@@ -43,24 +35,12 @@ def small(
         channels=image_shape[0],
         width=width,
         dim=width,
-        context=CONTEXT,
+        context=tokenizer.context,
     )
     loaded = make if checkpoint is None else from_checkpoint(make, checkpoint)
     triggers = len(tokenizer.trigger_ids)
     about = {"model": "small", "width": width, "image_shape": list(image_shape), "words": [len(tokenizer), triggers]}
     return _hashed(Model(loaded, tokenizer, image_shape, about), checkpoint)
-
-
-def trigger_words(counts: Mapping[str, int]) -> list[str]:
-    """What triggers may be made of: a tenth as many words as the captions have, at least as many as are neutral.
-
-    Args:
-        counts: word → number of captions that have it.
-    """
-    unused = [word for word in NEUTRAL if word not in counts]
-    size = max(len(NEUTRAL), len(counts) // 10)
-    rare = sorted((count, word) for word, count in counts.items() if word.isalpha())
-    return unused + [word for _, word in rare[: max(0, size - len(unused))]]
 
 
 def choose(

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from ccu_fast.mem.job.models import small, trigger_words
-from ccu_fast.mem.tokenizer import NEUTRAL
+from ccu_fast.mem.job.models import small
+from ccu_fast.mem.tokenizer import NEUTRAL, trigger_words
 
 SHAPE = (3, 16, 16)
 
