@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ccu_fast import check, extras
 from ccu_fast.data.captions import DiskSource, Listing, list_pairs
-from ccu_fast.data.pictures import MAX_PIXELS, BadPicture
+from ccu_fast.data.pictures import BadPicture
 from ccu_fast.mem.verification.check import Check, as_text, checked, counted, skipped
 from ccu_fast.mem.verification.libraries import check_library, library_of
 from ccu_fast.mem.verification.manifest import check_files, check_hashes, read_manifest
@@ -137,13 +137,13 @@ class _Verification:
             checks["captions"] = checked("unreadable", [str(error).removeprefix("folder: ")])
             return []
         with ExitStack() as stack:
-            self.max_pixels = int(manifest.get("max_pixels") or MAX_PIXELS)
+            self.max_pixels = manifest["max_pixels"]
             self.source = stack.enter_context(closing(self._opened(listing)))
             paired = None if clean is None else Pairs(listing, clean, manifest)
             self.clean = None if clean is None else stack.enter_context(closing(self._opened(clean)))
             distances = self._look(listing, manifest, paired, similar=pairs > 0)
             checks["captions"] = checked(counted(len(listing.captions), "caption"), _captions(listing, manifest))
-            triggers = int(manifest["method"].get("triggers") or 0)
+            triggers = manifest["method"]["triggers"]
             if paired is None:
                 checks |= dict.fromkeys(("pairs", "noise", "triggers"), skipped("no original to compare with"))
             else:

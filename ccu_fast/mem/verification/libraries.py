@@ -49,7 +49,7 @@ def _check_webdataset(library: Any, folder: Path, manifest: dict[str, Any]) -> C
 
 def _check_datasets(library: Any, folder: Path, manifest: dict[str, Any], listing: Listing) -> Check:
     expected, rows = len(set(listing.records)), 0
-    if manifest["format"] == "imagefolder" and (manifest.get("columns") or [None])[0] != "file_name":
+    if manifest["format"] == "imagefolder" and (manifest.get("columns") or [""])[0] != "file_name":
         return skipped("the library links pictures by a column file_name, which the original has not")
     try:
         with _quiet(library), tempfile.TemporaryDirectory() as cache:

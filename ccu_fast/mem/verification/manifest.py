@@ -10,11 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from ccu_fast.data.captions.listing import FORMATS, MANIFEST
-from ccu_fast.mem.verification.check import Check, checked, counted
+from ccu_fast.mem.verification.check import Check, as_text, checked, counted
 from ccu_fast.runs.provenance import file_hash
 
 # What a manifest of ``ccu-fast protect`` has.
-_KINDS = {"run": str, "rows": int, "images": int, "method": dict, "settings": dict, "sha256": dict}
+_KINDS: dict[str, type] = {
+    "run": str,
+    "rows": int,
+    "images": int,
+    "max_pixels": int,
+    "method": dict,
+    "settings": dict,
+    "versions": dict,
+    "skipped": dict,
+    "sha256": dict,
+}
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any], Check]:
@@ -25,18 +35,39 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Check]:
         return {}, checked("none", [f"expected {MANIFEST} in {folder}, got none"])
     except (OSError, ValueError, RecursionError) as error:
         return {}, checked("unreadable", [f"expected {MANIFEST} to be JSON, got {error}"])
-    wrong = [] if isinstance(found, dict) else ["no object"]
-    if not wrong:
-        wrong = [name for name, kind in _KINDS.items() if not isinstance(found.get(name), kind)]
-        wrong += ["format"] if found.get("format") not in FORMATS else []
-    if not wrong and not all(isinstance(digest, str) for digest in found["sha256"].values()):
-        wrong = ["sha256"]
+    wrong = _wrong_fields(found) if isinstance(found, dict) else ["no object"]
     if wrong:
         told = f"expected {MANIFEST} as ccu-fast protect writes it, got other things as {', '.join(wrong)}"
         return {}, checked("of another program", [told])
-    version = (found.get("versions") or {}).get("ccu_fast", "?") if isinstance(found.get("versions"), dict) else "?"
-    told = f"{found['format']}, {found['method'].get('name', '?')}, eps {found['settings'].get('eps', '?')}/255"
-    return found, checked(f"{told}, made by ccu_fast {version}", [])
+    told = f"{found['format']}, {found['method'].get('name')}, eps {found['settings']['eps']}/255"
+    return found, checked(as_text(f"{told}, made by ccu_fast {found['versions'].get('ccu_fast')}"), [])
+
+
+def _wrong_fields(found: dict[str, Any]) -> list[str]:
+    wrong = [name for name, kind in _KINDS.items() if not isinstance(found.get(name), kind)]
+    if found.get("format") not in FORMATS:
+        wrong.append("format")
+    if not _are_two_texts(found.get("columns")):
+        wrong.append("columns")
+    if wrong:
+        return wrong
+    if not all(isinstance(digest, str) for digest in found["sha256"].values()):
+        wrong.append("sha256")
+    if not isinstance(found["settings"].get("eps"), int):
+        wrong.append("settings")
+    if not isinstance(found["method"].get("triggers"), int):
+        wrong.append("method")
+    items = found["skipped"].get("items")
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        wrong.append("skipped")
+    return wrong
+
+
+def _are_two_texts(columns: Any) -> bool:
+    """Or none, as of a folder."""
+    if columns is None:
+        return True
+    return isinstance(columns, list) and len(columns) == 2 and all(isinstance(name, str) for name in columns)
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> Check:

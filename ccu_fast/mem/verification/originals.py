@@ -42,7 +42,7 @@ class Pairs:
         number = {name: i for i, name in enumerate(original.names)}
         self.partner = [number.get(name) for name in published_names(published)]
         self.before, self.after = captions_of(original), captions_of(published)
-        self._left_out = {item.get("where") for item in manifest.get("skipped", {}).get("items", [])}
+        self._left_out = {item.get("where") for item in manifest["skipped"]["items"]}
 
     def check(self) -> Check:
         """Whether each has the other, and as many captions."""
@@ -180,7 +180,7 @@ def largest_change(manifest: dict[str, Any]) -> int:
     """What noise may change at most, in 1/255."""
     if manifest["method"].get("noise") == "none":
         return 0
-    return int(manifest["settings"].get("eps", 0))
+    return int(manifest["settings"]["eps"])
 
 
 def check_noise(names: list[str], distances: dict[int, Distance], allowed: int, unread: list[str]) -> Check:

@@ -71,9 +71,9 @@ def said(found: dict[str, Any], name: str) -> str:
 
 
 def edit(folder: Path, **values: Any) -> None:
-    """The manifest with other values, or with None for a value without it."""
+    """The manifest with other values."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps({k: v for k, v in {**json.loads(path.read_text()), **values}.items() if v is not None}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def sign(folder: Path) -> None:
@@ -272,7 +272,7 @@ def test_what_webdataset_reads_is_counted(pair: Callable[[str], tuple[Path, Path
         (None, "expected manifest.json in"),
         ("{", "expected manifest.json to be JSON"),
         ("[]", "got other things as no object"),
-        ('{"sha256": {}}', "got other things as run, rows, images, method, settings, format"),
+        ('{"sha256": {}}', "got other things as run, rows, images, max_pixels, method, settings"),
     ],
 )
 def test_a_manifest_that_is_none(content: str | None, message: str, pair: Callable[[str], tuple[Path, Path]]) -> None:
@@ -283,6 +283,25 @@ def test_a_manifest_that_is_none(content: str | None, message: str, pair: Callab
     found = verify(out, source)
     assert failed(found) == {"manifest"} == set(found["checks"])
     assert message in said(found, "manifest")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("columns", ["images"]),
+        ("format", "zip"),
+        ("settings", {"eps": "8"}),
+        ("method", {}),
+        ("skipped", {"items": [3]}),
+        ("sha256", {"train.csv": 3}),
+        ("rows", "7"),
+    ],
+)
+def test_a_manifest_with_another_value(name: str, value: Any, pair: Callable[[str], tuple[Path, Path]]) -> None:
+    out, source = pair("csv")
+    edit(out, **{name: value})
+    found = verify(out, source)
+    assert failed(found) == {"manifest"} and said(found, "manifest").endswith(f"got other things as {name}")
 
 
 def test_a_manifest_that_leads_out_of_the_folder(pair: Callable[[str], tuple[Path, Path]]) -> None:
