@@ -170,6 +170,20 @@ def test_large_pictures_are_thumbnails_and_noise_is_not_smoothed_away(
     assert "700 × 300 px" in path.read_text()
 
 
+def test_pictures_too_small_for_ssim(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = made.write_folder(tmp_path / "in"), tmp_path / "out"
+    protect_dataset(job(source, out))
+    for i in range(6):
+        name = f"deep/{i}.png" if i % 2 else f"{i}.png"
+        Image.new("L", (9, 5), 100).save(source / name)
+        Image.new("L", (9, 5), 100 + i).save(out / name)
+    page = tmp_path / "page.html"
+    assert ends(capsys, out, "--original", source, "--preview", page)[0] == 1, "the hashes"
+    text = page.read_text()
+    assert text.count("too small for SSIM") == 6
+    assert re.findall(r"largest change (\d)/255, 9", text) == list("543210")
+
+
 def test_what_can_be_mended_is_one_message(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, out, source = tmp_path / "page.html", data / "out", data / "in"
     for words, message in (

@@ -364,6 +364,20 @@ def test_the_wrong_original(pair: Callable[[str], tuple[Path, Path]], tmp_path: 
     assert found["checks"]["noise"]["told"] == "no picture compared"
 
 
+def test_an_original_that_cannot_be_read(published: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    shutil.copytree(published / "folder" / "in", source)
+    (source / "2.png").write_bytes(b"")
+    (source / "4.png").unlink()
+    (source / "4.png").symlink_to("nowhere")
+    found = verify(published / "folder" / "out", source)
+    assert failed(found) == {"noise"}
+    assert said(found, "noise") == (
+        "2.png: its original cannot be read: not a picture\n4.png: its original cannot be read: not there"
+    )
+    assert found["checks"]["noise"]["told"].startswith("largest change 8/255")
+
+
 def test_what_cannot_be_done(pair: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     out, source = pair("folder")
     with pytest.raises(FileNotFoundError, match="folder: expected the folder of a published dataset"):
