@@ -19,6 +19,7 @@ EXTRAS = {
         **({} if sys.version_info >= (3, 11) else {"tomli": "tomli"}),
     },
     "parquet": {"pyarrow": "pyarrow"},
+    "denoise": {"cv2": "opencv-python-headless"},
 }
 
 

@@ -19,7 +19,7 @@ from tests.support.presence import absent
 MODULES = ("ccu_fast", "ccu_fast.distributed", "ccu_fast.unlearn", "ccu_fast.mem", "ccu_fast.patch")
 
 # What no paper says how to do.
-WITHOUT_SOURCE = {"average_gradients", "check_pgd_steps", "export", "reading", "retrieval"}
+WITHOUT_SOURCE = {"average_gradients", "check_pgd_steps", "export", "reading", "retrieval", "verify"}
 # They list what there is.
 WITHOUT_ERRORS = {"ccu_fast.patch.active", "ccu_fast.patch.targets"}
 # Packages that an example imports.

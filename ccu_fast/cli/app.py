@@ -13,6 +13,7 @@ from ccu_fast import extras, info
 from ccu_fast._version import __version__
 from ccu_fast.cli import mem
 from ccu_fast.cli import unlearn as commands_unlearn
+from ccu_fast.cli import verify as commands_verify
 from ccu_fast.cli.console import one_sentence
 from ccu_fast.ops import machine
 
@@ -91,3 +92,4 @@ app.command(epilog="Example: ccu-fast protect flickr8k/train.csv --out flickr8k-
 app.command(epilog="Example: ccu-fast evaluate clean=train.csv mem=protected --test test.csv --out figures.json")(
     mem.evaluate
 )
+app.command("verify", epilog=commands_verify.EXAMPLE)(commands_verify.verify)

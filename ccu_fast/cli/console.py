@@ -7,12 +7,15 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
 from ccu_fast import extras
 from ccu_fast.files import FULL
-from ccu_fast.runs.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 # The checks of this package name the argument first; an error without a name is a bug.
@@ -92,29 +95,52 @@ def _sentence(error: BaseException, goes_on: bool) -> str | None:
     return str(error) if named else None
 
 
-@contextmanager
-def live(quiet: bool) -> Iterator[Progress]:
+class Live:
     """A bar for each of the last stages, with the time that is left and a note; gone when the work ends."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
 
-    # A stage may have the name of a dataset, whose brackets are no markup.
-    stage, note = (TextColumn(text, markup=False) for text in ("{task.description:<24}", "{task.fields[note]}"))
-    columns = [stage, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    columns += [TextColumn("left"), TimeRemainingColumn(), note]
-    console = Console(stderr=True)
-    console.quiet = quiet or not console.is_interactive  # a log is not full of bars
-    with Bars(*columns, console=console, transient=True) as bars:
-        stages: dict[str, TaskID] = {}
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
 
-        def progress(stage: str, done: int, total: int, note: str) -> None:
-            if stage not in stages:
-                stages[stage] = bars.add_task(stage, total=total, note=note)
-                for old in bars.task_ids[:-SHOWN]:
-                    bars.update(old, visible=False)
-            elif done < bars.tasks[stages[stage]].completed:  # the next part has a stage of the same name
-                bars.reset(stages[stage])
-            bars.update(stages[stage], completed=done, total=total, note=note)
+        # A stage may have the name of a dataset, whose brackets are no markup.
+        stage, note = (TextColumn(text, markup=False) for text in ("{task.description:<24}", "{task.fields[note]}"))
+        columns = [stage, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+        columns += [TextColumn("left"), TimeRemainingColumn(), note]
+        console = Console(stderr=True)
+        console.quiet = quiet or not console.is_interactive  # a log is not full of bars
+        self.bars = Bars(*columns, console=console, transient=True)
+        self._stages: dict[str, TaskID] = {}
 
-        yield progress
+    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
+        """A :data:`ccu_fast.runs.progress.Progress`."""
+        bars, stages = self.bars, self._stages
+        if stage not in stages:
+            stages[stage] = bars.add_task(stage, total=total, note=note)
+            for old in bars.task_ids[:-SHOWN]:
+                bars.update(old, visible=False)
+        elif done < bars.tasks[stages[stage]].completed:  # the next part has a stage of the same name
+            bars.reset(stages[stage])
+        bars.update(stages[stage], completed=done, total=total, note=note)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For a block that prints: the bars are gone, and there again afterwards."""
+        self.bars.stop()
+        yield
+        self.bars.start()
+
+
+@contextmanager
+def live(quiet: bool) -> Iterator[Live]:
+    """Show the progress of a block; see :class:`Live`."""
+    shown = Live(quiet)
+    with shown.bars:
+        yield shown
+
+
+def printable(text: str) -> str:
+    """A text in what the terminal can show: names of files and fields may be anything."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

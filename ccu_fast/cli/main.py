@@ -11,7 +11,7 @@ from ccu_fast import extras, info
 from ccu_fast._version import __version__
 from ccu_fast.cli.console import one_sentence
 
-COMMANDS = ("info", "unlearn", "demo", "protect", "evaluate", "bench")
+COMMANDS = ("info", "unlearn", "demo", "protect", "evaluate", "verify", "bench")
 
 USAGE = """usage: ccu-fast COMMAND [OPTIONS]
 
@@ -20,6 +20,7 @@ USAGE = """usage: ccu-fast COMMAND [OPTIONS]
   demo      unlearn and protect real digits, and write a report
   protect   write a copy of an image-caption dataset that teaches a model less
   evaluate  train models on datasets and say what they have learned
+  verify    check a protected dataset before it is published
   bench     measure the operations against their peers, in a checkout
 
 All but info need more packages: pip install 'ccu-fast[apps]'"""

@@ -3,14 +3,13 @@
 # No `from __future__ import annotations`: typer reads the annotations.
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ccu_fast import check, extras
-from ccu_fast.cli.console import live, one_sentence
+from ccu_fast.cli.console import live, one_sentence, printable
 from ccu_fast.cli.options import Config, Fields, with_fields
 from ccu_fast.data.captions import Options
 from ccu_fast.data.captions.listing import MANIFEST, is_text
@@ -99,7 +98,10 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Victims for each dataset.", min=1)] = 1,
     treatment: Annotated[
         list[str] | None,
-        typer.Option(help="jpeg, blur, crop or no-trigger: victims of what these leave, too; may be repeated."),
+        typer.Option(
+            help="jpeg, blur, crop, resize, grey, median, nlmeans, learned, no-trigger, some-trigger or some of these "
+            "with a plus: victims of what these leave, too; may be repeated."
+        ),
     ] = None,
     zero_shot: Annotated[
         Path | None, typer.Option(help="Pictures whose captions name their class: do victims know it?")
@@ -115,9 +117,6 @@ def evaluate(
     test pairs after the last and after the best epoch.
     """
     extras.require("rich", "PIL", *(["matplotlib", "jinja2"] if report else []))
-    from rich.console import Console
-
-    from ccu_fast.cli.report.tables import evaluation_table, show
     from ccu_fast.mem.job.models import choose
     from ccu_fast.mem.job.victims import evaluate_datasets
 
@@ -147,41 +146,93 @@ def evaluate(
             output_file(file, option)
     if out is not None and report is not None and out.resolve() == report.resolve():
         raise ValueError(f"report: expected another file than out, got {report}")
-    with live(quiet) as progress:
-        result = evaluate_datasets(
-            named,
-            test,
-            choose(model, size=size, grey=grey),
-            recipe=Recipe(**recipe),
-            seeds=range(seeds),
-            treatments=treatment or (),
-            zero_shot=zero_shot,
-            device=device,
-            samples=0 if report is None else 6,
-            options=Options(**options),
-            threads=threads,
-            progress=progress,
-        )
-    samples = result.pop("samples")  # pictures belong into the page
-    where = "the figures are above"
+    figures = _Figures(out)
+    if not quiet:
+        figures.tell_of_earlier_ones()
     try:
-        if out is not None:
-            with after_the_work(where):
-                write_whole(out, json.dumps(result, indent=1) + "\n")
-            where += f" and in {out}"
+        with live(quiet) as bars:
+
+            def keep(found: dict[str, Any], whole: bool) -> None:
+                figures.keep(found)
+                if whole and not quiet:
+                    with bars.paused():
+                        figures.show()
+
+            result = evaluate_datasets(
+                named,
+                test,
+                choose(model, size=size, grey=grey),
+                recipe=Recipe(**recipe),
+                seeds=range(seeds),
+                treatments=treatment or (),
+                zero_shot=zero_shot,
+                device=device,
+                samples=0 if report is None else 6,
+                options=Options(**options),
+                threads=threads,
+                progress=bars,
+                keep=keep,
+            )
+        figures.keep(result, complete=True)
         if report is not None:
             from ccu_fast.cli.report.page import write_evaluation
 
-            with after_the_work(where):
-                write_evaluation({**result, "samples": samples}, report)
+            write_evaluation(result, report)
     except BaseException:
-        quiet = False  # what cannot be written is at least shown
-        raise
-    finally:
-        if not quiet:
-            # A cut table loses figures: where the width is not known (a file, a pipe), it is as wide as it needs.
-            console = Console()
-            show(evaluation_table(result), console if console.is_terminal else Console(width=160))
+        if not figures.found:
+            raise
+        with after_the_work(figures.tell()):
+            raise
+
+
+class _Figures:
+    """What an evaluation has found so far, in its file and in the terminal, so that no victim is trained in vain."""
+
+    def __init__(self, out: Path | None) -> None:
+        self.out = out
+        self.found: dict[str, Any] = {}
+        self._written = self._shown = False
+
+    def keep(self, result: dict[str, Any], *, complete: bool = False) -> None:
+        """Write the figures to the file, if there is to be one."""
+        if result.get("datasets") != self.found.get("datasets"):
+            self._shown = False
+        self.found, self._written = {**result, "datasets": dict(result.get("datasets", {}))}, False
+        if self.out is not None:
+            # Pictures belong into the page.
+            kept = {name: value for name, value in result.items() if name != "samples"}
+            write_whole(self.out, json.dumps({"complete": complete, **kept}, indent=1) + "\n")
+            self._written = True
+
+    def show(self) -> None:
+        """Print the table."""
+        from rich.console import Console
+
+        from ccu_fast.cli.report.tables import evaluation_table, show
+
+        # A cut table loses figures: where the width is not known (a file, a pipe), it is as wide as it needs.
+        console = Console()
+        show(evaluation_table(self.found), console if console.is_terminal else Console(width=160))
+        self._shown = True
+
+    def tell(self) -> str:
+        """After an error: where the figures are. They are shown, even if nothing was to be."""
+        if not self._shown:
+            self.show()
+        return "the figures are above" + (f" and in {self.out}" if self._written else "")
+
+    def tell_of_earlier_ones(self) -> None:
+        """Say what an evaluation that was interrupted has left in the file."""
+        if self.out is None or not self.out.is_file():
+            return
+        try:
+            there = json.loads(self.out.read_bytes())
+            names = ", ".join(there["datasets"]) if there["complete"] is False else ""
+        except (OSError, ValueError, RecursionError, TypeError, KeyError):  # another program's
+            return
+        if names:
+            place = os.fsencode(self.out).decode(errors="backslashreplace")
+            print(printable(f"{place} has figures of an interrupted evaluation ({names}); new ones replace them"))
 
 
 def _tell(out: Path, manifest: dict[str, Any], already: bool) -> None:
@@ -212,6 +263,4 @@ def _fields(counts: dict[str, int]) -> str:
     """Names of fields with their counts, in what the terminal can show."""
     shown = [f"{name} ({n})" for name, n in list(counts.items())[:_FIELDS_SHOWN]]
     more = [f"and {len(counts) - _FIELDS_SHOWN} more in manifest.json"] if len(counts) > _FIELDS_SHOWN else []
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in ", ".join([*shown, *more]))
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    return printable(", ".join([*shown, *more]))

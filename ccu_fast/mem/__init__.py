@@ -8,6 +8,7 @@ from ccu_fast.mem.publish.memory import export
 from ccu_fast.mem.retrieval import reading, retrieval
 from ccu_fast.mem.study import run_digit_strips
 from ccu_fast.mem.tokenizer import WordTokenizer
+from ccu_fast.mem.verification import verify
 from ccu_fast.mem.victim import Recipe, Victim, train_victim
 from ccu_fast.models.tokenizer import Tokenizer
 
@@ -29,4 +30,5 @@ __all__ = [
     "retrieval",
     "run_digit_strips",
     "train_victim",
+    "verify",
 ]

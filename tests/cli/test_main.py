@@ -60,7 +60,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == ccu_fast.__version__
 
 
-@pytest.mark.parametrize("name", ["info", "demo", "protect", "evaluate", "bench"])
+@pytest.mark.parametrize("name", ["info", "demo", "protect", "evaluate", "verify", "bench"])
 def test_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([name, "--help"]) == 0
     assert f"Example: ccu-fast {name}" in capsys.readouterr().out
@@ -69,7 +69,7 @@ def test_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) ->
 def test_overview_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("info", "demo", "protect", "evaluate", "bench"):
+    for name in ("info", "demo", "protect", "evaluate", "verify", "bench"):
         assert name in shown
         assert name in cli.USAGE
 

@@ -17,6 +17,7 @@ import torch
 from ccu_fast.cli import main as cli
 from ccu_fast.data.captions import DiskSource, list_pairs
 from ccu_fast.data.strips import write_strips
+from ccu_fast.mem.job import victims
 from ccu_fast.mem.protection import Protection
 from ccu_fast.ops import machine
 from tests.support import mem_datasets as made
@@ -40,13 +41,22 @@ def test_protect_and_evaluate_real_digits(tmp_path: Path, capsys: pytest.Capture
     figures = tmp_path / "figures.json"
     arguments = [f"clean={data / 'train.csv'}", f"mem={out}", "--test", str(data / "test.csv"), "--out", str(figures)]
     arguments += ["--model", "small:32", "--size", "16x64", "--grey", "--epochs", "2", "--batch", "32", "--seeds", "2"]
-    arguments += ["--treatment", "no-trigger", "--zero-shot", str(data / "test.csv")]
+    arguments += [
+        "--treatment",
+        "no-trigger",
+        "--treatment",
+        "some-trigger+grey",
+        "--zero-shot",
+        str(data / "test.csv"),
+    ]
     page = tmp_path / "page.html"
     assert cli.main(["evaluate", *arguments, "--report", str(page)]) == 0
     shown = capsys.readouterr().out
     assert "clean" in shown and "mem" in shown and "guessing" in shown and "zero-shot" in shown
     result = json.loads(figures.read_text())
-    assert set(result["datasets"]) == {"clean", "mem", "mem, no-trigger"}
+    assert set(result["datasets"]) == {"clean", "mem", "mem, no-trigger", "mem, some-trigger+grey"}
+    seeds = [result["datasets"][f"mem{name}"]["seeds"]["0"] for name in ("", ", no-trigger", ", some-trigger+grey")]
+    assert seeds[2] not in seeds[:2]
     assert set(result["datasets"]["mem"]["seeds"]) == {"0", "1"} and "samples" not in result
     # Only the trigger is cut off: the victims equal those of the pictures with the clean captions.
     published, plain = list_pairs(out).captions, list_pairs(data / "train.csv").captions
@@ -176,6 +186,46 @@ def test_evaluate_writes_the_figures_before_the_page(
     assert cli.main(list(map(str, [*command, "--out", figures]))) == 1
     told = capsys.readouterr()
     assert "guessing" in told.out and told.err.endswith("; the figures are above\n")
+
+
+def test_figures_are_kept_after_each_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third victim fails: what the two before have learned is in the file and told."""
+    source = made.write_csv(tmp_path / "in")
+    figures = tmp_path / "figures.json"
+    train_victim, trained = victims.train_victim, []
+
+    def third_fails(*arguments: object, **options: object) -> object:
+        trained.append(options["stage"])
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return train_victim(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(victims, "train_victim", third_fails)
+    command = ["evaluate", f"a={source}", f"b={source}", "--test", source, "--out", figures, *EVALUATION]
+    command = list(map(str, [*command, "--treatment", "resize+grey"]))
+    assert cli.main(command) == 130
+    told = capsys.readouterr()
+    assert told.err == f"ccu-fast evaluate: interrupted; the figures are above and in {figures}\n"
+    assert told.out.count("guessing") == 1 and "a, resize+grey" in told.out
+    kept = json.loads(figures.read_text())
+    assert list(kept["datasets"]) == ["a", "a, resize+grey"] and kept["complete"] is False
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    trained[:] = [""] * 3
+    assert cli.main([*command, "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    kept["complete"] = False
+    figures.write_text(json.dumps(kept))
+    assert cli.main(command) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{figures} has figures of an interrupted evaluation (a, a, resize+grey); new ones")
+    assert told.out.count("guessing") == 2, "after each dataset; the last table is of all"
+    whole = json.loads(figures.read_text())
+    assert whole["complete"] is True and "samples" not in whole
+    assert list(whole["datasets"]) == ["a", "a, resize+grey", "b", "b, resize+grey"]
+    assert whole["datasets"]["a"] == kept["datasets"]["a"]
 
 
 def test_outputs_of_evaluate_that_would_cost_something(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ccu_fast.cli.report import figures, tables
 from ccu_fast.files import write_whole
+from ccu_fast.mem.verification.shown import Shown
 from ccu_fast.unlearn.study.tasks import TASKS
 
 
@@ -64,6 +66,21 @@ def write_evaluation(result: dict[str, Any], path: Path) -> None:
     )
 
 
+def write_preview(found: dict[str, Any], shown: Sequence[Shown], path: Path) -> None:
+    """Write the contact sheet for what :func:`ccu_fast.mem.verification.verify_and_show` returns."""
+    checks = {name: check["told"] for name, check in found["checks"].items() if check["passed"] is not None}
+    _write(
+        path,
+        "What will be published",
+        "Original, protected picture and ten times their difference (grey is none), with the captions of each: from "
+        "the picture that is least similar to its original (SSIM) to the most similar one. Large pictures are "
+        "thumbnails.",
+        {"dataset": found["folder"], "original": found["original"], **checks},
+        contact=shown,
+        raw={"Checks": json.dumps(found["checks"], indent=1)} if not found["passed"] else {},
+    )
+
+
 def _tasks(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
@@ -110,5 +127,6 @@ def _write(path: Path, title: str, intro: str, facts: dict[str, Any], **content:
         lstrip_blocks=True,
     )
     absent: dict[str, Any] = {"tasks": [], "protection": None, "rows": None, "pictures": {}, "samples": {}, "raw": {}}
+    absent["contact"] = []
     page = environment.get_template("page.html")
     write_whole(path, page.render(title=title, intro=intro, facts=facts, **absent | content))

@@ -18,17 +18,20 @@ from ccu_fast.data.captions import DiskSource, Listing, Options, list_pairs
 from ccu_fast.data.captions.listing import MANIFEST
 from ccu_fast.data.pictures import encode_png
 from ccu_fast.files import read_json
+from ccu_fast.mem.job.treatments import Treatment
 from ccu_fast.mem.retrieval import groups, guessing, retrieval
-from ccu_fast.mem.robustness import TREATMENTS as PICTURE_TREATMENTS
-from ccu_fast.mem.robustness import treat
 from ccu_fast.mem.source import PairSource
-from ccu_fast.mem.surrogate import generator, pixels
+from ccu_fast.mem.surrogate import pixels
 from ccu_fast.mem.victim import Recipe, train_victim
 from ccu_fast.models.named import Model
 from ccu_fast.runs.progress import Progress, silent
 
-TREATMENTS = (*PICTURE_TREATMENTS, "no-trigger")
 _CHUNK = 256
+_AS_PUBLISHED = Treatment("", None, ())
+
+
+def _forget(result: dict[str, Any], whole: bool) -> None:
+    """What is called with figures and keeps none."""
 
 
 def evaluate_datasets(
@@ -45,6 +48,7 @@ def evaluate_datasets(
     device: torch.device | str = "cpu",
     samples: int = 0,
     progress: Progress = silent,
+    keep: Callable[[dict[str, Any], bool], None] = _forget,
 ) -> dict[str, Any]:
     """Train a model from random weights on each dataset and let it retrieve among the test pairs after every epoch.
 
@@ -57,9 +61,11 @@ def evaluate_datasets(
         model: all captions → the victim's architecture and tokenizer.
         recipe: of the training.
         seeds: one victim for each dataset and seed.
-        treatments: some of "jpeg" (quality 75), "blur" (1 px), "crop" (90 % of each side) and "no-trigger" (the trigger
-            words cut off, as many as the dataset's manifest names; datasets without triggers have no such victims):
-            for each, further victims are trained on what it leaves of a dataset, named "NAME, TREATMENT".
+        treatments: of pictures (see :func:`ccu_fast.mem.robustness.treat`), "no-trigger" (the trigger words cut off, as
+            many as the dataset's manifest names), "some-trigger" (half of them cut off, rounded up, others from each
+            caption), or some of these with a plus, as "no-trigger+jpeg": for each, further victims are trained on what
+            it leaves of a dataset, named "NAME, TREATMENT". Of a dataset without trigger words there are no victims of
+            a treatment of these.
         zero_shot: pictures whose captions name their class ("a photo of a dog"): each picks the nearest of the distinct
             captions.
         options: how to read the datasets that this package did not publish.
@@ -67,6 +73,8 @@ def evaluate_datasets(
         device: of the victims.
         samples: how many pairs of each dataset to return.
         progress: called as ``progress(stage, done, total, note)``.
+        keep: called as ``keep(result, whole)`` whenever the victims of a dataset, treated or not, are trained, with all
+            that was found so far, to keep it; ``whole`` when they were the last ones of that dataset.
 
     Returns:
         A dict that ``json.dumps`` takes: ``guessing`` (R@k of a random order, image to text and text to image, and
@@ -78,6 +86,7 @@ def evaluate_datasets(
 
     Raises:
         BadData: something in a dataset cannot be read.
+        ImportError: a treatment needs a package that is missing.
         ValueError: naming the argument.
 
     Source: Liu et al. 2024 (arXiv 2407.16307).
@@ -88,12 +97,12 @@ def evaluate_datasets(
     >>> found = ccu_fast.mem.evaluate_datasets(train, Path("test.csv"), choose("small"))  # doctest: +SKIP
     """
     recipe = recipe or Recipe()
-    for asked in treatments:
-        check.one_of("treatments", asked, TREATMENTS)
-        taken = [name for name in train if f"{name}, {asked}" in train]
+    asked = [Treatment.parse(treatment) for treatment in dict.fromkeys(treatments)]
+    for treatment in asked:
+        taken = [name for name in train if f"{name}, {treatment.name}" in train]
         if taken:
             raise ValueError(
-                f"train: expected no dataset named {taken[0]}, {asked}: so are victims of {taken[0]} named"
+                f"train: expected no dataset named {taken[0]}, {treatment.name}: so are victims of {taken[0]} named"
             )
     check.integer("samples", samples, low=0)
     where = check.device("device", device)
@@ -124,22 +133,18 @@ def evaluate_datasets(
             published = _whole(source)
             if samples:
                 result["samples"][name] = _samples(published, source, samples)
-            for treatment in (None, *treatments):
-                if treatment == "no-trigger":
-                    if not prefixes[name]:
-                        continue
-                    bare = [caption.split(" ", prefixes[name])[-1] for caption in source.captions]
-                    tokens = victim.tokenizer.encode(bare)
-                else:
-                    tokens = victim.tokenizer.encode(source.captions)
-                label = name if treatment is None else f"{name}, {treatment}"
+            plain = victim.tokenizer.encode(source.captions)
+            here = [_AS_PUBLISHED, *(t for t in asked if prefixes[name] or t.captions is None)]
+            for treatment in here:
+                label = f"{name}, {treatment.name}" if treatment.name else name
                 runs: dict[str, dict[str, Any]] = {}
                 for seed in seeds:
-                    images = published
-                    if treatment in PICTURE_TREATMENTS:
-                        images = treat(treatment, published, generator(seed, f"treat {treatment}"))
+                    tokens = plain
+                    if treatment.captions is not None:
+                        left = treatment.of_captions(source.captions, prefixes[name], seed)
+                        tokens = victim.tokenizer.encode(left)
                     trained = train_victim(
-                        images[source.image_of],
+                        treatment.of_images(published, seed)[source.image_of],
                         tokens,
                         victim.factory,
                         exam.take,
@@ -157,10 +162,11 @@ def evaluate_datasets(
                     }
                 result["datasets"][label] = {
                     "path": str(train[name]),
-                    "rows": len(tokens),
+                    "rows": len(plain),
                     "seeds": runs,
                     **_summary(runs),
                 }
+                keep(result, treatment is here[-1])
     return result
 
 
