@@ -1,8 +1,9 @@
-"""``python -m benchmarks.protection``: results.json beside this file, or in ``--out``.
+"""``python -m benchmarks.protection``: what victims learn from a task that was protected; TASK.json beside this file.
 
-Runs every method on every seed, then (protected again, with the same bits) victims of another architecture and victims
-of treated data. Every finished part is stored at once, and the command resumes after it. The file holds one setting
-only: a different one is refused.
+``--task digit-strips`` is embedded; ``--task pictograms --packages DIR`` reads the npm packages that
+``ccu_fast.data.pictograms`` names. Every finished part (a method, a seed, and what its victim is or what was done to
+the published pairs) is stored at once, and the command resumes after it. A file holds one setting only: a different one
+is refused.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,83 +22,138 @@ from typing import Any
 import torch
 
 from benchmarks import environment, results
-from ccu_fast.mem import Recipe, Settings, run_digit_strips
-from ccu_fast.mem.study import TREATMENTS
+from ccu_fast.mem import Method, Recipe, Settings
+from ccu_fast.mem.job.treatments import OF_CAPTIONS, OF_PICTURES
+from ccu_fast.mem.study import STRANGERS, Task, digit_strips, pictograms, run_task
 
-DEPTH = 2  # a line for a method and a seed
-METHODS = ("clean", "random-3", "random-12", "mem-3", "em", "trigger-3", "mem-5", "mem-12")
-SETTINGS = Settings(
-    eps=16, step=2, rounds=10, surrogate_steps=64, restart=0, trigger_rounds=2, pgd_steps=6, shuffle=0.5
-)
-# Methods whose robustness is tested: what each treatment leaves of a protection, and of no protection.
-TREATED = ("clean", "mem-3", "mem-5")
+DEPTH = 2  # a line for a part
+WITH_WORDS = tuple(f"{name}+jpeg" for name in OF_CAPTIONS[:1])
+TREATMENTS = (*OF_PICTURES, *OF_CAPTIONS, *WITH_WORDS)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A task, the generator's settings, the methods, and those of them that also meet other victims and treatments."""
+
+    settings: Settings
+    methods: tuple[str, ...]
+    tried: tuple[str, ...]
+
+
+STUDIES = {
+    "digit-strips": Study(
+        Settings(eps=16, step=2, rounds=10, surrogate_steps=64, restart=0, trigger_rounds=2, pgd_steps=6, shuffle=0.5),
+        ("clean", "random-3", "random-12", "mem-3", "em", "trigger-3", "mem-5", "mem-12"),
+        ("clean", "mem-3", "mem-5"),
+    ),
+    "pictograms": Study(
+        Settings(eps=8),
+        ("clean", "random-3", "em", "trigger-3", "mem-3", "mem-5", "random-5"),
+        ("clean", "mem-3", "mem-5"),
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compute what is missing, then print the table."""
     parser = argparse.ArgumentParser(prog="benchmarks.protection", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
+    parser.add_argument("--task", choices=STUDIES, default="digit-strips")
+    parser.add_argument("--packages", type=Path, help="folder of the npm packages, for pictograms")
+    parser.add_argument("--out", type=Path, help="default: TASK.json beside this file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", help="default: those of the task")
+    parser.add_argument("--tried", nargs="*", help="methods that meet other victims and treatments, too")
+    parser.add_argument("--victims", nargs="*", default=[*STRANGERS, *TREATMENTS], help="which victims and treatments")
     parser.add_argument("--show", action="store_true", help="print the table of what there is")
     arguments = parser.parse_args(argv)
-    setting = {"settings": asdict(SETTINGS), "recipe": asdict(Recipe())}
-    stored: dict[str, Any] = {"setting": setting, "environment": {}, "parts": {}}
-    if arguments.out.exists():
-        stored = json.loads(arguments.out.read_text())
-        if stored["setting"] != setting:
-            print(f"{arguments.out} holds another setting; name another --out", file=sys.stderr)
+    study = STUDIES[arguments.task]
+    stored: dict[str, Any] = {
+        "setting": {"settings": asdict(study.settings), "recipe": asdict(Recipe())},
+        "environment": {},
+        "parts": {},
+    }
+    out = arguments.out or Path(__file__).parent / f"{arguments.task}.json"
+    if out.exists():
+        stored = json.loads(out.read_text())
+        # What has become a setting since has its default there.
+        there = Settings(**stored["setting"]["settings"]), Recipe(**stored["setting"]["recipe"])
+        if there != (study.settings, Recipe()):
+            print(f"{out} holds another setting; name another --out", file=sys.stderr)
             return 2
-    wanted = [(kind, seed, m) for kind in ("", "/extra") for seed in arguments.seeds for m in arguments.methods]
-    for kind, seed, method in [] if arguments.show else wanted:
-        name = f"{method}/{seed}{kind}"
-        if name not in stored["parts"]:
-            stored["parts"][name] = _part(method, seed, extra=bool(kind))
-            machine = environment.describe(torch.device("cpu"))
-            # That of the first part, and of those that another machine or commit has added.
-            stored["environment"] = stored["environment"] or machine
-            if machine != stored["environment"]:
-                stored["parts"][name]["environment"] = machine
-            results.store(arguments.out, stored, DEPTH)
-            print(name, f"{stored['parts'][name]['seconds']:.0f} s", flush=True)
+    methods = arguments.methods or study.methods
+    tried = study.tried if arguments.tried is None else arguments.tried
+    for seed in [] if arguments.show else arguments.seeds:
+        for method in methods:
+            lacking = _lacking(stored["parts"], method, seed, arguments.victims if method in tried else ())
+            for name, part in _parts(_task(arguments, seed), study, method, seed, lacking).items():
+                machine = environment.describe(torch.device("cpu"))
+                # That of the first part, and of those that another machine or commit has added.
+                stored["environment"] = stored["environment"] or machine
+                stored["parts"][name] = part if machine == stored["environment"] else {**part, "environment": machine}
+            results.store(out, stored, DEPTH)
+            print(f"{method}, seed {seed}", flush=True)
     print(table(stored["parts"]))
     return 0
 
 
-def _part(method: str, seed: int, *, extra: bool) -> dict[str, Any]:
+def _task(arguments: argparse.Namespace, seed: int) -> Callable[[], Task]:
+    if arguments.task == "digit-strips":
+        return partial(digit_strips, seed)
+    if arguments.packages is None:
+        raise SystemExit("--packages: expected the folder of the npm packages, which pictograms are read from")
+    return partial(pictograms, arguments.packages, seed)
+
+
+def _lacking(parts: dict[str, Any], method: str, seed: int, victims: Sequence[str]) -> list[str]:
+    """What is not stored of a method and a seed: "" for the victim that is like the surrogate, names of the others."""
+    wordless = Method.parse(method).triggers == 0
+    names = ["", *(v for v in victims if not (wordless and v.startswith(OF_CAPTIONS)))]
+    return [name for name in names if _name(method, seed, name) not in parts]
+
+
+def _name(method: str, seed: int, victim: str) -> str:
+    return f"{method}/{seed}" + (f"/{victim}" if victim else "")
+
+
+def _parts(make: Callable[[], Task], study: Study, method: str, seed: int, lacking: list[str]) -> dict[str, Any]:
+    if not lacking:
+        return {}
     started = time.perf_counter()
-    treatments = [t for t in TREATMENTS if method in TREATED and (t != "no trigger" or method != "clean")]
-    value = run_digit_strips(seed, (method,), settings=SETTINGS, transfer=extra, treatments=treatments if extra else ())
+    value = run_task(
+        make,
+        seed,
+        (method,),
+        settings=study.settings,
+        transfer=[name for name in lacking if name in STRANGERS],
+        treatments=[name for name in lacking if name and name not in STRANGERS],
+    )
     measured = {k: v for k, v in value["methods"][method].items() if k != "examples"}
-    return {"guessing": value["guessing"], **measured, "seconds": time.perf_counter() - started}
+    others = measured.pop("transfer") | measured.pop("robustness")
+    seconds = {"seconds": time.perf_counter() - started}
+    parts = {_name(method, seed, name): victim for name, victim in others.items()}
+    if "" in lacking:
+        parts[_name(method, seed, "")] = {"guessing": value["guessing"], **measured, **seconds}
+    return parts
 
 
 def table(parts: dict[str, Any]) -> str:
     """R@1 image→text / text→image, mean ± spread over the seeds that are there."""
-    lines = ["victim trained on | seeds | best R@1 i→t | t→i | last R@1 i→t | t→i | R@10 i→t | t→i"]
-    by_method: dict[str, list[dict[str, Any]]] = {}
-    plain: dict[str, list[dict[str, Any]]] = {}
-    for name, part in parts.items():
-        by_method.setdefault(name.split("/")[0], []).append(part)
-        if name.count("/") == 1:
-            plain.setdefault(name.split("/")[0], []).append(part)
-    for method, seen in by_method.items():
-        extra = [p for p in seen if p["transfer"] is not None]
-        rows = {method: plain.get(method, [])}
-        if extra:
-            rows[f"{method}, other towers"] = [p["transfer"] for p in extra]
-            for treatment in extra[0]["robustness"]:
-                rows[f"{method}, {treatment}"] = [p["robustness"][treatment] for p in extra]
-        for label, values in rows.items():
-            keys = [("best", "i2t_r1"), ("best", "t2i_r1"), ("last", "i2t_r1"), ("last", "t2i_r1")]
-            keys += [("last", "i2t_r10"), ("last", "t2i_r10")]
-            cells = [_spread([v[when][key] for v in values]) for when, key in keys]
-            lines.append(" | ".join([label, str(len(values)), *cells]))
+    lines = ["victim trained on | seeds | best R@1 i→t | t→i | last R@1 i→t | t→i | best R@10 i→t | t→i"]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    order = list(dict.fromkeys(name.split("/")[0] for name in parts))
+    for name, part in sorted(parts.items(), key=lambda item: order.index(item[0].split("/")[0])):
+        method, _, *victim = name.split("/")
+        rows.setdefault(", ".join([method, *victim]), []).append(part)
+    for label, values in rows.items():
+        keys = [("best", "i2t_r1"), ("best", "t2i_r1"), ("last", "i2t_r1"), ("last", "t2i_r1")]
+        keys += [("best", "i2t_r10"), ("best", "t2i_r10")]
+        cells = [_spread([v[when][key] for v in values]) for when, key in keys]
+        lines.append(" | ".join([label, str(len(values)), *cells]))
     return "\n".join(lines)
 
 
 def _spread(values: list[float]) -> str:
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

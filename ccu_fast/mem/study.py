@@ -18,23 +18,19 @@ from ccu_fast.data.strips import LENGTH, caption, load_strips
 from ccu_fast.files import new_folder
 from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.fidelity import noise_report
+from ccu_fast.mem.job.treatments import Treatment
 from ccu_fast.mem.protection import protect
 from ccu_fast.mem.publish.memory import export
 from ccu_fast.mem.retrieval import groups, guessing, reading, retrieval
-from ccu_fast.mem.robustness import TREATMENTS as IMAGE_TREATMENTS
-from ccu_fast.mem.robustness import treat
 from ccu_fast.mem.surrogate import ModelFactory, generator, pixels
 from ccu_fast.mem.tokenizer import LetterTokenizer, WordTokenizer
-from ccu_fast.mem.triggers import insert_triggers, random_triggers, without_triggers
+from ccu_fast.mem.triggers import insert_triggers, random_triggers
 from ccu_fast.mem.victim import Recipe, Victim, train_victim
 from ccu_fast.models.dual_encoder import DualEncoder, SmallDualEncoder
 from ccu_fast.models.tokenizer import Tokenizer
 from ccu_fast.runs.progress import Progress, silent
 
 EXAMPLES = 6
-# What becomes of trigger words: all are cut off, or a random half of each caption's.
-WORDS_LEFT = {"no trigger": 0.0, "half trigger": 0.5}
-TREATMENTS = (*IMAGE_TREATMENTS, *WORDS_LEFT)
 # Other models than the surrogate's: with a vision transformer and three text blocks; wider by 32 channels; that reads
 # letters instead of words.
 STRANGERS = ("other towers", "wider", "letters")
@@ -180,8 +176,8 @@ def run_task(
         settings: budget and schedule of the generator.
         recipe: the victim's training.
         transfer: of :data:`STRANGERS`: for each a victim of that kind is trained, too.
-        treatments: of :data:`TREATMENTS`: those of :func:`ccu_fast.mem.robustness.treat`, or captions without all or
-            half of their triggers; for each a victim is trained on what it leaves.
+        treatments: see :class:`ccu_fast.mem.job.treatments.Treatment`; for each a victim is trained on what it leaves,
+            for those of captions only where there are trigger words.
 
     Returns:
         A dict that ``json.dumps`` takes. ``guessing``: R@k of a random order. ``methods[name]``:
@@ -215,7 +211,7 @@ def run_task(
     for name in transfer:
         check.one_of("transfer", name, STRANGERS)
     for name in treatments:
-        check.one_of("treatments", name, TREATMENTS)
+        Treatment.parse(name)
     if out is not None:
         for method in parsed:
             new_folder(Path(out) / method.name)
@@ -253,13 +249,14 @@ def run_task(
         victim = victims.train(method.name, *published)
         robustness = {}
         for name in treatments:
-            images, captions = published
-            rng = generator(seed, f"treat {name}")
-            if name in WORDS_LEFT:
-                captions = without_triggers(captions, method.triggers, WORDS_LEFT[name], rng)
-            else:
-                images = treat(name, images, rng)
-            robustness[name] = victims.train(f"{method.name}, {name}", images, captions).last_and_best()
+            treatment = Treatment.parse(name)
+            if treatment.captions is not None and not method.triggers:
+                continue
+            left = (
+                treatment.of_images(protected.images, seed),
+                treatment.of_captions(protected.captions, method.triggers, seed),
+            )
+            robustness[name] = victims.train(f"{method.name}, {name}", *left).last_and_best()
         result["methods"][method.name] = {
             **victim.last_and_best(),
             "reading": exam.reading(victim.model),

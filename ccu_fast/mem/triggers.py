@@ -40,23 +40,6 @@ def with_triggers(captions: Sequence[str], triggers: Tensor, tokenizer: Tokenize
     return [f"{word.strip()} {caption}" for word, caption in zip(words, captions, strict=True)]
 
 
-def without_triggers(captions: Sequence[str], length: int, kept: float, rng: torch.Generator) -> list[str]:
-    """Published captions without trigger words, or with a random part of them.
-
-    Args:
-        captions: as :func:`with_triggers` makes them of triggers that are words.
-        length: trigger words of each.
-        kept: share of each caption's trigger words that stay in their order, rounded down.
-        rng: which words stay.
-    """
-    left = []
-    for caption in captions:
-        parts = caption.split(" ", length)
-        some = torch.randperm(length, generator=rng)[: int(kept * length)].sort().values.tolist()
-        left.append(" ".join([*(parts[i] for i in some), parts[-1]]))
-    return left
-
-
 def survivors(captions: Sequence[str], tokens: Tensor, triggers: Tensor, tokenizer: Tokenizer) -> Tensor:
     """bool ``[N]``: whether encoding the published caption gives the ids that were optimised."""
     read = tokenizer.encode(with_triggers(captions, triggers, tokenizer))

@@ -356,9 +356,9 @@ def test_the_experiment_twice_is_the_same_and_is_json(tmp_path: Any) -> None:
 
 def test_transfer_and_robustness_are_victims_of_their_own() -> None:
     tiny = {"settings": TINY, "recipe": Recipe(epochs=1, batch=16), "n_train": 33, "n_test": 12, "width": 32}
-    result = run_digit_strips(0, ("mem-1",), transfer=STRANGERS, treatments=("blur", "no trigger"), **tiny)
+    result = run_digit_strips(0, ("mem-1",), transfer=STRANGERS, treatments=("blur", "no-trigger"), **tiny)
     measured = result["methods"]["mem-1"]
-    assert list(measured["robustness"]) == ["blur", "no trigger"]
+    assert list(measured["robustness"]) == ["blur", "no-trigger"]
     assert list(measured["transfer"]) == list(STRANGERS)
     for other in (*measured["transfer"].values(), *measured["robustness"].values()):
         assert other["last"]["epoch"] == other["best"]["epoch"] == 1
