@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from ccu_fast import check
 
 _WINDOW, _SIGMA = 11, 1.5
+_ROWS, _COLUMNS = 128, 512  # of a part of a large picture
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
@@ -53,6 +56,36 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return (top / bottom).mean((1, 2, 3))
 
 
+def ssim_of_whole(a: np.ndarray, b: np.ndarray) -> float:
+    """:func:`ssim` of one picture of any size, uint8 ``[H, W, C]``; equal up to rounding.
+
+    It is summed over parts that overlap by a window less a pixel, and the window is added tap by tap.
+    """
+    line = torch.exp(-((torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2) ** 2) / (2 * _SIGMA**2))
+    line /= line.sum()
+    total = 0.0
+    for part in _parts(a.shape[0], a.shape[1], _WINDOW - 1):
+        x, y = (torch.from_numpy(t[part]).permute(2, 0, 1).double() for t in (a, b))
+        moments = torch.stack([x, y, x * x + y * y, x * y])
+        for axis in (2, 3):
+            size = moments.shape[axis] - _WINDOW + 1
+            moved = moments.narrow(axis, 0, size) * line[0]
+            for i in range(1, _WINDOW):
+                moved.add_(moments.narrow(axis, i, size), alpha=float(line[i]))
+            moments = moved
+        mx, my, squares, product = moments
+        both, apart = mx * my, mx**2 + my**2
+        top = (2 * both + _C1) * (2 * (product - both) + _C2)
+        total += float((top / ((apart + _C1) * (squares - apart + _C2))).sum())
+    return total / ((a.shape[0] - _WINDOW + 1) * (a.shape[1] - _WINDOW + 1) * a.shape[2])
+
+
+def _parts(height: int, width: int, overlap: int) -> Iterator[tuple[slice, slice]]:
+    for top in range(0, height - overlap, _ROWS):
+        for left in range(0, width - overlap, _COLUMNS):
+            yield slice(top, min(top + _ROWS + overlap, height)), slice(left, min(left + _COLUMNS + overlap, width))
+
+
 @dataclass
 class Fidelity:
     """Sums over the pictures seen so far.
@@ -77,6 +110,18 @@ class Fidelity:
         if len(original) and min(original.shape[2:]) >= _WINDOW:
             self.ssim += float(ssim(original, published).sum())
             self.compared += len(original)
+
+    def add_whole(self, original: np.ndarray, published: np.ndarray) -> None:
+        """One picture of any size, uint8 ``[H, W, C]``, in parts that take little memory."""
+        self.pictures += 1
+        for part in _parts(original.shape[0], original.shape[1], 0):
+            change = published[part].astype(np.int16) - original[part]
+            self.largest = max(self.largest, int(np.abs(change).max()))
+            self.squares += int(np.square(change, dtype=np.int64).sum())
+        self.values += original.size
+        if min(original.shape[:2]) >= _WINDOW:
+            self.ssim += ssim_of_whole(original, published)
+            self.compared += 1
 
     def count(self, change: Tensor) -> None:
         """Changes of pixel values, integers ``[N, C, H, W]``."""
