@@ -101,7 +101,7 @@ class Whole:
     """A picture of its own size, as it is published.
 
     Attributes:
-        pixels: uint8 ``[H, W, bands]``: grey, grey and alpha, RGB, or RGB and alpha.
+        pixels: uint8 ``[H, W, bands]``, not to be written to: grey, grey and alpha, RGB, or RGB and alpha.
         profile: the ICC profile that these pixels are in, or None.
     """
 
@@ -126,7 +126,7 @@ def decode_whole(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Whole:
     mode = _published_mode(loaded)
     profile = loaded.info.get("icc_profile") if _fits(loaded, mode) else None
     loaded = _of_mode(_of_8_bits(loaded), mode)
-    array = np.array(loaded, dtype=np.uint8)
+    array = np.asarray(loaded, dtype=np.uint8)  # not to be written to: a copy would be one more of a large picture
     return Whole(array[:, :, None] if array.ndim == 2 else array, profile)
 
 

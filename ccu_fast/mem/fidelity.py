@@ -65,7 +65,7 @@ def ssim_of_whole(a: np.ndarray, b: np.ndarray) -> float:
     line /= line.sum()
     total = 0.0
     for part in _parts(a.shape[0], a.shape[1], _WINDOW - 1):
-        x, y = (torch.from_numpy(t[part]).permute(2, 0, 1).double() for t in (a, b))
+        x, y = (torch.from_numpy(t[part].transpose(2, 0, 1).astype(np.float64)) for t in (a, b))
         moments = torch.stack([x, y, x * x + y * y, x * y])
         for axis in (2, 3):
             size = moments.shape[axis] - _WINDOW + 1

@@ -143,7 +143,7 @@ def test_a_published_picture_shows_what_was_optimised(pictures: Any) -> None:
 
 def test_the_gradient_through_views_is_that_of_the_pipeline(pictures: Any) -> None:
     """Of the grid stretched, added to the whole picture and resized with dense matrices, one picture at a time."""
-    part, source = pictures
+    part, _ = pictures
     part.noise_shape = (3, 9, 14)
     n = len(SIZES)
     views = part.views(torch.arange(n), draws(2, n))

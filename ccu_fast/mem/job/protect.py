@@ -83,8 +83,8 @@ class Job:
         for name, asked in (("compat", self.settings.compat), ("reference_files", self.reference_files)):
             if asked and not self.thumbnails:
                 raise ValueError(
-                    f"{name}: expected with size HEIGHTxWIDTH (thumbnails) alone, because the authors' noise has the "
-                    "size of all pictures; got pictures that keep their own"
+                    f"{name}: expected with thumbnails (--size HEIGHTxWIDTH) alone, because the authors' noise has one "
+                    "size for all pictures; got pictures that keep their own"
                 )
 
 

@@ -56,4 +56,5 @@ def published_picture(original: Whole, noise: Tensor) -> Made:
     sums = Fidelity()
     sums.add_whole(original.pixels[:, :, : original.colours], published.pixels[:, :, : original.colours])
     height, width = published.pixels.shape[:2]
+    del original  # which is large
     return Made(encode_whole(published), (width, height), sums)
