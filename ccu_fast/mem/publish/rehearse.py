@@ -202,7 +202,12 @@ def check_space(
         told = f"{n} pictures of {height}x{width}"
     else:
         noise = torch.randint(-eps, eps + 1, noise_shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-        parts = [_piece(source.whole(number), noise) for number in some.tolist()]
+        parts = [(0, 0)] * len(some)
+
+        def look(place: int) -> None:
+            parts[place] = _piece(source.whole(int(some[place])), noise)
+
+        source.each(look, len(some))
         values, reference = int(sizes.prod(1).sum()), 0
         published = values * sum(part[0] for part in parts) / sum(part[1] for part in parts) + n * _BLOCK
         told = f"{n} pictures of {int(sizes[:, :2].prod(1).sum()) / 1e6:.1f} million pixels together"
