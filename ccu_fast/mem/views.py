@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from ccu_fast.mem.source import Part
 from ccu_fast.ops.machine import moved
 
 Taps = tuple[np.ndarray, np.ndarray]
+_KEPT = 64  # matrices of centre crops, 0.2 MB for a model of 224²: many pictures of a set may have one size
 
 
 def _triangle(x: np.ndarray) -> np.ndarray:
@@ -78,7 +80,14 @@ def taps(size: int, out: int, places: np.ndarray, low: float = 0.0, high: float 
 
 def stretch(grid: int, size: int, places: np.ndarray) -> Taps:
     """The rows ``places`` of U: which values of the grid a pixel's noise is made of."""
-    return taps(grid, size, places, cubic=False)
+    if size < grid:
+        return taps(grid, size, places, cubic=False)
+    # The same, of the two taps that there are; at the edges both are the outermost value.
+    centre = (places + 0.5) * (grid / size) - 0.5
+    first = np.floor(centre)
+    share = centre - first
+    index = first.astype(np.int64)[:, None] + np.arange(2)
+    return index.clip(0, grid - 1), np.stack([1.0 - share, share], 1)
 
 
 def seen(size: int, out: int, low: float, high: float, grid: int) -> np.ndarray:
@@ -91,10 +100,17 @@ def seen(size: int, out: int, low: float, high: float, grid: int) -> np.ndarray:
         grid: values of the noise.
     """
     pixel, weight = taps(size, out, np.arange(out), low, high, cubic=True)
-    value, share = stretch(grid, size, pixel.ravel())
-    share = share.reshape(*pixel.shape, -1) * weight[:, :, None]
-    place = value.reshape(share.shape) + grid * np.arange(out)[:, None, None]
-    return np.bincount(place.ravel(), share.ravel(), out * grid).astype(np.float32).reshape(out, grid)
+    start = pixel.min()
+    value, share = stretch(grid, size, np.arange(start, pixel.max() + 1))
+    pixel = pixel - start
+    row = grid * np.arange(out)[:, None]
+    total = np.zeros(out * grid)
+    for i in range(value.shape[1]):
+        total += np.bincount((row + value[pixel, i]).ravel(), (weight * share[pixel, i]).ravel(), out * grid)
+    return total.astype(np.float32).reshape(out, grid)
+
+
+_seen_at_the_centre = lru_cache(_KEPT)(seen)
 
 
 @dataclass(frozen=True)
@@ -176,8 +192,9 @@ class Pictures(Part):
             boxes += [window_box((wide, high), (width, height), draw[place]) for draw in asked]
             pixels[:, place] = self._disk.windows(numbers[place], boxes)
             for at, (left, top, right, bottom) in enumerate(boxes):
-                rows[at, place] = torch.from_numpy(seen(high, height, top, bottom, grid_height))
-                cols[at, place] = torch.from_numpy(seen(wide, width, left, right, grid_width))
+                matrix = _seen_at_the_centre if own and at == 0 else seen
+                rows[at, place] = torch.from_numpy(matrix(high, height, top, bottom, grid_height))
+                cols[at, place] = torch.from_numpy(matrix(wide, width, left, right, grid_width))
 
         self._disk.each(fill, count)
         return Views(pixels, rows, cols, self._sizes[index, 2] == 1)
