@@ -37,7 +37,12 @@ def protect(
     model: Annotated[str, typer.Option(help="The surrogate: " + MODEL_HELP)] = "small",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights the surrogate starts from.")] = None,
     size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH: what pictures are resized to and published in [64x64].")
+        str | None,
+        typer.Option(help="HEIGHTxWIDTH: pictures become thumbnails, resized, cut and published so; else they stay."),
+    ] = None,
+    input_size: Annotated[
+        str | None,
+        typer.Option(help="HEIGHTxWIDTH: what a small surrogate sees of pictures that keep their size [64x64]."),
     ] = None,
     grey: Annotated[bool, typer.Option("--grey", help="One channel instead of three.")] = False,
     settings: Annotated[dict[str, Any], Fields(Settings)],
@@ -52,7 +57,8 @@ def protect(
     config: Config = None,
 ) -> None:
     """Write a copy of an image-caption dataset that teaches a model less (MEM): noise in the pictures, words in front
-    of the captions. The copy has the input's layout, lossless pictures and a manifest.json.
+    of the captions. The copy has the input's layout, lossless pictures of their own size (of --size: thumbnails) and a
+    manifest.json.
 
     An interrupted run goes on when the same command is given again. With torchrun, processes share the work.
     """
@@ -61,16 +67,21 @@ def protect(
 
     from ccu_fast.mem.job.models import choose
 
+    if size is not None and input_size is not None:
+        raise ValueError(f"input_size: expected without size, which says what the surrogate sees, got {input_size!r}")
+    if input_size is not None and model.partition(":")[0] != "small":
+        raise ValueError(f"input_size: expected with a small surrogate alone, got {input_size!r} and {model!r}")
     precisions = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
     if autocast not in precisions:
         raise ValueError(f"autocast: expected bf16 or fp16, got {autocast!r}")
     job = Job(
         input,
         out,
-        choose(model, size=size, grey=grey, checkpoint=checkpoint),
+        choose(model, size=size, input_size=input_size, grey=grey, checkpoint=checkpoint),
         Method.parse(method),
         Settings(**settings),
         options=Options(**options),
+        thumbnails=size is not None,
         device=check.device("device", own_device(device)),
         execution=Execution(precisions[autocast], **execution),
         **run,
@@ -249,6 +260,10 @@ def _tell(out: Path, manifest: dict[str, Any], already: bool) -> None:
     if already:
         console.print("complete already, nothing was done; pictures that have changed since need another --out")
     console.print(f"{manifest['images']} images, {manifest['rows']} captions in {place}: {quality}")
+    size = manifest["thumbnails"]
+    console.print(
+        "pictures kept their size" if size is None else f"pictures were resized to {size[0]}x{size[1]} (--size)"
+    )
     if skipped:
         console.print(f"{skipped} items left out; manifest.json lists them")
     found = manifest["captions_elsewhere"]

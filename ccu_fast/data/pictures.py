@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +27,8 @@ TRANSPARENT = "transparency dropped"
 PROFILE = "colour profile not applied"
 DEEP = "16 bits a channel made 8"
 TURNED = "turned by the EXIF orientation"
+
+Box = tuple[float, float, float, float]
 
 
 class BadPicture(ValueError):
@@ -59,16 +63,138 @@ def decode(
     """
     channels, height, width = shape
     loaded, found = _load(data, max_pixels)
-    if _is_deep(loaded):
-        from PIL import Image
-
-        loaded = Image.fromarray(((np.asarray(loaded, dtype=np.uint32) + 128) // 257).astype(np.uint8))
-    loaded = loaded.convert("L" if channels == 1 else "RGB")
+    loaded = _of_mode(_of_8_bits(loaded), "L" if channels == 1 else "RGB")
     if loaded.size != (width, height):
         loaded = _covering(loaded, width, height)
     if notes is not None:
         notes += found
-    array = np.array(loaded, dtype=np.uint8).reshape(height, width, channels)
+    return _pixels(loaded, shape)
+
+
+def decode_windows(
+    data: bytes, shape: tuple[int, int, int], boxes: Sequence[Box], *, max_pixels: int = MAX_PIXELS
+) -> Tensor:
+    """Windows of a picture as a model takes them, resized as by :func:`decode`; the picture is decoded once.
+
+    Args:
+        data: an encoded picture.
+        shape: (C, H, W), as of :func:`decode`.
+        boxes: (left, top, right, bottom) of each window in pixels of the upright picture, which need not be whole.
+        max_pixels: as of :func:`decode`.
+
+    Returns:
+        uint8 ``[windows, C, H, W]``.
+
+    Raises:
+        BadPicture: as of :func:`decode`.
+    """
+    from PIL.Image import Resampling
+
+    channels, height, width = shape
+    loaded = _of_mode(_of_8_bits(_load(data, max_pixels)[0]), "L" if channels == 1 else "RGB")
+    cut = [loaded.resize((width, height), Resampling.BICUBIC, box=box) for box in boxes]
+    return torch.stack([_pixels(picture, shape) for picture in cut])
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A picture of its own size, as it is published.
+
+    Attributes:
+        pixels: uint8 ``[H, W, bands]``, not to be written to: grey, grey and alpha, RGB, or RGB and alpha.
+        profile: the ICC profile that these pixels are in, or None.
+    """
+
+    pixels: np.ndarray
+    profile: bytes | None = None
+
+    @property
+    def colours(self) -> int:
+        """Bands without alpha: 1 or 3."""
+        return 1 if self.pixels.shape[2] < 3 else 3
+
+
+def decode_whole(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Whole:
+    """A picture with all its pixels, upright, with its transparency and its colour profile.
+
+    Grey stays grey; palettes, CMYK and YCbCr become RGB; transparency of any kind becomes an alpha channel.
+
+    Raises:
+        BadPicture: as of :func:`decode`.
+    """
+    loaded, _ = _load(data, max_pixels, keep=True)
+    mode = _published_mode(loaded)
+    profile = loaded.info.get("icc_profile") if _fits(loaded, mode) else None
+    loaded = _of_mode(_of_8_bits(loaded), mode)
+    array = np.asarray(loaded, dtype=np.uint8)  # not to be written to: a copy would be one more of a large picture
+    return Whole(array[:, :, None] if array.ndim == 2 else array, profile)
+
+
+def encode_whole(picture: Whole) -> bytes:
+    """A PNG; the same pixels and profile give the same bytes."""
+    from PIL import Image
+
+    array = picture.pixels
+    image: Any = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", icc_profile=picture.profile)
+    return buffer.getvalue()
+
+
+def measure(data: bytes, *, max_pixels: int = MAX_PIXELS, notes: list[str] | None = None) -> tuple[int, int, int]:
+    """Height, width and colours (1 or 3) of what :func:`decode_whole` gives, after the picture was decoded once.
+
+    Args:
+        data: an encoded picture.
+        max_pixels: as of :func:`decode`.
+        notes: gets what :func:`decode_whole` does not keep of it: ``DEEP``, ``TURNED``, and ``PROFILE`` where the
+            profile belongs to colours that become others.
+
+    Raises:
+        BadPicture: as of :func:`decode`.
+    """
+    loaded, found = _load(data, max_pixels, keep=True)
+    mode = _published_mode(loaded)
+    if notes is not None:
+        kept = {TRANSPARENT: mode.endswith("A"), PROFILE: _fits(loaded, mode)}
+        notes += [note for note in found if not kept.get(note)]
+    return loaded.height, loaded.width, 1 if mode in ("L", "LA") else 3
+
+
+def _published_mode(picture: Image) -> str:
+    """L, LA, RGB or RGBA."""
+    grey = picture.mode in ("1", "L", "LA", "La") or _is_deep(picture)
+    clear = picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
+    one = picture.info.get("transparency")
+    if _is_deep(picture) or (isinstance(one, tuple) and max(one) > 255):
+        clear = False  # one colour of 16 bits a channel, which 8 would not tell apart from others
+    return ("L" if grey else "RGB") + ("A" if clear else "")
+
+
+def _fits(picture: Image, mode: str) -> bool:
+    """Whether the picture has a colour profile, and one of grey or RGB as it is published."""
+    profile = picture.info.get("icc_profile") or b""
+    return bytes(profile[16:20]) == (b"GRAY" if mode in ("L", "LA") else b"RGB ")
+
+
+def _of_8_bits(picture: Image) -> Image:
+    if not _is_deep(picture):
+        return picture
+    from PIL import Image
+
+    return Image.fromarray(((np.asarray(picture, dtype=np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def _of_mode(picture: Image, mode: str) -> Image:
+    """Converted where it must be: Pillow would copy a large picture for nothing."""
+    if picture.mode in ("La", "RGBa") and mode != picture.mode:
+        picture = picture.convert(picture.mode.upper())  # not premultiplied by its alpha any more
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _pixels(picture: Image, shape: tuple[int, int, int]) -> Tensor:
+    channels, height, width = shape
+    array = np.array(picture, dtype=np.uint8).reshape(height, width, channels)
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
@@ -86,8 +212,8 @@ def read_pixels(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _load(data: bytes, max_pixels: int) -> tuple[Image, list[str]]:
-    """The picture, decoded and upright, and the notes on it."""
+def _load(data: bytes, max_pixels: int, *, keep: bool = False) -> tuple[Image, list[str]]:
+    """The picture, decoded and upright, and the notes on it; ``keep`` leaves what it says of its transparency."""
     from PIL import Image, ImageOps
 
     try:
@@ -111,7 +237,8 @@ def _load(data: bytes, max_pixels: int) -> tuple[Image, list[str]]:
     # What decoders raise for broken files has no common base: OSError, SyntaxError, struct.error, ValueError, …
     except Exception as error:
         raise BadPicture(_reason(error)) from error
-    loaded.info.pop("transparency", None)  # of which Pillow makes colours, and warns
+    if not keep:
+        loaded.info.pop("transparency", None)  # of which Pillow makes colours, and warns
     return loaded, [note for note, holds in found.items() if holds]
 
 
@@ -127,15 +254,31 @@ def _covering(picture: Image, width: int, height: int) -> Image:
     """
     from PIL.Image import Resampling
 
-    ratio = max(width / picture.width, height / picture.height)
-    covering = (max(width, int(picture.width * ratio)), max(height, int(picture.height * ratio)))
-    left, top = round((covering[0] - width) / 2), round((covering[1] - height) / 2)
+    covering, left, top = _cover(picture.width, picture.height, width, height)
     if covering[0] * covering[1] <= _LARGER * width * height:
         return picture.resize(covering, Resampling.BICUBIC).crop((left, top, left + width, top + height))
-    x, y = picture.width / covering[0], picture.height / covering[1]
     # The same pixels but for rounding in between: Pillow takes rows or columns first, as it finds faster.
-    box = (left * x, top * y, min((left + width) * x, picture.width), min((top + height) * y, picture.height))
+    box = centre_box((picture.width, picture.height), (width, height))
     return picture.resize((width, height), Resampling.BICUBIC, box=box)
+
+
+def centre_box(size: tuple[int, int], cut: tuple[int, int]) -> Box:
+    """What :func:`decode` cuts out of a picture: (left, top, right, bottom) in its pixels.
+
+    Args:
+        size: (width, height) of the picture.
+        cut: (width, height) that the model takes.
+    """
+    covering, left, top = _cover(*size, *cut)
+    x, y = size[0] / covering[0], size[1] / covering[1]
+    return left * x, top * y, min((left + cut[0]) * x, size[0]), min((top + cut[1]) * y, size[1])
+
+
+def _cover(own_width: int, own_height: int, width: int, height: int) -> tuple[tuple[int, int], int, int]:
+    """The size that a picture is resized to, and where its centre begins there."""
+    ratio = max(width / own_width, height / own_height)
+    covering = (max(width, int(own_width * ratio)), max(height, int(own_height * ratio)))
+    return covering, round((covering[0] - width) / 2), round((covering[1] - height) / 2)
 
 
 def encode_png(pixels: Tensor) -> bytes:

@@ -11,6 +11,8 @@ EOT are left out, weights get no gradient in a pass. Rows are images here: the n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ class CompatRound(Round):
     def _full(self, order: Tensor) -> list[Tensor]:
         return [part for part in order.split(self.settings.batch) if len(part) == self.settings.batch]
 
-    def _shown(self, images: Tensor, rows: Tensor) -> Tensor:
+    def _shown(self, images: Any, rows: Tensor) -> Tensor:
         return (self._levels(images) + self._steps(rows)) / 255
 
     def _text(self, rows: Tensor) -> Tensor:

@@ -107,6 +107,10 @@ class Settings:
         weight_decay: of the surrogate's matrices.
         beta2: AdamW's second decay rate.
         same_captions: pairs of a batch with equal captions are no negatives of each other when the surrogate learns.
+        view_area: of pictures that keep their size the model sees its own centre crop and, drawn anew for each batch,
+            smaller windows of the same aspect anywhere: with at least this share of the area of the largest one. 1:
+            the centre crop alone.
+        grid: of pictures that keep their size: the noise has this many values for each pixel of the model and axis.
         compat: decide as the authors' code does, see :mod:`ccu_fast.mem.compat`.
 
     >>> ccu_fast.mem.Settings(eps=16).rounds
@@ -128,6 +132,12 @@ class Settings:
     weight_decay: float = check.field(0.1, low=0.0)
     beta2: float = check.field(0.98, low=0.0, high=1.0)
     same_captions: bool = check.field(False, "Pairs with equal captions are no negatives of each other in training.")
+    view_area: float = check.field(
+        0.8, "Pictures that keep their size: least share of the area that the model's windows have.", low=0.01, high=1.0
+    )
+    grid: int = check.field(
+        1, "Pictures that keep their size: values of the noise for each pixel of the model, per axis.", low=1
+    )
     compat: bool = False
 
     def __post_init__(self) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ccu_fast import check
 
-_WINDOW, _SIGMA = 11, 1.5
+WINDOW, _SIGMA = 11, 1.5
+_ROWS, _COLUMNS = 128, 512  # of a part of a large picture
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
@@ -39,11 +42,11 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     check.tensor("a", a, dtypes=(torch.uint8,), ndim=4)
     check.tensor("b", b, dtypes=(torch.uint8,), ndim=4)
     check.shape("b", b, a.shape)
-    if min(a.shape[2:]) < _WINDOW:
-        raise ValueError(f"a: expected pictures of at least {_WINDOW} px, got shape {list(a.shape)}")
+    if min(a.shape[2:]) < WINDOW:
+        raise ValueError(f"a: expected pictures of at least {WINDOW} px, got shape {list(a.shape)}")
     n, c = a.shape[:2]
     x, y = a.double(), b.double()
-    line = torch.exp(-((torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2) ** 2) / (2 * _SIGMA**2))
+    line = torch.exp(-((torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2) ** 2) / (2 * _SIGMA**2))
     line /= line.sum()
     moments = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2)[:, None]
     moments = F.conv2d(F.conv2d(moments, line[None, None, None, :]), line[None, None, :, None])
@@ -51,6 +54,36 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     top = (2 * mx * my + _C1) * (2 * (xy - mx * my) + _C2)
     bottom = (mx**2 + my**2 + _C1) * (xx - mx**2 + yy - my**2 + _C2)
     return (top / bottom).mean((1, 2, 3))
+
+
+def ssim_of_whole(a: np.ndarray, b: np.ndarray) -> float:
+    """:func:`ssim` of one picture of any size, uint8 ``[H, W, C]``; equal up to rounding.
+
+    It is summed over parts that overlap by a window less a pixel, and the window is added tap by tap.
+    """
+    line = torch.exp(-((torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2) ** 2) / (2 * _SIGMA**2))
+    line /= line.sum()
+    total = 0.0
+    for part in _parts(a.shape[0], a.shape[1], WINDOW - 1):
+        x, y = (torch.from_numpy(t[part].transpose(2, 0, 1).astype(np.float64)) for t in (a, b))
+        moments = torch.stack([x, y, x * x + y * y, x * y])
+        for axis in (2, 3):
+            size = moments.shape[axis] - WINDOW + 1
+            moved = moments.narrow(axis, 0, size) * line[0]
+            for i in range(1, WINDOW):
+                moved.add_(moments.narrow(axis, i, size), alpha=float(line[i]))
+            moments = moved
+        mx, my, squares, product = moments
+        both, apart = mx * my, mx**2 + my**2
+        top = (2 * both + _C1) * (2 * (product - both) + _C2)
+        total += float((top / ((apart + _C1) * (squares - apart + _C2))).sum())
+    return total / ((a.shape[0] - WINDOW + 1) * (a.shape[1] - WINDOW + 1) * a.shape[2])
+
+
+def _parts(height: int, width: int, overlap: int) -> Iterator[tuple[slice, slice]]:
+    for top in range(0, height - overlap, _ROWS):
+        for left in range(0, width - overlap, _COLUMNS):
+            yield slice(top, min(top + _ROWS + overlap, height)), slice(left, min(left + _COLUMNS + overlap, width))
 
 
 @dataclass
@@ -74,9 +107,21 @@ class Fidelity:
     def add(self, original: Tensor, published: Tensor) -> None:
         """Pictures uint8 ``[N, C, H, W]``."""
         self.count(published.short() - original.short())
-        if len(original) and min(original.shape[2:]) >= _WINDOW:
+        if len(original) and min(original.shape[2:]) >= WINDOW:
             self.ssim += float(ssim(original, published).sum())
             self.compared += len(original)
+
+    def add_whole(self, original: np.ndarray, published: np.ndarray) -> None:
+        """One picture of any size, uint8 ``[H, W, C]``, in parts that take little memory."""
+        self.pictures += 1
+        for part in _parts(original.shape[0], original.shape[1], 0):
+            change = published[part].astype(np.int16) - original[part]
+            self.largest = max(self.largest, int(np.abs(change).max()))
+            self.squares += int(np.square(change, dtype=np.int64).sum())
+        self.values += original.size
+        if min(original.shape[:2]) >= WINDOW:
+            self.ssim += ssim_of_whole(original, published)
+            self.compared += 1
 
     def count(self, change: Tensor) -> None:
         """Changes of pixel values, integers ``[N, C, H, W]``."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ccu_fast.losses.functional import info_nce
 from ccu_fast.mem.surrogate import frozen
+from ccu_fast.mem.views import Views
 from ccu_fast.models.dual_encoder import DualEncoder
 from ccu_fast.ops.pgd_step.api import pgd_step_
 
@@ -21,7 +22,7 @@ def random_noise(images: Tensor, eps: int, rng: torch.Generator) -> Tensor:
 
 def pgd(
     model: DualEncoder,
-    images: Tensor,
+    images: Tensor | Views,
     noise: Tensor,
     text: Tensor,
     *,
@@ -38,9 +39,10 @@ def pgd(
 
     Args:
         model: the surrogate; its weights get no gradient.
-        images: uint8 ``[N, C, H, W]``.
+        images: uint8 ``[N, C, H, W]``; or views of pictures that keep their size: the steps go through the windows in
+            turn, and the clip at 0..255 is part of L.
         noise: int8 ``[N, C, H, W]``, or ``[1, C, H, W]`` for one noise that all images share: its gradient is that of
-            the whole batch, and the clip at 0..255 is part of L.
+            the whole batch, and the clip at 0..255 is part of L. With views H×W is the grid.
         text: ``[N, D]`` text embeddings, or ``[steps, N, D]`` when each step has its own; no gradient.
         eps, step: in 1/255.
         steps: 0 or more.
@@ -53,17 +55,21 @@ def pgd(
     encode = model.encode_image if encode is None else encode
     dtype = model.embedding_matrix.dtype
     # Half precision cannot hold 0..255 in steps of one.
-    base = images.to(torch.promote_types(dtype, torch.float32))
-    delta = noise.to(base.dtype)
-    shared = len(noise) != len(images)
-    anchor = torch.zeros_like(delta) if shared else base
-    lower, upper = (-255.0, 255.0) if shared else (0.0, 255.0)
+    wide = torch.promote_types(dtype, torch.float32)
+    delta = noise.to(wide)
+    base = torch.empty(0) if isinstance(images, Views) else images.to(wide)
+    free = isinstance(images, Views) or len(noise) != len(images)
+    anchor = torch.zeros_like(delta) if free else base
+    lower, upper = (-255.0, 255.0) if free else (0.0, 255.0)
     text = text.detach()
     with frozen(model):
         scale = model.scale.detach()
         for i in range(steps):
             delta.requires_grad_(True)
-            shown = (base + delta).clamp(0, 255) if shared else base + delta
+            if isinstance(images, Views):
+                shown = images.shown(delta, i % len(images))
+            else:
+                shown = (base + delta).clamp(0, 255) if free else base + delta
             loss = info_nce(encode((shown / 255).to(dtype)), text[i] if text.ndim == 3 else text, scale=scale)
             (grad,) = torch.autograd.grad(-loss if maximise else loss, delta)
             delta = delta.detach()

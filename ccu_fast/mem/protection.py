@@ -17,6 +17,8 @@ from ccu_fast.mem.round import Round
 from ccu_fast.mem.source import PairSource, TensorSource
 from ccu_fast.mem.surrogate import ModelFactory, generator
 from ccu_fast.mem.triggers import first_triggers, survivors, with_triggers
+from ccu_fast.mem.view_round import ViewRound
+from ccu_fast.mem.views import Pictures
 from ccu_fast.models.tokenizer import Tokenizer
 from ccu_fast.ops.noise_store.api import NoiseStore
 from ccu_fast.runs.progress import Progress, silent
@@ -62,7 +64,8 @@ class Protection:
             run.round(i)
 
     Args:
-        source: the pairs; a :class:`ccu_fast.mem.source.Part` where processes share a dataset.
+        source: the pairs; a :class:`ccu_fast.mem.source.Part` where processes share a dataset, a
+            :class:`ccu_fast.mem.views.Pictures` where pictures keep their size.
         tokenizer: captions ↔ ids, and the ids triggers may use.
         factory: makes a surrogate, with random weights or from a checkpoint.
         method: what to make; "clean" returns the data as it is.
@@ -111,8 +114,12 @@ class Protection:
             raise ValueError(f"images: expected at least 2, got {source.n_images}")
         self.source, self.tokenizer, self.method, self.settings = source, tokenizer, method, settings
         self.universal = method.noise == "universal"
+        self.pictures = source if isinstance(source, Pictures) else None
+        shape = source.image_shape if self.pictures is None else self.pictures.noise_shape
         rows = 1 if self.universal else source.n_images
         if settings.compat:
+            if self.pictures is not None:
+                raise ValueError("compat: expected pictures of the model's size, got some that keep their own")
             if method.noise not in ("none", "minimise"):
                 raise ValueError(f"method: expected clean, em, mem or trigger with compat, got {method.name!r}")
             if len(source.image_of) < settings.batch:
@@ -121,17 +128,15 @@ class Protection:
                 )
             rows = len(source.image_of)
         self.device = torch.device(device or (noise_store.device if noise_store is not None else "cpu"))
-        self.store = NoiseStore(rows, source.image_shape, device=self.device) if noise_store is None else noise_store
-        if (self.store.rows, self.store.item_shape, self.store.dtype) != (rows, source.image_shape, torch.int8):
-            raise ValueError(
-                f"noise_store: expected int8 with {rows} rows of {list(source.image_shape)}, got {self.store}"
-            )
+        self.store = NoiseStore(rows, shape, device=self.device) if noise_store is None else noise_store
+        if (self.store.rows, self.store.item_shape, self.store.dtype) != (rows, shape, torch.int8):
+            raise ValueError(f"noise_store: expected int8 with {rows} rows of {list(shape)}, got {self.store}")
         self.tokens = tokenizer.encode(source.captions)
         self.alphabet = self._alphabet(seed)
         rng = generator(seed, "generate" if shard == 0 else f"generate {shard}")
         self.triggers = first_triggers(len(self.tokens), method.triggers, self.alphabet, tokenizer, rng, settings)
         self.next_round = 0
-        kind = CompatRound if settings.compat else Round
+        kind = CompatRound if settings.compat else Round if self.pictures is None else ViewRound
         self.worker = kind(
             source=source,
             tokenizer=tokenizer,
@@ -193,9 +198,19 @@ class Protection:
         self.next_round = int(state["next_round"])
 
     def published_images(self, index: Tensor) -> Tensor:
-        """int64 ``[n]`` image numbers (rows with compat) → uint8 ``[n, C, H, W]`` on the CPU, the noise added."""
+        """int64 ``[n]`` image numbers (rows with compat) → uint8 ``[n, C, H, W]`` on the CPU, the noise added.
+
+        Raises:
+            ValueError: pictures keep their size; :func:`ccu_fast.mem.publish.whole.published_picture` makes one.
+        """
+        if self.pictures is not None:
+            raise ValueError("index: expected images of the model's size, got pictures that keep their own")
         images = self.source.images(self.source.image_of[index] if self.settings.compat else index)
         return self.store.add_to(images, torch.zeros_like(index) if self.universal else index).cpu()
+
+    def noise_of(self, image: int) -> Tensor:
+        """Its noise, int8 ``[C, H, W]`` or on the grid, on the CPU."""
+        return self.store.gather(torch.tensor([0 if self.universal else image]), dtype=torch.int8)[0].cpu()
 
     def published_captions(self, rows: Tensor) -> list[str]:
         """int64 ``[n]`` row numbers → captions with triggers.
@@ -232,8 +247,13 @@ class Protection:
 
     def _random_noise(self, seed: int, shard: int) -> None:
         rng = generator(seed, "random noise" if shard == 0 else f"random noise {shard}")
+        eps = self.settings.eps
         for index in torch.arange(self.source.n_images).split(1024):
-            self.store.scatter_(index, random_noise(self.source.images(index), self.settings.eps, rng).to(self.device))
+            if self.pictures is not None:
+                noise = torch.randint(-eps, eps + 1, (len(index), *self.store.item_shape), generator=rng)
+                self.store.scatter_(index, noise.to(self.device, torch.int8))
+                continue
+            self.store.scatter_(index, random_noise(self.source.images(index), eps, rng).to(self.device))
 
 
 def protect(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,14 @@ from ccu_fast.mem.noise import pgd
 from ccu_fast.mem.source import PairSource, read_ahead
 from ccu_fast.mem.surrogate import ModelFactory, batches, fresh, frozen, optimizer_for, pixels, train_step
 from ccu_fast.mem.triggers import improve_triggers, insert_triggers, survivors, trim
+from ccu_fast.mem.views import Views
 from ccu_fast.models.dual_encoder import DualEncoder
 from ccu_fast.models.tokenizer import Tokenizer
 from ccu_fast.ops.machine import moved
 from ccu_fast.ops.noise_store.api import NoiseStore
 from ccu_fast.ops.topk_flips.api import TokenTable
+
+Purpose = Literal["train", "look", "change"]  # the surrogate, triggers, noise: what a batch is read for
 
 
 @dataclass
@@ -86,7 +89,7 @@ class Round:
             plan.append(self.todo.pop())
         losses, same = [], self.settings.same_captions
         self.surrogate.train()
-        for rows, images in read_ahead(self.source, plan, self.source.image_of):
+        for rows, images in self._read(plan, self.source.image_of, "train"):
             shown, text = self._shown(images, rows), self._text(rows)
             with self.precision():
                 step = train_step(self.surrogate, self.optimizer, shown, text, self.average, same_captions=same)
@@ -98,7 +101,7 @@ class Round:
         table = TokenTable(self.surrogate.embedding_matrix.detach(), allowed=self.alphabet.to(self.device))
         losses, waiting = [], []
         plan = batches(len(self.tokens), self.settings.batch, self.rng)
-        for rows, images in read_ahead(self.source, plan, self.source.image_of):
+        for rows, images in self._read(plan, self.source.image_of, "look"):
             with torch.no_grad(), frozen(self.surrogate):
                 image = self.encode_image(self._shown(images, rows))
             found, steps = improve_triggers(
@@ -122,12 +125,12 @@ class Round:
         steps = 0 if self.method.noise == "none" else s.pgd_steps
         row_of = self._one_row_for_each_image()
         losses = []
-        for index, images in read_ahead(self.source, batches(self.source.n_images, s.batch, self.rng)):
+        for index, images in self._read(batches(self.source.n_images, s.batch, self.rng), None, "change"):
             where = torch.zeros(1, dtype=torch.int64) if universal else index
             with torch.no_grad(), frozen(self.surrogate):
                 text = self.surrogate.encode_text(self._text(row_of[index]))
             target = text.roll(1, 0) if self.method.noise == "mislead" else text
-            images = moved(images, self.device)
+            images = images.to(self.device) if isinstance(images, Views) else moved(images, self.device)
             noise = pgd(
                 self.surrogate,
                 images,
@@ -167,19 +170,28 @@ class Round:
         """All rows in random batches for the surrogate, the last one first."""
         return batches(len(self.tokens), self.settings.batch, self.rng)
 
-    def _shown(self, images: Tensor, rows: Tensor) -> Tensor:
+    def _read(
+        self, plan: list[Tensor], image_of: Tensor | None, purpose: Purpose
+    ) -> Iterator[tuple[Tensor, Tensor | Views]]:
+        """Each part of a plan, rows or (without ``image_of``) images, with what the model sees of it without noise."""
+        return read_ahead(self.source, plan, image_of)
+
+    def _shown(self, images: Tensor | Views, rows: Tensor) -> Tensor:
         """The rows' images with their noise, as the model takes them."""
         return self._pixels(images, self.source.image_of[rows])
 
-    def _pixels(self, images: Tensor, index: Tensor) -> Tensor:
+    def _pixels(self, images: Tensor | Views, index: Tensor) -> Tensor:
         """Images of the given numbers with their noise, as the model takes them."""
         if self.method.noise == "universal":
             index = torch.zeros_like(index)
-        shown = self.store.add_to(moved(images, self.device), index)
-        if self.method.attacks_clean_model and not self.losses["surrogate"]:
-            shown = images.to(self.device)
-        out = pixels(shown, self.surrogate.embedding_matrix.dtype)
+        out = pixels(self._noisy(images, index), self.surrogate.embedding_matrix.dtype)
         return out.to(memory_format=torch.channels_last) if self.execution.channels_last else out
+
+    def _noisy(self, images: Any, index: Tensor) -> Tensor:
+        """With the noise of these rows of the store, 0..255."""
+        if self.method.attacks_clean_model and not self.losses["surrogate"]:
+            return cast(Tensor, images.to(self.device))
+        return self.store.add_to(moved(images, self.device), index)
 
     def _text(self, rows: Tensor) -> Tensor:
         """Captions with triggers; in a share of the calls another row's caption behind one's own trigger."""

@@ -5,14 +5,17 @@ A row is one caption; several rows may share an image. Noise belongs to the imag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ccu_fast import check
+
+Asked = TypeVar("Asked")
+Got = TypeVar("Got")
 
 
 class PairSource(Protocol):
@@ -91,6 +94,7 @@ class Part:
     Attributes:
         rows: int64, the part's rows as numbers of ``source``, ascending.
         whole_images: ``images`` as given.
+        noise_shape: of one image's noise, that of the image.
     """
 
     def __init__(self, source: PairSource, images: Tensor) -> None:
@@ -106,7 +110,7 @@ class Part:
         self.image_of = local[self.rows]
         self.captions: Sequence[str] = [source.captions[row] for row in self.rows.tolist()]
         self.n_images = len(images)
-        self.image_shape = source.image_shape
+        self.image_shape = self.noise_shape = source.image_shape
 
     def images(self, index: Tensor) -> Tensor:
         """See :class:`PairSource`."""
@@ -116,15 +120,22 @@ class Part:
 def read_ahead(
     source: PairSource, plan: Iterable[Tensor], image_of: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``(part, source.images(image_of[part]))`` for each part of ``plan``, the next one read while one is worked on.
+    """``(part, source.images(image_of[part]))`` for each part of ``plan``, as :func:`ahead` reads.
 
-    Without ``image_of`` the parts are image numbers. At most two parts are alive. Another thread reads:
-    files and decoders release the interpreter.
+    Without ``image_of`` the parts are image numbers.
+    """
+    return ahead(lambda part: source.images(part if image_of is None else image_of[part]), plan)
+
+
+def ahead(read: Callable[[Asked], Got], plan: Iterable[Asked]) -> Iterator[tuple[Asked, Got]]:
+    """``(part, read(part))`` for each part of ``plan``, the next one read while one is worked on.
+
+    At most two parts are alive. Another thread reads: files and decoders release the interpreter.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
         waiting = None
         for part in plan:
-            coming = (part, thread.submit(source.images, part if image_of is None else image_of[part]))
+            coming = (part, thread.submit(read, part))
             if waiting is not None:
                 yield waiting[0], waiting[1].result()
             waiting = coming

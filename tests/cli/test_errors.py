@@ -284,8 +284,8 @@ def test_options_are_named_as_they_are_typed(ends: Ends, idle: Any, place: Path)
     words = ["protect", "uncaptioned", "--out", "{out}", "--size", "16x16", "--model", "small:32"]
     assert "input: expected usable pairs, got 3 bad items (--skip-bad leaves them out)" in ends(words)
     assert ": --device: expected cpu or a GPU" in ends([*WORK["protect"], "--device", "abacus"])
-    assert ": --size, --grey: expected neither for 'hf:x'" in ends(
-        ["protect", "in/train.csv", "--out", "{out}", "--model", "hf:x", "--grey", "--size", "16x16"]
+    assert ": --grey: expected colours for 'hf:x'" in ends(
+        ["protect", "in/train.csv", "--out", "{out}", "--model", "hf:x", "--grey"]
     )
     assert ": --image-column: expected with csv" in ends(
         ["protect", "uncaptioned", "--out", "{out}", "--format", "folder", "--image-column", "x"]

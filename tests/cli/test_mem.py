@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from ccu_fast.cli import main as cli
 from ccu_fast.data.captions import DiskSource, list_pairs
@@ -123,6 +124,10 @@ def test_a_config_file_gives_defaults_and_flags_win(tmp_path: Path, capsys: pyte
         (["{in}", "--method", "best"], "method: expected clean"),
         (["{in}", "--model", "large"], "model: expected small"),
         *((["{in}", "--size", size], "size: expected HEIGHTxWIDTH") for size in ("64", "0x16", "16x0", "²x8")),
+        (["{in}", "--input-size", "16"], "input-size: expected HEIGHTxWIDTH"),
+        (["{in}", "--input-size", "16x16", "--size", "16x16"], "input-size: expected without size"),
+        (["{in}", "--input-size", "16x16", "--model", "hf:x"], "input-size: expected with a small surrogate alone"),
+        (["{in}", "--reference-files"], "reference-files: expected with thumbnails (--size HEIGHTxWIDTH) alone"),
         (["{in}", "--model", "small:²"], "model: expected small or small:WIDTH"),
         (["{in}", "--checkpoint", "none.pt"], "checkpoint: expected a file"),
         (["{in}", "--caption-column", "text"], "expected the columns images and text"),
@@ -140,6 +145,24 @@ def test_what_can_be_mended_is_one_message_and_status_1(
     told = capsys.readouterr().err
     assert told.startswith("ccu-fast protect: ") and message in told and "Traceback" not in told
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_keep_their_size_unless_told_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = made.write_csv(tmp_path / "in", n=8)
+    for i in range(8):
+        made.picture(i, (30 + 9 * i, 47)).save(tmp_path / "in" / "pictures" / f"{i}.png")
+    kept, small = tmp_path / "kept", tmp_path / "small"
+    assert cli.main(["protect", str(source), "--out", str(kept), *TINY[2:], "--input-size", "16x24"]) == 0
+    told = capsys.readouterr().out.replace("\n", " ")
+    assert "8 images, 9 captions" in told and "largest change" in told and "pictures kept their size" in told
+    manifest = json.loads((kept / "manifest.json").read_text())
+    assert manifest["thumbnails"] is None and manifest["surrogate"]["image_shape"] == [3, 16, 24]
+    assert cli.main(["protect", str(source), "--out", str(small), *TINY]) == 0
+    assert "pictures were resized to 16x16 (--size)" in capsys.readouterr().out.replace("\n", " ")
+    for i in range(8):
+        assert Image.open(kept / "pictures" / f"{i}.png").size == (30 + 9 * i, 47)
+        assert Image.open(small / "pictures" / f"{i}.png").size == (16, 16)
+    assert cli.main(["evaluate", f"kept={kept}", "--test", str(source), *EVALUATION, "--quiet"]) == 0
 
 
 def test_bad_items_are_listed_and_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -350,7 +350,8 @@ def test_a_folder_whose_weights_are_not_all_there(folder: Path) -> None:
         ("open_clip:ViT-Z-1", {}, "model: expected a name of open_clip.list_models"),
         ("open_clip:", {}, "model: expected small, small:WIDTH, open_clip:NAME or hf:FOLDER"),
         ("hf:nowhere", {}, "model: expected a folder with config.json"),
-        ("open_clip:RN50", {"size": "64x64"}, "size, grey: expected neither"),
+        ("open_clip:RN50", {"size": "64x64"}, "size: expected 224x224, the input of 'open_clip:RN50', got 64x64"),
+        ("open_clip:RN50", {"grey": True}, "grey: expected colours"),
     ],
 )
 def test_models_that_cannot_be(open_clip: Any, spec: str, options: dict[str, Any], message: str) -> None:

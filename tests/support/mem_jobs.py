@@ -17,8 +17,9 @@ TINY = Settings(
 
 
 def job(source: Path, out: Path, **options: Any) -> Job:
+    """Of thumbnails, unless it is told otherwise."""
     model = partial(small, image_shape=SHAPE, width=32)
-    return Job(source, out, model, **{"settings": TINY, "threads": 2, **options})
+    return Job(source, out, model, **{"settings": TINY, "threads": 2, "thumbnails": True, **options})
 
 
 def tree(folder: Path) -> dict[str, bytes]:

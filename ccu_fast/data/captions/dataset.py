@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.data.captions.listing import Bad, Listing
 from ccu_fast.data.captions.shards import read_span
-from ccu_fast.data.pictures import MAX_PIXELS, BadPicture, decode
+from ccu_fast.data.pictures import MAX_PIXELS, BadPicture, Box, Whole, decode, decode_whole, decode_windows, measure
 
 _CHUNK = 64
 
@@ -28,12 +29,15 @@ class Scan:
     Attributes:
         digests: uint8 ``[images, 32]``: SHA-256 of each encoded picture; zeros for the bad ones.
         bad: image number → why it cannot be used.
-        notes: what :func:`ccu_fast.data.pictures.decode` notes → of how many of them.
+        notes: what :func:`ccu_fast.data.pictures.decode` (of whole pictures :func:`ccu_fast.data.pictures.measure`)
+            notes → of how many of them.
+        sizes: of whole pictures: int64 ``[images, 3]``, height, width and colours (1 or 3); zeros for the bad ones.
     """
 
     digests: Tensor
     bad: dict[int, str]
     notes: dict[str, int]
+    sizes: Tensor | None = None
 
 
 class DiskSource:
@@ -66,6 +70,7 @@ class DiskSource:
         self.captions: Sequence[str] = listing.captions
         self.image_of = listing.image_of
         self.n_images = listing.n_images
+        self.threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def images(self, index: Tensor) -> Tensor:
@@ -106,33 +111,70 @@ class DiskSource:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
+    def windows(self, number: int, boxes: Sequence[Box]) -> Tensor:
+        """uint8 ``[windows, C, H, W]`` of one picture, see :func:`ccu_fast.data.pictures.decode_windows`.
+
+        Raises:
+            BadPicture: as of :meth:`images`.
+        """
+        with self._named(number):
+            return decode_windows(self._unchanged(number), self.image_shape, boxes, max_pixels=self.max_pixels)
+
+    def whole(self, number: int) -> Whole:
+        """One picture of its own size.
+
+        Raises:
+            BadPicture: as of :meth:`images`.
+        """
+        with self._named(number):
+            return decode_whole(self._unchanged(number), max_pixels=self.max_pixels)
+
     def _decoded(self, number: int) -> Tensor:
-        file = self.listing.files[number]
+        with self._named(number):
+            return decode(self._unchanged(number), self.image_shape, max_pixels=self.max_pixels)
+
+    def _unchanged(self, number: int) -> bytes:
+        data = self.read(number)
+        if self.digests is not None and not torch.equal(_digest(data), self.digests[number]):
+            raise BadPicture("changed since it was checked")
+        return data
+
+    @contextmanager
+    def _named(self, number: int) -> Iterator[None]:
         try:
-            data = self.read(number)
-            if self.digests is not None and not torch.equal(_digest(data), self.digests[number]):
-                raise BadPicture("changed since it was checked")
-            return decode(data, self.image_shape, max_pixels=self.max_pixels)
+            yield
         except (OSError, BadPicture) as error:
+            file = self.listing.files[number]
             raise BadPicture(f"{self.listing.argument}: expected usable pictures, got {file}: {_why(error)}") from error
 
 
-def scan(source: DiskSource, numbers: Sequence[int], progress: Callable[[int, int], None] | None = None) -> Scan:
+def scan(
+    source: DiskSource,
+    numbers: Sequence[int],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    whole: bool = False,
+) -> Scan:
     """Read and decode each of these pictures once, so that what is bad is known before hours of work.
 
     Args:
         source: the pictures; its digests are not looked at.
         numbers: which of them.
         progress: called as ``progress(done, total)``.
+        whole: they are to keep their size, which is looked up.
     """
     digests = torch.zeros(source.n_images, 32, dtype=torch.uint8)
+    sizes = torch.zeros(source.n_images, 3, dtype=torch.int64) if whole else None
     bad: dict[int, str] = {}
     notes: list[str] = []  # which threads may extend
 
     def look(number: int) -> None:
         try:
             data = source.read(number)
-            decode(data, source.image_shape, max_pixels=source.max_pixels, notes=notes)
+            if sizes is not None:
+                sizes[number] = torch.tensor(measure(data, max_pixels=source.max_pixels, notes=notes))
+            else:
+                decode(data, source.image_shape, max_pixels=source.max_pixels, notes=notes)
             digests[number] = _digest(data)
         except (OSError, BadPicture) as error:
             bad[number] = _why(error)
@@ -142,7 +184,7 @@ def scan(source: DiskSource, numbers: Sequence[int], progress: Callable[[int, in
         source.each(lambda place, part=part: look(part[place]), len(part))  # type: ignore[misc]
         if progress is not None:
             progress(start + len(part), len(numbers))
-    return Scan(digests, dict(sorted(bad.items())), dict(sorted(Counter(notes).items())))
+    return Scan(digests, dict(sorted(bad.items())), dict(sorted(Counter(notes).items())), sizes)
 
 
 def bad_pictures(listing: Listing, bad: dict[int, str], *, published: bool = False) -> list[Bad]:

@@ -44,14 +44,20 @@ def small(
 
 
 def choose(
-    spec: str, *, size: str | None = None, grey: bool = False, checkpoint: Path | None = None
+    spec: str,
+    *,
+    size: str | None = None,
+    input_size: str | None = None,
+    grey: bool = False,
+    checkpoint: Path | None = None,
 ) -> Callable[[Sequence[str]], Model]:
     """A function from captions to :class:`~ccu_fast.models.named.Model`.
 
     Args:
         spec: "small", or "small:WIDTH" with a multiple of 32; "open_clip:NAME"; "hf:FOLDER".
         size: "HEIGHTxWIDTH" in pixels, what pictures are resized to; for "small", by default 64x64. The others have
-            their own.
+            their own, which it must be.
+        input_size: the same under another name, where pictures keep their size and the model alone sees them so.
         grey: one channel instead of three; "small" alone.
         checkpoint: weights to start from.
 
@@ -65,16 +71,30 @@ def choose(
     if checkpoint is not None and not checkpoint.is_file():
         raise FileNotFoundError(f"checkpoint: expected a file, got {checkpoint}, which is not there")
     if kind != "small":
-        if size is not None or grey:
-            raise ValueError(f"size, grey: expected neither for {spec!r}, which has its own input")
-        return lambda captions: _hashed(named_model(spec, checkpoint), checkpoint)
+        if grey:
+            raise ValueError(f"grey: expected colours for {spec!r}, which has its own input")
+        own = None if size is None else _parsed("size", size)
+        return lambda captions: _hashed(_of_size(named_model(spec, checkpoint), own, spec), checkpoint)
     if not re.fullmatch(r"\d*", rest, re.ASCII):
         raise ValueError(f"model: expected small or small:WIDTH, got {spec!r}")
-    numbers = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", (size or "64x64").lower(), re.ASCII)
-    if numbers is None:
-        raise ValueError(f"size: expected HEIGHTxWIDTH in pixels, such as 64x64, got {size!r}")
-    shape = (1 if grey else 3, int(numbers[1]), int(numbers[2]))
+    height, width = _parsed("size", size or "64x64") if input_size is None else _parsed("input_size", input_size)
+    shape = (1 if grey else 3, height, width)
     return partial(small, image_shape=shape, width=int(rest or 96), checkpoint=checkpoint)
+
+
+def _parsed(name: str, size: str) -> tuple[int, int]:
+    numbers = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", size.lower(), re.ASCII)
+    if numbers is None:
+        raise ValueError(f"{name}: expected HEIGHTxWIDTH in pixels, such as 64x64, got {size!r}")
+    return int(numbers[1]), int(numbers[2])
+
+
+def _of_size(model: Model, size: tuple[int, int] | None, spec: str) -> Model:
+    _, height, width = model.image_shape
+    if size not in (None, (height, width)):
+        assert size is not None
+        raise ValueError(f"size: expected {height}x{width}, the input of {spec!r}, got {size[0]}x{size[1]}")
+    return model
 
 
 def _hashed(model: Model, checkpoint: Path | None) -> Model:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,16 +19,17 @@ from ccu_fast.data.captions import BadData, DiskSource, Listing, Options, list_p
 from ccu_fast.data.captions.dataset import bad_pictures
 from ccu_fast.data.captions.listing import MANIFEST
 from ccu_fast.data.pictures import MAX_PIXELS
-from ccu_fast.distributed.parameters import average_
 from ccu_fast.distributed.ranks import barrier, gather_objects, processes
 from ccu_fast.files import after_the_work, locked, new_folder, output_folder, read_json
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.job.checkpoint import Workplace, remove_run, workplace
+from ccu_fast.mem.job.share import WholeNumbers, average_surrogate, check_complete, share
 from ccu_fast.mem.protection import Protection
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
 from ccu_fast.mem.publish.rehearse import check_space, unreadable_captions, unwritable_files, unwritable_samples
 from ccu_fast.mem.publish.writer import write_metadata
 from ccu_fast.mem.source import Part
+from ccu_fast.mem.views import Pictures
 from ccu_fast.models.named import Model
 from ccu_fast.runs.checkpoint import read_state, write_state
 from ccu_fast.runs.progress import Progress, silent
@@ -48,6 +49,7 @@ class Job:
         model: all captions of the listing → the surrogate; called once.
         method, settings, seed: of the generator.
         options: how to read the input.
+        thumbnails: pictures are resized to what the model takes, cut and published so; by default they keep their size.
         skip_bad: leave out what cannot be used, and list it in the manifest; otherwise it is an error.
         fresh: throw an unfinished run away first, unless it is going on.
         noise_on_disk: keep the noise in a mapped file instead of in memory.
@@ -66,6 +68,7 @@ class Job:
     settings: Settings = field(default_factory=Settings)
     seed: int = check.field(0, "Of everything random.", low=0)
     options: Options = field(default_factory=Options)
+    thumbnails: bool = False
     skip_bad: bool = check.field(False, "Leave out and list what cannot be used, instead of stopping.")
     fresh: bool = check.field(False, "Throw an unfinished run with this output away.")
     noise_on_disk: bool = check.field(False, "Noise in a file, not in memory.")
@@ -77,6 +80,12 @@ class Job:
 
     def __post_init__(self) -> None:
         check.fields(self)
+        for name, asked in (("compat", self.settings.compat), ("reference_files", self.reference_files)):
+            if asked and not self.thumbnails:
+                raise ValueError(
+                    f"{name}: expected with thumbnails (--size HEIGHTxWIDTH) alone, because the authors' noise has one "
+                    "size for all pictures; got pictures that keep their own"
+                )
 
 
 def protect_dataset(job: Job, progress: Progress = silent) -> dict[str, Any]:
@@ -150,7 +159,7 @@ class _Run:
         if complete:
             return self._finished(run)
         with workplace(self.partial, run, self.rank, fresh=job.fresh) as place:
-            listing, mine, digests = self._look(place, listing, model)
+            listing, mine, digests, sizes = self._look(place, listing, model)
             if job.settings.compat and len(listing.captions) != listing.n_images:
                 raise ValueError(
                     "compat: expected one caption for each image, because the authors' noise belongs to captions and "
@@ -158,7 +167,11 @@ class _Run:
                 )
             with closing(self._source(listing, model, digests)) as source:
                 part = Part(source, torch.tensor(mine))
-                self._check_space(place, source, mine)
+                if sizes is not None:
+                    _, *size = model.image_shape
+                    grid = (size[0] * job.settings.grid, size[1] * job.settings.grid)
+                    part = Pictures(source, torch.tensor(mine), sizes, grid)
+                self._check_space(place, source, mine, part, sizes)
                 protection = self._generate(place, part, model)
                 with after_the_work(f"all rounds are kept in {self.partial}, where the same command goes on"):
                     manifest = self._publish(place, source, part, protection, run)
@@ -177,6 +190,7 @@ class _Run:
             "execution": {**asdict(job.execution), "autocast": str(job.execution.autocast)},
             "surrogate": model.about,
             "input": fingerprint,
+            "thumbnails": list(model.image_shape[1:]) if job.thumbnails else None,
             "max_pixels": job.max_pixels,
             "reference_files": job.reference_files,
             "processes": self.world,
@@ -199,8 +213,14 @@ class _Run:
         job = self.job
         return DiskSource(listing, model.image_shape, digests=digests, threads=job.threads, max_pixels=job.max_pixels)
 
-    def _look(self, place: Workplace, listing: Listing, model: Model) -> tuple[Listing, list[int], Tensor]:
-        """Every picture is read once before the work begins; the usable listing, this process's images, digests."""
+    def _look(
+        self, place: Workplace, listing: Listing, model: Model
+    ) -> tuple[Listing, list[int], Tensor, Tensor | None]:
+        """Every picture is read once before the work begins.
+
+        Returns:
+            The usable listing, this process's images, digests, and sizes of pictures that keep theirs.
+        """
         try:
             mine = share(listing, self.rank, self.world)
         except ValueError:
@@ -212,21 +232,26 @@ class _Run:
             found = read_state(path, "out")
         else:
             with closing(self._source(listing, model)) as source:
-                seen = scan(source, mine, lambda done, n: self.progress("checking pictures", done, n, ""))
+
+                def told(done: int, n: int) -> None:
+                    self.progress("checking pictures", done, n, "")
+
+                seen = scan(source, mine, told, whole=not self.job.thumbnails)
                 triggers = 0 if self.job.settings.compat else self.job.method.triggers
                 bad = unreadable_captions(listing, mine, model.tokenizer, triggers)
                 bad |= unwritable_samples(source, mine)
                 bad |= unwritable_files(listing, place.folder) if self.rank == 0 else {}
-                found = {"digests": seen.digests[mine], "bad": bad | seen.bad, "notes": seen.notes}
-        parts = gather_objects((found["bad"], found["digests"], found["notes"]))
-        bad = {number: why for items, _, _ in parts for number, why in items.items()}
+                sizes = None if seen.sizes is None else seen.sizes[mine]
+                found = {"digests": seen.digests[mine], "bad": bad | seen.bad, "notes": seen.notes, "sizes": sizes}
+        parts = gather_objects(found)
+        bad = {number: why for part in parts for number, why in part["bad"].items()}
         if (bad or listing.bad) and not self.job.skip_bad:
             # Nothing is kept: they may be mended before the next try.
             raise BadData([*listing.bad, *bad_pictures(listing, bad)], SKIP)
         if not path.exists():
             write_state(path, found)
-        digests = torch.cat([part for _, part, _ in parts])
-        self.notes = dict(sum((Counter(part) for _, _, part in parts), Counter[str]()))
+        digests = torch.cat([part["digests"] for part in parts])
+        self.notes = dict(sum((Counter(part["notes"]) for part in parts), Counter[str]()))
         keep = [number for number in range(listing.n_images) if number not in bad]
         usable = listing.without(list(bad), bad_pictures(listing, bad, published=True))
         kept = [new for new, number in enumerate(keep) if mine[0] <= number <= mine[-1]]
@@ -234,9 +259,12 @@ class _Run:
         if min(counts) < 2:
             each = " for each process" if len(counts) > 1 else ""
             raise ValueError(f"input: expected at least two usable images{each}, got {', '.join(map(str, counts))}")
-        return usable, kept, digests[keep]
+        sizes = None if self.job.thumbnails else torch.cat([part["sizes"] for part in parts])[keep]
+        return usable, kept, digests[keep], sizes
 
-    def _check_space(self, place: Workplace, source: DiskSource, mine: list[int]) -> None:
+    def _check_space(
+        self, place: Workplace, source: DiskSource, mine: list[int], part: Part, sizes: Tensor | None
+    ) -> None:
         job = self.job
         if self.rank == 0:
             check_space(
@@ -244,8 +272,10 @@ class _Run:
                 mine,
                 place.folder,
                 eps=0 if job.method.noise == "none" else job.settings.eps,
+                noise_shape=part.noise_shape,
                 noise_files=2 * (job.method.generates and job.method.noise != "universal") + job.noise_on_disk,
                 reference_files=job.reference_files,
+                sizes=sizes,
             )
         barrier()
 
@@ -254,7 +284,7 @@ class _Run:
         store = None
         if job.method.noise != "random":  # which the protection draws itself, the same every time
             rows = 1 if job.method.noise == "universal" else part.n_images
-            store = place.store(rows, model.image_shape, job.device, on_disk=job.noise_on_disk)
+            store = place.store(rows, part.noise_shape, job.device, on_disk=job.noise_on_disk)
 
         def average(parameters: Iterable[nn.Parameter]) -> None:
             average_surrogate(parameters, cast(nn.Module, protection.worker.surrogate).buffers())
@@ -285,8 +315,12 @@ class _Run:
     def _publish(
         self, place: Workplace, source: DiskSource, part: Part, protection: Protection, run: dict[str, Any]
     ) -> dict[str, Any]:
-        made = _Whole(protection, part)
-        publisher = Publisher(source, made, place.publish, place.folder, part.whole_images.tolist(), self.rank)
+        made = WholeNumbers(protection, part)
+        options: dict[str, Any] = {}
+        if not self.job.thumbnails:
+            options = {"whole": partial(made.published_picture, source), "together": source.threads}
+        images = part.whole_images.tolist()
+        publisher = Publisher(source, made, place.publish, place.folder, images, self.rank, **options)
         publisher.write(lambda done, total: self.progress("writing", done, total, ""))
         captions = dict(zip(part.rows.tolist(), made.published_captions(part.rows), strict=True))
         elsewhere = publisher.elsewhere
@@ -317,61 +351,6 @@ class _Run:
                 skipped=source.listing.bad,
                 notes=self.notes,
             )
-            _check_complete(place.publish, {MANIFEST, *hashes})
+            check_complete(place.publish, {MANIFEST, *hashes})
         barrier()
         return dict(read_json(place.publish / MANIFEST))
-
-
-class _Whole:
-    """What a process publishes, by the numbers of the whole dataset."""
-
-    def __init__(self, protection: Protection, part: Part) -> None:
-        self._protection, self._part = protection, part
-
-    def published_images(self, index: Tensor) -> Tensor:
-        return self._protection.published_images(torch.searchsorted(self._part.whole_images, index))
-
-    def published_captions(self, rows: Tensor) -> list[str]:
-        return self._protection.published_captions(torch.searchsorted(self._part.rows, rows))
-
-
-def _check_complete(folder: Path, expected: set[str]) -> None:
-    """Exactly the files of the manifest are there."""
-    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    if there != expected:
-        odd = ", ".join(f"{name} {'more' if name in there else 'less'}" for name in sorted(there ^ expected)[:3])
-        raise ValueError(f"out: expected the files that were written to {folder} and no others, got {odd}")
-
-
-def share(listing: Listing, rank: int, world: int) -> list[int]:
-    """The images of one process: a contiguous share; of shards whole ones, so that each is written by one process.
-
-    Raises:
-        ValueError: fewer than two images, or no shard, for some process.
-    """
-    n = listing.n_images
-    if listing.spans is None:
-        cuts = [n * r // world for r in range(world + 1)]
-    else:
-        # A shard goes to the process in whose equal share its middle lies.
-        sizes = torch.bincount(listing.spans[:, 0], minlength=len(listing.shards))
-        owner = ((sizes.cumsum(0) - sizes / 2) * world / max(n, 1)).long().clamp(max=world - 1)
-        cuts = [0, *(int(sizes[owner <= r].sum()) for r in range(world))]
-    if min(b - a for a, b in itertools.pairwise(cuts)) < 2:
-        if world == 1:
-            raise ValueError(f"{listing.argument}: expected at least two images, got {n or 'none'} in {listing.root}")
-        unit = "images" if listing.spans is None else "images in whole shards"
-        raise ValueError(
-            f"processes: expected at least two {unit} for each of {world}, got shares that end at {cuts[1:]}"
-        )
-    return list(range(cuts[rank], cuts[rank + 1]))
-
-
-def average_surrogate(parameters: Iterable[nn.Parameter], buffers: Iterable[Tensor]) -> None:
-    """Replace gradients, and running statistics of normalisation layers, by their means over the processes.
-
-    All processes then take the same step from the same weights: they hold one surrogate, whose batch is all of theirs
-    except that a caption is compared with the images of its own process alone.
-    """
-    statistics = [b for b in buffers if b.is_floating_point()]
-    average_([*(p.grad for p in parameters if p.grad is not None), *statistics])

@@ -9,23 +9,27 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ccu_fast.data.captions import DiskSource, Listing
 from ccu_fast.data.captions.listing import MANIFEST, is_text
 from ccu_fast.data.captions.shards import Sample, read_index
 from ccu_fast.data.captions.tables import columns_of_bytes
-from ccu_fast.data.pictures import encode_png
+from ccu_fast.data.pictures import Whole, encode_png, encode_whole
 from ccu_fast.files import FULL
 from ccu_fast.mem.publish.elsewhere import Elsewhere
 from ccu_fast.mem.publish.tar import published, writer
+from ccu_fast.mem.publish.whole import with_noise
 from ccu_fast.mem.publish.writer import CHUNK, caption_field, key_of, published_files, write_metadata
 from ccu_fast.mem.triggers import survivors
 from ccu_fast.models.tokenizer import Tokenizer
 
 _SAMPLED = 16  # pictures whose size tells that of all
+_PIECE = 512  # px of a large one
 _BLOCK = 4096  # of a file system: what the smallest file takes
 
 
@@ -161,7 +165,15 @@ def _write_sample(shard: Path, sample: Sample, captions: list[str], column: str)
 
 
 def check_space(
-    source: DiskSource, images: Sequence[int], folder: Path, *, eps: int, noise_files: int, reference_files: bool
+    source: DiskSource,
+    images: Sequence[int],
+    folder: Path,
+    *,
+    eps: int,
+    noise_shape: Sequence[int],
+    noise_files: int,
+    reference_files: bool,
+    sizes: Tensor | None = None,
 ) -> None:
     """The disk has room for the noise of the checkpoints and then for the pictures, as far as can be told.
 
@@ -170,30 +182,53 @@ def check_space(
         images: those of this process, of which a few are encoded with noise.
         folder: where the run works; what it holds already is counted as room.
         eps: largest noise, in 1/255.
+        noise_shape: of one image's noise, a byte for each value.
         noise_files: how many times the noise is on the disk while a round is saved.
         reference_files: whether they are written: fp32 noise for each row, twice.
+        sizes: int64 ``[source.n_images, 3]`` (height, width, colours) of pictures that keep their size.
 
     Raises:
         OSError: it has not; tells how much is needed and how much there is.
     """
     some = torch.tensor(images)[torch.linspace(0, len(images) - 1, min(_SAMPLED, len(images))).long()]
-    original = source.images(some).short()
-    noise = torch.randint(-eps, eps + 1, original.shape, generator=torch.Generator().manual_seed(0))
-    sizes = [len(encode_png(pixels)) for pixels in (original + noise).clamp(0, 255).to(torch.uint8)]
-    pixels = original[0].numel()
-    published = source.n_images * (sum(sizes) / len(sizes) + _BLOCK)
-    reference = 8 * pixels * len(source.captions) if reference_files else 0
-    stored = source.n_images * pixels
+    n, (_, height, width) = source.n_images, source.image_shape
+    if sizes is None:
+        original = source.images(some).short()
+        noise = torch.randint(-eps, eps + 1, original.shape, generator=torch.Generator().manual_seed(0))
+        lengths = [len(encode_png(pixels)) for pixels in (original + noise).clamp(0, 255).to(torch.uint8)]
+        pixels = original[0].numel()
+        published = n * (sum(lengths) / len(lengths) + _BLOCK)
+        reference = 8 * pixels * len(source.captions) if reference_files else 0
+        told = f"{n} pictures of {height}x{width}"
+    else:
+        noise = torch.randint(-eps, eps + 1, noise_shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+        parts = [(0, 0)] * len(some)
+
+        def look(place: int) -> None:
+            parts[place] = _piece(source.whole(int(some[place])), noise)
+
+        source.each(look, len(some))
+        values, reference = int(sizes.prod(1).sum()), 0
+        published = values * sum(part[0] for part in parts) / sum(part[1] for part in parts) + n * _BLOCK
+        told = f"{n} pictures of {int(sizes[:, :2].prod(1).sum()) / 1e6:.1f} million pixels together"
+    stored = n * prod(noise_shape)
     needed = max(noise_files * stored, max(noise_files - 1, 0) * stored + published + reference)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free + there
     if needed > free:
-        n, (_, height, width) = source.n_images, source.image_shape
         raise OSError(
             errno.ENOSPC,
-            f"out: expected about {_size(needed)} of free space in {folder} for {n} pictures of {height}x{width}, "
-            f"got {_size(free)}",
+            f"out: expected about {_size(needed)} of free space in {folder} for {told}, got {_size(free)}",
         )
+
+
+def _piece(whole: Whole, noise: Tensor) -> tuple[int, int]:
+    """Bytes of the PNG of a picture's middle with noise, and how many values of colours it has."""
+    height, width = whole.pixels.shape[:2]
+    top, left = max(0, height - _PIECE) // 2, max(0, width - _PIECE) // 2
+    pixels = whole.pixels[top : top + _PIECE, left : left + _PIECE]
+    made = encode_whole(with_noise(Whole(pixels), noise))
+    return len(made), pixels.shape[0] * pixels.shape[1] * whole.colours
 
 
 def _size(count: float) -> str:

@@ -20,16 +20,15 @@ HASHES = {"md5": md5, "sha256": sha256, "sha512": sha512}  # that img2dataset wr
 def write_shard(
     source: Path,
     target: Path,
-    samples: Iterable[tuple[str, bytes, Mapping[str, str]]],
-    size: tuple[int, int],
+    samples: Iterable[tuple[str, bytes, tuple[int, int], Mapping[str, str]]],
     elsewhere: Elsewhere,
     caption_column: str = "caption",
 ) -> dict[str, int]:
-    """Write (key, PNG, captions) in their order; ``json`` and ``cls`` members are taken over.
+    """Write (key, PNG, (width, height), captions) in their order; ``json`` and ``cls`` members are taken over.
 
     Other members are not: an unprotected thumbnail or embedding would give away what the picture hides. In the json,
     ``caption`` and the field that the captions came from become the published ones, and ``width``, ``height`` and the
-    hashes those of the PNG, where present; ``size`` is (width, height). Captions are clean → published.
+    hashes those of the PNG, where present. Captions are clean → published.
 
     Returns:
         How many members of each extension were left out.
@@ -37,7 +36,7 @@ def write_shard(
     dropped: Counter[str] = Counter()
     index = {sample.key: sample for sample in reversed(list(read_index(source)))}
     with target.open("wb") as file, writer(file) as archive:
-        for key, png, captions in samples:
+        for key, png, size, captions in samples:
             sample = index[key]
             archive.write(published(source, sample, png, captions, size, elsewhere, caption_column))
             taken = {*KEPT, "txt", *sample.pictures}

@@ -28,6 +28,7 @@ from ccu_fast.data.pictures import encode_png
 from ccu_fast.mem.fidelity import Fidelity
 from ccu_fast.mem.publish.elsewhere import NAMES, Clean, Elsewhere
 from ccu_fast.mem.publish.tar import write_shard
+from ccu_fast.mem.publish.whole import Made
 from ccu_fast.runs.provenance import file_hash
 
 CHUNK = 64
@@ -79,12 +80,24 @@ class Publisher:
         work: for the journal and unfinished files, on the file system of ``folder``.
         images: this process's images, ascending; for shards all images of each of its shards.
         rank: its number.
+        whole: image → its file, where pictures keep their size; by default all have that of the model.
+        together: pictures that are alive at a time.
     """
 
     def __init__(
-        self, source: Originals, made: Published, folder: Path, work: Path, images: Sequence[int], rank: int = 0
+        self,
+        source: Originals,
+        made: Published,
+        folder: Path,
+        work: Path,
+        images: Sequence[int],
+        rank: int = 0,
+        *,
+        whole: Callable[[int], Made] | None = None,
+        together: int = CHUNK,
     ) -> None:
         self.source, self.made, self.folder = source, made, folder
+        self._whole, self._together = whole, together
         self.listing = source.listing
         self.images = images
         self.fidelity = Fidelity()
@@ -150,12 +163,11 @@ class Publisher:
         if chunk.shard >= 0:
             shard, name = self.listing.shards[chunk.shard], self.listing.shard_names[chunk.shard]
             path = self._unfinished / "shard.tar"
-            _, height, width = self.source.image_shape
             column = caption_field(self.listing)
-            dropped = write_shard(shard, path, self._samples(chunk, sums), (width, height), elsewhere, column)
+            dropped = write_shard(shard, path, self._samples(chunk, sums), elsewhere, column)
             hashes[name] = self._place(path, name)
         else:
-            for image, png, captions in self._pictures(chunk, sums):
+            for image, png, _, captions in self._pictures(chunk, sums):
                 elsewhere.look(self.listing.names[image], Clean(captions), NAMES)
                 text = "".join(f"{caption}\n" for caption in captions.values()).encode()
                 for name, data in zip(published_files(self.listing, image), (png, text), strict=False):
@@ -164,27 +176,43 @@ class Publisher:
                     hashes[name] = self._place(path, name, hashlib.sha256(data).hexdigest())
         return {"sha256": hashes, "sums": asdict(sums), "dropped": dropped, "elsewhere": elsewhere.counts()}
 
-    def _samples(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[str, bytes, dict[str, str]]]:
-        for image, png, captions in self._pictures(chunk, sums):
-            yield key_of(self.listing, image), png, captions
+    def _samples(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[str, bytes, tuple[int, int], dict[str, str]]]:
+        for image, png, size, captions in self._pictures(chunk, sums):
+            yield key_of(self.listing, image), png, size, captions
 
-    def _pictures(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[int, bytes, dict[str, str]]]:
-        """Image, PNG and captions, clean → published; at most CHUNK pictures are alive."""
-        for start in range(0, len(chunk.images), CHUNK):
-            part = chunk.images[start : start + CHUNK]
-            index = torch.tensor(part)
-            published = self.made.published_images(index)
-            sums.add(self.source.images(index), published)
-            encoded: list[bytes] = [b""] * len(part)
-
-            def encode(place: int, pixels: Tensor = published, target: list[bytes] = encoded) -> None:
-                target[place] = encode_png(pixels[place])
-
-            self.source.each(encode, len(part))
-            for image, png in zip(part, encoded, strict=True):
+    def _pictures(self, chunk: Chunk, sums: Fidelity) -> Iterator[tuple[int, bytes, tuple[int, int], dict[str, str]]]:
+        """Image, PNG, its size and captions, clean → published; at most ``together`` pictures are alive."""
+        for start in range(0, len(chunk.images), self._together):
+            part = chunk.images[start : start + self._together]
+            for image, (png, size) in zip(part, self._encoded(part, sums), strict=True):
                 rows = self._rows[image]
                 new = self.made.published_captions(torch.tensor(rows))
-                yield image, png, dict(zip([self.listing.captions[row] for row in rows], new, strict=True))
+                yield image, png, size, dict(zip([self.listing.captions[row] for row in rows], new, strict=True))
+
+    def _encoded(self, part: list[int], sums: Fidelity) -> list[tuple[bytes, tuple[int, int]]]:
+        """PNG and size of each of these images."""
+        encoded: list[tuple[bytes, tuple[int, int]]] = [(b"", (0, 0))] * len(part)
+        if self._whole is not None:
+            whole, seen = self._whole, [Fidelity()] * len(part)
+
+            def make(place: int) -> None:
+                made = whole(part[place])
+                encoded[place], seen[place] = (made.png, made.size), made.sums
+
+            self.source.each(make, len(part))
+            for each in seen:  # in their order, which a sum of fractions depends on
+                sums.merge(asdict(each))
+            return encoded
+        index = torch.tensor(part)
+        published = self.made.published_images(index)
+        sums.add(self.source.images(index), published)
+        _, height, width = self.source.image_shape
+
+        def encode(place: int) -> None:
+            encoded[place] = encode_png(published[place]), (width, height)
+
+        self.source.each(encode, len(part))
+        return encoded
 
     def _place(self, path: Path, name: str, digest: str | None = None) -> str:
         """Move a finished file into the dataset; its hash."""

@@ -13,11 +13,8 @@ from torch import Tensor
 
 from ccu_fast.data.captions import Listing, Options, list_pairs
 from ccu_fast.data.pictures import BadPicture, decode
-from ccu_fast.mem.fidelity import ssim
+from ccu_fast.mem.fidelity import WINDOW, ssim_of_whole
 from ccu_fast.mem.verification.check import Check, as_text, checked, counted
-
-_BAND_PIXELS = 1 << 18  # of a picture whose similarity is computed at once, in fp64
-_WINDOW = 11  # of SSIM
 
 
 @dataclass(frozen=True)
@@ -160,20 +157,12 @@ def _shape(data: bytes) -> tuple[int, int, int]:
 def distance(original: Tensor, published: Tensor, *, similar: bool) -> Distance:
     """Of two pictures uint8 ``[C, H, W]``; SSIM only where it is asked for."""
     largest = int((published.short() - original.short()).abs().max())
-    return Distance(
-        largest, similarity(original, published) if similar and min(original.shape[1:]) >= _WINDOW else None
-    )
+    return Distance(largest, similarity(original, published) if similar and min(original.shape[1:]) >= WINDOW else None)
 
 
 def similarity(a: Tensor, b: Tensor) -> float:
-    """SSIM of two pictures uint8 ``[C, H, W]``, band by band: whole, a large one would take gigabytes."""
-    rows, total = max(1, _BAND_PIXELS // a.shape[2]), 0.0
-    positions = a.shape[1] - _WINDOW + 1
-    for start in range(0, positions, rows):
-        n = min(rows, positions - start)
-        band = slice(start, start + n + _WINDOW - 1)
-        total += n * float(ssim(a[None, :, band], b[None, :, band]))
-    return total / positions
+    """SSIM of two pictures uint8 ``[C, H, W]``."""
+    return ssim_of_whole(*(picture.permute(1, 2, 0).numpy() for picture in (a, b)))
 
 
 def largest_change(manifest: dict[str, Any]) -> int:

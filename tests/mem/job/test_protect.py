@@ -27,7 +27,7 @@ from ccu_fast.mem.job import checkpoint as checkpoint_module
 from ccu_fast.mem.job import protect as job_module
 from ccu_fast.mem.job.checkpoint import Workplace, workplace
 from ccu_fast.mem.job.models import small
-from ccu_fast.mem.job.protect import average_surrogate, share
+from ccu_fast.mem.job.share import average_surrogate, share
 from ccu_fast.mem.publish import writer as writer_module
 from ccu_fast.ops.noise_store.api import NoiseStore
 from tests.support import mem_datasets as made
