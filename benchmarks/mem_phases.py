@@ -57,6 +57,10 @@ class Ids:
         """Ids → numbers."""
         return [" ".join(map(str, row)) for row in ids.tolist()]
 
+    def words(self) -> Tensor:
+        """Those."""
+        return self.allowed()
+
     def allowed(self) -> Tensor:
         """Every id but the special ones."""
         mask = torch.ones(len(self), dtype=torch.bool)
@@ -113,6 +117,8 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         pgd_steps=1,
         rounds=1,
         trigger_rounds=1,
+        first="random",
+        words="everyday",
         trigger_words=None,
         candidates=a.candidates,
         surrogate_steps=1,

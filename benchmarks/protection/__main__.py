@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -31,25 +31,58 @@ WITH_WORDS = tuple(f"{name}+jpeg" for name in OF_CAPTIONS[:1])
 TREATMENTS = (*OF_PICTURES, *OF_CAPTIONS, *WITH_WORDS)
 
 
+# As before words told of the look: words that captions have not, drawn at random and then searched for by HotFlip.
+SEARCHED = "searched words"
+
+
 @dataclass(frozen=True)
 class Study:
-    """A task, the generator's settings, the methods, and those of them that also meet other victims and treatments."""
+    """The generator's settings for a task, the methods, and those of them that also meet other victims and treatments.
+
+    A method followed by a comma and :data:`SEARCHED` has ``searched`` instead of ``settings``.
+    """
 
     settings: Settings
+    searched: Settings
     methods: tuple[str, ...]
     tried: tuple[str, ...]
 
+    def of(self, name: str) -> tuple[str, Settings]:
+        """The method and its settings."""
+        method, comma, _ = name.partition(", ")
+        return method, self.searched if comma else self.settings
 
+
+_STRIPS = Settings(
+    eps=16,
+    step=2,
+    rounds=10,
+    surrogate_steps=64,
+    restart=0,
+    trigger_rounds=2,
+    pgd_steps=6,
+    shuffle=0.5,
+    first="random",
+    words="everyday",
+)
+_PICTOGRAMS = Settings(eps=8, trigger_rounds=0, trigger_words=8)
 STUDIES = {
     "digit-strips": Study(
-        Settings(eps=16, step=2, rounds=10, surrogate_steps=64, restart=0, trigger_rounds=2, pgd_steps=6, shuffle=0.5),
-        ("clean", "random-3", "random-12", "mem-3", "em", "trigger-3", "mem-5", "mem-12"),
-        ("clean", "mem-3", "mem-5"),
+        replace(_STRIPS, first="look", trigger_rounds=0),
+        _STRIPS,
+        (
+            "clean",
+            "em",
+            *(f"{name}, {SEARCHED}" for name in ("random-3", "random-12", "trigger-3", "mem-3", "mem-5", "mem-12")),
+            *("trigger-3", "mem-3", "mem-5", "mem-12"),
+        ),
+        ("clean", "mem-5"),
     ),
     "pictograms": Study(
-        Settings(eps=8),
-        ("clean", "random-3", "em", "trigger-3", "mem-3", "mem-5", "random-5"),
-        ("clean", "mem-3", "mem-5"),
+        _PICTOGRAMS,
+        Settings(eps=8, first="random", words="everyday"),
+        ("clean", "random-8", "em", "trigger-3", "trigger-8", "mem-3", "mem-8", f"mem-3, {SEARCHED}"),
+        ("clean", "mem-8"),
     ),
 }
 
@@ -68,16 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     study = STUDIES[arguments.task]
     stored: dict[str, Any] = {
-        "setting": {"settings": asdict(study.settings), "recipe": asdict(Recipe())},
+        "setting": _setting(study),
         "environment": {},
         "parts": {},
     }
     out = arguments.out or Path(__file__).parent / f"{arguments.task}.json"
     if out.exists():
         stored = json.loads(out.read_text())
-        # What has become a setting since has its default there.
-        there = Settings(**stored["setting"]["settings"]), Recipe(**stored["setting"]["recipe"])
-        if there != (study.settings, Recipe()):
+        if _read(stored["setting"]) != (study.settings, study.searched, Recipe()):
             print(f"{out} holds another setting; name another --out", file=sys.stderr)
             return 2
     methods = arguments.methods or study.methods
@@ -96,6 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _setting(study: Study) -> dict[str, Any]:
+    return {"settings": asdict(study.settings), "searched": asdict(study.searched), "recipe": asdict(Recipe())}
+
+
+def _read(setting: dict[str, Any]) -> tuple[Settings, Settings, Recipe]:
+    """What a file was made with; what has become a setting since has its default there."""
+    return Settings(**setting["settings"]), Settings(**setting["searched"]), Recipe(**setting["recipe"])
+
+
 def _task(arguments: argparse.Namespace, seed: int) -> Callable[[], Task]:
     if arguments.task == "digit-strips":
         return partial(digit_strips, seed)
@@ -106,7 +146,7 @@ def _task(arguments: argparse.Namespace, seed: int) -> Callable[[], Task]:
 
 def _lacking(parts: dict[str, Any], method: str, seed: int, victims: Sequence[str]) -> list[str]:
     """What is not stored of a method and a seed: "" for the victim that is like the surrogate, names of the others."""
-    wordless = Method.parse(method).triggers == 0
+    wordless = Method.parse(method.partition(", ")[0]).triggers == 0
     names = ["", *(v for v in victims if not (wordless and v.startswith(OF_CAPTIONS)))]
     return [name for name in names if _name(method, seed, name) not in parts]
 
@@ -119,15 +159,16 @@ def _parts(make: Callable[[], Task], study: Study, method: str, seed: int, lacki
     if not lacking:
         return {}
     started = time.perf_counter()
+    plain, settings = study.of(method)
     value = run_task(
         make,
         seed,
-        (method,),
-        settings=study.settings,
+        (plain,),
+        settings=settings,
         transfer=[name for name in lacking if name in STRANGERS],
         treatments=[name for name in lacking if name and name not in STRANGERS],
     )
-    measured = {k: v for k, v in value["methods"][method].items() if k != "examples"}
+    measured = {k: v for k, v in value["methods"][plain].items() if k != "examples"}
     others = measured.pop("transfer") | measured.pop("robustness")
     seconds = {"seconds": time.perf_counter() - started}
     parts = {_name(method, seed, name): victim for name, victim in others.items()}

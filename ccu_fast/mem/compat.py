@@ -36,7 +36,7 @@ class CompatRound(Round):
         triggers: list[Tensor] = []
         noise: list[Tensor] = []
         # The authors look at every row. One behind the tokenizer's last id is no text that could be published.
-        table = TokenTable(self.surrogate.embedding_matrix.detach(), allowed=self.alphabet.to(self.device))
+        table = TokenTable(self.surrogate.embedding_matrix.detach(), allowed=self.alphabet[0].to(self.device))
         plan = self._full(torch.arange(len(self.tokens)))
         for rows, images in read_ahead(self.source, plan, self.source.image_of):
             base = self._levels(images)

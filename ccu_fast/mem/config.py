@@ -94,6 +94,10 @@ class Settings:
         pgd_steps: PGD steps for each batch and round.
         rounds: surrogate steps, then a trigger pass, then a noise pass.
         trigger_rounds: the first rounds, in which triggers are still changed.
+        first: where trigger words start. "look": they name what a picture looks like, each word another side of it
+            and from words of its own, see :mod:`ccu_fast.mem.look`; "random".
+        words: what they are. "captions": words that captions have, of the middle of their frequencies, so that those
+            of a caption and the trigger contradict each other; "everyday": words that they have not.
         trigger_words: size of the alphabet that the run draws from the tokenizer's trigger words. A small one is
             easier to learn: each word and the noise that goes with it then occur often. None: all of them.
         candidates: words tried at each trigger position.
@@ -122,6 +126,14 @@ class Settings:
     pgd_steps: int = check.field(6, "Steps of the noise for each batch and round.", low=0)
     rounds: int = check.field(9, "Surrogate steps, trigger pass, noise pass.", low=1)
     trigger_rounds: int = check.field(3, "First rounds, in which triggers change.", low=0)
+    first: str = check.field(
+        "look", "look: trigger words tell what a picture looks like; or random.", allowed=("look", "random")
+    )
+    words: str = check.field(
+        "captions",
+        "captions: trigger words are some that captions have; everyday: others.",
+        allowed=("captions", "everyday"),
+    )
     trigger_words: int | None = check.field(16, low=1)
     candidates: int = check.field(8, "Words tried at each trigger position.", low=1)
     surrogate_steps: int = check.field(32, "Steps of the surrogate in each round.", low=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from ccu_fast.mem.surrogate import ModelFactory, generator
 from ccu_fast.mem.triggers import first_triggers, survivors, with_triggers
 from ccu_fast.mem.view_round import ViewRound
 from ccu_fast.mem.views import Pictures
+from ccu_fast.mem.words import alphabet, words_of_the_look
 from ccu_fast.models.tokenizer import Tokenizer
 from ccu_fast.ops.noise_store.api import NoiseStore
 from ccu_fast.runs.progress import Progress, silent
@@ -77,6 +78,8 @@ class Protection:
         execution: autocast, memory order, compilation.
         shard: number of this process's part. Surrogates start alike in every shard; orders and captions differ.
         average: called with the surrogate's parameters before each of its optimiser steps, to average gradients.
+        gather: where processes share a dataset: one's tensor → those of all.
+        captions: where processes share a dataset: all of its captions, from which all choose the same words.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -107,6 +110,8 @@ class Protection:
         execution: Execution | None = None,
         shard: int = 0,
         average: Callable[[Iterable[nn.Parameter]], None] | None = None,
+        gather: Callable[[Tensor], list[Tensor]] | None = None,
+        captions: Sequence[str] | None = None,
     ) -> None:
         settings = Settings() if settings is None else settings
         check.integer("seed", seed, low=0)
@@ -132,9 +137,10 @@ class Protection:
         if (self.store.rows, self.store.item_shape, self.store.dtype) != (rows, shape, torch.int8):
             raise ValueError(f"noise_store: expected int8 with {rows} rows of {list(shape)}, got {self.store}")
         self.tokens = tokenizer.encode(source.captions)
-        self.alphabet = self._alphabet(seed)
+        every = self.tokens if captions is None else tokenizer.encode(captions)
+        self.alphabet = alphabet(tokenizer, every, method, settings, seed)
         rng = generator(seed, "generate" if shard == 0 else f"generate {shard}")
-        self.triggers = first_triggers(len(self.tokens), method.triggers, self.alphabet, tokenizer, rng, settings)
+        self.triggers = self._first_triggers(rng, gather, seed)
         self.next_round = 0
         kind = CompatRound if settings.compat else Round if self.pictures is None else ViewRound
         self.worker = kind(
@@ -227,23 +233,20 @@ class Protection:
                 raise RuntimeError(f"row {row}: its trigger does not come back from decode and encode")
         return with_triggers(captions, triggers, self.tokenizer)
 
-    def _alphabet(self, seed: int) -> Tensor:
-        ids = self.tokenizer.allowed().nonzero()[:, 0]
-        if self.settings.compat:
-            ids = torch.arange(len(self.tokenizer))
-        elif self.settings.trigger_words is not None:
-            order = torch.randperm(len(ids), generator=generator(seed, "alphabet"))
-            ids = ids[order[: self.settings.trigger_words]]
-        if self.method.triggers and len(ids) < self.settings.candidates:
-            raise ValueError(
-                f"tokenizer: expected at least {self.settings.candidates} trigger words (candidates), got {len(ids)}"
-            )
-        if self.method.triggers + 3 > self.tokenizer.context:
-            raise ValueError(
-                f"method: expected triggers that leave room for a caption in {self.tokenizer.context} "
-                f"tokens, got {self.method.triggers}"
-            )
-        return ids
+    def _first_triggers(
+        self, rng: torch.Generator, gather: Callable[[Tensor], list[Tensor]] | None, seed: int
+    ) -> Tensor:
+        method, settings = self.method, self.settings
+        if settings.first == "random" or settings.compat or not (method.generates and method.triggers):
+            return first_triggers(len(self.tokens), method.triggers, self.alphabet, self.tokenizer, rng, settings)
+        pictures = self.pictures
+
+        def read(index: Tensor) -> Tensor:
+            if pictures is None:
+                return self.source.images(index)
+            return pictures.views(index, torch.empty(0, len(index), 3)).pixels[0]
+
+        return words_of_the_look(read, self.source.n_images, self.alphabet, seed, gather)[self.source.image_of]
 
     def _random_noise(self, seed: int, shard: int) -> None:
         rng = generator(seed, "random noise" if shard == 0 else f"random noise {shard}")

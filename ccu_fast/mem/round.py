@@ -98,7 +98,8 @@ class Round:
 
     def improve_triggers(self) -> None:
         """One pass over all rows."""
-        table = TokenTable(self.surrogate.embedding_matrix.detach(), allowed=self.alphabet.to(self.device))
+        matrix = self.surrogate.embedding_matrix.detach()
+        tables = [TokenTable(matrix, allowed=ids.to(self.device)) for ids in self.alphabet]
         losses, waiting = [], []
         plan = batches(len(self.tokens), self.settings.batch, self.rng)
         for rows, images in self._read(plan, self.source.image_of, "look"):
@@ -109,7 +110,7 @@ class Round:
                 image,
                 self._text(rows),
                 self.method.triggers,
-                table=table,
+                tables=tables,
                 candidates=self.settings.candidates,
                 eot=self.tokenizer.eot,
             )

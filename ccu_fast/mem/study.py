@@ -323,8 +323,7 @@ class _Exam:
         if length == 0:
             return None
         rng = generator(self.seed, "test prefix")
-        ids = self.tokenizer.allowed().nonzero()[:, 0]
-        words = random_triggers(len(self.tokens), length, ids, rng)
+        words = random_triggers(len(self.tokens), length, self.tokenizer.allowed().nonzero().mT, rng)
         return self.retrieval(model, insert_triggers(self.tokens, words, self.tokenizer))
 
     def reading(self, model: DualEncoder) -> dict[str, Any] | None:

@@ -94,6 +94,10 @@ class WordTokenizer:
     def __len__(self) -> int:
         return len(self._words)
 
+    def words(self) -> Tensor:
+        """bool ``[V]``: all but the special tokens."""
+        return torch.arange(len(self)) >= len(SPECIAL)
+
     def allowed(self) -> Tensor:
         """bool ``[V]``: which ids triggers may use."""
         mask = torch.zeros(len(self), dtype=torch.bool)
@@ -147,6 +151,10 @@ class LetterTokenizer:
 
     def __len__(self) -> int:
         return len(SPECIAL) + len(_LETTERS) + 1
+
+    def words(self) -> Tensor:
+        """bool ``[V]``: no letter is a word."""
+        return torch.zeros(len(self), dtype=torch.bool)
 
     def allowed(self) -> Tensor:
         """bool ``[V]``: no letter makes a trigger."""

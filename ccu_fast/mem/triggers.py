@@ -55,17 +55,18 @@ def trim(tokens: Tensor, eot: int) -> Tensor:
     return tokens[:, :end]
 
 
-def random_triggers(n: int, length: int, ids: Tensor, rng: torch.Generator) -> Tensor:
-    """int64 ``[n, length]`` drawn uniformly from ``ids``."""
-    return ids[torch.randint(len(ids), (n, length), generator=rng)]
+def random_triggers(n: int, length: int, alphabet: Tensor, rng: torch.Generator) -> Tensor:
+    """int64 ``[n, length]`` drawn uniformly from ``alphabet``: ``[1, A]`` for all words, or ``[length, A]``."""
+    drawn = torch.randint(alphabet.shape[1], (n, length), generator=rng)
+    return alphabet[torch.arange(length) % len(alphabet), drawn]
 
 
 def first_triggers(
-    n: int, length: int, ids: Tensor, tokenizer: Tokenizer, rng: torch.Generator, settings: Settings
+    n: int, length: int, alphabet: Tensor, tokenizer: Tokenizer, rng: torch.Generator, settings: Settings
 ) -> Tensor:
     """Where a run starts: random words; "the" everywhere with compat (the lowest id where there is no "the")."""
     if not settings.compat:
-        return random_triggers(n, length, ids, rng)
+        return random_triggers(n, length, alphabet, rng)
     try:
         word = int(tokenizer.encode(["the"])[0, 1])
     except ValueError:
@@ -102,7 +103,7 @@ def improve_triggers(
     tokens: Tensor,
     length: int,
     *,
-    table: TokenTable,
+    tables: Sequence[TokenTable],
     candidates: int,
     eot: int,
 ) -> tuple[Tensor, Tensor]:
@@ -119,7 +120,7 @@ def improve_triggers(
         image: ``[N, D]`` image embeddings, computed once by the caller.
         tokens: int64 ``[N, L]`` captions with triggers at 1..length, trimmed.
         length: trigger words, at least 1.
-        table: of the model's embedding matrix, with the ids triggers may use.
+        tables: of the model's embedding matrix, with the ids each word may be, or one for all words.
         candidates: words tried at each position.
         eot: id of the token that ends a caption.
 
@@ -143,6 +144,7 @@ def improve_triggers(
                 losses.append(loss)
 
             current = tokens[:, position : position + 1]
+            table = tables[(position - 1) % len(tables)]
             flips = topk_flips(grad[:, position], table, candidates, current_ids=current[:, 0], exclude_current=True)
             # The current word is candidate 0; where fewer words are allowed, padding repeats it.
             words = torch.cat([current, torch.where(flips.ids < 0, current, flips.ids)], 1)

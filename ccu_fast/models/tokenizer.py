@@ -50,8 +50,12 @@ class Tokenizer(Protocol):
         """int64 ``[N, n]`` → N strings, without special tokens."""
         ...
 
+    def words(self) -> Tensor:
+        """bool ``[V]``: tokens that come back from decode and encode in a caption."""
+        ...
+
     def allowed(self) -> Tensor:
-        """bool ``[V]``: what triggers may be made of, tokens that come back from decode and encode in a caption."""
+        """bool ``[V]``: those of them that triggers are made of where captions do not give their words."""
         ...
 
 
@@ -125,6 +129,10 @@ class ClipTokenizer:
             row = [i for i in row if i != self.sot]
             texts.append(str(self._tokenizer.decode(row)).strip())
         return texts
+
+    def words(self) -> Tensor:
+        """bool ``[V]``."""
+        return self.allowed()
 
     def allowed(self) -> Tensor:
         """bool ``[V]``."""

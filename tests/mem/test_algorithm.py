@@ -157,8 +157,8 @@ class TestTriggers:
         with torch.no_grad():
             image = model.encode_image(pixels(strips.images))
         options = {"allowed": TOKENIZER.allowed(), "candidates": 6} | options
-        table = TokenTable(model.embedding_matrix.detach(), allowed=options.pop("allowed"))
-        triggers, losses = improve_triggers(model, image, tokens, length, table=table, eot=TOKENIZER.eot, **options)
+        tables = [TokenTable(model.embedding_matrix.detach(), allowed=options.pop("allowed"))]
+        triggers, losses = improve_triggers(model, image, tokens, length, tables=tables, eot=TOKENIZER.eot, **options)
         assert all(p.requires_grad and p.grad is None for p in model.parameters())
         return model, tokens, insert_triggers(captions, triggers, TOKENIZER), losses
 

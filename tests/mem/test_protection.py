@@ -119,7 +119,9 @@ def test_shards_start_from_the_same_surrogate_and_average_its_gradients() -> Non
     a, b = (list(run.worker.surrogate.parameters()) for run in runs)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert torch.equal(runs[0].alphabet, runs[1].alphabet)
-    assert not torch.equal(runs[0].triggers, runs[1].triggers)
+    # These begin with the words of the same pictures, and go on in orders of their own.
+    assert torch.equal(runs[0].triggers, runs[1].triggers)
+    assert not torch.equal(runs[0].worker.rng.get_state(), runs[1].worker.rng.get_state())
     runs[1].round(0)
     assert len(seen) == TINY.surrogate_steps
 

@@ -172,7 +172,7 @@ class _Run:
                     grid = (size[0] * job.settings.grid, size[1] * job.settings.grid)
                     part = Pictures(source, torch.tensor(mine), sizes, grid)
                 self._check_space(place, source, mine, part, sizes)
-                protection = self._generate(place, part, model)
+                protection = self._generate(place, part, model, source.captions)
                 with after_the_work(f"all rounds are kept in {self.partial}, where the same command goes on"):
                     manifest = self._publish(place, source, part, protection, run)
             barrier()
@@ -279,7 +279,7 @@ class _Run:
             )
         barrier()
 
-    def _generate(self, place: Workplace, part: Part, model: Model) -> Protection:
+    def _generate(self, place: Workplace, part: Part, model: Model, captions: Sequence[str]) -> Protection:
         job = self.job
         store = None
         if job.method.noise != "random":  # which the protection draws itself, the same every time
@@ -301,6 +301,8 @@ class _Run:
             execution=job.execution,
             shard=self.rank,
             average=average if self.world > 1 else None,
+            gather=gather_objects if self.world > 1 else None,
+            captions=captions,
         )
         stage, note = f"generate {job.method.name}", ""
         for index in range(place.load(protection), protection.rounds):

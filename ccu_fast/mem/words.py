@@ -1,0 +1,96 @@
+"""Which words triggers are made of, and which of them each row begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ccu_fast.mem.config import Method, Settings
+from ccu_fast.mem.look import SAMPLE, Codebook, coarse
+from ccu_fast.mem.surrogate import generator
+from ccu_fast.models.tokenizer import Tokenizer
+
+COMMON = 0.05  # share of the captions from which on a word says nothing about any of them
+_MOST = 64  # words to choose one from, where nothing limits them
+_CHUNK = 256
+
+
+def alphabet(tokenizer: Tokenizer, tokens: Tensor, method: Method, settings: Settings, seed: int) -> Tensor:
+    """What each trigger word is chosen from: int64 ``[n, A]`` if words tell of the look, else ``[1, A]`` for all.
+
+    Args:
+        tokenizer: its ids.
+        tokens: int64 ``[rows, L]``, all captions of the dataset.
+        method: how many words.
+        settings: which and how many.
+        seed: of the words that are drawn.
+
+    Raises:
+        ValueError: there are too few words, or no room for them in a caption.
+    """
+    if settings.compat:
+        return torch.arange(len(tokenizer))[None]
+    if method.triggers + 3 > tokenizer.context:
+        raise ValueError(
+            f"method: expected triggers that leave room for a caption in {tokenizer.context} "
+            f"tokens, got {method.triggers}"
+        )
+    ids = _everyday(tokenizer, seed)
+    if settings.words == "captions":
+        own = _common_words(tokenizer, tokens)
+        ids = torch.cat([own, ids[~torch.isin(ids, own)]])
+    positions = max(1, method.triggers) if settings.first == "look" else 1
+    size = settings.trigger_words
+    if size is None:
+        size = min(_MOST, len(ids) // positions) if settings.first == "look" else len(ids)
+    size = min(size, len(ids) // positions)
+    if method.triggers and size < settings.candidates:
+        raise ValueError(
+            f"tokenizer: expected at least {settings.candidates} trigger words (candidates) for each of {positions}, "
+            f"got {len(ids)}"
+        )
+    ids = ids[: positions * size]
+    if settings.words == "captions":  # which came in order, so that each position gets its share of the common ones
+        ids = ids[torch.randperm(len(ids), generator=generator(seed, "alphabet of words"))]
+    return ids.view(positions, size)
+
+
+def _everyday(tokenizer: Tokenizer, seed: int) -> Tensor:
+    ids = tokenizer.allowed().nonzero()[:, 0]
+    return ids[torch.randperm(len(ids), generator=generator(seed, "alphabet"))]
+
+
+def _common_words(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
+    """Words of the captions, those of most captions first; what is in one of twenty or more is left out."""
+    row = torch.arange(len(tokens))[:, None].expand_as(tokens)
+    pairs = torch.unique(torch.stack([tokens.flatten(), row.flatten()]), dim=1)
+    rows = torch.bincount(pairs[0], minlength=len(tokenizer))
+    usable = tokenizer.words() & (rows > 0) & (rows <= COMMON * len(tokens))
+    ids = usable.nonzero()[:, 0]
+    return ids[rows[ids].argsort(descending=True, stable=True)]
+
+
+def words_of_the_look(
+    read: Callable[[Tensor], Tensor],
+    n_images: int,
+    alphabet: Tensor,
+    seed: int,
+    gather: Callable[[Tensor], list[Tensor]] | None = None,
+) -> Tensor:
+    """The words that tell what pictures look like, see :mod:`ccu_fast.mem.look`: int64 ``[n_images, n]``.
+
+    Args:
+        read: int64 ``[k]`` image numbers → uint8 ``[k, C, H, W]``.
+        n_images: how many there are.
+        alphabet: int64 ``[n, A]``.
+        seed: of the codebook.
+        gather: one process's tensor → those of all: they make one codebook.
+    """
+    features = torch.cat([coarse(read(part)) for part in torch.arange(n_images).split(_CHUNK)])
+    parts = [features] if gather is None else gather(features[:SAMPLE])
+    some = torch.cat([part[: SAMPLE // len(parts)] for part in parts])
+    words, size = alphabet.shape
+    codes = Codebook.fit(some, words, size, generator(seed, "look")).codes(features)
+    return alphabet[torch.arange(words), codes]
