@@ -41,7 +41,7 @@ class CompatRound(Round):
         for rows, images in read_ahead(self.source, plan, self.source.image_of):
             base = self._levels(images)
             with frozen(self.surrogate):
-                if self.method.triggers and index < s.trigger_rounds:
+                if self.method.triggers and index < s.search_rounds:
                     triggers.append(self._triggers(base, rows, table))
                 if self.method.noise != "none":
                     noise.append(self._noise(base, rows))

@@ -93,7 +93,8 @@ class Settings:
         step: PGD step, in 1/255. Both are integers, so the noise is lossless in uint8.
         pgd_steps: PGD steps for each batch and round.
         rounds: surrogate steps, then a trigger pass, then a noise pass.
-        trigger_rounds: the first rounds, in which triggers are still changed.
+        trigger_rounds: the first rounds, in which HotFlip changes trigger words. None: none where they tell of the
+            look, which the search makes worse (measured in docs/protect.md), else three.
         first: where trigger words start. "look": they name what a picture looks like, each word another side of it
             and from words of its own, see :mod:`ccu_fast.mem.look`; "random".
         words: what they are. "captions": words that captions have, of the middle of their frequencies, so that those
@@ -125,7 +126,9 @@ class Settings:
     step: int = check.field(1, "Step of the noise, in 1/255.", low=1, high=127)
     pgd_steps: int = check.field(6, "Steps of the noise for each batch and round.", low=0)
     rounds: int = check.field(9, "Surrogate steps, trigger pass, noise pass.", low=1)
-    trigger_rounds: int = check.field(3, "First rounds, in which triggers change.", low=0)
+    trigger_rounds: int | None = check.field(
+        None, "First rounds, in which triggers change; 0 if they tell of the look, else 3.", low=0
+    )
     first: str = check.field(
         "look", "look: trigger words tell what a picture looks like; or random.", allowed=("look", "random")
     )
@@ -154,6 +157,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         check.fields(self)
+
+    @property
+    def search_rounds(self) -> int:
+        """``trigger_rounds``, or what takes its place."""
+        if self.trigger_rounds is not None:
+            return self.trigger_rounds
+        return 0 if self.first == "look" and not self.compat else 3
 
 
 @dataclass(frozen=True)

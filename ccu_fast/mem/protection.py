@@ -164,8 +164,9 @@ class Protection:
 
     @property
     def rounds(self) -> int:
-        """How many rounds there are; 0 for methods without a surrogate."""
-        return self.settings.rounds if self.method.generates else 0
+        """How many rounds there are; 0 where no surrogate is needed."""
+        only_words = self.method.noise == "none" and not self.settings.search_rounds
+        return self.settings.rounds if self.method.generates and not only_words else 0
 
     @property
     def losses(self) -> dict[str, list[float]]:

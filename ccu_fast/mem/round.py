@@ -57,7 +57,7 @@ class Round:
         if not clean or index == 0:
             self.train_surrogate(s.surrogate_steps * (s.rounds if clean else 1))
         with self.precision():
-            if self.method.triggers and index < s.trigger_rounds:
+            if self.method.triggers and index < s.search_rounds:
                 self.improve_triggers()
             self.improve_noise()
 

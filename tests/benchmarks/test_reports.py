@@ -230,6 +230,10 @@ def test_the_committed_page_of_unlearning_is_what_its_files_make() -> None:
     assert unlearning.page(found, json.loads(unlearning.TOLD.read_text())) == unlearning.PAGE.read_text()
 
 
+def test_the_committed_page_of_protection_is_what_its_files_make() -> None:
+    assert protection.page() == protection.PAGE.read_text()
+
+
 def test_the_committed_page_of_patches_is_what_its_file_makes() -> None:
     assert compat.table(json.loads(compat.RESULTS.read_text())) == compat.TABLE.read_text()
 

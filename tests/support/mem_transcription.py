@@ -107,7 +107,7 @@ def protect(
         model.eval()
         for start in range(0, rows - size + 1, size):  # drop_last
             batch = torch.arange(start, start + size)
-            if round_index < settings.trigger_rounds and length:
+            if round_index < settings.search_rounds and length:
                 text = put(tokens[batch], triggers[batch], context, eot)
                 found = search(model, images[batch] + noise[batch], text, length, settings.candidates)
                 triggers[batch] = found[:, 1 : length + 1]
