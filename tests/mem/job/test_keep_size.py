@@ -232,7 +232,7 @@ protect_dataset(Job(folder, folder.with_name("out"), model, Method.parse("em"), 
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 1_500_000, f"{int(done.stdout) / 1e6} GB"
 
