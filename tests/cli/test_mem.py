@@ -18,7 +18,7 @@ from PIL import Image
 from ccu_fast.cli import main as cli
 from ccu_fast.data.captions import DiskSource, list_pairs
 from ccu_fast.data.strips import write_strips
-from ccu_fast.mem.job import victims
+from ccu_fast.mem.job import generation, victims
 from ccu_fast.mem.protection import Protection
 from ccu_fast.ops import machine
 from tests.support import mem_datasets as made
@@ -302,19 +302,20 @@ def test_a_disk_that_fills_while_the_dataset_is_written(tmp_path: Path, monkeypa
     told = (tmp_path / "told").read_text()
     assert "make room and give the same command again: it goes on" in told and told.count("\n") == 1
     assert told.endswith(f"all rounds are kept in {tmp_path}/out.partial, where the same command goes on\n")
-    monkeypatch.setattr(Protection, "round", lambda *_: pytest.fail("a round was done again"))
+    monkeypatch.setattr(Protection, "advance", lambda *_: pytest.fail("a batch was done again"))
     assert cli.main(command) == 0
 
 
-def test_kill_9_and_the_same_command(tmp_path: Path) -> None:
+def test_kill_9_and_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real process, killed from outside as soon as its first checkpoint is there."""
+    monkeypatch.setattr(generation, "SOON", 0.0)
     source = made.write_csv(tmp_path / "in", n=40)
     command = ["protect", str(source), "--out", str(tmp_path / "out"), *TINY, "--rounds", "12", "--quiet"]
     child = fork(lambda: cli.main(command))
     kill_when(child, (tmp_path / "out.partial" / "checkpoint.json").exists, seconds=120)
     assert not (tmp_path / "out").exists()
-    done = json.loads((tmp_path / "out.partial" / "checkpoint.json").read_text())["round"]
-    assert 1 <= done < 12
+    done = json.loads((tmp_path / "out.partial" / "checkpoint.json").read_text())["batches"]
+    assert 1 <= done < 12 * (2 + 10) + 11
     assert cli.main(command) == 0
     command[3] = str(tmp_path / "whole")
     assert cli.main(command) == 0
