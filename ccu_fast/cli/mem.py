@@ -16,7 +16,8 @@ from ccu_fast.data.captions.listing import MANIFEST, is_text
 from ccu_fast.distributed.ranks import own_device
 from ccu_fast.files import after_the_work, output_file, write_whole
 from ccu_fast.mem.config import Execution, Method, Settings
-from ccu_fast.mem.job import Job, protect_dataset
+from ccu_fast.mem.job import Job, estimate, protect_dataset
+from ccu_fast.mem.publish.rehearse import size_text
 from ccu_fast.mem.victim import Recipe
 
 _FIELDS_SHOWN = 8
@@ -53,6 +54,9 @@ def protect(
         str | None, typer.Option(help="bf16 or fp16: the towers' products; else full precision.")
     ] = None,
     execution: Annotated[dict[str, Any], Fields(Execution)],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all input, say what the run would take; write nothing.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No live progress, no summary.")] = False,
     config: Config = None,
 ) -> None:
@@ -61,6 +65,7 @@ def protect(
     manifest.json.
 
     An interrupted run goes on when the same command is given again. With torchrun, processes share the work.
+    --dry-run tells what it will take; the exit status is 1 if it would not begin.
     """
     extras.require("rich", "PIL")
     import torch
@@ -86,6 +91,13 @@ def protect(
         execution=Execution(precisions[autocast], **execution),
         **run,
     )
+    if dry_run:
+        with live(quiet) as progress:
+            found = estimate(job, progress)
+        _tell_estimate(found, job.skip_bad)
+        if not found["ready"]:
+            raise typer.Exit(1)
+        return
     quiet = quiet or os.environ.get("RANK", "0") != "0"
     with live(quiet) as progress:
         already = (out / MANIFEST).is_file()
@@ -272,6 +284,34 @@ def _tell(out: Path, manifest: dict[str, Any], already: bool) -> None:
     if found["kept"]:
         fields = _fields(found["kept"])
         console.print(f"clean captions stay as parts of other fields: {fields}; check them before you publish")
+
+
+def _tell_estimate(found: dict[str, Any], skip_bad: bool) -> None:
+    """What a run would take, and every item that it cannot use."""
+    print(f"{found['images']} images, {found['rows']} captions can be used")
+    if found["bad"]:
+        print(f"{len(found['bad'])} bad items" + (", which --skip-bad leaves out:" if skip_bad else " (--skip-bad):"))
+        for item in found["bad"]:
+            print(printable(f"  {item['where']}: {item['why']}"))
+    if "seconds" not in found:
+        return
+    sizes = (f"{name} {size[0]}x{size[1]}" for name, size in found["pictures"].items())
+    print(f"pictures as published: {', '.join(sizes)}")
+    disk, memory = found["disk_bytes"], [size_text(found["memory_bytes"])]
+    if "device_memory_bytes" in found:
+        memory.append(f"{size_text(found['device_memory_bytes'])} on the GPU")
+    print(f"disk: about {size_text(disk['needed'])} needed, {size_text(disk['free'])} free")
+    print(f"memory: about {', '.join(memory)}")
+    for name, phase in found["phases"].items():
+        print(f"{name}: {phase['batches']} batches of {phase['seconds']:.3g} s")
+    parts = ", ".join(f"{name} {_time(spent)}" for name, spent in found["seconds"].items() if name != "total")
+    print(f"time: about {_time(found['seconds']['total'])} ({parts})")
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _fields(counts: dict[str, int]) -> str:

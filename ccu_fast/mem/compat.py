@@ -11,13 +11,14 @@ EOT are left out, weights get no gradient in a pass. Rows are images here: the n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ccu_fast.losses.functional import info_nce
-from ccu_fast.mem.round import Round
+from ccu_fast.mem.round import Phase, Place, Round
 from ccu_fast.mem.source import read_ahead
 from ccu_fast.mem.surrogate import frozen
 from ccu_fast.mem.triggers import encode_many
@@ -28,26 +29,39 @@ from ccu_fast.ops.topk_flips.api import TokenTable, topk_flips
 class CompatRound(Round):
     """See the module."""
 
-    def run(self, index: int) -> None:
-        s = self.settings
-        if index == 0:
-            self.renew("surrogate 0")
-        self.train_surrogate(s.surrogate_steps)
-        triggers: list[Tensor] = []
-        noise: list[Tensor] = []
-        # The authors look at every row. One behind the tokenizer's last id is no text that could be published.
-        table = TokenTable(self.surrogate.embedding_matrix.detach(), allowed=self.alphabet[0].to(self.device))
-        plan = self._full(torch.arange(len(self.tokens)))
-        for rows, images in read_ahead(self.source, plan, self.source.image_of):
-            base = self._levels(images)
-            with frozen(self.surrogate):
-                if self.method.triggers and index < s.search_rounds:
-                    triggers.append(self._triggers(base, rows, table))
-                if self.method.noise != "none":
-                    noise.append(self._noise(base, rows))
-        if triggers:
-            self._note("triggers", triggers)
-        self._note("noise", noise)
+    def phases(self, index: int) -> dict[Phase, int]:
+        # One pass for both: that of "triggers" makes noise, too.
+        last: Phase = "triggers" if self.method.triggers and index < self.settings.search_rounds else "noise"
+        return {"surrogate": self.settings.surrogate_steps, last: len(self.tokens) // self.settings.batch}
+
+    def cost(self, phase: Phase) -> int:
+        return super().cost(phase) + (super().cost("noise") if phase == "triggers" else 0)
+
+    def changes_noise(self, phase: Phase) -> bool:
+        return phase != "surrogate" and self.method.noise != "none"
+
+    def _starts_anew(self, index: int) -> bool:
+        return index == 0
+
+    def begin(self, phase: Phase, count: int) -> Place:
+        if phase == "surrogate":
+            return super().begin(phase, count)
+        return Place(phase, self._full(torch.arange(len(self.tokens))), [], None, {phase: [], "noise": []})
+
+    def _read(self, place: Place) -> Iterator[tuple[Tensor, Tensor]]:
+        return read_ahead(self.source, place.plan[place.done :], self.source.image_of)
+
+    def _batch(self, place: Place, part: Tensor, images: Any) -> None:
+        if place.phase == "surrogate":
+            return super()._batch(place, part, images)
+        base = self._levels(images)
+        with frozen(self.surrogate):
+            if place.phase == "triggers":
+                # The authors look at every row. One behind the tokenizer's last id is no text that could be published.
+                place.losses["triggers"].append(self._triggers(base, part, self.tables()[0]))
+            if self.method.noise != "none":
+                place.losses["noise"].append(self._noise(base, part))
+        return None
 
     def _order(self) -> list[Tensor]:
         return self._full(torch.randperm(len(self.tokens), generator=self.rng))[::-1]

@@ -100,7 +100,7 @@ class Settings:
         words: what they are. "captions": words that captions have, of the middle of their frequencies, so that those
             of a caption and the trigger contradict each other; "everyday": words that they have not.
         trigger_words: size of the alphabet that the run draws from the tokenizer's trigger words. A small one is
-            easier to learn: each word and the noise that goes with it then occur often. None: all of them.
+            easier to learn: each word and the noise that goes with it then occur often. None, or 0: all of them.
         candidates: words tried at each trigger position.
         surrogate_steps: optimiser steps of the surrogate in each round.
         restart: rounds after which the surrogate starts again from new random weights; 0 for never. A victim starts
@@ -137,15 +137,19 @@ class Settings:
         "captions: trigger words are some that captions have; everyday: others.",
         allowed=("captions", "everyday"),
     )
-    trigger_words: int | None = check.field(16, low=1)
+    trigger_words: int | None = check.field(
+        16, "Words that triggers are made of, drawn for the run; 0: all there are.", low=0
+    )
     candidates: int = check.field(8, "Words tried at each trigger position.", low=1)
     surrogate_steps: int = check.field(32, "Steps of the surrogate in each round.", low=0)
-    restart: int = check.field(3, low=0)
-    shuffle: float = check.field(1.0, low=0.0, high=1.0)
+    restart: int = check.field(3, "Rounds after which the surrogate starts anew; 0: never.", low=0)
+    shuffle: float = check.field(
+        1.0, "Share of the steps in which captions change places and triggers stay.", low=0.0, high=1.0
+    )
     batch: int = check.field(128, "Pairs in a batch (of each process).", low=2)
     lr: float = check.field(1e-3, "Learning rate of the surrogate.", low=0.0)
-    weight_decay: float = check.field(0.1, low=0.0)
-    beta2: float = check.field(0.98, low=0.0, high=1.0)
+    weight_decay: float = check.field(0.1, "Of the surrogate's matrices.", low=0.0)
+    beta2: float = check.field(0.98, "Second decay rate of the surrogate's AdamW.", low=0.0, high=1.0)
     same_captions: bool = check.field(False, "Pairs with equal captions are no negatives of each other in training.")
     view_area: float = check.field(
         0.8, "Pictures that keep their size: least share of the area that the model's windows have.", low=0.01, high=1.0
@@ -153,10 +157,12 @@ class Settings:
     grid: int = check.field(
         1, "Pictures that keep their size: values of the noise for each pixel of the model, per axis.", low=1
     )
-    compat: bool = False
+    compat: bool = check.field(False, "Decide as the authors' code does; with --size alone.")
 
     def __post_init__(self) -> None:
         check.fields(self)
+        if self.trigger_words == 0:  # a flag and a settings file have no None
+            object.__setattr__(self, "trigger_words", None)
 
     @property
     def search_rounds(self) -> int:

@@ -1,8 +1,8 @@
-"""The generator: surrogate steps, trigger pass, noise pass, round by round; it can stop and go on between rounds."""
+"""The generator: surrogate steps, trigger pass, noise pass, round by round; it can stop and go on after any batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from ccu_fast import check
 from ccu_fast.mem.compat import CompatRound
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.noise import random_noise
-from ccu_fast.mem.round import Round
+from ccu_fast.mem.round import Phase, Round
 from ccu_fast.mem.source import PairSource, TensorSource
 from ccu_fast.mem.surrogate import ModelFactory, generator
 from ccu_fast.mem.triggers import first_triggers, survivors, with_triggers
@@ -63,6 +63,8 @@ class Protection:
         run = Protection(source, tokenizer, factory, method=Method.parse("mem"))
         for i in range(run.next_round, run.rounds):
             run.round(i)
+
+    :meth:`advance` does a batch of a round; :meth:`state_dict` may be taken after any.
 
     Args:
         source: the pairs; a :class:`ccu_fast.mem.source.Part` where processes share a dataset, a
@@ -142,6 +144,7 @@ class Protection:
         rng = generator(seed, "generate" if shard == 0 else f"generate {shard}")
         self.triggers = self._first_triggers(rng, gather, seed)
         self.next_round = 0
+        self._steps: Iterator[None] | None = None  # of a round that was begun
         kind = CompatRound if settings.compat else Round if self.pictures is None else ViewRound
         self.worker = kind(
             source=source,
@@ -182,16 +185,39 @@ class Protection:
         """
         if index != self.next_round or index >= self.rounds:
             raise ValueError(f"index: expected the next round, {self.next_round} of {self.rounds}, got {index}")
-        self.worker.run(index)
-        self.next_round += 1
+        while self.next_round == index:
+            self.advance()
+
+    def advance(self) -> None:
+        """Advance by a batch: a step of the surrogate, or better triggers or noise for some pairs.
+
+        How many there are :meth:`phases` tells.
+
+        Raises:
+            ValueError: all rounds are done.
+            FloatingPointError: see :meth:`round`.
+        """
+        if self.next_round >= self.rounds:
+            raise ValueError(f"rounds: expected one that is not done, got all {self.rounds} done")
+        if self._steps is None:
+            self._steps = self.worker.steps(self.next_round)
+        try:
+            next(self._steps)
+        except StopIteration:
+            self._steps = None
+            self.next_round += 1
+        except BaseException:
+            self._steps = None  # a generator that raised is over, the round is not
+            raise
+
+    def phases(self, index: int) -> dict[Phase, int]:
+        """How many batches each phase of a round has, in their order."""
+        return self.worker.phases(index)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the noise, which the store holds; tensors are copies, on the CPU where torch allows."""
-        return {
-            "next_round": self.next_round,
-            "triggers": self.triggers.clone(),
-            "worker": self.worker.state_dict(),
-        }
+        worker = self.worker.state_dict()  # first: it takes over the triggers that were found
+        return {"next_round": self.next_round, "triggers": self.triggers.clone(), "worker": worker}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, with the same source, method, settings and seed, and the noise of that time.
@@ -200,6 +226,7 @@ class Protection:
             ValueError: triggers of another number of rows or words.
         """
         check.shape("triggers", state["triggers"], tuple(self.triggers.shape))
+        self._steps = None
         self.worker.load_state_dict(state["worker"])
         self.triggers.copy_(state["triggers"])
         self.next_round = int(state["next_round"])

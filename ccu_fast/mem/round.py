@@ -15,7 +15,7 @@ from ccu_fast.losses.functional import info_nce
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.noise import pgd
 from ccu_fast.mem.source import PairSource, read_ahead
-from ccu_fast.mem.surrogate import ModelFactory, batches, fresh, frozen, optimizer_for, pixels, train_step
+from ccu_fast.mem.surrogate import ModelFactory, batch_count, batches, fresh, frozen, optimizer_for, pixels, train_step
 from ccu_fast.mem.triggers import improve_triggers, insert_triggers, survivors, trim
 from ccu_fast.mem.views import Views
 from ccu_fast.models.dual_encoder import DualEncoder
@@ -24,7 +24,28 @@ from ccu_fast.ops.machine import moved
 from ccu_fast.ops.noise_store.api import NoiseStore
 from ccu_fast.ops.topk_flips.api import TokenTable
 
-Purpose = Literal["train", "look", "change"]  # the surrogate, triggers, noise: what a batch is read for
+Phase = Literal["surrogate", "triggers", "noise"]
+
+
+@dataclass
+class Place:
+    """How far a round has come: its phase, and what was drawn and found for that so far.
+
+    Attributes:
+        phase: the one that is being done.
+        plan: its batches, of rows; for noise of images.
+        draws: for pictures that keep their size, where the windows of each batch are.
+        row_of: for noise, the row that each image is seen with.
+        losses: of the batches done, by what they are told as.
+        done: how many batches of the plan.
+    """
+
+    phase: Phase
+    plan: list[Tensor]
+    draws: list[Tensor]
+    row_of: Tensor | None
+    losses: dict[str, list[Tensor]]
+    done: int = 0
 
 
 @dataclass
@@ -48,18 +69,94 @@ class Round:
     losses: dict[str, list[float]] = field(default_factory=lambda: {"surrogate": [], "triggers": [], "noise": []})
     todo: list[Tensor] = field(default_factory=list)
     model: DualEncoder | None = None
+    place: Place | None = None
+    _found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _tables: list[TokenTable] = field(default_factory=list)
 
-    def run(self, index: int) -> None:
-        """Round ``index``."""
+    def phases(self, index: int) -> dict[Phase, int]:
+        """How many batches each phase of round ``index`` has, in their order."""
         s, clean = self.settings, self.method.attacks_clean_model
-        if index == 0 or (s.restart and index % s.restart == 0 and not clean):
-            self.renew(f"surrogate {index}")
+        found: dict[Phase, int] = {}
         if not clean or index == 0:
-            self.train_surrogate(s.surrogate_steps * (s.rounds if clean else 1))
-        with self.precision():
-            if self.method.triggers and index < s.search_rounds:
-                self.improve_triggers()
-            self.improve_noise()
+            found["surrogate"] = s.surrogate_steps * (s.rounds if clean else 1)
+        if self.method.triggers and index < s.search_rounds:
+            found["triggers"] = batch_count(len(self.tokens), s.batch)
+        found["noise"] = batch_count(self.source.n_images, s.batch)
+        return found
+
+    def cost(self, phase: Phase) -> int:
+        """How much a batch costs, about: passes forward of one tower over it."""
+        s = self.settings
+        if phase == "surrogate":
+            return 6  # a step back costs twice one forward
+        if phase == "triggers":
+            return 1 + self.method.triggers * (2 + s.candidates)
+        return 2 + (0 if self.method.noise == "none" else 2 * s.pgd_steps)
+
+    def changes_noise(self, phase: Phase) -> bool:
+        """Whether a phase writes to the store."""
+        return phase == "noise" and self.method.noise != "none"
+
+    def steps(self, index: int) -> Iterator[None]:
+        """Do round ``index``, or what is left of it, stopping after each batch but the last.
+
+        Where it stops, :meth:`state_dict` is all there is to the rest of it.
+        """
+        phases = self.phases(index)
+        if self.place is None:
+            if self._starts_anew(index):
+                self.renew(f"surrogate {index}")
+            first = next(iter(phases))
+            self.place = self.begin(first, phases[first])
+        while True:
+            yield from self.through(self.place)
+            later = list(phases)[list(phases).index(self.place.phase) + 1 :]
+            if not later:
+                self.place = None
+                return
+            begun = bool(self.place.plan)
+            self.place = self.begin(later[0], phases[later[0]])
+            if begun:
+                yield
+
+    def _starts_anew(self, index: int) -> bool:
+        restart = self.settings.restart
+        return index == 0 or bool(restart and index % restart == 0 and not self.method.attacks_clean_model)
+
+    def begin(self, phase: Phase, count: int) -> Place:
+        """Draw a phase's batches; ``count`` is that of the surrogate's steps, all others follow from the data."""
+        row_of, plan = None, []
+        if phase == "surrogate":
+            for _ in range(count):  # an order of all rows is used up before the next is drawn
+                self.todo = self.todo or self._order()
+                plan.append(self.todo.pop())
+        elif phase == "triggers":
+            plan = batches(len(self.tokens), self.settings.batch, self.rng)
+        else:
+            row_of = self._one_row_for_each_image()
+            plan = batches(self.source.n_images, self.settings.batch, self.rng)
+        return Place(phase, plan, self._draws(phase, plan), row_of, {phase: []})
+
+    def through(self, place: Place) -> Iterator[None]:
+        """Do what is left of a phase, stopping after each batch but the last."""
+        self._tables = []
+        if place.phase == "surrogate":
+            self.surrogate.train()
+        for part, images in self._read(place):
+            self._batch(place, part, images)
+            place.done += 1
+            if place.done < len(place.plan):
+                yield
+        self.settle()
+        for name, losses in place.losses.items():
+            self._note(name, losses[-8:] if name == "surrogate" else losses)
+
+    def recent_loss(self) -> float | None:
+        """Of the last batches of the phase that is being done; else of the last noise pass. Waits for the device."""
+        found = [] if self.place is None else next(iter(self.place.losses.values()))[-8:]
+        if found:
+            return float(torch.stack(found).float().mean())
+        return self.losses["noise"][-1] if self.losses["noise"] else None
 
     def renew(self, purpose: str) -> None:
         """A surrogate as the factory makes it, and its optimiser."""
@@ -81,78 +178,90 @@ class Round:
         dtype = self.execution.autocast
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
-    def train_surrogate(self, steps: int) -> None:
-        """Optimiser steps on random batches of rows; an order of all rows is used up before the next is drawn."""
-        plan = []
-        for _ in range(steps):
-            self.todo = self.todo or self._order()
-            plan.append(self.todo.pop())
-        losses, same = [], self.settings.same_captions
-        self.surrogate.train()
-        for rows, images in self._read(plan, self.source.image_of, "train"):
-            shown, text = self._shown(images, rows), self._text(rows)
+    def _batch(self, place: Place, part: Tensor, images: Tensor | Views) -> None:
+        """Do one batch of a phase."""
+        if place.phase == "surrogate":
+            loss = self._train(part, images)
+        else:
             with self.precision():
-                step = train_step(self.surrogate, self.optimizer, shown, text, self.average, same_captions=same)
-            losses.append(step)
-        self._note("surrogate", losses[-8:])
+                loss = self._search(part, images) if place.phase == "triggers" else self._perturb(place, part, images)
+        place.losses[place.phase].append(loss)
 
-    def improve_triggers(self) -> None:
-        """One pass over all rows."""
-        matrix = self.surrogate.embedding_matrix.detach()
-        tables = [TokenTable(matrix, allowed=ids.to(self.device)) for ids in self.alphabet]
-        losses, waiting = [], []
-        plan = batches(len(self.tokens), self.settings.batch, self.rng)
-        for rows, images in self._read(plan, self.source.image_of, "look"):
-            with torch.no_grad(), frozen(self.surrogate):
-                image = self.encode_image(self._shown(images, rows))
-            found, steps = improve_triggers(
-                self.surrogate,
-                image,
-                self._text(rows),
-                self.method.triggers,
-                tables=tables,
-                candidates=self.settings.candidates,
-                eot=self.tokenizer.eot,
-            )
-            waiting.append((rows, found))
-            losses.append(steps[-1])
-        for rows, found in waiting:
+    def _train(self, rows: Tensor, images: Tensor | Views) -> Tensor:
+        """An optimiser step of the surrogate."""
+        shown, text = self._shown(images, rows), self._text(rows)
+        with self.precision():
+            same = self.settings.same_captions
+            return train_step(self.surrogate, self.optimizer, shown, text, self.average, same_captions=same)
+
+    def tables(self) -> list[TokenTable]:
+        """The surrogate's embeddings of each alphabet, made once in a phase, in which they do not change."""
+        if not self._tables:
+            matrix = self.surrogate.embedding_matrix.detach()
+            self._tables = [TokenTable(matrix, allowed=ids.to(self.device)) for ids in self.alphabet]
+        return self._tables
+
+    def _search(self, rows: Tensor, images: Tensor | Views) -> Tensor:
+        """Better triggers for some rows."""
+        with torch.no_grad(), frozen(self.surrogate):
+            image = self.encode_image(self._shown(images, rows))
+        found, losses = improve_triggers(
+            self.surrogate,
+            image,
+            self._text(rows),
+            self.method.triggers,
+            tables=self.tables(),
+            candidates=self.settings.candidates,
+            eot=self.tokenizer.eot,
+        )
+        self._found.append((rows, found))
+        return losses[-1]
+
+    def settle(self) -> None:
+        """Take over the triggers found, for which the device is not waited for after each batch."""
+        for rows, found in self._found:
             self._keep(rows, found.cpu())
-        self._note("triggers", losses)
+        self._found = []
 
-    def improve_noise(self) -> None:
-        """One pass over all images, each with one of its captions."""
-        s, universal = self.settings, self.method.noise == "universal"
+    def _perturb(self, place: Place, index: Tensor, images: Tensor | Views) -> Tensor:
+        """Better noise for some images, each with one of its captions."""
+        s = self.settings
         steps = 0 if self.method.noise == "none" else s.pgd_steps
-        row_of = self._one_row_for_each_image()
-        losses = []
-        for index, images in self._read(batches(self.source.n_images, s.batch, self.rng), None, "change"):
-            where = torch.zeros(1, dtype=torch.int64) if universal else index
-            with torch.no_grad(), frozen(self.surrogate):
-                text = self.surrogate.encode_text(self._text(row_of[index]))
-            target = text.roll(1, 0) if self.method.noise == "mislead" else text
-            images = images.to(self.device) if isinstance(images, Views) else moved(images, self.device)
-            noise = pgd(
-                self.surrogate,
-                images,
-                self.store.gather(where, dtype=torch.int8),
-                target,
-                eps=s.eps,
-                step=s.step,
-                steps=steps,
-                maximise=self.method.noise == "maximise",
-                encode=self.encode_image,
-            )
-            if steps:
-                self.store.scatter_(where, noise)
-            with torch.no_grad(), frozen(self.surrogate):
-                image = self.encode_image(self._pixels(images, index))
-                losses.append(info_nce(image, text, scale=self.surrogate.scale))
-        self._note("noise", losses)
+        where = torch.zeros(1, dtype=torch.int64) if self.method.noise == "universal" else index
+        assert place.row_of is not None
+        with torch.no_grad(), frozen(self.surrogate):
+            text = self.surrogate.encode_text(self._text(place.row_of[index]))
+        target = text.roll(1, 0) if self.method.noise == "mislead" else text
+        images = images.to(self.device) if isinstance(images, Views) else moved(images, self.device)
+        noise = pgd(
+            self.surrogate,
+            images,
+            self.store.gather(where, dtype=torch.int8),
+            target,
+            eps=s.eps,
+            step=s.step,
+            steps=steps,
+            maximise=self.method.noise == "maximise",
+            encode=self.encode_image,
+        )
+        if steps:
+            self.store.scatter_(where, noise)
+        with torch.no_grad(), frozen(self.surrogate):
+            image = self.encode_image(self._pixels(images, index))
+            return info_nce(image, text, scale=self.surrogate.scale)
 
     def state_dict(self) -> dict[str, Any]:
-        """Surrogate, optimiser, random state, losses; copies."""
+        """Surrogate, optimiser, random state, losses, what is left of a round that was begun; copies."""
+        self.settle()
         state: dict[str, Any] = {"rng": self.rng.get_state(), "losses": self.losses, "todo": self.todo}
+        place = self.place
+        state["place"] = place and {
+            "phase": place.phase,
+            "plan": place.plan[place.done :],
+            "draws": place.draws[place.done :],
+            "row_of": place.row_of,
+            "losses": {n: torch.stack(losses) if losses else torch.empty(0) for n, losses in place.losses.items()},
+        }
         if self.model is not None:
             state |= {"model": cast(nn.Module, self.model).state_dict(), "optimizer": self.optimizer.state_dict()}
         return deepcopy(state)
@@ -165,17 +274,23 @@ class Round:
             self.optimizer.load_state_dict(state["optimizer"])
         self.rng.set_state(state["rng"])
         self.losses.update({name: list(values) for name, values in state["losses"].items()})
-        self.todo = list(state["todo"])
+        self.todo, self._found = list(state["todo"]), []
+        self.place = None if state["place"] is None else Place(**state["place"])
+        if self.place is not None:
+            self.place.losses = {n: list(losses.to(self.device)) for n, losses in self.place.losses.items()}
 
     def _order(self) -> list[Tensor]:
         """All rows in random batches for the surrogate, the last one first."""
         return batches(len(self.tokens), self.settings.batch, self.rng)
 
-    def _read(
-        self, plan: list[Tensor], image_of: Tensor | None, purpose: Purpose
-    ) -> Iterator[tuple[Tensor, Tensor | Views]]:
-        """Each part of a plan, rows or (without ``image_of``) images, with what the model sees of it without noise."""
-        return read_ahead(self.source, plan, image_of)
+    def _draws(self, phase: Phase, plan: list[Tensor]) -> list[Tensor]:
+        """What is random about how each batch is read: nothing, but of pictures that keep their size."""
+        return []
+
+    def _read(self, place: Place) -> Iterator[tuple[Tensor, Tensor | Views]]:
+        """The batches that are left, with what the model sees of them without noise."""
+        rest = place.plan[place.done :]
+        return read_ahead(self.source, rest, None if place.phase == "noise" else self.source.image_of)
 
     def _shown(self, images: Tensor | Views, rows: Tensor) -> Tensor:
         """The rows' images with their noise, as the model takes them."""

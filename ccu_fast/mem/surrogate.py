@@ -76,6 +76,12 @@ def batches(n: int, size: int, rng: torch.Generator) -> list[Tensor]:
     return parts
 
 
+def batch_count(n: int, size: int) -> int:
+    """How many :func:`batches` there are."""
+    whole, rest = divmod(n, size)
+    return whole + (rest > 1 or (rest == 1 and not whole))
+
+
 def pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 → floating point in [0, 1]."""
     return images.to(dtype) / 255

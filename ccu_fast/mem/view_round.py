@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ccu_fast.mem.round import Purpose, Round
+from ccu_fast.mem.round import Phase, Place, Round
 from ccu_fast.mem.source import ahead
 from ccu_fast.mem.views import Pictures, Views
 
@@ -18,25 +18,29 @@ OTHERS = 2  # windows of a batch besides the model's own, between which the step
 class ViewRound(Round):
     """See the module. Triggers and the losses that are told are those of the model's own centre crop."""
 
-    def _read(
-        self, plan: list[Tensor], image_of: Tensor | None, purpose: Purpose
-    ) -> Iterator[tuple[Tensor, Tensor | Views]]:
-        source = cast(Pictures, self.source)
-        anywhere = self.settings.view_area < 1
+    def _draws(self, phase: Phase, plan: list[Tensor]) -> list[Tensor]:
         # The surrogate learns from one window of each picture; noise is made for the model's own and for some others.
-        own = purpose != "train" or not anywhere
-        count = 0 if purpose == "look" or not anywhere else 1 if purpose == "train" else OTHERS
+        anywhere = self.settings.view_area < 1
+        count = 0 if phase == "triggers" or not anywhere else 1 if phase == "surrogate" else OTHERS
 
         def draw(part: Tensor) -> Tensor:
             draws = torch.rand(count, len(part), 3, generator=self.rng, dtype=torch.float64)
             draws[..., 0] = 1 - draws[..., 0] * (1 - self.settings.view_area)
             return draws
 
+        return [draw(part) for part in plan]
+
+    def _read(self, place: Place) -> Iterator[tuple[Tensor, Tensor | Views]]:
+        source = cast(Pictures, self.source)
+        own = place.phase != "surrogate" or self.settings.view_area == 1
+        image_of = None if place.phase == "noise" else source.image_of
+
         def read(asked: tuple[Tensor, Tensor]) -> Views:
             part, draws = asked
             return source.views(part if image_of is None else image_of[part], draws, own=own)
 
-        for (part, _), views in ahead(read, [(part, draw(part)) for part in plan]):
+        rest = zip(place.plan[place.done :], place.draws[place.done :], strict=True)
+        for (part, _), views in ahead(read, rest):
             yield part, views
 
     def _noisy(self, images: Any, index: Tensor) -> Tensor:

@@ -392,7 +392,8 @@ def test_damaged_files(ends: Ends, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "checkpoint: expected an undamaged file" in ends(WORK["unlearn"])
     monkeypatch.setattr("ccu_fast.mem.job.protect.Publisher", _interrupted)
     ends(WORK["protect"], tmp_path / "copy", 130)
-    for name in ("round-00002/0.pt", "checkpoint.json", "scan-0.pt", "run.json"):
+    (state,) = (tmp_path / "copy.partial").glob("batch-*/0.pt")
+    for name in (f"{state.parent.name}/0.pt", "checkpoint.json", "scan-0.pt", "run.json"):
         (tmp_path / "copy.partial" / name).write_bytes(b"half")
         told = ends(WORK["protect"], tmp_path / "copy")
         assert "out: expected an undamaged file" in told and name in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -10,15 +11,19 @@ import subprocess
 import sys
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from ccu_fast.cli import main as cli
-from ccu_fast.data.captions import DiskSource, list_pairs
+from ccu_fast.cli.app import app
+from ccu_fast.data.captions import DiskSource, Options, list_pairs
 from ccu_fast.data.strips import write_strips
-from ccu_fast.mem.job import victims
+from ccu_fast.mem.config import Execution, Settings
+from ccu_fast.mem.job import Job, generation, victims
 from ccu_fast.mem.protection import Protection
 from ccu_fast.ops import machine
 from tests.support import mem_datasets as made
@@ -115,6 +120,65 @@ def test_a_config_file_gives_defaults_and_flags_win(tmp_path: Path, capsys: pyte
         assert cli.main(["protect", str(source), "--config", str(config), "--out", str(tmp_path / "b")]) == 1
         told = capsys.readouterr().err
         assert f"config eps: expected another value in {config}" in told
+
+
+# Fields that are options under another name, or whose options make them.
+OTHERWISE = {
+    "thumbnails": "size",
+    "settings": "eps",
+    "execution": "compile",
+    "options": "format",
+}
+
+
+def test_everything_that_can_be_set_is_an_option() -> None:
+    names = {p.name for p in typer.main.get_command(app).commands["protect"].params}  # type: ignore[attr-defined]
+    for kind in (Settings, Execution, Options, Job):
+        for field in dataclasses.fields(kind):
+            assert OTHERWISE.get(field.name, field.name) in names, f"{kind.__name__}.{field.name}"
+
+
+def test_flags_and_a_settings_file_ask_for_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Job] = []
+    monkeypatch.setattr("ccu_fast.cli.mem.protect_dataset", lambda job, _: asked.append(job))
+    monkeypatch.setattr("ccu_fast.cli.mem._tell", lambda *_: None)
+    values: dict[str, Any] = {
+        field.name: field.default + 1 if type(field.default) is int else field.default / 2
+        for field in dataclasses.fields(Settings)
+        if type(field.default) in (int, float)
+    }
+    values |= {"trigger_words": 0, "compat": True, "same_captions": True, "seed": 3, "channels_last": True}
+    assert {field.name for field in dataclasses.fields(Settings)} <= set(values)
+    flags, lines = [], ["size = '16x16'"]
+    for name, value in values.items():
+        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        lines.append(f"{name.replace('_', '-')} = {str(value).lower()}")
+    (tmp_path / "run.toml").write_text("\n".join(lines))
+    command = ["protect", "in.csv", "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--size", "16x16", *flags]) == 0
+    assert cli.main([*command, "--config", str(tmp_path / "run.toml")]) == 0
+    one, two = (dataclasses.replace(job, model=None) for job in asked)  # type: ignore[arg-type]
+    assert one == two and one.settings.trigger_words is None and one.settings.compat and one.seed == 3
+    assert dataclasses.asdict(one.settings) == {
+        name: value for name, value in {**values, "trigger_words": None}.items() if hasattr(one.settings, name)
+    }
+
+
+def test_a_dry_run_tells_everything_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = made.write_csv(tmp_path / "in")
+    command = ["protect", str(source), "--out", str(tmp_path / "new" / "out"), *TINY, "--dry-run"]
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out
+    assert "6 images, 7 captions can be used" in told and "largest 16x16" in told
+    assert "surrogate: 4 batches of" in told and "time: about" in told and "disk: about" in told
+    for i in (1, 2):
+        (tmp_path / "in" / "pictures" / f"{i}.png").write_bytes(b"no picture")
+    assert cli.main(command) == 1
+    told = capsys.readouterr().out
+    assert "2 bad items (--skip-bad):" in told and told.count(".png: not a picture") == 2
+    assert cli.main([*command, "--skip-bad"]) == 0
+    assert "2 bad items, which --skip-bad leaves out:" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize(
@@ -302,19 +366,20 @@ def test_a_disk_that_fills_while_the_dataset_is_written(tmp_path: Path, monkeypa
     told = (tmp_path / "told").read_text()
     assert "make room and give the same command again: it goes on" in told and told.count("\n") == 1
     assert told.endswith(f"all rounds are kept in {tmp_path}/out.partial, where the same command goes on\n")
-    monkeypatch.setattr(Protection, "round", lambda *_: pytest.fail("a round was done again"))
+    monkeypatch.setattr(Protection, "advance", lambda *_: pytest.fail("a batch was done again"))
     assert cli.main(command) == 0
 
 
-def test_kill_9_and_the_same_command(tmp_path: Path) -> None:
+def test_kill_9_and_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real process, killed from outside as soon as its first checkpoint is there."""
+    monkeypatch.setattr(generation, "SOON", 0.0)
     source = made.write_csv(tmp_path / "in", n=40)
     command = ["protect", str(source), "--out", str(tmp_path / "out"), *TINY, "--rounds", "12", "--quiet"]
     child = fork(lambda: cli.main(command))
     kill_when(child, (tmp_path / "out.partial" / "checkpoint.json").exists, seconds=120)
     assert not (tmp_path / "out").exists()
-    done = json.loads((tmp_path / "out.partial" / "checkpoint.json").read_text())["round"]
-    assert 1 <= done < 12
+    done = json.loads((tmp_path / "out.partial" / "checkpoint.json").read_text())["batches"]
+    assert 1 <= done < 12 * (2 + 10) + 11
     assert cli.main(command) == 0
     command[3] = str(tmp_path / "whole")
     assert cli.main(command) == 0

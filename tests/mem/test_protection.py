@@ -1,4 +1,4 @@
-"""The resumable engine: stop anywhere between rounds, several captions an image, what the variants change."""
+"""The resumable engine: stop anywhere between batches, several captions an image, what the variants change."""
 
 from __future__ import annotations
 
@@ -63,6 +63,46 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(name: str, stop: int) -> No
         second.round(i)
     for a, b in zip(everything(whole), everything(second), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+VARIANTS = {"mem-2": TINY, "em": TINY, "trigger-1": TINY, "uap": TINY, "tap": TINY}
+VARIANTS["compat"] = replace(TINY, compat=True, batch=8, trigger_words=None)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_stops_and_goes_on_after_any_batch(name: str) -> None:
+    """Of every batch the state is taken; one in a few goes on in a new run, with the noise of that time."""
+
+    def begin(store: NoiseStore | None = None) -> Protection:
+        if name != "compat":
+            return make(name, VARIANTS[name], noise_store=store)
+        source = TensorSource(STRIPS.images, STRIPS.captions)
+        method = Method.parse("mem-2")
+        return Protection(source, TOKENIZER, FACTORY, method=method, settings=VARIANTS[name], noise_store=store)
+
+    def end(run: Protection) -> list[Any]:
+        while run.next_round < run.rounds:
+            run.advance()
+        return [run.store.data, run.triggers, run.losses]
+
+    rounds = begin()
+    for i in range(rounds.rounds):
+        rounds.round(i)
+    whole, stops = begin(), []
+    total = sum(sum(whole.phases(i).values()) for i in range(whole.rounds))
+    for _ in range(total):
+        stops.append((whole.state_dict(), whole.store.data.clone()))
+        whole.advance()
+    assert whole.next_round == whole.rounds
+    with pytest.raises(ValueError, match="rounds: expected one that is not done"):
+        whole.advance()
+    for state, noise in [stops[0], *stops[1::3]]:
+        store = NoiseStore(len(noise), STRIPS.images.shape[1:])
+        store.data.copy_(noise)
+        second = begin(store)
+        second.load_state_dict(state)
+        for a, b, c in zip(end(second), end(whole), end(rounds), strict=True):
+            assert torch.equal(a, b) and torch.equal(a, c) if isinstance(a, torch.Tensor) else a == b == c
 
 
 def test_rounds_come_in_order() -> None:

@@ -2,8 +2,8 @@
 
 run.json          what is being made; once something is, no other run may use the folder
 scan-R.pt         what process R found in its pictures
-checkpoint.json   the last finished round
-round-00003/      R.noise and R.pt of each process R after three rounds
+checkpoint.json   how many batches were done at the last checkpoint
+batch-000000300/  R.noise and R.pt of each process R after 300 of them
 publish/          becomes the output when it is complete
 published-R.jsonl what process R has written there
 """
@@ -29,9 +29,10 @@ from ccu_fast.ops.noise_store.file import NoiseFile, scratch
 from ccu_fast.runs.checkpoint import read_state, write_state
 from ccu_fast.runs.provenance import json_hash
 
+FORMAT = 2  # of the folder; 1 had a checkpoint after each round
 SHARED = ("model", "optimizer")  # of the surrogate, which is everybody's: rank 0 keeps them
 # What a run makes besides run.json; nothing else in its folder is ever removed.
-OURS = ("scan-*.pt", "checkpoint.json", "round-*", "publish", "published-*.jsonl", "unfinished-*", "trial-*")
+OURS = ("scan-*.pt", "checkpoint.json", "batch-*", "round-*", "publish", "published-*.jsonl", "unfinished-*", "trial-*")
 TEMPORARY = (".scan-*", ".checkpoint.json.*", ".run.json.*")
 
 
@@ -52,7 +53,7 @@ def workplace(folder: Path, run: Mapping[str, Any], rank: int = 0, *, fresh: boo
         BlockingIOError: that run is going on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    here = json.loads(json.dumps(run))
+    here = {"format": FORMAT, **json.loads(json.dumps(run))}
     try:
         with locked(folder / f"lock-{rank}"):
             barrier()  # all processes are here, and none of another run
@@ -74,6 +75,11 @@ def _take(folder: Path, here: Mapping[str, Any], fresh: bool) -> None:
     if there == here:
         return
     if there is not None and ((folder / "checkpoint.json").exists() or any(folder.glob("published-*.jsonl"))):
+        if isinstance(there, dict) and there.get("format", 1) != FORMAT:
+            raise ValueError(
+                f"out: expected checkpoints of this version in {folder}, got those of another, which only it can go on "
+                "with. Finish the run with that version, choose another output, or start anew (--fresh)"
+            )
         names = [n for n in sorted({*there, *here}) if there.get(n) != here.get(n)]
         told = "; ".join(f"{n} {_short(there.get(n))} there, {_short(here.get(n))} here" for n in names)
         raise ValueError(
@@ -108,10 +114,10 @@ class Workplace:
         return self.folder / "publish"
 
     @property
-    def rounds_done(self) -> int:
-        """Rounds of the last checkpoint; 0 without one."""
+    def done(self) -> int:
+        """Batches of the last checkpoint; 0 without one."""
         path = self.folder / "checkpoint.json"
-        return int(read_json(path)["round"]) if path.exists() else 0
+        return int(read_json(path)["batches"]) if path.exists() else 0
 
     def store(self, rows: int, shape: tuple[int, int, int], device: torch.device, *, on_disk: bool) -> NoiseStore:
         """The noise of the last checkpoint, or zeros; in memory or, on a CPU, in a mapped file without a name.
@@ -121,8 +127,8 @@ class Workplace:
         Raises:
             ValueError: the checkpoint is damaged or another dataset's.
         """
-        done = self.rounds_done
-        saved = self._round(done) / f"{self.rank}.noise"
+        done = self.done
+        saved = self._batch(done) / f"{self.rank}.noise"
         expected: dict[str, Any] = {"item_shape": shape, "dtype": torch.int8, "tag": self.key}
         if not on_disk:
             return NoiseStore.load(saved, device=device, **expected) if done else NoiseStore(rows, shape, device=device)
@@ -135,28 +141,36 @@ class Workplace:
             store.data = scratch(self.folder, (rows, *shape), torch.int8)
         return store
 
-    def save(self, done: int, protection: Protection) -> None:
-        """Make round ``done`` the checkpoint: all of it, of all processes, or the one before."""
-        folder = self._round(done)
+    def save(self, done: int, protection: Protection, *, noise: bool = True) -> None:
+        """Make ``done`` batches the checkpoint: all of it, of all processes, or the one before.
+
+        Args:
+            done: more than those of the checkpoint before.
+            protection: what has come so far.
+            noise: whether its noise has changed since; else that of the checkpoint before is used again.
+        """
+        before, folder = self._batch(self.done), self._batch(done)
         folder.mkdir(exist_ok=True)
-        protection.store.save(folder / f"{self.rank}.noise", tag=self.key)
+        name = f"{self.rank}.noise"
+        if noise or not _linked(before / name, folder / name):
+            protection.store.save(folder / name, tag=self.key)
         state = protection.state_dict()
         if self.rank:
             state["worker"] = {name: value for name, value in state["worker"].items() if name not in SHARED}
         write_state(folder / f"{self.rank}.pt", state)
         barrier()
         if self.rank == 0:
-            write_whole(self.folder / "checkpoint.json", json.dumps({"round": done}) + "\n")
-            for old in self.folder.glob("round-*"):
+            write_whole(self.folder / "checkpoint.json", json.dumps({"batches": done}) + "\n")
+            for old in self.folder.glob("batch-*"):
                 if old != folder:
                     shutil.rmtree(old)
         barrier()
 
     def load(self, protection: Protection) -> int:
-        """Bring a protection, made with :meth:`store`, to the last checkpoint; how many rounds that is."""
-        done = self.rounds_done
+        """Bring a protection, made with :meth:`store`, to the last checkpoint; how many batches that is."""
+        done = self.done
         if done:
-            folder = self._round(done)
+            folder = self._batch(done)
             state = read_state(folder / f"{self.rank}.pt", "out")
             if self.rank:
                 first = read_state(folder / "0.pt", "out")
@@ -164,8 +178,8 @@ class Workplace:
             protection.load_state_dict(state)
         return done
 
-    def _round(self, done: int) -> Path:
-        return self.folder / f"round-{done:05d}"
+    def _batch(self, done: int) -> Path:
+        return self.folder / f"batch-{done:09d}"
 
     def finish(self, out: Path) -> None:
         """Move the dataset into place and remove the rest. Called on rank 0 alone, when all have written."""
@@ -173,6 +187,16 @@ class Workplace:
             os.replace(self.publish, out)
         with after_the_work(f"the protected dataset is whole in {out}; what is left in {self.folder} is of no use"):
             remove_run(self.folder)
+
+
+def _linked(old: Path, new: Path) -> bool:
+    """Give a file a second name, if it is there and the file system can."""
+    new.unlink(missing_ok=True)
+    try:
+        os.link(old, new)
+    except OSError:
+        return False
+    return True
 
 
 def _short(value: Any) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,78 +14,33 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ccu_fast import check, extras
-from ccu_fast.data.captions import BadData, DiskSource, Listing, Options, list_pairs, scan
-from ccu_fast.data.captions.dataset import bad_pictures
+from ccu_fast.data.captions import DiskSource, Listing, list_pairs
 from ccu_fast.data.captions.listing import MANIFEST
-from ccu_fast.data.pictures import MAX_PIXELS
 from ccu_fast.distributed.ranks import barrier, gather_objects, processes
 from ccu_fast.files import after_the_work, locked, new_folder, output_folder, read_json
-from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.job.checkpoint import Workplace, remove_run, workplace
+from ccu_fast.mem.job.generation import generate
+from ccu_fast.mem.job.inspection import (
+    SKIP,
+    all_bad,
+    check_compat,
+    check_listing,
+    inspect,
+    part_of,
+    room,
+    source_of,
+    usable,
+)
+from ccu_fast.mem.job.job import Job
 from ccu_fast.mem.job.share import WholeNumbers, average_surrogate, check_complete, share
 from ccu_fast.mem.protection import Protection
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
-from ccu_fast.mem.publish.rehearse import check_space, unreadable_captions, unwritable_files, unwritable_samples
 from ccu_fast.mem.publish.writer import write_metadata
 from ccu_fast.mem.source import Part
-from ccu_fast.mem.views import Pictures
 from ccu_fast.models.named import Model
 from ccu_fast.runs.checkpoint import read_state, write_state
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.runs.provenance import json_hash, versions
-
-SKIP = "skip_bad leaves them out"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be done.
-
-    Attributes:
-        input: see :func:`ccu_fast.data.captions.list_pairs`.
-        out: a folder that does not exist or is empty, or a link to such a one. Until the run is complete its files are
-            in ``<out>.partial``, beside the folder itself.
-        model: all captions of the listing → the surrogate; called once.
-        method, settings, seed: of the generator.
-        options: how to read the input.
-        thumbnails: pictures are resized to what the model takes, cut and published so; by default they keep their size.
-        skip_bad: leave out what cannot be used, and list it in the manifest; otherwise it is an error.
-        fresh: throw an unfinished run away first, unless it is going on.
-        noise_on_disk: keep the noise in a mapped file instead of in memory.
-        reference_files: also write ``noise.pt`` and ``token.pt`` into ``<out>.reference``; see
-            :func:`write_reference_files`.
-        threads: decoders.
-        max_pixels: larger pictures are bad.
-        device: of the surrogate.
-        execution: autocast, memory order, compilation. A run goes on with the same.
-    """
-
-    input: Path
-    out: Path
-    model: Callable[[Sequence[str]], Model]
-    method: Method = field(default_factory=lambda: Method.parse("mem"))
-    settings: Settings = field(default_factory=Settings)
-    seed: int = check.field(0, "Of everything random.", low=0)
-    options: Options = field(default_factory=Options)
-    thumbnails: bool = False
-    skip_bad: bool = check.field(False, "Leave out and list what cannot be used, instead of stopping.")
-    fresh: bool = check.field(False, "Throw an unfinished run with this output away.")
-    noise_on_disk: bool = check.field(False, "Noise in a file, not in memory.")
-    reference_files: bool = check.field(False, "Also noise.pt and token.pt of the authors' code.")
-    threads: int | None = check.field(None, "Decoders; one for each processor if not given.", low=1)
-    max_pixels: int = check.field(MAX_PIXELS, "Larger pictures are bad.", low=1)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    execution: Execution = field(default_factory=Execution)
-
-    def __post_init__(self) -> None:
-        check.fields(self)
-        for name, asked in (("compat", self.settings.compat), ("reference_files", self.reference_files)):
-            if asked and not self.thumbnails:
-                raise ValueError(
-                    f"{name}: expected with thumbnails (--size HEIGHTxWIDTH) alone, because the authors' noise has one "
-                    "size for all pictures; got pictures that keep their own"
-                )
 
 
 def protect_dataset(job: Job, progress: Progress = silent) -> dict[str, Any]:
@@ -145,33 +100,22 @@ class _Run:
                 output_folder(self.reference, "reference_files")
         barrier()
         listing = list_pairs(job.input, job.options)
-        if listing.format == "folder" and self.out.is_relative_to(os.path.realpath(listing.root)):
-            raise ValueError(f"out: expected a folder outside the input, all of which is read, got {job.out}")
-        if listing.spans is not None:
-            extras.require("webdataset")
+        check_listing(job, listing, self.out)
         fingerprint = listing.fingerprint()
         if len(set(gather_objects(fingerprint))) > 1:
             raise ValueError("input: expected the same files and rows for all processes, got others for some")
-        if not job.skip_bad and not listing.n_images:
-            listing.whole(SKIP)  # else the pictures are looked at first, so that all that is bad is told at once
         model = job.model(listing.captions)
         run = self._describe(fingerprint, model)
         if complete:
             return self._finished(run)
         with workplace(self.partial, run, self.rank, fresh=job.fresh) as place:
             listing, mine, digests, sizes = self._look(place, listing, model)
-            if job.settings.compat and len(listing.captions) != listing.n_images:
-                raise ValueError(
-                    "compat: expected one caption for each image, because the authors' noise belongs to captions and "
-                    f"a picture can hold one; got {len(listing.captions)} captions of {listing.n_images} images"
-                )
-            with closing(self._source(listing, model, digests)) as source:
-                part = Part(source, torch.tensor(mine))
-                if sizes is not None:
-                    _, *size = model.image_shape
-                    grid = (size[0] * job.settings.grid, size[1] * job.settings.grid)
-                    part = Pictures(source, torch.tensor(mine), sizes, grid)
-                self._check_space(place, source, mine, part, sizes)
+            check_compat(job, listing)
+            with closing(source_of(job, listing, model, digests)) as source:
+                part = part_of(job, source, mine, sizes, model)
+                if self.rank == 0:
+                    room(job, source, mine, part, sizes, place.folder).check()
+                barrier()
                 protection = self._generate(place, part, model, source.captions)
                 with after_the_work(f"all rounds are kept in {self.partial}, where the same command goes on"):
                     manifest = self._publish(place, source, part, protection, run)
@@ -209,10 +153,6 @@ class _Run:
                 self.partial.rmdir()
         return manifest
 
-    def _source(self, listing: Listing, model: Model, digests: Tensor | None = None) -> DiskSource:
-        job = self.job
-        return DiskSource(listing, model.image_shape, digests=digests, threads=job.threads, max_pixels=job.max_pixels)
-
     def _look(
         self, place: Workplace, listing: Listing, model: Model
     ) -> tuple[Listing, list[int], Tensor, Tensor | None]:
@@ -231,53 +171,25 @@ class _Run:
         if path.exists():
             found = read_state(path, "out")
         else:
-            with closing(self._source(listing, model)) as source:
-
-                def told(done: int, n: int) -> None:
-                    self.progress("checking pictures", done, n, "")
-
-                seen = scan(source, mine, told, whole=not self.job.thumbnails)
-                triggers = 0 if self.job.settings.compat else self.job.method.triggers
-                bad = unreadable_captions(listing, mine, model.tokenizer, triggers)
-                bad |= unwritable_samples(source, mine)
-                bad |= unwritable_files(listing, place.folder) if self.rank == 0 else {}
-                sizes = None if seen.sizes is None else seen.sizes[mine]
-                found = {"digests": seen.digests[mine], "bad": bad | seen.bad, "notes": seen.notes, "sizes": sizes}
+            first = self.rank == 0
+            found = inspect(self.job, listing, model, mine, place.folder, self.progress, files=first)
         parts = gather_objects(found)
         bad = {number: why for part in parts for number, why in part["bad"].items()}
         if (bad or listing.bad) and not self.job.skip_bad:
             # Nothing is kept: they may be mended before the next try.
-            raise BadData([*listing.bad, *bad_pictures(listing, bad)], SKIP)
+            raise all_bad(listing, bad)
         if not path.exists():
             write_state(path, found)
         digests = torch.cat([part["digests"] for part in parts])
         self.notes = dict(sum((Counter(part["notes"]) for part in parts), Counter[str]()))
-        keep = [number for number in range(listing.n_images) if number not in bad]
-        usable = listing.without(list(bad), bad_pictures(listing, bad, published=True))
+        left, keep = usable(listing, bad)
         kept = [new for new, number in enumerate(keep) if mine[0] <= number <= mine[-1]]
         counts = gather_objects(len(kept))
         if min(counts) < 2:
             each = " for each process" if len(counts) > 1 else ""
             raise ValueError(f"input: expected at least two usable images{each}, got {', '.join(map(str, counts))}")
         sizes = None if self.job.thumbnails else torch.cat([part["sizes"] for part in parts])[keep]
-        return usable, kept, digests[keep], sizes
-
-    def _check_space(
-        self, place: Workplace, source: DiskSource, mine: list[int], part: Part, sizes: Tensor | None
-    ) -> None:
-        job = self.job
-        if self.rank == 0:
-            check_space(
-                source,
-                mine,
-                place.folder,
-                eps=0 if job.method.noise == "none" else job.settings.eps,
-                noise_shape=part.noise_shape,
-                noise_files=2 * (job.method.generates and job.method.noise != "universal") + job.noise_on_disk,
-                reference_files=job.reference_files,
-                sizes=sizes,
-            )
-        barrier()
+        return left, kept, digests[keep], sizes
 
     def _generate(self, place: Workplace, part: Part, model: Model, captions: Sequence[str]) -> Protection:
         job = self.job
@@ -304,14 +216,7 @@ class _Run:
             gather=gather_objects if self.world > 1 else None,
             captions=captions,
         )
-        stage, note = f"generate {job.method.name}", ""
-        for index in range(place.load(protection), protection.rounds):
-            self.progress(stage, index, protection.rounds, note)
-            protection.round(index)
-            place.save(index + 1, protection)
-            note = f"surrogate loss {protection.losses['noise'][-1]:.3f}"
-        if protection.rounds:
-            self.progress(stage, protection.rounds, protection.rounds, note)
+        generate(protection, place, self.progress)
         return protection
 
     def _publish(

@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -164,7 +165,37 @@ def _write_sample(shard: Path, sample: Sample, captions: list[str], column: str)
         raise ValueError("its key is read back as another")
 
 
-def check_space(
+@dataclass(frozen=True)
+class Space:
+    """Room on a disk.
+
+    Attributes:
+        needed: bytes, about.
+        free: bytes, with those that the run has taken already.
+        folder: where.
+        told: what it is for.
+    """
+
+    needed: int
+    free: int
+    folder: Path
+    told: str
+
+    def check(self) -> None:
+        """There is enough.
+
+        Raises:
+            OSError: there is not; tells how much is needed and how much there is.
+        """
+        if self.needed > self.free:
+            raise OSError(
+                errno.ENOSPC,
+                f"out: expected about {size_text(self.needed)} of free space in {self.folder} for {self.told}, "
+                f"got {size_text(self.free)}",
+            )
+
+
+def space(
     source: DiskSource,
     images: Sequence[int],
     folder: Path,
@@ -174,8 +205,8 @@ def check_space(
     noise_files: int,
     reference_files: bool,
     sizes: Tensor | None = None,
-) -> None:
-    """The disk has room for the noise of the checkpoints and then for the pictures, as far as can be told.
+) -> Space:
+    """Room for the noise of the checkpoints and then for the pictures, as far as can be told.
 
     Args:
         source: all pictures.
@@ -183,12 +214,9 @@ def check_space(
         folder: where the run works; what it holds already is counted as room.
         eps: largest noise, in 1/255.
         noise_shape: of one image's noise, a byte for each value.
-        noise_files: how many times the noise is on the disk while a round is saved.
+        noise_files: how many times the noise is on the disk while a checkpoint is written.
         reference_files: whether they are written: fp32 noise for each row, twice.
         sizes: int64 ``[source.n_images, 3]`` (height, width, colours) of pictures that keep their size.
-
-    Raises:
-        OSError: it has not; tells how much is needed and how much there is.
     """
     some = torch.tensor(images)[torch.linspace(0, len(images) - 1, min(_SAMPLED, len(images))).long()]
     n, (_, height, width) = source.n_images, source.image_shape
@@ -214,12 +242,7 @@ def check_space(
     stored = n * prod(noise_shape)
     needed = max(noise_files * stored, max(noise_files - 1, 0) * stored + published + reference)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free + there
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"out: expected about {_size(needed)} of free space in {folder} for {told}, got {_size(free)}",
-        )
+    return Space(int(needed), shutil.disk_usage(folder).free + there, folder, told)
 
 
 def _piece(whole: Whole, noise: Tensor) -> tuple[int, int]:
@@ -231,5 +254,6 @@ def _piece(whole: Whole, noise: Tensor) -> tuple[int, int]:
     return len(made), pixels.shape[0] * pixels.shape[1] * whole.colours
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """A number of bytes, to be read."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

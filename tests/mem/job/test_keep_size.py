@@ -19,7 +19,7 @@ from PIL import Image
 
 from ccu_fast.data.captions import DiskSource, list_pairs
 from ccu_fast.mem.config import Method, Settings
-from ccu_fast.mem.job import Job, protect_dataset
+from ccu_fast.mem.job import Job, inspection, protect_dataset
 from ccu_fast.mem.job import protect as job_module
 from ccu_fast.mem.job.models import choose, small
 from ccu_fast.mem.publish import writer as writer_module
@@ -111,7 +111,7 @@ def test_of_pictures_of_the_models_size_the_centre_crop_is_all(tmp_path: Path, m
 
 
 MOMENTS = {
-    "while looking at the pictures": (job_module, "scan", 1),
+    "while looking at the pictures": (inspection, "scan", 1),
     "in the second round": (NoiseStore, "scatter_", 3),
     "when its noise is written": (NoiseStore, "save", 2),
     "in the middle of the export": (writer_module.Publisher, "_place", 4),
@@ -162,14 +162,14 @@ def test_bad_pictures_are_left_out_and_the_others_keep_their_sizes(tmp_path: Pat
 
 def test_a_picture_that_changes_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = made.write_csv(tmp_path / "in")
-    inner = job_module.scan
+    inner = inspection.scan
 
     def then_changed(*arguments: Any, **options: Any) -> Any:
         found = inner(*arguments, **options)
         Image.new("RGB", (40, 30)).save(tmp_path / "in" / "pictures" / "1.png")
         return found
 
-    monkeypatch.setattr(job_module, "scan", then_changed)
+    monkeypatch.setattr(inspection, "scan", then_changed)
     with pytest.raises(ValueError, match=r"1\.png: changed since it was checked"):
         protect_dataset(job(source, tmp_path / "out"))
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from ccu_fast.data.captions import DiskSource, list_pairs
 from ccu_fast.mem.config import Method
-from ccu_fast.mem.job import BadData, Job, protect_dataset
+from ccu_fast.mem.job import BadData, Job, inspection, protect_dataset
 from ccu_fast.mem.job import checkpoint as checkpoint_module
 from ccu_fast.mem.job import protect as job_module
 from ccu_fast.mem.job.checkpoint import Workplace, workplace
@@ -165,7 +165,7 @@ def kill_at(owner: Any, name: str, call: int) -> Callable[[], None]:
 
 
 MOMENTS = {
-    "while looking at the pictures": (job_module, "scan", 1),
+    "while looking at the pictures": (inspection, "scan", 1),
     "in the first round": (NoiseStore, "scatter_", 1),
     "in the second round": (NoiseStore, "scatter_", 3),
     "when the second checkpoint is begun": (Workplace, "save", 2),
@@ -223,9 +223,9 @@ def test_a_run_that_goes_on_does_not_do_what_is_done(tmp_path: Path, monkeypatch
     monkeypatch.setattr(
         writer_module.Publisher, "_write_chunk", lambda self, chunk: (chunks.append(chunk), inner(self, chunk))[1]
     )
-    monkeypatch.setattr(job_module, "scan", lambda *_: looked.append(1))
+    monkeypatch.setattr(inspection, "scan", lambda *_: looked.append(1))
     protect_dataset(task, lambda stage, done, total, note: rounds.append((stage, done)))
-    assert [done for stage, done in rounds if stage.startswith("generate")] == [2]
+    assert [done for stage, done in rounds if stage.startswith("generate")] == [10]
     assert len(chunks) == 1 and not looked and len(seen) == 1
     before = tree(tmp_path / "out")
     assert protect_dataset(task)["rows"] == 7, "a finished run is told, not repeated"
@@ -355,7 +355,7 @@ def test_outputs_that_are_taken(tmp_path: Path) -> None:
         pytest.raises(BlockingIOError, match="no other process at work"),
     ):
         protect_dataset(replace(task, fresh=True))
-    (place.folder / "checkpoint.json").write_text('{"round": 1}')
+    (place.folder / "checkpoint.json").write_text('{"batches": 1}')
     with pytest.raises(ValueError, match=r"expected the same run.*seed 1 there, 0 here.*--fresh"):
         protect_dataset(task)
     protect_dataset(replace(task, fresh=True))
@@ -378,7 +378,7 @@ def test_foreign_checkpoints(tmp_path: Path) -> None:
         protect_dataset(task)
 
     in_child(killed)
-    noise = tmp_path / "out.partial" / "round-00002" / "0.noise"
+    noise = tmp_path / "out.partial" / "batch-000000010" / "0.noise"
     noise.unlink()
     NoiseStore(6, SHAPE).save(noise, tag="another run")
     with pytest.raises(ValueError, match="tag"):

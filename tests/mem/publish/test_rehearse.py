@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ccu_fast.data.captions import BadData, list_pairs
-from ccu_fast.mem.job import Job, protect_dataset
+from ccu_fast.mem.job import Job, inspection, protect_dataset
 from ccu_fast.mem.job import protect as job_module
 from ccu_fast.mem.protection import Protection
 from ccu_fast.mem.publish.rehearse import unreadable_captions
@@ -340,7 +340,7 @@ def test_skip_bad_after_rounds_were_made_without_it(tmp_path: Path, monkeypatch:
         with pytest.raises(OSError) as caught:
             protect_dataset(job(source, tmp_path / "out"))
     assert caught.value.__notes__ == [f"all rounds are kept in {tmp_path}/out.partial, where the same command goes on"]
-    monkeypatch.setattr(job_module, "scan", lambda *_: pytest.fail("looked again"))
+    monkeypatch.setattr(inspection, "scan", lambda *_: pytest.fail("looked again"))
     protect_dataset(job(source, tmp_path / "out", skip_bad=True))
 
 
@@ -363,7 +363,7 @@ def test_a_table_that_changes_meanwhile_is_told_and_published_once_put_back(
         with pytest.raises(ValueError, match=r"input: expected the rows of .*, got another record \d; put it back as"):
             protect_dataset(job(source, tmp_path / "out"))
     source.write_bytes(before)
-    monkeypatch.setattr(Protection, "round", lambda *_: pytest.fail("a round was done again"))
+    monkeypatch.setattr(Protection, "advance", lambda *_: pytest.fail("a batch was done again"))
     protect_dataset(job(source, tmp_path / "out"))
 
 

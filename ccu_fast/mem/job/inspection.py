@@ -1,0 +1,124 @@
+"""A look at everything that a run will read and write, before the work begins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast import extras
+from ccu_fast.data.captions import BadData, DiskSource, Listing, scan
+from ccu_fast.data.captions.dataset import bad_pictures
+from ccu_fast.mem.job.job import Job
+from ccu_fast.mem.publish.rehearse import Space, space, unreadable_captions, unwritable_files, unwritable_samples
+from ccu_fast.mem.source import Part
+from ccu_fast.mem.views import Pictures
+from ccu_fast.models.named import Model
+from ccu_fast.runs.progress import Progress
+
+SKIP = "skip_bad leaves them out"
+
+
+def check_listing(job: Job, listing: Listing, out: Path) -> None:
+    """The output lies outside the input, and there is something in that.
+
+    Raises:
+        BadData: all of it is bad.
+        ImportError: of shards, without the package that writes them.
+        ValueError: it does not.
+    """
+    if listing.format == "folder" and out.is_relative_to(os.path.realpath(listing.root)):
+        raise ValueError(f"out: expected a folder outside the input, all of which is read, got {job.out}")
+    if listing.spans is not None:
+        extras.require("webdataset")
+    if not job.skip_bad and not listing.n_images:
+        listing.whole(SKIP)  # else the pictures are looked at first, so that all that is bad is told at once
+
+
+def source_of(job: Job, listing: Listing, model: Model, digests: Tensor | None = None) -> DiskSource:
+    """The pictures as the model takes them."""
+    return DiskSource(listing, model.image_shape, digests=digests, threads=job.threads, max_pixels=job.max_pixels)
+
+
+def inspect(
+    job: Job, listing: Listing, model: Model, images: Sequence[int], folder: Path, progress: Progress, *, files: bool
+) -> dict[str, Any]:
+    """Read each of these pictures once, and rehearse how it and its captions are published.
+
+    Args:
+        job: what is to be done.
+        listing: all pictures.
+        model: with the tokenizer.
+        images: numbers of those to look at.
+        folder: on the file system of the output.
+        progress: called with counts of pictures.
+        files: whether to try the names of all files, too.
+
+    Returns:
+        ``digests`` and, of pictures that keep their size, ``sizes`` of these images (else None), ``bad``, image number
+        to why it cannot be used, and ``notes``, see :class:`ccu_fast.data.captions.Scan`.
+    """
+    with closing(source_of(job, listing, model)) as source:
+
+        def told(done: int, n: int) -> None:
+            progress("checking pictures", done, n, "")
+
+        seen = scan(source, images, told, whole=not job.thumbnails)
+        triggers = 0 if job.settings.compat else job.method.triggers
+        bad = unreadable_captions(listing, images, model.tokenizer, triggers)
+        bad |= unwritable_samples(source, images)
+        bad |= unwritable_files(listing, folder) if files else {}
+        sizes = None if seen.sizes is None else seen.sizes[list(images)]
+        return {"digests": seen.digests[list(images)], "bad": bad | seen.bad, "notes": seen.notes, "sizes": sizes}
+
+
+def usable(listing: Listing, bad: dict[int, str]) -> tuple[Listing, list[int]]:
+    """What is left of a listing without bad pictures, and the numbers that its images had."""
+    keep = [number for number in range(listing.n_images) if number not in bad]
+    return listing.without(list(bad), bad_pictures(listing, bad, published=True)), keep
+
+
+def all_bad(listing: Listing, bad: dict[int, str]) -> BadData:
+    """The error that tells of them."""
+    return BadData([*listing.bad, *bad_pictures(listing, bad)], SKIP)
+
+
+def check_compat(job: Job, listing: Listing) -> None:
+    """With ``compat`` each picture has one caption.
+
+    Raises:
+        ValueError: some have more.
+    """
+    if job.settings.compat and len(listing.captions) != listing.n_images:
+        raise ValueError(
+            "compat: expected one caption for each image, because the authors' noise belongs to captions and "
+            f"a picture can hold one; got {len(listing.captions)} captions of {listing.n_images} images"
+        )
+
+
+def part_of(job: Job, source: DiskSource, images: Sequence[int], sizes: Tensor | None, model: Model) -> Part:
+    """Some images as the generator reads them; ``sizes`` of all, where they keep theirs."""
+    if sizes is None:
+        return Part(source, torch.tensor(images))
+    _, height, width = model.image_shape
+    grid = (height * job.settings.grid, width * job.settings.grid)
+    return Pictures(source, torch.tensor(images), sizes, grid)
+
+
+def room(job: Job, source: DiskSource, images: Sequence[int], part: Part, sizes: Tensor | None, folder: Path) -> Space:
+    """What the run needs on the disk, and what there is; see :func:`ccu_fast.mem.publish.rehearse.space`."""
+    return space(
+        source,
+        images,
+        folder,
+        eps=0 if job.method.noise == "none" else job.settings.eps,
+        noise_shape=part.noise_shape,
+        noise_files=2 * (job.method.generates and job.method.noise != "universal") + job.noise_on_disk,
+        reference_files=job.reference_files,
+        sizes=sizes,
+    )
