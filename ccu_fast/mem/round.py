@@ -275,9 +275,10 @@ class Round:
         self.rng.set_state(state["rng"])
         self.losses.update({name: list(values) for name, values in state["losses"].items()})
         self.todo, self._found = list(state["todo"]), []
-        self.place = None if state["place"] is None else Place(**state["place"])
-        if self.place is not None:
-            self.place.losses = {n: list(losses.to(self.device)) for n, losses in self.place.losses.items()}
+        self.place = None
+        if (place := state["place"]) is not None:
+            losses = {name: list(values.to(self.device)) for name, values in place["losses"].items()}
+            self.place = Place(**{**place, "losses": losses})
 
     def _order(self) -> list[Tensor]:
         """All rows in random batches for the surrogate, the last one first."""

@@ -76,8 +76,8 @@ def _trial(out: Path) -> Iterator[Path]:
     new = [folder for folder in place.parents if not folder.exists()]
     try:
         new_folder(out)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".") as folder:
-            yield Path(folder)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".") as trial:
+            yield Path(trial)
     finally:
         for folder in new:
             with suppress(OSError):
