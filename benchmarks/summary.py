@@ -72,14 +72,14 @@ def fragment(out: Path, link: str = "") -> str:
     return "\n".join(text).rstrip() + "\n"
 
 
-def splice(page: str, text: str) -> str:
+def splice(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
     """The page with ``text`` between its marker lines; unchanged if it has none."""
-    if BEGIN not in page:
+    if begin not in page:
         return page
-    before, rest = page.split(BEGIN, 1)
-    if END not in rest:
-        raise ValueError(f"page: expected the line {END!r} after {BEGIN!r}, got none")
-    return f"{before}{BEGIN}\n\n{text}\n{END}{rest.split(END, 1)[1]}"
+    before, rest = page.split(begin, 1)
+    if end not in rest:
+        raise ValueError(f"page: expected the line {end!r} after {begin!r}, got none")
+    return f"{before}{begin}\n\n{text}\n{end}{rest.split(end, 1)[1]}"
 
 
 def write(out: Path) -> Path:

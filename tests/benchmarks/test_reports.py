@@ -232,6 +232,9 @@ def test_the_committed_page_of_unlearning_is_what_its_files_make() -> None:
 
 def test_the_committed_page_of_protection_is_what_its_files_make() -> None:
     assert protection.page() == protection.PAGE.read_text()
+    front = protection.FRONT.read_text()
+    assert summary.splice(front, protection.fragment(), protection.BEGIN, protection.END) == front
+    assert protection.BEGIN in front
 
 
 def test_the_committed_page_of_patches_is_what_its_file_makes() -> None:
