@@ -149,7 +149,7 @@ class Settings:
     batch: int = check.field(128, "Pairs in a batch (of each process).", low=2)
     lr: float = check.field(1e-3, "Learning rate of the surrogate.", low=0.0)
     weight_decay: float = check.field(0.1, "Of the surrogate's matrices.", low=0.0)
-    beta2: float = check.field(0.98, "Second decay rate of the surrogate's AdamW.", low=0.0, high=1.0)
+    beta2: float = check.field(0.98, "Second decay rate of the surrogate's AdamW.", low=0.0, high=0.99999)
     same_captions: bool = check.field(False, "Pairs with equal captions are no negatives of each other in training.")
     view_area: float = check.field(
         0.8, "Pictures that keep their size: least share of the area that the model's windows have.", low=0.01, high=1.0

@@ -24,6 +24,8 @@ CELLS = 64
 DIRECTIONS = 2  # principal components that a word tells of
 SAMPLE = 20_000  # pictures that the codebook is made from
 _ITERATIONS = 30
+_NOTHING = 1e-6  # share of the largest spread
+_CHUNK = 8192
 
 
 def coarse(images: Tensor) -> Tensor:
@@ -65,14 +67,19 @@ class Codebook:
         # With more words than there are directions the strongest ones are told of again.
         order = torch.arange(DIRECTIONS * words) % len(spread)
         spread, directions = spread.flip(0)[order], directions.flip(1)[:, order]
-        axes = (directions / spread.clamp_min(1e-12).sqrt()).float()
+        # What is left of directions without a spread is rounding: they tell of nothing.
+        told = spread > _NOTHING * spread.max()
+        axes = torch.where(told, directions / spread.where(told, torch.ones(())).sqrt(), 0.0).float()
         places = ((features - mean) @ axes).view(len(features), words, DIRECTIONS)
         return Codebook(mean, axes, torch.stack([_centres(places[:, p], size, rng) for p in range(words)]))
 
     def codes(self, features: Tensor) -> Tensor:
         """Of each picture the number of its cell, for each word: fp32 ``[N, F]`` → int64 ``[N, n]``."""
-        places = ((features - self.mean) @ self.axes).view(len(features), -1, DIRECTIONS)
-        return torch.cdist(places.transpose(0, 1), self.centres).argmin(2).mT
+        codes = []
+        for part in features.split(_CHUNK):
+            places = ((part - self.mean) @ self.axes).view(len(part), -1, DIRECTIONS)
+            codes.append(torch.cdist(places.transpose(0, 1), self.centres).argmin(2).mT)
+        return torch.cat(codes)
 
 
 def _centres(points: Tensor, size: int, rng: torch.Generator) -> Tensor:

@@ -82,6 +82,8 @@ class Protection:
         average: called with the surrogate's parameters before each of its optimiser steps, to average gradients.
         gather: where processes share a dataset: one's tensor → those of all.
         captions: where processes share a dataset: all of its captions, from which all choose the same words.
+        resumed: :meth:`load_state_dict` follows, so pictures need not be looked at for their first trigger words.
+        progress: called as ``progress(stage, done, total, note)`` while they are.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -114,6 +116,8 @@ class Protection:
         average: Callable[[Iterable[nn.Parameter]], None] | None = None,
         gather: Callable[[Tensor], list[Tensor]] | None = None,
         captions: Sequence[str] | None = None,
+        resumed: bool = False,
+        progress: Progress = silent,
     ) -> None:
         settings = Settings() if settings is None else settings
         check.integer("seed", seed, low=0)
@@ -142,7 +146,7 @@ class Protection:
         every = self.tokens if captions is None else tokenizer.encode(captions)
         self.alphabet = alphabet(tokenizer, every, method, settings, seed)
         rng = generator(seed, "generate" if shard == 0 else f"generate {shard}")
-        self.triggers = self._first_triggers(rng, gather, seed)
+        self.triggers = self._first_triggers(rng, gather, seed, look=not resumed, progress=progress)
         self.next_round = 0
         self._steps: Iterator[None] | None = None  # of a round that was begun
         kind = CompatRound if settings.compat else Round if self.pictures is None else ViewRound
@@ -262,10 +266,16 @@ class Protection:
         return with_triggers(captions, triggers, self.tokenizer)
 
     def _first_triggers(
-        self, rng: torch.Generator, gather: Callable[[Tensor], list[Tensor]] | None, seed: int
+        self,
+        rng: torch.Generator,
+        gather: Callable[[Tensor], list[Tensor]] | None,
+        seed: int,
+        *,
+        look: bool,
+        progress: Progress,
     ) -> Tensor:
         method, settings = self.method, self.settings
-        if settings.first == "random" or settings.compat or not (method.generates and method.triggers):
+        if settings.first == "random" or settings.compat or not (look and method.generates and method.triggers):
             return first_triggers(len(self.tokens), method.triggers, self.alphabet, self.tokenizer, rng, settings)
         pictures = self.pictures
 
@@ -274,7 +284,9 @@ class Protection:
                 return self.source.images(index)
             return pictures.views(index, torch.empty(0, len(index), 3)).pixels[0]
 
-        return words_of_the_look(read, self.source.n_images, self.alphabet, seed, gather)[self.source.image_of]
+        return words_of_the_look(read, self.source.n_images, self.alphabet, seed, gather, progress)[
+            self.source.image_of
+        ]
 
     def _random_noise(self, seed: int, shard: int) -> None:
         rng = generator(seed, "random noise" if shard == 0 else f"random noise {shard}")

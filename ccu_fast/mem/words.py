@@ -11,6 +11,7 @@ from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.look import SAMPLE, Codebook, coarse
 from ccu_fast.mem.surrogate import generator
 from ccu_fast.models.tokenizer import Tokenizer
+from ccu_fast.runs.progress import Progress, silent
 
 COMMON = 0.05  # share of the captions from which on a word says nothing about any of them
 _MOST = 64  # words to choose one from, where nothing limits them
@@ -46,11 +47,14 @@ def alphabet(tokenizer: Tokenizer, tokens: Tensor, method: Method, settings: Set
     if size is None:
         size = min(_MOST, len(ids) // positions) if settings.first == "look" else len(ids)
     size = min(size, len(ids) // positions)
-    if method.triggers and size < settings.candidates:
+    needed = settings.candidates if settings.search_rounds else 1
+    if method.triggers and len(ids) < positions * needed:
         raise ValueError(
-            f"tokenizer: expected at least {settings.candidates} trigger words (candidates) for each of {positions}, "
-            f"got {len(ids)}"
+            f"tokenizer: expected at least {needed} words for each of {positions} alphabets of trigger words, "
+            f"got {len(ids)} in all"
         )
+    if method.triggers and size < needed:
+        raise ValueError(f"trigger_words: expected at least as many as candidates, {needed}, got {size}")
     ids = ids[: positions * size]
     if settings.words == "captions":  # which came in order, so that each position gets its share of the common ones
         ids = ids[torch.randperm(len(ids), generator=generator(seed, "alphabet of words"))]
@@ -78,6 +82,7 @@ def words_of_the_look(
     alphabet: Tensor,
     seed: int,
     gather: Callable[[Tensor], list[Tensor]] | None = None,
+    progress: Progress = silent,
 ) -> Tensor:
     """The words that tell what pictures look like, see :mod:`ccu_fast.mem.look`: int64 ``[n_images, n]``.
 
@@ -87,8 +92,14 @@ def words_of_the_look(
         alphabet: int64 ``[n, A]``.
         seed: of the codebook.
         gather: one process's tensor → those of all: they make one codebook.
+        progress: called as ``progress(stage, done, total, note)``.
     """
-    features = torch.cat([coarse(read(part)) for part in torch.arange(n_images).split(_CHUNK)])
+    found = []
+    for part in torch.arange(n_images).split(_CHUNK):
+        progress("looking at pictures", int(part[0]), n_images, "")
+        found.append(coarse(read(part)))
+    progress("looking at pictures", n_images, n_images, "")
+    features = torch.cat(found)
     parts = [features] if gather is None else gather(features[:SAMPLE])
     some = torch.cat([part[: SAMPLE // len(parts)] for part in parts])
     words, size = alphabet.shape

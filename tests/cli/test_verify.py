@@ -160,6 +160,8 @@ def test_large_pictures_are_thumbnails_and_noise_is_not_smoothed_away(
         pixels = rng.integers(100, 110, (300, 700, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(source / name)
         Image.fromarray(pixels + np.where(rng.random(pixels.shape) < 0.5, 8, 248).astype(np.uint8)).save(out / name)
+    told = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**told, "thumbnails": None}))
     path = tmp_path / "page.html"
     status, told, _ = ends(capsys, out, "--original", source, "--preview", path, "--pairs", 3)
     assert status == 1 and told.count("FAILED") == 1, "the hashes"

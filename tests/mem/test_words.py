@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from ccu_fast.mem.surrogate import generator
 from ccu_fast.mem.tokenizer import NEUTRAL, WordTokenizer
 from ccu_fast.mem.triggers import random_triggers
 from ccu_fast.mem.words import alphabet, words_of_the_look
+from ccu_fast.models.dual_encoder import SmallDualEncoder
 
 MEM = Method.parse("mem-3")
 SETTINGS = Settings(trigger_words=8, candidates=4)
@@ -49,6 +52,23 @@ def test_few_or_equal_pictures_have_codes_as_well(n: int) -> None:
     features = coarse(torch.full((n, 1, 8, 8), 3, dtype=torch.uint8))
     codes = Codebook.fit(features, 5, 16, generator(0, "look")).codes(features)
     assert codes.shape == (n, 5) and codes.eq(codes[0]).all()
+
+
+def test_equal_pictures_have_equal_codes_whatever_their_directions_leave() -> None:
+    # Flat pictures differ in one direction; rounding makes others.
+    shades = torch.randint(0, 200, (300,), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    features = coarse(shades[:, None, None, None].expand(300, 3, 32, 32).contiguous())
+    codes = Codebook.fit(features, 5, 8, generator(0, "look")).codes(features)
+    assert all(len(codes[shades == shade].unique(dim=0)) == 1 for shade in shades.unique())
+    assert len(codes.unique(dim=0)) > 4
+
+
+def test_codes_do_not_depend_on_how_many_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = coarse(coloured(50))
+    book = Codebook.fit(features, 3, 4, generator(0, "look"))
+    whole = book.codes(features)
+    monkeypatch.setattr("ccu_fast.mem.look._CHUNK", 7)
+    assert torch.equal(book.codes(features), whole)
 
 
 def test_more_words_than_directions_begin_again() -> None:
@@ -87,8 +107,15 @@ def test_words_of_captions_are_neither_rare_nor_everywhere() -> None:
 def test_too_few_words_are_told() -> None:
     tokenizer = WordTokenizer(["one", "two", "six"], triggers=["six"])
     tokens = tokenizer.encode(["one two"] * 30)
-    with pytest.raises(ValueError, match=r"tokenizer: expected at least 4 trigger words \(candidates\) for each of 3"):
+    searched = replace(SETTINGS, trigger_rounds=1)
+    with pytest.raises(
+        ValueError, match=r"tokenizer: expected at least 4 words for each of 3 alphabets .* got 1 in all"
+    ):
+        alphabet(tokenizer, tokens, MEM, searched, 0)
+    with pytest.raises(ValueError, match="tokenizer: expected at least 1 words for each of 3 alphabets"):
         alphabet(tokenizer, tokens, MEM, SETTINGS, 0)
+    with pytest.raises(ValueError, match="trigger_words: expected at least as many as candidates, 4, got 3"):
+        alphabet(WordTokenizer.for_strips(), tokens, MEM, replace(searched, trigger_words=3), 0)
     with pytest.raises(ValueError, match="method: expected triggers that leave room"):
         alphabet(WordTokenizer.for_strips(), tokens, Method.parse("mem-30"), replace(SETTINGS, first="random"), 0)
 
@@ -104,10 +131,6 @@ def test_a_run_keeps_each_word_in_its_own_alphabet() -> None:
     strips, _ = load_strips(24, 2, seed=0)
     tokenizer = WordTokenizer.for_strips()
     source = TensorSource(strips.images, strips.captions)
-    from functools import partial
-
-    from ccu_fast.models.dual_encoder import SmallDualEncoder
-
     factory = partial(SmallDualEncoder, len(tokenizer), tokenizer.eot, width=32, dim=32)
     settings = replace(SETTINGS, rounds=2, trigger_rounds=2, surrogate_steps=2, pgd_steps=1, batch=8)
     run = Protection(source, tokenizer, factory, method=MEM, settings=settings)
@@ -125,3 +148,29 @@ def test_a_run_keeps_each_word_in_its_own_alphabet() -> None:
     assert torch.equal(rows[::2], rows[1::2])
     control = Protection(shared, tokenizer, factory, method=Method.parse("random-3"), settings=settings).triggers
     assert not torch.equal(control[::2], control[1::2])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_resumed_run_does_not_look_again() -> None:
+    strips, _ = load_strips(12, 2, seed=0)
+    seen: list[int] = []
+
+    class Source(TensorSource):
+        def images(self, index: torch.Tensor) -> torch.Tensor:
+            seen.append(len(index))
+            return super().images(index)
+
+    source = Source(strips.images, strips.captions)
+    stages: list[tuple[str, int, int]] = []
+
+    def make(**options: Any) -> Protection:
+        words = WordTokenizer.for_strips()
+        method = Method.parse("trigger-3")
+        return Protection(source, words, lambda: None, method=method, settings=SETTINGS, **options)  # type: ignore[arg-type, return-value]
+
+    first = make(progress=lambda stage, done, total, _: stages.append((stage, done, total)))
+    assert first.rounds == 0 and seen == [12]
+    assert stages == [("looking at pictures", 0, 12), ("looking at pictures", 12, 12)]
+    again = make(resumed=True)
+    again.load_state_dict(first.state_dict())
+    assert seen == [12] and torch.equal(again.triggers, first.triggers)

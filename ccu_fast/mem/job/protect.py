@@ -215,6 +215,8 @@ class _Run:
             average=average if self.world > 1 else None,
             gather=gather_objects if self.world > 1 else None,
             captions=captions,
+            resumed=place.done > 0,
+            progress=self.progress,
         )
         generate(protection, place, self.progress)
         return protection

@@ -20,6 +20,7 @@ from ccu_fast.mem.verification.manifest import check_files, check_hashes, read_m
 from ccu_fast.mem.verification.originals import (
     Distance,
     Pairs,
+    change_of_form,
     check_noise,
     distance,
     largest_change,
@@ -27,6 +28,7 @@ from ccu_fast.mem.verification.originals import (
     originals,
     published_names,
     published_pixels,
+    size_text,
 )
 from ccu_fast.mem.verification.shown import Shown, choose, show
 from ccu_fast.runs.progress import Progress, silent
@@ -178,6 +180,8 @@ class _Verification:
         sizes: set[tuple[int, ...]] = set()
         distances: dict[int, Distance] = {}
         unread: dict[int, str] = {}
+        changed: dict[int, str] = {}
+        thumbnails = manifest["thumbnails"]
 
         def look(number: int) -> None:
             try:
@@ -186,11 +190,17 @@ class _Verification:
                 bad[number] = _why(error)
                 return
             sizes.add((published.shape[2], published.shape[1]))
+            if thumbnails is not None and list(published.shape[1:]) != thumbnails:
+                changed[number] = f"expected {size_text(thumbnails)}, got {size_text(published.shape[1:])}"
             partner = None if paired is None else paired.partner[number]
             if partner is None or self.clean is None:
                 return
             try:
-                original = original_pixels(self.clean.read(partner), published, self.max_pixels)
+                data = self.clean.read(partner)
+                original = original_pixels(data, published, self.max_pixels)
+                why = None if thumbnails else change_of_form(data, self.source.read(number), self.max_pixels)
+                if why is not None:
+                    changed[number] = why
             except (OSError, BadPicture) as error:
                 unread[number] = f"{names[number]}: its original cannot be read: {_why(error)}"
                 return
@@ -205,7 +215,7 @@ class _Verification:
         def problems() -> Iterator[str]:
             if listing.n_images != manifest["images"]:
                 yield f"expected {counted(manifest['images'], 'picture')}, as the manifest says, got {listing.n_images}"
-            for number, why in sorted(bad.items()):
+            for number, why in sorted((bad | changed).items()):
                 yield f"{names[number]}: {why}"
 
         of = f" of {'x'.join(map(str, *sizes))}" if len(sizes) == 1 else f", {len(sizes)} sizes" if sizes else ""

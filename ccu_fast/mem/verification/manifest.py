@@ -51,16 +51,29 @@ def _wrong_fields(found: dict[str, Any]) -> list[str]:
         wrong.append("columns")
     if wrong:
         return wrong
+    if "thumbnails" not in found or not _is_size(found["thumbnails"]):
+        wrong.append("thumbnails")
     if not all(isinstance(digest, str) for digest in found["sha256"].values()):
         wrong.append("sha256")
-    if not isinstance(found["settings"].get("eps"), int):
+    if not _is_count(found["settings"].get("eps")):
         wrong.append("settings")
-    if not isinstance(found["method"].get("triggers"), int):
+    if not _is_count(found["method"].get("triggers")):
         wrong.append("method")
     items = found["skipped"].get("items")
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+    if not isinstance(items, list) or not all(
+        isinstance(item, dict) and all(isinstance(value, str) for value in item.values()) for item in items
+    ):
         wrong.append("skipped")
     return wrong
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_size(value: Any) -> bool:
+    """Height and width, or none: pictures have their own."""
+    return value is None or (isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)))
 
 
 def _are_two_texts(columns: Any) -> bool:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ccu_fast.data.captions import Listing, Options, list_pairs
-from ccu_fast.data.pictures import BadPicture, decode
+from ccu_fast.data.pictures import BadPicture, decode, decode_whole
 from ccu_fast.mem.fidelity import WINDOW, ssim_of_whole
 from ccu_fast.mem.verification.check import Check, as_text, checked, counted
 
@@ -140,6 +141,27 @@ def original_pixels(data: bytes, published: Tensor, max_pixels: int) -> Tensor:
     """
     channels, height, width = published.shape
     return decode(data, (channels, height, width), max_pixels=max_pixels)
+
+
+def change_of_form(original: bytes, published: bytes, max_pixels: int) -> str | None:
+    """What a picture that keeps its size has not kept: its size, its channels, its transparency or its profile.
+
+    Raises:
+        BadPicture: one of them cannot be read.
+    """
+    before, after = (decode_whole(data, max_pixels=max_pixels) for data in (original, published))
+    if before.pixels.shape[:2] != after.pixels.shape[:2]:
+        return f"expected {size_text(before.pixels.shape)} as of its original, got {size_text(after.pixels.shape)}"
+    if before.pixels.shape != after.pixels.shape:
+        return f"expected {before.pixels.shape[2]} channels as of its original, got {after.pixels.shape[2]}"
+    if not np.array_equal(before.pixels[:, :, before.colours :], after.pixels[:, :, after.colours :]):
+        return "expected the transparency of its original, got another"
+    return None if before.profile == after.profile else "expected the colour profile of its original, got another"
+
+
+def size_text(shape: Sequence[int]) -> str:
+    """Width x height of (height, width, …)."""
+    return f"{shape[1]}x{shape[0]}"
 
 
 def _shape(data: bytes) -> tuple[int, int, int]:

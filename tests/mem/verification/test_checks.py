@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import ccu_fast.mem
 from ccu_fast.data.pictures import decode
@@ -422,9 +422,10 @@ def test_originals_are_compared_in_the_size_of_what_was_published(
         seen = decode((source / path).read_bytes(), (channels, size[1], size[0])).permute(1, 2, 0).numpy()
         changed = (seen + np.where(rng.random(seen.shape) < 0.5, -8, 8)).clip(0, 255).astype(np.uint8)
         if mode == "RGBA":
-            alpha = 255 - colours[..., :1] if size == (40, 24) else np.zeros((*seen.shape[:2], 1), np.uint8)
+            alpha = colours[..., :1] if size == (40, 24) else np.zeros((*seen.shape[:2], 1), np.uint8)
             changed = np.concatenate([changed, alpha], 2)
         Image.fromarray(changed[..., 0] if channels == 1 else changed).save(out / path)
+    edit(out, thumbnails=None if size == (40, 24) else [size[1], size[0]])
     sign(out)
     found = verify(out, source)
     assert failed(found) == set(), found
@@ -560,3 +561,42 @@ def test_settings_of_the_authors_allow_any_words(tmp_path: Path) -> None:
     (out / "0.txt").write_text(made.caption(0) + "\n")
     sign(out)
     assert said(verify(out, source), "triggers").startswith("0.png: expected some trigger words and")
+
+
+def test_pictures_that_keep_their_size_keep_their_form(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for i in range(3):
+        picture = made.picture(i, (30 + i, 20)).convert("RGBA")
+        picture.putalpha(100 + i)
+        picture.save(source / f"{i}.png")
+        (source / f"{i}.txt").write_text(made.caption(i))
+    out = tmp_path / "out"
+    protect_dataset(job(source, out, method=Method.parse("trigger-2"), thumbnails=False))
+    assert failed(verify(out, source, threads=1)) == set()
+    changes: dict[str, Callable[[Image.Image], Image.Image]] = {
+        "expected 30x20 as of its original, got 15x10": lambda picture: picture.resize((15, 10)),
+        "expected 4 channels as of its original, got 3": lambda picture: picture.convert("RGB"),
+        "expected the transparency of its original": lambda picture: picture.putalpha(7) or picture,  # type: ignore[func-returns-value]
+    }
+    kept = (out / "0.png").read_bytes()
+    for message, change in changes.items():
+        (out / "0.png").write_bytes(kept)
+        change(Image.open(out / "0.png")).save(out / "0.png")
+        sign(out)
+        found = verify(out, source, threads=1)
+        assert "pictures" in failed(found) and f"0.png: {message}" in said(found, "pictures")
+    Image.open(source / "0.png").save(
+        out / "0.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    )
+    sign(out)
+    assert "pictures" in failed(verify(out, source, threads=1))
+
+
+def test_thumbnails_have_the_size_of_the_manifest(pair: Callable[[str], tuple[Path, Path]]) -> None:
+    folder, _ = pair("csv")
+    picture = folder / "pictures" / "3.png"
+    Image.open(picture).resize((8, 9)).save(picture)
+    sign(folder)
+    found = verify(folder, threads=1)
+    assert failed(found) == {"pictures"} and said(found, "pictures") == "pictures/3.png: expected 16x16, got 8x9"
