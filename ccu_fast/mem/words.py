@@ -50,7 +50,7 @@ def alphabet(tokenizer: Tokenizer, tokens: Tensor, method: Method, settings: Set
     needed = settings.candidates if settings.search_rounds else 1
     if method.triggers and len(ids) < positions * needed:
         raise ValueError(
-            f"tokenizer: expected at least {needed} words for each of {positions} alphabets of trigger words, "
+            f"tokenizer: expected at least {needed} trigger words for each of {positions} alphabets, "
             f"got {len(ids)} in all"
         )
     if method.triggers and size < needed:

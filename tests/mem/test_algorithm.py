@@ -152,7 +152,7 @@ class TestTriggers:
     def improve(self, strips: StripSet, length: int, **options: Any) -> tuple[SmallDualEncoder, Tensor, Tensor, Tensor]:
         model = fresh(FACTORY, 1, "test")
         captions = TOKENIZER.encode(strips.captions)
-        start = random_triggers(len(strips), length, TOKENIZER.trigger_ids, generator(0, "t"))
+        start = random_triggers(len(strips), length, TOKENIZER.trigger_ids[None], generator(0, "t"))
         tokens = insert_triggers(captions, start, TOKENIZER)
         with torch.no_grad():
             image = model.encode_image(pixels(strips.images))

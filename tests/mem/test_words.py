@@ -109,10 +109,10 @@ def test_too_few_words_are_told() -> None:
     tokens = tokenizer.encode(["one two"] * 30)
     searched = replace(SETTINGS, trigger_rounds=1)
     with pytest.raises(
-        ValueError, match=r"tokenizer: expected at least 4 words for each of 3 alphabets .* got 1 in all"
+        ValueError, match=r"tokenizer: expected at least 4 trigger words for each of 3 alphabets, got 1 in all"
     ):
         alphabet(tokenizer, tokens, MEM, searched, 0)
-    with pytest.raises(ValueError, match="tokenizer: expected at least 1 words for each of 3 alphabets"):
+    with pytest.raises(ValueError, match="tokenizer: expected at least 1 trigger words for each of 3 alphabets"):
         alphabet(tokenizer, tokens, MEM, SETTINGS, 0)
     with pytest.raises(ValueError, match="trigger_words: expected at least as many as candidates, 4, got 3"):
         alphabet(WordTokenizer.for_strips(), tokens, MEM, replace(searched, trigger_words=3), 0)
