@@ -309,7 +309,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, idle: None, monkeypatch: pytes
 def test_the_space_that_is_expected_is_about_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = made.write_csv(tmp_path / "in", n=40)
     seen: list[float] = []
-    monkeypatch.setattr("ccu_fast.mem.publish.rehearse._size", lambda count: seen.append(count) or "")
+    monkeypatch.setattr("ccu_fast.mem.publish.rehearse.size_text", lambda count: seen.append(count) or "")
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
