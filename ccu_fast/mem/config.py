@@ -94,7 +94,7 @@ class Settings:
         pgd_steps: PGD steps for each batch and round.
         rounds: surrogate steps, then a trigger pass, then a noise pass.
         trigger_rounds: the first rounds, in which HotFlip changes trigger words. None: none where they tell of the
-            look, which the search makes worse (measured in docs/protect.md), else three.
+            look, which the search does not ask for, else three.
         first: where trigger words start. "look": they name what a picture looks like, each word another side of it
             and from words of its own, see :mod:`ccu_fast.mem.look`; "random".
         words: what they are. "captions": words that captions have, of the middle of their frequencies, so that those
