@@ -122,8 +122,8 @@ def evaluate(
     treatment: Annotated[
         list[str] | None,
         typer.Option(
-            help="jpeg, blur, crop, resize, grey, median, nlmeans, learned, no-trigger, some-trigger or some of these "
-            "with a plus: victims of what these leave, too; may be repeated."
+            help="jpeg, blur, crop, resize, grey, median, nlmeans, learned, no-trigger, some-trigger, no-common or some "
+            "of these with a plus: victims of what these leave, too; may be repeated."
         ),
     ] = None,
     zero_shot: Annotated[

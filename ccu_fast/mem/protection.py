@@ -13,6 +13,7 @@ from ccu_fast import check
 from ccu_fast.mem.compat import CompatRound
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.noise import random_noise
+from ccu_fast.mem.placing import PictureHashes, gaps, place_among
 from ccu_fast.mem.round import Phase, Round
 from ccu_fast.mem.source import PairSource, TensorSource
 from ccu_fast.mem.surrogate import ModelFactory, generator
@@ -146,7 +147,16 @@ class Protection:
         every = self.tokens if captions is None else tokenizer.encode(captions)
         self.alphabet = alphabet(tokenizer, every, method, settings, seed)
         rng = generator(seed, "generate" if shard == 0 else f"generate {shard}")
-        self.triggers = self._first_triggers(rng, gather, seed, look=not resumed, progress=progress)
+        hashes = PictureHashes(self._seen) if settings.place == "among" and method.triggers else None
+        self.triggers = self._first_triggers(
+            hashes or self._seen, rng, gather, seed, look=not resumed, progress=progress
+        )
+        self.gaps: Tensor | None = None
+        if hashes is not None:
+            self.gaps = torch.zeros(self.triggers.shape, dtype=torch.int32)
+            if not resumed:
+                found = hashes.of_all(source.n_images)
+                self.gaps = gaps(source.captions, source.image_of, found, method.triggers, seed)
         self.next_round = 0
         self._steps: Iterator[None] | None = None  # of a round that was begun
         kind = CompatRound if settings.compat else Round if self.pictures is None else ViewRound
@@ -162,6 +172,7 @@ class Protection:
             tokens=self.tokens,
             triggers=self.triggers,
             alphabet=self.alphabet,
+            gaps=self.gaps,
             device=self.device,
             execution=Execution() if execution is None else execution,
             average=average,
@@ -221,7 +232,8 @@ class Protection:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the noise, which the store holds; tensors are copies, on the CPU where torch allows."""
         worker = self.worker.state_dict()  # first: it takes over the triggers that were found
-        return {"next_round": self.next_round, "triggers": self.triggers.clone(), "worker": worker}
+        words = {"triggers": self.triggers.clone(), "gaps": None if self.gaps is None else self.gaps.clone()}
+        return {"next_round": self.next_round, **words, "worker": worker}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, with the same source, method, settings and seed, and the noise of that time.
@@ -233,6 +245,8 @@ class Protection:
         self._steps = None
         self.worker.load_state_dict(state["worker"])
         self.triggers.copy_(state["triggers"])
+        if self.gaps is not None:
+            self.gaps.copy_(state["gaps"])
         self.next_round = int(state["next_round"])
 
     def published_images(self, index: Tensor) -> Tensor:
@@ -258,6 +272,8 @@ class Protection:
         """
         captions = [self.source.captions[row] for row in rows.tolist()]
         triggers = self.triggers[rows]
+        if self.gaps is not None:
+            return place_among(captions, self.tokenizer.decode(triggers), self.gaps[rows])
         if triggers.shape[1] and not self.settings.compat:
             lost = (~survivors(captions, self.tokens[rows], triggers, self.tokenizer)).nonzero()
             if len(lost):
@@ -265,8 +281,15 @@ class Protection:
                 raise RuntimeError(f"row {row}: its trigger does not come back from decode and encode")
         return with_triggers(captions, triggers, self.tokenizer)
 
+    def _seen(self, index: Tensor) -> Tensor:
+        """What the model sees of clean pictures."""
+        if self.pictures is None:
+            return self.source.images(index)
+        return self.pictures.views(index, torch.empty(0, len(index), 3)).pixels[0]
+
     def _first_triggers(
         self,
+        read: Callable[[Tensor], Tensor],
         rng: torch.Generator,
         gather: Callable[[Tensor], list[Tensor]] | None,
         seed: int,
@@ -277,13 +300,6 @@ class Protection:
         method, settings = self.method, self.settings
         if settings.first == "random" or settings.compat or not (look and method.generates and method.triggers):
             return first_triggers(len(self.tokens), method.triggers, self.alphabet, self.tokenizer, rng, settings)
-        pictures = self.pictures
-
-        def read(index: Tensor) -> Tensor:
-            if pictures is None:
-                return self.source.images(index)
-            return pictures.views(index, torch.empty(0, len(index), 3)).pixels[0]
-
         return words_of_the_look(read, self.source.n_images, self.alphabet, seed, gather, progress)[
             self.source.image_of
         ]

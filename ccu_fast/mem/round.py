@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ccu_fast.losses.functional import info_nce
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.noise import pgd
+from ccu_fast.mem.placing import place_among
 from ccu_fast.mem.source import PairSource, read_ahead
 from ccu_fast.mem.surrogate import ModelFactory, batch_count, batches, fresh, frozen, optimizer_for, pixels, train_step
 from ccu_fast.mem.triggers import improve_triggers, insert_triggers, survivors, trim
@@ -63,6 +64,7 @@ class Round:
     tokens: Tensor
     triggers: Tensor
     alphabet: Tensor
+    gaps: Tensor | None
     device: torch.device
     execution: Execution
     average: Callable[[Iterable[nn.Parameter]], None] | None = None
@@ -312,13 +314,19 @@ class Round:
 
     def _text(self, rows: Tensor) -> Tensor:
         """Captions with triggers; in a share of the calls another row's caption behind one's own trigger."""
-        captions = self.tokens[rows]
+        captions = rows
         if self.method.triggers and torch.rand((), generator=self.rng) < self.settings.shuffle:
-            captions = captions[torch.randperm(len(rows), generator=self.rng)]
+            captions = rows[torch.randperm(len(rows), generator=self.rng)]
         return self._ids(captions, rows)
 
     def _ids(self, captions: Tensor, rows: Tensor) -> Tensor:
-        tokens = insert_triggers(captions, self.triggers[rows], self.tokenizer)
+        """Captions of some rows with the triggers of others."""
+        if self.gaps is None:
+            tokens = insert_triggers(self.tokens[captions], self.triggers[rows], self.tokenizer)
+        else:
+            texts = [self.source.captions[row] for row in captions.tolist()]
+            words = self.tokenizer.decode(self.triggers[rows])
+            tokens = self.tokenizer.encode(place_among(texts, words, self.gaps[rows]))
         return moved(trim(tokens, self.tokenizer.eot), self.device)
 
     def _keep(self, rows: Tensor, found: Tensor) -> None:

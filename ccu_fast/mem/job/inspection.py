@@ -69,7 +69,7 @@ def inspect(
             progress("checking pictures", done, n, "")
 
         seen = scan(source, images, told, whole=not job.thumbnails)
-        triggers = 0 if job.settings.compat else job.method.triggers
+        triggers = job.method.triggers if job.settings.place == "front" and not job.settings.compat else 0
         bad = unreadable_captions(listing, images, model.tokenizer, triggers)
         bad |= unwritable_samples(source, images)
         bad |= unwritable_files(listing, folder) if files else {}
