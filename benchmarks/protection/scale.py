@@ -3,7 +3,7 @@
 Sets of pictograms, each the beginning of the next, are protected by the command with the same settings: CPU time by
 stage, peak memory and disk. Then the largest run is done again and killed (SIGKILL) at random moments, one in each
 tenth of its work (with 10 kills); the same command follows each kill. Nothing is stored unless every file is that of
-the uninterrupted run. The figures go to scale.json beside this file, their plot to scale.svg.
+the uninterrupted run. The figures go to scale.json beside this file, their plot to scale.svg, tables to SCALE.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from benchmarks.protection import scale_page
 
 DEPTH = 2  # a line for a size, and one for a kill
 RESULTS = Path(__file__).parent / "scale.json"
+PAGE = RESULTS.with_name("SCALE.md")
 SIZES = (2_500, 5_000, 10_000, 20_000)
 THINGS = 3_642  # that all four artists have drawn, skin tones counted
 ARTISTS = ("google", "twitter", "facebook", "apple")
@@ -86,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.store(a.out, found, DEPTH)
     stored = json.loads(a.out.read_text())
     scale_page.draw(stored, a.out.with_suffix(".svg"))
+    if a.out == RESULTS:
+        PAGE.write_text(scale_page.page(stored))
     print(scale_page.text(stored))
     return 0
 
@@ -95,12 +99,13 @@ def marked(marks: Path, words: list[str]) -> int:
     from ccu_fast.cli import main as cli
     from ccu_fast.cli import mem
     from ccu_fast.mem.job import generation
+    from ccu_fast.runs.progress import silent
 
     generation.TOLD = 0.0  # each batch names its phase
     inner = mem.protect_dataset
     with marks.open("a", buffering=1) as file:
 
-        def noted(job: Any, progress: Callable[..., None]) -> dict[str, Any]:
+        def noted(job: Any, progress: Callable[..., None] = silent) -> dict[str, Any]:
             def both(stage: str, done: int, total: int, note: str) -> None:
                 file.write(f"{time.process_time():.3f}\t{stage}\t{done}\t{total}\t{note.partition(', loss')[0]}\n")
                 progress(stage, done, total, note)
@@ -208,11 +213,10 @@ def cpu_of(pid: int) -> float:
 def on_disk(folder: Path) -> int:
     """Bytes that a folder takes; files may vanish meanwhile."""
     taken = 0
-    for path in folder.rglob("*") if folder.is_dir() else ():
-        try:
-            taken += 512 * path.lstat().st_blocks
-        except FileNotFoundError:
-            continue
+    for inside, _, files in os.walk(folder):
+        for name in files:
+            with suppress(FileNotFoundError):
+                taken += 512 * os.lstat(os.path.join(inside, name)).st_blocks
     return taken
 
 
