@@ -165,7 +165,7 @@ class Workplace:
         name = f"{self.rank}.noise"
         if noise or not _linked(before / name, folder / name):
             protection.store.save(folder / name, tag=self.key)
-        state = protection.state_dict()
+        state = protection.state()
         if self.rank:
             state["worker"] = {name: value for name, value in state["worker"].items() if name not in SHARED}
         write_state(folder / f"{self.rank}.pt", state)
