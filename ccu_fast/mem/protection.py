@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,10 +231,13 @@ class Protection:
         return self.worker.phases(index)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the noise, which the store holds; tensors are copies, on the CPU where torch allows."""
-        worker = self.worker.state_dict()  # first: it takes over the triggers that were found
-        words = {"triggers": self.triggers.clone(), "gaps": None if self.gaps is None else self.gaps.clone()}
-        return {"next_round": self.next_round, **words, "worker": worker}
+        """Everything but the noise, which the store holds; tensors are copies."""
+        return deepcopy(self.state())
+
+    def state(self) -> dict[str, Any]:
+        """The same without copies, to be written at once."""
+        worker = self.worker.state()  # first: it takes over the triggers that were found
+        return {"next_round": self.next_round, "triggers": self.triggers, "gaps": self.gaps, "worker": worker}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, with the same source, method, settings and seed, and the noise of that time.

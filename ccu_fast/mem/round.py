@@ -163,10 +163,13 @@ class Round:
     def renew(self, purpose: str) -> None:
         """A surrogate as the factory makes it, and its optimiser."""
         s = self.settings
+        if self.model is not None:  # the one before goes first, so that there are never two
+            self.model = None
+            del self.optimizer, self.encode_image
         self.model = fresh(self.factory, self.seed, purpose, self.device)
         if self.execution.channels_last:
             cast(nn.Module, self.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = optimizer_for(self.surrogate, s.lr, s.weight_decay, s.beta2)
+        self.optimizer: torch.optim.AdamW = optimizer_for(self.surrogate, s.lr, s.weight_decay, s.beta2)
         self.encode_image: Callable[[Tensor], Tensor] = self.surrogate.encode_image
         if self.execution.compile is not None:
             self.encode_image = torch.compile(self.encode_image, mode=self.execution.compile, dynamic=False)
@@ -254,6 +257,10 @@ class Round:
 
     def state_dict(self) -> dict[str, Any]:
         """Surrogate, optimiser, random state, losses, what is left of a round that was begun; copies."""
+        return deepcopy(self.state())
+
+    def state(self) -> dict[str, Any]:
+        """The same without copies, which would take three times the surrogate's weights; it changes with the run."""
         self.settle()
         state: dict[str, Any] = {"rng": self.rng.get_state(), "losses": self.losses, "todo": self.todo}
         place = self.place
@@ -266,7 +273,7 @@ class Round:
         }
         if self.model is not None:
             state |= {"model": cast(nn.Module, self.model).state_dict(), "optimizer": self.optimizer.state_dict()}
-        return deepcopy(state)
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
