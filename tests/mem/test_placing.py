@@ -162,6 +162,6 @@ def test_a_dataset_on_the_disk(tmp_path: Path) -> None:
     assert tree(tmp_path / "out") == tree(tmp_path / "again"), "drawn from the originals, not at random"
     found = verify(tmp_path / "out", source)
     assert found["passed"] and "2 words among the words of" in found["checks"]["triggers"]["told"]
-    table = tmp_path / "out" / "train.csv"
-    table.write_text(table.read_text().replace("\n", " more\n"))
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"place": "among"', '"place": "front"'))
     assert not verify(tmp_path / "out", source)["checks"]["triggers"]["passed"]
