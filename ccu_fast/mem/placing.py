@@ -5,15 +5,16 @@ caption's words, other gaps for each caption::
 
     gap_j = ⌊u_j (w + 1)⌋,    u_1 ≤ … ≤ u_n uniform in [0, 1),    w words in the caption
 
-The u are drawn from a hash of the clean picture and the caption, which only those know who have the originals: were
-they drawn from the seed, which a manifest tells, or from the caption alone, words could be found out by trying.
+The u are drawn from one hash of all clean captions, which only those know who have the originals: were they drawn from
+the seed, which a manifest tells, or from what is published as it came, such as the row's own words or, without noise,
+its picture, words could be found out by trying. Nobody can try the places of all captions at once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,49 +22,26 @@ from torch import Tensor
 
 _WORD = re.compile(r"\S+")
 _BITS = 31  # of a u
-_CHUNK = 256
 
 
-class PictureHashes:
-    """Hashes of clean pictures, taken while they are read anyway, in their order.
-
-    Args:
-        read: int64 ``[k]`` image numbers → uint8 ``[k, C, H, W]``.
-    """
-
-    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
-        self._read = read
-        self.found: dict[int, bytes] = {}
-
-    def __call__(self, index: Tensor) -> Tensor:
-        images = self._read(index)
-        for number, image in zip(index.tolist(), images.cpu(), strict=True):
-            self.found[number] = hashlib.sha256(image.contiguous().numpy().tobytes()).digest()
-        return images
-
-    def of_all(self, n_images: int) -> dict[int, bytes]:
-        """Of every picture; those that were not read yet are."""
-        for part in torch.arange(n_images).split(_CHUNK):
-            if not self.found.keys() >= set(part.tolist()):
-                self(part)
-        return self.found
-
-
-def gaps(captions: Sequence[str], image_of: Tensor, hashes: dict[int, bytes], length: int, seed: int) -> Tensor:
+def gaps(captions: Sequence[str], rows: int, length: int, seed: int, shard: int = 0) -> Tensor:
     """Where each of ``length`` words of each row stands, as 31-bit fractions that do not decrease: int32 ``[rows, n]``.
 
     Args:
-        captions: one for each row.
-        image_of: int64 ``[rows]``.
-        hashes: of the clean pictures, by their numbers.
+        captions: all clean captions of the dataset.
+        rows: how many captions get words here.
         length: n.
         seed: of the run.
+        shard: of which part of the dataset the rows are.
     """
-    found = np.empty((len(captions), length), np.int32)
-    for row, (caption, image) in enumerate(zip(captions, image_of.tolist(), strict=True)):
-        told = b"\0".join((str(seed).encode(), hashes[image], caption.encode("utf-8", "surrogatepass")))
-        drawn = np.frombuffer(hashlib.shake_256(told).digest(4 * length), "<u4")
-        found[row] = np.sort(drawn >> (32 - _BITS))
+    secret = hashlib.sha256(f"{seed} {shard}".encode())
+    for caption in captions:
+        text = caption.encode("utf-8", "surrogatepass")
+        secret.update(len(text).to_bytes(8, "little") + text)  # with its length, so that joints count too
+    found = np.empty((rows, length), np.int32)
+    for row in range(rows):
+        drawn = hashlib.shake_256(secret.digest() + row.to_bytes(8, "little")).digest(4 * length)
+        found[row] = np.sort(np.frombuffer(drawn, "<u4") >> (32 - _BITS))
     return torch.from_numpy(found)
 
 

@@ -14,7 +14,7 @@ from ccu_fast import check
 from ccu_fast.mem.compat import CompatRound
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.noise import random_noise
-from ccu_fast.mem.placing import PictureHashes, gaps, place_among
+from ccu_fast.mem.placing import gaps, place_among
 from ccu_fast.mem.round import Phase, Round
 from ccu_fast.mem.source import PairSource, TensorSource
 from ccu_fast.mem.surrogate import ModelFactory, generator
@@ -83,7 +83,8 @@ class Protection:
         shard: number of this process's part. Surrogates start alike in every shard; orders and captions differ.
         average: called with the surrogate's parameters before each of its optimiser steps, to average gradients.
         gather: where processes share a dataset: one's tensor → those of all.
-        captions: where processes share a dataset: all of its captions, from which all choose the same words.
+        captions: where processes share a dataset: all of its captions, from which all choose the same words, and their
+            places.
         resumed: :meth:`load_state_dict` follows, so pictures need not be looked at for their first trigger words.
         progress: called as ``progress(stage, done, total, note)`` while they are.
 
@@ -148,16 +149,11 @@ class Protection:
         every = self.tokens if captions is None else tokenizer.encode(captions)
         self.alphabet = alphabet(tokenizer, every, method, settings, seed)
         rng = generator(seed, "generate" if shard == 0 else f"generate {shard}")
-        hashes = PictureHashes(self._seen) if settings.place == "among" and method.triggers else None
-        self.triggers = self._first_triggers(
-            hashes or self._seen, rng, gather, seed, look=not resumed, progress=progress
-        )
+        self.triggers = self._first_triggers(rng, gather, seed, look=not resumed, progress=progress)
         self.gaps: Tensor | None = None
-        if hashes is not None:
-            self.gaps = torch.zeros(self.triggers.shape, dtype=torch.int32)
-            if not resumed:
-                found = hashes.of_all(source.n_images)
-                self.gaps = gaps(source.captions, source.image_of, found, method.triggers, seed)
+        if settings.place == "among" and method.triggers:
+            every_caption = source.captions if captions is None else captions
+            self.gaps = gaps(every_caption, len(source.captions), method.triggers, seed, shard)
         self.next_round = 0
         self._steps: Iterator[None] | None = None  # of a round that was begun
         kind = CompatRound if settings.compat else Round if self.pictures is None else ViewRound
@@ -237,7 +233,7 @@ class Protection:
     def state(self) -> dict[str, Any]:
         """The same without copies, to be written at once."""
         worker = self.worker.state()  # first: it takes over the triggers that were found
-        return {"next_round": self.next_round, "triggers": self.triggers, "gaps": self.gaps, "worker": worker}
+        return {"next_round": self.next_round, "triggers": self.triggers, "worker": worker}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, with the same source, method, settings and seed, and the noise of that time.
@@ -249,8 +245,6 @@ class Protection:
         self._steps = None
         self.worker.load_state_dict(state["worker"])
         self.triggers.copy_(state["triggers"])
-        if self.gaps is not None:
-            self.gaps.copy_(state["gaps"])
         self.next_round = int(state["next_round"])
 
     def published_images(self, index: Tensor) -> Tensor:
@@ -293,7 +287,6 @@ class Protection:
 
     def _first_triggers(
         self,
-        read: Callable[[Tensor], Tensor],
         rng: torch.Generator,
         gather: Callable[[Tensor], list[Tensor]] | None,
         seed: int,
@@ -304,7 +297,7 @@ class Protection:
         method, settings = self.method, self.settings
         if settings.first == "random" or settings.compat or not (look and method.generates and method.triggers):
             return first_triggers(len(self.tokens), method.triggers, self.alphabet, self.tokenizer, rng, settings)
-        return words_of_the_look(read, self.source.n_images, self.alphabet, seed, gather, progress)[
+        return words_of_the_look(self._seen, self.source.n_images, self.alphabet, seed, gather, progress)[
             self.source.image_of
         ]
 

@@ -12,7 +12,7 @@ import torch
 
 from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.job import protect_dataset
-from ccu_fast.mem.placing import PictureHashes, gaps, place_among, stands_among
+from ccu_fast.mem.placing import gaps, place_among, stands_among
 from ccu_fast.mem.protection import Protection
 from ccu_fast.mem.source import TensorSource
 from ccu_fast.mem.tokenizer import WordTokenizer
@@ -58,42 +58,38 @@ def test_other_words_than_the_captions_are_noticed(published: str) -> None:
     assert not stands_among(published, "a red fox", 2)
 
 
-def test_gaps_are_even_and_other_ones_for_each_caption() -> None:
-    captions = [f"caption {i}" for i in range(2000)]
-    found = gaps(captions, torch.zeros(2000, dtype=torch.int64), {0: b"picture"}, 3, 0)
+def test_gaps_are_even_and_other_ones_for_each_row() -> None:
+    found = gaps(CAPTIONS, 2000, 3, 0)
     assert found.shape == (2000, 3) and (found[:, 1:] >= found[:, :-1]).all() and (found >= 0).all()
     quarters = torch.bincount((found.double() / ONE * 4).long().flatten(), minlength=4) / 6000
     assert (quarters - 0.25).abs().max() < 0.03
     assert len(found.unique(dim=0)) == 2000
 
 
-def test_gaps_depend_on_the_picture_the_caption_and_the_seed() -> None:
-    def of(picture: bytes = b"1", caption: str = "a fox", seed: int = 0) -> list[int]:
-        return gaps([caption], torch.tensor([0]), {0: picture}, 8, seed)[0].tolist()
+def test_gaps_depend_on_every_caption_the_seed_and_the_part() -> None:
+    def of(captions: list[str] = CAPTIONS, seed: int = 0, shard: int = 0) -> list[list[int]]:
+        return gaps(captions, 4, 8, seed, shard).tolist()
 
-    assert of() == of() and len({tuple(of(*args)) for args in [(), (b"2",), (b"1", "a dog"), (b"1", "a fox", 1)]}) == 4
-
-
-def test_pictures_are_read_once_for_their_hashes() -> None:
-    asked: list[int] = []
-
-    def read(index: torch.Tensor) -> torch.Tensor:
-        asked.extend(index.tolist())
-        return IMAGES[index]
-
-    hashes = PictureHashes(read)
-    assert torch.equal(hashes(torch.arange(N)), IMAGES)
-    assert len(set(hashes.of_all(N).values())) == N and sorted(asked) == list(range(N))
-    again = PictureHashes(read)
-    assert again.of_all(N) == hashes.found and sorted(asked) == sorted([*range(N), *range(N)])
+    others = (
+        {},
+        {"captions": [*CAPTIONS[:-1], "another"]},
+        {"captions": CAPTIONS[1:]},
+        {"captions": [CAPTIONS[0] + CAPTIONS[1], *CAPTIONS[2:]]},
+        {"seed": 1},
+        {"shard": 1},
+    )
+    made = [of(**other) for other in others]  # type: ignore[arg-type]
+    assert of() == made[0]
+    for row in range(4):
+        assert len({tuple(rows[row]) for rows in made}) == len(others), "one hash of all of them for every row"
 
 
-def test_a_pixel_of_the_clean_picture_moves_the_words() -> None:
-    other = IMAGES.clone()
-    other[0, 0, 0, 0] ^= 1
-    one, two = run().gaps, run(images=other).gaps
-    assert one is not None and two is not None
-    assert not torch.equal(one[0], two[0]) and torch.equal(one[1:], two[1:])
+def test_what_is_published_as_it_came_does_not_tell_the_places() -> None:
+    """The seed, the picture and a row's own caption are known to who tries places; another caption changes them."""
+    captions = [*CAPTIONS[:-1], "item of shelf 1"]
+    first, other = run(method="trigger-3"), run(method="trigger-3", captions=captions)
+    assert first.gaps is not None and other.gaps is not None
+    assert (first.gaps != other.gaps).any(1).all()
 
 
 @pytest.mark.parametrize("method", ["mem-3", "trigger-3", "random-3"])
@@ -128,7 +124,6 @@ def test_a_resumed_run_has_the_words_where_they_were() -> None:
         whole.round(i)
     begun.advance()
     resumed = run(resumed=True)
-    assert resumed.gaps is not None and not resumed.gaps.any(), "pictures are not read again for it"
     resumed.load_state_dict(begun.state_dict())
     while resumed.next_round < resumed.rounds:
         resumed.advance()
