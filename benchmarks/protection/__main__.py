@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment, results, summary
+from benchmarks.protection import frontier
 from ccu_fast.mem import Method, Recipe, Settings
 from ccu_fast.mem.job.treatments import OF_CAPTIONS, OF_PICTURES, OF_TRIGGERS
 from ccu_fast.mem.study import STRANGERS, Task, digit_strips, pictograms, run_task
@@ -123,6 +124,15 @@ _SECTION = """
 
 """
 
+_COSTS = """
+What the generator costs (`python -m benchmarks.protection --task {task} --packages DIR --costs`: one run, one thread,
+pictures in memory):
+
+{table}
+
+![R@1 that is left over the cost of a picture, and over ε]({task}.svg)
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compute what is missing, then print the table."""
@@ -134,11 +144,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", help="default: those of the task")
     parser.add_argument("--tried", nargs="*", help="methods that meet other victims and treatments, too")
     parser.add_argument("--victims", nargs="*", default=[*STRANGERS, *TREATMENTS], help="which victims and treatments")
+    parser.add_argument("--costs", action="store_true", help="measure what the methods cost, instead")
     parser.add_argument("--show", action="store_true", help="print the table of what there is")
     parser.add_argument("--page", action="store_true", help="write README.md beside this file, from all stored figures")
     arguments = parser.parse_args(argv)
     if arguments.page:
         PAGE.write_text(page())
+        for task in STUDIES:
+            there = json.loads((PAGE.parent / f"{task}.json").read_text())
+            if "costs" in there:
+                frontier.draw(there, PAGE.parent / f"{task}.svg")
         FRONT.write_text(summary.splice(FRONT.read_text(), fragment(), BEGIN, END))
         return 0
     study = STUDIES[arguments.task]
@@ -154,6 +169,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{out} holds another setting; name another --out", file=sys.stderr)
             return 2
     methods = arguments.methods or study.methods
+    if arguments.costs:
+        stored["costs"] = {
+            name: frontier.cost(_task(arguments, 0), *study.of(name)) for name in methods if name != "clean"
+        }
+        results.store(out, stored, DEPTH)
+        print(frontier.table(stored["costs"]))
+        return 0
     tried = study.tried if arguments.tried is None else arguments.tried
     for seed in [] if arguments.show else arguments.seeds:
         for method in methods:
@@ -224,7 +246,8 @@ def page() -> str:
     """README.md: a table for each task."""
     text = _HEAD
     for task, study in STUDIES.items():
-        parts = json.loads((PAGE.parent / f"{task}.json").read_text())["parts"]
+        stored = json.loads((PAGE.parent / f"{task}.json").read_text())
+        parts = stored["parts"]
         guessing = next(part["guessing"] for part in parts.values() if "guessing" in part)
         text += _SECTION.format(
             task=task,
@@ -233,6 +256,8 @@ def page() -> str:
             chance=", ".join(f"R@{name[1:]} {share:.4f}" for name, share in guessing.items()),
         )
         text += table(parts) + "\n"
+        if "costs" in stored:
+            text += _COSTS.format(task=task, table=frontier.table(stored["costs"]))
     return text
 
 
