@@ -33,10 +33,15 @@ def table(costs: dict[str, float]) -> str:
     return "\n".join(lines + [f"| {name} | {value:.2f} |" for name, value in costs.items()])
 
 
-def left(parts: dict[str, Any], name: str) -> float | None:
-    """R@1 of the best epoch, the mean of both directions and of all seeds."""
-    values = [part["best"] for key, part in parts.items() if key.count("/") == 1 and key.split("/")[0] == name]
-    return mean((value["i2t_r1"] + value["t2i_r1"]) / 2 for value in values) if values else None
+def left(parts: dict[str, Any], method: str, victim: str = "") -> float | None:
+    """R@1 of the best epoch, the mean of both directions and of all seeds; None where there is no such victim."""
+    best = [part["best"] for name, part in parts.items() if _split(name) == (method, victim)]
+    return mean((value["i2t_r1"] + value["t2i_r1"]) / 2 for value in best) if best else None
+
+
+def _split(name: str) -> tuple[str, str]:
+    method, _, *victim = name.split("/")
+    return method, "".join(victim)
 
 
 def draw(stored: dict[str, Any], path: Path) -> None:
