@@ -43,11 +43,6 @@ class Method:
         return self.noise in NOISE_KINDS[3:] or (self.noise == "none" and self.triggers > 0)
 
     @property
-    def draws(self) -> bool:
-        """Whether the noise is drawn at once, the same every time."""
-        return self.noise in ("random", "words")
-
-    @property
     def looks(self) -> bool:
         """Whether trigger words may tell of the look."""
         return self.triggers > 0 and self.noise != "random"

@@ -76,9 +76,9 @@ class Protection:
         factory: makes a surrogate, with random weights or from a checkpoint.
         method: what to make; "clean" returns the data as it is.
         settings: budget and schedule.
-        seed: everything random depends on it alone.
+        seed: everything random depends on it alone; the patterns of text-noise on the pictures.
         noise_store: int8, one row for each image (for "uap" one row): where the noise is kept, and what a continued
-            run starts from. Default: a new one on ``device``.
+            run starts from; "random" and "text-noise" write it anew. Default: a new one on ``device``.
         device: of surrogate and noise.
         execution: autocast, memory order, compilation.
         shard: number of this process's part. Surrogates start alike in every shard; orders and captions differ.
@@ -174,9 +174,9 @@ class Protection:
             execution=Execution() if execution is None else execution,
             average=average,
         )
-        if noise_store is None and method.noise == "random":
+        if method.noise == "random":
             self._random_noise(seed, shard)
-        if noise_store is None and method.noise == "words":
+        if method.noise == "words":
             self._text_noise(gather, progress)
 
     @property

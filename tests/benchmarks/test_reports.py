@@ -19,7 +19,7 @@ from benchmarks.distributed import __main__ as distributed
 from benchmarks.environment import REPOSITORY
 from benchmarks.exactness import __main__ as exactness
 from benchmarks.protection import __main__ as protection
-from benchmarks.protection import scale, scale_page
+from benchmarks.protection import frontier, scale, scale_page
 from benchmarks.results import Row
 from benchmarks.unlearning import __main__ as unlearning
 
@@ -236,7 +236,29 @@ def test_the_committed_page_of_protection_is_what_its_files_make() -> None:
     assert protection.page() == protection.PAGE.read_text()
     front = protection.FRONT.read_text()
     assert summary.splice(front, protection.fragment(), protection.BEGIN, protection.END) == front
-    assert protection.BEGIN in front
+    manual = protection.MANUAL.read_text()
+    assert summary.splice(manual, protection.strengths(), protection.BEGIN, protection.END) == manual
+    assert protection.BEGIN in front and protection.BEGIN in manual
+
+
+def test_a_strength_is_a_row_and_a_variant_has_its_settings() -> None:
+    study = protection.STUDIES["pictograms"]
+    assert study.of("mem-8")[1] == study.settings
+    method, settings = study.of("mem-12, words among, eps 16")
+    assert (method, settings.place, settings.eps) == ("mem-12", "among", 16)
+    assert study.of("mem-3, searched words") == ("mem-3", study.searched)
+    with pytest.raises(ValueError, match="words in the middle"):
+        study.of("mem-3, words in the middle")
+
+
+def test_what_is_left_of_a_method_is_the_mean_of_seeds_and_directions() -> None:
+    def part(i2t: float, t2i: float) -> dict[str, Any]:
+        return {"best": {"i2t_r1": i2t, "t2i_r1": t2i}}
+
+    parts = {"a/0": part(0.1, 0.2), "a/1": part(0.3, 0.4), "a/0/blur": part(0.5, 0.7), "a, eps 4/0": part(1.0, 1.0)}
+    assert frontier.left(parts, "a") == pytest.approx(0.25)
+    assert frontier.left(parts, "a", "blur") == pytest.approx(0.6)
+    assert frontier.left(parts, "a", "crop") is None
 
 
 def test_the_committed_page_of_sets_of_any_size_is_what_its_file_makes() -> None:

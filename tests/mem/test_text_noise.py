@@ -131,9 +131,8 @@ def test_words_cannot_be_searched_without_a_surrogate() -> None:
 def test_a_dataset_on_the_disk(tmp_path: Path, method: str, thumbnails: bool) -> None:
     settings = replace(TINY, trigger_rounds=0, place="among")
     source = made.write_csv(tmp_path / "in")
+    options: dict[str, Any] = {"settings": settings, "method": Method.parse(method), "thumbnails": thumbnails}
     for name in ("out", "again"):
-        protect_dataset(
-            job(source, tmp_path / name, settings=settings, method=Method.parse(method), thumbnails=thumbnails)
-        )
+        protect_dataset(job(source, tmp_path / name, **options, noise_on_disk=name == "again"))
     assert tree(tmp_path / "out") == tree(tmp_path / "again")
     assert verify(tmp_path / "out", source)["passed"]

@@ -203,10 +203,8 @@ class _Run:
 
     def _generate(self, place: Workplace, part: Part, model: Model, captions: Sequence[str]) -> Protection:
         job = self.job
-        store = None
-        if not job.method.draws:  # which the protection does itself, the same every time
-            rows = 1 if job.method.noise == "universal" else part.n_images
-            store = place.store(rows, part.noise_shape, job.device, on_disk=job.noise_on_disk)
+        rows = 1 if job.method.noise == "universal" else part.n_images
+        store = place.store(rows, part.noise_shape, job.device, on_disk=job.noise_on_disk)
 
         def average(parameters: Iterable[nn.Parameter]) -> None:
             average_surrogate(parameters, cast(nn.Module, protection.worker.surrogate).buffers())
