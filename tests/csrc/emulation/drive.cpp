@@ -224,10 +224,10 @@ void topk_cases() {
   topk(1, 40, 8, 39, CCU_TOPK_SCAN, false);
   topk(1, 2100, 3, 9, CCU_TOPK_ZERO, false);
   topk(2, 700, 20, 16, CCU_TOPK_SCAN, false);
-  topk(1, 700, 20, 16, CCU_TOPK_SCAN, false, true);
-  for (bool filter : {false, true}) topk(1, 700, 20, 16, CCU_TOPK_SCAN, false, filter, false);
+  topk(2, 700, 20, 16, CCU_TOPK_SCAN, false, true);
+  for (bool filter : {false, true}) topk(2, 700, 20, 16, CCU_TOPK_SCAN, false, filter, false);
   topk(1, 2100, 3, 300, CCU_TOPK_EXACT, false);
-  topk(1, 2600, 1, 5, CCU_TOPK_SCAN, true);    // more ties than a block holds
+  topk(1, 5000, 1, 5, CCU_TOPK_SCAN, true);    // more ties than a block holds
   topk(1, 17000, 3, 4, CCU_TOPK_SCAN, false);  // groups of more than one step
 }
 
