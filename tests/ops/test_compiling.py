@@ -32,6 +32,7 @@ from ccu_fast.ops import operator
 from ccu_fast.ops.reduce_similarity.operator import flat
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
 from tests.losses.test_functional import ALL_LOSSES
+from tests.support.presence import require_backend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -229,8 +230,17 @@ def _fresh() -> Any:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ALL_LOSSES)
+# The reference keeps nothing of any loss, so that to the compiler they differ by what is around the operator alone.
+ON_THE_REFERENCE = ("info_nce", "bounded, labels", "distill")
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "native") for name in ALL_LOSSES), *((name, "reference") for name in ON_THE_REFERENCE)],
+)
 def test_compiles_whole(name: str, backend: str) -> None:
+    require_backend(backend)
+
     def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         return ALL_LOSSES[name](x, y, scale=scale, backend=backend)
 
@@ -260,8 +270,10 @@ def test_modules_compile_whole(name: str, backend: str) -> None:
         parameter.grad = None
 
 
-@pytest.mark.parametrize("workspace", [0, None])
+@pytest.mark.parametrize(("workspace", "backend"), [(0, "native"), (None, "native"), (None, "reference")])
 def test_one_graph_serves_any_batch(workspace: int | None, backend: str) -> None:
+    require_backend(backend)
+
     def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         return info_nce(x, y, scale=scale, backend=backend, workspace=workspace)
 
@@ -286,9 +298,10 @@ def test_one_graph_serves_any_batch_with_a_teacher(backend: str) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("guided", "backend"), [(False, "native"), (True, "native"), (True, "reference")])
 def test_one_graph_serves_any_batch_with_limits(guided: bool, backend: str) -> None:
     """Limits made from the features inside the graph, and counts of what they leave."""
+    require_backend(backend)
 
     def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         u, v = x[:, :5], y[:, :5]
