@@ -70,8 +70,9 @@ class Plan:
 
         cxx_flags = [*CXX_FLAGS, *self.extra_cxx]
         python = [f"-isystem{self.pybind_include}", f"-isystem{sysconfig.get_path('include')}"]
-        for source in sorted((self.csrc / "bindings").glob("*.cpp")):
-            compile_("cxx", source, f"bindings/{source.stem}", [*cxx_flags, *self.defines, *python])
+        # First, because it takes longest; it includes the other files beside it.
+        module_source = self.csrc / "bindings" / "module.cpp"
+        compile_("cxx", module_source, "bindings/module", [*cxx_flags, *self.defines, *python])
         for name in ONCE:
             source = self.csrc / "cpu" / name
             compile_("cxx", source, f"cpu/{source.stem}", [*cxx_flags, *self.defines])

@@ -1,6 +1,10 @@
-// The Python module.
+// The Python module, compiled as one file: for each file pybind11's templates would take longer than all the rest.
 #include "../cpu/parallel.h"
 #include "bindings.h"
+#include "noise.cpp"
+#include "similarity.cpp"
+#include "small_info_nce.cpp"
+#include "tokens.cpp"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of ccu_fast; call them through ccu_fast.ops, which checks the arguments.";

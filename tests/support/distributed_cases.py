@@ -75,7 +75,9 @@ def total(t: Tensor) -> Tensor:
 
 
 def engines() -> list[tuple[str, torch.dtype]]:
-    return [(name, dtype) for name, dtype in ENGINES if not unavailable(name)]
+    """All of them on two ranks: the backends do not know how many there are, so more ranks need one."""
+    served = [(name, dtype) for name, dtype in ENGINES if not unavailable(name)]
+    return served[-1:] if world() > 2 and dist.get_backend() == "gloo" else served
 
 
 _ALONE: dict[Any, dict[str, Tensor]] = {}
@@ -184,11 +186,19 @@ LAYOUTS = {
 }
 
 
+# What lies on the ranks is exchanged alike in every layout, so that two of them need but some of it.
+SOME_KEYS = {
+    "equal": ("none", "labels", "guide", "teacher, both"),
+    "paired across ranks": ("none", "ids", "limits of rows, labels", "teacher"),
+}
+
+
 def _primitive_case(mode: str) -> None:
-    for n, m in LAYOUTS.values():
+    for layout, (n, m) in LAYOUTS.items():
         n_here, m_here = sizes_like(*n), sizes_like(*m)
         for keyed, keys in keysets(sum(n_here), sum(m_here)).items():
-            check_primitive(n_here, m_here, keyed, keys, mode=mode)
+            if keyed in SOME_KEYS.get(layout, (keyed,)):
+                check_primitive(n_here, m_here, keyed, keys, mode=mode)
 
 
 @case

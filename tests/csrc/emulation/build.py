@@ -113,15 +113,12 @@ def linked() -> list[Path]:
 
 
 def bindings(build: Build) -> list[Path]:
-    """The Python side as one object: for each of its files pybind11's templates take longer than all the rest."""
+    """The Python side as one object."""
     import pybind11
 
-    build.folder.mkdir(parents=True, exist_ok=True)
-    together = build.folder / "bindings.cpp"
-    together.write_text("".join(f'#include "{path}"\n' for path in sorted((CSRC / "bindings").glob("*.cpp"))))
     python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     flags = [*QUICK, "-DCCU_HAVE_CUDA=1", "-DCCU_HAVE_BASE=1", *python]
-    return build.objects([together], extra=flags)
+    return build.objects([CSRC / "bindings" / "module.cpp"], extra=flags)
 
 
 def compiler() -> str:

@@ -230,14 +230,22 @@ def test_nan_reaches_the_gradient(backend: str) -> None:
     assert y.grad.isnan().any()
 
 
-@pytest.mark.parametrize("shape", [((13, 9), (21, 9)), ((2, 13, 9), (21, 9))], ids=["one bank", "two banks"])
+ONE_BANK, TWO_BANKS = ((13, 9), (21, 9)), ((2, 13, 9), (21, 9))
+WITH_BIAS, RECOMPUTED, KEPT = (0.5, 0), (None, 0), (None, 1 << 24)  # bias and workspace
+
+
+@pytest.mark.parametrize("shape", [ONE_BANK, TWO_BANKS], ids=["one bank", "two banks"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_what_an_ignored_item_holds_does_not_matter(shape: tuple[Any, Any], normalize: bool, backend: str) -> None:
     """The result equals that of zeros in its place: values and all four gradients, with E kept and recomputed."""
+    nothing_comes_of_ignored_items(shape, normalize, backend, WITH_BIAS, RECOMPUTED, KEPT)
+
+
+def nothing_comes_of_ignored_items(shape: tuple[Any, Any], normalize: bool, backend: str, *ways: Any) -> None:
     x, y = unit(*shape[0]).float(), unit(*shape[1]).float()
     labels = {"row_labels": ints(3, 13), "col_labels": ints(3, 21)}
     labels["row_labels"][5] = labels["col_labels"][[0, 20]] = -1
-    for bias, workspace in ((0.5, 0), (None, 0), (None, 1 << 24)):
+    for bias, workspace in ways:
         results = []
         for hidden in (0.0, torch.nan, torch.inf):
             leaves = [x.clone(), y.clone(), torch.tensor(3.0), *([] if bias is None else [torch.tensor(bias)])]

@@ -42,8 +42,11 @@ def engine(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
     return "triton", request.param
 
 
-@pytest.mark.parametrize(("keys", "sides"), [("paired", "both"), ("paired", "rows"), ("labels and ids", "both")])
-@pytest.mark.parametrize("kind", ["lse", "sum", "softplus", "logsigmoid"])
+@pytest.mark.parametrize(
+    ("kind", "keys", "sides"),
+    [(kind, "paired", "both") for kind in ("lse", "sum", "softplus", "logsigmoid")]
+    + [("lse", "paired", "rows"), ("lse", "labels and ids", "both"), ("softplus", "labels and ids", "both")],
+)
 def test_every_kind_over_every_relation(kind: str, keys: str, sides: str, engine: tuple[str, torch.dtype]) -> None:
     given = KEYS[keys](37, 37)
     refused = () if "row_labels" in given else (("lse", 2),)
@@ -66,11 +69,12 @@ def test_a_guide_decides(of: torch.dtype, keys: str, engine: tuple[str, torch.dt
     check(limited(case, guide=guide), *engine)
 
 
-@pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize(("name", "workspace"), [("y shared", 0), ("x shared", None), ("both", 1 << 14)])
-def test_banks(name: str, workspace: int | None, guided: bool, engine: tuple[str, torch.dtype]) -> None:
+@pytest.mark.parametrize(("dtype", "guided"), [(FP32, False), (FP16, False), (FP32, True)], ids=str)
+def test_banks(name: str, workspace: int | None, dtype: torch.dtype, guided: bool) -> None:
+    """In large kernels, in small ones, and with a guide, which large kernels serve in any dtype."""
     assert name in BANKS
-    whole_numbers_in_banks(name, workspace, guided, engine)
+    whole_numbers_in_banks(name, workspace, guided, ("triton", dtype))
 
 
 @pytest.mark.parametrize("n", [8, 40])

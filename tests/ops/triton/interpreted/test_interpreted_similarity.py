@@ -18,7 +18,7 @@ from ccu_fast.ops.reduce_similarity.problem import KINDS, SimilarityProblem, enc
 from ccu_fast.ops.reduce_similarity.relations import count_relations
 from ccu_fast.ops.reduce_similarity.triton import backward_pass, configs, plan
 from ccu_fast.ops.reduce_similarity.triton.gradient_kernels import gradient_kernel
-from tests.ops.reduce_similarity.test_reduce_similarity import test_what_an_ignored_item_holds_does_not_matter  # noqa: F401 - collected again
+from tests.ops.reduce_similarity import test_reduce_similarity as on_a_cpu
 from tests.support.oracle import SETS, Case, by_us, check, unit
 from tests.support.tolerance import assert_three_way
 
@@ -213,16 +213,30 @@ def pairs(n: int, d: int, length: float, kind: str) -> tuple[Tensor, Tensor]:
 TOGETHER = (("softplus", "sum"), ("logsigmoid",), ("lse", "sum"), KINDS)
 
 
-@pytest.mark.parametrize("extreme", EXTREMES, ids=lambda e: "-".join(map(str, e)))
-@pytest.mark.parametrize("kinds", TOGETHER, ids="-".join)
-def test_every_reduction_at_extreme_logits(kinds: tuple[str, ...], extreme: tuple[float, float, str]) -> None:
-    """Rows and columns, E kept and recomputed, with a bias and labels; eps in S is |S| eps in exp(S)."""
+# Where rows may be checked again, all extremes; the others between them see each one, and all together the largest.
+KINDS_AT = [
+    *((TOGETHER[2], extreme) for extreme in EXTREMES),
+    *((TOGETHER[i % 2], extreme) for i, extreme in enumerate(EXTREMES)),
+    *((TOGETHER[3], extreme) for extreme in EXTREMES[-2:]),
+]
+# Bias, whether there are labels, workspace.
+KEPT, RECOMPUTED, BIASED = (None, False, 1 << 24), (None, False, 0), (-10.0, True, 0)
+
+
+def at_extreme_logits(kinds: tuple[str, ...], extreme: tuple[float, float, str], *ways: tuple) -> None:
     scale, length, apart = extreme
     x, y = pairs(20, 8, length, apart)
     spec = tuple((kind, relations) for kind in kinds for relations in (ALL, OTHER))
     ulps = max(64.0, 8 * scale * length**2 if "lse" in kinds else 0.0)
-    for bias, keyed, workspace in ((None, {}, 1 << 24), (None, {}, 0), (-10.0, keys("labels", 20, 20), 0)):
+    for bias, labelled, workspace in ways:
+        keyed = keys("labels", 20, 20) if labelled else {}
         check(Case(x, y, scale, bias, keyed, spec, spec[::-1]), "triton", FP32, ulps=ulps, workspace=workspace)
+
+
+@pytest.mark.parametrize(("kinds", "extreme"), KINDS_AT, ids=lambda of: "-".join(map(str, of)))
+def test_every_reduction_at_extreme_logits(kinds: tuple[str, ...], extreme: tuple[float, float, str]) -> None:
+    """Rows and columns, E kept and recomputed, with a bias and labels; eps in S is |S| eps in exp(S)."""
+    at_extreme_logits(kinds, extreme, KEPT, RECOMPUTED, BIASED)
 
 
 def test_unnormalised_logits() -> None:
@@ -252,6 +266,14 @@ def test_a_far_row_or_column_is_reduced_again(where: str) -> None:
     assert flagged(dataclasses.replace(case, keys={}))
     for workspace in (0, 1 << 24):
         check(case, "triton", FP32, ulps=256, workspace=workspace)
+
+
+@pytest.mark.parametrize(("banks", "normalize"), [(1, True), (2, False)])
+def test_what_an_ignored_item_holds_does_not_matter(banks: int, normalize: bool) -> None:
+    """Unit vectors come from a kernel of its own."""
+    shape = on_a_cpu.ONE_BANK if banks == 1 else on_a_cpu.TWO_BANKS
+    ways = (on_a_cpu.WITH_BIAS, on_a_cpu.RECOMPUTED, on_a_cpu.KEPT)
+    on_a_cpu.nothing_comes_of_ignored_items(shape, normalize, "triton", *ways)
 
 
 def test_empty_sets_are_not_taken_for_small_ones() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from ccu_fast.ops.reduce_similarity.operator import specialised
 from ccu_fast.ops.reduce_similarity.triton import small
-from tests.ops.reduce_similarity.test_reduce_similarity import test_what_an_ignored_item_holds_does_not_matter  # noqa: F401 - the same
+from tests.ops.reduce_similarity import test_reduce_similarity as on_a_cpu
 from tests.ops.small_info_nce.test_small_info_nce import (  # noqa: F401 - the same
     Way,
     only,
@@ -21,14 +21,16 @@ from tests.ops.small_info_nce.test_small_info_nce import (
     test_any_subset_of_gradients as test_any_subset_of_gradients_of_the_loss,  # noqa: F401
 )
 from tests.ops.triton.interpreted.test_interpreted_similarity import (  # noqa: F401 - collected again, for the small kernels
+    BIASED,
     CLIP,
+    KINDS_AT,
     MIX,
+    RECOMPUTED,
+    at_extreme_logits,
     problem,
     test_an_empty_set_is_minus_infinity_and_sends_nothing_back,
-    test_banks,
     test_banks_in_two_dimensions,
     test_every_loss,
-    test_every_reduction_at_extreme_logits,
     test_every_reduction_over_every_relation,
     test_fp16,
     test_fp16_gradients_keep_their_digits,
@@ -41,6 +43,7 @@ from tests.ops.triton.interpreted.test_interpreted_similarity import (  # noqa: 
     test_sharp_logits,
     test_unnormalised_logits,
 )
+from tests.ops.triton.interpreted.test_interpreted_similarity import test_banks as in_banks
 from tests.support.oracle import Case, unit
 
 
@@ -58,6 +61,23 @@ def backend() -> str:
 def way(monkeypatch: pytest.MonkeyPatch) -> Way:
     only(monkeypatch)
     return "triton", torch.float16
+
+
+# They keep nothing, so that the workspace changes nothing.
+@pytest.mark.parametrize(("kinds", "extreme"), KINDS_AT, ids=lambda of: "-".join(map(str, of)))
+def test_every_reduction_at_extreme_logits(kinds: tuple[str, ...], extreme: tuple[float, float, str]) -> None:
+    at_extreme_logits(kinds, extreme, RECOMPUTED, BIASED)
+
+
+@pytest.mark.parametrize("which", ["y shared", "x shared", "neither"])
+def test_banks(which: str) -> None:
+    in_banks(which, 0)
+
+
+@pytest.mark.parametrize(("banks", "normalize"), [(1, True), (2, False)])
+def test_what_an_ignored_item_holds_does_not_matter(banks: int, normalize: bool) -> None:
+    shape = on_a_cpu.ONE_BANK if banks == 1 else on_a_cpu.TWO_BANKS
+    on_a_cpu.nothing_comes_of_ignored_items(shape, normalize, "triton", on_a_cpu.WITH_BIAS, on_a_cpu.RECOMPUTED)
 
 
 def test_any_subset_of_gradients() -> None:

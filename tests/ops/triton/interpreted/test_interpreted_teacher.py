@@ -59,8 +59,10 @@ def test_the_teacher_has_a_dtype_of_its_own(of: torch.dtype, engine: tuple[str, 
     check(taught(37, 37, of=21, teacher_dtype=of, frozen=frozen), *engine)
 
 
-@pytest.mark.parametrize("labelled", [False, True])
-@pytest.mark.parametrize(("name", "workspace"), [("y shared", 0), ("teacher shared", None), ("both", 1 << 14)])
+@pytest.mark.parametrize(
+    ("name", "workspace", "labelled"),
+    [("y shared", 0, False), ("teacher shared", None, True), ("both", 1 << 14, False), ("both", 0, True)],
+)
 def test_banks(name: str, workspace: int | None, labelled: bool, engine: tuple[str, torch.dtype]) -> None:
     assert name in BANKS
     whole_numbers_in_banks(name, labelled, workspace, engine)
