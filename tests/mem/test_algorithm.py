@@ -18,7 +18,7 @@ from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.noise import pgd, random_noise
 from ccu_fast.mem.protection import Protected, protect
 from ccu_fast.mem.study import STRANGERS, run_digit_strips
-from ccu_fast.mem.surrogate import batches, fresh, frozen, generator, pixels
+from ccu_fast.mem.surrogate import batches, fresh, frozen, generator, optimizer_for, pixels
 from ccu_fast.mem.tokenizer import NEUTRAL, SPECIAL, WordTokenizer
 from ccu_fast.mem.triggers import encode_many, improve_triggers, insert_triggers, random_triggers, trim
 from ccu_fast.mem.victim import Recipe, train_victim
@@ -132,6 +132,19 @@ class TestNoise:
             assert not any(p.requires_grad for p in model.parameters())
             raise KeyboardInterrupt
         assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["log_scale"]
+
+    def test_an_optimiser_step_makes_no_copy_of_a_weight(self) -> None:
+        """One operator for all weights of a group, whatever their number."""
+        model = fresh(FACTORY, 0, "test")
+        optimizer = optimizer_for(model, 1e-3, 0.2)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()  # creates the moments
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            optimizer.step()
+        counts = {event.key: event.count for event in profile.key_averages()}
+        assert counts["aten::_fused_adamw_"] == 2
+        assert not counts.keys() & {"aten::addcmul_", "aten::sqrt", "aten::lerp_", "aten::addcdiv_"}
 
 
 class TestTriggers:
