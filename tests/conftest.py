@@ -46,6 +46,7 @@ SLOW = (
     "csrc",
     "distributed/test_on_ranks.py",
     "losses/test_modules.py",
+    "mem/job/test_clip_surrogates.py",
     "mem/job/test_keep_size.py::test_24_megapixels_in_little_memory",
     "mem/job/test_protect.py::test_killed_at_any_moment_the_same_call_ends_with_the_same_bits",
     "mem/test_algorithm.py::TestVictim",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 # The checks of this package name the argument first; an error without a name is a bug.
 NAMED = re.compile(r"[\w\[\], ./-]+: ")
 SHOWN = 12
+TERMINATED = 143  # for one that SIGTERM ended
 READER_GONE = 141  # what a shell reports for a program that wrote to a closed pipe
 # Command → each option's name in Python, and as it is typed; the decorator ``options.with_fields`` knows them.
 FLAGS: dict[str, dict[str, str]] = {}
@@ -50,6 +53,27 @@ def one_sentence(command: str, *, goes_on: bool = True) -> Iterator[None]:
         said = "; ".join([_as_typed(told, FLAGS.get(command, {})), *getattr(error, "__notes__", ())])
         print(f"{f'ccu-fast {command}'.strip()}: {' '.join(said.split())}", file=sys.stderr)
         raise SystemExit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1) from None
+
+
+@contextmanager
+def tidied() -> Iterator[None]:
+    """SIGTERM ends the block as an error does, so that what is temporary in it is removed.
+
+    Raises:
+        SystemExit: 143, as a shell reports it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def nobody_reads() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ccu_fast import check, extras
-from ccu_fast.cli.console import live, one_sentence, printable
+from ccu_fast.cli.console import live, one_sentence, printable, tidied
 from ccu_fast.cli.options import Config, Fields, with_fields
 from ccu_fast.data.captions import Options
 from ccu_fast.data.captions.listing import MANIFEST, is_text
@@ -92,7 +92,7 @@ def protect(
         **run,
     )
     if dry_run:
-        with live(quiet) as progress:
+        with tidied(), live(quiet) as progress:
             found = estimate(job, progress)
         _tell_estimate(found, job.skip_bad)
         if not found["ready"]:
@@ -122,8 +122,8 @@ def evaluate(
     treatment: Annotated[
         list[str] | None,
         typer.Option(
-            help="jpeg, blur, crop, resize, grey, median, nlmeans, learned, no-trigger, some-trigger or some of these "
-            "with a plus: victims of what these leave, too; may be repeated."
+            help="jpeg, blur, crop, resize, grey, median, nlmeans, learned, no-trigger, some-trigger, no-common or "
+            "some of these with a plus: victims of what these leave, too; may be repeated."
         ),
     ] = None,
     zero_shot: Annotated[

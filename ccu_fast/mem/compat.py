@@ -73,7 +73,7 @@ class CompatRound(Round):
         return (self._levels(images) + self._steps(rows)) / 255
 
     def _text(self, rows: Tensor) -> Tensor:
-        return self._ids(self.tokens[rows], rows)
+        return self._ids(rows, rows)
 
     def _levels(self, images: Tensor) -> Tensor:
         """Pixels in 1/255."""
@@ -115,7 +115,7 @@ class CompatRound(Round):
         for _ in range(s.pgd_steps):
             order = torch.randperm(len(rows), generator=self.rng)
             with torch.no_grad():
-                text = model.encode_text(self._ids(self.tokens[rows[order]], rows))
+                text = model.encode_text(self._ids(rows[order], rows))
             delta.requires_grad_(True)
             loss = info_nce(self.encode_image((base + delta).clamp(0, 255) / 255), text, scale=scale)
             (grad,) = torch.autograd.grad(loss, delta)

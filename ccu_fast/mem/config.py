@@ -99,6 +99,9 @@ class Settings:
             and from words of its own, see :mod:`ccu_fast.mem.look`; "random".
         words: what they are. "captions": words that captions have, of the middle of their frequencies, so that those
             of a caption and the trigger contradict each other; "everyday": words that they have not.
+        place: where they stand. "front": in front of the caption, as MEM has them; "among": between its words, other
+            places for each caption, so that they are not cut off with its first words, see
+            :mod:`ccu_fast.mem.placing`. They are not searched for there.
         trigger_words: size of the alphabet that the run draws from the tokenizer's trigger words. A small one is
             easier to learn: each word and the noise that goes with it then occur often. None, or 0: all of them.
         candidates: words tried at each trigger position.
@@ -137,6 +140,11 @@ class Settings:
         "captions: trigger words are some that captions have; everyday: others.",
         allowed=("captions", "everyday"),
     )
+    place: str = check.field(
+        "front",
+        "front: trigger words stand before the caption; among: between its words.",
+        allowed=("front", "among"),
+    )
     trigger_words: int | None = check.field(
         16, "Words that triggers are made of, drawn for the run; 0: all there are.", low=0
     )
@@ -163,6 +171,9 @@ class Settings:
         check.fields(self)
         if self.trigger_words == 0:  # a flag and a settings file have no None
             object.__setattr__(self, "trigger_words", None)
+        if self.place == "among" and (self.compat or self.search_rounds):
+            why = "compat" if self.compat else f"trigger_rounds={self.search_rounds}"
+            raise ValueError(f"place: expected 'front' with {why}, which searches in front of captions, got 'among'")
 
     @property
     def search_rounds(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from ccu_fast import check
 from ccu_fast.mem.compat import CompatRound
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.noise import random_noise
+from ccu_fast.mem.placing import gaps, place_among
 from ccu_fast.mem.round import Phase, Round
 from ccu_fast.mem.source import PairSource, TensorSource
 from ccu_fast.mem.surrogate import ModelFactory, generator
@@ -81,7 +83,8 @@ class Protection:
         shard: number of this process's part. Surrogates start alike in every shard; orders and captions differ.
         average: called with the surrogate's parameters before each of its optimiser steps, to average gradients.
         gather: where processes share a dataset: one's tensor → those of all.
-        captions: where processes share a dataset: all of its captions, from which all choose the same words.
+        captions: where processes share a dataset: all of its captions, from which all choose the same words, and their
+            places.
         resumed: :meth:`load_state_dict` follows, so pictures need not be looked at for their first trigger words.
         progress: called as ``progress(stage, done, total, note)`` while they are.
 
@@ -147,6 +150,10 @@ class Protection:
         self.alphabet = alphabet(tokenizer, every, method, settings, seed)
         rng = generator(seed, "generate" if shard == 0 else f"generate {shard}")
         self.triggers = self._first_triggers(rng, gather, seed, look=not resumed, progress=progress)
+        self.gaps: Tensor | None = None
+        if settings.place == "among" and method.triggers:
+            every_caption = source.captions if captions is None else captions
+            self.gaps = gaps(every_caption, len(source.captions), method.triggers, seed, shard)
         self.next_round = 0
         self._steps: Iterator[None] | None = None  # of a round that was begun
         kind = CompatRound if settings.compat else Round if self.pictures is None else ViewRound
@@ -162,6 +169,7 @@ class Protection:
             tokens=self.tokens,
             triggers=self.triggers,
             alphabet=self.alphabet,
+            gaps=self.gaps,
             device=self.device,
             execution=Execution() if execution is None else execution,
             average=average,
@@ -219,9 +227,13 @@ class Protection:
         return self.worker.phases(index)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the noise, which the store holds; tensors are copies, on the CPU where torch allows."""
-        worker = self.worker.state_dict()  # first: it takes over the triggers that were found
-        return {"next_round": self.next_round, "triggers": self.triggers.clone(), "worker": worker}
+        """Everything but the noise, which the store holds; tensors are copies."""
+        return deepcopy(self.state())
+
+    def state(self) -> dict[str, Any]:
+        """The same without copies, to be written at once."""
+        worker = self.worker.state()  # first: it takes over the triggers that were found
+        return {"next_round": self.next_round, "triggers": self.triggers, "worker": worker}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, with the same source, method, settings and seed, and the noise of that time.
@@ -258,12 +270,20 @@ class Protection:
         """
         captions = [self.source.captions[row] for row in rows.tolist()]
         triggers = self.triggers[rows]
+        if self.gaps is not None:
+            return place_among(captions, self.tokenizer.decode(triggers), self.gaps[rows])
         if triggers.shape[1] and not self.settings.compat:
             lost = (~survivors(captions, self.tokens[rows], triggers, self.tokenizer)).nonzero()
             if len(lost):
                 row = int(rows[lost[0, 0]])
                 raise RuntimeError(f"row {row}: its trigger does not come back from decode and encode")
         return with_triggers(captions, triggers, self.tokenizer)
+
+    def _seen(self, index: Tensor) -> Tensor:
+        """What the model sees of clean pictures."""
+        if self.pictures is None:
+            return self.source.images(index)
+        return self.pictures.views(index, torch.empty(0, len(index), 3)).pixels[0]
 
     def _first_triggers(
         self,
@@ -277,14 +297,7 @@ class Protection:
         method, settings = self.method, self.settings
         if settings.first == "random" or settings.compat or not (look and method.generates and method.triggers):
             return first_triggers(len(self.tokens), method.triggers, self.alphabet, self.tokenizer, rng, settings)
-        pictures = self.pictures
-
-        def read(index: Tensor) -> Tensor:
-            if pictures is None:
-                return self.source.images(index)
-            return pictures.views(index, torch.empty(0, len(index), 3)).pixels[0]
-
-        return words_of_the_look(read, self.source.n_images, self.alphabet, seed, gather, progress)[
+        return words_of_the_look(self._seen, self.source.n_images, self.alphabet, seed, gather, progress)[
             self.source.image_of
         ]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ccu_fast.losses.functional import info_nce
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.noise import pgd
+from ccu_fast.mem.placing import place_among
 from ccu_fast.mem.source import PairSource, read_ahead
 from ccu_fast.mem.surrogate import ModelFactory, batch_count, batches, fresh, frozen, optimizer_for, pixels, train_step
 from ccu_fast.mem.triggers import improve_triggers, insert_triggers, survivors, trim
@@ -63,6 +64,7 @@ class Round:
     tokens: Tensor
     triggers: Tensor
     alphabet: Tensor
+    gaps: Tensor | None
     device: torch.device
     execution: Execution
     average: Callable[[Iterable[nn.Parameter]], None] | None = None
@@ -161,10 +163,13 @@ class Round:
     def renew(self, purpose: str) -> None:
         """A surrogate as the factory makes it, and its optimiser."""
         s = self.settings
+        if self.model is not None:  # the one before goes first, so that there are never two
+            self.model = None
+            del self.optimizer, self.encode_image
         self.model = fresh(self.factory, self.seed, purpose, self.device)
         if self.execution.channels_last:
             cast(nn.Module, self.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = optimizer_for(self.surrogate, s.lr, s.weight_decay, s.beta2)
+        self.optimizer: torch.optim.AdamW = optimizer_for(self.surrogate, s.lr, s.weight_decay, s.beta2)
         self.encode_image: Callable[[Tensor], Tensor] = self.surrogate.encode_image
         if self.execution.compile is not None:
             self.encode_image = torch.compile(self.encode_image, mode=self.execution.compile, dynamic=False)
@@ -252,6 +257,10 @@ class Round:
 
     def state_dict(self) -> dict[str, Any]:
         """Surrogate, optimiser, random state, losses, what is left of a round that was begun; copies."""
+        return deepcopy(self.state())
+
+    def state(self) -> dict[str, Any]:
+        """The same without copies, which would take three times the surrogate's weights; it changes with the run."""
         self.settle()
         state: dict[str, Any] = {"rng": self.rng.get_state(), "losses": self.losses, "todo": self.todo}
         place = self.place
@@ -264,7 +273,7 @@ class Round:
         }
         if self.model is not None:
             state |= {"model": cast(nn.Module, self.model).state_dict(), "optimizer": self.optimizer.state_dict()}
-        return deepcopy(state)
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
@@ -312,13 +321,19 @@ class Round:
 
     def _text(self, rows: Tensor) -> Tensor:
         """Captions with triggers; in a share of the calls another row's caption behind one's own trigger."""
-        captions = self.tokens[rows]
+        captions = rows
         if self.method.triggers and torch.rand((), generator=self.rng) < self.settings.shuffle:
-            captions = captions[torch.randperm(len(rows), generator=self.rng)]
+            captions = rows[torch.randperm(len(rows), generator=self.rng)]
         return self._ids(captions, rows)
 
     def _ids(self, captions: Tensor, rows: Tensor) -> Tensor:
-        tokens = insert_triggers(captions, self.triggers[rows], self.tokenizer)
+        """Captions of some rows with the triggers of others."""
+        if self.gaps is None:
+            tokens = insert_triggers(self.tokens[captions], self.triggers[rows], self.tokenizer)
+        else:
+            texts = [self.source.captions[row] for row in captions.tolist()]
+            words = self.tokenizer.decode(self.triggers[rows])
+            tokens = self.tokenizer.encode(place_among(texts, words, self.gaps[rows]))
         return moved(trim(tokens, self.tokenizer.eot), self.device)
 
     def _keep(self, rows: Tensor, found: Tensor) -> None:

@@ -177,7 +177,7 @@ def run_task(
         recipe: the victim's training.
         transfer: of :data:`STRANGERS`: for each a victim of that kind is trained, too.
         treatments: see :class:`ccu_fast.mem.job.treatments.Treatment`; for each a victim is trained on what it leaves,
-            for those of captions only where there are trigger words.
+            for those of trigger words only where there are some.
 
     Returns:
         A dict that ``json.dumps`` takes. ``guessing``: R@k of a random order. ``methods[name]``:
@@ -250,7 +250,7 @@ def run_task(
         robustness = {}
         for name in treatments:
             treatment = Treatment.parse(name)
-            if treatment.captions is not None and not method.triggers:
+            if treatment.needs_triggers and not method.triggers:
                 continue
             left = (
                 treatment.of_images(protected.images, seed),

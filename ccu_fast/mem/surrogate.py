@@ -64,6 +64,8 @@ def train_step(
     if average is not None:
         average(model.parameters())
     optimizer.step()
+    # A pass over noise or triggers, and a checkpoint, need the room of the gradients.
+    optimizer.zero_grad(set_to_none=True)
     return loss.detach()
 
 

@@ -17,6 +17,7 @@ from ccu_fast.ops.candidate_losses.api import candidate_losses
 from ccu_fast.ops.topk_flips.api import TokenTable, topk_flips
 
 _PART_BYTES = 12 << 20
+_PART_BYTES_GPU = 1 << 30
 
 
 def insert_triggers(tokens: Tensor, triggers: Tensor, tokenizer: Tokenizer) -> Tensor:
@@ -79,11 +80,13 @@ def encode_many(model: DualEncoder, tokens: Tensor, eot: int) -> Tensor:
 
     On a CPU captions of equal length go together, each trimmed to its own (exact under causal attention), in parts
     whose largest activation stays in the cache and below the size from which malloc gets fresh pages for every tensor.
-    On a GPU all go at once, so that the host does not wait for their lengths.
+    On a GPU parts have all the length of the longest, so that the host does not wait for their lengths, and are large:
+    they bound the memory alone.
     """
-    if tokens.device.type != "cpu":
-        return model.encode_text(tokens)
     matrix = model.embedding_matrix
+    if tokens.device.type != "cpu":
+        row = tokens.shape[1] * 4 * matrix.shape[1] * matrix.element_size()
+        return torch.cat([model.encode_text(part) for part in tokens.split(max(1, _PART_BYTES_GPU // row))])
     fit = max(1, _PART_BYTES // (4 * matrix.shape[1] * matrix.element_size()))
     end = (tokens == eot).int().argmax(1) + 1
     order = end.argsort(descending=True, stable=True)

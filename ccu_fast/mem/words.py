@@ -16,6 +16,7 @@ from ccu_fast.runs.progress import Progress, silent
 COMMON = 0.05  # share of the captions from which on a word says nothing about any of them
 _MOST = 64  # words to choose one from, where nothing limits them
 _CHUNK = 256
+_COUNTED = 4096  # captions whose words are counted at a time
 
 
 def alphabet(tokenizer: Tokenizer, tokens: Tensor, method: Method, settings: Settings, seed: int) -> Tensor:
@@ -68,9 +69,10 @@ def _everyday(tokenizer: Tokenizer, seed: int) -> Tensor:
 
 def _common_words(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
     """Words of the captions, those of most captions first; what is in one of twenty or more is left out."""
-    row = torch.arange(len(tokens))[:, None].expand_as(tokens)
-    pairs = torch.unique(torch.stack([tokens.flatten(), row.flatten()]), dim=1)
-    rows = torch.bincount(pairs[0], minlength=len(tokenizer))
+    rows = torch.zeros(len(tokenizer), dtype=torch.int64)
+    for part in tokens.split(_COUNTED):  # sorting all of them would take many times their memory
+        pairs = part + len(tokenizer) * torch.arange(len(part))[:, None]
+        rows += torch.bincount(torch.unique(pairs) % len(tokenizer), minlength=len(tokenizer))
     usable = tokenizer.words() & (rows > 0) & (rows <= COMMON * len(tokens))
     ids = usable.nonzero()[:, 0]
     return ids[rows[ids].argsort(descending=True, stable=True)]

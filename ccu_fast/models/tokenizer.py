@@ -82,6 +82,7 @@ class ClipTokenizer:
 
     Args:
         tokenizer: one of theirs.
+        context: the longest row, if it is known from the model; else what the tokenizer says, 77 at most.
 
     Raises:
         TypeError: it is neither.
@@ -90,7 +91,7 @@ class ClipTokenizer:
     token, no EOT, no part of a word, nothing unprintable.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, context: int | None = None) -> None:
         self._open_clip = hasattr(tokenizer, "sot_token_id") and hasattr(tokenizer, "decoder")
         if not self._open_clip and not (hasattr(tokenizer, "bos_token_id") and hasattr(tokenizer, "get_vocab")):
             raise TypeError(
@@ -100,12 +101,13 @@ class ClipTokenizer:
         self._tokenizer = tokenizer
         if self._open_clip:
             self.sot, self.eot, self.pad = int(tokenizer.sot_token_id), int(tokenizer.eot_token_id), 0
-            self.context = int(tokenizer.context_length or 77)
+            self.context = int(context or tokenizer.context_length or 77)
             self._words: dict[int, str] = dict(tokenizer.decoder)
         else:
             self.sot, self.eot = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)
-            self.pad = int(tokenizer.pad_token_id)
-            self.context = min(int(tokenizer.model_max_length), 77)
+            # What stands behind EOT cannot matter.
+            self.pad = self.eot if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+            self.context = min(int(tokenizer.model_max_length), context or 77)
             self._words = {i: word for word, i in tokenizer.get_vocab().items()}
         self._allowed: Tensor | None = None
 
@@ -147,4 +149,4 @@ class ClipTokenizer:
     def _ids(self, text: str) -> list[int]:
         if self._open_clip:
             return list(self._tokenizer.encode(text))
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -19,6 +19,7 @@ from benchmarks.distributed import __main__ as distributed
 from benchmarks.environment import REPOSITORY
 from benchmarks.exactness import __main__ as exactness
 from benchmarks.protection import __main__ as protection
+from benchmarks.protection import scale, scale_page
 from benchmarks.results import Row
 from benchmarks.unlearning import __main__ as unlearning
 
@@ -34,6 +35,7 @@ DEPTHS = {  # of every committed file of figures, as its command stores it
     "protection/phases.json": mem_phases.DEPTH,
     "protection/digit-strips.json": protection.DEPTH,
     "protection/pictograms.json": protection.DEPTH,
+    "protection/scale.json": scale.DEPTH,
     "results/*/*.json": 1,
     "small_batches.json": 2,
     "unlearning/results.json": 2,
@@ -237,6 +239,12 @@ def test_the_committed_page_of_protection_is_what_its_files_make() -> None:
     assert protection.BEGIN in front
 
 
+def test_the_committed_page_of_sets_of_any_size_is_what_its_file_makes() -> None:
+    stored = json.loads(scale.RESULTS.read_text())
+    assert stored["gate"]["same"] and len(stored["killed"]["kills"]) == 10
+    assert scale_page.page(stored) == scale.PAGE.read_text()
+
+
 def test_the_committed_page_of_patches_is_what_its_file_makes() -> None:
     assert compat.table(json.loads(compat.RESULTS.read_text())) == compat.TABLE.read_text()
 
@@ -248,8 +256,8 @@ def test_the_readme_s_table_of_errors_is_what_its_file_makes() -> None:
     assert table in (REPOSITORY / "README.md").read_text(), (
         "replace the table by that of python -m benchmarks.exactness"
     )
-    for scale in ("1", "10", "100"):
-        ours = [errors[scale] for provider, errors in results.items() if provider != exactness.EAGER]
+    for size in ("1", "10", "100"):
+        ours = [errors[size] for provider, errors in results.items() if provider != exactness.EAGER]
         assert max(map(max, ours)) <= 1e-5
 
 

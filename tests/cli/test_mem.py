@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr
@@ -147,7 +148,7 @@ def test_flags_and_a_settings_file_ask_for_the_same(tmp_path: Path, monkeypatch:
         for field in dataclasses.fields(Settings)
         if type(field.default) in (int, float)
     }
-    values |= {"first": "random", "words": "everyday", "trigger_rounds": 2}
+    values |= {"first": "random", "words": "everyday", "place": "front", "trigger_rounds": 2}
     values |= {"trigger_words": 0, "compat": True, "same_captions": True, "seed": 3, "channels_last": True}
     assert {field.name for field in dataclasses.fields(Settings)} <= set(values)
     flags, lines = [], ["size = '16x16'"]
@@ -179,6 +180,19 @@ def test_a_dry_run_tells_everything_and_writes_nothing(tmp_path: Path, capsys: p
     assert "2 bad items (--skip-bad):" in told and told.count(".png: not a picture") == 2
     assert cli.main([*command, "--skip-bad"]) == 0
     assert "2 bad items, which --skip-bad leaves out:" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_dry_run_that_is_terminated_leaves_nothing(tmp_path: Path) -> None:
+    source = made.write_csv(tmp_path / "in")
+    command = ["protect", str(source), "--out", str(tmp_path / "new" / "out"), *TINY, "--dry-run", "--quiet"]
+
+    def terminated() -> None:
+        Protection.phases = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore[assignment, method-assign]
+        os._exit(cli.main(command))
+
+    status = in_child(terminated)
+    assert os.waitstatus_to_exitcode(status) == 143
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

@@ -91,7 +91,14 @@ def test_the_bytes_are_those_of_the_first_format(tmp_path: Path) -> None:
     folder = export(example(), tmp_path / "out", seed=4)
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["versions"], manifest["sha256"]  # of the machine: torch's version, Pillow's compression
-    later = {"same_captions": False, "view_area": 0.8, "grid": 1, "first": "look", "words": "captions"}
+    later = {
+        "same_captions": False,
+        "view_area": 0.8,
+        "grid": 1,
+        "first": "look",
+        "words": "captions",
+        "place": "front",
+    }
     assert {name: manifest["settings"].pop(name) for name in later} == later  # which the first did not have
     assert manifest["settings"]["trigger_rounds"] is None
     manifest["settings"]["trigger_rounds"] = 3

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ccu_fast.data.strips import load_strips
+from ccu_fast.mem import words as words_module
 from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.look import Codebook, coarse
 from ccu_fast.mem.protection import Protection
@@ -102,6 +103,19 @@ def test_words_of_captions_are_neither_rare_nor_everywhere() -> None:
     assert not {"a", "drawing", "of", "x0"} & set(tokenizer.decode(every.view(-1, 1)))
     everyday = alphabet(tokenizer, tokens, MEM, replace(settings, words="everyday"), 0)
     assert set(tokenizer.decode(everyday.view(-1, 1))) <= set(NEUTRAL)
+
+
+def test_words_are_counted_in_captions_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = [f"one word{i % 7} word{i % 3} word{i % 3} last{i % 50}" for i in range(100)]
+    tokenizer = WordTokenizer.for_captions(captions)
+    settings = replace(SETTINGS, trigger_words=None)
+
+    def found() -> torch.Tensor:
+        return alphabet(tokenizer, tokenizer.encode(captions), MEM, settings, 0)
+
+    whole = found()
+    monkeypatch.setattr(words_module, "_COUNTED", 7)
+    assert torch.equal(found(), whole)
 
 
 def test_too_few_words_are_told() -> None:

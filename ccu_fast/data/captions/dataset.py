@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from ccu_fast.data.captions.listing import Bad, Listing
 from ccu_fast.data.captions.shards import read_span
 from ccu_fast.data.pictures import MAX_PIXELS, BadPicture, Box, Whole, decode, decode_whole, decode_windows, measure
 
+KEPT = 60.0  # seconds between two states of a scan that are kept
 _CHUNK = 64
 
 
@@ -154,6 +156,8 @@ def scan(
     progress: Callable[[int, int], None] | None = None,
     *,
     whole: bool = False,
+    seen: Scan | None = None,
+    keep: Callable[[Scan], None] | None = None,
 ) -> Scan:
     """Read and decode each of these pictures once, so that what is bad is known before hours of work.
 
@@ -162,13 +166,25 @@ def scan(
         numbers: which of them.
         progress: called as ``progress(done, total)``.
         whole: they are to keep their size, which is looked up.
+        seen: what ``keep`` got in a scan of the same pictures that was interrupted; changed. Those found good in it
+            are not read again; the others are, because they may have been mended.
+        keep: called with what was found so far, now and then.
     """
-    digests = torch.zeros(source.n_images, 32, dtype=torch.uint8)
-    sizes = torch.zeros(source.n_images, 3, dtype=torch.int64) if whole else None
+    n = source.n_images
+    if seen is None:
+        sizes = torch.zeros(n, 3, dtype=torch.int64) if whole else None
+        seen = Scan(torch.zeros(n, 32, dtype=torch.uint8), {}, {}, sizes)
+    digests, sizes, before = seen.digests, seen.sizes, Counter(seen.notes)
+    good = digests.any(1).tolist()  # no SHA-256 is zero
     bad: dict[int, str] = {}
     notes: list[str] = []  # which threads may extend
 
+    def found() -> Scan:
+        return Scan(digests, dict(sorted(bad.items())), dict(sorted((before + Counter(notes)).items())), sizes)
+
     def look(number: int) -> None:
+        if good[number]:
+            return
         try:
             data = source.read(number)
             if sizes is not None:
@@ -179,12 +195,16 @@ def scan(
         except (OSError, BadPicture) as error:
             bad[number] = _why(error)
 
+    kept = time.monotonic()
     for start in range(0, len(numbers), _CHUNK):
+        if keep is not None and start and time.monotonic() - kept >= KEPT:
+            keep(found())
+            kept = time.monotonic()
         part = numbers[start : start + _CHUNK]
         source.each(lambda place, part=part: look(part[place]), len(part))  # type: ignore[misc]
         if progress is not None:
             progress(start + len(part), len(numbers))
-    return Scan(digests, dict(sorted(bad.items())), dict(sorted(Counter(notes).items())), sizes)
+    return found()
 
 
 def bad_pictures(listing: Listing, bad: dict[int, str], *, published: bool = False) -> list[Bad]:

@@ -1,7 +1,8 @@
 """The folder of an unfinished run: what the run is, its checkpoints, and the dataset that is being written.
 
 run.json          what is being made; once something is, no other run may use the folder
-scan-R.pt         what process R found in its pictures
+scanning-R.pt     what process R has found so far in its pictures
+scan-R.pt         what it found in all of them
 checkpoint.json   how many batches were done at the last checkpoint
 batch-000000300/  R.noise and R.pt of each process R after 300 of them
 publish/          becomes the output when it is complete
@@ -32,8 +33,18 @@ from ccu_fast.runs.provenance import json_hash
 FORMAT = 2  # of the folder; 1 had a checkpoint after each round
 SHARED = ("model", "optimizer")  # of the surrogate, which is everybody's: rank 0 keeps them
 # What a run makes besides run.json; nothing else in its folder is ever removed.
-OURS = ("scan-*.pt", "checkpoint.json", "batch-*", "round-*", "publish", "published-*.jsonl", "unfinished-*", "trial-*")
-TEMPORARY = (".scan-*", ".checkpoint.json.*", ".run.json.*")
+OURS = (
+    "scanning-*.pt",
+    "scan-*.pt",
+    "checkpoint.json",
+    "batch-*",
+    "round-*",
+    "publish",
+    "published-*.jsonl",
+    "unfinished-*",
+    "trial-*",
+)
+TEMPORARY = (".scanning-*", ".scan-*", ".checkpoint.json.*", ".run.json.*")
 
 
 @contextmanager
@@ -154,7 +165,7 @@ class Workplace:
         name = f"{self.rank}.noise"
         if noise or not _linked(before / name, folder / name):
             protection.store.save(folder / name, tag=self.key)
-        state = protection.state_dict()
+        state = protection.state()
         if self.rank:
             state["worker"] = {name: value for name, value in state["worker"].items() if name not in SHARED}
         write_state(folder / f"{self.rank}.pt", state)

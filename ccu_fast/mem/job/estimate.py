@@ -172,7 +172,7 @@ def _phases(protection: Protection, progress: Progress) -> tuple[dict[str, Any],
         found[phase] = {"batches": batches, "seconds": median(times[1:] or times or [0.0])}
     if counts:
         progress("timing batches", len(counts), len(counts), "")
-    return found, _bytes(worker.state_dict())
+    return found, _bytes(worker.state())
 
 
 def _bytes(state: Any) -> int:
@@ -203,9 +203,19 @@ def _writing(job: Job, source: DiskSource, part: Part, protection: Protection, p
     return (time.perf_counter() - start) / len(some)
 
 
+def _peak() -> int:
+    """Bytes that were resident at most in this process."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage tells begins with the peak of the process that started this one
+        found = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        if "VmHWM" in found:
+            return 1024 * int(found["VmHWM"].split()[0])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def _memory(job: Job, protection: Protection, source: DiskSource, sizes: Tensor | None) -> dict[str, int]:
     """The peak here, in which the noise is still empty, and what the run has beyond that."""
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = _peak()
     on_gpu = protection.device.type == "cuda"
     if not job.noise_on_disk and not on_gpu:
         peak += protection.store.rows * prod(protection.store.item_shape)

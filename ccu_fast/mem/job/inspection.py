@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from ccu_fast import extras
 from ccu_fast.data.captions import BadData, DiskSource, Listing, scan
-from ccu_fast.data.captions.dataset import bad_pictures
+from ccu_fast.data.captions.dataset import Scan, bad_pictures
 from ccu_fast.mem.job.job import Job
 from ccu_fast.mem.publish.rehearse import Space, space, unreadable_captions, unwritable_files, unwritable_samples
 from ccu_fast.mem.source import Part
 from ccu_fast.mem.views import Pictures
 from ccu_fast.models.named import Model
+from ccu_fast.runs.checkpoint import read_state, write_state
 from ccu_fast.runs.progress import Progress
 
 SKIP = "skip_bad leaves them out"
@@ -46,7 +48,15 @@ def source_of(job: Job, listing: Listing, model: Model, digests: Tensor | None =
 
 
 def inspect(
-    job: Job, listing: Listing, model: Model, images: Sequence[int], folder: Path, progress: Progress, *, files: bool
+    job: Job,
+    listing: Listing,
+    model: Model,
+    images: Sequence[int],
+    folder: Path,
+    progress: Progress,
+    *,
+    files: bool,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """Read each of these pictures once, and rehearse how it and its captions are published.
 
@@ -58,6 +68,7 @@ def inspect(
         folder: on the file system of the output.
         progress: called with counts of pictures.
         files: whether to try the names of all files, too.
+        kept: a file for what was found so far, from which a look that is interrupted goes on.
 
     Returns:
         ``digests`` and, of pictures that keep their size, ``sizes`` of these images (else None), ``bad``, image number
@@ -68,13 +79,27 @@ def inspect(
         def told(done: int, n: int) -> None:
             progress("checking pictures", done, n, "")
 
-        seen = scan(source, images, told, whole=not job.thumbnails)
-        triggers = 0 if job.settings.compat else job.method.triggers
+        seen = _scan(source, images, told, kept, whole=not job.thumbnails)
+        triggers = job.method.triggers if job.settings.place == "front" and not job.settings.compat else 0
         bad = unreadable_captions(listing, images, model.tokenizer, triggers)
         bad |= unwritable_samples(source, images)
         bad |= unwritable_files(listing, folder) if files else {}
         sizes = None if seen.sizes is None else seen.sizes[list(images)]
         return {"digests": seen.digests[list(images)], "bad": bad | seen.bad, "notes": seen.notes, "sizes": sizes}
+
+
+def _scan(
+    source: DiskSource, images: Sequence[int], told: Callable[[int, int], None], kept: Path | None, *, whole: bool
+) -> Scan:
+    """:func:`ccu_fast.data.captions.scan`, which goes on from a file, if there is to be one."""
+    if kept is None:
+        return scan(source, images, told, whole=whole)
+    before = Scan(**read_state(kept, "out")) if kept.exists() else None
+
+    def keep(found: Scan) -> None:
+        write_state(kept, {field.name: getattr(found, field.name) for field in fields(found)})
+
+    return scan(source, images, told, whole=whole, seen=before, keep=keep)
 
 
 def usable(listing: Listing, bad: dict[int, str]) -> tuple[Listing, list[int]]:

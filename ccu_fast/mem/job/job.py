@@ -63,3 +63,8 @@ class Job:
                     f"{name}: expected with thumbnails (--size HEIGHTxWIDTH) alone, because the authors' noise has one "
                     "size for all pictures; got pictures that keep their own"
                 )
+        if self.reference_files and self.settings.place != "front":
+            raise ValueError(
+                "reference_files: expected trigger words in front of captions, as token.pt tells them, got "
+                f"place={self.settings.place!r}"
+            )

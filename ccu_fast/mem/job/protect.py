@@ -167,19 +167,29 @@ class _Run:
             if not self.job.skip_bad:
                 listing.whole(SKIP)  # which may be why
             raise
-        path = place.folder / f"scan-{self.rank}.pt"
+        path, unfinished = (place.folder / f"{name}-{self.rank}.pt" for name in ("scan", "scanning"))
         if path.exists():
             found = read_state(path, "out")
         else:
-            first = self.rank == 0
-            found = inspect(self.job, listing, model, mine, place.folder, self.progress, files=first)
+            found = inspect(
+                self.job,
+                listing,
+                model,
+                mine,
+                place.folder,
+                self.progress,
+                files=self.rank == 0,
+                kept=unfinished,
+            )
         parts = gather_objects(found)
         bad = {number: why for part in parts for number, why in part["bad"].items()}
         if (bad or listing.bad) and not self.job.skip_bad:
-            # Nothing is kept: they may be mended before the next try.
+            # Nothing is kept: they, and others, may be mended before the next try.
+            unfinished.unlink(missing_ok=True)
             raise all_bad(listing, bad)
         if not path.exists():
             write_state(path, found)
+            unfinished.unlink(missing_ok=True)
         digests = torch.cat([part["digests"] for part in parts])
         self.notes = dict(sum((Counter(part["notes"]) for part in parts), Counter[str]()))
         left, keep = usable(listing, bad)
@@ -214,7 +224,7 @@ class _Run:
             shard=self.rank,
             average=average if self.world > 1 else None,
             gather=gather_objects if self.world > 1 else None,
-            captions=captions,
+            captions=captions if self.world > 1 else None,
             resumed=place.done > 0,
             progress=self.progress,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,9 @@ from ccu_fast.mem.robustness import TREATMENTS as OF_PICTURES
 from ccu_fast.mem.robustness import require, treat
 from ccu_fast.mem.surrogate import generator
 
-OF_CAPTIONS = ("no-trigger", "some-trigger")
+OF_TRIGGERS = ("no-trigger", "some-trigger")
+OF_CAPTIONS = (*OF_TRIGGERS, "no-common")
+COMMON = 0.01  # share of the captions that a word is in, above which "no-common" takes it for a trigger word
 TREATMENTS = (*OF_PICTURES, *OF_CAPTIONS)
 
 
@@ -52,6 +55,11 @@ class Treatment:
             require(part, "treatments")
         return Treatment(name, captions[0] if captions else None, pictures)
 
+    @property
+    def needs_triggers(self) -> bool:
+        """Whether it does nothing to captions without trigger words."""
+        return self.captions in OF_TRIGGERS
+
     def of_images(self, images: Tensor, seed: int) -> Tensor:
         """What is left of pictures uint8 ``[N, C, H, W]``."""
         for part in self.pictures:
@@ -59,12 +67,16 @@ class Treatment:
         return images
 
     def of_captions(self, captions: Sequence[str], triggers: int, seed: int) -> Sequence[str]:
-        """What is left of captions that begin with ``triggers`` trigger words each.
+        """What is left of captions with ``triggers`` trigger words each.
 
-        "no-trigger" leaves none of these; "some-trigger" half of them (rounded down), others for each caption.
+        "no-trigger" cuts as many words off the front, "some-trigger" half of them (rounded up), others for each
+        caption. "no-common" takes out all words that are in more than one of a hundred captions, wherever they stand,
+        but leaves each caption its rarest: who knows neither captions nor words may try that.
         """
         if self.captions is None:
             return captions
+        if self.captions == "no-common":
+            return _without_common(captions)
         if self.captions == "no-trigger":
             return [caption.split(" ", triggers)[-1] for caption in captions]
         rng = generator(seed, "treat some-trigger")
@@ -74,3 +86,13 @@ class Treatment:
             kept = sorted(torch.randperm(triggers, generator=rng)[: triggers // 2].tolist())
             left.append(" ".join([*(words[i] for i in kept if i < len(words)), rest]))
         return left
+
+
+def _without_common(captions: Sequence[str]) -> list[str]:
+    counts = Counter(word for caption in captions for word in set(caption.split()))
+    most = max(1.0, COMMON * len(captions))
+
+    def left(words: list[str]) -> list[str]:
+        return [word for word in words if counts[word] <= most] or [min(words, key=counts.__getitem__)]
+
+    return [" ".join(left(caption.split())) for caption in captions]

@@ -134,7 +134,7 @@ def evaluate_datasets(
             if samples:
                 result["samples"][name] = _samples(published, source, samples)
             plain = victim.tokenizer.encode(source.captions)
-            here = [_AS_PUBLISHED, *(t for t in asked if prefixes[name] or t.captions is None)]
+            here = [_AS_PUBLISHED, *(t for t in asked if prefixes[name] or not t.needs_triggers)]
             for treatment in here:
                 label = f"{name}, {treatment.name}" if treatment.name else name
                 runs: dict[str, dict[str, Any]] = {}

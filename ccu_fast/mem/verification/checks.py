@@ -153,7 +153,8 @@ class _Verification:
                 checks["noise"] = checks.pop("noise")  # in the order of the table
                 # The authors' triggers need not be words.
                 compat = triggers and manifest["settings"].get("compat")
-                checks["triggers"] = paired.check_triggers(None if compat else triggers)
+                among = bool(triggers) and manifest["settings"].get("place") == "among"
+                checks["triggers"] = paired.check_triggers(None if compat else triggers, among=among)
             checks[library_of(manifest["format"])] = check_library(folder, manifest, listing)
             if paired is None:
                 return []

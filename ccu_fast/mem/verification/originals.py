@@ -15,6 +15,7 @@ from torch import Tensor
 from ccu_fast.data.captions import Listing, Options, list_pairs
 from ccu_fast.data.pictures import BadPicture, decode, decode_whole
 from ccu_fast.mem.fidelity import WINDOW, ssim_of_whole
+from ccu_fast.mem.placing import stands_among
 from ccu_fast.mem.verification.check import Check, as_text, checked, counted
 
 
@@ -65,23 +66,30 @@ class Pairs:
                     f"{len(self.after[image])}"
                 )
 
-    def check_triggers(self, triggers: int | None) -> Check:
+    def check_triggers(self, triggers: int | None, *, among: bool) -> Check:
         """Whether published captions are trigger words and the original caption.
 
         Args:
             triggers: how many words; None: any number of them.
+            among: they stand between the caption's words instead of in front of it.
         """
         rows = sum(len(after) for after, partner in zip(self.after, self.partner, strict=True) if partner is not None)
         words = "some words" if triggers is None else counted(triggers, "word")
-        return checked(f"{words} in front of {counted(rows, 'original caption')}", self._changed(triggers))
+        where = "among the words of" if among else "in front of"
+        return checked(f"{words} {where} {counted(rows, 'original caption')}", self._changed(triggers, among))
 
-    def _changed(self, triggers: int | None) -> Iterator[str]:
+    def _changed(self, triggers: int | None, among: bool) -> Iterator[str]:
         for name, after, partner in zip(published_names(self.published), self.after, self.partner, strict=True):
             # What has another number of captions is told already.
             if partner is None or len(self.before[partner]) != len(after):
                 continue
             for clean, published in zip(self.before[partner], after, strict=True):
-                if not _is_behind_words(published, clean, triggers):
+                kept = (
+                    stands_among(published, clean, triggers or 0)
+                    if among
+                    else _is_behind_words(published, clean, triggers)
+                )
+                if not kept:
                     words = "" if triggers == 0 else f"{triggers or 'some'} trigger words and "
                     yield f"{name}: expected {words}{clean!r}, got {published!r}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ccu_fast.data.captions import DiskSource, Options, list_pairs, scan
+from ccu_fast.data.captions import DiskSource, Options, Scan, list_pairs, scan
 from ccu_fast.data.captions import dataset as dataset_module
 from ccu_fast.data.captions.dataset import bad_pictures
 from ccu_fast.data.captions.listing import published_names
@@ -117,6 +118,30 @@ def test_bad_pictures_are_found_and_named(tmp_path: Path) -> None:
     assert (rest.image_of.tolist(), rest.records, len(rest.bad)) == ([0, 1, 0], [0, 5, 6], 4)
     with pytest.raises(BadPicture, match=r"3\.png: not a picture"):
         source.images(torch.tensor([0, 3]))
+
+
+def test_a_scan_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found good is not read again; what was bad, and may have been mended, is."""
+    monkeypatch.setattr(dataset_module, "KEPT", 0.0)
+    monkeypatch.setattr(dataset_module, "_CHUNK", 4)
+    folder = tmp_path / "in" / "pictures"
+    listing = list_pairs(made.write_csv(tmp_path / "in", n=10))
+    source = DiskSource(listing, SHAPE, threads=2)
+    whole = scan(source, range(10), whole=True)
+    mended = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_text("no picture")
+    kept: list[Scan] = []
+    scan(source, range(10), whole=True, keep=lambda found: kept.append(copy.deepcopy(found)))
+    assert [int(found.digests.any(1).sum()) for found in kept] == [3, 7] and list(kept[0].bad) == [1]
+    (folder / "1.png").write_bytes(mended)
+    read: list[int] = []
+    inner = DiskSource.read
+    monkeypatch.setattr(DiskSource, "read", lambda self, number: (read.append(number), inner(self, number))[1])
+    again = scan(source, range(10), whole=True, seen=kept[0])
+    assert sorted(read) == [1, 4, 5, 6, 7, 8, 9]
+    assert again.sizes is not None and whole.sizes is not None
+    assert torch.equal(again.digests, whole.digests) and torch.equal(again.sizes, whole.sizes)
+    assert (again.bad, again.notes) == (whole.bad, whole.notes)
 
 
 def test_a_picture_that_changes_later_is_refused(tmp_path: Path) -> None:

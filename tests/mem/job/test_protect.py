@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ccu_fast.data.captions import DiskSource, list_pairs
+from ccu_fast.data.captions import dataset as dataset_module
 from ccu_fast.mem.config import Method
 from ccu_fast.mem.job import BadData, Job, inspection, protect_dataset
 from ccu_fast.mem.job import checkpoint as checkpoint_module
@@ -230,6 +231,48 @@ def test_a_run_that_goes_on_does_not_do_what_is_done(tmp_path: Path, monkeypatch
     before = tree(tmp_path / "out")
     assert protect_dataset(task)["rows"] == 7, "a finished run is told, not repeated"
     assert tree(tmp_path / "out") == before and len(seen) == 1
+
+
+def test_a_run_that_was_killed_while_it_looked_at_the_pictures_looks_at_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_module, "KEPT", 0.0)
+    monkeypatch.setattr(dataset_module, "_CHUNK", 2)
+    source = made.write_csv(tmp_path / "in")
+    protect_dataset(job(source, tmp_path / "whole"))
+    task = job(source, tmp_path / "out")
+
+    def killed() -> None:
+        kill_at(inspection, "unreadable_captions", 1)()  # the scan is over, but nothing of its last part is kept
+        protect_dataset(task)
+
+    assert os.WIFSIGNALED(in_child(killed))
+    assert (tmp_path / "out.partial" / "scanning-0.pt").exists()
+    looked: list[bytes] = []
+    inner = dataset_module.decode
+    monkeypatch.setattr(dataset_module, "decode", lambda data, *a, **o: (looked.append(data), inner(data, *a, **o))[1])
+    told: list[int] = []
+
+    def progress(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "checking pictures" and done == total:
+            told.append(len(looked))
+
+    protect_dataset(task, progress)
+    assert told == [2], "four of six were found good"
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_captions_are_encoded_once_where_one_process_has_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    inner = job_module.Protection
+
+    def make(*arguments: Any, **options: Any) -> Any:
+        seen.append(options["captions"])
+        return inner(*arguments, **options)
+
+    monkeypatch.setattr(job_module, "Protection", make)
+    protect_dataset(job(made.write_csv(tmp_path / "in"), tmp_path / "out"))
+    assert seen == [None]
 
 
 def test_a_torn_file_of_a_finished_chunk_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

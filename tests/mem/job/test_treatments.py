@@ -70,6 +70,18 @@ def test_a_missing_package_is_told_when_the_name_is_read(monkeypatch: pytest.Mon
     assert {"jpeg", "learned", "no-trigger", "some-trigger"} <= set(TREATMENTS)
 
 
+def test_no_common_leaves_rare_words_and_of_every_caption_one() -> None:
+    captions = [f"lamp oven rare{i} thing{i}" for i in range(300)] + ["oven lamp lamp", "oven  single"]
+    left = Treatment.parse("no-common").of_captions(captions, 2, 0)
+    assert left[:300] == [f"rare{i} thing{i}" for i in range(300)]
+    assert left[300:] == ["lamp", "single"], "of two common words the rarer one"
+    assert left == Treatment.parse("no-common").of_captions(captions, 0, 5), "whatever is known of trigger words"
+    few = ["red fox", "red dog", "red red cat"]
+    assert Treatment.parse("no-common").of_captions(few, 1, 0) == ["fox", "dog", "cat"], "what is in one caption stays"
+    named = {name: Treatment.parse(name).needs_triggers for name in ("no-trigger+jpeg", "no-common", "jpeg")}
+    assert named == {"no-trigger+jpeg": True, "no-common": False, "jpeg": False}
+
+
 def test_nothing_is_changed_by_nothing() -> None:
     nothing: Any = Treatment("", None, ())
     assert nothing.of_images(IMAGES, 0) is IMAGES and nothing.of_captions(CAPTIONS, 3, 0) is CAPTIONS
