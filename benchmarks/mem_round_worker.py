@@ -47,14 +47,15 @@ class Run:
         options: dict[str, Any] = {"candidates": shape["candidates"], "pgd_steps": shape["pgd_steps"], "batch": n}
         options |= {"eps": 8, "step": 1, "rounds": 1, "trigger_rounds": 1, "surrogate_steps": 1, "restart": 0}
         options |= {"lr": 1e-4, "weight_decay": 0.2, "beta2": 0.999, "trigger_words": None, "shuffle": 0.0}
-        later = {"first": "random", "words": "everyday"}  # settings that older checkouts do not have
         known = {field.name for field in dataclasses.fields(Settings)}
+        later = {"first": "random", "words": "everyday"}  # settings that older checkouts do not have
+        options |= {name: value for name, value in later.items() if name in known}
         self.run = Protection(
             TensorSource(images, [" ".join(map(str, row)) for row in ids]),
             Ids(),
             model,
             method=Method.parse(f"mem-{shape['triggers']}"),
-            settings=Settings(**options, **{name: value for name, value in later.items() if name in known}),
+            settings=Settings(**options),
             seed=0,
         )
         self.run.triggers.copy_(torch.randint(300, 40000, (n, shape["triggers"]), generator=rng))
