@@ -45,7 +45,8 @@ class Study:
     """The generator's settings for a task, the methods, and those of them that also meet other victims and treatments.
 
     A method followed by a comma and :data:`SEARCHED` has ``searched`` instead of ``settings``, one followed by
-    :data:`AMONG` has its words among the caption's. ``meaningless`` are treatments that leave nothing of any caption.
+    :data:`AMONG` has its words among the caption's, and "eps 16" is that ε. ``meaningless`` are treatments that leave
+    nothing of any caption.
     """
 
     settings: Settings
@@ -56,9 +57,16 @@ class Study:
 
     def of(self, name: str) -> tuple[str, Settings]:
         """The method and its settings."""
-        method, _, variant = name.partition(", ")
-        variants = {"": self.settings, SEARCHED: self.searched, AMONG: replace(self.settings, place="among")}
-        return method, variants[variant]
+        method, *variants = name.split(", ")
+        settings = self.settings
+        for variant in variants:
+            if variant == SEARCHED:
+                settings = self.searched
+            elif variant == AMONG:
+                settings = replace(settings, place="among")
+            else:
+                settings = replace(settings, eps=int(variant.removeprefix("eps ")))
+        return method, settings
 
 
 _STRIPS = Settings(
@@ -93,8 +101,9 @@ STUDIES = {
         (
             *("clean", "random-8", "em", "trigger-3", "trigger-8", "mem-3", "mem-8", f"mem-3, {SEARCHED}"),
             *(f"{name}, {AMONG}" for name in ("random-8", "mem-8", "mem-12")),
+            *("text-noise", *(f"{name}, {AMONG}" for name in ("trigger-12", "text-noise-12"))),
         ),
-        ("clean", "mem-8", f"mem-12, {AMONG}"),
+        ("clean", "mem-8", f"mem-12, {AMONG}", f"text-noise-12, {AMONG}"),
     ),
 }
 

@@ -16,12 +16,31 @@ from ccu_fast.data.captions.listing import MANIFEST, is_text
 from ccu_fast.distributed.ranks import own_device
 from ccu_fast.files import after_the_work, output_file, write_whole
 from ccu_fast.mem.config import Execution, Method, Settings
+from ccu_fast.mem.config import strength as values_of
 from ccu_fast.mem.job import Job, estimate, protect_dataset
 from ccu_fast.mem.publish.rehearse import size_text
 from ccu_fast.mem.victim import Recipe
 
 _FIELDS_SHOWN = 8
 MODEL_HELP = "small, small:WIDTH (a multiple of 32), open_clip:NAME or hf:FOLDER."
+
+
+def _take_strength(context: typer.Context, parameter: typer.CallbackParam, value: str | None) -> str | None:
+    """The strength's values become the defaults of the options that have no other from the file."""
+    if value is not None:
+        context.default_map = {**values_of(value), **(context.default_map or {})}
+    return value
+
+
+Strength = Annotated[
+    str | None,
+    typer.Option(
+        "--strength",
+        help="light, medium or strong: other defaults of method, eps and trigger words; flags and --config win.",
+        callback=_take_strength,
+        is_eager=True,
+    ),
+]
 
 
 @one_sentence("protect")
@@ -33,8 +52,10 @@ def protect(
     out: Annotated[Path, typer.Option(help="New or empty folder for the protected dataset.")],
     *,
     method: Annotated[
-        str, typer.Option(help="mem[-n], em, trigger[-n], tap, uap, random[-n] or clean; n trigger words.")
+        str,
+        typer.Option(help="mem[-n], em, trigger[-n], text-noise[-n], tap, uap, random[-n] or clean; n trigger words."),
     ] = "mem-3",
+    strength: Strength = None,
     model: Annotated[str, typer.Option(help="The surrogate: " + MODEL_HELP)] = "small",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights the surrogate starts from.")] = None,
     size: Annotated[

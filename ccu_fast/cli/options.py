@@ -92,7 +92,7 @@ def _read_config(context: typer.Context, parameter: typer.CallbackParam, value: 
             raise ValueError(
                 f"config {name}: expected another value in {value}, got {item!r}: {error.message}"
             ) from error
-    context.default_map = given
+    context.default_map = {**(context.default_map or {}), **given}
     return value
 
 

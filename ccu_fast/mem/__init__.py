@@ -1,6 +1,6 @@
 """MEM: publish image-caption pairs that teach a model less (Liu et al. 2024, arXiv 2407.16307)."""
 
-from ccu_fast.mem.config import Execution, Method, Settings
+from ccu_fast.mem.config import Execution, Method, Settings, strength
 from ccu_fast.mem.job.protect import protect_dataset
 from ccu_fast.mem.job.victims import evaluate_datasets
 from ccu_fast.mem.protection import Protected, Protection, protect
@@ -29,6 +29,7 @@ __all__ = [
     "reading",
     "retrieval",
     "run_digit_strips",
+    "strength",
     "train_victim",
     "verify",
 ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ccu_fast import check
 
-NOISE_KINDS = ("none", "random", "minimise", "maximise", "mislead", "universal")
+NOISE_KINDS = ("none", "random", "words", "minimise", "maximise", "mislead", "universal")
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Method:
 
     Attributes:
         name: what reports call it.
-        noise: "none"; "random" (uniform within ±eps, the control; its triggers are random too); "minimise"
+        noise: "none"; "random" (uniform within ±eps, the control; its triggers are random too); "words" (a pattern for
+            each word of the caption, see :mod:`ccu_fast.mem.text_noise`); "minimise"
             (error-minimising PGD); "universal" (the same, one noise for all images); "maximise" and "mislead" (PGD
             against a surrogate trained on the clean pairs: away from the image's caption, or towards another's).
         triggers: trigger words in front of each caption, 0 for none.
@@ -38,7 +40,17 @@ class Method:
     @property
     def generates(self) -> bool:
         """Whether a surrogate is needed."""
-        return self.noise in NOISE_KINDS[2:] or (self.noise == "none" and self.triggers > 0)
+        return self.noise in NOISE_KINDS[3:] or (self.noise == "none" and self.triggers > 0)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the noise is drawn at once, the same every time."""
+        return self.noise in ("random", "words")
+
+    @property
+    def looks(self) -> bool:
+        """Whether trigger words may tell of the look."""
+        return self.triggers > 0 and self.noise != "random"
 
     @property
     def attacks_clean_model(self) -> bool:
@@ -55,6 +67,7 @@ class Method:
         em                        error-minimising noise (Huang et al. 2021)
         mem, mem-n                error-minimising noise and n trigger words (three)
         trigger, trigger-n        the trigger words alone (three)
+        text-noise, text-noise-n  noise that the caption's words make, and n trigger words
         uap                       one error-minimising noise for all images
         tap, tap-targeted         adversarial poisons (Fowl et al. 2021)
         ========================  =====================================================
@@ -62,12 +75,14 @@ class Method:
         Raises:
             ValueError: an unknown name.
         """
-        match = re.fullmatch(r"(clean|em|random|mem|trigger|uap|tap-targeted|tap)(?:-([1-9]\d?))?", str(name))
-        if match is None or (match[2] and match[1] not in ("random", "mem", "trigger")):
+        plain, worded = r"clean|em|uap|tap-targeted|tap", r"(random|mem|trigger|text-noise)(?:-([1-9]\d?))?"
+        match = re.fullmatch(f"({plain})|{worded}", str(name))
+        if match is None:
             raise ValueError(
-                f"method: expected clean, random[-n], em, mem[-n], trigger[-n], uap, tap or tap-targeted, got {name!r}"
+                "method: expected clean, random[-n], em, mem[-n], trigger[-n], text-noise[-n], uap, tap or "
+                f"tap-targeted, got {name!r}"
             )
-        kind, length = match.groups()
+        kind, length = match[1] or match[2], match[3]
         default = 3 if kind in ("mem", "trigger") else 0
         return Method(name, _NOISE[kind], int(length or default))
 
@@ -76,6 +91,7 @@ _NOISE = {
     "clean": "none",
     "trigger": "none",
     "random": "random",
+    "text-noise": "words",
     "em": "minimise",
     "mem": "minimise",
     "uap": "universal",
@@ -181,6 +197,45 @@ class Settings:
         if self.trigger_rounds is not None:
             return self.trigger_rounds
         return 0 if self.first == "look" and not self.compat else 3
+
+
+def check_together(method: Method, settings: Settings) -> None:
+    """What a method cannot do.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if settings.compat and method.noise not in ("none", "minimise"):
+        raise ValueError(f"method: expected clean, em, mem or trigger with compat, got {method.name!r}")
+    if method.noise == "words" and method.triggers and settings.search_rounds:
+        raise ValueError(
+            f"trigger_rounds: expected 0 with {method.name}, which has no surrogate to search words with, got "
+            f"{settings.search_rounds}"
+        )
+
+
+# The rows of benchmarks/protection that have the same settings say what each does.
+STRENGTHS: dict[str, dict[str, Any]] = {
+    "light": {"method": "trigger-3", "trigger_words": 8},
+    "medium": {"method": "mem-3", "trigger_words": 8},
+    "strong": {"method": "mem-8", "trigger_words": 8},
+}
+
+
+def strength(name: str) -> dict[str, Any]:
+    """The method's name and the settings that a strength stands for; all others are the defaults.
+
+    Args:
+        name: "light", "medium" or "strong".
+
+    Raises:
+        ValueError: another name.
+
+    >>> ccu_fast.mem.strength("light")
+    {'method': 'trigger-3', 'trigger_words': 8}
+    """
+    check.one_of("strength", name, tuple(STRENGTHS))
+    return dict(STRENGTHS[name])
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ccu_fast import check
 from ccu_fast.mem.compat import CompatRound
-from ccu_fast.mem.config import Execution, Method, Settings
+from ccu_fast.mem.config import Execution, Method, Settings, check_together
 from ccu_fast.mem.noise import random_noise
 from ccu_fast.mem.placing import gaps, place_among
 from ccu_fast.mem.round import Phase, Round
 from ccu_fast.mem.source import PairSource, TensorSource
 from ccu_fast.mem.surrogate import ModelFactory, generator
+from ccu_fast.mem.text_noise import TextNoise
 from ccu_fast.mem.triggers import first_triggers, survivors, with_triggers
 from ccu_fast.mem.view_round import ViewRound
 from ccu_fast.mem.views import Pictures
@@ -82,7 +83,7 @@ class Protection:
         execution: autocast, memory order, compilation.
         shard: number of this process's part. Surrogates start alike in every shard; orders and captions differ.
         average: called with the surrogate's parameters before each of its optimiser steps, to average gradients.
-        gather: where processes share a dataset: one's tensor → those of all.
+        gather: where processes share a dataset: one's object → those of all.
         captions: where processes share a dataset: all of its captions, from which all choose the same words, and their
             places.
         resumed: :meth:`load_state_dict` follows, so pictures need not be looked at for their first trigger words.
@@ -117,13 +118,14 @@ class Protection:
         execution: Execution | None = None,
         shard: int = 0,
         average: Callable[[Iterable[nn.Parameter]], None] | None = None,
-        gather: Callable[[Tensor], list[Tensor]] | None = None,
+        gather: Callable[[Any], list[Any]] | None = None,
         captions: Sequence[str] | None = None,
         resumed: bool = False,
         progress: Progress = silent,
     ) -> None:
         settings = Settings() if settings is None else settings
         check.integer("seed", seed, low=0)
+        check_together(method, settings)
         if source.n_images < 2:
             raise ValueError(f"images: expected at least 2, got {source.n_images}")
         self.source, self.tokenizer, self.method, self.settings = source, tokenizer, method, settings
@@ -134,8 +136,6 @@ class Protection:
         if settings.compat:
             if self.pictures is not None:
                 raise ValueError("compat: expected pictures of the model's size, got some that keep their own")
-            if method.noise not in ("none", "minimise"):
-                raise ValueError(f"method: expected clean, em, mem or trigger with compat, got {method.name!r}")
             if len(source.image_of) < settings.batch:
                 raise ValueError(
                     f"batch: expected at most the {len(source.image_of)} rows with compat, got {settings.batch}"
@@ -174,8 +174,10 @@ class Protection:
             execution=Execution() if execution is None else execution,
             average=average,
         )
-        if method.noise == "random" and noise_store is None:
+        if noise_store is None and method.noise == "random":
             self._random_noise(seed, shard)
+        if noise_store is None and method.noise == "words":
+            self._text_noise(gather, progress)
 
     @property
     def rounds(self) -> int:
@@ -288,14 +290,14 @@ class Protection:
     def _first_triggers(
         self,
         rng: torch.Generator,
-        gather: Callable[[Tensor], list[Tensor]] | None,
+        gather: Callable[[Any], list[Any]] | None,
         seed: int,
         *,
         look: bool,
         progress: Progress,
     ) -> Tensor:
         method, settings = self.method, self.settings
-        if settings.first == "random" or settings.compat or not (look and method.generates and method.triggers):
+        if settings.first == "random" or settings.compat or not (look and method.looks):
             return first_triggers(len(self.tokens), method.triggers, self.alphabet, self.tokenizer, rng, settings)
         return words_of_the_look(self._seen, self.source.n_images, self.alphabet, seed, gather, progress)[
             self.source.image_of
@@ -310,6 +312,16 @@ class Protection:
                 self.store.scatter_(index, noise.to(self.device, torch.int8))
                 continue
             self.store.scatter_(index, random_noise(self.source.images(index), eps, rng).to(self.device))
+
+    def _text_noise(self, gather: Callable[[Any], list[Any]] | None, progress: Progress) -> None:
+        source = self.source
+        captions = self.published_captions(torch.arange(len(source.captions)))
+        made = TextNoise(captions, source.image_of, source.n_images, self._seen, gather, progress)
+        for index, noise in made.of_all(self.store.item_shape, self.settings.eps):
+            if self.pictures is None:
+                images = source.images(index).short()
+                noise = ((images + noise).clamp(0, 255) - images).to(torch.int8)
+            self.store.scatter_(index, noise.to(self.device))
 
 
 def protect(

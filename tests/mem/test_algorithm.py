@@ -225,7 +225,8 @@ class TestProtect:
         return protect(strips.images, strips.captions, TOKENIZER, FACTORY, method=method, settings=settings, seed=seed)
 
     @pytest.mark.parametrize(
-        "name", ["clean", "random", "random-2", "em", "mem", "mem-5", "trigger-1", "uap", "tap", "tap-targeted"]
+        "name",
+        ["clean", "random", "random-2", "text-noise", "em", "mem", "mem-5", "trigger-1", "uap", "tap", "tap-targeted"],
     )
     def test_what_each_method_changes(self, strips: StripSet, name: str) -> None:
         made = self.run(strips, name)
@@ -234,7 +235,7 @@ class TestProtect:
         assert torch.equal(made.images, add_noise(strips.images, made.noise))
         size = int(made.noise.short().abs().max())
         # Two rounds of two steps of 1/255 are all that noise can have moved; a universal one moves with every batch.
-        assert size == {"none": 0, "random": 8, "universal": 8}.get(method.noise, 4)
+        assert size == {"none": 0, "random": 8, "words": 8, "universal": 8}.get(method.noise, 4)
         for published, caption in zip(made.captions, strips.captions, strict=True):
             words = published.split()
             assert " ".join(words[method.triggers :]) == caption

@@ -11,7 +11,7 @@ import torch
 from ccu_fast import check
 from ccu_fast.data.captions import Options
 from ccu_fast.data.pictures import MAX_PIXELS
-from ccu_fast.mem.config import Execution, Method, Settings
+from ccu_fast.mem.config import Execution, Method, Settings, check_together
 from ccu_fast.models.named import Model
 
 
@@ -57,6 +57,7 @@ class Job:
 
     def __post_init__(self) -> None:
         check.fields(self)
+        check_together(self.method, self.settings)
         for name, asked in (("compat", self.settings.compat), ("reference_files", self.reference_files)):
             if asked and not self.thumbnails:
                 raise ValueError(

@@ -204,7 +204,7 @@ class _Run:
     def _generate(self, place: Workplace, part: Part, model: Model, captions: Sequence[str]) -> Protection:
         job = self.job
         store = None
-        if job.method.noise != "random":  # which the protection draws itself, the same every time
+        if not job.method.draws:  # which the protection does itself, the same every time
             rows = 1 if job.method.noise == "universal" else part.n_images
             store = place.store(rows, part.noise_shape, job.device, on_disk=job.noise_on_disk)
 

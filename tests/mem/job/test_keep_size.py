@@ -84,7 +84,7 @@ def test_a_shards_json_has_the_true_size(tmp_path: Path) -> None:
         assert about["width"] == SIZES[i][0] and about["sha256"] == hashlib.sha256(sample["png"]).hexdigest()
 
 
-@pytest.mark.parametrize("method", ["clean", "random-3", "em", "trigger-3", "uap", "tap", "tap-targeted"])
+@pytest.mark.parametrize("method", ["clean", "random-3", "text-noise", "em", "trigger-3", "uap", "tap", "tap-targeted"])
 def test_methods(tmp_path: Path, method: str) -> None:
     source = made.write_csv(tmp_path / "in")
     manifest = protect_dataset(job(source, tmp_path / "out", method=Method.parse(method)))
