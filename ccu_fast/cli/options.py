@@ -85,6 +85,7 @@ def _read_config(context: typer.Context, parameter: typer.CallbackParam, value: 
         return None
     options = {str(p.name): p for p in context.command.params if p.name not in ("help", "config")}
     given = with_known_keys(read_toml(value, "config"), options, "config", value)
+    before = context.default_map or {}  # an option's callback may add to them while its value is tried below
     for name, item in given.items():
         try:
             options[name].process_value(context, item)
@@ -92,7 +93,7 @@ def _read_config(context: typer.Context, parameter: typer.CallbackParam, value: 
             raise ValueError(
                 f"config {name}: expected another value in {value}, got {item!r}: {error.message}"
             ) from error
-    context.default_map = {**(context.default_map or {}), **given}
+    context.default_map = {**before, **given}
     return value
 
 

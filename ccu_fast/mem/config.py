@@ -217,8 +217,8 @@ def check_together(method: Method, settings: Settings) -> None:
 # The rows of benchmarks/protection that have the same settings say what each does.
 STRENGTHS: dict[str, dict[str, Any]] = {
     "light": {"method": "trigger-3", "trigger_words": 8},
-    "medium": {"method": "mem-3", "trigger_words": 8},
-    "strong": {"method": "mem-8", "trigger_words": 8},
+    "medium": {"method": "mem-8", "trigger_words": 8},
+    "strong": {"method": "mem-12", "trigger_words": 8, "place": "among"},
 }
 
 

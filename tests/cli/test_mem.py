@@ -19,11 +19,12 @@ import torch
 import typer
 from PIL import Image
 
+from benchmarks.protection.__main__ import STUDIES
 from ccu_fast.cli import main as cli
 from ccu_fast.cli.app import app
 from ccu_fast.data.captions import DiskSource, Options, list_pairs
 from ccu_fast.data.strips import write_strips
-from ccu_fast.mem.config import Execution, Settings
+from ccu_fast.mem.config import STRENGTHS, Execution, Settings, strength
 from ccu_fast.mem.job import Job, generation, victims
 from ccu_fast.mem.protection import Protection
 from ccu_fast.ops import machine
@@ -166,6 +167,45 @@ def test_flags_and_a_settings_file_ask_for_the_same(tmp_path: Path, monkeypatch:
     }
 
 
+@pytest.mark.parametrize("first", ["strength", "config"])
+def test_a_strength_gives_defaults_the_file_and_flags_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    asked: list[Job] = []
+    monkeypatch.setattr("ccu_fast.cli.mem.protect_dataset", lambda job, _: asked.append(job))
+    monkeypatch.setattr("ccu_fast.cli.mem._tell", lambda *_: None)
+    config = tmp_path / "run.toml"
+    config.write_text("eps = 5\nplace = 'front'\nrounds = 7\n")
+    both = ["--strength", "strong", "--config", str(config)]
+    ordered = both if first == "strength" else [*both[2:], *both[:2]]
+    command = ["protect", "in.csv", "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--strength", "strong"]) == 0
+    assert cli.main([*command, *ordered, "--rounds", "3"]) == 0
+    config.write_text("strength = 'strong'\nplace = 'front'\n")
+    assert cli.main([*command, "--config", str(config), "--method", "em"]) == 0
+    assert cli.main([*command, "--config", str(config), "--strength", "light"]) == 0
+    plain, mixed, told, weaker = asked
+    values = strength("strong")
+    method = values.pop("method")
+    assert plain.method.name == method and plain.settings == Settings(**values)
+    assert mixed.method.name == method
+    assert mixed.settings == Settings(**{**values, "place": "front", "eps": 5, "rounds": 3})
+    assert told.method.name == "em" and told.settings == Settings(**{**values, "place": "front"})
+    light = {name: value for name, value in strength("light").items() if name != "method"}
+    assert weaker.method.name == strength("light")["method"]
+    assert weaker.settings == Settings(**{**light, "place": "front"})
+
+
+def test_each_strength_is_measured() -> None:
+    """A row of benchmarks/protection has its method and settings."""
+    study = STUDIES["pictograms"]
+    rows = [study.of(name) for name in study.methods]
+    for name in STRENGTHS:
+        values = strength(name)
+        method = values.pop("method")
+        assert (method, Settings(**values, trigger_rounds=0)) in rows, name
+
+
 def test_a_dry_run_tells_everything_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = made.write_csv(tmp_path / "in")
     command = ["protect", str(source), "--out", str(tmp_path / "new" / "out"), *TINY, "--dry-run"]
@@ -213,6 +253,8 @@ def test_a_dry_run_that_is_terminated_leaves_nothing(tmp_path: Path) -> None:
         (["{in}", "--format", "parquet"], "format: expected one of"),
         (["{in}", "--autocast", "int8"], "autocast: expected bf16 or fp16"),
         (["{in}", "--compile", "fast"], "compile: expected one of"),
+        (["{in}", "--strength", "heavy"], "strength: expected one of"),
+        (["{in}", "--method", "text-noise-3", "--first", "random"], "trigger-rounds: expected 0 with text-noise-3"),
     ],
 )
 def test_what_can_be_mended_is_one_message_and_status_1(
