@@ -31,14 +31,19 @@ class Model:
         tokenizer: of its captions.
         image_shape: (C, H, W).
         about: JSON values that say which it is.
-        trained: whether ``factory`` gives trained weights.
+        weights: the files that ``factory`` reads them from; none of random ones.
     """
 
     factory: Callable[[], DualEncoder]
     tokenizer: Tokenizer
     image_shape: tuple[int, int, int]
     about: dict[str, Any]
-    trained: bool = False
+    weights: tuple[Path, ...] = ()
+
+    @property
+    def trained(self) -> bool:
+        """Whether ``factory`` gives trained weights."""
+        return bool(self.weights)
 
 
 def named_model(name: str, weights: Path | None = None, *, argument: str = "checkpoint") -> Model:
@@ -70,8 +75,8 @@ def named_model(name: str, weights: Path | None = None, *, argument: str = "chec
         )
     loaded = found.make if weights is None else from_checkpoint(found.make, weights, argument)
     about = {"model": name, "image_shape": [3, *found.size]}
-    trained = found.trained or weights is not None
-    return Model(lambda: found.adapter(loaded()), found.tokenizer, (3, *found.size), about, trained)
+    files = found.weights if weights is None else (weights,)
+    return Model(lambda: found.adapter(loaded()), found.tokenizer, (3, *found.size), about, files)
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class _Found:
     tokenizer: ClipTokenizer
     vocabulary: int
     size: tuple[int, int]
-    trained: bool = False
+    weights: tuple[Path, ...] = ()
 
 
 def _open_clip(name: str) -> _Found:
@@ -150,7 +155,7 @@ def _transformers(folder: str) -> _Found:
     config = library.AutoConfig.from_pretrained(path)
     if config.model_type != "clip":
         raise ValueError(f"model: expected a CLIP in {folder!r}, got a {config.model_type!r}")
-    files = [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]
+    files = sorted((*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")))
     for file in files:
         check_no_pointer(file, "model")
     make = partial(_saved, library, path) if files else partial(library.CLIPModel, config)
@@ -158,7 +163,7 @@ def _transformers(folder: str) -> _Found:
     mean, std = _normalisation(path)
     adapter = partial(TransformersClipEncoder, mean=mean, std=std)
     tokenizer = _saved_tokenizer(library, path, text)
-    return _Found(make, adapter, tokenizer, int(text.vocab_size), (side, side), bool(files))
+    return _Found(make, adapter, tokenizer, int(text.vocab_size), (side, side), tuple(files))
 
 
 def _saved_tokenizer(library: Any, path: Path, text: Any) -> ClipTokenizer:

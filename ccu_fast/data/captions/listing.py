@@ -61,17 +61,20 @@ class Options:
 
     Attributes:
         format: one of :data:`FORMATS`; None: see :func:`ccu_fast.data.captions.list_pairs`.
-        image_column: CSV and imagefolder; default "images" or "file_name", of an imagefolder the other way round.
-        caption_column: CSV and imagefolder; default "caption", or "text" where there is no "caption".
+        image_column: CSV and imagefolder; default the first there is of "images", "file_name" (of an imagefolder the
+            other way round), "image_path", "filepath", "filename" and, but for Parquet, "image".
+        caption_column: CSV and imagefolder; default the first there is of "caption", "text" and "title".
             Of a webdataset the field of each ``json``; by default "caption", where a sample has no ``txt``.
     """
 
     format: str | None = check.field(
         None, "csv, folder, imagefolder or webdataset; recognised if not given.", allowed=FORMATS
     )
-    image_column: str | None = check.field(None, "Column of paths; images or file_name if not given.")
+    image_column: str | None = check.field(
+        None, "Column of paths; if not given images, file_name, image_path, filepath, filename or image."
+    )
     caption_column: str | None = check.field(
-        None, "Column (webdataset: json field) of captions; caption or text if not given."
+        None, "Column (webdataset: json field) of captions; caption, text or title if not given."
     )
 
     def __post_init__(self) -> None:

@@ -310,9 +310,11 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[dict[Any, Any]]:
 
 def _columns(path: Path, format: str, found: list[Any], image: str | None, caption: str | None) -> tuple[str, str]:
     usual = ("file_name", "images") if format == "imagefolder" else ("images", "file_name")
-    image = image or next((name for name in usual if name in found), usual[0])
+    # Of Parquet this is the column where datasets keeps pictures.
+    others = ("image_path", "filepath", "filename", *(() if _is_parquet(path) else ("image",)))
+    image = image or next((name for name in (*usual, *others) if name in found), usual[0])
     if caption is None:
-        caption = next((name for name in ("caption", "text") if name in found), "caption")
+        caption = next((name for name in ("caption", "text", "title") if name in found), "caption")
     if image == caption:
         raise ValueError(f"caption_column: expected another column than that of the images, got {caption} for both")
     missing = [name for name in (image, caption) if name not in found]

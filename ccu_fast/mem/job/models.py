@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -40,7 +41,7 @@ def small(
     loaded = make if checkpoint is None else from_checkpoint(make, checkpoint)
     triggers = len(tokenizer.trigger_ids)
     about = {"model": "small", "width": width, "image_shape": list(image_shape), "words": [len(tokenizer), triggers]}
-    return _hashed(Model(loaded, tokenizer, image_shape, about), checkpoint)
+    return _hashed(Model(loaded, tokenizer, image_shape, about, () if checkpoint is None else (checkpoint,)))
 
 
 def choose(
@@ -74,7 +75,7 @@ def choose(
         if grey:
             raise ValueError(f"grey: expected colours for {spec!r}, which has its own input")
         own = None if size is None else _parsed("size", size)
-        return lambda captions: _hashed(_of_size(named_model(spec, checkpoint), own, spec), checkpoint)
+        return lambda captions: _hashed(_of_size(named_model(spec, checkpoint), own, spec))
     if not re.fullmatch(r"\d*", rest, re.ASCII):
         raise ValueError(f"model: expected small or small:WIDTH, got {spec!r}")
     height, width = _parsed("size", size or "64x64") if input_size is None else _parsed("input_size", input_size)
@@ -97,6 +98,8 @@ def _of_size(model: Model, size: tuple[int, int] | None, spec: str) -> Model:
     return model
 
 
-def _hashed(model: Model, checkpoint: Path | None) -> Model:
-    digest = None if checkpoint is None else file_hash(checkpoint)
+def _hashed(model: Model) -> Model:
+    """With the hash of the weights it starts from: a run that is resumed with others is another run."""
+    files = [file_hash(path) for path in model.weights]
+    digest = hashlib.sha256("".join(files).encode()).hexdigest() if len(files) > 1 else next(iter(files), None)
     return replace(model, about={**model.about, "checkpoint": digest})

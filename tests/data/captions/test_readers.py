@@ -76,6 +76,25 @@ def test_csv_dialects(tmp_path: Path) -> None:
     assert (listing.captions, listing.columns) == (["d"], ("path", "title"))
 
 
+@pytest.mark.parametrize(
+    ("columns", "taken"),
+    [
+        ("image,caption", ("image", "caption")),
+        ("title,filepath", ("filepath", "title")),
+        ("image_path,title,text", ("image_path", "text")),
+        ("image,filename,text,caption", ("filename", "caption")),
+        ("image,file_name,images,text", ("images", "text")),
+    ],
+)
+def test_usual_columns_are_known(tmp_path: Path, columns: str, taken: tuple[str, str]) -> None:
+    (tmp_path / "0.png").write_bytes(made.encoded(0))
+    names = columns.split(",")
+    row = ["0.png" if name == taken[0] else "a fox" if name == taken[1] else "else" for name in names]
+    (tmp_path / "a.csv").write_text(f"{columns}\n{','.join(row)}\n")
+    listing = list_pairs(tmp_path / "a.csv")
+    assert (listing.columns, listing.captions, listing.names) == (taken, ["a fox"], ["0.png"])
+
+
 def test_rewriting_a_table_keeps_everything_else(tmp_path: Path) -> None:
     text = 'images,caption,x\r\na.jpg,"q ""r"", s\nt",1\r\nb.jpg,u,\r\nc.jpg,v,2\r\n'
     (tmp_path / "in.csv").write_bytes(text.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import shutil
@@ -201,3 +202,29 @@ def test_pictures_are_normalised_as_the_folder_says(libraries: tuple[Any, Any], 
     (folder / name).write_text(json.dumps(said if name.startswith("pre") else {"image_processor": said}))
     model: Any = choose(f"hf:{folder}")(["a caption"]).factory()
     assert model.mean.flatten().tolist() == said["image_mean"] and model.std.flatten().tolist() == said["image_std"]
+
+
+def test_the_weights_of_a_folder_make_the_run(libraries: tuple[Any, Any], tmp_path: Path) -> None:
+    transformers = libraries[1]
+    folder = folder_of(libraries, tmp_path / "clip")
+
+    def told() -> Any:
+        return choose(f"hf:{folder}")([]).about["checkpoint"]
+
+    assert told() is None
+    model = transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(folder))
+    model.save_pretrained(folder)
+    whole = told()
+    assert whole == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    with torch.no_grad():
+        model.logit_scale += 1
+    model.save_pretrained(folder)
+    assert told() not in (None, whole)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    shards = told()
+    (changed,) = sorted(folder.glob("*.safetensors"))[-1:]
+    data = bytearray(changed.read_bytes())
+    data[-1] ^= 1
+    changed.write_bytes(data)
+    assert len(list(folder.glob("*.safetensors"))) > 1 and told() != shards
