@@ -58,6 +58,11 @@ def source() -> tuple[str | None, bool | None]:
     return head, None if changed is None else bool(changed)
 
 
+def commit(checkout: Path) -> str | None:
+    """The commit of another checkout."""
+    return _run("git", "-C", str(checkout), "rev-parse", "HEAD")
+
+
 def choose_device(name: str | None) -> torch.device:
     """The device that was named, by default a GPU where there is one.
 

@@ -33,6 +33,7 @@ SLOW = (
     "benchmarks/ops",
     "benchmarks/test_host_time.py",
     "benchmarks/test_machinery.py",
+    "benchmarks/test_mem_phases.py",
     "benchmarks/visit",
     "build_support",
     "cli/test_demo.py",

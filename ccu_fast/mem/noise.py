@@ -31,7 +31,7 @@ def pgd(
     steps: int,
     maximise: bool = False,
     encode: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """``steps`` times ``noise ← clip(noise − step·sign(∂L/∂noise))``, L = symmetric InfoNCE of one batch.
 
     The clip keeps |noise| ≤ eps and images + noise within 0..255: what is optimised is what can be stored. All
@@ -50,7 +50,7 @@ def pgd(
         encode: takes the place of ``model.encode_image`` (compiled, say).
 
     Returns:
-        The new noise, int8.
+        The new noise, int8; the image features ``[N, D]`` that the last step started from, None without a step.
     """
     encode = model.encode_image if encode is None else encode
     dtype = model.embedding_matrix.dtype
@@ -61,7 +61,7 @@ def pgd(
     free = isinstance(images, Views) or len(noise) != len(images)
     anchor = torch.zeros_like(delta) if free else base
     lower, upper = (-255.0, 255.0) if free else (0.0, 255.0)
-    text = text.detach()
+    text, image = text.detach(), None
     with frozen(model):
         scale = model.scale.detach()
         for i in range(steps):
@@ -70,11 +70,12 @@ def pgd(
                 shown = images.shown(delta, i % len(images))
             else:
                 shown = (base + delta).clamp(0, 255) if free else base + delta
-            loss = info_nce(encode((shown / 255).to(dtype)), text[i] if text.ndim == 3 else text, scale=scale)
+            image = encode((shown / 255).to(dtype))
+            loss = info_nce(image, text[i] if text.ndim == 3 else text, scale=scale)
             (grad,) = torch.autograd.grad(-loss if maximise else loss, delta)
-            delta = delta.detach()
+            delta, image = delta.detach(), image.detach()
             # "zero": looking for NaN would wait for the device at every step; the round's loss shows it.
             pgd_step_(
                 delta, grad, anchor, step=float(step), eps=float(eps), lower=lower, upper=upper, nan_policy="zero"
             )
-    return delta.to(torch.int8)
+    return delta.to(torch.int8), image

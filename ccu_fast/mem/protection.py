@@ -39,7 +39,7 @@ class Protected:
         triggers: int64 ``[N, n]``.
         captions: the captions with their triggers.
         losses: the surrogate's mean loss in each round on the protected data: {"surrogate": after its steps,
-            "triggers": after the trigger pass, "noise": after the noise pass}.
+            "triggers": after the trigger pass, "noise": in the noise pass, before the last step of each batch}.
 
     >>> images, no_triggers = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2, 0, dtype=torch.int64)
     >>> method, settings = ccu_fast.mem.Method.parse("clean"), ccu_fast.mem.Settings()

@@ -93,7 +93,7 @@ class Round:
             return 6  # a step back costs twice one forward
         if phase == "triggers":
             return 1 + self.method.triggers * (2 + s.candidates)
-        return 2 + (0 if self.method.noise == "none" else 2 * s.pgd_steps)
+        return 1 + max(1, 0 if self.method.noise == "none" else 2 * s.pgd_steps)
 
     def changes_noise(self, phase: Phase) -> bool:
         """Whether a phase writes to the store."""
@@ -238,7 +238,7 @@ class Round:
             text = self.surrogate.encode_text(self._text(place.row_of[index]))
         target = text.roll(1, 0) if self.method.noise == "mislead" else text
         images = images.to(self.device) if isinstance(images, Views) else moved(images, self.device)
-        noise = pgd(
+        noise, image = pgd(
             self.surrogate,
             images,
             self.store.gather(where, dtype=torch.int8),
@@ -252,7 +252,10 @@ class Round:
         if steps:
             self.store.scatter_(where, noise)
         with torch.no_grad(), frozen(self.surrogate):
-            image = self.encode_image(self._pixels(images, index))
+            # Told is the loss that the last step started from: that after it would cost the tower once more. Windows
+            # take turns at the steps, so the last step may not have seen the model's own, which is told.
+            if image is None or isinstance(images, Views):
+                image = self.encode_image(self._pixels(images, index))
             return info_nce(image, text, scale=self.surrogate.scale)
 
     def state_dict(self) -> dict[str, Any]:

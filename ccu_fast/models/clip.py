@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccu_fast import check
+from ccu_fast.models import clip_towers
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -140,9 +141,15 @@ class TransformersClipEncoder(ClipEncoder):
         return self.model.text_model.embeddings.token_embedding  # type: ignore[union-attr, return-value]
 
     def _image_features(self, normalised: Tensor) -> Tensor:
+        found = clip_towers.image_feature(self.model, normalised)
+        if found is not None:
+            return found
         return _features(self.model.get_image_features(pixel_values=normalised))  # type: ignore[operator]
 
     def _text_features(self, tokens: Tensor, embeddings: Tensor) -> Tensor:
+        found = clip_towers.text_feature(self.model, tokens, embeddings)
+        if found is not None:
+            return found
         # The library takes ids alone; a hook hands the embeddings in, whatever its version does around the layer.
         handle = self._embedding.register_forward_hook(lambda *_: embeddings)
         try:

@@ -18,7 +18,7 @@ from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.noise import pgd, random_noise
 from ccu_fast.mem.protection import Protected, protect
 from ccu_fast.mem.study import STRANGERS, run_digit_strips
-from ccu_fast.mem.surrogate import batches, fresh, frozen, generator, pixels
+from ccu_fast.mem.surrogate import batches, fresh, frozen, generator, optimizer_for, pixels
 from ccu_fast.mem.tokenizer import NEUTRAL, SPECIAL, WordTokenizer
 from ccu_fast.mem.triggers import encode_many, improve_triggers, insert_triggers, random_triggers, trim
 from ccu_fast.mem.victim import Recipe, train_victim
@@ -95,7 +95,7 @@ class TestNoise:
         tokens = TOKENIZER.encode(strips.captions)
         text = model.encode_text(tokens)
         start = torch.zeros_like(strips.images, dtype=torch.int8)
-        noise = pgd(model, strips.images, start, text, eps=eps, step=1, steps=12)
+        noise = pgd(model, strips.images, start, text, eps=eps, step=1, steps=12)[0]
         assert noise.dtype == torch.int8
         assert noise.short().abs().max() == eps
         protected = add_noise(strips.images, noise)  # raises if a pixel left 0..255
@@ -107,17 +107,27 @@ class TestNoise:
         model = fresh(FACTORY, 0, "test")
         text = model.encode_text(TOKENIZER.encode(strips.captions))
         start = torch.zeros_like(strips.images, dtype=torch.int8)
-        same = pgd(model, strips.images, start, text, eps=4, step=1, steps=3)
-        listed = pgd(model, strips.images, start, text.expand(3, -1, -1), eps=4, step=1, steps=3)
+        same = pgd(model, strips.images, start, text, eps=4, step=1, steps=3)[0]
+        listed = pgd(model, strips.images, start, text.expand(3, -1, -1), eps=4, step=1, steps=3)[0]
         assert torch.equal(same, listed)
+
+    def test_the_features_that_come_back_are_of_the_noise_before_the_last_step(self, strips: StripSet) -> None:
+        model = fresh(FACTORY, 0, "test")
+        text = model.encode_text(TOKENIZER.encode(strips.captions))
+        start = torch.zeros_like(strips.images, dtype=torch.int8)
+        before, _ = pgd(model, strips.images, start, text, eps=4, step=1, steps=2)
+        _, image = pgd(model, strips.images, start, text, eps=4, step=1, steps=3)
+        assert image is not None and not image.requires_grad
+        assert torch.equal(image, model.encode_image(pixels(add_noise(strips.images, before))))
+        assert pgd(model, strips.images, start, text, eps=4, step=1, steps=0)[1] is None
 
     def test_no_step_and_no_budget_change_nothing(self, strips: StripSet) -> None:
         model = fresh(FACTORY, 0, "test")
         text = model.encode_text(TOKENIZER.encode(strips.captions))
         start = random_noise(strips.images, 3, generator(0, "n"))
-        assert torch.equal(pgd(model, strips.images, start, text, eps=3, step=1, steps=0), start)
+        assert torch.equal(pgd(model, strips.images, start, text, eps=3, step=1, steps=0)[0], start)
         zero = torch.zeros_like(start)
-        assert torch.equal(pgd(model, strips.images, zero, text, eps=0, step=1, steps=2), zero)
+        assert torch.equal(pgd(model, strips.images, zero, text, eps=0, step=1, steps=2)[0], zero)
 
     def test_random_noise_fills_its_range_and_gives_valid_pixels(self, strips: StripSet) -> None:
         noise = random_noise(strips.images, 8, generator(0, "n"))
@@ -132,6 +142,19 @@ class TestNoise:
             assert not any(p.requires_grad for p in model.parameters())
             raise KeyboardInterrupt
         assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["log_scale"]
+
+    def test_an_optimiser_step_makes_no_copy_of_a_weight(self) -> None:
+        """One operator for all weights of a group, whatever their number."""
+        model = fresh(FACTORY, 0, "test")
+        optimizer = optimizer_for(model, 1e-3, 0.2)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()  # creates the moments
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            optimizer.step()
+        counts = {event.key: event.count for event in profile.key_averages()}
+        assert counts["aten::_fused_adamw_"] == 2
+        assert not counts.keys() & {"aten::addcmul_", "aten::sqrt", "aten::lerp_", "aten::addcdiv_"}
 
 
 class TestTriggers:

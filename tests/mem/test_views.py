@@ -185,7 +185,7 @@ def test_the_steps_go_through_the_windows_and_keep_the_budget(pictures: Any, mon
     asked: list[int] = []
     inner: Callable[..., torch.Tensor] = Views.shown
     monkeypatch.setattr(Views, "shown", lambda self, noise, k=0: (asked.append(k), inner(self, noise, k))[1])
-    noise = pgd(model, views, torch.zeros(4, *part.noise_shape, dtype=torch.int8), text, eps=5, step=2, steps=5)
+    noise = pgd(model, views, torch.zeros(4, *part.noise_shape, dtype=torch.int8), text, eps=5, step=2, steps=5)[0]
     assert asked == [0, 1, 2, 0, 1]
     assert noise.dtype == torch.int8 and int(noise.abs().max()) == 5
 

@@ -17,6 +17,7 @@ from ccu_fast.data.strips import load_strips, write_strips
 from ccu_fast.mem import Method, Protection, Settings
 from ccu_fast.mem.job.models import choose
 from ccu_fast.mem.source import TensorSource
+from ccu_fast.models import clip_towers
 from ccu_fast.models.clip import MEAN, STD, OpenClipEncoder, TransformersClipEncoder
 from ccu_fast.models.tokenizer import ClipTokenizer
 from ccu_fast.models.weights import from_checkpoint, read_weights
@@ -94,30 +95,21 @@ def test_open_clip_features_are_its_own_at_any_length(open_clip: Any, tower: str
     assert (grad[:, 1].abs().sum(1) > 0).all()
 
 
-def test_transformers_features_are_its_own(transformers: Any) -> None:
+def tiny_transformers(transformers: Any, *, layers: int = 1, eot: int = 99, act: str = "quick_gelu") -> Any:
+    """Two towers of width 32 for pictures of four patches."""
+    shared = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "hidden_act": act}
+    text = {"num_hidden_layers": max(layers, 2), "vocab_size": 100, "bos_token_id": 98, "pad_token_id": 99}
     config = transformers.CLIPConfig(
         projection_dim=24,
-        text_config={
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 48,
-            "vocab_size": 100,
-            "bos_token_id": 98,
-            "eos_token_id": 99,
-            "pad_token_id": 99,
-        },
-        vision_config={
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 48,
-            "image_size": 32,
-            "patch_size": 16,
-        },
+        text_config=shared | text | {"eos_token_id": eot},
+        vision_config=shared | {"num_hidden_layers": layers, "image_size": 32, "patch_size": 16},
     )
-    model = transformers.CLIPModel(config).eval()
-    ours = TransformersClipEncoder(model)
+    return TransformersClipEncoder(transformers.CLIPModel(config).eval())
+
+
+def test_transformers_features_are_its_own(transformers: Any) -> None:
+    ours = tiny_transformers(transformers)
+    model = ours.model
     tokens = torch.tensor([[98, 5, 6, 7, 99, 99], [98, 9, 99, 99, 99, 99]])
     pixels = torch.rand(2, 3, 32, 32)
     normalised = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -132,6 +124,83 @@ def test_transformers_features_are_its_own(transformers: Any) -> None:
     (grad,) = torch.autograd.grad(features[:, 0].sum(), embeddings)
     assert (grad[1, 1].abs().sum() > 0) and not grad[1, 3:].any()
     assert not ours._embedding._forward_hooks
+
+
+@pytest.mark.parametrize(("eot", "act"), [(99, "quick_gelu"), (2, "quick_gelu"), (99, "gelu")])
+def test_transformers_towers_are_the_librarys_with_all_gradients(transformers: Any, eot: int, act: str) -> None:
+    """Every weight and the pixels get the library's gradient; eot 2 is how old configurations say "the largest id"."""
+    ours = tiny_transformers(transformers, layers=2, eot=eot, act=act)
+    tokens = torch.tensor([[98, 5, 6, 7, 99, 0], [98, 9, 99, 0, 0, 0]])
+    found: list[list[torch.Tensor]] = []
+    for library in (False, True):
+        # A hook on a block makes the adapter call the library's forward.
+        handles = [
+            tower.encoder.layers[0].register_forward_hook(lambda *_: None)
+            for tower in (ours.model.text_model, ours.model.vision_model)
+            if library
+        ]
+        pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        features = torch.cat([ours.encode_image(pixels), ours.encode_text(tokens)])
+        weight = torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
+        inputs = [pixels, *(p for name, p in ours.named_parameters() if "logit_scale" not in name)]
+        found.append([features, *torch.autograd.grad((features * weight).sum(), inputs)])
+        for handle in handles:
+            handle.remove()
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_last_block_of_a_transformers_tower_has_one_position(transformers: Any) -> None:
+    """Where the library's has all of them: counted at the products that only the asked positions need."""
+    ours = tiny_transformers(transformers, layers=2)
+    rows: dict[str, list[int]] = {}
+    for name, module in ours.model.named_modules():
+        if name.endswith(("q_proj", "k_proj", "out_proj")):
+            note = rows.setdefault(name.split("_model")[0] + " " + name.split(".")[-1], [])
+            module.register_forward_hook(lambda _m, _i, out, note=note: note.append(out.shape[1]))
+    with torch.no_grad():
+        ours.encode_image(torch.rand(2, 3, 32, 32))
+        ours.encode_text(torch.tensor([[98, 5, 6, 7, 99], [98, 9, 99, 99, 99]]))
+    for tower, positions in (("vision", 5), ("text", 5)):
+        assert rows[f"{tower} k_proj"] == [positions, positions]
+        assert rows[f"{tower} q_proj"] == rows[f"{tower} out_proj"] == [positions, 1]
+
+
+def test_a_noise_step_keeps_one_wide_activation_of_a_block(transformers: Any) -> None:
+    """QuickGELU's input; the library keeps its input and its sigmoid, and autograd no input of a frozen layer."""
+    ours = tiny_transformers(transformers, layers=3)
+    ours.requires_grad_(False)
+
+    def wide() -> int:
+        kept: set[int] = set()
+
+        def keep(t: torch.Tensor) -> torch.Tensor:
+            if t.shape[-1] == 48 and t.numel() == 2 * 5 * 48:
+                kept.add(t.data_ptr())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            features = ours.encode_image(torch.rand(2, 3, 32, 32).requires_grad_())
+        assert features.requires_grad
+        return len(kept)
+
+    ours_keeps = wide()
+    ours.model.vision_model.encoder.layers[0].register_forward_hook(lambda *_: None)
+    assert (ours_keeps, wide()) == (2, 6)  # in our last block one position is wide, not five
+
+
+def test_what_a_tower_may_not_leave_out(transformers: Any) -> None:
+    """A hook on a wide layer is called; dropout in training and pictures of another size are the library's."""
+    ours = tiny_transformers(transformers, layers=1)
+    vision, called = ours.model.vision_model, []
+    handle = vision.encoder.layers[0].mlp.fc1.register_forward_hook(lambda *_: called.append(1))
+    ours.encode_image(torch.rand(2, 3, 32, 32))
+    handle.remove()
+    assert called == [1] and clip_towers.usable(vision, training=True)
+    vision.encoder.layers[0].self_attn.dropout = 0.5
+    assert clip_towers.usable(vision, training=False) and not clip_towers.usable(vision, training=True)
+    with pytest.raises(ValueError, match="image size"):
+        ours.encode_image(torch.rand(2, 3, 48, 48))
 
 
 def test_checkpoints(open_clip: Any, tmp_path: Path) -> None:
