@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 QUICK = 1.702  # QuickGELU(x) = x · sigmoid(1.702 x) = silu(1.702 x) / 1.702
+_NAMES = ("CLIPEncoderLayer", "CLIPAttention", "CLIPMLP")
 _BLOCK = {"self_attn", "layer_norm1", "layer_norm2", "mlp"}
 _LEAVES = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv2d)
 
@@ -32,13 +33,16 @@ def usable(tower: Any, training: bool) -> bool:
 
 
 def _known(layer: Any) -> bool:
-    return type(layer).__name__ == "CLIPEncoderLayer" and {name for name, _ in layer.named_children()} == _BLOCK
+    names = {name for name, _ in layer.named_children()}
+    return (
+        names == _BLOCK and (type(layer).__name__, type(layer.self_attn).__name__, type(layer.mlp).__name__) == _NAMES
+    )
 
 
 def _watched(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Whether calling it does more than its class says: hooks, or a forward that was put in its place."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def image_feature(model: Any, pixels: Tensor) -> Tensor | None:
@@ -67,10 +71,11 @@ def image_feature(model: Any, pixels: Tensor) -> Tensor | None:
 def text_feature(model: Any, tokens: Tensor, embeddings: Tensor) -> Tensor | None:
     """Features ``[N, D]`` before normalisation, at EOT; None where only the library's own way serves."""
     tower, length = model.text_model, tokens.shape[1]
-    if length > tower.config.max_position_embeddings or not usable(tower, model.training):
+    eos = getattr(tower, "eos_token_id", None)
+    if eos is None or length > tower.config.max_position_embeddings or not usable(tower, model.training):
         return None
     # The library's rule: id 2 stands for old configurations, in which EOT is the largest id of a text.
-    ends = tokens.int() if tower.eos_token_id == 2 else (tokens == tower.eos_token_id).int()
+    ends = tokens.int() if eos == 2 else (tokens == eos).int()
     end = ends.argmax(1)
     x = embeddings + tower.embeddings.position_embedding.weight[:length]
     *blocks, last = tower.encoder.layers

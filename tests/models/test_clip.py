@@ -203,6 +203,21 @@ def test_what_a_tower_may_not_leave_out(transformers: Any) -> None:
         ours.encode_image(torch.rand(2, 3, 48, 48))
 
 
+def test_a_part_that_was_replaced_is_called(transformers: Any) -> None:
+    vision = tiny_transformers(transformers, layers=1).model.vision_model
+    layer = vision.encoder.layers[0]
+    assert clip_towers.usable(vision, training=False)
+    layer.forward = layer.forward  # as libraries that wrap a module do
+    assert not clip_towers.usable(vision, training=False)
+    del layer.forward
+    for name in ("self_attn", "mlp"):
+        own = getattr(layer, name)
+        setattr(layer, name, type("Other", (type(own),), {})(own.config))
+        assert not clip_towers.usable(vision, training=False)
+        setattr(layer, name, own)
+    assert clip_towers.usable(vision, training=False)
+
+
 def test_checkpoints(open_clip: Any, tmp_path: Path) -> None:
     model = small(open_clip, "vit", 60)
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "a.pt")
