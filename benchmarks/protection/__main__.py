@@ -35,6 +35,7 @@ END = "<!-- end of protection -->"
 MANUAL = environment.REPOSITORY / "docs" / "protect.md"  # which shows the rows of the strengths
 FRONT = environment.REPOSITORY / "README.md"  # which shows the rows of the victim that is like the surrogate
 WITH_WORDS = tuple(f"{name}+jpeg" for name in OF_TRIGGERS[:1])
+CUT = ("no-trigger", "no-common")  # what README shows of treatments
 TREATMENTS = (*OF_PICTURES, *OF_CAPTIONS, *WITH_WORDS)
 
 
@@ -269,14 +270,16 @@ def fragment() -> str:
     tables = []
     for task, study in STUDIES.items():
         parts = json.loads((PAGE.parent / f"{task}.json").read_text())["parts"]
-        plain = {name: part for name, part in parts.items() if _in_front(name)}
+        plain = {name: part for name, part in parts.items() if _in_front(name, study)}
         tables.append(f"**{task}**, ε = {study.settings.eps}/255\n\n{table(plain)}\n")
     return "\n".join(tables)
 
 
-def _in_front(name: str) -> bool:
+def _in_front(name: str, study: Study) -> bool:
     method, _, *victim = name.split("/")
-    return "eps" not in method and (not victim or AMONG in method or victim == ["no-common"])
+    if method not in study.methods or (AMONG in method and method not in study.tried):
+        return False
+    return not victim or (victim[0] in CUT and method in ("clean", "mem-8", f"mem-12, {AMONG}"))
 
 
 def strengths() -> str:
