@@ -290,7 +290,7 @@ def strengths() -> str:
         "| `--strength` | stands for | R@1 left | first words cut off | frequent words left out | CPU ms a picture |"
     ]
     lines.append("|---|---|---|---|---|---|")
-    names = {"": ("clean", "as it came")}
+    names = {"none": ("clean", "clean pairs")}
     for name in STRENGTHS:
         values = strength(name)
         options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in values.items())

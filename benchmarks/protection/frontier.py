@@ -55,8 +55,17 @@ def draw(stored: dict[str, Any], path: Path) -> None:
         chance = next(part["guessing"]["r1"] for part in parts.values() if "guessing" in part)
         names = [name for name in costs if left(parts, name) is not None]
         by_cost.scatter([costs[name] for name in names], [left(parts, name) for name in names], s=16, color="#3b7dd8")
-        for name in names:
-            by_cost.annotate(name, (costs[name], left(parts, name)), (3, 3), textcoords="offset points", fontsize=7)
+        middle = sorted(costs[name] for name in names)[len(names) // 2]
+        for i, name in enumerate(names):  # to the side where there is room, and in turn above and below
+            side, up = ("left", 4) if costs[name] <= middle else ("right", -4), 4 if i % 2 else -10
+            by_cost.annotate(
+                name,
+                (costs[name], left(parts, name)),
+                (side[1], up),
+                textcoords="offset points",
+                fontsize=7,
+                ha=side[0],
+            )
         by_cost.set(xscale="log", xlabel="CPU ms a picture", ylabel="R@1 of the victim's best epoch")
         own = stored["setting"]["settings"]["eps"]
         for method in LINES:
