@@ -47,17 +47,23 @@ def peak_extra_bytes(case: Case, provider: Provider, call: Call) -> int:
 
 def peak_of(call: Callable[[], object]) -> int:
     """Growth of this process's resident size while ``call`` runs, at its peak; buffers that we keep count as new."""
+    before, peak = peaks_of(call)
+    return max(0, peak - before)
+
+
+def peaks_of(call: Callable[[], object]) -> tuple[int, int]:
+    """Resident size of this process before ``call``, and at its peak while it runs."""
     gc.collect()
     buffers.release()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # free heap pages that stay resident would be reused by the call and not be seen
         trim(0)
     _CLEAR_REFS.write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     out = call()
-    peak = _resident("VmHWM")
+    peak = resident("VmHWM")
     del out
-    return max(0, peak - before)
+    return before, peak
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -90,15 +96,20 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _reply(send: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    return_freed_blocks()
+    try:
+        send.send((True, function(*args)))
+    except Exception as error:
+        send.send((False, f"{type(error).__name__}: {error}"))
+
+
+def return_freed_blocks() -> None:
+    """From now on this process gives freed blocks of a megabyte and more back at once."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         # glibc raises both thresholds as large blocks are freed, to 32 and 64 MiB, unless they are set.
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
         mallopt(_M_TRIM_THRESHOLD, 1 << 20)
-    try:
-        send.send((True, function(*args)))
-    except Exception as error:
-        send.send((False, f"{type(error).__name__}: {error}"))
 
 
 def _on_cpu(case: Case, provider: Provider, threads: int) -> int:
@@ -125,6 +136,7 @@ def _on_gpu(call: Call, device: torch.device) -> int:
     return peak - before
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of a line of ``/proc/self/status``: ``VmRSS``, resident now; ``VmHWM``, at most."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024

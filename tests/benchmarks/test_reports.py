@@ -20,6 +20,7 @@ from benchmarks.environment import REPOSITORY
 from benchmarks.exactness import __main__ as exactness
 from benchmarks.protection import __main__ as protection
 from benchmarks.protection import frontier, scale, scale_page
+from benchmarks.protection import memory as surrogates
 from benchmarks.results import Row
 from benchmarks.unlearning import __main__ as unlearning
 
@@ -34,6 +35,7 @@ DEPTHS = {  # of every committed file of figures, as its command stores it
     "in_turn_large.json": 1,
     "protection/phases.json": mem_phases.DEPTH,
     "protection/digit-strips.json": protection.DEPTH,
+    "protection/memory.json": surrogates.DEPTH,
     "protection/pictograms.json": protection.DEPTH,
     "protection/scale.json": scale.DEPTH,
     "results/*/*.json": 1,
@@ -265,6 +267,12 @@ def test_the_committed_page_of_sets_of_any_size_is_what_its_file_makes() -> None
     stored = json.loads(scale.RESULTS.read_text())
     assert stored["gate"]["same"] and len(stored["killed"]["kills"]) == 10
     assert scale_page.page(stored) == scale.PAGE.read_text()
+
+
+def test_the_committed_page_of_surrogates_is_what_its_file_makes() -> None:
+    stored = json.loads(surrogates.RESULTS.read_text())
+    assert stored["models"].keys() == surrogates.SHAPES.keys()
+    assert surrogates.page(stored) == surrogates.PAGE.read_text()
 
 
 def test_the_committed_page_of_patches_is_what_its_file_makes() -> None:
