@@ -179,7 +179,7 @@ def write_folder(folder: Path, vision: dict[str, int], text: dict[str, int]) -> 
     from transformers import CLIPConfig, CLIPTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyz"
-    merges: Any = [(first, f"{second}</w>") for first in letters for second in letters]
+    merges = [(first, f"{second}</w>") for first in letters for second in letters]
     known = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
     vocabulary = {token: i for i, token in enumerate(known)}
     vocabulary |= {"<|startoftext|>": VOCABULARY - 2, "<|endoftext|>": VOCABULARY - 1}
