@@ -223,8 +223,13 @@ def strength(name: str) -> dict[str, Any]:
     Args:
         name: "light", "medium" or "strong".
 
+    Returns:
+        ``{"method": …}`` for :meth:`Method.parse`, and fields of :class:`Settings` by their names.
+
     Raises:
         ValueError: another name.
+
+    Source: this project; what each leaves of a victim is in benchmarks/protection.
 
     >>> ccu_fast.mem.strength("light")
     {'method': 'trigger-3', 'trigger_words': 8}
