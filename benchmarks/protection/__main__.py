@@ -276,10 +276,10 @@ def fragment() -> str:
 
 
 def _in_front(name: str, study: Study) -> bool:
-    method, _, *victim = name.split("/")
+    method, victim = frontier.split(name)
     if method not in study.methods or (AMONG in method and method not in study.tried):
         return False
-    return not victim or (victim[0] in CUT and method in ("clean", "mem-8", f"mem-12, {AMONG}"))
+    return not victim or (victim in CUT and method in ("clean", "mem-8", f"mem-12, {AMONG}"))
 
 
 def strengths() -> str:
@@ -307,10 +307,9 @@ def strengths() -> str:
 def table(parts: dict[str, Any]) -> str:
     """Retrieval of the best epoch, mean ± spread over the seeds that are there, in Markdown."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    order = list(dict.fromkeys(name.split("/")[0] for name in parts))
-    for name, part in sorted(parts.items(), key=lambda item: order.index(item[0].split("/")[0])):
-        method, _, *victim = name.split("/")
-        rows.setdefault(", ".join([method, *victim]), []).append(part)
+    order = list(dict.fromkeys(frontier.split(name)[0] for name in parts))
+    for name, part in sorted(parts.items(), key=lambda item: order.index(frontier.split(item[0])[0])):
+        rows.setdefault(", ".join(filter(None, frontier.split(name))), []).append(part)
     keys = ("i2t_r1", "t2i_r1", "i2t_r10", "t2i_r10")
     lines = ["| victim trained on | seeds | image→text R@1 | text→image R@1 | image→text R@10 | text→image R@10 |"]
     lines += ["|---|---|---|---|---|---|"]

@@ -35,11 +35,12 @@ def table(costs: dict[str, float]) -> str:
 
 def left(parts: dict[str, Any], method: str, victim: str = "") -> float | None:
     """R@1 of the best epoch, the mean of both directions and of all seeds; None where there is no such victim."""
-    best = [part["best"] for name, part in parts.items() if _split(name) == (method, victim)]
+    best = [part["best"] for name, part in parts.items() if split(name) == (method, victim)]
     return mean((value["i2t_r1"] + value["t2i_r1"]) / 2 for value in best) if best else None
 
 
-def _split(name: str) -> tuple[str, str]:
+def split(name: str) -> tuple[str, str]:
+    """The method and the victim of a stored part, METHOD/SEED or METHOD/SEED/VICTIM; "" for one like the surrogate."""
     method, _, *victim = name.split("/")
     return method, "".join(victim)
 
@@ -83,7 +84,7 @@ def draw(stored: dict[str, Any], path: Path) -> None:
 
 
 def _by_eps(parts: dict[str, Any], method: str, own: int) -> Iterable[tuple[int, float]]:
-    for name in dict.fromkeys(key.split("/")[0] for key in parts):
+    for name in dict.fromkeys(split(key)[0] for key in parts):
         plain, _, eps = name.partition(", eps ")
         value = left(parts, name)
         if plain == method and value is not None:

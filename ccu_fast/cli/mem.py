@@ -36,7 +36,7 @@ Strength = Annotated[
     str | None,
     typer.Option(
         "--strength",
-        help="light, medium or strong: other defaults of method, eps and trigger words; flags and --config win.",
+        help="light, medium or strong: other defaults of method, trigger words and place; flags and --config win.",
         callback=_take_strength,
         is_eager=True,
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +14,13 @@ from ccu_fast.models.dual_encoder import DualEncoder
 from ccu_fast.ops.pgd_step.api import pgd_step_
 
 
-def random_noise(images: Tensor, eps: int, rng: torch.Generator) -> Tensor:
-    """Uniform in {−eps, …, eps}, cut to valid pixels: int8, the control for error-minimising noise."""
-    noise = torch.randint(-eps, eps + 1, images.shape, generator=rng, dtype=torch.int16)
+def random_noise(shape: Sequence[int], eps: int, rng: torch.Generator) -> Tensor:
+    """Uniform in {−eps, …, eps}: int16, the control for error-minimising noise."""
+    return torch.randint(-eps, eps + 1, tuple(shape), generator=rng, dtype=torch.int16)
+
+
+def within_pixels(images: Tensor, noise: Tensor) -> Tensor:
+    """Noise cut so that uint8 images with it stay in 0..255: int8."""
     return ((images.short() + noise).clamp(0, 255) - images.short()).to(torch.int8)
 
 

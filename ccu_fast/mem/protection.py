@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ccu_fast import check
 from ccu_fast.mem.compat import CompatRound
 from ccu_fast.mem.config import Execution, Method, Settings, check_together
-from ccu_fast.mem.noise import random_noise
+from ccu_fast.mem.noise import random_noise, within_pixels
 from ccu_fast.mem.placing import gaps, place_among
 from ccu_fast.mem.round import Phase, Round
 from ccu_fast.mem.source import PairSource, TensorSource
@@ -175,9 +175,9 @@ class Protection:
             average=average,
         )
         if method.noise == "random":
-            self._random_noise(seed, shard)
+            self._draw(self._random_noise(seed, shard))
         if method.noise == "words":
-            self._text_noise(gather, progress)
+            self._draw(self._text_noise(gather, progress))
 
     @property
     def rounds(self) -> int:
@@ -303,25 +303,25 @@ class Protection:
             self.source.image_of
         ]
 
-    def _random_noise(self, seed: int, shard: int) -> None:
-        rng = generator(seed, "random noise" if shard == 0 else f"random noise {shard}")
-        eps = self.settings.eps
-        for index in torch.arange(self.source.n_images).split(1024):
-            if self.pictures is not None:
-                noise = torch.randint(-eps, eps + 1, (len(index), *self.store.item_shape), generator=rng)
-                self.store.scatter_(index, noise.to(self.device, torch.int8))
-                continue
-            self.store.scatter_(index, random_noise(self.source.images(index), eps, rng).to(self.device))
+    def _draw(self, drawn: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Keep noise that needs no surrogate, ``(image numbers, noise)`` in turn."""
+        for index, noise in drawn:
+            if self.pictures is None:
+                noise = within_pixels(self.source.images(index), noise)
+            self.store.scatter_(index, noise.to(self.device, torch.int8))
 
-    def _text_noise(self, gather: Callable[[Any], list[Any]] | None, progress: Progress) -> None:
+    def _random_noise(self, seed: int, shard: int) -> Iterator[tuple[Tensor, Tensor]]:
+        rng = generator(seed, "random noise" if shard == 0 else f"random noise {shard}")
+        for index in torch.arange(self.source.n_images).split(1024):
+            yield index, random_noise((len(index), *self.store.item_shape), self.settings.eps, rng)
+
+    def _text_noise(
+        self, gather: Callable[[Any], list[Any]] | None, progress: Progress
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         source = self.source
         captions = self.published_captions(torch.arange(len(source.captions)))
         made = TextNoise(captions, source.image_of, source.n_images, self._seen, gather, progress)
-        for index, noise in made.of_all(self.store.item_shape, self.settings.eps):
-            if self.pictures is None:
-                images = source.images(index).short()
-                noise = ((images + noise).clamp(0, 255) - images).to(torch.int8)
-            self.store.scatter_(index, noise.to(self.device))
+        return made.of_all(self.store.item_shape, self.settings.eps)
 
 
 def protect(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from benchmarks.protection import memory
 from ccu_fast.mem import WordTokenizer
 from ccu_fast.models.clip import TransformersClipEncoder
 from ccu_fast.models.named import Model
+from tests.support.presence import absent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -19,7 +21,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def tiny() -> Model:
-    transformers = pytest.importorskip("transformers")
+    if find_spec("transformers") is None:
+        absent("transformers", "the package is not installed")
+    import transformers
+
     words = WordTokenizer.for_captions(["a photo of one thing and of another"])
     tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"vocab_size": len(words), "bos_token_id": words.sot, "eos_token_id": words.eot}

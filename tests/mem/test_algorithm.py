@@ -15,7 +15,7 @@ from ccu_fast import TokenTable, info_nce
 from ccu_fast.data.strips import StripSet, load_strips
 from ccu_fast.mem import triggers as triggers_of
 from ccu_fast.mem.config import Method, Settings
-from ccu_fast.mem.noise import pgd, random_noise
+from ccu_fast.mem.noise import pgd, random_noise, within_pixels
 from ccu_fast.mem.protection import Protected, protect
 from ccu_fast.mem.study import STRANGERS, run_digit_strips
 from ccu_fast.mem.surrogate import batches, fresh, frozen, generator, optimizer_for, pixels
@@ -124,13 +124,13 @@ class TestNoise:
     def test_no_step_and_no_budget_change_nothing(self, strips: StripSet) -> None:
         model = fresh(FACTORY, 0, "test")
         text = model.encode_text(TOKENIZER.encode(strips.captions))
-        start = random_noise(strips.images, 3, generator(0, "n"))
+        start = within_pixels(strips.images, random_noise(strips.images.shape, 3, generator(0, "n")))
         assert torch.equal(pgd(model, strips.images, start, text, eps=3, step=1, steps=0)[0], start)
         zero = torch.zeros_like(start)
         assert torch.equal(pgd(model, strips.images, zero, text, eps=0, step=1, steps=2)[0], zero)
 
     def test_random_noise_fills_its_range_and_gives_valid_pixels(self, strips: StripSet) -> None:
-        noise = random_noise(strips.images, 8, generator(0, "n"))
+        noise = within_pixels(strips.images, random_noise(strips.images.shape, 8, generator(0, "n")))
         add_noise(strips.images, noise)
         assert noise.min() == -8
         assert noise.max() == 8
