@@ -50,6 +50,17 @@ Step = Callable[[TwoModalityModel, Batch], Tensor]
 Prepare = Callable[[TwoModalityModel, PairedData, PairedData, int], Step]
 """A method: from the frozen original, the two whole sets and the seed of the run to its step."""
 
+Move = Callable[[], object]
+"""Lets the optimiser take its step."""
+
+Update = Callable[[TwoModalityModel, Batch, Move, dict[str, Tensor]], None]
+"""What happens once a step has its gradients: it may change them, lets the optimiser move, and may change the weights.
+What it has to remember from one step to the next goes in the dictionary, which is empty at first and part of a
+checkpoint."""
+
+PrepareUpdate = Callable[[TwoModalityModel, PairedData, PairedData, int], Update]
+"""The same from the same four to a method's :data:`Update`."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -106,6 +117,7 @@ def run(
     held_out: HeldOut | None = None,
     trainable: Sequence[str] = ("*",),
     saliency: float = 1.0,
+    update: PrepareUpdate | None = None,
     start: Callable[[TwoModalityModel], None] | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
@@ -123,6 +135,7 @@ def run(
         held_out: stop early when this is reached.
         trainable: shell patterns of the names of parameters that may change.
         saliency: in (0, 1], the share of weights that may change: those the forget set depends on most.
+        update: what the method does in a step besides its loss: a mask of the gradients, a projection of the weights.
         start: changes the copy in place before the first step; not called by a resumed run.
         checkpoint: where the state is written; a run that finds one there goes on from it and ends as it would have.
         progress: called every few steps as progress(stage, done, total, note).
@@ -149,6 +162,8 @@ def run(
     together = Alone() if group is None else Shared(group, key, rows, device)
     open_weights = {} if saliency == 1 else together.of_first(partial(salient, original, forget, saliency))
     step_loss = prepare(frozen, forget, retain, seed)
+    change = _only_move if update is None else update(frozen, forget, retain, seed)
+    memory: dict[str, Tensor] = {}
     floor: dict[str, float] = {}
     if held_out is not None:
         _, intact = _both_shares(frozen, forget, held_out)
@@ -159,7 +174,7 @@ def run(
     if keeper is not None and stored is not None:
         model.load_state_dict(stored["model"])
         optimizer.load_state_dict(stored["optimizer"])
-        losses = stored["losses"]
+        losses, memory = stored["losses"], stored.get("memory", memory)
         keeper.written = len(losses)
         clock.add(stored["seconds"])
     elif start is not None:
@@ -183,7 +198,7 @@ def run(
         for name, parameter in parameters.items():
             if name in open_weights and parameter.grad is not None:
                 parameter.grad.mul_(open_weights[name].to(device))
-        optimizer.step()
+        change(model, batch, optimizer.step, memory)
         losses.append(value)
         last = step == budget.steps
         if step % CHECK_EVERY == 0 or last:
@@ -199,6 +214,7 @@ def run(
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "losses": losses,
+                "memory": memory,
                 "seconds": list(clock.read()),
                 "done": done,
             }
@@ -209,6 +225,10 @@ def run(
         parameter.requires_grad_(as_was.requires_grad)
     items = len(losses) * sum(min(budget.batch, len(part)) for part in (forget, retain))
     return Run(model, len(losses), items, *clock.read(), losses)
+
+
+def _only_move(model: TwoModalityModel, batch: Batch, move: Move, memory: dict[str, Tensor]) -> None:
+    move()
 
 
 def _not_finite(what: str, stage: str, step: int, budget: Budget, keeper: Keeper | None) -> str:

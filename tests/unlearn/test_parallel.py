@@ -92,9 +92,12 @@ def test_a_baseline_and_stopping_early(tmp_path: Path) -> None:
     stopping = UnlearnConfig(early_stop=True, budget=Budget(steps=60, learning_rate=1e-2, batch=14))
 
     def run(group: Any) -> list[torch.Tensor]:
-        ascent = BASELINES["neg_grad_plus"].run(model, forget, retain, "class", BUDGET, seed=0, group=group)
+        baselines = (
+            BASELINES[name].run(model, forget, retain, "class", BUDGET, seed=0, group=group)
+            for name in ("neg_grad_plus", "sfr_on", "mm_unlearner", "null_space")
+        )
         return [
-            weights(ascent.model),
+            *(weights(done.model) for done in baselines),
             weights(unlearn(model, forget, retain, stopping, held_out=held_out, group=group)),
         ]
 

@@ -17,13 +17,16 @@ from ccu_fast.unlearn.baselines.bad_teacher import bad_teacher
 from ccu_fast.unlearn.baselines.boundary import boundary_expand, boundary_shrink, to_shadow
 from ccu_fast.unlearn.baselines.clip_erase import clip_erase
 from ccu_fast.unlearn.baselines.contrastive_unlearning import RETAIN_PER_FORGET, contrastive_unlearning
+from ccu_fast.unlearn.baselines.mm_unlearner import masked, mm_unlearner
 from ccu_fast.unlearn.baselines.multi_delete import multi_delete
+from ccu_fast.unlearn.baselines.null_space import projected
 from ccu_fast.unlearn.baselines.plain_losses import fine_tune, gradient_ascent, neg_grad_plus
 from ccu_fast.unlearn.baselines.random_label import SALIENCY, random_label
 from ccu_fast.unlearn.baselines.scrub import scrub
+from ccu_fast.unlearn.baselines.sfr_on import salient_and_slow, sfr_on
 from ccu_fast.unlearn.baselines.ssd import ssd
 from ccu_fast.unlearn.config import Budget
-from ccu_fast.unlearn.loop import Batch, Prepare, Run, Step, run
+from ccu_fast.unlearn.loop import Batch, Prepare, PrepareUpdate, Run, Step, run
 from ccu_fast.unlearn.model import TwoModalityModel, heads
 
 
@@ -37,6 +40,7 @@ class Baseline:
         rates: what share of the budget's learning rate it gets to forget a class, and to forget items.
         retain_per_forget: see :class:`ccu_fast.unlearn.config.Budget`.
         saliency: the share of weights that may change.
+        update: what it does in a step besides its loss.
         loop: :func:`ccu_fast.unlearn.loop.run` or what has its signature.
     """
 
@@ -45,6 +49,7 @@ class Baseline:
     rates: tuple[float, float] = (1.0, 1.0)
     retain_per_forget: int = 1
     saliency: float = 1.0
+    update: PrepareUpdate | None = None
     loop: Callable[..., Run] = run
 
     def run(
@@ -73,7 +78,9 @@ class Baseline:
         prepare = self.prepare
         if keep_other and prepare is not None:
             prepare = keeping_other(prepare, keep_other)
-        return self.loop(original, forget, retain, prepare, budget, saliency=self.saliency, **options)
+        return self.loop(
+            original, forget, retain, prepare, budget, saliency=self.saliency, update=self.update, **options
+        )
 
 
 def keeping_other(prepare: Prepare, weight: float) -> Prepare:
@@ -145,4 +152,7 @@ BASELINES = {
     ),
     "multi_delete": Baseline("MultiDelete", multi_delete),
     "clip_erase": Baseline("CLIPErase-style", clip_erase),
+    "sfr_on": Baseline("SFR-on", sfr_on, update=salient_and_slow),
+    "mm_unlearner": Baseline("MMUnlearner", mm_unlearner, update=masked),
+    "null_space": Baseline("NegGrad+ in null space", neg_grad_plus, update=projected),
 }

@@ -13,13 +13,14 @@ Because D holds the forget set, F_f ≤ F_D · |D| / |forget|: with a tenth of t
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.progress import Clock
+from ccu_fast.unlearn.baselines.importance import sum_of_squares
 from ccu_fast.unlearn.loop import Run, evaluating
 from ccu_fast.unlearn.model import TwoModalityModel, loss_on
 
@@ -41,9 +42,9 @@ def dampen(model: TwoModalityModel, forget: PairedData, retain: PairedData, *, a
         alpha: > 0; how many times more a weight must matter to the forget set to be selected.
     """
     with evaluating(model):
-        of_forget, of_retain = _sum_of_squares(model, forget), _sum_of_squares(model, retain)
+        of_forget, of_retain = (sum_of_squares(model, _visual_loss, _one_by_one(data)) for data in (forget, retain))
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if name in of_forget:
                 everything = (of_forget[name] + of_retain[name]) / (len(forget) + len(retain))
                 parameter.mul_(dampening(everything, of_forget[name] / len(forget), alpha))
 
@@ -53,14 +54,9 @@ def dampening(everything: Tensor, forget: Tensor, alpha: float) -> Tensor:
     return torch.where(forget > alpha * everything, (everything / forget).clamp(max=1), 1.0)
 
 
-@torch.enable_grad()
-def _sum_of_squares(model: TwoModalityModel, data: PairedData) -> dict[str, Tensor]:
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros_like(p) for name, p in named.items()}
-    for row in torch.arange(len(data), device=data.labels.device).split(1):
-        loss = loss_on(model, data.batch(row), visual_only=True)
-        gradients: Any = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        for name, gradient in zip(named, gradients, strict=True):
-            if gradient is not None:
-                total[name] += gradient.square()
-    return total
+def _visual_loss(model: TwoModalityModel, data: PairedData) -> Tensor:
+    return loss_on(model, data, visual_only=True)
+
+
+def _one_by_one(data: PairedData) -> Iterator[PairedData]:
+    return (data.batch(row) for row in torch.arange(len(data), device=data.labels.device).split(1))

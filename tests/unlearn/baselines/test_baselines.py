@@ -46,6 +46,7 @@ NEED_LABELS = {
     "boundary_expand",
     "contrastive_unlearning",
     "contrastive_unlearning_released",
+    "mm_unlearner",
 }
 
 
