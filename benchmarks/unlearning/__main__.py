@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.results import store
-from ccu_fast.cli.report.tables import Table, depth_table, unlearn_table
+from benchmarks.unlearning import winners
+from benchmarks.unlearning.winners import markdown
+from ccu_fast.cli.report.tables import depth_table, unlearn_tables
 from ccu_fast.files import write_whole
 from ccu_fast.unlearn.audit import audit, average_gap, over_seeds
 from ccu_fast.unlearn.baselines.registry import BASELINES
@@ -138,19 +140,25 @@ def _told(task: Task, kind: str, seed: int, models: Path) -> dict[str, Any]:
 def page(results: dict[str, Any], told_figures: dict[str, Any] | None) -> str:
     """All tables in Markdown."""
     lines = [
-        "# Unlearning: all methods, both tasks, three seeds",
+        f"# Unlearning: {len(results['unlearn'])} tasks, {len(results['seeds'])} seeds, all methods",
         "",
         "Made by `python -m benchmarks.unlearning` from [results.json](results.json). Mean ± sample deviation over the "
         "seeds. Gold is a model retrained with the visual half of the forget set masked; the average gap compares with "
-        "it, in points, over the accuracies of each modality and the membership attack. Seconds are CPU time of one "
+        "it, in points, over the accuracies of each modality and the membership attack. Most of these figures hardly "
+        "move, so a small average can hide a large difference: the worst gap is the largest single one, of the means "
+        "over the seeds. The verdict counts a difference of the means if it is larger than 2 points and than two "
+        "standard errors of independent items; its words are those of SALMUBench (arXiv 2603.26316): catastrophic "
+        "(retained knowledge collapses), ineffective (what was to be forgotten is still known), over-generalised (more "
+        "is forgotten than was asked). Seconds are CPU time of one "
         "thread, which excludes other work on the machine. (c) repels forgotten items from retained ones of their own "
         "class: for a whole class there is no such pair, and it then only keeps retained items close to their class.",
+        "",
+        *winners.lines(results["unlearn"], told_figures),
     ]
     for by_scenario in results["unlearn"].values():
         for scenario, seeds in by_scenario.items():
-            lines += ["", *_markdown(unlearn_table(scenario, seeds))]
-            deep = depth_table(seeds)
-            lines += ["", *_markdown(deep)] if deep else []
+            for table in (*unlearn_tables(scenario, seeds), depth_table(seeds)):
+                lines += ["", *markdown(table)] if table else []
     if told_figures is not None:
         lines += [
             "",
@@ -184,16 +192,6 @@ def _told_table(methods: dict[str, Any]) -> list[str]:
             cells.append(f"{value['mean']:.3g} ± {value['spread']:.2g}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
-
-
-def _markdown(table: Table) -> list[str]:
-    return [
-        table.caption + ":",
-        "",
-        "| " + " | ".join(table.columns) + " |",
-        "|---" * len(table.columns) + "|",
-        *("| " + " | ".join(row) + " |" for row in table.rows),
-    ]
 
 
 def _say(stage: str, done: int, total: int, note: str) -> None:

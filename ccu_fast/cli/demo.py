@@ -31,7 +31,7 @@ from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 
 VARIANTS = {"unlearn": SCENARIOS, "protect": tuple(PROTECT_LABELS)}
 # Of the kept parts. Raise it whenever the same settings and versions give other figures, or figures of another form.
-FORMAT = 2
+FORMAT = 3
 # The threads too: how many of them add up decides the last bits of the protection.
 MADE_WITH = ("ccu_fast", "torch", "python", "machine", "threads")
 
@@ -96,7 +96,7 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
     write_whole(out / "results.json", json.dumps(cache.without(results, "embeddings", "examples"), indent=1) + "\n")
     write_report(results, out / "report.html")
     if not quiet:
-        for table in all_tables(results):
+        for table in all_tables(results, brief=True):
             show(table, Console())
     console.print(f"{time.perf_counter() - started:.0f} s. Report: [bold]{escape(str(out / 'report.html'))}[/bold]")
     return results

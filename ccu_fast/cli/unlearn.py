@@ -78,7 +78,7 @@ def _run(
     from rich.console import Console
 
     from ccu_fast.cli.report.page import write_run
-    from ccu_fast.cli.report.tables import before_after_table, show
+    from ccu_fast.cli.report.tables import before_after_table, show, told
     from ccu_fast.unlearn.job import read_job, run_job
 
     job = replace(read_job(settings, overrides), device=device)
@@ -89,6 +89,7 @@ def _run(
     with after_the_work(f"the unlearned model and results.json are in {out}"):
         write_run(result, out / "report.html")
         if not quiet:
+            print(told(result["verdict"]))
             show(before_after_table(result["rows"]), Console())
         print(f"{out / 'model.safetensors'}  {out / 'report.html'}")
 
@@ -97,7 +98,7 @@ def _compare(out: Path, tasks: list[str] | None, scenarios: list[str] | None, se
     from rich.console import Console
 
     from ccu_fast.cli.report.page import write_comparison
-    from ccu_fast.cli.report.tables import show, unlearn_table
+    from ccu_fast.cli.report.tables import show, unlearn_tables
     from ccu_fast.unlearn.study.compare import compare
     from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 
@@ -110,5 +111,6 @@ def _compare(out: Path, tasks: list[str] | None, scenarios: list[str] | None, se
         if not quiet:
             for by_scenario in results["unlearn"].values():
                 for name, by_seed in by_scenario.items():
-                    show(unlearn_table(name, by_seed), Console())
+                    for table in unlearn_tables(name, by_seed, brief=True):
+                        show(table, Console())
         print(f"{out / 'results.json'}  {out / 'report.html'}")

@@ -58,6 +58,7 @@ from ccu_fast.runs.checkpoint import Checkpoint, read_state
 from ccu_fast.runs.progress import Progress
 from ccu_fast.runs.provenance import save_model, saved_state, tensors_hash
 from ccu_fast.runs.settings import from_table, read_toml, with_known_keys
+from ccu_fast.unlearn.audit import verdict_without_gold
 from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
 from ccu_fast.unlearn.loop import answers, chances, embed, right_shares
 from ccu_fast.unlearn.method import run_ccu
@@ -168,10 +169,10 @@ def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | No
         progress: called every few steps as progress(stage, done, total, note).
 
     Returns:
-        What ``results.json`` holds: "provenance" (as in the saved model), "sizes", "cost", "losses", "rows" (name,
-        before, after) and, for a model without heads or items without labels, the "pool" that a pair's partner is
-        sought in, with the share that would be right by chance. Besides, "embeddings" for a picture. None on the
-        processes that are not the first.
+        What ``results.json`` holds: "provenance" (as in the saved model), "cost", "verdict" ("kind" and "text" of
+        :func:`ccu_fast.unlearn.audit.verdict_without_gold`), "sizes", "losses", "rows" (name, before, after) and, for a
+        model without heads or items without labels, the "pool" that a pair's partner is sought in, with the share that
+        would be right by chance. Besides, "embeddings" for a picture. None on the processes that are not the first.
 
     Raises:
         OSError: ``out`` cannot be written, holds such files that are not of an earlier run, or has another process at
@@ -205,7 +206,8 @@ def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | No
             provenance = save_model(_own(done.model), written, _provenance(job, model, forget, retain, world))
         with after_the_work(f"the unlearned model is in {written}"):
             cost = {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)}
-            result = {"provenance": provenance, "cost": cost, **_figures(model, done.model, forget, retain)}
+            figures = _figures(model, done.model, forget, retain, job.config.forget)
+            result = {"provenance": provenance, "cost": cost, **figures}
             result["losses"] = done.losses
             write_whole(out / "results.json", json.dumps(result, indent=1) + "\n")
             pictured = _embeddings(model, done.model, forget, retain) if data.labelled else None
@@ -242,18 +244,32 @@ def _provenance(job: Job, model: Any, forget: PairedData, retain: PairedData, wo
     }
 
 
-def _figures(before: TwoModalityModel, after: TwoModalityModel, forget: PairedData, retain: PairedData) -> Any:
-    """What both models make of both sets: "sizes", "rows" and "pool" of a result."""
+def _figures(
+    before: TwoModalityModel, after: TwoModalityModel, forget: PairedData, retain: PairedData, kind: str
+) -> Any:
+    """What both models make of both sets: "sizes", "rows", "pool" and "verdict" of a result."""
     parts = {"forget": forget, "retain": retain}
     items = len(forget) + len(retain)
     found = [[answers(model, part) for part in parts.values()] for model in (before, after)]
     ranked = not found[0][0].logits
     chance = dict(zip(parts, chances(*parts.values()), strict=True)) if ranked else {}
     rows = []
+    judged: list[dict[str, dict[str, float]]] = [{}, {}]
     for name, old, new in zip(parts, *(right_shares(*of_both) for of_both in found), strict=True):
+        for audit, shares in zip(judged, (old, new), strict=True):
+            for head, share in shares.items():
+                audit.setdefault(head, {})[f"{name}_train"] = share
         what = f"partner first of {items} (chance {chance[name]:.2g})" if ranked else "accuracy"
         rows += [(f"{name}: {key}, {what}", old[key], new[key]) for key in old]
+    # A share of partners found first is no accuracy of a class.
+    verdict = verdict_without_gold(
+        judged[1],
+        judged[0],
+        forget="pairs" if ranked else kind,
+        sizes={f"{name}_train": len(part) for name, part in parts.items()},
+    )
     return {
+        "verdict": asdict(verdict),
         "sizes": {f"{name} items": len(part) for name, part in parts.items()},
         "rows": rows,
         "pool": {"pairs": items, "chance": chance} if ranked else None,

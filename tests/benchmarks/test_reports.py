@@ -23,6 +23,8 @@ from benchmarks.protection import frontier, scale, scale_page
 from benchmarks.protection import memory as surrogates
 from benchmarks.results import Row
 from benchmarks.unlearning import __main__ as unlearning
+from benchmarks.unlearning import winners
+from ccu_fast.cli.report.tables import independent, unlearn_tables
 
 DEVICES = sorted(path for path in results.FOLDER.glob("*") if path.is_dir())
 DEPTHS = {  # of every committed file of figures, as its command stores it
@@ -232,6 +234,84 @@ def test_the_committed_page_of_unlearning_is_what_its_files_make() -> None:
     found = unlearning.by_seed(stored)
     assert unlearning.in_rows(found) == stored
     assert unlearning.page(found, json.loads(unlearning.TOLD.read_text())) == unlearning.PAGE.read_text()
+
+
+def unlearned(seed: float, **visual: float) -> dict[str, Any]:
+    """A seed's results: the accuracy of forgotten items by method, gold's being .5; CCU needs a fourth of the time."""
+    measured = {"gold_mask": 0.5, **visual}
+    return {
+        "metrics": {
+            name: {
+                "visual": {"forget_train": value + seed, "retain_test": 0.75},
+                "mia_auc": 0.5,
+                "average_gap": 100 * abs(value - 0.5) / 3,
+            }
+            for name, value in measured.items()
+        },
+        "cost": {name: {"ratio": 0.25} for name in measured},
+    }
+
+
+def test_who_wins_is_said_plainly() -> None:
+    methods = {"original": 1.0, "scrub": 0.53, "salun": 0.8, "ccu": 0.44, "ccu_without_a": 0.47, "new, told": 0.56}
+    results = {"a task": {"instances": {"0": unlearned(0.0, **methods), "1": unlearned(0.25, **methods)}}}
+    told = {
+        "a task": {
+            "instances": {
+                name: {
+                    "visual": {"forget_train": {"mean": value}, "retain_test": {"mean": 0.75}},
+                    "mia_auc": {"mean": 0.5},
+                    "probe": None,
+                    "average_gap": {"mean": 100 * abs(value - 0.5) / 3, "spread": None},
+                }
+                for name, value in {"gold_mask": 0.5, "salun": 0.8, "salun, told": 0.515, "new, told": 0.9}.items()
+            }
+        }
+    }
+    text = winners.lines(results, told)
+    row = text[4].split(" | ")
+    assert row[0] == "| a task, instances" and row[-1] == "0.25 ± 0.00 |"
+    # told.json tells of SalUn; what both have comes from the results.
+    assert row[1] == "SalUn, told 0.50; SCRUB 1.00 ± 0.00; CCU 2.00 ± 0.00"
+    assert row[2] == "3 of 5: 2.00 ± 0.00" and row[4] == "3 of 5: −6.0 visual U train"
+    assert row[3].startswith("SalUn, told +1.5 visual U train; SCRUB +3.0 visual U train; ")
+    assert (
+        text[8]
+        == "- a task, instances, by average gap: SalUn, told (0.50), SCRUB (1.00 ± 0.00) before CCU (2.00 ± 0.00)."
+    )
+    assert text[-1] == "- a task, instances: CCU without (a) (1.00 ± 0.00); CCU 2.00 ± 0.00."
+    alone = winners.lines({"a task": {"class": {"0": unlearned(0.0, ccu=0.5, salun=0.8)}}}, None)
+    assert alone[-1] == "No baseline is before CCU on any task."
+    assert winners.lines({"a task": {"class": {"0": unlearned(0.0, salun=0.8)}}}, None)[-1] == alone[-1]
+
+
+def test_tables_of_unlearning_lead_with_what_moved() -> None:
+    part = unlearned(0.0, salun=0.75, original=1.0)
+    setting = {"task": "a task", "scenario": "instances", "forget_class": None}
+    part["setting"] = {**setting, "forget_items": 100, "retain_items": 900, "test_items": 50}
+    for figures, cost in zip(part["metrics"].values(), part["cost"].values(), strict=True):
+        figures |= {"other": {"forget_train": 1.0, "retain_test": 1.0}, "fused": {"retain_test": 1.0}}
+        for modality in ("visual", "other", "fused"):
+            figures[modality] = {"forget_test": None, "retain_train": 1.0, "forget_train": 1.0} | figures[modality]
+        cost["cpu_seconds"] = 1.0
+    moved, stayed = unlearn_tables("instances", {"0": part})
+    assert [row[0] for row in moved.rows] == ["original", "gold_mask", "salun"]  # what the rest is read against
+    assert moved.columns[1:4] == ["visual U train", "MIA AUC", "worst gap"] and moved.columns[-1] == "verdict"
+    assert moved.rows[1][1:4] == ["0.500", "0.500", "–"]
+    assert moved.rows[2][1:4] == ["0.750 (+25.0)", "0.500 (0.0)", "+25.0 visual U train"]
+    assert moved.rows[2][-1].startswith("ineffective: still knows what it should forget: visual accuracy")
+    assert "visual U test" not in stayed.columns and "visual R train" in stayed.columns
+    brief = unlearn_tables("instances", {"0": part}, brief=True)[0]
+    assert brief.rows[2][1:4] == [".750", ".500", "+25.0 vis. U"] and brief.rows[2][-1] == "ineffective"
+
+
+def test_views_of_one_thing_count_once() -> None:
+    setting = {"scenario": "class", "forget_items": 100, "retain_items": 900, "test_items": 50}
+    sizes = {"forget_train": 10, "forget_test": 2, "retain_train": 90, "retain_test": 20}
+    old = {"forget_train": 100, "forget_test": 5, "retain_train": 900, "retain_test": 45}
+    assert independent({"0": {"setting": setting}}) == old
+    both = {"0": {"setting": {**setting, "sizes": sizes}}, "1": {"setting": {**setting, "sizes": sizes}}}
+    assert independent(both) == {name: 2 * count for name, count in sizes.items()}
 
 
 def test_the_committed_page_of_protection_is_what_its_files_make() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import ccu_fast
 from ccu_fast.cli import demo
 from ccu_fast.cli.report import page
-from ccu_fast.cli.report.tables import all_tables, spread
+from ccu_fast.cli.report.tables import all_tables, show, spread
 from ccu_fast.files import write_whole
 from tests.support import small_demo
 from tests.support.forked import fork, kill_when
@@ -77,6 +79,11 @@ def test_writes_a_report_with_everything_in_it(whole: tuple[Path, dict[str, Any]
     pictures = re.findall(r'src="([^"]*)"', html)
     assert len(pictures) == 2 * 2 + 1 + 3 and all(p.startswith("data:image/png;base64,") for p in pictures)
     assert not re.search(r"(src|href)=['\"](?!data:)", html)
+    part = stored["unlearn"]["class"]["0"]
+    ccu = part["metrics"]["ccu"]
+    assert ccu["worst_gap"]["points"] >= ccu["average_gap"] > 0 and ccu["verdict"]["kind"] != "passed"  # two steps
+    assert part["setting"]["sizes"]["forget_train"] == part["setting"]["forget_items"]
+    assert "what moved" in html and html.index("what moved") < html.index("What mostly stayed")
     for table in all_tables(returned):
         for cell in (cell for row in table.rows for cell in row):
             assert cell.replace("&", "&amp;") in html
@@ -170,15 +177,30 @@ def test_spread() -> None:
     assert spread([None]) == "–"
 
 
+def test_tables_fit_a_terminal_of_80_columns(whole: tuple[Path, dict[str, Any]]) -> None:
+    console = Console(width=80, file=io.StringIO())
+    tables = all_tables(whole[1], brief=True)[:4]
+    for table in tables:
+        show(table, console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    text = " ".join(lines)
+    for table in tables:  # nothing is cut or folded but the first column and the titles
+        assert all(cell in text for row in table.rows for cell in row[1:])
+
+
 def test_names_are_text_on_the_page_and_not_html(tmp_path: Path) -> None:
     result = {
         "sizes": {"<i>items": 1},
         "cost": {},
         "provenance": {"weights_sha256": "0", "model": "<i>"},
         "rows": [("<i>accuracy", 0.5, 0.25)],
+        "verdict": {"kind": "ineffective", "text": "<i>"},
         "losses": [1.0],
         "embeddings": None,
     }
     page.write_run(result, tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
-    assert "<i>" not in html and html.count("&lt;i&gt;") == 3
+    assert "<i>" not in html and html.count("&lt;i&gt;") == 4
+    first = re.search("<p>(.*)</p>", html)
+    assert first is not None and first[1].startswith("Verdict") and "ineffective" in first[1]

@@ -90,6 +90,7 @@ class TestCommand:
         assert page.count("data:image/png;base64,") == 2 and provenance["weights_sha256"] in page
         stored = json.loads((out / "results.json").read_text())
         assert dict((name, after) for name, _, after in stored["rows"])["forget: other, accuracy"] >= 0.9
+        assert stored["verdict"] == {"kind": "passed", "text": "forgets what was asked and keeps the rest"}
         # A second call finds the run finished; other settings are not mixed in.
         assert run(str(folder / "settings.toml"), "--out", str(out), "--seed", "3", "--quiet").startswith("0 ")
         assert "other settings" in run(str(folder / "settings.toml"), "--out", str(out), "--quiet")

@@ -38,7 +38,8 @@ def write_run(result: dict[str, Any], path: Path) -> None:
     _write(
         path,
         "Unlearned",
-        "The CCU losses are this project's definition; arXiv 2509.23895 publishes no formulas.",
+        f"{tables.told(result['verdict'])} The CCU losses are this project's definition; arXiv 2509.23895 publishes no "
+        "formulas.",
         {**result["sizes"], **result["cost"], "weights sha256": result["provenance"]["weights_sha256"]},
         rows=tables.before_after_table(result["rows"]),
         pictures={
@@ -90,7 +91,7 @@ def _tasks(results: dict[str, Any]) -> list[dict[str, Any]]:
                 {
                     "name": scenario,
                     "bars": figures.unlearn_bars(scenario, by_seed),
-                    "table": tables.unlearn_table(scenario, by_seed),
+                    "tables": tables.unlearn_tables(scenario, by_seed),
                     "depth": tables.depth_table(by_seed),
                     "ablations": figures.ablation_bars(by_seed),
                     "map": figures.unlearn_map(next(iter(by_seed.values()))["embeddings"]),

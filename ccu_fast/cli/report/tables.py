@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
+
+from ccu_fast.unlearn.audit import gaps, mean_figures, verdict, worst_gap
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,30 +23,25 @@ PROTECT_LABELS = {
 }
 
 # Of every table's columns: the title, and the path of the value. U: the forget set's, R: the retain set's.
-_BOTH_SCENARIOS = {
+MOVED_COLUMNS = {"visual U train": ("visual", "forget_train"), "MIA AUC": ("mia_auc",)}
+STAYED_COLUMNS = {
+    "visual U test": ("visual", "forget_test"),
+    "other U train": ("other", "forget_train"),
+    "other U test": ("other", "forget_test"),
+    "visual R train": ("visual", "retain_train"),
     "visual R test": ("visual", "retain_test"),
     "other R test": ("other", "retain_test"),
     "fused R test": ("fused", "retain_test"),
-    "MIA AUC": ("mia_auc",),
-    "gap": ("average_gap",),
-    "s": ("cpu_seconds",),
 }
-UNLEARN_COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
-    "class": {
-        "visual U train": ("visual", "forget_train"),
-        "visual U test": ("visual", "forget_test"),
-        "other U train": ("other", "forget_train"),
-        "other U test": ("other", "forget_test"),
-        **_BOTH_SCENARIOS,
-    },
-    "instances": {"visual U": ("visual", "forget_train"), "other U": ("other", "forget_train"), **_BOTH_SCENARIOS},
-}
+LAST_COLUMNS = {"average gap": ("average_gap",), "time / retraining": ("ratio",)}
+SECONDS = {"s": ("cpu_seconds",)}
+GOLD = "gold_mask"
+FIRST = ("original", GOLD, "gold_drop")  # the rows that the others are read against
 DEEP_COLUMNS = {
     "probe U": ("probe", "forget"),
     "probe U against R": ("probe", "forget_vs_rest"),
     "probe R": ("probe", "retain"),
     "relearning, steps": ("relearn_steps",),
-    "time / retraining": ("ratio",),
 }
 RETRIEVAL_COLUMNS = {
     f"{arrow} {title}": (f"{side}_{title.replace('@', '').lower()}",)
@@ -55,24 +53,111 @@ DIGITS = {"cpu_seconds": 1, "average_gap": 2, "relearn_steps": 0, "i2t_medr": 1,
 
 @dataclass(frozen=True)
 class Table:
-    """A caption, column titles and rows of text, the first column being the row's name."""
+    """A caption, column titles and rows of text, the first column being the row's name.
+
+    Attributes:
+        caption, columns, rows: text.
+        words: the columns that hold words, not numbers alone.
+        narrow: in the terminal the first column gives way and the others do not.
+    """
 
     caption: str
     columns: list[str]
     rows: list[list[str]]
+    words: tuple[str, ...] = ()
+    narrow: bool = False
 
 
-def unlearn_table(scenario: str, by_seed: dict[str, Any]) -> Table:
-    """Accuracies, membership attack and time of every method, mean ± spread over the seeds."""
-    first = next(iter(by_seed.values()))
-    setting = first["setting"]
+def unlearn_tables(scenario: str, by_seed: dict[str, Any], *, brief: bool = False) -> list[Table]:
+    """What moved, and what mostly stayed.
+
+    Args:
+        scenario: "class" or "instances".
+        by_seed: what :func:`ccu_fast.unlearn.study.run.run_task` gives, by seed.
+        brief: for 80 columns: means without spread and without their difference from gold, of the verdict its kind.
+
+    Returns:
+        Two tables.
+    """
+    return [moved_table(scenario, by_seed, brief=brief), stayed_table(by_seed, brief=brief)]
+
+
+def moved_table(scenario: str, by_seed: dict[str, Any], *, brief: bool = False) -> Table:
+    """What tells the methods apart: forgetting against gold's, the worst and the average gap, time and verdict."""
+    setting = next(iter(by_seed.values()))["setting"]
     what = f"class {setting['forget_class']}" if scenario == "class" else "random instances"
     caption = (
         f"{setting['task']}, {what} forgotten (U, {setting['forget_items']} of "
-        f"{setting['forget_items'] + setting['retain_items']} training items; the rest is R): accuracy of each "
-        f"modality's head, membership attack, average gap to gold in points, CPU seconds; seeds {', '.join(by_seed)}"
+        f"{setting['forget_items'] + setting['retain_items']} training items; the rest is R), seeds "
+        f"{', '.join(by_seed)}: what moved. " + ("Gaps: " if brief else "In brackets and as gaps: ")
     )
-    return _methods_table(caption, UNLEARN_COLUMNS[scenario], by_seed, list(first["metrics"]))
+    caption += "points more or less than gold"
+    gold = mean_figures([value["metrics"][GOLD] for value in by_seed.values()])
+    sizes = independent(by_seed)
+    rows = []
+    for method in _methods(by_seed):
+        runs = _runs(by_seed, method)
+        means = mean_figures(runs)
+        found = gaps(means, gold)
+        judged = verdict(means, gold, sizes=sizes)
+        cells = []
+        for (modality, *part), text in zip(MOVED_COLUMNS.values(), _cells(MOVED_COLUMNS, runs, brief), strict=True):
+            difference = found.get(" ".join([modality, *part]))
+            plain = brief or method == GOLD or difference is None
+            cells.append(text if plain or difference is None else f"{text} ({signed(difference)})")
+        _, figure = worst_gap(means, gold)
+        title = figure_title(figure)
+        if brief:
+            title = title.replace("visual", "vis.").removesuffix(" train")
+        worst = "–" if method == GOLD else f"{signed(found[figure])} {title}"
+        words = "–" if method == GOLD else judged.kind if brief else judged.brief
+        rest = _cells(LAST_COLUMNS, runs, brief)
+        rows.append([_label(method, runs), *cells, worst, *rest, words])
+    titles = ["visual U", "MIA"] if brief else [*MOVED_COLUMNS]
+    more = ["gap", "time"] if brief else [*LAST_COLUMNS]
+    columns = ["method", *titles, "worst gap", *more, "verdict"]
+    return Table(caption, columns, rows, words=("worst gap", "verdict"), narrow=brief)
+
+
+def stayed_table(by_seed: dict[str, Any], *, brief: bool = False) -> Table:
+    """The other accuracies; most methods leave most of them alone."""
+    columns = {
+        title: path
+        for title, path in STAYED_COLUMNS.items()
+        if any(reduce(getitem, path, value["metrics"][GOLD]) is not None for value in by_seed.values())
+    } | ({} if brief else SECONDS)
+    caption = "What mostly stayed: accuracy of each modality's head" + ("" if brief else "; CPU seconds")
+    return _methods_table(caption, columns, by_seed, _methods(by_seed), brief)
+
+
+def independent(by_seed: dict[str, Any]) -> dict[str, int]:
+    """The sizes that :func:`ccu_fast.unlearn.audit.verdict` takes for the means over these seeds.
+
+    Results of older versions tell items alone; views of one thing then count as if they were independent.
+    """
+    total: Counter[str] = Counter()
+    for setting in (value["setting"] for value in by_seed.values()):
+        sizes = setting.get("sizes")
+        if sizes is None:
+            gone, kept, unseen = (setting[f"{part}_items"] for part in ("forget", "retain", "test"))
+            of_class = round(unseen * gone / (gone + kept)) if setting["scenario"] == "class" else 0
+            sizes = {"forget_train": gone, "retain_train": kept, "retain_test": unseen - of_class}
+            sizes |= {"forget_test": of_class} if of_class else {}
+        total.update(sizes)
+    return dict(total)
+
+
+def figure_title(figure: str) -> str:
+    """A figure of :func:`ccu_fast.unlearn.audit.gaps` as the tables' columns call it."""
+    if figure == "mia_auc":
+        return "MIA AUC"
+    return figure.replace("forget_", "U ").replace("retain_", "R ")
+
+
+def signed(points: float) -> str:
+    """Points with their sign; none where they round to 0."""
+    text = f"{points:+.1f}"
+    return "0.0" if text[1:] == "0.0" else text.replace("-", "−")
 
 
 def depth_table(by_seed: dict[str, Any]) -> Table | None:
@@ -81,20 +166,43 @@ def depth_table(by_seed: dict[str, Any]) -> Table | None:
     methods = [method for method, metrics in first["metrics"].items() if "probe" in metrics]
     caption = (
         "Below the heads: accuracy of a linear classifier on frozen visual features (forgotten items; forgotten class "
-        "against the rest; retained items), steps of training until the forget set is back at .9, CPU time over that "
-        "of retraining"
+        "against the rest; retained items), steps of training until the forget set is back at .9"
     )
     return _methods_table(caption, DEEP_COLUMNS, by_seed, methods) if methods else None
 
 
+def _methods(by_seed: dict[str, Any]) -> list[str]:
+    """What the others are read against comes first."""
+    methods = list(next(iter(by_seed.values()))["metrics"])
+    return [name for name in FIRST if name in methods] + [name for name in methods if name not in FIRST]
+
+
+def _runs(by_seed: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    return [{**value["metrics"][method], **value["cost"][method]} for value in by_seed.values()]
+
+
+def _label(method: str, runs: list[dict[str, Any]]) -> str:
+    label: str = runs[0].get("label", method)
+    return label
+
+
 def _methods_table(
-    caption: str, columns: Mapping[str, tuple[str, ...]], by_seed: dict[str, Any], methods: list[str]
+    caption: str,
+    columns: Mapping[str, tuple[str, ...]],
+    by_seed: dict[str, Any],
+    methods: list[str],
+    brief: bool = False,
 ) -> Table:
     rows = []
     for method in methods:
-        runs = [{**value["metrics"][method], **value["cost"][method]} for value in by_seed.values()]
-        rows.append([runs[0]["label"], *_cells(columns, runs)])
-    return Table(caption, ["method", *columns], rows)
+        runs = _runs(by_seed, method)
+        rows.append([_label(method, runs), *_cells(columns, runs, brief)])
+    return Table(caption, ["method", *columns], rows, narrow=brief)
+
+
+def told(verdict: Mapping[str, str]) -> str:
+    """The verdict on one run's model as a sentence."""
+    return f"Verdict, without a retrained model to compare with: {verdict['kind']} – {verdict['text']}."
 
 
 def before_after_table(rows: list[tuple[str, float, float]]) -> Table:
@@ -143,10 +251,11 @@ def evaluation_table(result: dict[str, Any]) -> Table:
     return Table(caption, ["trained on", "epoch", *columns], rows)
 
 
-def _cells(columns: Mapping[str, tuple[str, ...]], runs: list[dict[str, Any]]) -> Iterable[str]:
+def _cells(columns: Mapping[str, tuple[str, ...]], runs: list[dict[str, Any]], brief: bool = False) -> Iterable[str]:
     for path in columns.values():
         values: list[Any] = [reduce(getitem, path, run) for run in runs]
-        yield spread(values, digits=DIGITS.get(path[-1], 3))
+        text = spread(values, digits=DIGITS.get(path[-1], 3))
+        yield text.partition(" ±")[0].removeprefix("0") if brief else text
 
 
 def spread(values: list[float | None], *, digits: int = 3) -> str:
@@ -158,9 +267,13 @@ def spread(values: list[float | None], *, digits: int = 3) -> str:
     return text if len(known) == 1 else f"{text} ± {stdev(known):.{digits}f}"
 
 
-def all_tables(results: dict[str, Any]) -> list[Table]:
-    """Every table of a demo."""
-    tables = [unlearn_table(scenario, by_seed) for scenario, by_seed in results["unlearn"].items()]
+def all_tables(results: dict[str, Any], *, brief: bool = False) -> list[Table]:
+    """Every table of a demo; brief for 80 columns."""
+    tables = [
+        table
+        for scenario, by_seed in results["unlearn"].items()
+        for table in unlearn_tables(scenario, by_seed, brief=brief)
+    ]
     return tables + ([protect_table(results["protect"])] if results["protect"] else [])
 
 
@@ -174,7 +287,15 @@ def show(table: Table, console: Console) -> None:
         title=Text(table.caption), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for i, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0, min_width=5 if i else None)
+        left = i == 0 or column in table.words
+        width = max(map(len, [*column.split(), *(row[i] for row in table.rows)])) if table.narrow else 5
+        shown.add_column(
+            column,
+            justify="left" if left else "right",
+            no_wrap=i == 0 and not table.narrow,
+            min_width=width if i else None,
+            max_width=width if i and table.narrow else None,
+        )
     for row in table.rows:
         shown.add_row(*map(Text, row))  # a name in brackets is no markup
     console.print(shown)

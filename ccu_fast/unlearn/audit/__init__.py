@@ -13,18 +13,25 @@ from ccu_fast.unlearn.audit.membership import auc, membership_auc, modified_entr
 from ccu_fast.unlearn.audit.probe import embedding_map, linear_probe
 from ccu_fast.unlearn.audit.relearn import relearn_steps
 from ccu_fast.unlearn.audit.retrieval import recall
-from ccu_fast.unlearn.audit.summary import MODALITIES, average_gap, over_seeds
+from ccu_fast.unlearn.audit.summary import MODALITIES, average_gap, gaps, mean_figures, over_seeds, worst_gap
+from ccu_fast.unlearn.audit.verdict import Verdict, verdict, verdict_without_gold
 
 __all__ = [
     "MODALITIES",
+    "Verdict",
     "auc",
     "audit",
     "average_gap",
     "embedding_map",
+    "gaps",
     "linear_probe",
+    "mean_figures",
     "membership_auc",
     "modified_entropy",
     "over_seeds",
     "recall",
     "relearn_steps",
+    "verdict",
+    "verdict_without_gold",
+    "worst_gap",
 ]

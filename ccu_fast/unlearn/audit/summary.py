@@ -1,4 +1,4 @@
-"""Figures of figures: the average gap to retraining, mean and spread over seeds."""
+"""Figures of figures: gaps to retraining, their average and the worst of them, mean and spread over seeds."""
 
 from __future__ import annotations
 
@@ -11,31 +11,99 @@ from ccu_fast.unlearn.model import HEADS as MODALITIES
 PARTS = ("forget_train", "forget_test", "retain_train", "retain_test")
 
 
-def average_gap(values: Mapping[str, Any], gold: Mapping[str, Any]) -> float:
-    """The mean absolute difference from a retrained model, in points (hundredths).
+# What names another figure or words from seed to seed; it is made anew from the means.
+OF_ONE_SEED = ("worst_gap", "verdict")
 
-    It averages, each with the same weight: the visual, other and fused accuracy on each of forget_train, forget_test,
-    retain_train and retain_test, and the area mia_auc of the confidence attack. Figures that one of the two lacks, such
-    as forget_test when instances are forgotten, are left out: 13 figures for a class, 10 for instances.
+
+def gaps(values: Mapping[str, Any], gold: Mapping[str, Any]) -> dict[str, float]:
+    """The signed differences from a retrained model, in points (hundredths): positive where the model has more.
 
     Args:
         values, gold: what :func:`ccu_fast.unlearn.audit.audit` gives for the model and for the retrained one.
+
+    Returns:
+        By figure: "visual forget_train" and so on, for the visual, other and fused accuracy on each of forget_train,
+        forget_test, retain_train and retain_test, and "mia_auc", the area of the confidence attack. Figures that one of
+        the two lacks, such as forget_test when instances are forgotten, are left out: 13 figures for a class, 10 for
+        instances.
+
+    Raises:
+        ValueError: they have no figure in common.
+
+    >>> from ccu_fast.unlearn.audit import gaps
+    >>> gaps({"mia_auc": 0.75}, {"mia_auc": 0.5})
+    {'mia_auc': 25.0}
+    """
+    ours, theirs = _figures(values), _figures(gold)
+    both = {name: (value, theirs[name]) for name, value in ours.items()}
+    found = {name: 100 * (one - two) for name, (one, two) in both.items() if one is not None and two is not None}
+    if not found:
+        raise ValueError("values: expected a figure that gold has too, got none")
+    return found
+
+
+def average_gap(values: Mapping[str, Any], gold: Mapping[str, Any]) -> float:
+    """The mean absolute difference from a retrained model, in points, with the same weight for each of :func:`gaps`.
+
+    Most of these figures hardly move, so a small mean can hide a large difference: see :func:`worst_gap`.
+
+    Args:
+        values, gold: as of :func:`gaps`.
+
+    Returns:
+        A number ≥ 0.
 
     Raises:
         ValueError: they have no figure in common.
 
     Source: the "average gap" of Fan et al. 2024 (arXiv 2310.12508), over more figures.
     """
-    pairs = [
-        (values.get(modality, {}).get(part), gold.get(modality, {}).get(part))
-        for modality in MODALITIES
-        for part in PARTS
-    ]
-    pairs.append((values.get("mia_auc"), gold.get("mia_auc")))
-    gaps = [abs(ours - theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
-    if not gaps:
-        raise ValueError("values: expected a figure that gold has too, got none")
-    return 100 * sum(gaps) / len(gaps)
+    return fmean(map(abs, gaps(values, gold).values()))
+
+
+def worst_gap(values: Mapping[str, Any], gold: Mapping[str, Any]) -> tuple[float, str]:
+    """The largest absolute difference from a retrained model, in points, and the figure that differs.
+
+    Args:
+        values, gold: as of :func:`gaps`.
+
+    Returns:
+        The points, ≥ 0, and the name of the figure, as in :func:`gaps`; of equals the first.
+
+    Raises:
+        ValueError: they have no figure in common.
+
+    >>> from ccu_fast.unlearn.audit import worst_gap
+    >>> gold = {"visual": {"forget_train": 0.5, "retain_test": 0.75}}
+    >>> worst_gap({"visual": {"forget_train": 0.25, "retain_test": 0.875}}, gold)
+    (25.0, 'visual forget_train')
+    """
+    found = gaps(values, gold)
+    name = max(found, key=lambda name: abs(found[name]))
+    return abs(found[name]), name
+
+
+def mean_figures(audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures that :func:`gaps` compares, each the mean of several audits: of one method over its seeds.
+
+    Args:
+        audits: at least one.
+
+    Returns:
+        Accuracies by modality and part, and "mia_auc"; None for what one of the audits lacks.
+    """
+    found = [_figures(audit) for audit in audits]
+    means: dict[str, float | None] = {}
+    for name in found[0]:
+        known = [value for figures in found if (value := figures[name]) is not None]
+        means[name] = fmean(known) if len(known) == len(found) else None
+    by_modality = {modality: {part: means[f"{modality} {part}"] for part in PARTS} for modality in MODALITIES}
+    return {**by_modality, "mia_auc": means["mia_auc"]}
+
+
+def _figures(values: Mapping[str, Any]) -> dict[str, float | None]:
+    found = {f"{modality} {part}": values.get(modality, {}).get(part) for modality in MODALITIES for part in PARTS}
+    return {**found, "mia_auc": values.get("mia_auc")}
 
 
 def over_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -43,10 +111,11 @@ def over_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Args:
         reports: the same keys everywhere; numbers, None (left out where it is None everywhere), text (kept where it is
-            the same everywhere) or further dictionaries.
+            the same everywhere) or further dictionaries. "worst_gap" and "verdict" are dropped: each seed may name
+            another figure, and :func:`mean_figures` gives what both are made of.
 
     Returns:
-        The same keys with ``{"mean": …, "spread": …, "seeds": n}`` for each number; the spread is the sample standard
+        The other keys with ``{"mean": …, "spread": …, "seeds": n}`` for each number; the spread is the sample standard
         deviation, None for one seed.
 
     Raises:
@@ -59,6 +128,8 @@ def over_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for key in first:
         if any(report.keys() != first.keys() for report in reports):
             raise ValueError(f"reports: expected the keys {sorted(first)} in each, got others")
+        if key in OF_ONE_SEED:
+            continue
         values = [report[key] for report in reports]
         if isinstance(values[0], Mapping):
             result[key] = over_seeds(values)

@@ -13,7 +13,7 @@ import torch
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.progress import Progress, silent
-from ccu_fast.unlearn.audit import MODALITIES, audit, average_gap, linear_probe, relearn_steps
+from ccu_fast.unlearn.audit import MODALITIES, audit, average_gap, linear_probe, relearn_steps, verdict, worst_gap
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.config import UnlearnConfig
 from ccu_fast.unlearn.loop import Run, embed
@@ -71,9 +71,11 @@ def run_task(
         progress: called as progress(stage, done, total, note), several times a second.
 
     Returns:
-        ``setting`` – task, scenario, seed, sizes, CCU's configuration. ``metrics`` – for each method what
-        :func:`ccu_fast.unlearn.audit.audit` measures, the same against the gold_mask model ("gap_to_gold", signed;
-        "mia_gap", absolute; "average_gap", see :func:`ccu_fast.unlearn.audit.average_gap`) and "label".
+        ``setting`` – task, scenario, seed, numbers of items, "sizes", which count the views of one thing once, CCU's
+        configuration. ``metrics`` – for each method what :func:`ccu_fast.unlearn.audit.audit` measures, the same
+        against the gold_mask model ("gap_to_gold", signed; "mia_gap", absolute; "average_gap", see
+        :func:`ccu_fast.unlearn.audit.average_gap`; "worst_gap", its "points" and "figure"; "verdict", its "kind" and
+        "text") and "label".
         ``cost`` – for each method "steps", "items", "seconds" (wall time), "cpu_seconds" (CPU time of the one
         thread) and "ratio" (its CPU time over gold_mask's). All of that is JSON. ``embeddings`` – float32 arrays
         for a picture, visual embeddings of test and forget items: "before" and "after" CCU (when it ran), int64
@@ -99,11 +101,13 @@ def run_task(
             metrics[name] = _audit(done.model, split, deep=name in deep)
             progress("audit", number, len(runs), METHODS[name])
         embeddings = _embeddings(runs, split)
-    gold = metrics["gold_mask"]
+    gold, sizes = metrics["gold_mask"], _sizes(split, task.group)
     for name, values in metrics.items():
         values["gap_to_gold"] = {m: _gaps(values[m], gold[m]) for m in MODALITIES}
         values["mia_gap"] = abs(values["mia_auc"] - gold["mia_auc"])
         values["average_gap"] = average_gap(values, gold)
+        values["worst_gap"] = dict(zip(("points", "figure"), worst_gap(values, gold), strict=True))
+        values["verdict"] = asdict(verdict(values, gold, sizes=sizes))
         values["label"] = METHODS[name]
     return {
         "setting": {
@@ -114,6 +118,7 @@ def run_task(
             "forget_items": len(split.forget),
             "retain_items": len(split.retain),
             "test_items": len(split.retain_test) + (0 if split.forget_test is None else len(split.forget_test)),
+            "sizes": sizes,
             "ccu": asdict(config),
             "training": asdict(replace(task.training, seed=seed)),
         },
@@ -164,6 +169,17 @@ def _audit(model: TwoModalityModel, split: Scenario, *, deep: bool) -> dict[str,
 def _at_most(data: PairedData, count: int) -> PairedData:
     """Evenly spread items."""
     return data.batch(torch.linspace(0, len(data) - 1, min(count, len(data))).long())
+
+
+def _sizes(split: Scenario, group: int) -> dict[str, int]:
+    """How many independent items each part has: things, not views of them."""
+    parts = {
+        "forget_train": split.forget,
+        "forget_test": split.forget_test,
+        "retain_train": split.retain,
+        "retain_test": split.retain_test,
+    }
+    return {name: len(torch.unique(part.ids // group)) for name, part in parts.items() if part is not None}
 
 
 def _gaps(values: dict[str, float | None], gold: dict[str, float | None]) -> dict[str, float | None]:

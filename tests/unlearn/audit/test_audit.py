@@ -20,12 +20,15 @@ from ccu_fast.unlearn.audit import (
     auc,
     audit,
     average_gap,
+    gaps,
     linear_probe,
+    mean_figures,
     membership_auc,
     modified_entropy,
     over_seeds,
     recall,
     relearn_steps,
+    worst_gap,
 )
 from ccu_fast.unlearn.audit.membership import confidence
 from ccu_fast.unlearn.loop import answers
@@ -275,6 +278,45 @@ class TestSummaries:
         assert average_gap(off, instances) == pytest.approx(1.0)
         with pytest.raises(ValueError, match="a figure that gold has too"):
             average_gap({}, self.GOLD)
+
+    def test_the_worst_gap_is_not_averaged_away(self) -> None:
+        off = copy.deepcopy(self.GOLD)
+        assert worst_gap(off, self.GOLD)[0] == 0
+        off["mia_auc"] = 0.55
+        assert worst_gap(off, self.GOLD) == (pytest.approx(5.0), "mia_auc")
+        off["visual"]["retain_test"] = 0.82  # below gold: the larger difference, whatever its sign
+        assert worst_gap(off, self.GOLD) == (pytest.approx(8.0), "visual retain_test")
+        assert average_gap(off, self.GOLD) == pytest.approx(1.0)
+        with pytest.raises(ValueError, match="a figure that gold has too"):
+            worst_gap({}, self.GOLD)
+
+    def test_gaps_are_signed_and_leave_out_what_one_lacks(self) -> None:
+        off = copy.deepcopy(self.GOLD)
+        off["visual"]["retain_test"], off["other"]["forget_train"], off["mia_auc"] = 0.8, None, 0.75
+        found = gaps(off, self.GOLD)
+        assert len(found) == 12 and "other forget_train" not in found
+        assert found.pop("visual retain_test") == pytest.approx(-10)
+        assert found.pop("mia_auc") == pytest.approx(25)
+        assert set(found.values()) == {0.0}
+
+    def test_means_are_of_the_figures_alone(self) -> None:
+        one, two = copy.deepcopy(self.GOLD), copy.deepcopy(self.GOLD)
+        one["visual"]["forget_train"], two["visual"]["forget_train"] = 0.2, 0.4
+        one["mia_auc"], two["fused"]["forget_test"], two["label"] = 0.7, None, "CCU"
+        found = mean_figures([one, two])
+        assert found["visual"]["forget_train"] == pytest.approx(0.3) and found["mia_auc"] == pytest.approx(0.6)
+        assert found["fused"]["forget_test"] is None and set(found) == {"visual", "other", "fused", "mia_auc"}
+
+    def test_over_seeds_leaves_out_what_each_seed_says_in_its_own_words(self) -> None:
+        reports = [
+            {
+                "average_gap": 1.0,
+                "worst_gap": {"points": 3.0, "figure": name},
+                "verdict": {"kind": "passed", "text": name},
+            }
+            for name in ("mia_auc", "visual forget_train")
+        ]
+        assert over_seeds(reports) == {"average_gap": {"mean": 1.0, "spread": 0.0, "seeds": 2}}
 
     def test_over_seeds(self) -> None:
         reports = [{"a": {"x": 1.0, "none": None}, "label": "CCU"}, {"a": {"x": 3.0, "none": None}, "label": "CCU"}]

@@ -1,0 +1,144 @@
+"""Which method is nearest to retraining on each task, said plainly: the first tables of the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from ccu_fast.cli.report.tables import GOLD, Table, figure_title, signed, spread
+from ccu_fast.unlearn.audit import gaps, mean_figures, worst_gap
+from ccu_fast.unlearn.study.run import METHODS
+
+OURS = "ccu"
+SHOWN = 3  # methods named in each cell
+TOLD = ", told"  # how the name of a baseline ends that was told to keep the other modality
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A published method, or CCU, on one task and scenario.
+
+    Attributes:
+        name, label: in the files, and for readers.
+        average: the average gap, mean over the seeds, with its text.
+        worst: the largest gap of the means, absolute, with its text.
+        time: CPU time over that of retraining, as text; empty where it was not measured.
+    """
+
+    name: str
+    label: str
+    average: tuple[float, str]
+    worst: tuple[float, str]
+    time: str
+
+
+def contestants(by_seed: dict[str, Any], told: dict[str, Any] | None) -> list[Contestant]:
+    """CCU and every baseline; of told.json the baselines that the results themselves do not have.
+
+    Args:
+        by_seed: of one task and scenario, by seed.
+        told: of the same, by method means over the seeds; None where there are none.
+    """
+    found = [_measured(name, by_seed) for name in next(iter(by_seed.values()))["metrics"] if _competes(name)]
+    known = {one.name for one in found}
+    for name, figures in (told or {}).items():
+        if name.endswith(TOLD) and name not in known:
+            average = figures["average_gap"]
+            text = f"{average['mean']:.2f}" + (f" ± {average['spread']:.2f}" if average["spread"] is not None else "")
+            found.append(_contestant(name, _label(name), _plain(figures), _plain((told or {})[GOLD]), text, ""))
+    return found
+
+
+def ablations(by_seed: dict[str, Any]) -> list[Contestant]:
+    """CCU without one of its parts, for each part."""
+    names = next(iter(by_seed.values()))["metrics"]
+    return [_measured(name, by_seed) for name in names if name.startswith(f"{OURS}_")]
+
+
+def lines(results: dict[str, Any], told: dict[str, Any] | None) -> list[str]:
+    """The table and, below it, a sentence for each task and scenario where CCU is not the first.
+
+    Args:
+        results: by task, scenario and seed.
+        told: by task and scenario; None where there are none.
+    """
+    rows, said, without = [], [], []
+    for task, by_scenario in results.items():
+        for scenario, by_seed in by_scenario.items():
+            if OURS not in next(iter(by_seed.values()))["metrics"]:
+                continue
+            found = contestants(by_seed, (told or {}).get(task, {}).get(scenario))
+            ours = next(one for one in found if one.name == OURS)
+            cells = [f"{task}, {scenario}"]
+            for kind, key in (("average gap", attrgetter("average")), ("worst gap", attrgetter("worst"))):
+                order = sorted(found, key=key)
+                place = 1 + sum(key(one)[0] < key(ours)[0] for one in found)
+                cells.append("; ".join(f"{one.label} {key(one)[1]}" for one in order[:SHOWN]))
+                cells.append(f"{place} of {len(found)}: {key(ours)[1]}")
+                if place > 1:
+                    best = [one for one in order if key(one)[0] < key(ours)[0]][:SHOWN]
+                    better = ", ".join(f"{one.label} ({key(one)[1]})" for one in best)
+                    more = f" and {place - 1 - len(best)} more" if place - 1 > len(best) else ""
+                    said.append(f"- {task}, {scenario}, by {kind}: {better}{more} before CCU ({key(ours)[1]}).")
+            rows.append([*cells, ours.time])
+            nearer = [one for one in ablations(by_seed) if one.average[0] < ours.average[0]]
+            if nearer:
+                names = ", ".join(f"{one.label} ({one.average[1]})" for one in nearer)
+                without.append(f"- {task}, {scenario}: {names}; CCU {ours.average[1]}.")
+    columns = ["task", "best by average gap", "CCU's place", "best by worst gap", "CCU's place", "CCU's time"]
+    caption = (
+        "Who wins: the methods nearest to retraining, gaps in points, the worst gap with its figure; CCU against every "
+        "baseline as published and, where measured, told to keep the other modality; time over that of retraining"
+    )
+    table = Table(caption, columns, rows)
+    verdict = ["", "Where a baseline wins:", "", *said] if said else ["", "No baseline is before CCU on any task."]
+    if without:
+        verdict += ["", "Where CCU without one of its parts is nearer, by average gap:", "", *without]
+    return [*markdown(table), *verdict]
+
+
+def markdown(table: Table) -> list[str]:
+    """A table with its caption above it."""
+    return [
+        table.caption + ":",
+        "",
+        "| " + " | ".join(table.columns) + " |",
+        "|---" * len(table.columns) + "|",
+        *("| " + " | ".join(row) + " |" for row in table.rows),
+    ]
+
+
+def _measured(name: str, by_seed: dict[str, Any]) -> Contestant:
+    seeds = list(by_seed.values())
+    means, gold = (mean_figures([value["metrics"][key] for value in seeds]) for key in (name, GOLD))
+    average = spread([value["metrics"][name]["average_gap"] for value in seeds], digits=2)
+    time = spread([value["cost"][name]["ratio"] for value in seeds], digits=2)
+    return _contestant(name, seeds[0]["metrics"][name].get("label", _label(name)), means, gold, average, time)
+
+
+def _contestant(
+    name: str, label: str, means: dict[str, Any], gold: dict[str, Any], average: str, time: str
+) -> Contestant:
+    points, figure = worst_gap(means, gold)
+    worst = f"{signed(gaps(means, gold)[figure])} {figure_title(figure)}"
+    return Contestant(name, label, (float(average.split(" ")[0]), average), (points, worst), time)
+
+
+def _competes(name: str) -> bool:
+    """No retrained model, no untouched one and no ablation."""
+    base = name.removesuffix(TOLD)
+    return base == OURS or not (base == "original" or base.startswith(("gold_", f"{OURS}_")))
+
+
+def _label(name: str) -> str:
+    base = name.removesuffix(TOLD)
+    return METHODS.get(base, base) + name[len(base) :]
+
+
+def _plain(figures: dict[str, Any]) -> dict[str, Any]:
+    """The means of nested figures that have a dictionary for every number."""
+    return {
+        key: (value["mean"] if "mean" in value else _plain(value)) if isinstance(value, dict) else value
+        for key, value in figures.items()
+    }
