@@ -28,6 +28,7 @@ from ccu_fast.unlearn.objective import (
     KeyBank,
     anchor_loss,
     forgetting_loss,
+    level_loss,
     neighbour_loss,
     retention_loss,
     separation_loss,
@@ -49,6 +50,7 @@ __all__ = [
     "anchor_loss",
     "audit",
     "forgetting_loss",
+    "level_loss",
     "membership_auc",
     "neighbour_loss",
     "retention_loss",
@@ -64,6 +66,7 @@ def unlearn(
     retain: PairedData,
     config: UnlearnConfig | None = None,
     *,
+    unseen: PairedData | None = None,
     held_out: HeldOut | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
@@ -82,6 +85,8 @@ def unlearn(
         forget: the items to forget. Their other modality is kept.
         retain: the items to keep, disjoint from ``forget``.
         config: defaults to forgetting a class.
+        unseen: items like those to forget that were never trained on, a validation set for example. Instances and pairs
+            are brought to where these are; without any, blends of retained items stand in for them.
         held_out: when to stop before the budget is spent; goes with ``config.early_stop``.
         checkpoint: where the state is written at intervals; a run that finds one there continues from it.
         progress: called every few steps as progress("unlearn", done, total, note).
@@ -114,12 +119,13 @@ def unlearn(
             "held_out: expected a HeldOut with early_stop=True and None without, got "
             f"{'None' if held_out is None else 'one'} with early_stop={config.early_stop}"
         )
-    check_problem(model, forget, retain, config.forget)
+    check_problem(model, forget, retain, config.forget, unseen=unseen)
     done = run_ccu(
         cast("TwoModalityModel", model),
         forget,
         retain,
         config,
+        unseen=unseen,
         held_out=held_out,
         checkpoint=checkpoint,
         progress=progress,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,12 +117,14 @@ def run(
     seed: int = 0,
     held_out: HeldOut | None = None,
     trainable: Sequence[str] = ("*",),
+    keep: Collection[str] = (),
     saliency: float = 1.0,
     update: PrepareUpdate | None = None,
     start: Callable[[TwoModalityModel], None] | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
     stage: str = "unlearn",
+    more: Any = None,
     group: dist.ProcessGroup | None = None,
 ) -> Run:
     """Unlearn a copy of ``original`` with Adam.
@@ -134,12 +137,14 @@ def run(
         seed: of the batches and of what the method draws.
         held_out: stop early when this is reached.
         trainable: shell patterns of the names of parameters that may change.
+        keep: names of parameters that may not, whatever ``trainable`` says.
         saliency: in (0, 1], the share of weights that may change: those the forget set depends on most.
         update: what the method does in a step besides its loss: a mask of the gradients, a projection of the weights.
         start: changes the copy in place before the first step; not called by a resumed run.
         checkpoint: where the state is written; a run that finds one there goes on from it and ends as it would have.
         progress: called every few steps as progress(stage, done, total, note).
         stage: what progress is told first.
+        more: what else decides the result, of JSON: a checkpoint or a process with another is not of this run.
         group: processes that share the run, each called with the same arguments and embedding its part of every batch
             (:mod:`ccu_fast.unlearn.parallel`); the result is that of one process but for rounding, on all of them. The
             first reports progress, reads and writes the checkpoint and decides when to stop. None: this one alone.
@@ -152,10 +157,10 @@ def run(
     clock = Clock()
     frozen = copy.deepcopy(original).eval().requires_grad_(False)
     model = copy.deepcopy(original).train()
-    freeze_all_but(model, trainable)  # type: ignore[arg-type]
+    freeze_all_but(model, trainable, keep)  # type: ignore[arg-type]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.Adam(parameters.values(), lr=budget.learning_rate)
-    settings = {"budget": asdict(budget), "seed": seed, "stage": stage, "more": checkpoint and checkpoint.settings}
+    optimizer = torch.optim.Adam(parameters.values(), lr=budget.learning_rate, fused=True)
+    settings = {"budget": asdict(budget), "seed": seed, "stage": stage, "more": [checkpoint and checkpoint.settings, more]}
     key = fingerprint(original.state_dict(), forget, retain, settings) if checkpoint or group else ""
     device = forget.labels.device
     rows = min(budget.batch, len(forget), len(retain))

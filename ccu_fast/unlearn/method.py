@@ -1,14 +1,20 @@
-"""CCU as a method of the loop: damage, then the three losses plus the task on the retain set.
+"""CCU as a method of the loop: what forgets, what keeps the other modality, what keeps the rest apart.
 
-    before the first step   w ← dampened w (Selective Synaptic Dampening, from a sample of both sets)
-    loss = forgetting · (L_a + unclassify of the visual and fused heads at u and at u0, for a class)
-           + neighbours · (pull towards the retained item that looks most alike)
-           + retention · (L_b + CE(other head, forget set)) + anchor · L_anchor
+    before the first step, for a class: w ← dampened w (Selective Synaptic Dampening, from a sample of both sets)
+    loss = forgetting · L_a + neighbours · (pull towards where the retained item lies that looks most alike)
+           + retention · L_b + anchor · L_anchor
            + separation · L_c + task · (CE of the heads on the retain set; InfoNCE without heads)
+
+(a) A class goes to nothing: the inverse contrastive loss at the embeddings, and the mean of the same at the visual and
+    the fused head, there where the items are and where they were. An instance or a pair goes to the level of one never
+    seen and no further (:mod:`ccu_fast.unlearn.unseen`): a forgotten picture is not to be less known than a new one.
+(b) The other modality is kept by leaving every parameter alone that it depends on (``keep="exact"``): it is the same to
+    the bit, and nothing of it needs training. With ``keep="trained"`` it is trained and held by the loss.
+(c) Each retained item stays at its own frozen place, apart from all others and from the forgotten ones.
 
 This project's definition; arXiv 2509.23895 publishes no formula.
 
-The model is damaged first because losses at the output teach the last layers to hide what the earlier ones still know,
+A class is damaged first because losses at the output teach the last layers to hide what the earlier ones still know,
 and a few steps of training bring that back. Weights that mattered more to the forget set than to the rest no longer
 know once they are made small, and the losses repair the rest. The heads are told about u0, where the forgotten items
 used to be, because a head that keeps the old direction of their class brings them back to it as quickly.
@@ -24,36 +30,52 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn.baselines.bad_teacher import reinitialised
+from ccu_fast.runs.provenance import tensors_hash
 from ccu_fast.unlearn.baselines.ssd import dampen
 from ccu_fast.unlearn.config import UnlearnConfig
-from ccu_fast.unlearn.loop import Batch, Run, embed, embed_visual, nearest, run
+from ccu_fast.unlearn.loop import Batch, Run, embed, embed_visual, evaluating, run
 from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of, task_loss
 from ccu_fast.unlearn.objective import (
     KeyBank,
     anchor_loss,
     forgetting_loss,
+    level_loss,
     neighbour_loss,
     retention_loss,
     separation_loss,
     unclassify_loss,
 )
+from ccu_fast.unlearn.parameters import parameters_of_other
+from ccu_fast.unlearn.unseen import POOL, Levels, comparable, nearest, sample
+
+DAMPENED_AT_ONCE = 32  # items whose mean gradient is squared: as good as one by one, in a tenth of the time
 
 
 def run_ccu(
-    original: TwoModalityModel, forget: PairedData, retain: PairedData, config: UnlearnConfig, **options: Any
+    original: TwoModalityModel,
+    forget: PairedData,
+    retain: PairedData,
+    config: UnlearnConfig,
+    *,
+    unseen: PairedData | None = None,
+    **options: Any,
 ) -> Run:
     """CCU in the loop with all that its configuration says; the options are those of :func:`.loop.run`."""
+    more = None
+    if unseen is not None:
+        more = tensors_hash({name: getattr(unseen, name) for name in ("visual", "other", "labels", "ids")})
     return run(
         original,
         forget,
         retain,
-        partial(CcuStep, config),
+        partial(CcuStep, config, unseen=unseen),
         config.budget,
         seed=config.seed,
         trainable=config.trainable,
+        keep=parameters_of_other(original, forget) if config.keep == "exact" else (),
         saliency=config.saliency,
-        start=partial(damage, config, forget, retain) if config.dampen else None,
+        start=partial(damage, config, forget, retain) if config.weight("dampen") else None,
+        more=more,
         **options,
     )
 
@@ -65,85 +87,114 @@ def damage(config: UnlearnConfig, forget: PairedData, retain: PairedData, model:
         count = max(1, round(config.dampen_items * len(data) / (len(forget) + len(retain))))
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
         samples.append(data.batch(order[:count].to(data.labels.device)))
-    dampen(model, *samples, alpha=config.dampen)
+    dampen(model, *samples, alpha=config.weight("dampen"), at_once=DAMPENED_AT_ONCE)
 
 
 class CcuStep:
-    """The loss of a step, from frozen embeddings that are computed once and not in every step."""
+    """The loss of a step. What the frozen model says is computed once, of the forget set and of what else is used."""
 
     def __init__(
-        self, config: UnlearnConfig, frozen: TwoModalityModel, forget: PairedData, retain: PairedData, seed: int
+        self,
+        config: UnlearnConfig,
+        frozen: TwoModalityModel,
+        forget: PairedData,
+        retain: PairedData,
+        seed: int,
+        *,
+        unseen: PairedData | None = None,
     ) -> None:
-        self.config, self.retain = config, retain
+        self.config, self.retained = config, Frozen(frozen, retain, config.budget.steps * config.budget.batch)
+        self.scale = 1 / config.temperature
         self.u0, self.a0 = embed(frozen, forget)
-        self.r0, self.b0 = embed(frozen, retain)
-        # Found again by a resumed run: the same copy of the same model.
-        self.neighbour = nearest_retained(frozen, forget, retain, seed) if config.neighbours else None
+        self.levels: Levels | None = None
+        if config.forget != "class" and config.forgetting:
+            self.levels = Levels(frozen, forget, retain, unseen, group=config.group, seed=seed)
+        self.neighbour: Tensor | None = None
+        self.pull = config.weight("neighbours")
+        # Without a word where it is only the default: inputs such as token ids have no nearness.
+        if self.pull and (config.neighbours is not None or comparable(forget.visual)):
+            pool = sample(retain, POOL, seed)
+            alike, place = nearest(forget.visual, pool.visual).unique(return_inverse=True)
+            self.neighbour = embed_visual(frozen, pool.visual[alike])[place]
         self.bank: KeyBank | None = None
         if config.bank:
-            keys = torch.cat([self.r0, self.b0, self.u0, self.a0])
+            r0, b0 = embed(frozen, retain)
+            keys = torch.cat([r0, b0, self.u0, self.a0])
             labels = torch.cat([retain.labels, retain.labels, forget.labels, forget.labels])
             ids = torch.cat([retain.ids, retain.ids, forget.ids, forget.ids]) // config.group
             self.bank = KeyBank(keys, labels, ids).draw(config.bank, seed)
 
     def __call__(self, model: TwoModalityModel, batch: Batch) -> Tensor:
-        config, forget, retain = self.config, batch.forget, batch.retain
+        config, forget, retain, scale = self.config, batch.forget, batch.retain, self.scale
+        n, trained = len(forget), config.keep == "trained"
         u0, a0 = self.u0[batch.forget_rows], self.a0[batch.forget_rows]
-        r0, b0 = self.r0[batch.retain_rows], self.b0[batch.retain_rows]
+        r0, b0 = self.retained(batch.retain_rows, retain)
         other0 = torch.cat([a0, b0])
-        n, scale = len(forget), 1 / config.temperature
-        visual, other = batch.embed(model)
+        visual = model.embed_visual(torch.cat([forget.visual, retain.visual]))
+        other = model.embed_other(torch.cat([forget.other, retain.other])) if trained else other0
         u, r, a, b = visual[:n], visual[n:], other[:n], other[n:]
-        total = config.task * task_loss(model, r, b, retain.labels)
+        # An untrained head for the other modality has nothing to learn from its untrained embeddings.
+        total = config.task * task_loss(model, r, b, retain.labels, visual_only=not trained)
         if config.forgetting:
-            roles: dict[str, Any] = {"forget_labels": forget.labels, "retain_labels": retain.labels}
-            if config.forget != "class":
-                roles = {"forget_ids": forget.ids // config.group, "retain_ids": retain.ids // config.group}
-            gone = forgetting_loss(u, r, u0=u0, a0=a0, b0=b0, scale=scale, bank=self.bank, **roles)
-            if config.forget == "class":
-                for head in heads(model, visual_only=True):
-                    # The other modality is kept: it must not learn to hide the class from the fused head.
-                    for place in (u, u0):
-                        gone = gone + unclassify_loss(logits_of(model, head, place, a.detach()), forget.labels)
-            total = total + config.forgetting * gone
+            total = total + config.forgetting * self._gone(model, batch, u, r, u0, a0, b0, a)
         if self.neighbour is not None:
-            alike = embed_visual(model, self.retain.visual[self.neighbour[batch.forget_rows]])
-            total = total + config.neighbours * neighbour_loss(u, alike)
-        if config.retention:
+            total = total + self.pull * neighbour_loss(u, self.neighbour[batch.forget_rows])
+        if config.retention and trained:
             keys = other0 if self.bank is None else self.bank.keys
             kept = retention_loss(other, other0, keys, scale=scale)
             if "other" in heads(model) and forget.labelled:
                 kept = kept + F.cross_entropy(model.classify_other(a), forget.labels)
             total = total + config.retention * kept
         if config.anchor:
-            total = total + config.anchor * (anchor_loss(other, other0) + anchor_loss(r, r0))
+            held = anchor_loss(r, r0)
+            total = total + config.anchor * (held + anchor_loss(other, other0) if trained else held)
         if config.separation:
-            labels = {"retain_labels": retain.labels, "forget_labels": forget.labels}
-            sides: dict[str, Any] = {"retain_ids": retain.ids} if config.forget == "pairs" else labels
-            apart = separation_loss(r, r0, u, scale=scale, weight=config.forgotten_weight, **sides)
+            apart = separation_loss(r, r0, u, scale=scale, weight=config.forgotten_weight, retain_ids=retain.ids)
             total = total + config.separation * apart
         return total
 
+    def _gone(
+        self,
+        model: TwoModalityModel,
+        batch: Batch,
+        u: Tensor,
+        r: Tensor,
+        u0: Tensor,
+        a0: Tensor,
+        b0: Tensor,
+        a: Tensor,
+    ) -> Tensor:
+        """L_a."""
+        if self.levels is not None:
+            now = self.levels.log_odds(model, u, a0, batch.forget)
+            return level_loss(now, self.levels.of(model, batch.forget_rows))
+        forget, retain = batch.forget.labels, batch.retain.labels
+        gone = forgetting_loss(
+            u, r, u0=u0, a0=a0, b0=b0, scale=self.scale, bank=self.bank, forget_labels=forget, retain_labels=retain
+        )
+        # The other modality is kept: it must not learn to hide the class from the fused head.
+        told = [
+            unclassify_loss(logits_of(model, head, place, a.detach()), forget)
+            for head in heads(model, visual_only=True)
+            for place in (u, u0)
+        ]
+        return torch.stack([gone, *told]).mean()
 
-def nearest_retained(model: TwoModalityModel, forget: PairedData, retain: PairedData, seed: int) -> Tensor:
-    """For each item to forget the retained item that looks most like it to a network that has learned nothing::
 
-        fresh = reinitialised(model, seed)
-        (fresh.embed_visual(forget.visual) @ fresh.embed_visual(retain.visual).T).argmax(1)
+class Frozen:
+    """Both embeddings of retained items under the frozen model.
 
-    Nearness is measured before any training because the trained model's is what must go.
-
-    Args:
-        model: not changed; its architecture is what matters. Parameters outside of layers with a ``reset_parameters``
-            stay as they were trained.
-        forget, retain: on the device of the model.
-        seed: of the fresh weights.
-
-    Returns:
-        int64 ``[len(forget)]``, rows of ``retain``.
-
-    Raises:
-        ValueError: no layer can be initialised anew.
+    Where a run uses as many rows as there are items, all are embedded once; where it uses fewer, those of each batch:
+    its time then does not depend on the size of the retain set.
     """
-    fresh = reinitialised(model, seed)
-    return nearest(embed_visual(fresh, forget.visual), embed_visual(fresh, retain.visual))
+
+    def __init__(self, model: TwoModalityModel, data: PairedData, used: int) -> None:
+        self.model = model
+        self.whole = embed(model, data) if len(data) <= used else None
+
+    def __call__(self, rows: Tensor, batch: PairedData) -> tuple[Tensor, Tensor]:
+        if self.whole is not None:
+            visual, other = self.whole
+            return visual[rows], other[rows]
+        with evaluating(self.model):
+            return self.model.embed_visual(batch.visual), self.model.embed_other(batch.other)

@@ -118,7 +118,13 @@ def loss_on(model: TwoModalityModel, data: PairedData, *, visual_only: bool = Fa
 
 
 def check_problem(
-    model: Any, forget: PairedData, retain: PairedData, roles: str, classes: Mapping[str, int] | None = None
+    model: Any,
+    forget: PairedData,
+    retain: PairedData,
+    roles: str,
+    classes: Mapping[str, int] | None = None,
+    *,
+    unseen: PairedData | None = None,
 ) -> None:
     """Raise an error that names what is wrong with a model or its forget and retain sets, before anything runs.
 
@@ -126,6 +132,7 @@ def check_problem(
         model, forget, retain: of :func:`ccu_fast.unlearn.unlearn`.
         roles: ``forget`` of the settings.
         classes: what they are called → label, for the errors.
+        unseen: items that were never trained on.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -138,7 +145,8 @@ def check_problem(
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: expected at least one parameter that requires a gradient, got none")
     device = next(model.parameters()).device
-    for name, data in (("forget", forget), ("retain", retain)):
+    given = {"forget": forget, "retain": retain} | ({} if unseen is None else {"unseen": unseen})
+    for name, data in given.items():
         if not isinstance(data, PairedData):
             raise TypeError(f"{name}: expected a PairedData, got {type(data).__name__}")
         if len(data) == 0:
@@ -150,6 +158,16 @@ def check_problem(
         raise ValueError(
             f"retain: expected no item of the forget set, got {len(overlap)} of them (first id {int(overlap[0])})"
         )
+    if unseen is not None:
+        for name, data in (("forget", forget), ("retain", retain)):
+            if bool(torch.isin(unseen.ids, data.ids).any()):
+                known = unseen.ids[torch.isin(unseen.ids, data.ids)]
+                raise ValueError(
+                    f"unseen: expected no item of {name}, got {len(known)} of them (first id {int(known[0])})"
+                )
+        if unseen.labelled != forget.labelled:
+            what = "labels" if forget.labelled else "no labels"
+            raise ValueError(f"unseen: expected {what} as in forget, got {'none' if forget.labelled else 'some'}")
     if roles != "pairs":
         _check_labels(forget, retain, roles, {label: name for name, label in (classes or {}).items()})
     _check_outputs(cast(TwoModalityModel, model), forget, retain, roles)

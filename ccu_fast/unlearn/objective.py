@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ccu_fast import check
 from ccu_fast.losses.formulas import attract, softplus
@@ -236,6 +237,37 @@ def unclassify_loss(logits: Tensor, labels: Tensor) -> Tensor:
     at = labels[:, None].long()
     other = logits.scatter(1, at, -torch.inf)
     return softplus(logits.gather(1, at)[:, 0] - other.logsumexp(1)).sum() / max(len(logits), 1)
+
+
+def level_loss(log_odds: Tensor, levels: Tensor, *, width: float = 0.2) -> Tensor:
+    """Bring what each forgotten item is to the model to its level and no further, part (a)::
+
+        d = log_odds - levels
+        mean_i( abs(d_i) - width / 2   where abs(d_i) > width,   else d_i² / (2 * width) )
+
+    Every item has a level of its own, that of an item never seen (:mod:`ccu_fast.unlearn.unseen`): a push without end
+    would make a forgotten item less known than one the model never met.
+
+    Args:
+        log_odds: ``[N]`` live, in nats.
+        levels: ``[N]``, without gradients.
+        width: > 0, below which the pull fades; in nats.
+
+    Returns:
+        Scalar of the dtype of log_odds; 0 for no rows.
+
+    Raises:
+        ValueError: levels is not shaped like log_odds, width is not positive.
+
+    Source: this project's definition (see the module's first lines).
+
+    >>> ccu_fast.unlearn.level_loss(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 1.0]))  # (2 − .1) / 2
+    tensor(0.9500)
+    """
+    check.tensor("log_odds", log_odds, ndim=1)
+    check.shape("levels", check.tensor("levels", levels), log_odds.shape)
+    check.number("width", width, low=1e-12)
+    return F.huber_loss(log_odds, levels.detach(), reduction="sum", delta=width) / width / max(len(log_odds), 1)
 
 
 def separation_loss(

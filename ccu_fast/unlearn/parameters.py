@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn.model import TwoModalityModel, loss_on
+from ccu_fast.unlearn.model import TwoModalityModel, heads, loss_on
 
 CHUNK = 256  # items whose gradient is taken at once
 
 
-def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Switch the gradient off for every parameter whose name matches none of the shell patterns.
+def freeze_all_but(model: nn.Module, patterns: Sequence[str], keep: Collection[str] = ()) -> None:
+    """Switch the gradient off for every parameter whose name matches none of the shell patterns, and for those to keep.
 
     Args:
         model: changed in place. A parameter that required no gradient before still requires none.
         patterns: such as ``("visual_*", "projector.*")``, matched against the names of ``named_parameters``.
+        keep: names of parameters that stay whatever the patterns say.
 
     Raises:
-        ValueError: a pattern that matches nothing; nothing left to train.
+        ValueError: a pattern that matches nothing; nothing left to train, with ``keep`` or without.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
@@ -33,10 +34,33 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
                 "which matches none"
             )
     for name, parameter in model.named_parameters():
-        if not any(fnmatchcase(name, pattern) for pattern in patterns):
+        if name in keep or not any(fnmatchcase(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"trainable: expected patterns that leave something to train, got {list(patterns)}")
+    if any(p.requires_grad for p in model.parameters()):
+        return
+    if keep:
+        raise ValueError(
+            f'keep: expected keep="trained" where the other modality depends on all that may change '
+            f'({", ".join(patterns)}), got "exact"'
+        )
+    raise ValueError(f"trainable: expected patterns that leave something to train, got {list(patterns)}")
+
+
+def parameters_of_other(model: TwoModalityModel, data: PairedData) -> frozenset[str]:
+    """The names of the parameters that the other modality's embeddings or head depend on.
+
+    Args:
+        model: not changed.
+        data: its first item is embedded to see.
+    """
+    # On a copy, in evaluation mode: neither statistics nor gradients of the model may change.
+    model = copy.deepcopy(model).eval().requires_grad_(True)
+    named = dict(model.named_parameters())
+    found = model.embed_other(data.batch(torch.zeros(1, dtype=torch.long, device=data.ids.device)).other)
+    if "other" in heads(model):
+        found = torch.cat([found.flatten(), model.classify_other(found).flatten()])
+    gradients = torch.autograd.grad(found.sum(), list(named.values()), allow_unused=True)
+    return frozenset(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None)
 
 
 def salient(original: TwoModalityModel, forget: PairedData, share: float) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ Because D holds the forget set, F_f ≤ F_D · |D| / |forget|: with a tenth of t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -33,20 +32,22 @@ def ssd(original: TwoModalityModel, forget: PairedData, retain: PairedData, *, a
     return Run(model, 0, len(forget) + len(retain), *clock.read(), [])
 
 
-def dampen(model: TwoModalityModel, forget: PairedData, retain: PairedData, *, alpha: float) -> None:
+def dampen(model: TwoModalityModel, forget: PairedData, retain: PairedData, *, alpha: float, at_once: int = 1) -> None:
     """Make the weights smaller on which the forget set depends most.
 
     Args:
         model: changed in place; parameters that require no gradient stay as they are.
         forget, retain: the two sets, on the device of the model.
         alpha: > 0; how many times more a weight must matter to the forget set to be selected.
+        at_once: items whose mean gradient is squared, at least 1. The formula has 1; more of them cost fewer passes.
     """
     with evaluating(model):
-        of_forget, of_retain = (sum_of_squares(model, _visual_loss, _one_by_one(data)) for data in (forget, retain))
+        parts = [_parts(data, at_once) for data in (forget, retain)]
+        of_forget, of_retain = (sum_of_squares(model, _visual_loss, batches) for batches in parts)
         for name, parameter in model.named_parameters():
             if name in of_forget:
-                everything = (of_forget[name] + of_retain[name]) / (len(forget) + len(retain))
-                parameter.mul_(dampening(everything, of_forget[name] / len(forget), alpha))
+                everything = (of_forget[name] + of_retain[name]) / sum(map(len, parts))
+                parameter.mul_(dampening(everything, of_forget[name] / len(parts[0]), alpha))
 
 
 def dampening(everything: Tensor, forget: Tensor, alpha: float) -> Tensor:
@@ -58,5 +59,7 @@ def _visual_loss(model: TwoModalityModel, data: PairedData) -> Tensor:
     return loss_on(model, data, visual_only=True)
 
 
-def _one_by_one(data: PairedData) -> Iterator[PairedData]:
-    return (data.batch(row) for row in torch.arange(len(data), device=data.labels.device).split(1))
+def _parts(data: PairedData, at_once: int) -> list[PairedData]:
+    """All items, in parts of nearly one size."""
+    rows = torch.arange(len(data), device=data.labels.device)
+    return [data.batch(part) for part in rows.tensor_split(-(-len(data) // at_once))]

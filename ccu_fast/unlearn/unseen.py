@@ -1,0 +1,168 @@
+"""What an item would be to the model had it never been seen: a level of log-odds for each item to forget.
+
+An item that was trained on is told with more certainty than one that was not. How much more is read off items that were
+never trained on; an item to forget gets the level of the unseen item that is as hard among the unseen as it is among
+the trained ones::
+
+    m(x) = log-odds of what x is: its class at the visual head, or its partner among frozen other embeddings
+    p_i  = share of retained items whose m under the original model is below m(u_i)
+    t_i  = the p_i-quantile of m over unseen items
+
+Without unseen items, retained ones that are half another picture stand in for them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ccu_fast import check
+from ccu_fast.data.paired import PairedData
+from ccu_fast.ops.reduce_similarity.api import reduce_similarity
+from ccu_fast.ops.reduce_similarity.relations import OTHER
+from ccu_fast.unlearn.loop import embed, embed_visual
+from ccu_fast.unlearn.model import CLIP_SCALE, TwoModalityModel, heads
+
+TRAINED = 1024  # retained items whose log-odds say how hard an item is
+UNSEEN = 256  # unseen items whose log-odds are taken, in every step if they are not stand-ins
+PARTNERS = 512  # frozen other embeddings among which a pair's partner is sought
+POOL = 2048  # retained items among which the nearest is sought
+FEATURES = 4096  # of an input, evenly spread, that nearness is measured by
+HALF = 0.5  # of a stand-in is another picture
+
+
+class Levels:
+    """The log-odds that items to forget should have, and those they have.
+
+    Args:
+        frozen: the original model.
+        forget, retain: the two sets.
+        unseen: items never trained on, of the same kind; None for stand-ins.
+        group: items with equal ``ids // group`` are views of one thing.
+        seed: of the samples.
+
+    Raises:
+        ValueError: no unseen items, and inputs that cannot be blended.
+    """
+
+    def __init__(
+        self,
+        frozen: TwoModalityModel,
+        forget: PairedData,
+        retain: PairedData,
+        unseen: PairedData | None,
+        *,
+        group: int,
+        seed: int,
+    ) -> None:
+        self.group = group
+        self.by_class = forget.labelled and "visual" in heads(frozen)
+        self.scale = getattr(frozen, "scale", CLIP_SCALE)
+        trained = sample(retain, TRAINED, seed)
+        self.live = unseen is not None
+        self.unseen = stand_ins(retain, UNSEEN, group=group, seed=seed) if unseen is None else sample(unseen, UNSEEN, 0)
+        sets = {"forget": forget, "trained": trained, "unseen": self.unseen}
+        found = {name: embed(frozen, data) for name, data in sets.items()}
+        self.unseen_other = found["unseen"][1]
+        partners = sample(retain, PARTNERS, seed + 1)
+        self.keys, self.key_ids = embed(frozen, partners)[1], partners.ids // group
+        at_start = {name: self.log_odds(frozen, *found[name], sets[name]) for name in sets}
+        ordered = at_start["trained"].sort().values
+        below, not_above = (torch.searchsorted(ordered, at_start["forget"], right=right) for right in (False, True))
+        self.rank = (below + not_above).double() / (2 * len(ordered))
+        self.levels = at_start["unseen"].double().quantile(self.rank)
+
+    def log_odds(self, model: TwoModalityModel, visual: Tensor, other: Tensor, data: PairedData) -> Tensor:
+        """What each item is to the model, ``[N]``, in nats, from its embedding and its partner's frozen one."""
+        if self.by_class:
+            return class_log_odds(model.classify_visual(visual), data.labels)
+        roles = {"row_ids": data.ids // self.group, "col_ids": self.key_ids}
+        (rest,), _ = reduce_similarity(
+            visual, self.keys, scale=self.scale, paired=False, rows=[("lse", OTHER)], **roles
+        )
+        return self.scale * (visual * other).sum(-1) - rest
+
+    def of(self, model: TwoModalityModel, rows: Tensor) -> Tensor:
+        """The levels of these rows of the forget set, without gradients.
+
+        Unseen items are asked again, because what the model makes of them moves with it; stand-ins are not, because
+        training on the retained items they are made of makes them look more and more like those.
+        """
+        if not self.live:
+            return self.levels[rows].float()
+        with torch.no_grad():
+            visual = embed_visual(model, self.unseen.visual)
+            now = self.log_odds(model, visual, self.unseen_other, self.unseen)
+        return now.double().quantile(self.rank[rows]).float()
+
+
+def class_log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """log(p_y / (1 - p_y)) of each row, ``[N]``: z_y − logsumexp of the other logits."""
+    own = labels[:, None]
+    return logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).logsumexp(1)
+
+
+def sample(data: PairedData, count: int, seed: int) -> PairedData:
+    """At most ``count`` of the items, drawn at random, in their order."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
+    return data.batch(order.sort().values.to(data.labels.device))
+
+
+def stand_ins(retain: PairedData, count: int, *, group: int, seed: int) -> PairedData:
+    """Retained items whose visual input is half that of the item that looks most like it::
+
+        x_i' = (x_i + x_j) / 2,   j = the nearest item of another thing (:func:`nearest`)
+
+    A model that has learned its training items by heart is as unsure of what lies between two of them as of new ones.
+
+    Args:
+        retain: the items to keep.
+        count: how many, at least 1; fewer where there are fewer items.
+        group: items with equal ``ids // group`` are views of one thing.
+        seed: of the sample.
+
+    Raises:
+        ValueError: inputs that are neither floating point nor uint8; fewer than two things.
+    """
+    pool = sample(retain, POOL, seed)
+    whole = pool.visual
+    if not comparable(whole):
+        raise ValueError(
+            "unseen: expected items never trained on, because visual inputs of "
+            f"{str(whole.dtype).removeprefix('torch.')} cannot be blended into stand-ins, got None"
+        )
+    some = sample(pool, count, seed)
+    thing, things = some.ids // group, pool.ids // group
+    if bool((things == things[0]).all()):
+        raise ValueError("retain: expected items of at least two things, got one")
+    blended = some.visual.float().lerp(whole[nearest(some.visual, whole, thing, things)].float(), HALF)
+    made = some.to(some.labels.device)
+    object.__setattr__(made, "visual", blended.to(whole.dtype))
+    return made
+
+
+def comparable(inputs: Tensor) -> bool:
+    """Whether inputs are numbers that measure something, as pixels do and token ids do not."""
+    return inputs.is_floating_point() or inputs.dtype == torch.uint8
+
+
+def nearest(x: Tensor, y: Tensor, thing: Tensor | None = None, things: Tensor | None = None) -> Tensor:
+    """For each input of x the row of y that looks most like it, by the cosine of the inputs less their mean.
+
+    Args:
+        x, y: inputs ``[N, ...]`` and ``[M, ...]`` of one shape; of each at most 4096 evenly spread numbers are looked at.
+        thing, things: int64 ``[N]`` and ``[M]``; rows of y of the same thing are passed over.
+
+    Returns:
+        int64 ``[N]``, rows of y.
+    """
+    check.shape("y", y, [len(y), *x.shape[1:]])
+    a, b = (z.flatten(1) for z in (x, y))
+    columns = torch.linspace(0, a.shape[1] - 1, min(FEATURES, a.shape[1])).round().long().to(x.device)
+    a, b = (z[:, columns].float() for z in (a, b))
+    mean = b.mean(0)
+    s = F.normalize(a - mean, dim=1) @ F.normalize(b - mean, dim=1).T
+    if thing is not None and things is not None:
+        s = s.masked_fill(thing[:, None] == things[None], -torch.inf)
+    return s.argmax(1)
