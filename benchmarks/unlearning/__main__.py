@@ -1,10 +1,16 @@
 """Compare all methods of unlearning; write ``results.json`` and ``README.md`` beside this file.
 
-    python -m benchmarks.unlearning [--work FOLDER]      about 40 minutes on one core; resumes where it was stopped
+    python -m benchmarks.unlearning                      the embedded tasks: about an hour on one core; resumes
+    python -m benchmarks.unlearning --packages DIR       those and the tasks of pictograms, see ccu_fast.data.pictograms
+    python -m benchmarks.unlearning --tasks digit-features --seeds 0 --out part.json --work runs/part
+                                                         a part of it, for several processes; --methods, --scenarios too
+    python -m benchmarks.unlearning --merge part.json    what such parts hold, into the file of all
     python -m benchmarks.unlearning --told               the baselines told to keep the other modality: told.json
     python -m benchmarks.unlearning --page               regenerate the page from the files
 
-Runs on one thread, so that seconds are those of one core.
+What is measured takes the place of the same task, scenario and seed (and, with --methods, method) in the file; the rest
+of the file stays. Processes at work at once may write one file, but each needs a --work of its own. Runs on one thread,
+so that seconds are those of one core.
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +26,21 @@ from typing import Any
 import torch
 
 from benchmarks.results import store
+from benchmarks.unlearning.stored import alone, by_seed, in_rows, merged
+from benchmarks.unlearning.tasks import pictogram_tasks
 from ccu_fast.cli.report.tables import Table, depth_table, unlearn_table
 from ccu_fast.files import write_whole
 from ccu_fast.unlearn.audit import audit, average_gap, over_seeds
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.study.compare import compare
+from ccu_fast.unlearn.study.run import METHODS
 from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS, Task, make_scenario
 from ccu_fast.unlearn.study.train import trained
 
 HERE = Path(__file__).parent
 RESULTS, TOLD, PAGE = HERE / "results.json", HERE / "told.json", HERE / "README.md"
 SEEDS = (0, 1, 2)
-PART = ("task", "scenario", "seed")  # of a part's setting: what tells it from the others
 TOLD_METHODS = (
     "random_label",
     "salun",
@@ -43,6 +51,7 @@ TOLD_METHODS = (
     "contrastive_unlearning",
     "clip_erase",
 )
+KEPT_BACK = [task.name for task in (*TASKS.values(), *pictogram_tasks(Path()).values()) if task.kept_back]
 DEEP_TASK = "digits-halves"  # where the features of the told baselines are probed too
 
 
@@ -52,67 +61,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--work", type=Path, default=Path("runs/unlearning"), help="parts and models, kept for resuming"
     )
+    parser.add_argument("--packages", type=Path, help="folder of the npm packages, for the tasks of pictograms")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all, those of pictograms with --packages")
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="SEED")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), metavar="METHOD", help="default: all")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="of figures, instead of the one beside this program")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="put what these hold into --out")
     parser.add_argument("--told", action="store_true", help="the baselines told to keep the other modality")
     parser.add_argument("--page", action="store_true", help="write the page from the files alone")
     options = parser.parse_args(arguments)
+    known = {**TASKS, **(pictogram_tasks(options.packages) if options.packages else {})}
+    for name in options.tasks or ():
+        if name not in known:
+            hint = "" if options.packages else "; those of pictograms need --packages"
+            parser.error(f"--tasks: expected some of {', '.join(known)}, got {name}{hint}")
+    tasks = {name: known[name] for name in options.tasks or known}
     torch.set_num_threads(1)
     if options.told:
-        store(TOLD, told(options.work), depth=3)
+        _put_told(options.out or TOLD, told(options.work, tasks, options.seeds))
+    elif options.merge:
+        for file in options.merge:
+            _put(options.out or RESULTS, by_seed(json.loads(file.read_text())), some_methods=True)
     elif not options.page:
-        compare(options.work, seeds=SEEDS, progress=_say)
-        store(RESULTS, in_rows(json.loads((options.work / "results.json").read_text())), depth=2)
-    text = page(by_seed(json.loads(RESULTS.read_text())), json.loads(TOLD.read_text()) if TOLD.exists() else None)
-    write_whole(PAGE, text)
+        asked = {"scenarios": options.scenarios, "seeds": options.seeds, "methods": options.methods}
+        compare(options.work, tasks=tasks, progress=_say, **asked)
+        found = json.loads((options.work / "results.json").read_text())
+        _put(options.out or RESULTS, found, some_methods=options.methods is not None)
+    if options.out is None:
+        text = page(by_seed(json.loads(RESULTS.read_text())), json.loads(TOLD.read_text()) if TOLD.exists() else None)
+        write_whole(PAGE, text)
     return 0
 
 
-def in_rows(results: dict[str, Any]) -> dict[str, Any]:
-    """What is stored: a row for each method of each task, scenario and seed, and what its part has in common."""
-    parts = [
-        part for scenarios in results["unlearn"].values() for seeds in scenarios.values() for part in seeds.values()
-    ]
-    rows = [
-        {
-            **{key: part["setting"][key] for key in PART},
-            "method": method,
-            "metrics": metrics,
-            "cost": part["cost"][method],
-        }
-        for part in parts
-        for method, metrics in part["metrics"].items()
-    ]
-    return {
-        "versions": results["versions"],
-        "seeds": results["seeds"],
-        "parts": [{key: value for key, value in part.items() if key not in ("metrics", "cost")} for part in parts],
-        "rows": rows,
-    }
+def _put(file: Path, found: dict[str, Any], *, some_methods: bool) -> None:
+    """What was found into a file of figures, which is made if needed."""
+    with alone(file):
+        there = by_seed(json.loads(file.read_text())) if file.exists() else {**found, "unlearn": {}}
+        store(file, in_rows(merged(there, found, some_methods=some_methods)), depth=2)
 
 
-def by_seed(stored: dict[str, Any]) -> dict[str, Any]:
-    """The same by task, scenario and seed again, as :func:`ccu_fast.unlearn.study.compare.compare` gives it."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    unlearn: dict[str, dict[str, dict[str, Any]]] = {}
-    for part in stored["parts"]:
-        task, scenario, seed = where = tuple(part["setting"][key] for key in PART)
-        found[where] = {**part, "metrics": {}, "cost": {}}
-        unlearn.setdefault(task, {}).setdefault(scenario, {})[str(seed)] = found[where]
-    for row in stored["rows"]:
-        for kind in ("metrics", "cost"):
-            found[tuple(row[key] for key in PART)][kind][row["method"]] = row[kind]
-    return {"versions": stored["versions"], "seeds": stored["seeds"], "unlearn": unlearn}
+def _put_told(file: Path, found: dict[str, Any]) -> None:
+    with alone(file):
+        there = json.loads(file.read_text()) if file.exists() else {}
+        store(file, {**there, **found}, depth=3)
 
 
-def told(work: Path) -> dict[str, Any]:
+def told(work: Path, tasks: Mapping[str, Task], seeds: Sequence[int]) -> dict[str, Any]:
     """Baselines as published and with cross-entropy of the other head on the forget set; by task and scenario."""
     result: dict[str, Any] = {}
-    for task in TASKS.values():
+    for task in tasks.values():
         for kind in SCENARIOS:
             figures: dict[str, list[Any]] = {}
-            for seed in SEEDS:
+            for done, seed in enumerate(seeds, start=1):
                 for name, values in _told(task, kind, seed, work / "models").items():
                     figures.setdefault(name, []).append(values)
-                _say(f"told, {task.name}, {kind}", seed + 1, len(SEEDS), "")
+                _say(f"told, {task.name}, {kind}", done, len(seeds), "")
             means = {name: over_seeds(values) for name, values in figures.items()}
             result.setdefault(task.name, {})[kind] = means
     return result
@@ -138,7 +142,7 @@ def _told(task: Task, kind: str, seed: int, models: Path) -> dict[str, Any]:
 def page(results: dict[str, Any], told_figures: dict[str, Any] | None) -> str:
     """All tables in Markdown."""
     lines = [
-        "# Unlearning: all methods, both tasks, three seeds",
+        "# Unlearning: all methods compared",
         "",
         "Made by `python -m benchmarks.unlearning` from [results.json](results.json). Mean ± sample deviation over the "
         "seeds. Gold is a model retrained with the visual half of the forget set masked; the average gap compares with "
@@ -146,6 +150,13 @@ def page(results: dict[str, Any], told_figures: dict[str, Any] | None) -> str:
         "thread, which excludes other work on the machine. (c) repels forgotten items from retained ones of their own "
         "class: for a whole class there is no such pair, and it then only keeps retained items close to their class.",
     ]
+    kept_back = [name for name in results["unlearn"] if name in KEPT_BACK]
+    if kept_back:
+        lines += [
+            "",
+            f"Nothing was chosen by looking at {', '.join(kept_back)}: there CCU has its defaults. The other tasks' "
+            "settings were chosen on held-out items.",
+        ]
     for by_scenario in results["unlearn"].values():
         for scenario, seeds in by_scenario.items():
             lines += ["", *_markdown(unlearn_table(scenario, seeds))]

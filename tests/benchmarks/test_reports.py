@@ -23,6 +23,7 @@ from benchmarks.protection import frontier, scale, scale_page
 from benchmarks.protection import memory as surrogates
 from benchmarks.results import Row
 from benchmarks.unlearning import __main__ as unlearning
+from benchmarks.unlearning.stored import by_seed, in_rows
 
 DEVICES = sorted(path for path in results.FOLDER.glob("*") if path.is_dir())
 DEPTHS = {  # of every committed file of figures, as its command stores it
@@ -229,8 +230,8 @@ def test_the_committed_tables_are_what_the_files_make() -> None:
 
 def test_the_committed_page_of_unlearning_is_what_its_files_make() -> None:
     stored = json.loads(unlearning.RESULTS.read_text())
-    found = unlearning.by_seed(stored)
-    assert unlearning.in_rows(found) == stored
+    found = by_seed(stored)
+    assert in_rows(found) == stored
     assert unlearning.page(found, json.loads(unlearning.TOLD.read_text())) == unlearning.PAGE.read_text()
 
 

@@ -72,13 +72,18 @@ def unlearn_table(scenario: str, by_seed: dict[str, Any]) -> Table:
         f"{setting['forget_items'] + setting['retain_items']} training items; the rest is R): accuracy of each "
         f"modality's head, membership attack, average gap to gold in points, CPU seconds; seeds {', '.join(by_seed)}"
     )
-    return _methods_table(caption, UNLEARN_COLUMNS[scenario], by_seed, list(first["metrics"]))
+    methods = [name for name in first["metrics"] if all(name in value["metrics"] for value in by_seed.values())]
+    return _methods_table(caption, UNLEARN_COLUMNS[scenario], by_seed, methods)
 
 
 def depth_table(by_seed: dict[str, Any]) -> Table | None:
     """What is left below the heads, of the methods that were looked into; None when none was."""
     first = next(iter(by_seed.values()))
-    methods = [method for method, metrics in first["metrics"].items() if "probe" in metrics]
+    methods = [
+        name
+        for name in first["metrics"]
+        if all("probe" in value["metrics"].get(name, {}) for value in by_seed.values())
+    ]
     caption = (
         "Below the heads: accuracy of a linear classifier on frozen visual features (forgotten items; forgotten class "
         "against the rest; retained items), steps of training until the forget set is back at .9, CPU time over that "

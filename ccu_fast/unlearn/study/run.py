@@ -26,6 +26,7 @@ METHODS = {
     "original": "before unlearning",
     "gold_mask": "gold: visual masked",
     "gold_drop": "gold: both dropped",
+    "gold_again": "gold, another seed",
     **{name: baseline.label for name, baseline in BASELINES.items()},
     "ccu": "CCU",
     "ccu_without_a": "CCU without (a)",
