@@ -32,7 +32,7 @@ GROUPS = {
     8: "symbols",
     9: "flags",
 }
-WORDS = 1024
+WORDS = 4096  # all of the English names and keywords
 ORDERED_PAIRS = tuple(itertools.permutations(range(len(ARTISTS)), 2))
 
 
