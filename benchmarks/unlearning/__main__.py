@@ -1,10 +1,15 @@
 """Compare all methods of unlearning; write ``results.json`` and ``README.md`` beside this file.
 
-    python -m benchmarks.unlearning [--work FOLDER]      about 40 minutes on one core; resumes where it was stopped
-    python -m benchmarks.unlearning --told               the baselines told to keep the other modality: told.json
+    python -m benchmarks.unlearning                      the embedded tasks: about an hour on one core; resumes
+    python -m benchmarks.unlearning --packages DIR       those and the tasks of pictograms, see ccu_fast.data.pictograms
+    python -m benchmarks.unlearning --tasks digit-features --seeds 0 --out part.json --work runs/part
+                                                         a part of it, for several processes; --methods, --scenarios too
+    python -m benchmarks.unlearning --merge part.json    what such parts hold, into the file of all
     python -m benchmarks.unlearning --page               regenerate the page from the files
 
-Runs on one thread, so that seconds are those of one core.
+What is measured takes the place of the same task, scenario and seed (and, with --methods, method) in the file; the rest
+of the file stays. Processes at work at once may write one file, but each needs a --work of its own. Runs on one thread,
+so that seconds are those of one core.
 """
 
 from __future__ import annotations
@@ -13,7 +18,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +25,19 @@ import torch
 
 from benchmarks.results import store
 from benchmarks.unlearning import winners
+from benchmarks.unlearning.stored import alone, by_seed, in_rows, merged
+from benchmarks.unlearning.tasks import pictogram_tasks
 from benchmarks.unlearning.winners import markdown
 from ccu_fast.cli.report.tables import depth_table, unlearn_tables
 from ccu_fast.files import write_whole
-from ccu_fast.unlearn.audit import audit, average_gap, over_seeds
-from ccu_fast.unlearn.baselines.registry import BASELINES
-from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.study.compare import compare
-from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS, Task, make_scenario
-from ccu_fast.unlearn.study.train import trained
+from ccu_fast.unlearn.study.run import METHODS
+from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 
 HERE = Path(__file__).parent
-RESULTS, TOLD, PAGE = HERE / "results.json", HERE / "told.json", HERE / "README.md"
+RESULTS, PAGE = HERE / "results.json", HERE / "README.md"
 SEEDS = (0, 1, 2)
-PART = ("task", "scenario", "seed")  # of a part's setting: what tells it from the others
-TOLD_METHODS = (
-    "random_label",
-    "salun",
-    "neg_grad_plus",
-    "scrub",
-    "bad_teacher",
-    "boundary_shrink",
-    "contrastive_unlearning",
-    "clip_erase",
-)
-DEEP_TASK = "digits-halves"  # where the features of the told baselines are probed too
+KEPT_BACK = [task.name for task in (*TASKS.values(), *pictogram_tasks(Path()).values()) if task.kept_back]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,90 +46,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--work", type=Path, default=Path("runs/unlearning"), help="parts and models, kept for resuming"
     )
-    parser.add_argument("--told", action="store_true", help="the baselines told to keep the other modality")
+    parser.add_argument("--packages", type=Path, help="folder of the npm packages, for the tasks of pictograms")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all, those of pictograms with --packages")
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="SEED")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), metavar="METHOD", help="default: all")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="of figures, instead of the one beside this program")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="put what these hold into --out")
     parser.add_argument("--page", action="store_true", help="write the page from the files alone")
     options = parser.parse_args(arguments)
+    known = {**TASKS, **(pictogram_tasks(options.packages) if options.packages else {})}
+    for name in options.tasks or ():
+        if name not in known:
+            hint = "" if options.packages else "; those of pictograms need --packages"
+            parser.error(f"--tasks: expected some of {', '.join(known)}, got {name}{hint}")
+    tasks = {name: known[name] for name in options.tasks or known}
     torch.set_num_threads(1)
-    if options.told:
-        store(TOLD, told(options.work), depth=3)
+    if options.merge:
+        for file in options.merge:
+            _put(options.out or RESULTS, by_seed(json.loads(file.read_text())), some_methods=True)
     elif not options.page:
-        compare(options.work, seeds=SEEDS, progress=_say)
-        store(RESULTS, in_rows(json.loads((options.work / "results.json").read_text())), depth=2)
-    text = page(by_seed(json.loads(RESULTS.read_text())), json.loads(TOLD.read_text()) if TOLD.exists() else None)
-    write_whole(PAGE, text)
+        asked = {"scenarios": options.scenarios, "seeds": options.seeds, "methods": options.methods}
+        compare(options.work, tasks=tasks, progress=_say, **asked)
+        found = json.loads((options.work / "results.json").read_text())
+        _put(options.out or RESULTS, found, some_methods=options.methods is not None)
+    if options.out is None:
+        write_whole(PAGE, page(by_seed(json.loads(RESULTS.read_text()))))
     return 0
 
 
-def in_rows(results: dict[str, Any]) -> dict[str, Any]:
-    """What is stored: a row for each method of each task, scenario and seed, and what its part has in common."""
-    parts = [
-        part for scenarios in results["unlearn"].values() for seeds in scenarios.values() for part in seeds.values()
-    ]
-    rows = [
-        {
-            **{key: part["setting"][key] for key in PART},
-            "method": method,
-            "metrics": metrics,
-            "cost": part["cost"][method],
-        }
-        for part in parts
-        for method, metrics in part["metrics"].items()
-    ]
-    return {
-        "versions": results["versions"],
-        "seeds": results["seeds"],
-        "parts": [{key: value for key, value in part.items() if key not in ("metrics", "cost")} for part in parts],
-        "rows": rows,
-    }
+def _put(file: Path, found: dict[str, Any], *, some_methods: bool) -> None:
+    """What was found into a file of figures, which is made if needed."""
+    with alone(file):
+        there = by_seed(json.loads(file.read_text())) if file.exists() else {**found, "unlearn": {}}
+        store(file, in_rows(merged(there, found, some_methods=some_methods)), depth=2)
 
 
-def by_seed(stored: dict[str, Any]) -> dict[str, Any]:
-    """The same by task, scenario and seed again, as :func:`ccu_fast.unlearn.study.compare.compare` gives it."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    unlearn: dict[str, dict[str, dict[str, Any]]] = {}
-    for part in stored["parts"]:
-        task, scenario, seed = where = tuple(part["setting"][key] for key in PART)
-        found[where] = {**part, "metrics": {}, "cost": {}}
-        unlearn.setdefault(task, {}).setdefault(scenario, {})[str(seed)] = found[where]
-    for row in stored["rows"]:
-        for kind in ("metrics", "cost"):
-            found[tuple(row[key] for key in PART)][kind][row["method"]] = row[kind]
-    return {"versions": stored["versions"], "seeds": stored["seeds"], "unlearn": unlearn}
-
-
-def told(work: Path) -> dict[str, Any]:
-    """Baselines as published and with cross-entropy of the other head on the forget set; by task and scenario."""
-    result: dict[str, Any] = {}
-    for task in TASKS.values():
-        for kind in SCENARIOS:
-            figures: dict[str, list[Any]] = {}
-            for seed in SEEDS:
-                for name, values in _told(task, kind, seed, work / "models").items():
-                    figures.setdefault(name, []).append(values)
-                _say(f"told, {task.name}, {kind}", seed + 1, len(SEEDS), "")
-            means = {name: over_seeds(values) for name, values in figures.items()}
-            result.setdefault(task.name, {})[kind] = means
-    return result
-
-
-def _told(task: Task, kind: str, seed: int, models: Path) -> dict[str, Any]:
-    split = make_scenario(task, kind, seed)
-    config = replace(task.ccu[kind], seed=seed)
-    original, gold = (trained(task, split, name, seed, folder=models).model for name in ("original", "gold_mask"))
-    done = {"gold_mask": gold, "ccu": run_ccu(original, split.forget, split.retain, config).model}
-    for name in TOLD_METHODS:
-        for keep in (0.0, 1.0):
-            run = BASELINES[name].run(
-                original, split.forget, split.retain, kind, config.budget, seed=seed, keep_other=keep
-            )
-            done[f"{name}, told" if keep else name] = run.model
-    audits = {name: audit(model, **split.judged, deep=task.name == DEEP_TASK) for name, model in done.items()}
-    for values in audits.values():
-        values["average_gap"] = average_gap(values, audits["gold_mask"])
-    return audits
-
-
-def page(results: dict[str, Any], told_figures: dict[str, Any] | None) -> str:
+def page(results: dict[str, Any]) -> str:
     """All tables in Markdown."""
     lines = [
         f"# Unlearning: {len(results['unlearn'])} tasks, {len(results['seeds'])} seeds, all methods",
@@ -149,49 +94,28 @@ def page(results: dict[str, Any], told_figures: dict[str, Any] | None) -> str:
         "over the seeds. The verdict counts a difference of the means if it is larger than 2 points and than two "
         "standard errors of independent items; its words are those of SALMUBench (arXiv 2603.26316): catastrophic "
         "(retained knowledge collapses), ineffective (what was to be forgotten is still known), over-generalised (more "
-        "is forgotten than was asked). Seconds are CPU time of one "
-        "thread, which excludes other work on the machine. (c) repels forgotten items from retained ones of their own "
-        "class: for a whole class there is no such pair, and it then only keeps retained items close to their class.",
+        'is forgotten than was asked). "Gold, another seed" is retrained as gold is, with other initial weights and '
+        "batches: its gaps are what chance alone makes. As published, no baseline is told to keep the other half of a "
+        'forgotten item; "told" ones have the cross-entropy of the other head on the forget set added '
+        "(`keep_other=1.0`). Seconds are CPU time of one thread, which excludes other work on the machine. Where "
+        "instances are forgotten CCU gets the task's held-out items, which no model was trained on, as its unseen "
+        'ones; "without unseen items" has blends of retained items instead. Learning rates of the baselines: '
+        "`python -m benchmarks.unlearning.rates`.",
         "",
-        *winners.lines(results["unlearn"], told_figures),
+        *winners.lines(results["unlearn"]),
     ]
+    kept_back = [name for name in results["unlearn"] if name in KEPT_BACK]
+    if kept_back:
+        lines += [
+            "",
+            "CCU has its defaults everywhere. They were chosen on other seeds of the other tasks; nothing was chosen by "
+            f"looking at {', '.join(kept_back)}.",
+        ]
     for by_scenario in results["unlearn"].values():
         for scenario, seeds in by_scenario.items():
             for table in (*unlearn_tables(scenario, seeds), depth_table(seeds)):
                 lines += ["", *markdown(table)] if table else []
-    if told_figures is not None:
-        lines += [
-            "",
-            "## Told to keep the other modality",
-            "",
-            "As published, no baseline is told to keep the other half of a forgotten item. Here the cross-entropy of "
-            "the other head on the forget set is added (`keep_other=1.0`; `--told`, [told.json](told.json)):",
-        ]
-        for task, by_kind in told_figures.items():
-            for kind, methods in by_kind.items():
-                lines += ["", f"{task}, {kind}:", "", *_told_table(methods)]
     return "\n".join(lines) + "\n"
-
-
-def _told_table(methods: dict[str, Any]) -> list[str]:
-    columns: dict[str, tuple[str, ...]] = {
-        "average gap": ("average_gap",),
-        "visual U": ("visual", "forget_train"),
-        "other U": ("other", "forget_train"),
-        "visual R, test": ("visual", "retain_test"),
-    }
-    if "probe" in methods["gold_mask"]:
-        columns |= {"probe U": ("probe", "forget"), "relearn steps": ("relearn_steps",)}
-    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, figures in methods.items():
-        cells = []
-        for keys in columns.values():
-            value: Any = figures
-            for key in keys:
-                value = value[key]
-            cells.append(f"{value['mean']:.3g} ± {value['spread']:.2g}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
 
 
 def _say(stage: str, done: int, total: int, note: str) -> None:

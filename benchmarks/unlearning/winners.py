@@ -8,11 +8,10 @@ from typing import Any
 
 from ccu_fast.cli.report.tables import GOLD, Table, figure_title, signed, spread
 from ccu_fast.unlearn.audit import gaps, mean_figures, worst_gap
-from ccu_fast.unlearn.study.run import METHODS
+from ccu_fast.unlearn.study.run import METHODS, TOLD
 
 OURS = "ccu"
 SHOWN = 3  # methods named in each cell
-TOLD = ", told"  # how the name of a baseline ends that was told to keep the other modality
 
 
 @dataclass(frozen=True)
@@ -33,21 +32,9 @@ class Contestant:
     time: str
 
 
-def contestants(by_seed: dict[str, Any], told: dict[str, Any] | None) -> list[Contestant]:
-    """CCU and every baseline; of told.json the baselines that the results themselves do not have.
-
-    Args:
-        by_seed: of one task and scenario, by seed.
-        told: of the same, by method means over the seeds; None where there are none.
-    """
-    found = [_measured(name, by_seed) for name in next(iter(by_seed.values()))["metrics"] if _competes(name)]
-    known = {one.name for one in found}
-    for name, figures in (told or {}).items():
-        if name.endswith(TOLD) and name not in known:
-            average = figures["average_gap"]
-            text = f"{average['mean']:.2f}" + (f" ± {average['spread']:.2f}" if average["spread"] is not None else "")
-            found.append(_contestant(name, _label(name), _plain(figures), _plain((told or {})[GOLD]), text, ""))
-    return found
+def contestants(by_seed: dict[str, Any]) -> list[Contestant]:
+    """CCU and every baseline, of one task and scenario, by seed."""
+    return [_measured(name, by_seed) for name in next(iter(by_seed.values()))["metrics"] if _competes(name)]
 
 
 def ablations(by_seed: dict[str, Any]) -> list[Contestant]:
@@ -56,19 +43,18 @@ def ablations(by_seed: dict[str, Any]) -> list[Contestant]:
     return [_measured(name, by_seed) for name in names if name.startswith(f"{OURS}_")]
 
 
-def lines(results: dict[str, Any], told: dict[str, Any] | None) -> list[str]:
+def lines(results: dict[str, Any]) -> list[str]:
     """The table and, below it, a sentence for each task and scenario where CCU is not the first.
 
     Args:
         results: by task, scenario and seed.
-        told: by task and scenario; None where there are none.
     """
     rows, said, without = [], [], []
     for task, by_scenario in results.items():
         for scenario, by_seed in by_scenario.items():
             if OURS not in next(iter(by_seed.values()))["metrics"]:
                 continue
-            found = contestants(by_seed, (told or {}).get(task, {}).get(scenario))
+            found = contestants(by_seed)
             ours = next(one for one in found if one.name == OURS)
             cells = [f"{task}, {scenario}"]
             for kind, key in (("average gap", attrgetter("average")), ("worst gap", attrgetter("worst"))):
@@ -134,11 +120,3 @@ def _competes(name: str) -> bool:
 def _label(name: str) -> str:
     base = name.removesuffix(TOLD)
     return METHODS.get(base, base) + name[len(base) :]
-
-
-def _plain(figures: dict[str, Any]) -> dict[str, Any]:
-    """The means of nested figures that have a dictionary for every number."""
-    return {
-        key: (value["mean"] if "mean" in value else _plain(value)) if isinstance(value, dict) else value
-        for key, value in figures.items()
-    }

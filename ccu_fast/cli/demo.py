@@ -26,12 +26,12 @@ from ccu_fast.mem.victim import Recipe
 from ccu_fast.runs import cache
 from ccu_fast.runs.progress import Progress
 from ccu_fast.runs.provenance import json_hash, versions
-from ccu_fast.unlearn.study.run import run_task
+from ccu_fast.unlearn.study.run import ONCE, run_task
 from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 
 VARIANTS = {"unlearn": SCENARIOS, "protect": tuple(PROTECT_LABELS)}
 # Of the kept parts. Raise it whenever the same settings and versions give other figures, or figures of another form.
-FORMAT = 3
+FORMAT = 4
 # The threads too: how many of them add up decides the last bits of the protection.
 MADE_WITH = ("ccu_fast", "torch", "python", "machine", "threads")
 
@@ -105,7 +105,7 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
 def _compute(part: Part, out: Path, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
     if part.half == "unlearn":
-        value = run_task(TASKS["digits-halves"], part.seed, part.variant, progress=progress)
+        value = run_task(TASKS["digits-halves"], part.seed, part.variant, methods=ONCE, progress=progress)
     else:
         published = out / "protected"
         if part.seed == 0 and (published / part.variant / MANIFEST).is_file():

@@ -45,6 +45,25 @@ _DRAWN = "64"  # pixels of a side, as the packages have them
 
 
 @dataclass(frozen=True)
+class Thing:
+    """What the packages have on a thing.
+
+    Attributes:
+        name: a few words.
+        category: a finer one than its group.
+        keywords: in the package's order.
+        group: number of its group in emojibase; None if it is in none.
+        drawings: the files by artist.
+    """
+
+    name: str
+    category: str
+    keywords: list[str]
+    group: int | None
+    drawings: dict[str, Path]
+
+
+@dataclass(frozen=True)
 class Pictograms:
     """Drawings and their captions.
 
@@ -111,10 +130,7 @@ def load_pictograms(
         check.one_of("artists" if name in artists else "test_artist", name, tuple(ARTISTS))
     if not artists or len(set(everybody)) != len(everybody):
         raise ValueError(f"artists: expected different ones, and not test_artist {test_artist!r}, got {list(artists)}")
-    folder = _folder(Path(packages))
-    texts = _texts(folder / "emojibase-data", language)
-    drawn = {name: _drawings(folder / f"emoji-datasource-{name}", name, tones) for name in everybody}
-    known = [code for code in drawn[test_artist] if code in texts and all(code in drawn[name] for name in artists)]
+    known = things(packages, (test_artist, *artists), language=language, tones=tones)
     if not n_test <= n_things <= len(known):
         raise ValueError(
             f"n_things: expected at least n_test {n_test} and at most the {len(known)} that all these artists have "
@@ -123,10 +139,10 @@ def load_pictograms(
     rng = torch.Generator().manual_seed(seed)
     chosen = [known[i] for i in torch.randperm(len(known), generator=rng)[:n_things].tolist()]
 
-    def taken(names: Sequence[str], codes: list[str]) -> Pictograms:
-        images = [_picture(drawn[name][code], side) for name in names for code in codes]
-        captions = [_caption(texts[code], rng) for _ in names for code in codes]
-        return Pictograms(torch.stack(images), captions, torch.arange(len(codes)).repeat(len(names)))
+    def taken(names: Sequence[str], some: list[Thing]) -> Pictograms:
+        images = [picture(thing.drawings[name], side) for name in names for thing in some]
+        captions = [_caption(thing, rng) for _ in names for thing in some]
+        return Pictograms(torch.stack(images), captions, torch.arange(len(some)).repeat(len(names)))
 
     return taken(artists, chosen), taken((test_artist,), chosen[:n_test])
 
@@ -152,13 +168,29 @@ def write_pictograms(folder: str | Path, packages: str | Path, **options: Any) -
     return write_pairs(folder, {name: (part.images, part.captions) for name, part in parts.items()})
 
 
-def _folder(packages: Path) -> Path:
-    inner = packages / "node_modules"
-    return inner if inner.is_dir() else packages
+def things(
+    packages: str | Path, artists: Sequence[str] = tuple(ARTISTS), *, language: str = "en", tones: bool = False
+) -> list[Thing]:
+    """All things that all these artists have drawn, in the order of the first one's table.
+
+    Args:
+        packages, language, tones: as for :func:`load_pictograms`.
+        artists: whose drawings; at least one.
+
+    Raises:
+        FileNotFoundError, ValueError: a package is not there, or has other contents.
+    """
+    folder = Path(packages)
+    inner = folder / "node_modules"
+    folder = inner if inner.is_dir() else folder
+    texts = _texts(folder / "emojibase-data", language)
+    drawn = {name: _drawings(folder / f"emoji-datasource-{name}", name, tones) for name in artists}
+    codes = [code for code in drawn[artists[0]] if code in texts and all(code in files for files in drawn.values())]
+    return [Thing(*texts[code], {name: files[code] for name, files in drawn.items()}) for code in codes]
 
 
-def _texts(package: Path, language: str) -> dict[str, tuple[str, str, list[str]]]:
-    """Code → name, sub-category and keywords, of one language."""
+def _texts(package: Path, language: str) -> dict[str, tuple[str, str, list[str], int | None]]:
+    """Code → name, sub-category, keywords and group, of one language."""
     folder = package / language
     _check_contents(package, [folder / "data.json", folder / "messages.json"], LANGUAGES[language])
     groups = {group["order"]: group["message"] for group in _json(folder / "messages.json")["subgroups"]}
@@ -169,6 +201,7 @@ def _texts(package: Path, language: str) -> dict[str, tuple[str, str, list[str]]
                 each["label"],
                 groups.get(about.get("subgroup"), ""),
                 about.get("tags", []),
+                about.get("group"),
             )
     return texts
 
@@ -178,12 +211,12 @@ def _drawings(package: Path, artist: str, tones: bool) -> dict[str, Path]:
     folder = package / "img" / artist / _DRAWN
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     _check_contents(package, [package / "emoji.json", *files], ARTISTS[artist])
-    things = {}
+    drawings = {}
     for about in _json(package / "emoji.json"):
         for each in (about, *(about.get("skin_variations", {}).values() if tones else ())):
             if each[f"has_img_{artist}"]:
-                things[_code(each["unified"])] = folder / each["image"]
-    return things
+                drawings[_code(each["unified"])] = folder / each["image"]
+    return drawings
 
 
 def _check_contents(package: Path, files: Sequence[Path], expected: str) -> None:
@@ -209,17 +242,30 @@ def _code(unified: str) -> str:
     return "-".join(part for part in unified.split("-") if part != "FE0F")
 
 
-def _caption(about: tuple[str, str, list[str]], rng: torch.Generator) -> str:
-    name, group, tags = about
-    keywords = [tags[i] for i in torch.randperm(len(tags), generator=rng)[:KEYWORDS].tolist()]
-    return " ".join(re.findall(r"\w+", " ".join([name, group, *keywords]).lower()))
+def words(text: str) -> list[str]:
+    """The words of a text, in lower case.
+
+    >>> ccu_fast.data.pictograms.words("Man: red hair")
+    ['man', 'red', 'hair']
+    """
+    return re.findall(r"\w+", text.lower())
 
 
-def _picture(file: Path, side: int) -> Tensor:
+def drawn_keywords(thing: Thing, rng: torch.Generator) -> list[str]:
+    """Three of its keywords at random; all where it has fewer."""
+    return [thing.keywords[i] for i in torch.randperm(len(thing.keywords), generator=rng)[:KEYWORDS].tolist()]
+
+
+def _caption(thing: Thing, rng: torch.Generator) -> str:
+    return " ".join(words(" ".join([thing.name, thing.category, *drawn_keywords(thing, rng)])))
+
+
+def picture(file: Path, side: int) -> Tensor:
+    """A drawing on white, uint8 ``[3, side, side]``."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(file.read_bytes())) as picture:
-        drawn = picture.convert("RGBA")
+    with Image.open(io.BytesIO(file.read_bytes())) as opened:
+        drawn = opened.convert("RGBA")
     white = Image.new("RGBA", drawn.size, "white")
     white.alpha_composite(drawn)
     small = white.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)

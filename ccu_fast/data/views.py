@@ -51,15 +51,42 @@ def _views(digits: PairedData, views: int, generator: torch.Generator) -> Paired
 
 def _seen(images: Tensor, generator: torch.Generator) -> Tensor:
     """``[N, 1, 8, 8]`` → ``[N, 1, 16, 16]``, each image moved at random."""
-    n, size = len(images), 2 * images.shape[-1]
+    size = 2 * images.shape[-1]
+    seen = moved(images, size, generator, angle=math.pi / 12, scale=0.15, shift=1.5, contrast=(0.7, 1.1))
+    return seen + 0.1 * torch.randn(seen.shape, generator=generator)
+
+
+def moved(
+    images: Tensor,
+    size: int,
+    generator: torch.Generator,
+    *,
+    angle: float,
+    scale: float,
+    shift: float,
+    contrast: tuple[float, float],
+) -> Tensor:
+    """Square images ``[N, C, H, H]`` → ``[N, C, size, size]``, each turned, scaled, shifted and dimmed at random.
+
+    What lies outside an image is 0.
+
+    Args:
+        images: fp32.
+        size: of the result, in pixels.
+        generator: of the draws, which are uniform and independent of each other.
+        angle: up to which an image is turned to either side, in radians.
+        scale: by how much it may be smaller or larger than 1.
+        shift: up to how many pixels of the result it goes to each side.
+        contrast: the bounds of the factor on all its values.
+    """
+    n = len(images)
 
     def between(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
-    angle, scale = between(-math.pi / 12, math.pi / 12), between(0.85, 1.15)
-    shift = between(-3 / size, 3 / size, 2)  # grid units: the image is 2 wide
-    cos, sin = angle.cos() / scale, angle.sin() / scale
-    grid = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
-    moved = F.grid_sample(images, F.affine_grid(grid, [n, 1, size, size], align_corners=False), align_corners=False)
-    moved = moved * between(0.7, 1.1, 1, 1, 1)
-    return moved + 0.1 * torch.randn(moved.shape, generator=generator)
+    turn, stretch = between(-angle, angle), between(1 - scale, 1 + scale)
+    offset = between(-2 * shift / size, 2 * shift / size, 2)  # grid units: the image is 2 wide
+    cos, sin = turn.cos() / stretch, turn.sin() / stretch
+    theta = torch.stack([torch.stack([cos, -sin, offset[:, 0]], 1), torch.stack([sin, cos, offset[:, 1]], 1)], 1)
+    grid = F.affine_grid(theta, [n, images.shape[1], size, size], align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False) * between(*contrast, 1, 1, 1)

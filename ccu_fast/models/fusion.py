@@ -85,15 +85,12 @@ class FusionModel(TwoTowerClassifier):
     ) -> None:
         for name, size in {"visual_dim": visual_dim, "other_dim": other_dim, "hidden": hidden}.items():
             check.integer(name, size, low=1)
-        visual, other = _mlp(visual_dim, hidden), _mlp(other_dim, hidden)
+        visual, other = mlp_tower(visual_dim, hidden), mlp_tower(other_dim, hidden)
         super().__init__(visual, other, hidden, classes, embedding=embedding)
 
 
 class ConvFusionModel(TwoTowerClassifier):
-    """Two convolutional towers on single-channel images of one size.
-
-    A tower has three 3×3 convolutions (the second and third halve the image), a linear layer on what is left of the
-    image, and no batch statistics: training and evaluation are the same function.
+    """Two convolutional towers, as :func:`conv_tower` makes them, on images of one size.
 
     Args:
         size: (height, width) of an image in pixels, multiples of 4.
@@ -101,6 +98,7 @@ class ConvFusionModel(TwoTowerClassifier):
         channels: of the first convolution; the next have twice and three times as many.
         hidden: width of the towers' last layer.
         embedding: size D of the shared space.
+        inputs: channels of an image: 1 for grey, 3 for colours.
     """
 
     def __init__(
@@ -111,24 +109,46 @@ class ConvFusionModel(TwoTowerClassifier):
         channels: int = 16,
         hidden: int = 128,
         embedding: int = 64,
+        inputs: int = 1,
     ) -> None:
-        check.integer("channels", channels, low=1)
-        check.integer("hidden", hidden, low=1)
-        if len(size) != 2 or min(size) < 4 or size[0] % 4 or size[1] % 4:
-            raise ValueError(f"size: expected (height, width) in multiples of 4, got {size}")
-        visual, other = _conv(size, channels, hidden), _conv(size, channels, hidden)
+        visual, other = (conv_tower(size, channels=channels, hidden=hidden, inputs=inputs) for _ in range(2))
         super().__init__(visual, other, hidden, classes, embedding=embedding)
 
 
-def _mlp(inputs: int, hidden: int) -> nn.Sequential:
+def mlp_tower(inputs: int, hidden: int = 128) -> nn.Sequential:
+    """A tower on flat inputs ``[N, inputs]``: two linear layers of width ``hidden``, each with a ReLU.
+
+    >>> ccu_fast.models.fusion.mlp_tower(6, 8)(torch.randn(4, 6)).shape
+    torch.Size([4, 8])
+    """
+    check.integer("inputs", inputs, low=1)
+    check.integer("hidden", hidden, low=1)
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
 
 
-def _conv(size: tuple[int, int], channels: int, hidden: int) -> nn.Sequential:
+def conv_tower(size: tuple[int, int], *, channels: int = 16, hidden: int = 128, inputs: int = 1) -> nn.Sequential:
+    """A tower on images ``[N, inputs, *size]``.
+
+    It has three 3×3 convolutions (the second and third halve the image), a linear layer on what is left of the image,
+    and no batch statistics: training and evaluation are the same function.
+
+    Args:
+        size: (height, width) of an image in pixels, multiples of 4.
+        channels: of the first convolution; the next have twice and three times as many.
+        hidden: width of the linear layer.
+        inputs: channels of an image.
+
+    >>> ccu_fast.models.fusion.conv_tower((8, 8), hidden=16, inputs=3)(torch.randn(4, 3, 8, 8)).shape
+    torch.Size([4, 16])
+    """
+    for name, number in {"channels": channels, "hidden": hidden, "inputs": inputs}.items():
+        check.integer(name, number, low=1)
+    if len(size) != 2 or min(size) < 4 or size[0] % 4 or size[1] % 4:
+        raise ValueError(f"size: expected (height, width) in multiples of 4, got {size}")
     one, two, three = channels, 2 * channels, 3 * channels
     cells = (size[0] // 4) * (size[1] // 4)
     return nn.Sequential(
-        nn.Conv2d(1, one, 3, padding=1),
+        nn.Conv2d(inputs, one, 3, padding=1),
         nn.ReLU(),
         nn.Conv2d(one, two, 3, stride=2, padding=1),
         nn.ReLU(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ccu_fast import check
 
@@ -98,9 +99,9 @@ class UnlearnConfig:
         if not isinstance(self.budget, Budget):
             raise TypeError(f"budget: expected a Budget, got {type(self.budget).__name__}")
 
-    def weight(self, name: str) -> float:
-        """``neighbours`` or ``dampen``, or what None stands for."""
-        value: float | None = getattr(self, name)
-        if value is not None:
-            return value
-        return FOR_A_CLASS[name] if self.forget == "class" else 0.0
+    def used(self, name: str) -> Any:
+        """The value of a setting, or what None stands for."""
+        value = getattr(self, name)
+        if value is None and name in FOR_A_CLASS:
+            return FOR_A_CLASS[name] if self.forget == "class" else 0.0
+        return value

@@ -160,7 +160,12 @@ def run(
     freeze_all_but(model, trainable, keep)  # type: ignore[arg-type]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(parameters.values(), lr=budget.learning_rate, fused=True)
-    settings = {"budget": asdict(budget), "seed": seed, "stage": stage, "more": [checkpoint and checkpoint.settings, more]}
+    settings = {
+        "budget": asdict(budget),
+        "seed": seed,
+        "stage": stage,
+        "more": [checkpoint and checkpoint.settings, more],
+    }
     key = fingerprint(original.state_dict(), forget, retain, settings) if checkpoint or group else ""
     device = forget.labels.device
     rows = min(budget.batch, len(forget), len(retain))

@@ -74,7 +74,7 @@ def run_ccu(
         trainable=config.trainable,
         keep=parameters_of_other(original, forget) if config.keep == "exact" else (),
         saliency=config.saliency,
-        start=partial(damage, config, forget, retain) if config.weight("dampen") else None,
+        start=partial(damage, config, forget, retain) if config.used("dampen") else None,
         more=more,
         **options,
     )
@@ -87,7 +87,7 @@ def damage(config: UnlearnConfig, forget: PairedData, retain: PairedData, model:
         count = max(1, round(config.dampen_items * len(data) / (len(forget) + len(retain))))
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
         samples.append(data.batch(order[:count].to(data.labels.device)))
-    dampen(model, *samples, alpha=config.weight("dampen"), at_once=DAMPENED_AT_ONCE)
+    dampen(model, *samples, alpha=config.used("dampen"), at_once=DAMPENED_AT_ONCE)
 
 
 class CcuStep:
@@ -110,7 +110,7 @@ class CcuStep:
         if config.forget != "class" and config.forgetting:
             self.levels = Levels(frozen, forget, retain, unseen, group=config.group, seed=seed)
         self.neighbour: Tensor | None = None
-        self.pull = config.weight("neighbours")
+        self.pull: float = config.used("neighbours")
         # Without a word where it is only the default: inputs such as token ids have no nearness.
         if self.pull and (config.neighbours is not None or comparable(forget.visual)):
             pool = sample(retain, POOL, seed)

@@ -24,6 +24,7 @@ from benchmarks.protection import memory as surrogates
 from benchmarks.results import Row
 from benchmarks.unlearning import __main__ as unlearning
 from benchmarks.unlearning import winners
+from benchmarks.unlearning.stored import by_seed, in_rows
 from ccu_fast.cli.report.tables import independent, unlearn_tables
 
 DEVICES = sorted(path for path in results.FOLDER.glob("*") if path.is_dir())
@@ -43,7 +44,6 @@ DEPTHS = {  # of every committed file of figures, as its command stores it
     "results/*/*.json": 1,
     "small_batches.json": 2,
     "unlearning/results.json": 2,
-    "unlearning/told.json": 3,
     "variants.json": 1,
     "visits/*/summary.json": 1,
     "visits/*/tune.json": 3,
@@ -231,9 +231,9 @@ def test_the_committed_tables_are_what_the_files_make() -> None:
 
 def test_the_committed_page_of_unlearning_is_what_its_files_make() -> None:
     stored = json.loads(unlearning.RESULTS.read_text())
-    found = unlearning.by_seed(stored)
-    assert unlearning.in_rows(found) == stored
-    assert unlearning.page(found, json.loads(unlearning.TOLD.read_text())) == unlearning.PAGE.read_text()
+    found = by_seed(stored)
+    assert in_rows(found) == stored
+    assert unlearning.page(found) == unlearning.PAGE.read_text()
 
 
 def unlearned(seed: float, **visual: float) -> dict[str, Any]:
@@ -253,36 +253,21 @@ def unlearned(seed: float, **visual: float) -> dict[str, Any]:
 
 
 def test_who_wins_is_said_plainly() -> None:
-    methods = {"original": 1.0, "scrub": 0.53, "salun": 0.8, "ccu": 0.44, "ccu_without_a": 0.47, "new, told": 0.56}
+    methods = {"original": 1.0, "scrub": 0.53, "salun": 0.8, "ccu": 0.44, "ccu_without_a": 0.47, "salun, told": 0.515}
     results = {"a task": {"instances": {"0": unlearned(0.0, **methods), "1": unlearned(0.25, **methods)}}}
-    told = {
-        "a task": {
-            "instances": {
-                name: {
-                    "visual": {"forget_train": {"mean": value}, "retain_test": {"mean": 0.75}},
-                    "mia_auc": {"mean": 0.5},
-                    "probe": None,
-                    "average_gap": {"mean": 100 * abs(value - 0.5) / 3, "spread": None},
-                }
-                for name, value in {"gold_mask": 0.5, "salun": 0.8, "salun, told": 0.515, "new, told": 0.9}.items()
-            }
-        }
-    }
-    text = winners.lines(results, told)
+    text = winners.lines(results)
     row = text[4].split(" | ")
     assert row[0] == "| a task, instances" and row[-1] == "0.25 ± 0.00 |"
-    # told.json tells of SalUn; what both have comes from the results.
-    assert row[1] == "SalUn, told 0.50; SCRUB 1.00 ± 0.00; CCU 2.00 ± 0.00"
-    assert row[2] == "3 of 5: 2.00 ± 0.00" and row[4] == "3 of 5: −6.0 visual U train"
+    assert row[1] == "SalUn, told 0.50 ± 0.00; SCRUB 1.00 ± 0.00; CCU 2.00 ± 0.00"
+    assert row[2] == "3 of 4: 2.00 ± 0.00" and row[4] == "3 of 4: −6.0 visual U train"
     assert row[3].startswith("SalUn, told +1.5 visual U train; SCRUB +3.0 visual U train; ")
-    assert (
-        text[8]
-        == "- a task, instances, by average gap: SalUn, told (0.50), SCRUB (1.00 ± 0.00) before CCU (2.00 ± 0.00)."
+    assert text[8] == (
+        "- a task, instances, by average gap: SalUn, told (0.50 ± 0.00), SCRUB (1.00 ± 0.00) before CCU (2.00 ± 0.00)."
     )
     assert text[-1] == "- a task, instances: CCU without (a) (1.00 ± 0.00); CCU 2.00 ± 0.00."
-    alone = winners.lines({"a task": {"class": {"0": unlearned(0.0, ccu=0.5, salun=0.8)}}}, None)
+    alone = winners.lines({"a task": {"class": {"0": unlearned(0.0, ccu=0.5, salun=0.8)}}})
     assert alone[-1] == "No baseline is before CCU on any task."
-    assert winners.lines({"a task": {"class": {"0": unlearned(0.0, salun=0.8)}}}, None)[-1] == alone[-1]
+    assert winners.lines({"a task": {"class": {"0": unlearned(0.0, salun=0.8)}}})[-1] == alone[-1]
 
 
 def test_tables_of_unlearning_lead_with_what_moved() -> None:

@@ -414,6 +414,47 @@ class TestTasks:
         call(scenarios=["class"], seeds=[0])
         assert heard
 
+    def test_tasks_of_ones_own_are_compared(self, tmp_path: Path) -> None:
+        features = TASKS["digit-features"]
+        halves = features.load(0)
+        own = replace(
+            features,
+            name="own",
+            load=lambda seed: Halves(*(part[torch.arange(0, len(part), 5)] for part in vars(halves).values())),
+            training=TrainConfig(epochs=1),
+            ccu={s: replace(config, budget=Budget(steps=2)) for s, config in features.ccu.items()},
+        )
+        call = partial(comparing.compare, tmp_path, scenarios=["class"], seeds=[0], methods=["gold_again", "ccu"])
+        found = call(tasks=[own])
+        assert found == call(tasks={"any": own})
+        part = found["unlearn"]["own"]["class"]["0"]
+        assert list(part["metrics"]) == ["original", "gold_mask", "gold_again", "ccu"]
+        assert part["metrics"]["gold_again"] != part["metrics"]["gold_mask"] and part["best_baseline"] is None
+        # With other methods it is a part of its own.
+        assert list(call(tasks=[own], methods=["fine_tune"])["unlearn"]["own"]["class"]["0"]["metrics"])[2:] == [
+            "fine_tune"
+        ]
+        assert len(list((tmp_path / "parts").iterdir())) == 2
+        with pytest.raises(ValueError, match=r"tasks: expected every name once, got \['own', 'own'\]"):
+            call(tasks=[own, own])
+        with pytest.raises(ValueError, match="tasks: expected one of"):
+            call(tasks=["own"])
+        with pytest.raises(ValueError, match="methods: expected one of"):
+            call(tasks=[own], methods=["magic"])
+
+    def test_a_task_that_is_kept_back_has_the_defaults(self) -> None:
+        assert [name for name, task in TASKS.items() if task.kept_back] == ["digit-features"]
+        for name, config in TASKS["digit-features"].ccu.items():
+            assert config == UnlearnConfig(forget=name, trainable=config.trainable)
+
+    @pytest.mark.parametrize("name", ["class", "instances"])
+    def test_what_is_held_out_is_unseen_and_of_the_classes_that_stay(self, name: str) -> None:
+        split = make_scenario(TASKS["digits-halves"], name, 0)
+        parts = [split.train, split.retain_test, split.held_out, *([split.forget_test] if split.forget_test else [])]
+        ids = torch.cat([part.ids for part in parts])
+        assert len(ids.unique()) == len(ids) and len(split.held_out) == (162 if name == "class" else 180)
+        assert set(split.held_out.labels.tolist()) == set(split.retain.labels.tolist())
+
 
 def test_saved_weights_are_those_of_the_model(tmp_path: Path) -> None:
     model = toy_unlearn.trained()

@@ -383,7 +383,10 @@ class TestModels:
         model = ConvFusionModel((8, 4), 3, channels=2, hidden=8, embedding=6)
         logits = model(torch.rand(2, 1, 8, 4), torch.rand(2, 1, 8, 4))
         assert [list(x.shape) for x in logits] == [[2, 3]] * 3
+        colours = ConvFusionModel((8, 4), 3, channels=2, hidden=8, embedding=6, inputs=3)
+        assert colours.embed_visual(torch.rand(2, 3, 8, 4)).shape == (2, 6)
         for error, arguments in (
+            ("inputs", {"size": (8, 4), "classes": 3, "inputs": 0}),
             ("size", {"size": (7, 4), "classes": 3}),
             ("channels", {"size": (8, 4), "classes": 3, "channels": 0}),
         ):

@@ -86,7 +86,7 @@ def _tasks(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "name": task,
-            "describe": TASKS[task].describe,
+            "describe": TASKS[task].describe if task in TASKS else "",
             "scenarios": [
                 {
                     "name": scenario,

@@ -163,7 +163,11 @@ def signed(points: float) -> str:
 def depth_table(by_seed: dict[str, Any]) -> Table | None:
     """What is left below the heads, of the methods that were looked into; None when none was."""
     first = next(iter(by_seed.values()))
-    methods = [method for method, metrics in first["metrics"].items() if "probe" in metrics]
+    methods = [
+        name
+        for name in first["metrics"]
+        if all("probe" in value["metrics"].get(name, {}) for value in by_seed.values())
+    ]
     caption = (
         "Below the heads: accuracy of a linear classifier on frozen visual features (forgotten items; forgotten class "
         "against the rest; retained items), steps of training until the forget set is back at .9"
@@ -173,7 +177,8 @@ def depth_table(by_seed: dict[str, Any]) -> Table | None:
 
 def _methods(by_seed: dict[str, Any]) -> list[str]:
     """What the others are read against comes first."""
-    methods = list(next(iter(by_seed.values()))["metrics"])
+    first, *more = (value["metrics"] for value in by_seed.values())
+    methods = [name for name in first if all(name in metrics for metrics in more)]
     return [name for name in FIRST if name in methods] + [name for name in methods if name not in FIRST]
 
 

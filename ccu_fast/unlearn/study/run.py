@@ -22,25 +22,47 @@ from ccu_fast.unlearn.model import TwoModalityModel
 from ccu_fast.unlearn.study.tasks import FORGET_CLASS, Scenario, Task, make_scenario
 from ccu_fast.unlearn.study.train import KINDS, trained
 
+TOLD = ", told"  # how the name of a baseline ends that is told to keep the other modality
+# Not those that train nothing, or are told already.
+TELLABLE = (
+    "random_label",
+    "salun",
+    "neg_grad_plus",
+    "scrub",
+    "bad_teacher",
+    "boundary_shrink",
+    "contrastive_unlearning",
+    "clip_erase",
+    "sfr_on",
+    "mm_unlearner",
+    "null_space",
+)
 METHODS = {
     "original": "before unlearning",
     "gold_mask": "gold: visual masked",
     "gold_drop": "gold: both dropped",
+    "gold_again": "gold, another seed",
     **{name: baseline.label for name, baseline in BASELINES.items()},
+    **{name + TOLD: BASELINES[name].label + TOLD for name in TELLABLE},
     "ccu": "CCU",
     "ccu_without_a": "CCU without (a)",
     "ccu_without_b": "CCU without (b)",
     "ccu_without_c": "CCU without (c)",
     "ccu_without_neighbours": "CCU without neighbours",
     "ccu_without_damage": "CCU without dampening",
+    "ccu_without_unseen": "CCU without unseen items",
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
     "ccu_without_a": {"forgetting": 0.0},
-    "ccu_without_b": {"retention": 0.0, "anchor": 0.0},
+    # The other modality is trained, and nothing holds it.
+    "ccu_without_b": {"keep": "trained", "retention": 0.0},
     "ccu_without_c": {"separation": 0.0},
     "ccu_without_neighbours": {"neighbours": 0.0},
     "ccu_without_damage": {"dampen": 0.0},
+    "ccu_without_unseen": {},
 }
+# What a short comparison runs: each method once, and one retraining of each kind.
+ONCE = tuple(name for name in METHODS if not name.endswith(TOLD) and name != "gold_again")
 ALWAYS = ("original", "gold_mask")
 DEEP_ITEMS = 256
 
@@ -65,7 +87,8 @@ def run_task(
         seed: of the split, the initial weights, the batches and the choice of instances; at least 0.
         scenario: "class" or "instances".
         methods: keys of :data:`METHODS`. "original" and "gold_mask" are always run: the rest is measured against them.
-            CCU without something that its configuration does not use would be CCU again and is left out.
+            CCU without something that its configuration does not use would be CCU again and is left out. Where
+            instances are forgotten it gets ``held_out`` of the scenario as its unseen items.
         models: folder of the trained models, see :func:`ccu_fast.unlearn.study.train.trained`; None trains anew.
         deep: methods whose features are probed and whose relearning is timed.
         progress: called as progress(stage, done, total, note), several times a second.
@@ -88,12 +111,7 @@ def run_task(
         check.one_of("methods", name, tuple(METHODS))
     split = make_scenario(task, scenario, seed)
     config = replace(task.ccu[scenario], seed=seed)
-    names = [
-        name
-        for name in METHODS
-        if name in ALWAYS
-        or (name in methods and (name not in ABLATIONS or replace(config, **ABLATIONS[name]) != config))
-    ]
+    names = [name for name in METHODS if name in ALWAYS or (name in methods and _differs(name, config))]
     with _one_thread():
         runs = _run_all(names, task, split, config, models, progress)
         metrics = {}
@@ -147,13 +165,30 @@ def _run_all(
             runs[name] = trained(task, split, name, config.seed, folder=models, progress=progress)
             continue
         sets = runs["original"].model, split.forget, split.retain
-        if name in BASELINES:
-            runs[name] = BASELINES[name].run(
-                *sets, split.name, config.budget, seed=config.seed, progress=progress, stage=name
+        baseline = BASELINES.get(name.removesuffix(TOLD))
+        if baseline is not None:
+            runs[name] = baseline.run(
+                *sets,
+                split.name,
+                config.budget,
+                keep_other=float(name.endswith(TOLD)),
+                seed=config.seed,
+                progress=progress,
+                stage=name,
             )
         else:
-            runs[name] = run_ccu(*sets, replace(config, **ABLATIONS.get(name, {})), progress=progress, stage=name)
+            own = replace(config, **ABLATIONS.get(name, {}))
+            unseen = None if name == "ccu_without_unseen" or own.forget == "class" else split.held_out
+            runs[name] = run_ccu(*sets, own, unseen=unseen, progress=progress, stage=name)
     return runs
+
+
+def _differs(name: str, config: UnlearnConfig) -> bool:
+    """Whether a method is no ablation, or one of something that these settings use."""
+    if name == "ccu_without_unseen":
+        return config.forget != "class"
+    changed = ABLATIONS.get(name)
+    return changed is None or any(config.used(key) != value for key, value in changed.items())
 
 
 def _audit(model: TwoModalityModel, split: Scenario, *, deep: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ccu_fast import check
+from ccu_fast.data.features import EDGES, WAVES, load_features
 from ccu_fast.data.halves import CLASSES, PIXELS, Halves, load_halves
 from ccu_fast.data.paired import PairedData
 from ccu_fast.data.views import SIZE, STRIDE, load_views
@@ -50,10 +51,12 @@ class Task:
         load: from a seed to training, test and held-out items.
         make_model: a fresh model.
         training: of the original and of the retrained models; its seed is replaced.
-        ccu: by scenario CCU's settings; their budget is every method's.
+        ccu: by scenario CCU's settings, its defaults but for what follows from the data; their budget is every method's.
         group: items whose ``ids // group`` are equal are views of one thing and are forgotten together.
         describe: one sentence for reports.
         left_out: methods that a comparison does not run here unless they are named.
+        kept_back: the task judges and is not to be learned from: CCU's settings are its defaults, and no choice may
+            look at any part of it.
     """
 
     name: str
@@ -64,11 +67,12 @@ class Task:
     group: int
     describe: str
     left_out: tuple[str, ...] = ()
+    kept_back: bool = False
 
 
-def _by_default(**more: Any) -> dict[str, UnlearnConfig]:
-    """CCU's settings of a task that nothing was tuned for."""
-    return {scenario: UnlearnConfig(forget=scenario, **more) for scenario in SCENARIOS}
+def default_settings(group: int) -> dict[str, UnlearnConfig]:
+    """By scenario CCU's defaults, but for what follows from the data."""
+    return {name: UnlearnConfig(forget=name, group=group) for name in SCENARIOS}
 
 
 TASKS = {
@@ -79,7 +83,7 @@ TASKS = {
             load_halves,
             partial(FusionModel, PIXELS, PIXELS, CLASSES),
             TrainConfig(),
-            _by_default(),
+            default_settings(1),
             1,
             "scikit-learn's 8×8 digits cut in two: the left half is the visual modality, the right half the other; "
             "MLP towers",
@@ -89,12 +93,23 @@ TASKS = {
             load_views,
             partial(ConvFusionModel, SIZE, CLASSES, channels=32),
             TrainConfig(epochs=15),
-            _by_default(group=STRIDE),
+            default_settings(STRIDE),
             STRIDE,
             "the same digits seen eight times each, every half moved, turned, scaled and with noise of its own; "
             "convolutional towers; all views of a digit are forgotten together",
             # A second retraining, which no method is measured against.
             left_out=("gold_drop",),
+        ),
+        Task(
+            "digit-features",
+            load_features,
+            partial(FusionModel, WAVES, EDGES, CLASSES),
+            TrainConfig(),
+            default_settings(1),
+            1,
+            "the same digits without any image: their spectrum is the visual modality, the directions of their edges "
+            "the other; MLP towers",
+            kept_back=True,
         ),
     )
 }
@@ -110,6 +125,8 @@ class Scenario:
         forget, retain: its two parts.
         retain_test: unseen items of the classes that stay.
         forget_test: unseen items of the forgotten class; None when instances are forgotten.
+        held_out: more unseen items of the classes that stay, which are neither trained on nor tested: what unlearning
+            may be measured by while it goes on.
     """
 
     name: str
@@ -118,6 +135,7 @@ class Scenario:
     retain: PairedData
     retain_test: PairedData
     forget_test: PairedData | None
+    held_out: PairedData
 
     @property
     def judged(self) -> dict[str, Any]:
@@ -134,14 +152,16 @@ def make_scenario(task: Task, name: str, seed: int) -> Scenario:
     """
     check.one_of("scenario", name, SCENARIOS)
     halves = task.load(seed)
-    train, test = halves.train, halves.test
+    train, test, held_out = halves.train, halves.test, halves.held_out
     if name == "class":
-        gone, gone_test = (part.labels == FORGET_CLASS for part in (train, test))
-        return Scenario(name, train, train[gone], train[~gone], test[~gone_test], test[gone_test])
+        gone, gone_test, gone_held_out = (part.labels == FORGET_CLASS for part in (train, test, held_out))
+        return Scenario(
+            name, train, train[gone], train[~gone], test[~gone_test], test[gone_test], held_out[~gone_held_out]
+        )
     # All views of a thing are drawn together.
     things, thing_of = torch.unique(train.ids // task.group, return_inverse=True)
     drawn = torch.zeros(len(things), dtype=torch.bool)
     order = torch.randperm(len(things), generator=torch.Generator().manual_seed(seed))
     drawn[order[: round(FORGET_SHARE * len(things))]] = True
     gone = drawn[thing_of]
-    return Scenario(name, train, train[gone], train[~gone], test, None)
+    return Scenario(name, train, train[gone], train[~gone], test, None, held_out)

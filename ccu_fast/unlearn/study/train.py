@@ -19,7 +19,8 @@ from ccu_fast.unlearn.loop import Run, epochs_of_rows
 from ccu_fast.unlearn.model import TwoModalityModel, task_loss
 from ccu_fast.unlearn.study.tasks import Scenario, Task, TrainConfig
 
-KINDS = ("original", "gold_mask", "gold_drop")
+KINDS = ("original", "gold_mask", "gold_drop", "gold_again")
+ANOTHER_SEED = 1000  # is added to the seed for "gold_again"
 # Of the kept models. Raise it whenever the same settings and versions train another model: other data, another
 # architecture, another course of the training.
 FORMAT = 2
@@ -32,14 +33,15 @@ def trained(
 
     Args:
         task: what to train, and how.
-        split: what "gold_mask" and "gold_drop" must not see.
+        split: what all but "original" must not see.
         kind: "original", "gold_mask" (the visual half of the forget set hidden, which a method that keeps the other
-            modality should equal) or "gold_drop" (both halves).
+            modality should equal), "gold_drop" (both halves) or "gold_again" (as "gold_mask", from other initial
+            weights and with other batches: no method can be expected to come nearer than one retraining to another).
         seed: of the initial weights and the batches.
         folder: where models are kept; None keeps none.
         progress: see :func:`train`.
     """
-    config = replace(task.training, seed=seed)
+    config = replace(task.training, seed=seed + ANOTHER_SEED * (kind == "gold_again"))
     which = f"{task.name}-seed{seed}" + ("" if kind == "original" else f"-{split.name}") + f"-{kind}"
     path = None if folder is None else folder / f"{which}.safetensors"
     made_of = {
@@ -54,7 +56,7 @@ def trained(
     if found is not None:
         return found
     data = split.retain if kind == "gold_drop" else split.train
-    known = ~torch.isin(data.ids, split.forget.ids) if kind == "gold_mask" else None
+    known = ~torch.isin(data.ids, split.forget.ids) if kind in ("gold_mask", "gold_again") else None
     done = train(task.make_model, data, config, visual_known=known, progress=progress, stage=kind)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

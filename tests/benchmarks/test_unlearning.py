@@ -1,0 +1,110 @@
+"""The comparison of unlearning methods in parts: what is measured anew, and what of the file of figures stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.unlearning.__main__ import PAGE, RESULTS, main
+from benchmarks.unlearning.stored import by_seed, in_rows, merged
+from benchmarks.unlearning.tasks import pictogram_tasks
+from ccu_fast.data import pictograms
+from ccu_fast.data.pictogram_pairs import GROUPS
+from ccu_fast.unlearn.config import Budget
+from ccu_fast.unlearn.study import compare as comparing
+from ccu_fast.unlearn.study.run import run_task
+from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS, Task, TrainConfig
+from tests.support.pictogram_packages import write_packages
+
+
+def quick(task: Task) -> Task:
+    ccu = {name: replace(config, budget=Budget(steps=2)) for name, config in task.ccu.items()}
+    return replace(task, training=TrainConfig(epochs=1), ccu=ccu)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    monkeypatch.setitem(TASKS, "digit-features", quick(TASKS["digit-features"]))
+    monkeypatch.setattr(comparing, "DEEP", ())
+
+    def call(*arguments: str) -> dict[str, Any]:
+        out = tmp_path / "figures" / "out.json"
+        main(["--tasks", "digit-features", "--work", str(tmp_path / "work"), "--out", str(out), *arguments])
+        stored = json.loads(out.read_text())
+        assert in_rows(by_seed(stored)) == stored
+        return by_seed(stored)
+
+    return call
+
+
+def test_a_part_takes_the_place_of_its_own_figures_alone(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    committed = RESULTS.read_text(), PAGE.read_text()
+    first = run("--seeds", "0", "--scenarios", "class", "--methods", "ccu", "fine_tune")
+    parts = first["unlearn"]["digit-features"]
+    assert list(parts) == ["class"] and list(parts["class"]["0"]["metrics"]) == [
+        "original",
+        "gold_mask",
+        "fine_tune",
+        "ccu",
+    ]
+    second = run("--seeds", "1", "--methods", "ccu")
+    assert second["seeds"] == [0, 1] and list(second["unlearn"]["digit-features"]) == list(SCENARIOS)
+    assert second["unlearn"]["digit-features"]["class"]["0"] == parts["class"]["0"]
+    # Another method of the same part joins the others.
+    third = run("--seeds", "0", "--scenarios", "class", "--methods", "gold_again", "ssd")
+    both = third["unlearn"]["digit-features"]["class"]["0"]
+    assert list(both["metrics"]) == ["original", "gold_mask", "gold_again", "fine_tune", "ssd", "ccu"]
+    assert both["metrics"]["fine_tune"] == parts["class"]["0"]["metrics"]["fine_tune"]
+    assert both["best_baseline"] in ("fine_tune", "ssd") and both["versions"] == third["versions"]
+    # A file of parts is put into another one.
+    out = tmp_path / "figures" / "out.json"
+    copy = out.rename(tmp_path / "part.json")
+    assert run("--merge", str(copy)) == third
+    assert (RESULTS.read_text(), PAGE.read_text()) == committed
+
+
+def test_figures_against_another_retraining_do_not_stay() -> None:
+    old = by_seed(json.loads(RESULTS.read_text()))
+    task, scenario, seed = next((t, s, n) for t, parts in old["unlearn"].items() for s in parts for n in parts[s])
+    part = old["unlearn"][task][scenario][seed]
+
+    def only_ccu() -> dict[str, Any]:
+        methods = ("original", "gold_mask", "ccu")
+        few = {kind: {name: part[kind][name] for name in methods} for kind in ("metrics", "cost")}
+        return {"versions": {"torch": "new"}, "unlearn": {task: {scenario: {seed: deepcopy({**part, **few})}}}}
+
+    same = merged(old, only_ccu(), some_methods=True)
+    there = same["unlearn"][task][scenario][seed]
+    assert there["metrics"] == part["metrics"] and there["best_baseline"] == part["best_baseline"]
+    other = only_ccu()
+    other["unlearn"][task][scenario][seed]["metrics"]["gold_mask"]["mia_auc"] = 0.123
+    for new, some in ((other, True), (only_ccu(), False)):
+        found = merged(old, new, some_methods=some)["unlearn"]
+        assert set(found[task][scenario][seed]["metrics"]) == {"original", "gold_mask", "ccu"}
+        rest = [(t, s, n) for t, parts in old["unlearn"].items() for s in parts for n in parts[s]][1:]
+        assert all(found[t][s][n]["metrics"] == old["unlearn"][t][s][n]["metrics"] for t, s, n in rest)
+
+
+def test_a_task_needs_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--tasks", "pictograms"])
+    assert "got pictograms; those of pictograms need --packages" in capsys.readouterr().err
+
+
+def test_pictograms_are_learned_and_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictograms, "_check_contents", lambda *_: None)
+    tasks = pictogram_tasks(write_packages(tmp_path / "packages", things=70))
+    assert list(tasks) == ["pictograms", "pictogram-words"] and all(task.kept_back for task in tasks.values())
+    for task in tasks.values():
+        for scenario in SCENARIOS:
+            found = run_task(quick(task), 0, scenario, methods=["ccu"])
+            setting = found["setting"]
+            assert setting["ccu"]["group"] == 1000 and setting["task"] == task.name
+            assert set(found["embeddings"]["labels"]) <= set(range(len(GROUPS)))
+            assert set(found["metrics"]) == {"original", "gold_mask", "ccu"}
