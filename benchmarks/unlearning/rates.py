@@ -44,18 +44,9 @@ def measure(work: Path) -> dict[str, Any]:
                 continue
             row: dict[str, Any] = {"scenario": scenario, "method": name, "told": name in TELLABLE, "gaps": {}}
             for share in SHARES:
-                row["gaps"][str(share)] = fmean(
-                    _gap(
-                        replace(baseline, rates=(share, share)),
-                        name,
-                        scenario,
-                        seed,
-                        splits[seed],
-                        models[seed][0],
-                        gold,
-                    )
-                    for seed in SEEDS
-                )
+                tried = replace(baseline, rates=(share, share))
+                found = [_gap(tried, name, scenario, seed, splits[seed], models[seed][0], gold) for seed in SEEDS]
+                row["gaps"][str(share)] = fmean(found)
             row["best"] = float(min(row["gaps"], key=row["gaps"].__getitem__))
             rows.append(row)
             print(f"{scenario}, {name}: {row['best']}", file=sys.stderr)

@@ -151,7 +151,7 @@ def nearest(x: Tensor, y: Tensor, thing: Tensor | None = None, things: Tensor | 
     """For each input of x the row of y that looks most like it, by the cosine of the inputs less their mean.
 
     Args:
-        x, y: inputs ``[N, ...]`` and ``[M, ...]`` of one shape; of each at most 4096 evenly spread numbers are looked at.
+        x, y: inputs ``[N, ...]`` and ``[M, ...]`` of one shape; of each at most 4096 numbers, evenly spread, count.
         thing, things: int64 ``[N]`` and ``[M]``; rows of y of the same thing are passed over.
 
     Returns:

@@ -51,7 +51,7 @@ class Task:
         load: from a seed to training, test and held-out items.
         make_model: a fresh model.
         training: of the original and of the retrained models; its seed is replaced.
-        ccu: by scenario CCU's settings, its defaults but for what follows from the data; their budget is every method's.
+        ccu: by scenario CCU's settings, its defaults but for what the data ask for; their budget is every method's.
         group: items whose ``ids // group`` are equal are views of one thing and are forgotten together.
         describe: one sentence for reports.
         left_out: methods that a comparison does not run here unless they are named.
@@ -71,7 +71,7 @@ class Task:
 
 
 def default_settings(group: int) -> dict[str, UnlearnConfig]:
-    """By scenario CCU's defaults, but for what follows from the data."""
+    """By scenario CCU's defaults, but for what the data ask for."""
     return {name: UnlearnConfig(forget=name, group=group) for name in SCENARIOS}
 
 
