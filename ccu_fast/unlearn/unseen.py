@@ -13,6 +13,8 @@ Without unseen items, retained ones that are half another picture stand in for t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -77,7 +79,7 @@ class Levels:
         """What each item is to the model, ``[N]``, in nats, from its embedding and its partner's frozen one."""
         if self.by_class:
             return class_log_odds(model.classify_visual(visual), data.labels)
-        roles = {"row_ids": data.ids // self.group, "col_ids": self.key_ids}
+        roles: dict[str, Any] = {"row_ids": data.ids // self.group, "col_ids": self.key_ids}
         (rest,), _ = reduce_similarity(
             visual, self.keys, scale=self.scale, paired=False, rows=[("lse", OTHER)], **roles
         )
