@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
+from benchmarks.unlearning import rates
 from benchmarks.unlearning.__main__ import PAGE, RESULTS, main
 from benchmarks.unlearning.stored import by_seed, in_rows, merged
 from benchmarks.unlearning.tasks import pictogram_tasks
 from ccu_fast.data import pictograms
 from ccu_fast.data.pictogram_pairs import GROUPS
+from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.study import compare as comparing
-from ccu_fast.unlearn.study.run import run_task
+from ccu_fast.unlearn.study.run import TELLABLE, run_task
 from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS, Task, TrainConfig
 from tests.support.pictogram_packages import write_packages
 
@@ -108,3 +110,14 @@ def test_pictograms_are_learned_and_forgotten(tmp_path: Path, monkeypatch: pytes
             assert setting["ccu"]["group"] == 1000 and setting["task"] == task.name
             assert set(found["embeddings"]["labels"]) <= set(range(len(GROUPS)))
             assert set(found["metrics"]) == {"original", "gold_mask", "ccu"}
+
+
+def test_every_baseline_has_the_rate_that_was_nearest_to_retraining() -> None:
+    rows = json.loads(rates.RATES.read_text())["rows"]
+    assert {row["method"] for row in rows} == {name for name, one in BASELINES.items() if one.prepare is not None}
+    for row in rows:
+        assert row["best"] == rates.best(row["gaps"], row["before"])
+        assert row["told"] == (row["method"] in TELLABLE)
+        assert BASELINES[row["method"]].rates[SCENARIOS.index(row["scenario"])] == row["best"], row["method"]
+    assert rates.best({"1.0": 3.0, "0.5": 1.0, "0.1": 2.0}, before=4.0) == 0.5
+    assert rates.best({"1.0": 5.0, "0.5": 3.9}, before=4.0) == 1.0  # no better than nothing
