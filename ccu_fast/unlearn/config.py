@@ -9,7 +9,7 @@ from ccu_fast import check
 
 ROLES = ("class", "instances", "pairs")
 KEEPS = ("exact", "trained")
-FOR_A_CLASS = {"neighbours": 0.2, "dampen": 5.0}  # what None stands for
+FOR_A_CLASS = {"neighbours": 0.2, "dampen": 8.0}  # what None stands for
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class UnlearnConfig:
         forgotten_weight: > 0, how much forgotten items count among the negatives of (c).
         group: items with equal ``ids // group`` are views of one thing: in (a), where instances or pairs are forgotten,
             what they meant is the thing; at least 1.
-        dampen: α of the dampening before the first step (:mod:`ccu_fast.unlearn.baselines.ssd`); 0 for none. None: 5
+        dampen: α of the dampening before the first step (:mod:`ccu_fast.unlearn.baselines.ssd`); 0 for none. None: 8
             for a class, else 0.
         dampen_items: of both sets together, that its importances are taken from; at least 2.
         bank: frozen keys drawn once, in (a) besides those of the batch, in (b) in their place; 0 for none.

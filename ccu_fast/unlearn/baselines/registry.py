@@ -128,9 +128,9 @@ def _ssd(
     return done
 
 
-# The rates are shares of the common learning rate, at which a small network may collapse: of 1, 0.5, 0.3, 0.1, 0.05, 0.03
-# and 0.01 those nearest to a retrained model on digits-halves, seeds 100 to 102 (benchmarks/unlearning/rates.json), and
-# SSD's α of those from 1.1 to 10.
+# The rates are shares of the common learning rate, at which a small network may collapse: of 1, 0.5, 0.3, 0.1, 0.05,
+# 0.03 and 0.01 those nearest to a retrained model on digits-halves, seeds 100 to 102
+# (benchmarks/unlearning/rates.json), and SSD's α of those from 1.1 to 10.
 BASELINES = {
     "fine_tune": Baseline("fine-tuning", fine_tune),
     "gradient_ascent": Baseline("gradient ascent", gradient_ascent, rates=(0.1, 0.01)),
