@@ -108,8 +108,8 @@ def page(results: dict[str, Any]) -> str:
     if kept_back:
         lines += [
             "",
-            "CCU has its defaults everywhere. They were chosen on other seeds of the other tasks; nothing was chosen by "
-            f"looking at {', '.join(kept_back)}.",
+            "CCU has its defaults everywhere. They were chosen on other seeds of the other tasks; nothing was chosen "
+            f"by looking at {', '.join(kept_back)}.",
         ]
     for by_scenario in results["unlearn"].values():
         for scenario, seeds in by_scenario.items():

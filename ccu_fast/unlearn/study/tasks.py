@@ -51,7 +51,7 @@ class Task:
         load: from a seed to training, test and held-out items.
         make_model: a fresh model.
         training: of the original and of the retrained models; its seed is replaced.
-        ccu: by scenario CCU's settings, its defaults but for what follows from the data; their budget is every method's.
+        ccu: by scenario CCU's settings, its defaults but for what follows from the data; every method has their budget.
         group: items whose ``ids // group`` are equal are views of one thing and are forgotten together.
         describe: one sentence for reports.
         left_out: methods that a comparison does not run here unless they are named.
