@@ -137,7 +137,7 @@ def run(
         seed: of the batches and of what the method draws.
         held_out: stop early when this is reached.
         trainable: shell patterns of the names of parameters that may change.
-        keep: names of parameters that may not, whatever ``trainable`` says.
+        keep: names of parameters that may not, whatever ``trainable`` says, and of buffers (:func:`.freeze_all_but`).
         saliency: in (0, 1], the share of weights that may change: those the forget set depends on most.
         update: what the method does in a step besides its loss: a mask of the gradients, a projection of the weights.
         start: changes the copy in place before the first step; not called by a resumed run.
@@ -251,13 +251,16 @@ def _not_finite(what: str, stage: str, step: int, budget: Budget, keeper: Keeper
 @contextmanager
 def evaluating(model: TwoModalityModel) -> Iterator[None]:
     """The model in evaluation mode and no gradients."""
-    training = model.training
+    # Each layer's own mode: some are kept in evaluation mode while the rest trains.
+    training, modes = model.training, [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
         model.train(training)
+        for module, mode in modes:
+            module.training = mode
 
 
 @dataclass(frozen=True)

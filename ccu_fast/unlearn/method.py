@@ -22,6 +22,7 @@ used to be, because a head that keeps the old direction of their class brings th
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,7 @@ from ccu_fast.unlearn.objective import (
     separation_loss,
     unclassify_loss,
 )
-from ccu_fast.unlearn.parameters import parameters_of_other
+from ccu_fast.unlearn.parameters import buffers_of_other, parameters_of_other
 from ccu_fast.unlearn.unseen import POOL, Levels, comparable, nearest, sample
 
 DAMPENED_AT_ONCE = 32  # items whose mean gradient is squared: as good as one by one, in a tenth of the time
@@ -61,9 +62,12 @@ def run_ccu(
     **options: Any,
 ) -> Run:
     """CCU in the loop with all that its configuration says; the options are those of :func:`.loop.run`."""
-    more = None
+    more: list[Any] = [asdict(config)]
     if unseen is not None:
-        more = tensors_hash({name: getattr(unseen, name) for name in ("visual", "other", "labels", "ids")})
+        more.append(tensors_hash({name: getattr(unseen, name) for name in ("visual", "other", "labels", "ids")}))
+    keep: frozenset[str] = frozenset()
+    if config.keep == "exact":
+        keep = parameters_of_other(original, forget) | buffers_of_other(original, forget)
     return run(
         original,
         forget,
@@ -72,7 +76,7 @@ def run_ccu(
         config.budget,
         seed=config.seed,
         trainable=config.trainable,
-        keep=parameters_of_other(original, forget) if config.keep == "exact" else (),
+        keep=keep,
         saliency=config.saliency,
         start=partial(damage, config, forget, retain) if config.used("dampen") else None,
         more=more,

@@ -267,7 +267,8 @@ def level_loss(log_odds: Tensor, levels: Tensor, *, width: float = 0.2) -> Tenso
     check.tensor("log_odds", log_odds, ndim=1)
     check.shape("levels", check.tensor("levels", levels), log_odds.shape)
     check.number("width", width, low=1e-12)
-    return F.huber_loss(log_odds, levels.detach(), reduction="sum", delta=width) / width / max(len(log_odds), 1)
+    levels = levels.detach().to(log_odds.dtype)
+    return F.huber_loss(log_odds, levels, reduction="sum", delta=width) / width / max(len(log_odds), 1)
 
 
 def separation_loss(
@@ -350,8 +351,8 @@ def neighbour_loss(u: Tensor, neighbours: Tensor) -> Tensor:
 
     Args:
         u: ``[N, D]`` live visual unit vectors of the forget batch; the only argument that gets a gradient.
-        neighbours: ``[N, D]`` live visual unit vectors of a retained item for each, in the same order: those of
-            :func:`ccu_fast.unlearn.method.nearest_retained`.
+        neighbours: ``[N, D]`` visual unit vectors of a retained item for each, in the same order: that whose input
+            looks most alike.
 
     Returns:
         Scalar in [0, 2], of the dtype of u; 0 for no rows.

@@ -21,7 +21,8 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str], keep: Collection[s
     Args:
         model: changed in place. A parameter that required no gradient before still requires none.
         patterns: such as ``("visual_*", "projector.*")``, matched against the names of ``named_parameters``.
-        keep: names of parameters that stay whatever the patterns say.
+        keep: names of parameters that stay whatever the patterns say, and of buffers: the layers that these belong to
+            go to evaluation mode, in which a normalisation layer leaves its statistics alone.
 
     Raises:
         ValueError: a pattern that matches nothing; nothing left to train, with ``keep`` or without.
@@ -36,6 +37,9 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str], keep: Collection[s
     for name, parameter in model.named_parameters():
         if name in keep or not any(fnmatchcase(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)
+    for prefix, module in model.named_modules():
+        if any(_joined(prefix, name) in keep for name, _ in module.named_buffers(recurse=False)):
+            module.eval()
     if any(p.requires_grad for p in model.parameters()):
         return
     if keep:
@@ -61,6 +65,30 @@ def parameters_of_other(model: TwoModalityModel, data: PairedData) -> frozenset[
         found = torch.cat([found.flatten(), model.classify_other(found).flatten()])
     gradients = torch.autograd.grad(found.sum(), list(named.values()), allow_unused=True)
     return frozenset(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None)
+
+
+def buffers_of_other(model: TwoModalityModel, data: PairedData) -> frozenset[str]:
+    """The names of the buffers of the layers that the other modality passes: running statistics, where it has any.
+
+    Args:
+        model: not changed.
+        data: its first item is embedded to see.
+    """
+    model = copy.deepcopy(model).eval()
+    found: set[str] = set()
+    for prefix, module in model.named_modules():
+        names = [_joined(prefix, name) for name, _ in module.named_buffers(recurse=False)]
+        if names:
+            module.register_forward_pre_hook(lambda *_, names=names: found.update(names))
+    with torch.no_grad():
+        embedded = model.embed_other(data.batch(torch.zeros(1, dtype=torch.long, device=data.ids.device)).other)
+        if "other" in heads(model):
+            model.classify_other(embedded)
+    return frozenset(found)
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def salient(original: TwoModalityModel, forget: PairedData, share: float) -> dict[str, Tensor]:

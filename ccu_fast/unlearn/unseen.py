@@ -13,8 +13,6 @@ Without unseen items, retained ones that are half another picture stand in for t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -73,15 +71,20 @@ class Levels:
         ordered = at_start["trained"].sort().values
         below, not_above = (torch.searchsorted(ordered, at_start["forget"], right=right) for right in (False, True))
         self.rank = (below + not_above).double() / (2 * len(ordered))
-        self.levels = at_start["unseen"].double().quantile(self.rank)
+        self.levels = self._quantiles(at_start["unseen"], self.rank)
 
     def log_odds(self, model: TwoModalityModel, visual: Tensor, other: Tensor, data: PairedData) -> Tensor:
         """What each item is to the model, ``[N]``, in nats, from its embedding and its partner's frozen one."""
         if self.by_class:
             return class_log_odds(model.classify_visual(visual), data.labels)
-        roles: dict[str, Any] = {"row_ids": data.ids // self.group, "col_ids": self.key_ids}
         (rest,), _ = reduce_similarity(
-            visual, self.keys, scale=self.scale, paired=False, rows=[("lse", OTHER)], **roles
+            visual,
+            self.keys,
+            scale=self.scale,
+            paired=False,
+            row_ids=data.ids // self.group,
+            col_ids=self.key_ids,
+            rows=[("lse", OTHER)],
         )
         return self.scale * (visual * other).sum(-1) - rest
 
@@ -92,11 +95,15 @@ class Levels:
         training on the retained items they are made of makes them look more and more like those.
         """
         if not self.live:
-            return self.levels[rows].float()
+            return self.levels[rows]
         with torch.no_grad():
             visual = embed_visual(model, self.unseen.visual)
             now = self.log_odds(model, visual, self.unseen_other, self.unseen)
-        return now.double().quantile(self.rank[rows]).float()
+        return self._quantiles(now, self.rank[rows])
+
+    @staticmethod
+    def _quantiles(log_odds: Tensor, ranks: Tensor) -> Tensor:
+        return log_odds.double().quantile(ranks).to(log_odds.dtype)
 
 
 def class_log_odds(logits: Tensor, labels: Tensor) -> Tensor:
@@ -153,7 +160,7 @@ def nearest(x: Tensor, y: Tensor, thing: Tensor | None = None, things: Tensor | 
     """For each input of x the row of y that looks most like it, by the cosine of the inputs less their mean.
 
     Args:
-        x, y: inputs ``[N, ...]`` and ``[M, ...]`` of one shape; of each at most 4096 numbers, evenly spread, count.
+        x, y: inputs ``[N, ...]`` and ``[M, ...]`` of one shape; at most 4096 evenly spread numbers of each count.
         thing, things: int64 ``[N]`` and ``[M]``; rows of y of the same thing are passed over.
 
     Returns:

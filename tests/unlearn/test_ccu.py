@@ -272,7 +272,7 @@ class TestUnlearn:
         assert accuracies(clean, forget)["visual"] <= 0.02
         assert accuracies(clean, forget)["other"] >= 0.95
         assert min(accuracies(clean, retain).values()) >= 0.95
-        assert [s[:3] for s in seen] == [("unlearn", done, 60) for done in range(5, 61, 5)]
+        assert [s[:3] for s in seen] == [("unlearn", done, 40) for done in range(5, 41, 5)]
         again = unlearn(model, forget, retain, config)
         assert torch.equal(weights(again), weights(clean))
 
@@ -345,7 +345,7 @@ class TestUnlearn:
     def test_a_loss_that_is_not_finite_stops_the_run(self, trained: tuple[FusionModel, PairedData]) -> None:
         model, data = trained
         broken = PairedData(data.visual * math.nan, data.other, data.labels, data.ids)
-        with pytest.raises(FloatingPointError, match="at step 1 of 60"):
+        with pytest.raises(FloatingPointError, match="at step 1 of 40"):
             run(model, broken[data.labels == 1], data[data.labels != 1], gradient_ascent, Budget())
 
     @pytest.mark.parametrize(
@@ -474,16 +474,16 @@ class TestDigitsHalves:
             assert original["visual"]["forget_train"] > 0.95 and original["visual"]["forget_test"] > 0.7
             assert ours["visual"]["forget_train"] <= 0.02 and ours["visual"]["forget_test"] <= 0.02
             assert abs(ours["gap_to_gold"]["other"]["forget_train"]) <= 0.02
-        # Two retrained models differ by a few of the 323 test items, and dampening costs the other modality one to two
-        # points of what it knew of the training items: the mean of three seeds tells.
+            assert ours["other"] == original["other"]  # to the bit
+        # Two retrained models differ by a few of the 323 test items: the mean of three seeds tells.
         for modality in ("visual", "other", "fused"):
             for items in ("retain_train", "retain_test"):
                 gaps = [r["metrics"]["ccu"]["gap_to_gold"][modality][items] for r in class_reports]
                 assert abs(np.mean(gaps)) <= 0.02
 
     def test_retention_is_what_keeps_the_other_modality(self, class_reports: list[dict]) -> None:
-        # The other tower is left alone here; what is lost is lost in the projector and the head. How much differs from
-        # seed to seed, and with the CPU's rounding.
+        # Without (b) all is trained and nothing holds it. How much is lost differs from seed to seed, and with the
+        # rounding of the CPU.
         for items, least in (("forget_train", 0.06), ("forget_test", 0.1)):
             ours, without = (
                 np.mean([report["metrics"][name]["other"][items] for report in class_reports])
@@ -496,7 +496,7 @@ class TestDigitsHalves:
         pictures = class_report["embeddings"]
         assert pictures["before"].shape == pictures["after"].shape == (len(pictures["labels"]), 64)
         assert set(pictures["labels"][pictures["forgotten"]]) == {3}
-        assert class_report["cost"]["ccu"]["steps"] == 60
+        assert class_report["cost"]["ccu"]["steps"] == 40
         assert list(class_report["metrics"]) == ["original", "gold_mask", "ccu", "ccu_without_b"]
 
     def test_the_same_seed_gives_the_same_figures_and_touches_nothing_global(self) -> None:

@@ -27,6 +27,8 @@ BUDGET = Budget(steps=9, batch=7)
 CONFIGS = {
     "class": UnlearnConfig(dampen=2.0, bank=20, neighbours=3.0, anchor=1.0, saliency=0.5, budget=BUDGET),
     "instances": UnlearnConfig(forget="instances", budget=BUDGET, trainable=("visual_*", "projector.*", "*_head.*")),
+    "unseen": UnlearnConfig(forget="instances", budget=BUDGET),
+    "trained": UnlearnConfig(forget="instances", keep="trained", anchor=1.0, budget=BUDGET),
     "pairs": UnlearnConfig(forget="pairs", anchor=1.0, budget=BUDGET),
 }
 
@@ -71,9 +73,12 @@ def on_two(folder: Path, work: Callable[[int], Any]) -> list[Any]:
 def test_two_processes_end_where_one_does(tmp_path: Path, kind: str) -> None:
     model, forget, retain = problem(kind)
 
+    fresh = double(toy_unlearn.toy(21, seed=3))
+    unseen = PairedData(fresh.visual, fresh.other, fresh.labels, fresh.ids + 100) if kind == "unseen" else None
+
     def run(group: Any) -> dict[str, Any]:
         Counted.rows = 0
-        clean = unlearn(model, forget, retain, CONFIGS[kind], group=group)
+        clean = unlearn(model, forget, retain, CONFIGS[kind], unseen=unseen, group=group)
         return {"weights": weights(clean), "rows": Counted.rows}
 
     one = run(None)
