@@ -11,6 +11,7 @@ from ccu_fast.unlearn.audit import gaps, mean_figures, worst_gap
 from ccu_fast.unlearn.study.run import METHODS, TOLD
 
 OURS = "ccu"
+AGAIN = "gold_again"
 SHOWN = 3  # methods named in each cell
 
 
@@ -82,6 +83,40 @@ def lines(results: dict[str, Any]) -> list[str]:
     if without:
         verdict += ["", "Where CCU without one of its parts is nearer, by average gap:", "", *without]
     return [*markdown(table), *verdict]
+
+
+def front(results: dict[str, Any]) -> str:
+    """The table of the project's README: a row for each task and scenario, by task, scenario and seed."""
+    rows = []
+    for task, by_scenario in results.items():
+        for scenario, by_seed in by_scenario.items():
+            found = contestants(by_seed)
+            ours = next(one for one in found if one.name == OURS)
+            rivals = [one for one in found if one.name != OURS]
+            by_average, by_worst = (min(rivals, key=attrgetter(key)) for key in ("average", "worst"))
+            others = {name: _measured(name, by_seed) for name in ("original", AGAIN) if _everywhere(name, by_seed)}
+            cells = [others[name].average[1] if name in others else "–" for name in ("original", AGAIN)]
+            row = [
+                f"{task}, {scenario}",
+                *cells,
+                f"{by_average.average[1]} ({by_average.label}, {by_average.time})",
+                f"{ours.average[1]} ({ours.time})",
+                f"{by_worst.worst[0]:.1f} ({by_worst.label})",
+                f"{ours.worst[0]:.1f}",
+            ]
+            for place, better in ((4, ours.average < by_average.average), (6, ours.worst < by_worst.worst)):
+                at = place if better else place - 1
+                row[at] = f"**{row[at]}**"
+            rows.append(row)
+    columns = ["", "before", "retrained again", "best baseline (time)", "CCU (time)", "worst: best baseline", "CCU"]
+    seeds = {task: len(next(iter(scenarios.values()))) for task, scenarios in results.items()}
+    few = [f"{task} {count}" for task, count in seeds.items() if count != max(seeds.values())]
+    note = f"Seeds: {max(seeds.values())}" + (f"; {', '.join(few)}." if few else ".")
+    return "\n".join([*markdown(Table("Gaps to retraining in points", columns, rows)), "", note, ""])
+
+
+def _everywhere(name: str, by_seed: dict[str, Any]) -> bool:
+    return all(name in value["metrics"] for value in by_seed.values())
 
 
 def markdown(table: Table) -> list[str]:

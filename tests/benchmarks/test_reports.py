@@ -235,6 +235,8 @@ def test_the_committed_page_of_unlearning_is_what_its_files_make() -> None:
     found = by_seed(stored)
     assert in_rows(found) == stored
     assert unlearning.page(found) == unlearning.PAGE.read_text()
+    front = unlearning.FRONT.read_text()
+    assert summary.splice(front, winners.front(found["unlearn"]), unlearning.BEGIN, unlearning.END) == front
 
 
 def unlearned(seed: float, **visual: float) -> dict[str, Any]:
@@ -266,6 +268,10 @@ def test_who_wins_is_said_plainly() -> None:
         "- a task, instances, by average gap: SalUn, told (0.50 ± 0.00), SCRUB (1.00 ± 0.00) before CCU (2.00 ± 0.00)."
     )
     assert text[-1] == "- a task, instances: CCU without (a) (1.00 ± 0.00); CCU 2.00 ± 0.00."
+    front = winners.front(results).splitlines()[4].split(" | ")
+    assert front[0] == "| a task, instances" and front[2] == "–"
+    assert front[3] == "**0.50 ± 0.00 (SalUn, told, 0.25 ± 0.00)**" and front[4] == "2.00 ± 0.00 (0.25 ± 0.00)"
+    assert front[5:] == ["**1.5 (SalUn, told)**", "6.0 |"]
     alone = winners.lines({"a task": {"class": {"0": unlearned(0.0, ccu=0.5, salun=0.8)}}})
     assert alone[-1] == "No baseline is before CCU on any task."
     assert winners.lines({"a task": {"class": {"0": unlearned(0.0, salun=0.8)}}})[-1] == alone[-1]
