@@ -27,7 +27,7 @@ EXAMPLE = (
 @with_fields
 def unlearn(
     settings: Annotated[
-        Path | None, typer.Argument(help="TOML: model, data, what to forget (ccu_fast.unlearn.job shows one).")
+        Path | None, typer.Argument(help="TOML: model, data, what to forget (ccu_fast.unlearn.settings shows one).")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of what is written; made if needed.")] = Path("ccu_fast_unlearn"),
     *,
@@ -79,7 +79,8 @@ def _run(
 
     from ccu_fast.cli.report.page import write_run
     from ccu_fast.cli.report.tables import before_after_table, show, told
-    from ccu_fast.unlearn.job import read_job, run_job
+    from ccu_fast.unlearn.job import run_job
+    from ccu_fast.unlearn.settings import read_job
 
     job = replace(read_job(settings, overrides), device=device)
     with live(quiet or int(os.environ.get("RANK", "0")) > 0) as progress:

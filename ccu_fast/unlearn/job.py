@@ -1,32 +1,4 @@
-"""One run on a user's own model and data: what ``ccu-fast unlearn`` does, from the settings to the files.
-
-The settings are TOML::
-
-    [model]
-    make = "my_package.models:make_model"     # a function without arguments
-    weights = "trained.safetensors"           # its state_dict, also .pt
-    [data]
-    path = "pairs.npz"                        # see ccu_fast.data.load.load_pairs
-    [forget]
-    kind = "class"                            # or "instances" or "pairs"
-    classes = [3]                             # for a class; ["cat"] where classes have names
-    ids = "to_forget.txt"                     # for instances and pairs: one id a line; or a list of ids
-    [ccu]                                     # fields of UnlearnConfig but forget and budget
-    anchor = 3.0
-    [budget]                                  # fields of Budget
-    steps = 60
-
-A CLIP of open_clip or transformers goes by its name, and its data may be pictures and captions::
-
-    [model]
-    name = "open_clip:ViT-B-32"               # or "hf:FOLDER", which may hold the weights
-    [data]
-    path = "pairs.csv"                        # see ccu_fast.data.captions.list_pairs
-    caption_column = "text"                   # fields of its Options
-    [forget]
-    kind = "pairs"
-    ids = "to_forget.txt"                     # one a line: number of the caption, from 0, or file of the picture
-"""
+"""One run on a user's own model and data: what ``ccu-fast unlearn`` does, from its settings to the files."""
 
 from __future__ import annotations
 
@@ -34,8 +6,8 @@ import hashlib
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -44,115 +16,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ccu_fast import check
 from ccu_fast.data.captions import Options
 from ccu_fast.data.load import load_captions, load_pairs
-from ccu_fast.data.names import Names, canonical
+from ccu_fast.data.names import Names
 from ccu_fast.data.paired import PairedData
 from ccu_fast.distributed.ranks import Ranks, processes
 from ccu_fast.files import after_the_work, locked, output_folder, readable, write_whole
 from ccu_fast.models.clip import ClipEncoder
-from ccu_fast.models.named import named_model
+from ccu_fast.models.named import Model, named_model
 from ccu_fast.models.weights import from_checkpoint
 from ccu_fast.runs.checkpoint import Checkpoint, read_state
 from ccu_fast.runs.progress import Progress
 from ccu_fast.runs.provenance import save_model, saved_state, tensors_hash
-from ccu_fast.runs.settings import from_table, read_toml, with_known_keys
-from ccu_fast.unlearn.audit import verdict_without_gold
-from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
+from ccu_fast.unlearn.audit import auc, verdict_without_gold
+from ccu_fast.unlearn.audit.membership import confidence
 from ccu_fast.unlearn.loop import answers, chances, embed, right_shares
 from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.model import TwoModalityModel, check_problem
+from ccu_fast.unlearn.settings import Job
 
-TABLES: dict[str, tuple[str, ...]] = {
-    "model": ("make", "name", "weights"),
-    "data": ("path", *(f.name for f in fields(Options))),
-    "forget": ("kind", "classes", "ids"),
-    "ccu": tuple(f.name for f in fields(UnlearnConfig) if f.name not in ("forget", "budget", "early_stop")),
-    "budget": tuple(f.name for f in fields(Budget)),
-}
 WRITTEN = ("checkpoint.pt", "model.safetensors", "results.json", "report.html")  # the last by the command
 SHOWN = 20  # names of classes in an error
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one run needs; paths are absolute.
-
-    Attributes:
-        model: "module:function" that makes it, or its name where ``named``.
-        named: whether ``model`` is a name of :func:`ccu_fast.models.named.named_model`.
-        weights: file of its trained state_dict; None for those in the folder of its name.
-        data: see :func:`ccu_fast.data.load.load_pairs` and, with a named model, ``load_captions``.
-        options: how to read captions.
-        classes: names of those to forget, for config.forget "class"; of a number its digits.
-        ids: file of the ids to forget, or the ids, for "instances" and "pairs".
-        config: of CCU.
-        device: of the model and all data.
-    """
-
-    model: str
-    named: bool
-    weights: Path | None
-    data: Path
-    options: Options
-    classes: tuple[str, ...]
-    ids: Path | tuple[str, ...] | None
-    config: UnlearnConfig
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-
-def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Job:
-    """The settings of a TOML file, whose paths are relative to it; ``overrides``, of its tables by name, win.
-
-    Raises:
-        ValueError: no such file, not TOML, an unknown table or key, a missing one, a value that cannot be.
-    """
-    given = overrides or {}
-    tables = {name: {} for name in TABLES} | with_known_keys(read_toml(path, "settings"), TABLES, "settings", path)
-    for name, table in tables.items():
-        if not isinstance(table, dict):
-            raise ValueError(f"settings: expected a table [{name}] in {path}, got {table!r}")
-        tables[name] = with_known_keys(table, TABLES[name], f"settings [{name}]", path)
-    model, data, forget = tables["model"], tables["data"], tables["forget"] | given.get("forget", {})
-    named = "name" in model
-    if named and "make" in model:
-        raise ValueError(f"settings: expected make or name in [model] of {path}, got both")
-    texts = [("model", "name")] if named else [("model", "make"), ("model", "weights")]
-    texts += [("data", "path"), *((table, key) for table in ("model", "data", "forget") for key in tables[table])]
-    for table, key in texts:
-        value = tables[table].get(key)
-        if key not in ("classes", "ids") and not isinstance(value, str):
-            raise ValueError(f"settings: expected text as {key} in [{table}] of {path}, got {value or 'none'!r}")
-    kind = check.one_of("settings [forget] kind", forget.get("kind", "class"), ROLES)
-    needed, other = ("classes", "ids") if kind == "class" else ("ids", "classes")
-    if needed not in forget or other in forget:
-        raise ValueError(f"settings: expected {needed} and no {other} in [forget] of kind {kind!r}, got {forget}")
-    options = {key: value for key, value in data.items() if key != "path"}
-    if options and (not named or data["path"].endswith(".npz")):
-        raise ValueError(f"settings: expected {', '.join(options)} in [data] with captions and a named model only")
-    budget = from_table(Budget, tables["budget"], "settings [budget]", path)
-    config = from_table(partial(UnlearnConfig, forget=kind), tables["ccu"], "settings [ccu]", path)
-    base, ids = path.resolve().parent, forget.get("ids")
-    chosen = model["name" if named else "make"]
-    return Job(
-        model=f"hf:{base / chosen[3:]}" if named and chosen.startswith("hf:") else chosen,
-        named=named,
-        weights=base / model["weights"] if "weights" in model else None,
-        data=base / data["path"],
-        options=from_table(Options, options, "settings [data]", path),
-        classes=_listed(forget.get("classes", []), "classes", path),
-        ids=base / ids if isinstance(ids, str) else None if ids is None else _listed(ids, "ids", path),
-        config=replace(config, budget=replace(budget, **given.get("budget", {})), **given.get("ccu", {})),
-    )
-
-
-def _listed(values: Any, key: str, path: Path) -> tuple[str, ...]:
-    """The names in a list of [forget]."""
-    if not isinstance(values, list) or not all(type(value) in (int, float, str) for value in values):
-        what = "a list of numbers or names" + (", or a file," if key == "ids" else "")
-        raise ValueError(f"settings: expected {what} as {key} in [forget] of {path}, got {values!r}")
-    return tuple(map(canonical, values))
 
 
 def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | None = None) -> dict[str, Any] | None:
@@ -180,10 +64,11 @@ def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | No
         ValueError, TypeError, FloatingPointError, ImportError: see :func:`ccu_fast.unlearn.unlearn`, ``read_job`` and
             ``load_pairs``.
     """
-    model, data, names = load(job)
+    model, data, names, unseen = load(job)
     model = model.to(job.device)
     forget, retain = (part.to(job.device) for part in split(data, job, names))
-    check_problem(model, forget, retain, job.config.forget, names.classes)
+    unseen = None if unseen is None else unseen.to(job.device)
+    check_problem(model, forget, retain, job.config.forget, names.classes, unseen=unseen)
     saved_state(_own(model))  # what cannot be written is refused before the work
     output_folder(out)
     written = out / "model.safetensors"
@@ -196,6 +81,7 @@ def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | No
             forget,
             retain,
             job.config,
+            unseen=None if job.config.forget == "class" else unseen,
             checkpoint=checkpoint,
             progress=progress,
             group=dist.group.WORLD if world > 1 else None,
@@ -203,10 +89,10 @@ def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | No
         if rank:
             return None
         with after_the_work(f"the finished run is in {checkpoint.path}"):
-            provenance = save_model(_own(done.model), written, _provenance(job, model, forget, retain, world))
+            provenance = save_model(_own(done.model), written, _provenance(job, model, forget, retain, unseen, world))
         with after_the_work(f"the unlearned model is in {written}"):
             cost = {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)}
-            figures = _figures(model, done.model, forget, retain, job.config.forget)
+            figures = _figures(model, done.model, forget, retain, unseen, job.config.forget)
             result = {"provenance": provenance, "cost": cost, **figures}
             result["losses"] = done.losses
             write_whole(out / "results.json", json.dumps(result, indent=1) + "\n")
@@ -230,7 +116,9 @@ def _take(out: Path, job: Job, fresh: bool) -> None:
         file.unlink()
 
 
-def _provenance(job: Job, model: Any, forget: PairedData, retain: PairedData, world: int) -> dict[str, Any]:
+def _provenance(
+    job: Job, model: Any, forget: PairedData, retain: PairedData, unseen: PairedData | None, world: int
+) -> dict[str, Any]:
     return {
         "method": "CCU as defined in ccu_fast.unlearn.method",
         "seed": job.config.seed,
@@ -241,32 +129,54 @@ def _provenance(job: Job, model: Any, forget: PairedData, retain: PairedData, wo
         "original_sha256": tensors_hash(_own(model).state_dict()),
         "forget_sha256": _data_hash(forget),
         "retain_sha256": _data_hash(retain),
+        "unseen_sha256": None if unseen is None else _data_hash(unseen),
     }
 
 
 def _figures(
-    before: TwoModalityModel, after: TwoModalityModel, forget: PairedData, retain: PairedData, kind: str
+    before: TwoModalityModel,
+    after: TwoModalityModel,
+    forget: PairedData,
+    retain: PairedData,
+    unseen: PairedData | None,
+    kind: str,
 ) -> Any:
-    """What both models make of both sets: "sizes", "rows", "pool" and "verdict" of a result."""
+    """What both models make of the sets: "sizes", "rows", "pool" and "verdict" of a result."""
     parts = {"forget": forget, "retain": retain}
     items = len(forget) + len(retain)
     found = [[answers(model, part) for part in parts.values()] for model in (before, after)]
     ranked = not found[0][0].logits
     chance = dict(zip(parts, chances(*parts.values()), strict=True)) if ranked else {}
+    shares = [right_shares(*of_both) for of_both in found]
+    named = {"forget": "forget_train", "retain": "retain_train"}
+    judged: list[dict[str, Any]] = [{}, {}]
+    pools = dict.fromkeys(parts, items)
+    if unseen is not None:
+        fresh = [answers(model, unseen) for model in (before, after)]
+        for number, new in enumerate(fresh):
+            shares[number] += right_shares(new)
+            judged[number]["mia_auc"] = auc(confidence(found[number][0]), confidence(new))
+        parts, named, pools = (
+            parts | {"unseen": unseen},
+            named | {"unseen": "retain_test"},
+            pools | {"unseen": len(unseen)},
+        )
+        chance |= {"unseen": chances(unseen)[0]} if ranked else {}
     rows = []
-    judged: list[dict[str, dict[str, float]]] = [{}, {}]
-    for name, old, new in zip(parts, *(right_shares(*of_both) for of_both in found), strict=True):
-        for audit, shares in zip(judged, (old, new), strict=True):
-            for head, share in shares.items():
-                audit.setdefault(head, {})[f"{name}_train"] = share
-        what = f"partner first of {items} (chance {chance[name]:.2g})" if ranked else "accuracy"
+    for name, old, new in zip(parts, *shares, strict=True):
+        for audit, share_of in zip(judged, (old, new), strict=True):
+            for head, share in share_of.items():
+                audit.setdefault(head, {})[named[name]] = share
+        what = f"partner first of {pools[name]} (chance {chance[name]:.2g})" if ranked else "accuracy"
         rows += [(f"{name}: {key}, {what}", old[key], new[key]) for key in old]
+    if unseen is not None:
+        rows.append(("membership of forgotten against unseen, AUC", judged[0]["mia_auc"], judged[1]["mia_auc"]))
     # A share of partners found first is no accuracy of a class.
     verdict = verdict_without_gold(
         judged[1],
         judged[0],
         forget="pairs" if ranked else kind,
-        sizes={f"{name}_train": len(part) for name, part in parts.items()},
+        sizes={named[name]: len(part) for name, part in parts.items()},
     )
     return {
         "verdict": asdict(verdict),
@@ -276,29 +186,57 @@ def _figures(
     }
 
 
-def load(job: Job) -> tuple[Any, PairedData, Names]:
-    """The model, the data, and what their classes and items are called.
+def load(job: Job) -> tuple[Any, PairedData, Names, PairedData | None]:
+    """The model, the data, what their classes and items are called, and unseen items.
+
+    The unseen items have the labels that the data give to classes of the same name, and ids of their own.
 
     Raises:
         OSError, ValueError, TypeError, ImportError: see ``load_user_model``, ``named_model``, ``load_pairs`` and
-            ``load_captions``.
+            ``load_captions``; an unseen item of a class that the data do not have.
     """
-    if not job.named:
+    read: Callable[[Path], tuple[PairedData, Names]]
+    if job.named:
+        found = named_model(job.model, job.weights, argument="weights")
+        if not found.trained:
+            raise ValueError(f"weights: expected a file of trained weights for {job.model}, which has none, got none")
+        model: Any = cast(nn.Module, found.factory()).eval()
+        read = partial(_read_pictures, found, job.options)
+    else:
         assert job.weights is not None
-        return load_user_model(job.model, job.weights), *load_pairs(job.data)
-    found = named_model(job.model, job.weights, argument="weights")
-    if not found.trained:
-        raise ValueError(f"weights: expected a file of trained weights for {job.model}, which has none, got none")
-    model = cast(nn.Module, found.factory()).eval()
-    if job.data.suffix == ".npz":
-        data, names = load_pairs(job.data)
-        if data.visual.is_floating_point() and not 0 <= float(data.visual.min()) <= float(data.visual.max()) <= 1:
-            raise ValueError(
-                f"path: expected uint8 pixels or numbers in [0, 1] as visual in {job.data}, got numbers from "
-                f"{float(data.visual.min()):.4g} to {float(data.visual.max()):.4g}"
-            )
-        return model, data, names
-    return model, *load_captions(job.data, found.image_shape, found.tokenizer.encode, job.options)
+        model, read = load_user_model(job.model, job.weights), load_pairs
+    data, names = read(job.data)
+    return (
+        model,
+        data,
+        names,
+        None if job.unseen is None else _with_names_of(data, names, *read(job.unseen), job.unseen),
+    )
+
+
+def _read_pictures(model: Model, options: Options, path: Path) -> tuple[PairedData, Names]:
+    """Pictures and captions, or arrays of pixels and token ids."""
+    if path.suffix != ".npz":
+        return load_captions(path, model.image_shape, model.tokenizer.encode, options)
+    data, names = load_pairs(path)
+    if data.visual.is_floating_point() and not 0 <= float(data.visual.min()) <= float(data.visual.max()) <= 1:
+        raise ValueError(
+            f"path: expected uint8 pixels or numbers in [0, 1] as visual in {path}, got numbers from "
+            f"{float(data.visual.min()):.4g} to {float(data.visual.max()):.4g}"
+        )
+    return data, names
+
+
+def _with_names_of(data: PairedData, names: Names, unseen: PairedData, own: Names, path: Path) -> PairedData:
+    labels = None
+    if unseen.labelled:
+        for name in own.classes:
+            if name not in names.classes:
+                raise ValueError(f"unseen: expected classes of the data, got {name} in {path}")
+        new = {label: names.classes[name] for name, label in own.classes.items()}
+        labels = torch.tensor([new[label] for label in unseen.labels.tolist()], dtype=torch.int64)
+    ids = torch.arange(len(unseen)) + 1 + int(data.ids.max())
+    return PairedData(unseen.visual, unseen.other, labels, ids)  # type: ignore[arg-type]
 
 
 def load_user_model(make: str, weights: Path) -> Any:

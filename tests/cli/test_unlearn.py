@@ -28,8 +28,9 @@ from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.provenance import load_model, save_model
 from ccu_fast.unlearn import unlearn
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
-from ccu_fast.unlearn.job import _data_hash, load, load_user_model, read_job, run_job, split
+from ccu_fast.unlearn.job import _data_hash, load, load_user_model, run_job, split
 from ccu_fast.unlearn.loop import accuracies
+from ccu_fast.unlearn.settings import read_job
 from ccu_fast.unlearn.study import compare as comparing
 from ccu_fast.unlearn.study.run import METHODS
 from ccu_fast.unlearn.study.tasks import TASKS, TrainConfig, make_scenario
@@ -128,7 +129,7 @@ class TestCommand:
         """One that holds no values stands for a GPU: the work is given all that it computes with there."""
         seen = []
 
-        def work(model: Any, forget: PairedData, retain: PairedData, *_: Any) -> None:
+        def work(model: Any, forget: PairedData, retain: PairedData, *_: Any, **__: Any) -> None:
             tensors = [*model.state_dict().values()]
             tensors += [t for part in (forget, retain) for t in (part.visual, part.other, part.labels, part.ids)]
             seen.extend(t.device.type for t in tensors)
@@ -259,7 +260,7 @@ class TestCommand:
                 text = TOML.replace("classes = [1]", f'kind = "instances"\nids = {listed}')
                 (folder / "settings.toml").write_text(text)
                 job = read_job(folder / "settings.toml")
-                _, pairs, names = load(job)
+                _, pairs, names, _ = load(job)
                 forget, retain = split(pairs, job, names)
                 assert torch.equal(forget.visual, data.visual[7:8]) and len(retain) == 59
 

@@ -21,7 +21,8 @@ from ccu_fast.models import clip_towers
 from ccu_fast.models.clip import MEAN, STD, OpenClipEncoder, TransformersClipEncoder
 from ccu_fast.models.tokenizer import ClipTokenizer
 from ccu_fast.models.weights import from_checkpoint, read_weights
-from ccu_fast.unlearn.job import load, read_job, run_job
+from ccu_fast.unlearn.job import load, run_job
+from ccu_fast.unlearn.settings import read_job
 from tests.support import torchvision_stub
 from tests.support.presence import absent
 
@@ -387,7 +388,7 @@ class TestUnlearning:
         with pytest.raises(ValueError, match=r"path: expected uint8 pixels or numbers in \[0, 1\] as visual"):
             load(read_job(tmp_path / "settings.toml"))
         np.savez(tmp_path / "pairs.npz", visual=pictures / 255, other=tokens.int(), ids=np.arange(12) + 20)
-        model, data, _ = load(read_job(tmp_path / "settings.toml"))
+        model, data, *_ = load(read_job(tmp_path / "settings.toml"))
         assert model.embed_other(data.other).shape == (12, 16)
 
     @pytest.mark.parametrize(
