@@ -112,7 +112,8 @@ class CcuStep:
         self.u0, self.a0 = embed(frozen, forget)
         self.levels: Levels | None = None
         if config.forget != "class" and config.forgetting:
-            self.levels = Levels(frozen, forget, retain, unseen, group=config.group, seed=seed)
+            sets = forget, retain, self.u0, self.a0
+            self.levels = Levels(frozen, *sets, unseen, group=config.group, seed=seed)
         self.neighbour: Tensor | None = None
         self.pull: float = config.used("neighbours")
         # Without a word where it is only the default: inputs such as token ids have no nearness.

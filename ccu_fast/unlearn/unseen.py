@@ -1,12 +1,15 @@
 """What an item would be to the model had it never been seen: a level of log-odds for each item to forget.
 
 An item that was trained on is told with more certainty than one that was not. How much more is read off items that were
-never trained on; an item to forget gets the level of the unseen item that is as hard among the unseen as it is among
-the trained ones::
+never trained on: an item to forget gets the level of the unseen item that is as hard among the unseen as it is among
+those to forget::
 
     m(x) = log-odds of what x is: its class at the visual head, or its partner among frozen other embeddings
-    p_i  = share of retained items whose m under the original model is below m(u_i)
+    p_i  = rank of m(u_i) among the items to forget, under the original model, in (0, 1)
     t_i  = the p_i-quantile of m over unseen items
+
+What is hard for the trained model is mostly so for one that never saw it: which items are told wrong, not only how
+many, is then much as after retraining.
 
 Without unseen items, retained ones that are half another picture stand in for them.
 """
@@ -24,7 +27,6 @@ from ccu_fast.ops.reduce_similarity.relations import OTHER
 from ccu_fast.unlearn.loop import embed, embed_visual
 from ccu_fast.unlearn.model import CLIP_SCALE, TwoModalityModel, heads
 
-TRAINED = 1024  # retained items whose log-odds say how hard an item is
 UNSEEN = 256  # unseen items whose log-odds are taken, in every step if they are not stand-ins
 PARTNERS = 512  # frozen other embeddings among which a pair's partner is sought
 POOL = 2048  # retained items among which the nearest is sought
@@ -38,6 +40,7 @@ class Levels:
     Args:
         frozen: the original model.
         forget, retain: the two sets.
+        u0, a0: visual and other embeddings of the forget set under the original model.
         unseen: items never trained on, of the same kind; None for stand-ins.
         group: items with equal ``ids // group`` are views of one thing.
         seed: of the samples.
@@ -51,6 +54,8 @@ class Levels:
         frozen: TwoModalityModel,
         forget: PairedData,
         retain: PairedData,
+        u0: Tensor,
+        a0: Tensor,
         unseen: PairedData | None,
         *,
         group: int,
@@ -59,19 +64,16 @@ class Levels:
         self.group = group
         self.by_class = forget.labelled and "visual" in heads(frozen)
         self.scale = getattr(frozen, "scale", CLIP_SCALE)
-        trained = sample(retain, TRAINED, seed)
         self.live = unseen is not None
         self.unseen = stand_ins(retain, UNSEEN, group=group, seed=seed) if unseen is None else sample(unseen, UNSEEN, 0)
-        sets = {"forget": forget, "trained": trained, "unseen": self.unseen}
-        found = {name: embed(frozen, data) for name, data in sets.items()}
-        self.unseen_other = found["unseen"][1]
+        visual, self.unseen_other = embed(frozen, self.unseen)
         partners = sample(retain, PARTNERS, seed + 1)
         self.keys, self.key_ids = embed(frozen, partners)[1], partners.ids // group
-        at_start = {name: self.log_odds(frozen, *found[name], sets[name]) for name in sets}
-        ordered = at_start["trained"].sort().values
-        below, not_above = (torch.searchsorted(ordered, at_start["forget"], right=right) for right in (False, True))
-        self.rank = (below + not_above).double() / (2 * len(ordered))
-        self.levels = self._quantiles(at_start["unseen"], self.rank)
+        with torch.no_grad():
+            self.at_start = self.log_odds(frozen, visual, self.unseen_other, self.unseen)
+            own = self.log_odds(frozen, u0, a0, forget)
+        below, not_above = (torch.searchsorted(own.sort().values, own, right=right) for right in (False, True))
+        self.rank = (below + not_above).double() / (2 * len(own))
 
     def log_odds(self, model: TwoModalityModel, visual: Tensor, other: Tensor, data: PairedData) -> Tensor:
         """What each item is to the model, ``[N]``, in nats, from its embedding and its partner's frozen one."""
@@ -95,7 +97,7 @@ class Levels:
         training on the retained items they are made of makes them look more and more like those.
         """
         if not self.live:
-            return self.levels[rows]
+            return self._quantiles(self.at_start, self.rank[rows])
         with torch.no_grad():
             visual = embed_visual(model, self.unseen.visual)
             now = self.log_odds(model, visual, self.unseen_other, self.unseen)
