@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from markupsafe import escape
 from rich.console import Console
 
 import ccu_fast
 from ccu_fast.cli import demo
 from ccu_fast.cli.report import page
-from ccu_fast.cli.report.tables import all_tables, show, spread
+from ccu_fast.cli.report.tables import Table, all_tables, show, spread
 from ccu_fast.files import write_whole
 from tests.support import small_demo
 from tests.support.forked import fork, kill_when
@@ -86,7 +87,7 @@ def test_writes_a_report_with_everything_in_it(whole: tuple[Path, dict[str, Any]
     assert "what moved" in html and html.index("what moved") < html.index("What mostly stayed")
     for table in all_tables(returned):
         for cell in (cell for row in table.rows for cell in row):
-            assert cell.replace("&", "&amp;") in html
+            assert escape(cell) in html
     images, captions = read_export(folder / "protected" / "mem")
     assert len(images) == len(captions) == 64
     assert half_written(folder.parent) == []
@@ -186,7 +187,16 @@ def test_tables_fit_a_terminal_of_80_columns(whole: tuple[Path, dict[str, Any]])
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
     text = " ".join(lines)
     for table in tables:  # nothing is cut or folded but the first column and the titles
-        assert all(cell in text for row in table.rows for cell in row[1:])
+        assert [cell for row in table.rows for cell in row[1:] if cell not in text] == [], text
+
+
+def test_the_longest_verdict_is_not_cut() -> None:
+    console = Console(width=80, file=io.StringIO())
+    row = ["gold: visual masked", ".000", ".497", "+91.9 vis. U test", "28.38", "38.406", "over-generalised"]
+    columns = ["method", "visual U", "MIA", "worst gap", "gap", "time", "verdict"]
+    show(Table("caption", columns, [row], words=("worst gap", "verdict"), narrow=True), console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80 and all(cell in " ".join(lines) for cell in row[1:])
 
 
 def test_names_are_text_on_the_page_and_not_html(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def quick_task(task: Task, seed: int, scenario: str, **options: Any) -> dict[str
     """CCU alone, in two steps from a model of one epoch."""
     configs = {name: UnlearnConfig(forget=name, budget=Budget(steps=2)) for name in SCENARIOS}
     quick = replace(task, training=TrainConfig(epochs=1), ccu=configs)
-    return run_task(quick, seed, scenario, methods=("ccu",), **options)
+    return run_task(quick, seed, scenario, **{**options, "methods": ("ccu",)})
 
 
 def quick_map(before: np.ndarray, after: np.ndarray, *, kind: str) -> list[np.ndarray]:

@@ -383,7 +383,10 @@ class TestTheOtherModality:
         model = Trunk()
         forget, retain = toy_unlearn.split("instances")
         assert parameters_of_other(model, forget) == {"trunk.0.weight", "trunk.0.bias", "other.weight", "other.bias"}
-        clean = unlearn(model, forget, retain, UnlearnConfig(forget="pairs", budget=Budget(steps=6)))
+        config = UnlearnConfig(forget="pairs", budget=Budget(steps=6))
+        # Unseen items are embedded in evaluation mode at every step.
+        unseen = PairedData(retain.visual + 0.1, retain.other, retain.labels, retain.ids + 1000)
+        clean = unlearn(model, forget, retain, config, unseen=unseen)
         assert clean.training and all(m.training for m in clean.modules())
         changed = {n for n, p in model.named_parameters() if not torch.equal(p, clean.get_parameter(n))}
         assert changed == {"visual.weight", "visual.bias"}
@@ -438,6 +441,26 @@ class TestTheOtherModality:
         torch.testing.assert_close(with_b - without, 2 * (plain + known), rtol=1e-4, atol=1e-5)
         exact = [CcuStep(UnlearnConfig(retention=w), model, forget, retain, seed=0)(live, batch) for w in (2.0, 0.0)]
         assert torch.equal(*exact)
+
+    @pytest.mark.parametrize("keep", ["exact", "trained"])
+    def test_the_task_is_that_of_the_heads_that_may_change(
+        self, trained: tuple[FusionModel, PairedData], keep: str
+    ) -> None:
+        model, (forget, retain) = trained[0], sets(trained[1])
+        batch = toy_unlearn.one_batch(forget, retain)
+        live = copy.deepcopy(model)
+        with torch.no_grad():
+            live.other_head.weight.mul_(0.5)
+        with_task, without = (
+            CcuStep(UnlearnConfig(task=w, keep=keep), model, forget, retain, seed=0)(live, batch) for w in (2.0, 0.0)
+        )
+        r, b, y = live.embed_visual(batch.retain.visual), live.embed_other(batch.retain.other), batch.retain.labels
+        logits = [live.classify_visual(r), live.classify_fused(r, b)]
+        if keep == "trained":
+            logits.append(live.classify_other(b))
+        plain = sum(F.cross_entropy(x, y) for x in logits)
+        assert F.cross_entropy(live.classify_other(b), y) > 1e-2
+        torch.testing.assert_close(with_task - without, 2 * plain, rtol=1e-3, atol=1e-4)
 
 
 class TestFrozen:

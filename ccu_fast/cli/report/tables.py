@@ -299,7 +299,7 @@ def show(table: Table, console: Console) -> None:
             justify="left" if left else "right",
             no_wrap=i == 0 and not table.narrow,
             min_width=width if i else None,
-            max_width=width if i and table.narrow else None,
+            width=width if i and table.narrow else None,  # fixed: rich would shrink it along with the first column
         )
     for row in table.rows:
         shown.add_row(*map(Text, row))  # a name in brackets is no markup
