@@ -285,7 +285,7 @@ class TestWhatMayChange:
             assert count > 20
 
     def test_what_none_stands_for(self) -> None:
-        for kind, pull, damping in (("class", 0.2, 5.0), ("instances", 0.0, 0.0), ("pairs", 0.0, 0.0)):
+        for kind, pull, damping in (("class", 0.2, 8.0), ("instances", 0.0, 0.0), ("pairs", 0.0, 0.0)):
             config = UnlearnConfig(forget=kind)
             assert (config.used("neighbours"), config.used("dampen")) == (pull, damping)
             given = UnlearnConfig(forget=kind, neighbours=0.0, dampen=3.0)

@@ -54,33 +54,37 @@ class TestLogOdds:
         torch.testing.assert_close(gradient, torch.tensor([[1, -0.5, -0.5]] * 2))
 
 
-def plain_levels(of_forget: Tensor, trained: Tensor, fresh: Tensor) -> Tensor:
-    """By numpy: a tie counts as half below."""
-    a, b = of_forget.double().numpy()[:, None], trained.double().numpy()[None]
-    share = ((b < a).sum(1) + (b <= a).sum(1)) / (2 * b.size)
-    return torch.from_numpy(np.quantile(fresh.double().numpy(), share))
+def plain_levels(of_forget: Tensor, fresh: Tensor) -> Tensor:
+    """By numpy: a tie, an item's with itself too, counts as half below."""
+    a = of_forget.detach().double().numpy()
+    share = ((a[None] < a[:, None]).sum(1) + (a[None] <= a[:, None]).sum(1)) / (2 * a.size)
+    return torch.from_numpy(np.quantile(fresh.detach().double().numpy(), share))
+
+
+def levels_of(
+    model: nn.Module, forget: PairedData, retain: PairedData, fresh: PairedData | None, group: int = 1
+) -> Levels:
+    return Levels(model, forget, retain, *embed(model, forget), fresh, group=group, seed=0)
+
+
+def all_of(levels: Levels, model: nn.Module) -> Tensor:
+    return levels.of(model, torch.arange(len(levels.rank)))
 
 
 class TestLevels:
-    def test_are_quantiles_of_unseen_items_at_the_ranks_among_trained_ones(self, model: FusionModel) -> None:
+    def test_are_quantiles_of_unseen_items_at_the_ranks_among_the_items_to_forget(self, model: FusionModel) -> None:
         forget, retain = toy_unlearn.split("instances")
-        # An item that is in the retain set too ties with itself; one is more certain than all, one less.
-        forget = PairedData(
-            torch.cat([forget.visual[:6], retain.visual[:4]]),
-            torch.cat([forget.other[:6], retain.other[:4]]),
-            torch.cat([forget.labels[:6], retain.labels[:4]]),
-        )
-        levels = Levels(model, forget, retain, NEW, group=1, seed=0)
-        found = [
-            class_log_odds(model.classify_visual(model.embed_visual(d.visual)), d.labels) for d in (forget, retain, NEW)
-        ]
+        twice = torch.cat([torch.arange(8), torch.tensor([3, 5])])  # two items tie
+        forget = PairedData(forget.visual[twice], forget.other[twice], forget.labels[twice])
+        levels = levels_of(model, forget, retain, NEW)
+        found = [class_log_odds(model.classify_visual(model.embed_visual(d.visual)), d.labels) for d in (forget, NEW)]
         expected = plain_levels(*found)
-        assert expected.unique().numel() > 5
-        torch.testing.assert_close(levels.levels, expected.float(), rtol=1e-5, atol=1e-5)
+        assert expected[3] == expected[8] and expected.unique().numel() == 8
+        torch.testing.assert_close(all_of(levels, model), expected.float(), rtol=1e-5, atol=1e-5)
         rows = torch.tensor([4, 0, 9])
         torch.testing.assert_close(levels.of(model, rows), expected[rows].float(), rtol=1e-5, atol=1e-5)
         assert not levels.of(model, rows).requires_grad
-        assert levels.levels.max() < found[1].max()  # trained items are more certain than unseen ones
+        assert expected.mean() < found[0].mean()  # trained items are more certain than unseen ones
 
     def test_move_with_the_model_unless_they_are_of_stand_ins(self, model: FusionModel) -> None:
         forget, retain = toy_unlearn.split("instances")
@@ -89,21 +93,21 @@ class TestLevels:
             changed.visual_head.weight.mul_(0.3)
             changed.visual_tower[0].weight.mul_(0.7)
         rows = torch.arange(len(forget))
-        live, still = (Levels(model, forget, retain, u, group=1, seed=0) for u in (NEW, None))
+        live, still = (levels_of(model, forget, retain, u) for u in (NEW, None))
         assert torch.equal(still.of(changed, rows), still.of(model, rows))
-        assert torch.equal(still.of(model, rows), still.levels)
+        assert torch.equal(still.of(model, rows), still.at_start.double().quantile(still.rank).float())
         fresh = class_log_odds(changed.classify_visual(changed.embed_visual(NEW.visual)), NEW.labels).detach()
         expected = torch.from_numpy(np.quantile(fresh.double().numpy(), live.rank.numpy()))
         torch.testing.assert_close(live.of(changed, rows), expected.float(), rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(live.of(changed, rows), live.levels, atol=0.1)
+        assert not torch.allclose(live.of(changed, rows), live.of(model, rows), atol=0.1)
         assert changed.training
 
     def test_are_of_the_dtype_of_the_model(self, model: FusionModel) -> None:
         double = copy.deepcopy(model).double()
         sets = [toy_unlearn.double(part) for part in (*toy_unlearn.split("instances"), NEW)]
         for new in (sets[2], None):
-            levels = Levels(double, *sets[:2], new, group=1, seed=0)
-            assert levels.levels.dtype == levels.of(double, torch.arange(3)).dtype == torch.float64
+            levels = levels_of(double, *sets[:2], new)
+            assert levels.at_start.dtype == levels.of(double, torch.arange(3)).dtype == torch.float64
 
     @pytest.mark.parametrize("group", [1, 4])
     def test_pairs_are_told_from_the_partners_of_other_things(self, group: int) -> None:
@@ -111,7 +115,7 @@ class TestLevels:
         data, fresh = pairs(), pairs(seed=5, first=1000)
         gone = torch.arange(80) % (2 * group) == 0  # with groups, views of a thing are in both sets
         forget, retain = data[gone], data[~gone]
-        levels = Levels(model, forget, retain, fresh, group=group, seed=0)
+        levels = levels_of(model, forget, retain, fresh, group)
         assert not levels.by_class
         found = []
         for part in (forget, retain, fresh):
@@ -122,19 +126,21 @@ class TestLevels:
             own = model.scale * (visual * other).sum(1)
             found.append(own - s.masked_fill(same, -torch.inf).logsumexp(1))
             torch.testing.assert_close(levels.log_odds(model, visual, other, part), found[-1], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(levels.levels, plain_levels(*found).float(), rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(
+            all_of(levels, model), plain_levels(found[0], found[2]).float(), rtol=1e-3, atol=1e-2
+        )
 
     def test_partners_and_samples_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("TRAINED", "UNSEEN", "PARTNERS"):
+        for name in ("UNSEEN", "PARTNERS"):
             monkeypatch.setattr(unseen, name, 7)
         data = pairs()
-        levels = Levels(toy_unlearn.trained_on_pairs(), data[:5], data[5:], pairs(seed=5, first=99), group=1, seed=0)
+        levels = levels_of(toy_unlearn.trained_on_pairs(), data[:5], data[5:], pairs(seed=5, first=99))
         assert len(levels.keys) == len(levels.key_ids) == len(levels.unseen) == 7
-        assert len(levels.levels) == 5
+        assert len(levels.rank) == 5
 
     def test_a_gradient_reaches_the_visual_tower_only(self) -> None:
         model, data = copy.deepcopy(toy_unlearn.trained_on_pairs()), pairs()
-        levels = Levels(model, data[:5], data[5:], None, group=1, seed=0)
+        levels = levels_of(model, data[:5], data[5:], None)
         other = model.embed_other(data[:5].other).detach()
         levels.log_odds(model, model.embed_visual(data[:5].visual), other, data[:5]).sum().backward()
         assert all(p.grad is not None and p.grad.any() for p in model.visual.parameters())
@@ -244,7 +250,7 @@ class TestTheEnd:
         def mean(m: nn.Module, part: PairedData) -> float:
             return levels.log_odds(m, *embed(m, part), part).mean().item()
 
-        levels = Levels(model, forget, retain, fresh[:100], group=1, seed=0)
+        levels = levels_of(model, forget, retain, fresh[:100])
         new = fresh[100:]  # nor were these seen by the unlearning
         before = mean(model, forget) - mean(model, new)
         after = mean(clean, forget) - mean(clean, new)
