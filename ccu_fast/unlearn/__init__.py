@@ -76,8 +76,9 @@ def unlearn(
 
         loss = config.forgetting * (a) + config.retention * (b) + config.separation * (c) + config.task * task_loss
 
-    (a), (b) and (c) are :func:`forgetting_loss`, :func:`retention_loss` and :func:`separation_loss`. With heads and
-    labels (a) and (b) have parts there too; ``config.anchor`` and ``config.neighbours`` weigh further losses.
+    (a) takes a class to nothing (:func:`forgetting_loss`, :func:`unclassify_loss`) and instances or pairs to where unseen
+    ones are (:func:`level_loss`); (b) leaves what the other modality depends on as it is, or trains it and holds it
+    (:func:`retention_loss`); (c) is :func:`separation_loss`. ``config.anchor`` and ``config.neighbours`` weigh more.
 
     Args:
         model: an ``nn.Module`` with the methods of :class:`TwoTowerModel`, on the device of the data; unchanged. The
