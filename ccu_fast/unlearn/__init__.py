@@ -76,7 +76,7 @@ def unlearn(
 
         loss = config.forgetting * (a) + config.retention * (b) + config.separation * (c) + config.task * task_loss
 
-    (a) takes a class to nothing (:func:`forgetting_loss`, :func:`unclassify_loss`) and instances or pairs to where unseen
+    (a) takes a class to nothing (:func:`forgetting_loss`, :func:`unclassify_loss`), instances and pairs to where unseen
     ones are (:func:`level_loss`); (b) leaves what the other modality depends on as it is, or trains it and holds it
     (:func:`retention_loss`); (c) is :func:`separation_loss`. ``config.anchor`` and ``config.neighbours`` weigh more.
 

@@ -138,7 +138,8 @@ def run(
         held_out: stop early when this is reached.
         trainable: shell patterns of the names of parameters that may change.
         keep: names of parameters that may not, whatever ``trainable`` says, and of buffers (:func:`.freeze_all_but`).
-        saliency: in (0, 1], the share of weights that may change: those the forget set depends on most.
+        saliency: in (0, 1], the share of weights that may change, of those that ``trainable`` and ``keep`` leave: those
+            the forget set depends on most.
         update: what the method does in a step besides its loss: a mask of the gradients, a projection of the weights.
         start: changes the copy in place before the first step; not called by a resumed run.
         checkpoint: where the state is written; a run that finds one there goes on from it and ends as it would have.
@@ -170,7 +171,7 @@ def run(
     device = forget.labels.device
     rows = min(budget.batch, len(forget), len(retain))
     together = Alone() if group is None else Shared(group, key, rows, device)
-    open_weights = {} if saliency == 1 else together.of_first(partial(salient, original, forget, saliency))
+    open_weights = {} if saliency == 1 else together.of_first(partial(salient, model, forget, saliency))
     step_loss = prepare(frozen, forget, retain, seed)
     change = _only_move if update is None else update(frozen, forget, retain, seed)
     memory: dict[str, Tensor] = {}
@@ -189,6 +190,10 @@ def run(
         clock.add(stored["seconds"])
     elif start is not None:
         start(model)
+        with torch.no_grad():
+            for name, before in original.named_parameters():
+                if name in open_weights:
+                    parameters[name].copy_(torch.where(open_weights[name].to(device), parameters[name], before))
         together.agree(model)
     towers = together.towers(model)
 
