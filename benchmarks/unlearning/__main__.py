@@ -105,7 +105,7 @@ def page(results: dict[str, Any]) -> str:
         "(`keep_other=1.0`). Seconds are CPU time of one thread, which excludes other work on the machine. Where "
         "instances are forgotten CCU gets the task's held-out items, which no model was trained on, as its unseen "
         'ones; "without unseen items" has blends of retained items instead. Learning rates of the baselines: '
-        "`python -m benchmarks.unlearning.rates`.",
+        "`python -m benchmarks.unlearning.rates`; where CCU's time goes: `python -m benchmarks.unlearning.profile`.",
         "",
         *winners.lines(results["unlearn"]),
     ]

@@ -133,7 +133,7 @@ class CcuStep:
         config, forget, retain, scale = self.config, batch.forget, batch.retain, self.scale
         n, trained = len(forget), config.keep == "trained"
         u0, a0 = self.u0[batch.forget_rows], self.a0[batch.forget_rows]
-        r0, b0 = self.retained(batch.retain_rows, retain)
+        r0, b0 = self.retained.of(batch.retain_rows, retain)
         other0 = torch.cat([a0, b0])
         visual = model.embed_visual(torch.cat([forget.visual, retain.visual]))
         other = model.embed_other(torch.cat([forget.other, retain.other])) if trained else other0
@@ -197,7 +197,8 @@ class Frozen:
         self.model = model
         self.whole = embed(model, data) if len(data) <= used else None
 
-    def __call__(self, rows: Tensor, batch: PairedData) -> tuple[Tensor, Tensor]:
+    def of(self, rows: Tensor, batch: PairedData) -> tuple[Tensor, Tensor]:
+        """The visual and the other embeddings of these rows, which are the items of ``batch``."""
         if self.whole is not None:
             visual, other = self.whole
             return visual[rows], other[rows]

@@ -45,6 +45,7 @@ DEPTHS = {  # of every committed file of figures, as its command stores it
     "small_batches.json": 2,
     "unlearning/results.json": 2,
     "unlearning/rates.json": 2,
+    "unlearning/profile.json": 2,
     "variants.json": 1,
     "visits/*/summary.json": 1,
     "visits/*/tune.json": 3,

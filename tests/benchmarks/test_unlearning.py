@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.unlearning import rates
+from benchmarks.unlearning import profile, rates
 from benchmarks.unlearning.__main__ import PAGE, RESULTS, main
 from benchmarks.unlearning.stored import by_seed, in_rows, merged
 from benchmarks.unlearning.tasks import pictogram_tasks
@@ -102,7 +102,10 @@ def test_a_task_needs_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
 def test_pictograms_are_learned_and_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictograms, "_check_contents", lambda *_: None)
     tasks = pictogram_tasks(write_packages(tmp_path / "packages", things=70))
-    assert list(tasks) == ["pictograms", "pictogram-words"] and all(task.kept_back for task in tasks.values())
+    assert [(name, task.kept_back) for name, task in tasks.items()] == [
+        ("pictograms", False),
+        ("pictogram-words", True),
+    ]
     for task in tasks.values():
         for scenario in SCENARIOS:
             found = run_task(quick(task), 0, scenario, methods=["ccu"])
@@ -121,3 +124,24 @@ def test_every_baseline_has_the_rate_that_was_nearest_to_retraining() -> None:
         assert BASELINES[row["method"]].rates[SCENARIOS.index(row["scenario"])] == row["best"], row["method"]
     assert rates.best({"1.0": 3.0, "0.5": 1.0, "0.1": 2.0}, before=4.0) == 0.5
     assert rates.best({"1.0": 5.0, "0.5": 3.9}, before=4.0) == 1.0  # no better than nothing
+
+
+def test_shares_of_a_profile_are_of_the_package_and_add_up() -> None:
+    def spent(seconds: float) -> tuple[int, int, float, float, dict[Any, Any]]:
+        return (1, 1, 0.0, seconds, {})
+
+    here, torch_ = "/a/ccu_fast/unlearn/", "/b/torch/"
+    stats = {
+        (here + "loop.py", 1, "run"): spent(10.0),
+        (here + "method.py", 2, "__call__"): spent(6.0),
+        (here + "method.py", 3, "_gone"): spent(2.0),
+        (here + "unseen.py", 4, "of"): spent(0.5),
+        (here + "method.py", 5, "of"): spent(1.0),
+        (torch_ + "_tensor.py", 6, "backward"): spent(3.0),
+        ("/c/other/method.py", 7, "__call__"): spent(100.0),
+    }
+    found = profile.shares(stats)
+    assert found["forgetting"] == 0.15 and found["unseen items"] == 0.05 and found["original model"] == 0.1
+    assert found["embedding the batch"] == 0.3 and found["backward"] == 0.3 and found["rest"] == 0.1
+    for row in json.loads(profile.PROFILE.read_text())["rows"]:
+        assert sum(row["shares"].values()) == pytest.approx(1, abs=0.01) and min(row["shares"].values()) >= 0
