@@ -90,7 +90,7 @@ def _put(file: Path, found: dict[str, Any], *, some_methods: bool) -> None:
 def page(results: dict[str, Any]) -> str:
     """All tables in Markdown."""
     lines = [
-        f"# Unlearning: {len(results['unlearn'])} tasks, {len(results['seeds'])} seeds, all methods",
+        f"# Unlearning: {len(results['unlearn'])} tasks, all methods",
         "",
         "Made by `python -m benchmarks.unlearning` from [results.json](results.json). Mean ± sample deviation over the "
         "seeds. Gold is a model retrained with the visual half of the forget set masked; the average gap compares with "
