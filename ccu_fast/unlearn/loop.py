@@ -171,6 +171,7 @@ def run(
     rows = min(budget.batch, len(forget), len(retain))
     together = Alone() if group is None else Shared(group, key, rows, device)
     open_weights = {} if saliency == 1 else together.of_first(partial(salient, original, forget, saliency))
+    before = dict(frozen.named_parameters())
     step_loss = prepare(frozen, forget, retain, seed)
     change = _only_move if update is None else update(frozen, forget, retain, seed)
     memory: dict[str, Tensor] = {}
@@ -189,6 +190,10 @@ def run(
         clock.add(stored["seconds"])
     elif start is not None:
         start(model)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if name in open_weights:
+                    parameter.copy_(torch.where(open_weights[name].to(device), parameter, before[name]))
         together.agree(model)
     towers = together.towers(model)
 

@@ -63,6 +63,8 @@ def parameters_of_other(model: TwoModalityModel, data: PairedData) -> frozenset[
     found = model.embed_other(data.batch(torch.zeros(1, dtype=torch.long, device=data.ids.device)).other)
     if "other" in heads(model):
         found = torch.cat([found.flatten(), model.classify_other(found).flatten()])
+    if not found.requires_grad:  # embeddings that come ready, from no parameter
+        return frozenset()
     gradients = torch.autograd.grad(found.sum(), list(named.values()), allow_unused=True)
     return frozenset(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None)
 
