@@ -167,7 +167,9 @@ def check_problem(
             new = unseen.labels[~torch.isin(unseen.labels, torch.cat([forget.labels, retain.labels]))]
             if len(new):
                 raise ValueError(f"unseen: expected classes of forget and retain, got class {int(new[0])}")
-    if roles != "pairs":
+    if roles == "pairs":
+        _check_labelled("retain", retain, forget)
+    else:
         _check_labels(forget, retain, roles, {label: name for name, label in (classes or {}).items()})
     _check_outputs(cast(TwoModalityModel, model), forget, [data.labels for data in given.values()])
 

@@ -122,3 +122,37 @@ def test_dampening_leaves_weights_alone_that_may_not_change() -> None:
     new = dict(clean.named_parameters())
     assert all(torch.equal(new[name][~mask[name]], old[~mask[name]]) for name, old in model.named_parameters())
     assert not torch.equal(weights(clean), weights(model))
+
+
+def test_pairs_of_which_only_some_have_labels() -> None:
+    forget, retain = SETS
+    bare = PairedData(retain.visual, retain.other, ids=retain.ids)
+    with pytest.raises(ValueError, match="retain: expected labels as in forget, got none"):
+        unlearn(make_model(), forget, bare, replace(SHORT, forget="pairs"))
+
+
+class WholeOther(nn.Module):
+    """A model that is called for the other modality, with a buffer of its own and a parameter of whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.Sequential(nn.Linear(DATA.visual.shape[1], 6), nn.BatchNorm1d(6))
+        self.other = nn.Linear(DATA.other.shape[1], 6)
+        self.levels = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+        self.register_buffer("size", torch.ones(6))
+
+    def forward(self, other: Tensor) -> Tensor:
+        return F.normalize(self.other(other) * self.size, dim=-1)
+
+    def embed_visual(self, visual: Tensor) -> Tensor:
+        return F.normalize(self.visual(visual), dim=-1)
+
+    def embed_other(self, other: Tensor) -> Tensor:
+        return self(other)
+
+
+def test_what_is_kept_of_a_layer_is_not_kept_of_its_parts() -> None:
+    model = WholeOther()
+    clean = unlearn(model, *SETS, replace(SHORT, forget="pairs"))
+    assert not torch.equal(clean.visual[1].running_mean, model.visual[1].running_mean)
+    assert torch.equal(clean.embed_other(DATA.other), model.embed_other(DATA.other))
