@@ -23,7 +23,7 @@ from ccu_fast.unlearn.audit import audit, membership_auc
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.loop import HeldOut
 from ccu_fast.unlearn.method import run_ccu
-from ccu_fast.unlearn.model import Model, TwoModalityModel, TwoTowerModel, check_problem
+from ccu_fast.unlearn.model import Model, TwoModalityModel, TwoTowerModel, check_held_out, check_problem
 from ccu_fast.unlearn.objective import (
     KeyBank,
     anchor_loss,
@@ -120,7 +120,11 @@ def unlearn(
             "held_out: expected a HeldOut with early_stop=True and None without, got "
             f"{'None' if held_out is None else 'one'} with early_stop={config.early_stop}"
         )
+    if held_out is not None and not isinstance(held_out, HeldOut):
+        raise TypeError(f"held_out: expected a HeldOut, got {type(held_out).__name__}")
     check_problem(model, forget, retain, config.forget, unseen=unseen)
+    if held_out is not None:
+        check_held_out(model, forget, held_out.retain)
     done = run_ccu(
         cast("TwoModalityModel", model),
         forget,

@@ -36,6 +36,7 @@ from ccu_fast.unlearn.model import TwoModalityModel, check_problem
 from ccu_fast.unlearn.settings import Job
 
 WRITTEN = ("checkpoint.pt", "model.safetensors", "results.json", "report.html")  # the last by the command
+UNSEEN, UNSEEN_OF_CLASS = "unseen", "unseen, to forget"  # sets in the rows of a result
 SHOWN = 20  # names of classes in an error
 
 
@@ -151,17 +152,17 @@ def _figures(
     named = {"forget": "forget_train", "retain": "retain_train"}
     judged: list[dict[str, Any]] = [{}, {}]
     pools = dict.fromkeys(parts, items)
-    if unseen is not None:
-        fresh = [answers(model, unseen) for model in (before, after)]
-        for number, new in enumerate(fresh):
-            shares[number] += right_shares(new)
-            judged[number]["mia_auc"] = auc(confidence(found[number][0]), confidence(new))
-        parts, named, pools = (
-            parts | {"unseen": unseen},
-            named | {"unseen": "retain_test"},
-            pools | {"unseen": len(unseen)},
-        )
-        chance |= {"unseen": chances(unseen)[0]} if ranked else {}
+    new = {} if unseen is None else _unseen_parts(unseen, forget, kind)
+    if new:
+        fresh = [[answers(model, part) for part in new.values()] for model in (before, after)]
+        like = UNSEEN_OF_CLASS if kind == "class" else UNSEEN  # a class is told from others whether forgotten or not
+        for number, of_new in enumerate(fresh):
+            shares[number] += right_shares(*of_new)
+            if like in new:
+                judged[number]["mia_auc"] = auc(confidence(found[number][0]), confidence(of_new[[*new].index(like)]))
+        parts, pools = parts | new, pools | dict.fromkeys(new, sum(map(len, new.values())))
+        named |= {UNSEEN: "retain_test", UNSEEN_OF_CLASS: "forget_test"}
+        chance |= zip(new, chances(*new.values()), strict=True) if ranked else {}
     rows = []
     for name, old, new in zip(parts, *shares, strict=True):
         for audit, share_of in zip(judged, (old, new), strict=True):
@@ -169,7 +170,7 @@ def _figures(
                 audit.setdefault(head, {})[named[name]] = share
         what = f"partner first of {pools[name]} (chance {chance[name]:.2g})" if ranked else "accuracy"
         rows += [(f"{name}: {key}, {what}", old[key], new[key]) for key in old]
-    if unseen is not None:
+    if "mia_auc" in judged[0]:
         rows.append(("membership of forgotten against unseen, AUC", judged[0]["mia_auc"], judged[1]["mia_auc"]))
     # A share of partners found first is no accuracy of a class.
     verdict = verdict_without_gold(
@@ -184,6 +185,12 @@ def _figures(
         "rows": rows,
         "pool": {"pairs": items, "chance": chance} if ranked else None,
     }
+
+
+def _unseen_parts(unseen: PairedData, forget: PairedData, kind: str) -> dict[str, PairedData]:
+    """Unseen items by what is expected of them: those of a forgotten class are to be forgotten too."""
+    gone = torch.isin(unseen.labels, forget.labels) if kind == "class" else torch.zeros_like(unseen.labels).bool()
+    return {name: unseen[of] for name, of in ((UNSEEN, ~gone), (UNSEEN_OF_CLASS, gone)) if bool(of.any())}
 
 
 def load(job: Job) -> tuple[Any, PairedData, Names, PairedData | None]:
@@ -210,7 +217,7 @@ def load(job: Job) -> tuple[Any, PairedData, Names, PairedData | None]:
         model,
         data,
         names,
-        None if job.unseen is None else _with_names_of(data, names, *read(job.unseen), job.unseen),
+        None if job.unseen is None else _with_names_of(data, names, *read(job.unseen), job.unseen, job.config.group),
     )
 
 
@@ -227,7 +234,9 @@ def _read_pictures(model: Model, options: Options, path: Path) -> tuple[PairedDa
     return data, names
 
 
-def _with_names_of(data: PairedData, names: Names, unseen: PairedData, own: Names, path: Path) -> PairedData:
+def _with_names_of(
+    data: PairedData, names: Names, unseen: PairedData, own: Names, path: Path, group: int
+) -> PairedData:
     labels = None
     if unseen.labelled:
         for name in own.classes:
@@ -235,7 +244,7 @@ def _with_names_of(data: PairedData, names: Names, unseen: PairedData, own: Name
                 raise ValueError(f"unseen: expected classes of the data, got {name} in {path}")
         new = {label: names.classes[name] for name, label in own.classes.items()}
         labels = torch.tensor([new[label] for label in unseen.labels.tolist()], dtype=torch.int64)
-    ids = torch.arange(len(unseen)) + 1 + int(data.ids.max())
+    ids = torch.arange(len(unseen)) + (int(data.ids.max()) // group + 1) * group  # nor views of a thing of the data
     return PairedData(unseen.visual, unseen.other, labels, ids)  # type: ignore[arg-type]
 
 

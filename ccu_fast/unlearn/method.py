@@ -122,7 +122,7 @@ class CcuStep:
             alike, place = nearest(forget.visual, pool.visual).unique(return_inverse=True)
             self.neighbour = embed_visual(frozen, pool.visual[alike])[place]
         self.bank: KeyBank | None = None
-        if config.bank:
+        if config.bank and (config.forget == "class" or config.keep == "trained"):  # nothing else asks it
             r0, b0 = embed(frozen, retain)
             keys = torch.cat([r0, b0, self.u0, self.a0])
             labels = torch.cat([retain.labels, retain.labels, forget.labels, forget.labels])

@@ -149,12 +149,7 @@ def check_problem(
     device = next(model.parameters()).device
     given = {"forget": forget, "retain": retain} | ({} if unseen is None else {"unseen": unseen})
     for name, data in given.items():
-        if not isinstance(data, PairedData):
-            raise TypeError(f"{name}: expected a PairedData, got {type(data).__name__}")
-        if len(data) == 0:
-            raise ValueError(f"{name}: expected at least one item, got none")
-        if data.labels.device != device:
-            raise ValueError(f"{name}: expected device {device} (that of model), got {data.labels.device}")
+        check_items(name, data, device, forget)
     overlap = forget.ids[torch.isin(forget.ids, retain.ids)]
     if len(overlap):
         raise ValueError(
@@ -167,12 +162,51 @@ def check_problem(
                 raise ValueError(
                     f"unseen: expected no item of {name}, got {len(known)} of them (first id {int(known[0])})"
                 )
-        if unseen.labelled != forget.labelled:
-            what = "labels" if forget.labelled else "no labels"
-            raise ValueError(f"unseen: expected {what} as in forget, got {'none' if forget.labelled else 'some'}")
-    if roles != "pairs":
+        _check_labelled("unseen", unseen, forget)
+        if roles != "pairs":
+            new = unseen.labels[~torch.isin(unseen.labels, torch.cat([forget.labels, retain.labels]))]
+            if len(new):
+                raise ValueError(f"unseen: expected classes of forget and retain, got class {int(new[0])}")
+    if roles == "pairs":
+        _check_labelled("retain", retain, forget)
+    else:
         _check_labels(forget, retain, roles, {label: name for name, label in (classes or {}).items()})
-    _check_outputs(cast(TwoModalityModel, model), forget, retain, roles)
+    _check_outputs(cast(TwoModalityModel, model), forget, [data.labels for data in given.values()])
+
+
+def check_items(name: str, data: Any, device: torch.device, forget: PairedData) -> None:
+    """Raise an error unless data has items on the device, with inputs like those of the forget set."""
+    if not isinstance(data, PairedData):
+        raise TypeError(f"{name}: expected a PairedData, got {type(data).__name__}")
+    if len(data) == 0:
+        raise ValueError(f"{name}: expected at least one item, got none")
+    if data.labels.device != device:
+        raise ValueError(f"{name}: expected device {device} (that of model), got {data.labels.device}")
+    for side in ("visual", "other"):
+        first, own = getattr(forget, side), getattr(data, side)
+        if own.shape[1:] != first.shape[1:] or own.dtype != first.dtype:
+            raise ValueError(f"{name}: expected {side} inputs like those of forget, {_form(first)}, got {_form(own)}")
+
+
+def check_held_out(model: TwoTowerModel, forget: PairedData, retain: Any) -> None:
+    """Raise an error unless a run can be stopped by these items and the forget set."""
+    check_items("held_out", retain, next(model.parameters()).device, forget)
+    _check_labelled("held_out", retain, forget)
+    if forget.labelled and heads(model) and "visual" not in heads(model):
+        raise ValueError(
+            "held_out: expected None for a model with heads but none for the visual modality, whose accuracy says when "
+            "to stop, got one"
+        )
+
+
+def _check_labelled(name: str, data: PairedData, forget: PairedData) -> None:
+    if data.labelled != forget.labelled:
+        what = "labels" if forget.labelled else "no labels"
+        raise ValueError(f"{name}: expected {what} as in forget, got {'none' if forget.labelled else 'some'}")
+
+
+def _form(inputs: Tensor) -> str:
+    return f"{str(inputs.dtype).removeprefix('torch.')} {['N', *inputs.shape[1:]]}".replace("'", "")
 
 
 def _check_labels(forget: PairedData, retain: PairedData, roles: str, called: Mapping[int, str]) -> None:
@@ -199,7 +233,7 @@ def _check_labels(forget: PairedData, retain: PairedData, roles: str, called: Ma
         )
 
 
-def _check_outputs(model: TwoModalityModel, forget: PairedData, retain: PairedData, roles: str) -> None:
+def _check_outputs(model: TwoModalityModel, forget: PairedData, labels: list[Tensor]) -> None:
     item = forget.batch(torch.zeros(1, dtype=torch.long, device=forget.labels.device))
     # On a copy: switching modes back and forth would lose those of single layers.
     model = copy.deepcopy(model).eval()
@@ -214,9 +248,10 @@ def _check_outputs(model: TwoModalityModel, forget: PairedData, retain: PairedDa
             length = float(z.float().norm())
             if not abs(length - 1) < 1e-2:
                 raise ValueError(f"model: expected unit vectors from {name}, got one of length {length:.4g}")
-        if roles == "pairs":
+        highest = max(int(part.max()) for part in labels)
+        if highest < 0:
             return
-        classes = 1 + int(max(forget.labels.max(), retain.labels.max()))
+        classes = max(2, 1 + highest)  # a head of one class says nothing
         for head in heads(model):
             logits = logits_of(model, head, visual, other)
             if logits.ndim != 2 or logits.shape[1] < classes:

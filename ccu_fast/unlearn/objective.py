@@ -234,9 +234,13 @@ def unclassify_loss(logits: Tensor, labels: Tensor) -> Tensor:
     check.shape("labels", labels, [len(logits)])
     if logits.shape[1] < 2:
         raise ValueError(f"logits: expected at least two classes, got shape {list(logits.shape)}")
-    at = labels[:, None].long()
-    other = logits.scatter(1, at, -torch.inf)
-    return softplus(logits.gather(1, at)[:, 0] - other.logsumexp(1)).sum() / max(len(logits), 1)
+    return softplus(class_log_odds(logits, labels.long())).sum() / max(len(logits), 1)
+
+
+def class_log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """log(p_y / (1 - p_y)) of each row, ``[N]``: z_y − logsumexp of the other logits."""
+    own = labels[:, None]
+    return logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).logsumexp(1)
 
 
 def level_loss(log_odds: Tensor, levels: Tensor, *, width: float = 0.2) -> Tensor:

@@ -39,7 +39,7 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str], keep: Collection[s
             parameter.requires_grad_(False)
     for prefix, module in model.named_modules():
         if any(_joined(prefix, name) in keep for name, _ in module.named_buffers(recurse=False)):
-            module.eval()
+            module.training = False  # of this layer alone: what it is made of may be of the other side
     if any(p.requires_grad for p in model.parameters()):
         return
     if keep:
@@ -58,11 +58,13 @@ def parameters_of_other(model: TwoModalityModel, data: PairedData) -> frozenset[
         data: its first item is embedded to see.
     """
     # On a copy, in evaluation mode: neither statistics nor gradients of the model may change.
-    model = copy.deepcopy(model).eval().requires_grad_(True)
-    named = dict(model.named_parameters())
+    model = copy.deepcopy(model).eval()
+    named = {name: p.requires_grad_(True) for name, p in model.named_parameters() if p.is_floating_point()}
     found = model.embed_other(data.batch(torch.zeros(1, dtype=torch.long, device=data.ids.device)).other)
     if "other" in heads(model):
         found = torch.cat([found.flatten(), model.classify_other(found).flatten()])
+    if not found.requires_grad:  # embeddings that come ready, from no parameter
+        return frozenset()
     gradients = torch.autograd.grad(found.sum(), list(named.values()), allow_unused=True)
     return frozenset(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None)
 

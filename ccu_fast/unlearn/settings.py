@@ -112,7 +112,7 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
     options = {key: value for key, value in data.items() if key not in ("path", "unseen")}
     if options and (not named or data["path"].endswith(".npz")):
         raise ValueError(f"settings: expected {', '.join(options)} in [data] with captions and a named model only")
-    if "unseen" in data and data["unseen"] == data["path"]:
+    if "unseen" in data and (path.parent / data["unseen"]).resolve() == (path.parent / data["path"]).resolve():
         raise ValueError(f"settings: expected other pairs as unseen in [data] of {path}, got the same {data['path']!r}")
     budget = from_table(Budget, tables["budget"], "settings [budget]", path)
     config = from_table(partial(UnlearnConfig, forget=kind), tables["ccu"], "settings [ccu]", path)

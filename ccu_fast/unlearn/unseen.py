@@ -26,6 +26,7 @@ from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import OTHER
 from ccu_fast.unlearn.loop import embed, embed_visual
 from ccu_fast.unlearn.model import CLIP_SCALE, TwoModalityModel, heads
+from ccu_fast.unlearn.objective import class_log_odds
 
 UNSEEN = 256  # unseen items whose log-odds are taken, in every step if they are not stand-ins
 PARTNERS = 512  # frozen other embeddings among which a pair's partner is sought
@@ -46,7 +47,7 @@ class Levels:
         seed: of the samples.
 
     Raises:
-        ValueError: no unseen items, and inputs that cannot be blended.
+        ValueError: no unseen items, and inputs that cannot be blended; pairs, and nothing retained to tell them from.
     """
 
     def __init__(
@@ -69,6 +70,9 @@ class Levels:
         visual, self.unseen_other = embed(frozen, self.unseen)
         partners = sample(retain, PARTNERS, seed + 1)
         self.keys, self.key_ids = embed(frozen, partners)[1], partners.ids // group
+        own_things = torch.cat([forget.ids, self.unseen.ids]) // group
+        if not self.by_class and len(self.key_ids.unique()) == 1 and bool((own_things == self.key_ids[0]).any()):
+            raise ValueError("retain: expected items of another thing too, got views of one that is to be forgotten")
         with torch.no_grad():
             self.at_start = self.log_odds(frozen, visual, self.unseen_other, self.unseen)
             own = self.log_odds(frozen, u0, a0, forget)
@@ -106,12 +110,6 @@ class Levels:
     @staticmethod
     def _quantiles(log_odds: Tensor, ranks: Tensor) -> Tensor:
         return log_odds.double().quantile(ranks).to(log_odds.dtype)
-
-
-def class_log_odds(logits: Tensor, labels: Tensor) -> Tensor:
-    """log(p_y / (1 - p_y)) of each row, ``[N]``: z_y − logsumexp of the other logits."""
-    own = labels[:, None]
-    return logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).logsumexp(1)
 
 
 def sample(data: PairedData, count: int, seed: int) -> PairedData:

@@ -78,10 +78,33 @@ def test_a_run_goes_to_their_level_and_is_judged_by_them(folder: Path) -> None:
     assert stored["provenance"]["unseen_sha256"] == _data_hash(unseen)
 
 
+def test_of_a_forgotten_class_unseen_items_are_to_be_forgotten_too(folder: Path) -> None:
+    fresh = toy(60, seed=5)
+    np.savez(folder / "unseen.npz", visual=fresh.visual, other=fresh.other, labels=NAMES[fresh.labels])
+    text = TOML.replace('kind = "instances"\nids = [3, 9, 12, 25, 31]', 'kind = "class"\nclasses = ["bee"]')
+    (folder / "settings.toml").write_text(text.replace("steps = 12", "steps = 40"))
+    result = run_job(read_job(folder / "settings.toml"), folder / "out")
+    assert result is not None
+    assert result["sizes"]["unseen, to forget items"] == int((fresh.labels == 1).sum())
+    after = {name: value for name, _, value in result["rows"]}
+    assert after["unseen, to forget: visual, accuracy"] < 0.1 < 0.9 < after["unseen: visual, accuracy"]
+    # Against all unseen items the area would be near 0: other classes are still known.
+    assert abs(after["membership of forgotten against unseen, AUC"] - 0.5) < 0.25
+    assert result["verdict"]["kind"] == "passed"
+
+
+def test_unseen_items_are_no_views_of_a_thing_of_the_data(folder: Path) -> None:
+    (folder / "settings.toml").write_text(TOML + "[ccu]\ngroup = 7\n")
+    _, data, _, unseen = load(read_job(folder / "settings.toml"))
+    assert unseen is not None
+    assert not torch.isin(unseen.ids // 7, data.ids // 7).any()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ('"unseen.npz"', '"pairs.npz"', r"settings: expected other pairs as unseen in \[data\]"),
+        ('"unseen.npz"', '"./pairs.npz"', r"settings: expected other pairs as unseen in \[data\]"),
         ('"unseen.npz"', '"nothing.npz"', "path: expected an existing folder, .npz or .csv file, got .*nothing.npz"),
         ('"unseen.npz"', "7", r"settings: expected text as unseen in \[data\]"),
         ('"unseen.npz"', '"elephants.npz"', "unseen: expected classes of the data, got elephant in .*elephants.npz"),

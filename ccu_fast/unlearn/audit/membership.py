@@ -9,6 +9,7 @@ from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.loop import Answers, answers
 from ccu_fast.unlearn.model import TwoModalityModel
+from ccu_fast.unlearn.objective import class_log_odds
 
 ATTACKS = ("confidence", "entropy")
 
@@ -57,8 +58,7 @@ def confidence(found: Answers) -> Tensor:
     """
     if "visual" not in found.logits:
         return (found.visual.double() * found.other.double()).sum(1)
-    logits, own = found.logits["visual"].double(), found.data.labels[:, None]
-    return logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).logsumexp(1)
+    return class_log_odds(found.logits["visual"].double(), found.data.labels)
 
 
 def certainty(found: Answers) -> Tensor:
