@@ -343,11 +343,6 @@ def chances(*parts: PairedData) -> list[float]:
     return [float(chance.double().mean()) for chance in by_item]
 
 
-def nearest(x: Tensor, y: Tensor) -> Tensor:
-    """For each row of x the row of y with the largest inner product."""
-    return torch.cat([(part @ y.T).argmax(1) for part in x.split(CHUNK)])
-
-
 def embed(model: TwoModalityModel, data: PairedData) -> tuple[Tensor, Tensor]:
     """Visual and other embeddings ``[N, D]`` of all items, in evaluation mode."""
     with evaluating(model):

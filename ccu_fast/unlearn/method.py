@@ -46,7 +46,7 @@ from ccu_fast.unlearn.objective import (
     separation_loss,
     unclassify_loss,
 )
-from ccu_fast.unlearn.parameters import buffers_of_other, parameters_of_other
+from ccu_fast.unlearn.parameters import buffers_of_other, matches, parameters_of_other, parameters_of_visual
 from ccu_fast.unlearn.unseen import POOL, Levels, comparable, nearest, sample
 
 DAMPENED_AT_ONCE = 32  # items whose mean gradient is squared: as good as one by one, in a tenth of the time
@@ -65,9 +65,6 @@ def run_ccu(
     more: list[Any] = [asdict(config)]
     if unseen is not None:
         more.append(tensors_hash({name: getattr(unseen, name) for name in ("visual", "other", "labels", "ids")}))
-    keep: frozenset[str] = frozenset()
-    if config.keep == "exact":
-        keep = parameters_of_other(original, forget) | buffers_of_other(original, forget)
     return run(
         original,
         forget,
@@ -76,12 +73,30 @@ def run_ccu(
         config.budget,
         seed=config.seed,
         trainable=config.trainable,
-        keep=keep,
+        keep=kept_exactly(original, forget, config) if config.keep == "exact" else (),
         saliency=config.saliency,
         start=partial(damage, config, forget, retain) if config.used("dampen") else None,
         more=more,
         **options,
     )
+
+
+def kept_exactly(model: TwoModalityModel, forget: PairedData, config: UnlearnConfig) -> frozenset[str]:
+    """The names of the parameters and buffers that the other modality depends on.
+
+    Raises:
+        ValueError: the visual embeddings depend on nothing else that may change; only heads could then hide what the
+            embeddings still tell.
+    """
+    kept = parameters_of_other(model, forget)
+    free = {name for name, p in model.named_parameters() if p.requires_grad and matches(name, config.trainable)}
+    visual = parameters_of_visual(model, forget) & free
+    if visual and visual <= kept:
+        raise ValueError(
+            'keep: expected keep="trained" for a model whose visual embeddings depend on no trainable parameter that '
+            'the other modality does not depend on, got "exact"'
+        )
+    return kept | buffers_of_other(model, forget)
 
 
 def damage(config: UnlearnConfig, forget: PairedData, retain: PairedData, model: TwoModalityModel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -35,7 +35,7 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str], keep: Collection[s
                 "which matches none"
             )
     for name, parameter in model.named_parameters():
-        if name in keep or not any(fnmatchcase(name, pattern) for pattern in patterns):
+        if name in keep or not matches(name, patterns):
             parameter.requires_grad_(False)
     for prefix, module in model.named_modules():
         if any(_joined(prefix, name) in keep for name, _ in module.named_buffers(recurse=False)):
@@ -50,6 +50,11 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str], keep: Collection[s
     raise ValueError(f"trainable: expected patterns that leave something to train, got {list(patterns)}")
 
 
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a parameter's name is one of those that the shell patterns mean."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def parameters_of_other(model: TwoModalityModel, data: PairedData) -> frozenset[str]:
     """The names of the parameters that the other modality's embeddings or head depend on.
 
@@ -57,12 +62,26 @@ def parameters_of_other(model: TwoModalityModel, data: PairedData) -> frozenset[
         model: not changed.
         data: its first item is embedded to see.
     """
+
+    def outputs(model: TwoModalityModel, item: PairedData) -> Tensor:
+        found = model.embed_other(item.other)
+        return torch.cat([found.flatten(), model.classify_other(found).flatten()]) if "other" in heads(model) else found
+
+    return _parameters_of(outputs, model, data)
+
+
+def parameters_of_visual(model: TwoModalityModel, data: PairedData) -> frozenset[str]:
+    """The names of the parameters that the visual embeddings depend on; arguments as above."""
+    return _parameters_of(lambda model, item: model.embed_visual(item.visual), model, data)
+
+
+def _parameters_of(
+    outputs: Callable[[TwoModalityModel, PairedData], Tensor], model: TwoModalityModel, data: PairedData
+) -> frozenset[str]:
     # On a copy, in evaluation mode: neither statistics nor gradients of the model may change.
     model = copy.deepcopy(model).eval()
     named = {name: p.requires_grad_(True) for name, p in model.named_parameters() if p.is_floating_point()}
-    found = model.embed_other(data.batch(torch.zeros(1, dtype=torch.long, device=data.ids.device)).other)
-    if "other" in heads(model):
-        found = torch.cat([found.flatten(), model.classify_other(found).flatten()])
+    found = outputs(model, data.batch(torch.zeros(1, dtype=torch.long, device=data.ids.device)))
     if not found.requires_grad:  # embeddings that come ready, from no parameter
         return frozenset()
     gradients = torch.autograd.grad(found.sum(), list(named.values()), allow_unused=True)

@@ -44,7 +44,7 @@ class Levels:
         u0, a0: visual and other embeddings of the forget set under the original model.
         unseen: items never trained on, of the same kind; None for stand-ins.
         group: items with equal ``ids // group`` are views of one thing.
-        seed: of the samples.
+        seed: of the samples of the retain set; of more unseen items than are used always the same are.
 
     Raises:
         ValueError: no unseen items, and inputs that cannot be blended; pairs, and nothing retained to tell them from.
