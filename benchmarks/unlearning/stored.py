@@ -13,6 +13,7 @@ from ccu_fast.unlearn.study.compare import best_baseline
 from ccu_fast.unlearn.study.run import ALWAYS, METHODS
 from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 
+DERIVED = ("gap_to_gold", "mia_gap", "worst_gap", "verdict")  # of a row: what follows from its figures and gold's
 PART = ("task", "scenario", "seed")  # of a part's setting: what tells it from the others
 
 
@@ -23,7 +24,7 @@ def in_rows(results: dict[str, Any]) -> dict[str, Any]:
         {
             **{key: part["setting"][key] for key in PART},
             "method": method,
-            "metrics": metrics,
+            "metrics": _measured(metrics),
             "cost": part["cost"][method],
         }
         for part in parts
@@ -75,13 +76,17 @@ def merged(old: dict[str, Any], new: dict[str, Any], *, some_methods: bool = Fal
 
 def _with_others(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The new part with the figures of the methods that the old one has and the new one has not."""
-    if any(old["metrics"].get(name) != new["metrics"][name] for name in ALWAYS):
+    if any(_measured(old["metrics"].get(name, {})) != _measured(new["metrics"][name]) for name in ALWAYS):
         return new
     found = {}
     for kind in ("metrics", "cost"):
         both = {**old[kind], **new[kind]}
         found[kind] = {name: both[name] for name in METHODS if name in both}
     return {**new, **found, "best_baseline": best_baseline(found["metrics"])}
+
+
+def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metrics.items() if key not in DERIVED}
 
 
 @contextmanager
