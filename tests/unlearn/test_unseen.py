@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,17 +75,29 @@ def all_of(levels: Levels, model: nn.Module) -> Tensor:
 class TestLevels:
     def test_are_quantiles_of_unseen_items_at_the_ranks_among_the_items_to_forget(self, model: FusionModel) -> None:
         forget, retain = toy_unlearn.split("instances")
-        twice = torch.cat([torch.arange(8), torch.tensor([3, 5])])  # two items tie
-        forget = PairedData(forget.visual[twice], forget.other[twice], forget.labels[twice])
         levels = levels_of(model, forget, retain, NEW)
         found = [class_log_odds(model.classify_visual(model.embed_visual(d.visual)), d.labels) for d in (forget, NEW)]
         expected = plain_levels(*found)
-        assert expected[3] == expected[8] and expected.unique().numel() == 8
         torch.testing.assert_close(all_of(levels, model), expected.float(), rtol=1e-5, atol=1e-5)
         rows = torch.tensor([4, 0, 9])
         torch.testing.assert_close(levels.of(model, rows), expected[rows].float(), rtol=1e-5, atol=1e-5)
         assert not levels.of(model, rows).requires_grad
         assert expected.mean() < found[0].mean()  # trained items are more certain than unseen ones
+
+    def test_of_equal_items_are_equal(self, model: FusionModel) -> None:
+        class Told(Levels):
+            """The log-odds are the first number of the input: equal ones are so to the bit."""
+
+            def log_odds(self, model: Any, visual: Tensor, other: Tensor, data: PairedData) -> Tensor:
+                return data.visual[:, 0]
+
+        forget, retain = toy_unlearn.split("instances")
+        twice = torch.cat([torch.arange(8), torch.tensor([3, 5])])
+        forget = PairedData(forget.visual[twice], forget.other[twice], forget.labels[twice])
+        levels = Told(model, forget, retain, *embed(model, forget), NEW, group=1, seed=0)
+        expected = plain_levels(forget.visual[:, 0], NEW.visual[:, 0])
+        assert expected[3] == expected[8] and expected[5] == expected[9] and expected.unique().numel() == 8
+        torch.testing.assert_close(all_of(levels, model), expected.float(), rtol=1e-5, atol=1e-5)
 
     def test_move_with_the_model_unless_they_are_of_stand_ins(self, model: FusionModel) -> None:
         forget, retain = toy_unlearn.split("instances")
