@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,13 @@ class Checkpoint:
             raise ValueError(f"checkpoint: expected a path in an existing folder, got {self.path}")
 
 
-def fingerprint(state: Mapping[str, Tensor], forget: PairedData, retain: PairedData, settings: Any) -> str:
-    """SHA-256 of a model's weights, both sets and the settings: equal ones give equal runs.
+def fingerprint(state: Mapping[str, Tensor], parts: Iterable[PairedData], settings: Any) -> str:
+    """SHA-256 of a model's weights, all sets and the settings: equal ones give equal runs.
 
     Raises:
         ValueError: the weights are not tensors alone.
     """
-    sets = [{"visual": d.visual, "other": d.other, "labels": d.labels, "ids": d.ids} for d in (forget, retain)]
+    sets = [{"visual": d.visual, "other": d.other, "labels": d.labels, "ids": d.ids} for d in parts]
     return json_hash([settings, tensors_hash(only_tensors(state)), *map(tensors_hash, sets)])
 
 

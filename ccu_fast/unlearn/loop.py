@@ -125,6 +125,7 @@ def run(
     progress: Progress | None = None,
     stage: str = "unlearn",
     more: Any = None,
+    unseen: PairedData | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Run:
     """Unlearn a copy of ``original`` with Adam.
@@ -145,7 +146,8 @@ def run(
         checkpoint: where the state is written; a run that finds one there goes on from it and ends as it would have.
         progress: called every few steps as progress(stage, done, total, note).
         stage: what progress is told first.
-        more: what else decides the result, of JSON: a checkpoint or a process with another is not of this run.
+        more, unseen: what else decides the result, of JSON and as items: a checkpoint or a process with another is not
+            of this run.
         group: processes that share the run, each called with the same arguments and embedding its part of every batch
             (:mod:`ccu_fast.unlearn.parallel`); the result is that of one process but for rounding, on all of them. The
             first reports progress, reads and writes the checkpoint and decides when to stop. None: this one alone.
@@ -167,7 +169,8 @@ def run(
         "stage": stage,
         "more": [checkpoint and checkpoint.settings, more],
     }
-    key = fingerprint(original.state_dict(), forget, retain, settings) if checkpoint or group else ""
+    parts = [part for part in (forget, retain, unseen) if part is not None]
+    key = fingerprint(original.state_dict(), parts, settings) if checkpoint or group else ""
     device = forget.labels.device
     rows = min(budget.batch, len(forget), len(retain))
     together = Alone() if group is None else Shared(group, key, rows, device)

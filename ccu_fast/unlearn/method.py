@@ -31,7 +31,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
-from ccu_fast.runs.provenance import tensors_hash
 from ccu_fast.unlearn.baselines.ssd import dampen
 from ccu_fast.unlearn.config import UnlearnConfig
 from ccu_fast.unlearn.loop import Batch, Run, embed, embed_visual, evaluating, run
@@ -62,9 +61,6 @@ def run_ccu(
     **options: Any,
 ) -> Run:
     """CCU in the loop with all that its configuration says; the options are those of :func:`.loop.run`."""
-    more: list[Any] = [asdict(config)]
-    if unseen is not None:
-        more.append(tensors_hash({name: getattr(unseen, name) for name in ("visual", "other", "labels", "ids")}))
     return run(
         original,
         forget,
@@ -76,7 +72,8 @@ def run_ccu(
         keep=kept_exactly(original, forget, config) if config.keep == "exact" else (),
         saliency=config.saliency,
         start=partial(damage, config, forget, retain) if config.used("dampen") else None,
-        more=more,
+        more=asdict(config),
+        unseen=unseen,
         **options,
     )
 
