@@ -135,7 +135,8 @@ def _measured(name: str, by_seed: dict[str, Any]) -> Contestant:
     means, gold = (mean_figures([value["metrics"][key] for value in seeds]) for key in (name, GOLD))
     average = spread([value["metrics"][name]["average_gap"] for value in seeds], digits=2)
     time = spread([value["cost"][name]["ratio"] for value in seeds], digits=2)
-    return _contestant(name, seeds[0]["metrics"][name].get("label", _label(name)), means, gold, average, time)
+    label = seeds[0]["metrics"][name].get("label", METHODS.get(name, name))
+    return _contestant(name, label, means, gold, average, time)
 
 
 def _contestant(
@@ -150,8 +151,3 @@ def _competes(name: str) -> bool:
     """No retrained model, no untouched one and no ablation."""
     base = name.removesuffix(TOLD)
     return base == OURS or not (base == "original" or base.startswith(("gold_", f"{OURS}_")))
-
-
-def _label(name: str) -> str:
-    base = name.removesuffix(TOLD)
-    return METHODS.get(base, base) + name[len(base) :]
