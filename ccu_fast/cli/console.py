@@ -19,6 +19,7 @@ from ccu_fast.files import FULL
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+ALARMED = 3  # where a model must not be used as it is (:mod:`ccu_fast.unlearn.alarms`)
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 # The checks of this package name the argument first; an error without a name is a bug.
 NAMED = re.compile(r"[\w\[\], ./-]+: ")
@@ -38,7 +39,7 @@ def one_sentence(command: str, *, goes_on: bool = True) -> Iterator[None]:
         goes_on: whether the same command, given again, goes on where this one was.
 
     Raises:
-        SystemExit: 1, or 130 after Ctrl-C.
+        SystemExit: 1; 3 for an error that is an alarm; 130 after Ctrl-C.
     """
     try:
         yield
@@ -50,9 +51,13 @@ def one_sentence(command: str, *, goes_on: bool = True) -> Iterator[None]:
         if told is None:
             raise
         # Notes are those of files.after_the_work.
-        said = "; ".join([_as_typed(told, FLAGS.get(command, {})), *getattr(error, "__notes__", ())])
-        print(f"{f'ccu-fast {command}'.strip()}: {' '.join(said.split())}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1) from None
+        flags, alarm = FLAGS.get(command, {}), getattr(error, "alarm", None)
+        said = "; ".join([_as_typed(told, flags), *getattr(error, "__notes__", ())])
+        if alarm is not None:
+            said = f"{alarm.name}: {said}; {_as_typed(alarm.advice, flags)}"
+        _print(command, said)
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1 if alarm is None else ALARMED
+        raise SystemExit(code) from None
 
 
 @contextmanager
@@ -74,6 +79,15 @@ def tidied() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def tell(command: str, said: str) -> None:
+    """One line of a command on stderr, with options named as on the command line."""
+    _print(command, _as_typed(said, FLAGS.get(command, {})))
+
+
+def _print(command: str, said: str) -> None:
+    print(f"{f'ccu-fast {command}'.strip()}: {' '.join(said.split())}", file=sys.stderr)
 
 
 def nobody_reads() -> None:

@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line, by default the process's own.
 
     Returns:
-        The exit status: 0, 1 for what cannot be done here, 2 for a wrong command line, 130 after Ctrl-C.
+        The exit status: 0, 1 for what cannot be done here, 2 for a wrong command line, 3 for an unlearned model that
+        is not to be used, 130 after Ctrl-C.
     """
     # What Pillow remarks on single pictures; what is wrong with one that cannot be used is an error of ours.
     warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -11,7 +11,7 @@ import torch
 import typer
 
 from ccu_fast import check, extras
-from ccu_fast.cli.console import live, one_sentence
+from ccu_fast.cli.console import ALARMED, live, one_sentence, tell
 from ccu_fast.cli.options import Fields, with_fields
 from ccu_fast.distributed.ranks import own_device
 from ccu_fast.files import after_the_work
@@ -46,7 +46,8 @@ def unlearn(
 ) -> None:
     """Take the visual knowledge of a forget set out of a trained model; a killed run goes on where it was.
 
-    With torchrun, processes share a run.
+    With torchrun, processes share a run. Exit status 3: the model is not to be used (not forgotten, retain collapsed,
+    nothing trainable matches).
     """
     if compare == (settings is not None):
         print("ccu-fast unlearn: expected a settings file or --compare", file=sys.stderr)
@@ -77,22 +78,30 @@ def _run(
 ) -> None:
     from rich.console import Console
 
-    from ccu_fast.cli.report.page import write_run
+    from ccu_fast.cli.report.page import write_failure, write_run
     from ccu_fast.cli.report.tables import before_after_table, show, told
     from ccu_fast.unlearn.job import run_job
     from ccu_fast.unlearn.settings import read_job
 
     job = replace(read_job(settings, overrides), device=device)
     with live(quiet or int(os.environ.get("RANK", "0")) > 0) as progress:
-        result = run_job(job, out, fresh=fresh, progress=progress)
-    if result is None:  # the first process has written it
-        return
-    with after_the_work(f"the unlearned model and results.json are in {out}"):
-        write_run(result, out / "report.html")
-        if not quiet:
-            print(told(result["verdict"]))
-            show(before_after_table(result["rows"]), Console())
-        print(f"{out / 'model.safetensors'}  {out / 'report.html'}")
+
+        def report(result: dict[str, Any]) -> None:
+            with after_the_work(f"the unlearned model and results.json are in {out}"), progress.paused():
+                if "rows" not in result:  # the error is told where it ends the command
+                    write_failure(result["alarm"], out / "report.html")
+                    return
+                write_run(result, out / "report.html")
+                if result["alarm"]:
+                    tell("unlearn", result["alarm"]["text"])
+                if not quiet:
+                    print(told(result["verdict"]))
+                    show(before_after_table(result["rows"]), Console())
+                print(f"{out / 'model.safetensors'}  {out / 'report.html'}", flush=True)
+
+        alarm = run_job(job, out, fresh=fresh, progress=progress, report=report)["alarm"]
+    if alarm:
+        raise SystemExit(ALARMED)
 
 
 def _compare(out: Path, tasks: list[str] | None, scenarios: list[str] | None, seeds: int, quiet: bool) -> None:

@@ -10,6 +10,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -153,10 +154,11 @@ class Ranks:
 
 
 @contextmanager
-def processes(device: torch.device) -> Iterator[tuple[int, int]]:
+def processes(device: torch.device, *, timeout: timedelta | None = None) -> Iterator[tuple[int, int]]:
     """(rank, number of processes) as ``torchrun`` started them; (0, 1) without it. gloo on CPUs, NCCL on GPUs.
 
-    Of several processes each makes its GPU the current one, which NCCL sends objects from.
+    Of several processes each makes its GPU the current one, which NCCL sends objects from. ``timeout``: how long one
+    may wait for the others; by default torch's.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or dist.is_initialized():
@@ -167,7 +169,7 @@ def processes(device: torch.device) -> Iterator[tuple[int, int]]:
     # torch imports this at an optimizer's first step. Its functions then take the group of that time for their default:
     # it would never end, and Python would end under its threads, now and then with an abort.
     importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,22 +25,34 @@ from ccu_fast.files import after_the_work, locked, output_folder, readable, writ
 from ccu_fast.models.clip import ClipEncoder
 from ccu_fast.models.named import Model, named_model
 from ccu_fast.models.weights import from_checkpoint
-from ccu_fast.runs.checkpoint import Checkpoint, read_state
+from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.progress import Progress
 from ccu_fast.runs.provenance import save_model, saved_state, tensors_hash
+from ccu_fast.unlearn.alarms import KEPT, NotFinite, alarm_of, kept_places
 from ccu_fast.unlearn.audit import auc, verdict_without_gold
 from ccu_fast.unlearn.audit.membership import confidence
+from ccu_fast.unlearn.audit.verdict import with_lost_places
+from ccu_fast.unlearn.card import card
 from ccu_fast.unlearn.loop import answers, chances, embed, right_shares
-from ccu_fast.unlearn.method import run_ccu
+from ccu_fast.unlearn.method import check_trainable, run_ccu
 from ccu_fast.unlearn.model import TwoModalityModel, check_problem
+from ccu_fast.unlearn.outputs import json_of, take, write_failure
+from ccu_fast.unlearn.parameters import matches
 from ccu_fast.unlearn.settings import Job
 
-WRITTEN = ("checkpoint.pt", "model.safetensors", "results.json", "report.html")  # the last by the command
+PATIENCE = timedelta(days=1)  # that processes have with the first one's figures
 UNSEEN, UNSEEN_OF_CLASS = "unseen", "unseen, to forget"  # sets in the rows of a result
 SHOWN = 20  # names of classes in an error
 
 
-def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | None = None) -> dict[str, Any] | None:
+def run_job(
+    job: Job,
+    out: Path,
+    *,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Load, check, unlearn, save.
 
     Under ``torchrun`` the processes share the run (:mod:`ccu_fast.unlearn.parallel`): each loads the model and the data
@@ -48,73 +60,81 @@ def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | No
 
     Args:
         job: the settings.
-        out: folder of ``model.safetensors``, ``results.json`` and ``checkpoint.pt``; made if needed. A killed run goes
-            on from its checkpoint; a finished one is not run again.
+        out: folder of ``model.safetensors``, ``card.md``, ``results.json`` and ``checkpoint.pt``; made if needed. A
+            killed run goes on from its checkpoint; a finished one is not run again.
         fresh: throw what an earlier run left in ``out`` away first.
         progress: called every few steps as progress(stage, done, total, note).
+        report: called on the first process with the result, or with the alarm of a run that failed, once all else is
+            written; the others wait for it.
 
     Returns:
-        What ``results.json`` holds: "provenance" (as in the saved model), "cost", "verdict" ("kind" and "text" of
+        What ``results.json`` holds: "alarm" (:mod:`ccu_fast.unlearn.alarms`; None for none), "provenance" (as in the
+        saved model), "cost", "verdict" ("kind" and "text" of
         :func:`ccu_fast.unlearn.audit.verdict_without_gold`), "sizes", "losses", "rows" (name, before, after) and, for a
         model without heads or items without labels, the "pool" that a pair's partner is sought in, with the share that
-        would be right by chance. Besides, "embeddings" for a picture. None on the processes that are not the first.
+        would be right by chance. Besides, "embeddings" for a picture. On the processes that are not the first "alarm"
+        alone.
 
     Raises:
         OSError: ``out`` cannot be written, holds such files that are not of an earlier run, or has another process at
             work in it.
+        NotFinite: the steps made the loss or a weight infinite; ``results.json`` then holds the alarm alone.
         ValueError, TypeError, FloatingPointError, ImportError: see :func:`ccu_fast.unlearn.unlearn`, ``read_job`` and
             ``load_pairs``.
     """
     model, data, names, unseen = load(job)
+    job = replace(job, config=replace(job.config, trainable=in_own_names(model, job.config.trainable)))
     model = model.to(job.device)
     forget, retain = (part.to(job.device) for part in split(data, job, names))
     unseen = None if unseen is None else unseen.to(job.device)
     check_problem(model, forget, retain, job.config.forget, names.classes, unseen=unseen)
+    check_trainable(model, forget, job.config)
     saved_state(_own(model))  # what cannot be written is refused before the work
     output_folder(out)
     written = out / "model.safetensors"
-    with processes(job.device) as (rank, world), locked(out / f"lock-{rank}"):
-        take = partial(_take, out, job, fresh)
-        Ranks().of_first(take) if world > 1 else take()
+    with processes(job.device, timeout=PATIENCE) as (rank, world), locked(out / f"lock-{rank}"):
+        of_first = Ranks().of_first if world > 1 else _called
+        of_first(partial(take, out, job, fresh))
         checkpoint = Checkpoint(out / "checkpoint.pt", settings=asdict(job.config))
-        done = run_ccu(
-            model,
-            forget,
-            retain,
-            job.config,
-            unseen=None if job.config.forget == "class" else unseen,
-            checkpoint=checkpoint,
-            progress=progress,
-            group=dist.group.WORLD if world > 1 else None,
-        )
-        if rank:
-            return None
-        with after_the_work(f"the finished run is in {checkpoint.path}"):
-            provenance = save_model(_own(done.model), written, _provenance(job, model, forget, retain, unseen, world))
-        with after_the_work(f"the unlearned model is in {written}"):
-            cost = {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)}
-            figures = _figures(model, done.model, forget, retain, unseen, job.config.forget)
-            result = {"provenance": provenance, "cost": cost, **figures}
-            result["losses"] = done.losses
-            write_whole(out / "results.json", json.dumps(result, indent=1) + "\n")
-            pictured = _embeddings(model, done.model, forget, retain) if data.labelled else None
-            return {**result, "embeddings": pictured}
+        try:
+            done = run_ccu(
+                model,
+                forget,
+                retain,
+                job.config,
+                unseen=None if job.config.forget == "class" else unseen,
+                checkpoint=checkpoint,
+                progress=progress,
+                group=dist.group.WORLD if world > 1 else None,
+            )
+        except NotFinite as error:
+            failure = {"alarm": error.alarm.because(str(error))}
+            of_first(partial(write_failure, failure, out, report))
+            raise
+
+        result: dict[str, Any] = {}
+
+        def finish() -> Any:
+            with after_the_work(f"the finished run is in {checkpoint.path}"):
+                made = save_model(_own(done.model), written, _provenance(job, model, forget, retain, unseen, world))
+            with after_the_work(f"the unlearned model is in {written}"):
+                cost = {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)}
+                figures = _figures(model, done.model, forget, retain, unseen, job.config.forget)
+                result.update(**figures, provenance=made, cost=cost, losses=done.losses)
+                write_whole(out / "results.json", json_of(result))
+                write_whole(out / "card.md", card(result))
+                result["embeddings"] = _embeddings(model, done.model, forget, retain) if data.labelled else None
+            if report is not None:
+                report(result)
+            return result["alarm"]
+
+        # Every process learns how the run ended, and only when all is written: torchrun ends all once one has.
+        alarm = of_first(finish)
+        return result or {"alarm": alarm}
 
 
-def _take(out: Path, job: Job, fresh: bool) -> None:
-    """Make sure that nothing is lost when the files of a run are written, and remove those of an earlier run."""
-    files = [out / name for name in WRITTEN]
-    there = [file for file in files if file.exists()]
-    for file in there:
-        if file.is_dir():
-            raise IsADirectoryError(f"out: expected a file {file.name} or none in {out}, got a folder")
-        if job.weights is not None and file.samefile(job.weights):
-            raise FileExistsError(f"out: expected another folder than that of the weights, {file}, got {out}")
-    checkpoint = out / "checkpoint.pt"
-    if there and not (checkpoint.exists() and "key" in read_state(checkpoint, "checkpoint")):
-        raise FileExistsError(f"out: expected a folder without {there[0].name}, or an earlier run's, got {out}")
-    for file in there if fresh else ():
-        file.unlink()
+def _called(make: Callable[[], Any]) -> Any:
+    return make()
 
 
 def _provenance(
@@ -142,7 +162,7 @@ def _figures(
     unseen: PairedData | None,
     kind: str,
 ) -> Any:
-    """What both models make of the sets: "sizes", "rows", "pool" and "verdict" of a result."""
+    """What both models make of the sets: "alarm", "verdict", "sizes", "rows" and "pool" of a result."""
     parts = {"forget": forget, "retain": retain}
     items = len(forget) + len(retain)
     found = [[answers(model, part) for part in parts.values()] for model in (before, after)]
@@ -179,7 +199,13 @@ def _figures(
         forget="pairs" if ranked else kind,
         sizes={named[name]: len(part) for name, part in parts.items()},
     )
+    kept = kept_places(*(of_both[1].visual for of_both in found))
+    if kept is not None:
+        rows.append(("retain: visual embeddings, correlation with those before", 1.0, kept))
+        if kept < KEPT:
+            verdict = with_lost_places(verdict, kept, KEPT)
     return {
+        "alarm": alarm_of(verdict),
         "verdict": asdict(verdict),
         "sizes": {f"{name} items": len(part) for name, part in parts.items()},
         "rows": rows,
@@ -315,6 +341,13 @@ def _wanted(job: Job) -> Sequence[str]:
         raise ValueError(f"ids: expected a file, got {job.ids}, which is not there")
     with readable(job.ids, "ids"):
         return list(filter(None, map(str.strip, job.ids.read_text(encoding="utf-8-sig").splitlines())))
+
+
+def in_own_names(model: Any, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Patterns of a library's own names of parameters, as the CLIP that wraps its model has them."""
+    names = [name for name, _ in model.named_parameters()]
+    wrapped = isinstance(model, ClipEncoder)
+    return tuple(p if not wrapped or any(matches(name, [p]) for name in names) else f"model.{p}" for p in patterns)
 
 
 def _own(model: Any) -> Any:

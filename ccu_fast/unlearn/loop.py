@@ -19,6 +19,7 @@ from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.checkpoint import Checkpoint, Keeper, fingerprint
 from ccu_fast.runs.progress import Clock, Progress
 from ccu_fast.runs.retrieval import retrieval_ranks, shared_groups
+from ccu_fast.unlearn.alarms import NotFinite
 from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of
 from ccu_fast.unlearn.parallel import Alone, Shared
@@ -209,7 +210,7 @@ def run(
         loss = step_loss(towers, batch)
         value = loss.item()
         if not math.isfinite(value):
-            raise FloatingPointError(_not_finite(f"the loss is {value}", stage, step, budget, keeper))
+            raise _not_finite(f"the loss is {value}", stage, step, budget, keeper)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         together.average_gradients(model)
@@ -227,7 +228,7 @@ def run(
             )
         if keeper is not None and (done or step % keeper.checkpoint.every == 0):
             if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
-                raise FloatingPointError(_not_finite("a weight is not finite", stage, step, budget, keeper))
+                raise _not_finite("a weight is not finite", stage, step, budget, keeper)
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -249,11 +250,12 @@ def _only_move(model: TwoModalityModel, batch: Batch, move: Move, memory: dict[s
     move()
 
 
-def _not_finite(what: str, stage: str, step: int, budget: Budget, keeper: Keeper | None) -> str:
+def _not_finite(what: str, stage: str, step: int, budget: Budget, keeper: Keeper | None) -> FloatingPointError:
     message = f"{stage}: {what} at step {step} of {budget.steps}"
-    if keeper is None or not keeper.written:
-        return message
-    return f"{message}; the state after step {keeper.written} is in {keeper.checkpoint.path}"
+    if keeper is not None and keeper.written:
+        message += f"; the state after step {keeper.written} is in {keeper.checkpoint.path}"
+    # Of the first loss the steps are not to blame, but the weights or the data.
+    return (FloatingPointError if step == 1 and what.startswith("the loss") else NotFinite)(message)
 
 
 @contextmanager

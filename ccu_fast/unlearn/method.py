@@ -22,15 +22,17 @@ used to be, because a head that keeps the old direction of their class brings th
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
+from ccu_fast.unlearn.alarms import NothingTrainable
 from ccu_fast.unlearn.baselines.ssd import dampen
 from ccu_fast.unlearn.config import UnlearnConfig
 from ccu_fast.unlearn.loop import Batch, Run, embed, embed_visual, evaluating, run
@@ -45,7 +47,13 @@ from ccu_fast.unlearn.objective import (
     separation_loss,
     unclassify_loss,
 )
-from ccu_fast.unlearn.parameters import buffers_of_other, matches, parameters_of_other, parameters_of_visual
+from ccu_fast.unlearn.parameters import (
+    buffers_of_other,
+    freeze_all_but,
+    matches,
+    parameters_of_other,
+    parameters_of_visual,
+)
 from ccu_fast.unlearn.unseen import POOL, Levels, comparable, nearest, sample
 
 DAMPENED_AT_ONCE = 32  # items whose mean gradient is squared: as good as one by one, in a tenth of the time
@@ -69,7 +77,7 @@ def run_ccu(
         config.budget,
         seed=config.seed,
         trainable=config.trainable,
-        keep=kept_exactly(original, forget, config) if config.keep == "exact" else (),
+        keep=kept_exactly(original, forget, config),
         saliency=config.saliency,
         start=partial(damage, config, forget, retain) if config.used("dampen") else None,
         more=asdict(config),
@@ -79,21 +87,32 @@ def run_ccu(
 
 
 def kept_exactly(model: TwoModalityModel, forget: PairedData, config: UnlearnConfig) -> frozenset[str]:
-    """The names of the parameters and buffers that the other modality depends on.
+    """The names of the parameters and buffers that stay as they are: with keep="exact" what the other modality uses.
 
     Raises:
-        ValueError: the visual embeddings depend on nothing else that may change; only heads could then hide what the
-            embeddings still tell.
+        NothingTrainable: the visual embeddings depend on nothing else that may change; only heads could then hide
+            what the embeddings still tell.
     """
+    if config.keep != "exact":
+        return frozenset()
     kept = parameters_of_other(model, forget)
     free = {name for name, p in model.named_parameters() if p.requires_grad and matches(name, config.trainable)}
     visual = parameters_of_visual(model, forget) & free
     if visual and visual <= kept:
-        raise ValueError(
+        raise NothingTrainable(
             'keep: expected keep="trained" for a model whose visual embeddings depend on no trainable parameter that '
             'the other modality does not depend on, got "exact"'
         )
     return kept | buffers_of_other(model, forget)
+
+
+def check_trainable(model: TwoModalityModel, forget: PairedData, config: UnlearnConfig) -> None:
+    """Raise an error that says why nothing, or nothing that would help, may change; the model is not changed.
+
+    Raises:
+        NothingTrainable: see :func:`.freeze_all_but` and :func:`kept_exactly`.
+    """
+    freeze_all_but(cast(nn.Module, copy.deepcopy(model)), config.trainable, kept_exactly(model, forget, config))
 
 
 def damage(config: UnlearnConfig, forget: PairedData, retain: PairedData, model: TwoModalityModel) -> None:

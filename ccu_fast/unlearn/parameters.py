@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ccu_fast.data.paired import PairedData
+from ccu_fast.unlearn.alarms import NothingTrainable
 from ccu_fast.unlearn.model import TwoModalityModel, heads, loss_on
 
 CHUNK = 256  # items whose gradient is taken at once
@@ -25,12 +26,12 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str], keep: Collection[s
             go to evaluation mode, in which a normalisation layer leaves its statistics alone.
 
     Raises:
-        ValueError: a pattern that matches nothing; nothing left to train, with ``keep`` or without.
+        NothingTrainable: a pattern that matches nothing; nothing left to train, with ``keep`` or without.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
+            raise NothingTrainable(
                 f"trainable: expected patterns of parameter names ({', '.join(names[:4])}, …), got {pattern!r}, "
                 "which matches none"
             )
@@ -43,11 +44,11 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str], keep: Collection[s
     if any(p.requires_grad for p in model.parameters()):
         return
     if keep:
-        raise ValueError(
+        raise NothingTrainable(
             f'keep: expected keep="trained" where the other modality depends on all that may change '
             f'({", ".join(patterns)}), got "exact"'
         )
-    raise ValueError(f"trainable: expected patterns that leave something to train, got {list(patterns)}")
+    raise NothingTrainable(f"trainable: expected patterns that leave something to train, got {list(patterns)}")
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

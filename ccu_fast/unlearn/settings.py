@@ -5,6 +5,7 @@ For example::
     [model]
     make = "my_package.models:make_model"     # a function without arguments
     weights = "trained.safetensors"           # its state_dict, also .pt
+    trainable = ["visual.*"]                  # patterns of the parameters that may change; all without it
     [data]
     path = "pairs.npz"                        # see ccu_fast.data.load.load_pairs
     unseen = "validation.npz"                 # pairs never trained on: for instances and pairs, and for the verdict
@@ -45,8 +46,9 @@ from ccu_fast.data.names import canonical
 from ccu_fast.runs.settings import from_table, read_toml, with_known_keys
 from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
 
+OF_MODEL = ("trainable",)  # fields of UnlearnConfig that may also stand in [model]
 TABLES: dict[str, tuple[str, ...]] = {
-    "model": ("make", "name", "weights"),
+    "model": ("make", "name", "weights", *OF_MODEL),
     "data": ("path", "unseen", *(f.name for f in fields(Options))),
     "forget": ("kind", "classes", "ids"),
     "ccu": tuple(f.name for f in fields(UnlearnConfig) if f.name not in ("forget", "budget", "early_stop")),
@@ -101,6 +103,7 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         raise ValueError(f"settings: expected make or name in [model] of {path}, got both")
     texts = [("model", "name")] if named else [("model", "make"), ("model", "weights")]
     texts += [("data", "path"), *((table, key) for table in ("model", "data", "forget") for key in tables[table])]
+    texts = [(table, key) for table, key in texts if key not in OF_MODEL]
     for table, key in texts:
         value = tables[table].get(key)
         if key not in ("classes", "ids") and not isinstance(value, str):
@@ -115,7 +118,7 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
     if "unseen" in data and (path.parent / data["unseen"]).resolve() == (path.parent / data["path"]).resolve():
         raise ValueError(f"settings: expected other pairs as unseen in [data] of {path}, got the same {data['path']!r}")
     budget = from_table(Budget, tables["budget"], "settings [budget]", path)
-    config = from_table(partial(UnlearnConfig, forget=kind), tables["ccu"], "settings [ccu]", path)
+    config = _config(kind, model, tables["ccu"], path)
     base, ids = path.resolve().parent, forget.get("ids")
     chosen = model["name" if named else "make"]
     return Job(
@@ -129,6 +132,15 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         ids=base / ids if isinstance(ids, str) else None if ids is None else _listed(ids, "ids", path),
         config=replace(config, budget=replace(budget, **given.get("budget", {})), **given.get("ccu", {})),
     )
+
+
+def _config(kind: str, model: dict[str, Any], ccu: dict[str, Any], path: Path) -> UnlearnConfig:
+    """What [ccu] says and, of its fields, [model]."""
+    own = {key: model[key] for key in OF_MODEL if key in model}
+    for key in own.keys() & ccu.keys():
+        raise ValueError(f"settings: expected {key} in [model] or [ccu] of {path}, got both")
+    config = from_table(partial(UnlearnConfig, forget=kind), ccu, "settings [ccu]", path)
+    return from_table(partial(replace, config), own, "settings [model]", path)
 
 
 def _listed(values: Any, key: str, path: Path) -> tuple[str, ...]:

@@ -206,6 +206,7 @@ def test_names_are_text_on_the_page_and_not_html(tmp_path: Path) -> None:
         "provenance": {"weights_sha256": "0", "model": "<i>"},
         "rows": [("<i>accuracy", 0.5, 0.25)],
         "verdict": {"kind": "ineffective", "text": "<i>"},
+        "alarm": None,
         "losses": [1.0],
         "embeddings": None,
     }

@@ -416,8 +416,8 @@ def test_what_was_finished_stays(ends: Ends, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(demo, "_compute", part)
     assert ends(WORK["demo"]).endswith("goes on")
     assert [p.stem for p in (tmp_path / "out" / "parts").iterdir()] == written
-    checkpoint, model, figures = (
-        tmp_path / "model" / n for n in ("checkpoint.pt", "model.safetensors", "results.json")
+    checkpoint, model, figures, card = (
+        tmp_path / "model" / n for n in ("checkpoint.pt", "model.safetensors", "results.json", "card.md")
     )
     for name, finished, where in (
         ("ccu_fast.unlearn.job.save_model", {checkpoint}, f"the finished run is in {checkpoint}"),
@@ -425,7 +425,7 @@ def test_what_was_finished_stays(ends: Ends, tmp_path: Path, monkeypatch: pytest
         ("ccu_fast.unlearn.job.write_whole", {checkpoint, model}, f"the unlearned model is in {model}"),
         (
             "ccu_fast.cli.report.page.write_run",
-            {checkpoint, model, figures},
+            {checkpoint, model, figures, card},
             f"the unlearned model and results.json are in {model.parent}",
         ),
     ):

@@ -74,6 +74,7 @@ class TestCommand:
         out = folder / "out"
         assert run(str(folder / "settings.toml"), "--out", str(out), "--seed", "3", "--quiet").startswith("0 ")
         assert sorted(p.name for p in out.iterdir()) == [
+            "card.md",
             "checkpoint.pt",
             "model.safetensors",
             "report.html",
@@ -99,12 +100,13 @@ class TestCommand:
     def test_fresh_removes_what_an_earlier_run_wrote_and_no_more(self, folder: Path) -> None:
         (folder / "settings.toml").write_text(TOML.replace("steps = 30", "steps = 1"))
         out, words = folder / "out", [str(folder / "settings.toml"), "--out", str(folder / "out"), "--quiet"]
-        assert run(*words).startswith("0 ")
+        assert run(*words).startswith("3 ")  # one step forgets nothing
         (out / "notes.txt").write_text("mine")
         assert "remove the file to start anew (--fresh does)" in run(*words, "--seed", "2")
-        assert run(*words, "--seed", "2", "--fresh").startswith("0 ")
+        assert run(*words, "--seed", "2", "--fresh").startswith("3 ")
         assert load_model(out / "model.safetensors")[1]["seed"] == 2
         assert sorted(p.name for p in out.iterdir()) == [
+            "card.md",
             "checkpoint.pt",
             "model.safetensors",
             "notes.txt",
@@ -162,14 +164,14 @@ class TestCommand:
 
         def one_of_two(rank: int) -> None:
             os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
-            assert main([*command, str(folder / "two")]) == 0
+            assert main([*command, str(folder / "two")]) == 3  # 12 steps do not forget: both say so
 
         children = [fork(partial(one_of_two, rank)) for rank in range(2)]
         assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
         assert capfd.readouterr().out.count("model.safetensors") == 1  # one of them writes
-        assert run(*command[1:], str(folder / "one")).startswith("0 ")
+        assert run(*command[1:], str(folder / "one")).startswith("3 ")
         files = [sorted(p.name for p in (folder / name).iterdir()) for name in ("one", "two")]
-        assert files[0] == files[1] == ["checkpoint.pt", "model.safetensors", "report.html", "results.json"]
+        assert files[0] == files[1] == ["card.md", "checkpoint.pt", "model.safetensors", "report.html", "results.json"]
         (one, alone), (two, shared) = (load_model(folder / name / "model.safetensors") for name in ("one", "two"))
         assert (alone["processes"], shared["processes"]) == (1, 2)
         for name in one:
@@ -193,7 +195,7 @@ class TestCommand:
         data = toy()[torch.arange(8)]
         np.savez(folder / "pairs.npz", visual=data.visual, other=data.other, labels=data.labels)
         (folder / "settings.toml").write_text(TOML.replace("steps = 30", "steps = 1"))
-        assert run(str(folder / "settings.toml"), "--out", str(folder / "out"), "--quiet").startswith("0 ")
+        assert run(str(folder / "settings.toml"), "--out", str(folder / "out"), "--quiet").startswith("3 ")
         assert (folder / "out" / "report.html").is_file()
 
     def test_tied_weights_are_written_under_all_their_names(self, folder: Path) -> None:
@@ -233,7 +235,7 @@ class TestCommand:
             listed, flags = (f'["{chosen}"]', []) if given == "settings" else ("[0]", ["--classes", chosen])
             (folder / "settings.toml").write_text(TOML.replace("[1]", listed).replace("steps = 30", "steps = 1"))
             out = folder / name
-            assert run(str(folder / "settings.toml"), "--out", str(out), "--quiet", *flags).startswith("0 ")
+            assert run(str(folder / "settings.toml"), "--out", str(out), "--quiet", *flags).startswith("3 ")
             provenance = json.loads((out / "results.json").read_text())["provenance"]
             assert provenance["forgotten_classes"] == [chosen]
             gone = data[data.labels == 1]

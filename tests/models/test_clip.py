@@ -334,6 +334,7 @@ kind = "pairs"
 ids = "gone.txt"
 [budget]
 steps = 2
+learning_rate = 1e-5
 batch = 4
 """
 

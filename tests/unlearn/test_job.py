@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from ccu_fast.models.clip import ClipEncoder
 from ccu_fast.runs.provenance import load_model, save_model
-from ccu_fast.unlearn.job import _data_hash, load, run_job
+from ccu_fast.unlearn.job import _data_hash, in_own_names, load, run_job
 from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.settings import read_job
 from tests.support import toy_unlearn
@@ -73,7 +76,7 @@ def test_a_run_goes_to_their_level_and_is_judged_by_them(folder: Path) -> None:
     stored = json.loads((folder / "out" / "results.json").read_text())
     assert stored["sizes"]["unseen items"] == len(unseen)
     names = [name for name, *_ in stored["rows"]]
-    assert "unseen: visual, accuracy" in names and names[-1] == "membership of forgotten against unseen, AUC"
+    assert "unseen: visual, accuracy" in names and "membership of forgotten against unseen, AUC" in names
     assert stored["verdict"]["kind"] != "undecided"
     assert stored["provenance"]["unseen_sha256"] == _data_hash(unseen)
 
@@ -119,3 +122,36 @@ def test_unseen_items_that_cannot_be(folder: Path, old: str, new: str, message: 
     with pytest.raises(ValueError, match=message):
         run_job(read_job(folder / "settings.toml"), folder / "out")
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["[model]", "[ccu]"])
+def test_only_what_matches_trainable_changes(folder: Path, where: str) -> None:
+    patterns = 'trainable = ["visual_tower.*.weight", "fused_head.*"]\n'
+    text = TOML.replace("[model]\n", f"[model]\n{patterns}") if where == "[model]" else TOML + f"[ccu]\n{patterns}"
+    (folder / "settings.toml").write_text(text)
+    job = read_job(folder / "settings.toml")
+    assert job.config.trainable == ("visual_tower.*.weight", "fused_head.*")
+    run_job(job, folder / "out")
+    before, after = toy_unlearn.trained().state_dict(), load_model(folder / "out" / "model.safetensors")[0]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    matching = {n for n in before if fnmatchcase(n, "visual_tower.*.weight") or fnmatchcase(n, "fused_head.*")}
+    assert changed == matching and 2 < len(matching) < len(before)
+
+
+def test_trainable_stands_in_one_table(folder: Path) -> None:
+    (folder / "settings.toml").write_text(
+        TOML.replace("[model]\n", '[model]\ntrainable = ["*"]\n') + '[ccu]\ntrainable = ["*"]\n'
+    )
+    with pytest.raises(ValueError, match=r"settings: expected trainable in \[model\] or \[ccu\] of .*, got both"):
+        read_job(folder / "settings.toml")
+    (folder / "settings.toml").write_text(TOML.replace("[model]\n", '[model]\ntrainable = "*"\n'))
+    with pytest.raises(ValueError, match=r"settings \[model\] trainable: expected a sequence of patterns"):
+        read_job(folder / "settings.toml")
+
+
+def test_patterns_of_a_clip_are_in_its_library_s_names() -> None:
+    inner = nn.ModuleDict({"visual": nn.Linear(2, 2), "text": nn.Linear(2, 2)})
+    model = ClipEncoder(inner, [0.0] * 3, [1.0] * 3)
+    asked = ("visual.*", "model.text.*", "*bias", "audio_*")
+    assert in_own_names(model, asked) == ("model.visual.*", "model.text.*", "*bias", "model.audio_*")
+    assert in_own_names(inner, asked) == asked

@@ -35,11 +35,12 @@ def write_comparison(results: dict[str, Any], path: Path) -> None:
 
 def write_run(result: dict[str, Any], path: Path) -> None:
     """Write the page of one run of ``ccu-fast unlearn`` on a user's own data."""
+    alarm = result["alarm"]
     _write(
         path,
-        "Unlearned",
-        f"{tables.told(result['verdict'])} The CCU losses are this project's definition; arXiv 2509.23895 publishes no "
-        "formulas.",
+        f"Unlearned: {alarm['name']}" if alarm else "Unlearned",
+        f"{alarm['text'] + ' ' if alarm else ''}{tables.told(result['verdict'])} The CCU losses are this project's "
+        "definition; arXiv 2509.23895 publishes no formulas.",
         {**result["sizes"], **result["cost"], "weights sha256": result["provenance"]["weights_sha256"]},
         rows=tables.before_after_table(result["rows"]),
         pictures={
@@ -48,6 +49,11 @@ def write_run(result: dict[str, Any], path: Path) -> None:
         },
         raw={"Provenance": json.dumps(result["provenance"], indent=1)},
     )
+
+
+def write_failure(alarm: dict[str, str], path: Path) -> None:
+    """Write the page of a run of ``ccu-fast unlearn`` that ended without a model."""
+    _write(path, f"Unlearned: {alarm['name']}", alarm["text"], {})
 
 
 def write_evaluation(result: dict[str, Any], path: Path) -> None:

@@ -150,6 +150,13 @@ def verdict_without_gold(
     return _told(found, Verdict(UNDECIDED, "keeps the rest; only unseen items can tell whether it forgets"))
 
 
+def with_lost_places(verdict: Verdict, kept: float, least: float) -> Verdict:
+    """The verdict on a model whose embeddings of the retain set are no longer where they were."""
+    lost = f"loses the retained data: its visual embeddings correlate {_short(kept)} with those before"
+    said = [] if verdict.kind in (PASSED, UNDECIDED) else [verdict.text]
+    return Verdict(CATASTROPHIC, "; ".join([f"{lost}, expected at least {_short(least)}", *said]))
+
+
 def _findings(
     values: Mapping[str, Any],
     gold: Mapping[str, Any],

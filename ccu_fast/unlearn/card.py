@@ -1,0 +1,69 @@
+"""The model card of one run: what was done to the model, for whoever gets it. It names no class, item or file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+HEAD = "# A model that was made to forget"
+LOADING = {
+    "open_clip": 'import open_clip\nmodel = open_clip.create_model("{rest}", pretrained=None)',
+    "hf": 'import transformers\nmodel = transformers.CLIPModel.from_pretrained("{rest}")',
+    "": "from {kind} import {rest}\nmodel = {rest}()",
+}
+
+
+def card(result: Mapping[str, Any]) -> str:
+    """Markdown for what :func:`ccu_fast.unlearn.job.run_job` found.
+
+    Args:
+        result: with "alarm", "verdict", "sizes", "cost", "rows" and "provenance".
+
+    Returns:
+        The text: counts and hashes of the sets, settings, alarm and verdict, figures before and after, versions, how to
+        load the weights. Neither the names of forgotten classes nor ids or files are in it.
+    """
+    made, alarm = result["provenance"], result["alarm"]
+    config, kind = dict(made["config"]), made["config"]["forget"]
+    budget = config.pop("budget")
+    kind_of_model, _, rest = made["model"].partition(":")
+    if kind_of_model == "hf":
+        rest = PurePath(rest).name  # where it lies says nothing to others
+    classes = len(made["forgotten_classes"])
+    what = f"{classes} class{'es' * (classes != 1)}" if kind == "class" else kind
+    loading = LOADING.get(kind_of_model, LOADING[""]).format(kind=kind_of_model, rest=rest)
+    parts = [
+        HEAD,
+        f"**{alarm['text']}**" if alarm else "",
+        f"Verdict, without a retrained model to compare with: {result['verdict']['kind']} – "
+        f"{result['verdict']['text']}.",
+        f"The visual knowledge of {what} was taken out of `{kind_of_model}:{rest}` by {made['method']}, in "
+        f"{result['cost']['steps']} steps.",
+        "## Data",
+        _table(
+            ("set", "items", "sha256"),
+            [
+                (name, result["sizes"].get(f"{name} items", "–"), made.get(f"{name}_sha256") or "–")
+                for name in ("forget", "retain", "unseen")
+            ],
+        ),
+        "## Figures",
+        _table(("", "before", "after"), [(name, f"{old:.4g}", f"{new:.4g}") for name, old, new in result["rows"]]),
+        "## Settings",
+        _table(("setting", "value"), [*config.items(), *budget.items(), ("processes", made["processes"])]),
+        "## Versions",
+        _table(("", ""), list(made["versions"].items())),
+        "## Loading",
+        f"```python\n{loading}\nfrom safetensors.torch import load_file\n"
+        'model.load_state_dict(load_file("model.safetensors"))\n```',
+        f"sha256 of the weights: {made['weights_sha256']}; of the original's: {made['original_sha256']}. "
+        '`ccu_fast.runs.provenance.load_model("model.safetensors")` reads the weights, compares them with theirs and '
+        "returns what made them.",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
