@@ -20,8 +20,7 @@ from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.progress import Progress
 from ccu_fast.unlearn.audit import audit, membership_auc
-from ccu_fast.unlearn.config import Budget, UnlearnConfig
-from ccu_fast.unlearn.loop import HeldOut
+from ccu_fast.unlearn.config import Budget, HeldOut, UnlearnConfig
 from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.model import Model, TwoModalityModel, TwoTowerModel, check_held_out, check_problem
 from ccu_fast.unlearn.objective import (

@@ -39,7 +39,7 @@ def card(result: Mapping[str, Any]) -> str:
         f"Verdict, without a retrained model to compare with: {result['verdict']['kind']} – "
         f"{result['verdict']['text']}.",
         f"The visual knowledge of {what} was taken out of `{kind_of_model}:{rest}` by {made['method']}, in "
-        f"{result['cost']['steps']} steps.",
+        f"{result['cost']['steps']} of {budget['steps']} steps.",
         "## Data",
         _table(
             ("set", "items", "sha256"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ccu_fast import check
+from ccu_fast.data.paired import PairedData
 
 ROLES = ("class", "instances", "pairs")
 KEEPS = ("exact", "trained")
@@ -62,7 +63,7 @@ class UnlearnConfig:
         saliency: in (0, 1], the share of weights that may change: those the forget set depends on most; 1 for all.
         budget: steps, learning rate and batch.
         early_stop: with a held-out set, stop at the first check where the items to forget are treated as unseen
-            and the rest is intact; see :class:`ccu_fast.unlearn.loop.HeldOut`.
+            and the rest is intact; see :class:`HeldOut`.
         seed: of the batches, the bank and the sample for dampening, at least 0.
 
     >>> ccu_fast.unlearn.UnlearnConfig(forget="instances").temperature
@@ -88,7 +89,7 @@ class UnlearnConfig:
     trainable: tuple[str, ...] = check.field(("*",), "Pattern of parameter names; may be repeated.")
     saliency: float = check.field(1.0, low=1e-9, high=1)
     budget: Budget = field(default_factory=Budget)
-    early_stop: bool = False
+    early_stop: bool = check.field(False, "Stop once the forget set is as unseen; needs unseen in [data].")
     seed: int = check.field(0, "Of the batches.", low=0)
 
     def __post_init__(self) -> None:
@@ -105,3 +106,34 @@ class UnlearnConfig:
         if value is None and name in FOR_A_CLASS:
             return FOR_A_CLASS[name] if self.forget == "class" else 0.0
         return value
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """When to stop: as soon as the forget set looks unseen and the rest is intact.
+
+    That is at the first check where the visual accuracy on the forget set is at most ``level`` and each of the accuracies
+    on ``retain`` is at most ``slack`` below the original's (:func:`ccu_fast.unlearn.loop.right_shares` of both).
+
+    Attributes:
+        retain: held-out items of the classes that stay.
+        level: 0 for a class; for instances the original's visual accuracy on held-out items, which is how it treats
+            what it has not seen.
+        slack: ≥ 0.
+        every: steps between two checks, at least 1.
+
+    Raises:
+        TypeError, ValueError: slack or every out of bounds.
+
+    >>> data = ccu_fast.unlearn.PairedData(torch.rand(8, 3), torch.rand(8, 3), torch.arange(8) % 4)
+    >>> ccu_fast.unlearn.HeldOut(retain=data, level=0.0).slack
+    0.01
+    """
+
+    retain: PairedData
+    level: float
+    slack: float = check.field(0.01, low=0)
+    every: int = check.field(5, low=1)
+
+    def __post_init__(self) -> None:
+        check.fields(self)

@@ -39,6 +39,7 @@ from ccu_fast.unlearn.model import TwoModalityModel, check_problem
 from ccu_fast.unlearn.outputs import json_of, take, write_failure
 from ccu_fast.unlearn.parameters import matches
 from ccu_fast.unlearn.settings import Job
+from ccu_fast.unlearn.stopping import held_out_of
 
 PATIENCE = timedelta(days=1)  # that processes have with the first one's figures
 UNSEEN, UNSEEN_OF_CLASS = "unseen", "unseen, to forget"  # sets in the rows of a result
@@ -89,6 +90,9 @@ def run_job(
     unseen = None if unseen is None else unseen.to(job.device)
     check_problem(model, forget, retain, job.config.forget, names.classes, unseen=unseen)
     check_trainable(model, forget, job.config)
+    held_out = None
+    if job.config.early_stop and unseen is not None:
+        held_out = held_out_of(model, forget, unseen, job.config.forget, job.stop)
     saved_state(_own(model))  # what cannot be written is refused before the work
     output_folder(out)
     written = out / "model.safetensors"
@@ -103,6 +107,7 @@ def run_job(
                 retain,
                 job.config,
                 unseen=None if job.config.forget == "class" else unseen,
+                held_out=held_out,
                 checkpoint=checkpoint,
                 progress=progress,
                 group=dist.group.WORLD if world > 1 else None,

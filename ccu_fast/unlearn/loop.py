@@ -20,12 +20,12 @@ from ccu_fast.runs.checkpoint import Checkpoint, Keeper, fingerprint
 from ccu_fast.runs.progress import Clock, Progress
 from ccu_fast.runs.retrieval import retrieval_ranks, shared_groups
 from ccu_fast.unlearn.alarms import NotFinite
-from ccu_fast.unlearn.config import Budget
+from ccu_fast.unlearn.config import Budget, HeldOut
 from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of
 from ccu_fast.unlearn.parallel import Alone, Shared
 from ccu_fast.unlearn.parameters import freeze_all_but, salient
 
-CHECK_EVERY = 5
+TOLD_EVERY = 5  # steps between two reports of progress
 CHUNK = 1024  # items embedded at once where no gradient is needed
 
 
@@ -62,29 +62,6 @@ checkpoint."""
 
 PrepareUpdate = Callable[[TwoModalityModel, PairedData, PairedData, int], Update]
 """The same from the same four to a method's :data:`Update`."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """When to stop: as soon as the forget set looks unseen and the rest is intact.
-
-    That is at the first check (every 5 steps) where the visual accuracy on the forget set is at most ``level`` and each
-    of the accuracies on ``retain`` is at most ``slack`` below the original's (:func:`right_shares` of both).
-
-    Attributes:
-        retain: held-out items of the classes that stay.
-        level: 0 for a class; for instances the original's visual accuracy on held-out items, which is how it treats
-            what it has not seen.
-        slack: ≥ 0.
-
-    >>> data = ccu_fast.unlearn.PairedData(torch.rand(8, 3), torch.rand(8, 3), torch.arange(8) % 4)
-    >>> ccu_fast.unlearn.HeldOut(retain=data, level=0.0).slack
-    0.01
-    """
-
-    retain: PairedData
-    level: float
-    slack: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -171,6 +148,9 @@ def run(
         "more": [checkpoint and checkpoint.settings, more],
     }
     parts = [part for part in (forget, retain, unseen) if part is not None]
+    if held_out is not None:
+        settings["stop"] = [held_out.level, held_out.slack, held_out.every]
+        parts.append(held_out.retain)
     key = fingerprint(original.state_dict(), parts, settings) if checkpoint or group else ""
     device = forget.labels.device
     rows = min(budget.batch, len(forget), len(retain))
@@ -220,12 +200,11 @@ def run(
         change(model, batch, optimizer.step, memory)
         losses.append(value)
         last = step == budget.steps
-        if step % CHECK_EVERY == 0 or last:
-            if progress is not None and together.is_first:
-                progress(stage, step, budget.steps, f"loss {value:.3f}")
-            done = last or (
-                held_out is not None and together.of_first(partial(_reached, model, forget, held_out, floor))
-            )
+        if (step % TOLD_EVERY == 0 or last) and progress is not None and together.is_first:
+            progress(stage, step, budget.steps, f"loss {value:.3f}")
+        done = last
+        if not last and held_out is not None and step % held_out.every == 0:
+            done = together.of_first(partial(_reached, model, forget, held_out, floor))
         if keeper is not None and (done or step % keeper.checkpoint.every == 0):
             if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
                 raise _not_finite("a weight is not finite", stage, step, budget, keeper)

@@ -17,6 +17,7 @@ For example::
     dampen = 5.0
     [budget]                                  # fields of Budget
     steps = 40
+    early_stop = true                         # once the forget set is as unseen; or fields of Stop, {every = 10}
 
 A CLIP of open_clip or transformers goes by its name, and its data may be pictures and captions::
 
@@ -52,8 +53,24 @@ TABLES: dict[str, tuple[str, ...]] = {
     "data": ("path", "unseen", *(f.name for f in fields(Options))),
     "forget": ("kind", "classes", "ids"),
     "ccu": tuple(f.name for f in fields(UnlearnConfig) if f.name not in ("forget", "budget", "early_stop")),
-    "budget": tuple(f.name for f in fields(Budget)),
+    "budget": (*(f.name for f in fields(Budget)), "early_stop"),
 }
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a run with early_stop ends before its budget; see :class:`ccu_fast.unlearn.config.HeldOut`.
+
+    Attributes:
+        slack: ≥ 0, how much lower than before each accuracy on unseen items that stay may be.
+        every: steps between two checks, at least 1.
+    """
+
+    slack: float = check.field(0.01, low=0)
+    every: int = check.field(5, low=1)
+
+    def __post_init__(self) -> None:
+        check.fields(self)
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,7 @@ class Job:
         ids: file of the ids to forget, or the ids, for "instances" and "pairs".
         config: of CCU.
         device: of the model and all data.
+        stop: when config.early_stop ends the run; by the unseen pairs.
     """
 
     model: str
@@ -83,6 +101,7 @@ class Job:
     ids: Path | tuple[str, ...] | None
     config: UnlearnConfig
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    stop: Stop = field(default_factory=Stop)
 
 
 def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Job:
@@ -117,8 +136,20 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         raise ValueError(f"settings: expected {', '.join(options)} in [data] with captions and a named model only")
     if "unseen" in data and (path.parent / data["unseen"]).resolve() == (path.parent / data["path"]).resolve():
         raise ValueError(f"settings: expected other pairs as unseen in [data] of {path}, got the same {data['path']!r}")
+    early = tables["budget"].pop("early_stop", False)
+    if not isinstance(early, (bool, dict)):
+        raise ValueError(f"settings [budget]: expected true, false or a table as early_stop in {path}, got {early!r}")
+    where = "settings [budget] early_stop"
+    stop = with_known_keys(early, tuple(f.name for f in fields(Stop)), where, path) if isinstance(early, dict) else {}
     budget = from_table(Budget, tables["budget"], "settings [budget]", path)
     config = _config(kind, model, tables["ccu"], path)
+    config = replace(
+        config,
+        budget=replace(budget, **given.get("budget", {})),
+        **{"early_stop": early is not False, **given.get("ccu", {})},
+    )
+    if config.early_stop and "unseen" not in data:
+        raise ValueError(f"early_stop: expected unseen in [data] of {path}, which tells when to stop, got none")
     base, ids = path.resolve().parent, forget.get("ids")
     chosen = model["name" if named else "make"]
     return Job(
@@ -130,7 +161,8 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         options=from_table(Options, options, "settings [data]", path),
         classes=_listed(forget.get("classes", []), "classes", path),
         ids=base / ids if isinstance(ids, str) else None if ids is None else _listed(ids, "ids", path),
-        config=replace(config, budget=replace(budget, **given.get("budget", {})), **given.get("ccu", {})),
+        config=config,
+        stop=from_table(Stop, stop, where, path),
     )
 
 

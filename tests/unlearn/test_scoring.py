@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.audit import audit
-from ccu_fast.unlearn.config import Budget
-from ccu_fast.unlearn.loop import HeldOut, accuracies, answers, chances, right_shares, run
+from ccu_fast.unlearn.config import Budget, HeldOut
+from ccu_fast.unlearn.loop import accuracies, answers, chances, right_shares, run
 from tests.support import toy_unlearn
 
 
