@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import check
+from ccu_fast.data.disk_rows import DiskRows
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,9 @@ class PairedData:
     """N items, each with a visual and another view, an identity and, where there are classes, a label.
 
     Attributes:
-        visual: ``[N, ...]`` what the visual tower takes.
-        other: ``[N, ...]`` what the other tower takes.
+        visual: ``[N, ...]`` what the visual tower takes: a tensor, or a :class:`~ccu_fast.data.disk_rows.DiskRows`,
+            which is read by the batch.
+        other: ``[N, ...]`` what the other tower takes, likewise.
         labels: int64 ``[N]``, class indices ≥ 0; None for pairs without classes, which is stored as −1 everywhere
             (see :attr:`labelled`).
         ids: int64 ``[N]``, unique: who the item is. Default 0 … N−1; give your own where two sets are compared.
@@ -36,8 +38,9 @@ class PairedData:
     ids: Tensor = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        check.tensor("visual", self.visual, dtypes=None)
-        check.tensor("other", self.other, dtypes=None)
+        for name in ("visual", "other"):
+            if not isinstance(getattr(self, name), DiskRows):
+                check.tensor(name, getattr(self, name), dtypes=None)
         unlabelled = self.labels is None
         if unlabelled:
             labels = torch.full((len(self.other),), -1, device=self.other.device)
@@ -67,16 +70,30 @@ class PairedData:
         return len(self) > 0 and int(self.labels[0]) >= 0
 
     def __getitem__(self, index: Tensor) -> PairedData:
-        """The items of a boolean mask ``[N]`` or of int64 positions, each at most once."""
+        """The items of a boolean mask ``[N]`` or of int64 positions, each at most once; nothing is read from a disk."""
         labels = self.labels[index] if self.labelled else None
-        return PairedData(self.visual[index], self.other[index], labels, self.ids[index])  # type: ignore[arg-type]
+        visual, other = _chosen(self.visual, index), _chosen(self.other, index)
+        return PairedData(visual, other, labels, self.ids[index])  # type: ignore[arg-type]
+
+    def select(self, index: Tensor) -> PairedData:
+        """Like indexing, without the checks."""
+        return self._each(lambda inputs: _chosen(inputs, index))
 
     def batch(self, index: Tensor) -> PairedData:
-        """Like indexing, without the checks: for inner loops over data that passed them."""
-        return self._each(lambda tensor: tensor[index])
+        """Like :meth:`select`, in memory: for inner loops."""
+        return self._each(lambda inputs: inputs[index])
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether some of the inputs are read by the batch."""
+        return isinstance(self.visual, DiskRows) or isinstance(self.other, DiskRows)
+
+    def in_memory(self) -> PairedData:
+        """All items, in memory."""
+        return self.batch(torch.arange(len(self), device=self.labels.device)) if self.on_disk else self
 
     def to(self, device: torch.device | str) -> PairedData:
-        """The same items on another device."""
+        """The same items on another device; of inputs on a disk, what is read of them."""
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PairedData:
@@ -84,3 +101,7 @@ class PairedData:
         for name in ("visual", "other", "labels", "ids"):
             object.__setattr__(changed, name, change(getattr(self, name)))
         return changed
+
+
+def _chosen(inputs: Tensor, index: Tensor) -> Tensor:
+    return inputs.select(index) if isinstance(inputs, DiskRows) else inputs[index]

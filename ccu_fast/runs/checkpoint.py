@@ -13,7 +13,7 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.files import new_file, readable
-from ccu_fast.runs.provenance import json_hash, only_tensors, tensors_hash
+from ccu_fast.runs.provenance import items_hash, json_hash, only_tensors, tensors_hash
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ def fingerprint(state: Mapping[str, Tensor], parts: Iterable[PairedData], settin
     Raises:
         ValueError: the weights are not tensors alone.
     """
-    sets = [{"visual": d.visual, "other": d.other, "labels": d.labels, "ids": d.ids} for d in parts]
-    return json_hash([settings, tensors_hash(only_tensors(state)), *map(tensors_hash, sets)])
+    return json_hash([settings, tensors_hash(only_tensors(state)), *map(items_hash, parts)])
 
 
 class Keeper:

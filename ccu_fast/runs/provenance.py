@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,12 @@ from torch import Tensor
 
 from ccu_fast import extras
 from ccu_fast._version import __version__
+from ccu_fast.data.disk_rows import DiskRows
+from ccu_fast.data.paired import PairedData
 from ccu_fast.files import new_file, readable
+from ccu_fast.runs.progress import Progress, silent
+
+READ = 1 << 23  # bytes of inputs on a disk that are hashed at a time
 
 
 def file_hash(path: Path) -> str:
@@ -31,14 +36,47 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, dtypes, shapes and bytes, whatever the order and the device."""
+def tensors_hash(tensors: Mapping[str, Tensor | DiskRows], told: Callable[[int], object] | None = None) -> str:
+    """Of names, dtypes, shapes and bytes, whatever the order, the device and whether they are in memory.
+
+    Args:
+        tensors: of those on a disk at most :data:`READ` bytes are in memory at a time; each is read once.
+        told: called with the number of rows that each piece read from a disk has.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
+        value = tensors[name]
         digest.update(f"{name}{value.dtype}{list(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        for part in _pieces(value):
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if told is not None and isinstance(value, DiskRows):
+                told(len(part))
     return digest.hexdigest()
+
+
+def _pieces(value: Tensor | DiskRows) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return value.split(max(1, READ * len(value) // max(1, value.nbytes)))
+
+
+def items_hash(data: PairedData, progress: Progress = silent) -> str:
+    """:func:`tensors_hash` of all that items are. What is on a disk is read once, however often this is asked for."""
+    tensors = {"visual": data.visual, "other": data.other, "labels": data.labels, "ids": data.ids}
+    if not data.on_disk:
+        return tensors_hash(tensors)
+    known: str | None = data.__dict__.get("hash")  # inputs on a disk that change are refused
+    if known is None:
+        total = sum(len(value) for value in tensors.values() if isinstance(value, DiskRows))
+        done = 0
+
+        def told(rows: int) -> None:
+            nonlocal done
+            done += rows
+            progress("read the data", done, total, "")
+
+        known = data.__dict__["hash"] = tensors_hash(tensors, told)
+    return known
 
 
 def json_hash(value: Any) -> str:

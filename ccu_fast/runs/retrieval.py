@@ -10,6 +10,7 @@ from torch import Tensor
 from ccu_fast import check
 
 CHUNK = 1024
+SCORES = 1 << 24  # that are held at a time
 
 
 def retrieval_ranks(query: Tensor, gallery: Tensor, query_group: Tensor, gallery_group: Tensor) -> Tensor:
@@ -41,8 +42,9 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, query_group: Tensor, gallery
             f"query_group: expected each query's group in gallery_group, got none for query {int(lonely[0])}"
         )
     keys, ranks = gallery.double().mT, []
-    for part, group in zip(query.double().split(CHUNK), query_group.split(CHUNK), strict=True):
-        score = part @ keys
+    rows = max(1, min(CHUNK, SCORES // max(1, len(gallery))))
+    for part, group in zip(query.split(rows), query_group.split(rows), strict=True):
+        score = part.double() @ keys
         right = group[:, None] == gallery_group
         best = score.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         ranks.append(1 + (~right & (score >= best)).sum(1))

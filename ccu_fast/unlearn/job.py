@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -26,20 +25,22 @@ from ccu_fast.models.clip import ClipEncoder
 from ccu_fast.models.named import Model, named_model
 from ccu_fast.models.weights import from_checkpoint
 from ccu_fast.runs.checkpoint import Checkpoint
-from ccu_fast.runs.progress import Progress
-from ccu_fast.runs.provenance import save_model, saved_state, tensors_hash
+from ccu_fast.runs.kept import Kept, remove
+from ccu_fast.runs.progress import Progress, silent
+from ccu_fast.runs.provenance import items_hash, save_model, saved_state, tensors_hash
 from ccu_fast.unlearn.alarms import KEPT, NotFinite, alarm_of, kept_places
 from ccu_fast.unlearn.audit import auc, verdict_without_gold
 from ccu_fast.unlearn.audit.membership import confidence
 from ccu_fast.unlearn.audit.verdict import with_lost_places
 from ccu_fast.unlearn.card import card
-from ccu_fast.unlearn.loop import answers, chances, embed, right_shares
-from ccu_fast.unlearn.method import check_trainable, run_ccu
-from ccu_fast.unlearn.model import TwoModalityModel, check_problem
+from ccu_fast.unlearn.loop import CHUNK, answers, chances, embed, right_shares, same_thing
+from ccu_fast.unlearn.method import KEPT_FILES, check_trainable, keep_embeddings, run_ccu
+from ccu_fast.unlearn.model import TwoModalityModel, check_problem, heads
 from ccu_fast.unlearn.outputs import json_of, take, write_failure
 from ccu_fast.unlearn.parameters import matches
 from ccu_fast.unlearn.settings import Job
 from ccu_fast.unlearn.stopping import held_out_of
+from ccu_fast.unlearn.unseen import sample
 
 PATIENCE = timedelta(days=1)  # that processes have with the first one's figures
 UNSEEN, UNSEEN_OF_CLASS = "unseen", "unseen, to forget"  # sets in the rows of a result
@@ -88,6 +89,9 @@ def run_job(
     model = model.to(job.device)
     forget, retain = (part.to(job.device) for part in split(data, job, names))
     unseen = None if unseen is None else unseen.to(job.device)
+    for part in (forget, retain) if unseen is None else (forget, retain, unseen):
+        if part.on_disk:  # what cannot be read is said before the work
+            items_hash(part, progress or silent)
     check_problem(model, forget, retain, job.config.forget, names.classes, unseen=unseen)
     check_trainable(model, forget, job.config)
     held_out = None
@@ -100,17 +104,21 @@ def run_job(
         of_first = Ranks().of_first if world > 1 else _called
         of_first(partial(take, out, job, fresh))
         checkpoint = Checkpoint(out / "checkpoint.pt", settings=asdict(job.config))
+        group = dist.group.WORLD if world > 1 else None
+        known = None if job.config.forget == "class" else unseen
+        kept = keep_embeddings(checkpoint.path, model, forget, retain, job.config, known, group)
         try:
             done = run_ccu(
                 model,
                 forget,
                 retain,
                 job.config,
-                unseen=None if job.config.forget == "class" else unseen,
+                unseen=known,
                 held_out=held_out,
+                kept=kept,
                 checkpoint=checkpoint,
                 progress=progress,
-                group=dist.group.WORLD if world > 1 else None,
+                group=group,
             )
         except NotFinite as error:
             failure = {"alarm": error.alarm.because(str(error))}
@@ -124,10 +132,14 @@ def run_job(
                 made = save_model(_own(done.model), written, _provenance(job, model, forget, retain, unseen, world))
             with after_the_work(f"the unlearned model is in {written}"):
                 cost = {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)}
-                figures = _figures(model, done.model, forget, retain, unseen, job.config.forget)
+                judged = retain if job.judged is None else sample(retain, job.judged, job.config.seed)
+                figures = _figures(model, done.model, forget, judged, unseen, job.config.forget, kept, len(retain))
+                if len(judged) < len(retain):
+                    figures["sizes"]["retain items not judged"] = len(retain) - len(judged)
                 result.update(**figures, provenance=made, cost=cost, losses=done.losses)
                 write_whole(out / "results.json", json_of(result))
                 write_whole(out / "card.md", card(result))
+                remove(checkpoint.path, KEPT_FILES)
                 result["embeddings"] = _embeddings(model, done.model, forget, retain) if data.labelled else None
             if report is not None:
                 report(result)
@@ -153,9 +165,9 @@ def _provenance(
         "processes": world,
         "model": job.model,
         "original_sha256": tensors_hash(_own(model).state_dict()),
-        "forget_sha256": _data_hash(forget),
-        "retain_sha256": _data_hash(retain),
-        "unseen_sha256": None if unseen is None else _data_hash(unseen),
+        "forget_sha256": items_hash(forget),
+        "retain_sha256": items_hash(retain),
+        "unseen_sha256": None if unseen is None else items_hash(unseen),
     }
 
 
@@ -166,28 +178,42 @@ def _figures(
     retain: PairedData,
     unseen: PairedData | None,
     kind: str,
+    kept: Kept,
+    retained: int,
 ) -> Any:
-    """What both models make of the sets: "alarm", "verdict", "sizes", "rows" and "pool" of a result."""
+    """What both models make of the sets: "alarm", "verdict", "sizes", "rows" and "pool" of a result.
+
+    Held are the answers of one model at a time, where both embed the retained items, and no inputs. ``retained`` is the
+    size of the whole retain set, of which ``retain`` may be a part; what the original says is kept as the method does.
+    """
     parts = {"forget": forget, "retain": retain}
-    items = len(forget) + len(retain)
-    found = [[answers(model, part) for part in parts.values()] for model in (before, after)]
-    ranked = not found[0][0].logits
-    chance = dict(zip(parts, chances(*parts.values()), strict=True)) if ranked else {}
-    shares = [right_shares(*of_both) for of_both in found]
-    named = {"forget": "forget_train", "retain": "retain_train"}
-    judged: list[dict[str, Any]] = [{}, {}]
-    pools = dict.fromkeys(parts, items)
     new = {} if unseen is None else _unseen_parts(unseen, forget, kind)
-    if new:
-        fresh = [[answers(model, part) for part in new.values()] for model in (before, after)]
-        like = UNSEEN_OF_CLASS if kind == "class" else UNSEEN  # a class is told from others whether forgotten or not
-        for number, of_new in enumerate(fresh):
-            shares[number] += right_shares(*of_new)
-            if like in new:
-                judged[number]["mia_auc"] = auc(confidence(found[number][0]), confidence(of_new[[*new].index(like)]))
-        parts, pools = parts | new, pools | dict.fromkeys(new, sum(map(len, new.values())))
-        named |= {UNSEEN: "retain_test", UNSEEN_OF_CLASS: "forget_test"}
-        chance |= zip(new, chances(*new.values()), strict=True) if ranked else {}
+    items = len(forget) + len(retain)
+    ranked = not (forget.labelled and heads(before))
+    things = [same_thing(*of.values()) if ranked and of else None for of in (parts, new)]
+    chance: dict[str, float] = {}
+    for of, thing in zip((parts, new), things, strict=True) if ranked else ():
+        chance |= zip(of, chances(*of.values(), thing=thing), strict=True)
+    named = {"forget": "forget_train", "retain": "retain_train"}
+    named |= {UNSEEN: "retain_test", UNSEEN_OF_CLASS: "forget_test"}
+    like = UNSEEN_OF_CLASS if kind == "class" else UNSEEN  # a class is told from others whether forgotten or not
+    judged: list[dict[str, Any]] = [{}, {}]
+    shares, places = [], []
+    for model, audit in zip((before, after), judged, strict=True):
+        known = {}
+        for name, part in parts.items():
+            stored = "judged" if name == "retain" and len(part) < retained else name
+            make = partial(embed, model, part)
+            known[name] = answers(model, part, kept.of(stored, make, about=len(part)) if model is before else make())
+        fresh = {name: answers(model, part) for name, part in new.items()}
+        places.append(known["retain"].visual)
+        shares.append(right_shares(*known.values(), thing=things[0]))
+        if fresh:
+            shares[-1] += right_shares(*fresh.values(), thing=things[1])
+        if like in fresh:
+            audit["mia_auc"] = auc(confidence(known["forget"]), confidence(fresh[like]))
+    pools = dict.fromkeys(parts, items) | dict.fromkeys(new, sum(map(len, new.values())))
+    parts |= new
     rows = []
     for name, old, new in zip(parts, *shares, strict=True):
         for audit, share_of in zip(judged, (old, new), strict=True):
@@ -204,11 +230,11 @@ def _figures(
         forget="pairs" if ranked else kind,
         sizes={named[name]: len(part) for name, part in parts.items()},
     )
-    kept = kept_places(*(of_both[1].visual for of_both in found))
-    if kept is not None:
-        rows.append(("retain: visual embeddings, correlation with those before", 1.0, kept))
-        if kept < KEPT:
-            verdict = with_lost_places(verdict, kept, KEPT)
+    in_place = kept_places(*places)
+    if in_place is not None:
+        rows.append(("retain: visual embeddings, correlation with those before", 1.0, in_place))
+        if in_place < KEPT:
+            verdict = with_lost_places(verdict, in_place, KEPT)
     return {
         "alarm": alarm_of(verdict),
         "verdict": asdict(verdict),
@@ -239,10 +265,10 @@ def load(job: Job) -> tuple[Any, PairedData, Names, PairedData | None]:
         if not found.trained:
             raise ValueError(f"weights: expected a file of trained weights for {job.model}, which has none, got none")
         model: Any = cast(nn.Module, found.factory()).eval()
-        read = partial(_read_pictures, found, job.options)
+        read = partial(_read_pictures, found, job.options, job.memory << 20)
     else:
         assert job.weights is not None
-        model, read = load_user_model(job.model, job.weights), load_pairs
+        model, read = load_user_model(job.model, job.weights), partial(load_pairs, memory=job.memory << 20)
     data, names = read(job.data)
     return (
         model,
@@ -252,16 +278,18 @@ def load(job: Job) -> tuple[Any, PairedData, Names, PairedData | None]:
     )
 
 
-def _read_pictures(model: Model, options: Options, path: Path) -> tuple[PairedData, Names]:
+def _read_pictures(model: Model, options: Options, memory: int, path: Path) -> tuple[PairedData, Names]:
     """Pictures and captions, or arrays of pixels and token ids."""
-    if path.suffix != ".npz":
-        return load_captions(path, model.image_shape, model.tokenizer.encode, options)
-    data, names = load_pairs(path)
-    if data.visual.is_floating_point() and not 0 <= float(data.visual.min()) <= float(data.visual.max()) <= 1:
-        raise ValueError(
-            f"path: expected uint8 pixels or numbers in [0, 1] as visual in {path}, got numbers from "
-            f"{float(data.visual.min()):.4g} to {float(data.visual.max()):.4g}"
-        )
+    if path.suffix != ".npz" and not (path / "visual.npy").is_file():
+        return load_captions(path, model.image_shape, model.tokenizer.encode, options, memory)
+    data, names = load_pairs(path, memory)
+    if data.visual.is_floating_point():
+        least, most = torch.stack([torch.stack(part.aminmax()) for part in data.visual.split(CHUNK)]).T.tolist()
+        if not 0 <= min(least) <= max(most) <= 1:
+            raise ValueError(
+                f"path: expected uint8 pixels or numbers in [0, 1] as visual in {path}, got numbers from "
+                f"{min(least):.4g} to {max(most):.4g}"
+            )
     return data, names
 
 
@@ -358,13 +386,6 @@ def in_own_names(model: Any, patterns: Sequence[str]) -> tuple[str, ...]:
 def _own(model: Any) -> Any:
     """What is written: of a named model the library's own, so that the library reads it."""
     return model.model if isinstance(model, ClipEncoder) else model
-
-
-def _data_hash(data: PairedData) -> str:
-    digest = hashlib.sha256()
-    for value in (data.visual, data.other, data.labels, data.ids):
-        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _embeddings(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ccu_fast.data.disk_rows import DiskRows, row_digests
 from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.checkpoint import Checkpoint, Keeper, fingerprint
 from ccu_fast.runs.progress import Clock, Progress
@@ -156,7 +156,10 @@ def run(
     rows = min(budget.batch, len(forget), len(retain))
     together = Alone() if group is None else Shared(group, key, rows, device)
     open_weights = {} if saliency == 1 else together.of_first(partial(salient, model, forget, saliency))
-    step_loss = prepare(frozen, forget, retain, seed)
+    keeper = None if checkpoint is None else Keeper(checkpoint, key, device)
+    stored = None if keeper is None else together.of_first(keeper.load)
+    done = stored is not None and stored["done"]
+    step_loss = None if done else prepare(frozen, forget, retain, seed)
     change = _only_move if update is None else update(frozen, forget, retain, seed)
     memory: dict[str, Tensor] = {}
     floor: dict[str, float] = {}
@@ -164,8 +167,6 @@ def run(
         _, intact = _both_shares(frozen, forget, held_out)
         floor = {name: value - held_out.slack for name, value in intact.items()}
     losses: list[float] = []
-    keeper = None if checkpoint is None else Keeper(checkpoint, key, device)
-    stored = None if keeper is None else together.of_first(keeper.load)
     if keeper is not None and stored is not None:
         model.load_state_dict(stored["model"])
         optimizer.load_state_dict(stored["optimizer"])
@@ -181,12 +182,9 @@ def run(
         together.agree(model)
     towers = together.towers(model)
 
-    done = stored is not None and stored["done"]
-    for step, batch in enumerate(_batches(forget, retain, budget, seed), start=1):
-        if done:
+    for step, batch in enumerate(_batches(forget, retain, budget, seed, len(losses)), start=len(losses) + 1):
+        if done or step_loss is None:
             break
-        if step <= len(losses):  # taken before the checkpoint was written
-            continue
         loss = step_loss(towers, batch)
         value = loss.item()
         if not math.isfinite(value):
@@ -268,9 +266,9 @@ class Answers:
     logits: dict[str, Tensor]
 
 
-def answers(model: TwoModalityModel, data: PairedData) -> Answers:
-    """Embed and classify all items."""
-    visual, other = embed(model, data)
+def answers(model: TwoModalityModel, data: PairedData, embedded: tuple[Tensor, ...] | None = None) -> Answers:
+    """Embed all items, unless they are, and classify them."""
+    visual, other = embed(model, data) if embedded is None else embedded
     with evaluating(model):
         named = heads(model) if data.labelled else ()
         logits = {head: logits_of(model, head, visual, other) for head in named}
@@ -282,12 +280,13 @@ def accuracies(model: TwoModalityModel, data: PairedData) -> dict[str, float]:
     return right_shares(answers(model, data))[0]
 
 
-def right_shares(*parts: Answers) -> list[dict[str, float]]:
+def right_shares(*parts: Answers, thing: Tensor | None = None) -> list[dict[str, float]]:
     """The share of items that each head names right, ``{"visual": …, "other": …, "fused": …}`` in [0, 1] for each part.
 
     Without heads or labels the share of items that find their partner first among the items of all parts together, from
     the visual to the other modality ("visual") and back ("other"). :func:`~ccu_fast.runs.retrieval.retrieval_ranks`
-    says what ties count; of items with the same visual or other input (:func:`same_thing`) each is the other's partner.
+    says what ties count; of items with the same visual or other input (``thing``, by default of :func:`same_thing`)
+    each is the other's partner.
     """
     if all(part.logits for part in parts):
         right = [
@@ -295,7 +294,7 @@ def right_shares(*parts: Answers) -> list[dict[str, float]]:
         ]
     else:
         visual, other = (torch.cat([getattr(part, side) for part in parts]) for side in ("visual", "other"))
-        thing = same_thing(*(part.data for part in parts)).to(visual.device)
+        thing = (same_thing(*(part.data for part in parts)) if thing is None else thing).to(visual.device)
         sizes = [len(part.data) for part in parts]
         first = {
             side: (retrieval_ranks(query, gallery, thing, thing) == 1).split(sizes)
@@ -312,16 +311,16 @@ def same_thing(*parts: PairedData) -> Tensor:
     """
 
     def digests(inputs: Tensor) -> list[bytes]:
-        rows = inputs.cpu().contiguous().reshape(len(inputs), -1).view(torch.uint8)
-        return [hashlib.sha256(row.numpy().tobytes()).digest() for row in rows]
+        found = inputs.digests() if isinstance(inputs, DiskRows) else row_digests(inputs)
+        return [row.tobytes() for row in found.numpy()]
 
     views = [[digest for part in parts for digest in digests(getattr(part, side))] for side in ("visual", "other")]
     return shared_groups(*views)
 
 
-def chances(*parts: PairedData) -> list[float]:
+def chances(*parts: PairedData, thing: Tensor | None = None) -> list[float]:
     """What :func:`right_shares` expects of a model that has learned nothing, for each part, without heads or labels."""
-    thing = same_thing(*parts)
+    thing = same_thing(*parts) if thing is None else thing
     _, number, count = thing.unique(return_inverse=True, return_counts=True)
     by_item = (count[number] / len(thing)).split([len(part) for part in parts])
     return [float(chance.double().mean()) for chance in by_item]
@@ -329,9 +328,14 @@ def chances(*parts: PairedData) -> list[float]:
 
 def embed(model: TwoModalityModel, data: PairedData) -> tuple[Tensor, Tensor]:
     """Visual and other embeddings ``[N, D]`` of all items, in evaluation mode."""
-    with evaluating(model):
-        other = torch.cat([model.embed_other(part) for part in data.other.split(CHUNK)])
+    other = embed_other(model, data.other)
     return embed_visual(model, data.visual), other
+
+
+def embed_other(model: TwoModalityModel, other: Tensor) -> Tensor:
+    """Other embeddings ``[N, D]`` of all inputs, in evaluation mode."""
+    with evaluating(model):
+        return torch.cat([model.embed_other(part) for part in other.split(CHUNK)])
 
 
 def embed_visual(model: TwoModalityModel, visual: Tensor) -> Tensor:
@@ -348,17 +352,20 @@ def epochs_of_rows(items: int, batch: int, generator: torch.Generator) -> Iterat
         yield from order[: items // size * size].split(size)
 
 
-def _batches(forget: PairedData, retain: PairedData, budget: Budget, seed: int) -> Iterator[Batch]:
+def _batches(forget: PairedData, retain: PairedData, budget: Budget, seed: int, taken: int) -> Iterator[Batch]:
+    """The batches of the steps after those that were taken, whose items are drawn but not read."""
     device = forget.labels.device
     # Two streams, so that the retain batches of a method do not depend on how often its forget batch changes.
     forget_rows = epochs_of_rows(len(forget), budget.batch, torch.Generator().manual_seed(2 * seed))
     retain_rows = epochs_of_rows(len(retain), budget.batch, torch.Generator().manual_seed(2 * seed + 1))
+    forget_batch = None
     for step in range(budget.steps):
         if step % budget.retain_per_forget == 0:
-            u = next(forget_rows).to(device)
-            forget_batch = forget.batch(u)
+            u, forget_batch = next(forget_rows).to(device), None
         r = next(retain_rows).to(device)
-        yield Batch(forget_batch, retain.batch(r), u, r, step, budget.steps)
+        if step >= taken:
+            forget_batch = forget.batch(u) if forget_batch is None else forget_batch
+            yield Batch(forget_batch, retain.batch(r), u, r, step, budget.steps)
 
 
 def _both_shares(model: TwoModalityModel, forget: PairedData, held_out: HeldOut) -> list[dict[str, float]]:

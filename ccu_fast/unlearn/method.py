@@ -25,13 +25,16 @@ from __future__ import annotations
 import copy
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
+from ccu_fast.runs.kept import Kept, remove
 from ccu_fast.unlearn.alarms import NothingTrainable
 from ccu_fast.unlearn.baselines.ssd import dampen
 from ccu_fast.unlearn.config import UnlearnConfig
@@ -56,6 +59,7 @@ from ccu_fast.unlearn.parameters import (
 )
 from ccu_fast.unlearn.unseen import POOL, Levels, comparable, nearest, sample
 
+KEPT_FILES = ("forget", "retain", "judged", "levels", "neighbours")  # what a run keeps until it is over
 DAMPENED_AT_ONCE = 32  # items whose mean gradient is squared: as good as one by one, in a tenth of the time
 
 
@@ -66,14 +70,22 @@ def run_ccu(
     config: UnlearnConfig,
     *,
     unseen: PairedData | None = None,
+    kept: Kept | None = None,
     **options: Any,
 ) -> Run:
-    """CCU in the loop with all that its configuration says; the options are those of :func:`.loop.run`."""
-    return run(
+    """CCU in the loop with all that its configuration says; the options are those of :func:`.loop.run`.
+
+    What the original model says is ``kept`` (:func:`keep_embeddings`) for a run that goes on after it was killed; by
+    default until this one ends, where there is a checkpoint.
+    """
+    own, checkpoint = kept is None, options.get("checkpoint")
+    if kept is None and checkpoint is not None:
+        kept = keep_embeddings(checkpoint.path, original, forget, retain, config, unseen, options.get("group"))
+    done = run(
         original,
         forget,
         retain,
-        partial(CcuStep, config, unseen=unseen),
+        partial(CcuStep, config, unseen=unseen, kept=kept),
         config.budget,
         seed=config.seed,
         trainable=config.trainable,
@@ -83,6 +95,33 @@ def run_ccu(
         more=asdict(config),
         unseen=unseen,
         **options,
+    )
+    if own and checkpoint is not None:
+        remove(checkpoint.path, KEPT_FILES)
+    return done
+
+
+def keep_embeddings(
+    checkpoint: Path,
+    original: TwoModalityModel,
+    forget: PairedData,
+    retain: PairedData,
+    config: UnlearnConfig,
+    unseen: PairedData | None,
+    group: dist.ProcessGroup | None = None,
+) -> Kept:
+    """Where a run keeps what the original model says, beside its checkpoint, under the names :data:`KEPT_FILES`.
+
+    The first process of a group writes it; all of them read it.
+    """
+    parts = [part for part in (forget, retain, unseen) if part is not None]
+    return Kept(
+        checkpoint,
+        original.state_dict(),
+        parts,
+        [config.seed, config.group],
+        writes=group is None or dist.get_rank(group) == 0,
+        device=forget.labels.device,
     )
 
 
@@ -137,24 +176,24 @@ class CcuStep:
         seed: int,
         *,
         unseen: PairedData | None = None,
+        kept: Kept | None = None,
     ) -> None:
-        self.config, self.retained = config, Frozen(frozen, retain, config.budget.steps * config.budget.batch)
+        kept = Kept() if kept is None else kept
+        self.config, self.retained = config, Frozen(frozen, retain, config.budget.steps * config.budget.batch, kept)
         self.scale = 1 / config.temperature
-        self.u0, self.a0 = embed(frozen, forget)
+        self.u0, self.a0 = kept.of("forget", partial(embed, frozen, forget), about=len(forget))
         self.levels: Levels | None = None
         if config.forget != "class" and config.forgetting:
             sets = forget, retain, self.u0, self.a0
-            self.levels = Levels(frozen, *sets, unseen, group=config.group, seed=seed)
+            self.levels = Levels(frozen, *sets, unseen, group=config.group, seed=seed, kept=kept)
         self.neighbour: Tensor | None = None
         self.pull: float = config.used("neighbours")
         # Without a word where it is only the default: inputs such as token ids have no nearness.
         if self.pull and (config.neighbours is not None or comparable(forget.visual)):
-            pool = sample(retain, POOL, seed)
-            alike, place = nearest(forget.visual, pool.visual).unique(return_inverse=True)
-            self.neighbour = embed_visual(frozen, pool.visual[alike])[place]
+            (self.neighbour,) = kept.of("neighbours", partial(_neighbours, frozen, forget, retain, seed))
         self.bank: KeyBank | None = None
         if config.bank and (config.forget == "class" or config.keep == "trained"):  # nothing else asks it
-            r0, b0 = embed(frozen, retain)
+            r0, b0 = kept.of("retain", partial(embed, frozen, retain), about=len(retain))
             keys = torch.cat([r0, b0, self.u0, self.a0])
             labels = torch.cat([retain.labels, retain.labels, forget.labels, forget.labels])
             ids = torch.cat([retain.ids, retain.ids, forget.ids, forget.ids]) // config.group
@@ -217,6 +256,13 @@ class CcuStep:
         return torch.stack([gone, *told]).mean()
 
 
+def _neighbours(frozen: TwoModalityModel, forget: PairedData, retain: PairedData, seed: int) -> tuple[Tensor]:
+    """Where the retained item lies that looks most like each item to forget."""
+    pool = sample(retain, POOL, seed)
+    alike, place = nearest(forget.visual, pool.visual).unique(return_inverse=True)
+    return (embed_visual(frozen, pool.select(alike).visual)[place],)
+
+
 class Frozen:
     """Both embeddings of retained items under the frozen model.
 
@@ -224,9 +270,9 @@ class Frozen:
     its time then does not depend on the size of the retain set.
     """
 
-    def __init__(self, model: TwoModalityModel, data: PairedData, used: int) -> None:
+    def __init__(self, model: TwoModalityModel, data: PairedData, used: int, kept: Kept) -> None:
         self.model = model
-        self.whole = embed(model, data) if len(data) <= used else None
+        self.whole = kept.of("retain", partial(embed, model, data), about=len(data)) if len(data) <= used else None
 
     def of(self, rows: Tensor, batch: PairedData) -> tuple[Tensor, Tensor]:
         """The visual and the other embeddings of these rows, which are the items of ``batch``."""

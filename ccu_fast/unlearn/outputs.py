@@ -9,6 +9,8 @@ from typing import Any
 
 from ccu_fast.files import write_whole
 from ccu_fast.runs.checkpoint import read_state
+from ccu_fast.runs.kept import remove
+from ccu_fast.unlearn.method import KEPT_FILES
 from ccu_fast.unlearn.settings import Job
 
 WRITTEN = ("checkpoint.pt", "model.safetensors", "results.json", "card.md", "report.html")  # the last by the command
@@ -37,12 +39,15 @@ def take(out: Path, job: Job, fresh: bool) -> None:
         fresh = True  # it ended before its first state
     elif there and not (checkpoint.exists() and "key" in read_state(checkpoint, "checkpoint")):
         raise FileExistsError(f"out: expected a folder without {there[0].name}, or an earlier run's, got {out}")
-    for file in there if fresh else ():
-        file.unlink()
+    if fresh:
+        for file in there:
+            file.unlink()
+        remove(checkpoint, KEPT_FILES)
 
 
 def write_failure(failure: dict[str, Any], out: Path, report: Callable[[dict[str, Any]], None] | None) -> None:
     """Write what there is to say of a run that ended without a model: "alarm" alone."""
+    remove(out / "checkpoint.pt", KEPT_FILES)
     write_whole(out / "results.json", json_of(failure))
     if report is not None:
         report(failure)

@@ -9,6 +9,8 @@ For example::
     [data]
     path = "pairs.npz"                        # see ccu_fast.data.load.load_pairs
     unseen = "validation.npz"                 # pairs never trained on: for instances and pairs, and for the verdict
+    memory = 1024                             # MiB of inputs that may be held; of larger data only batches are read
+    judged = 5000                             # retained pairs, drawn, that the figures are of; left out: all of them
     [forget]
     kind = "class"                            # or "instances" or "pairs"
     classes = [3]                             # for a class; ["cat"] where classes have names
@@ -47,10 +49,11 @@ from ccu_fast.data.names import canonical
 from ccu_fast.runs.settings import from_table, read_toml, with_known_keys
 from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
 
+NUMBERS = ("memory", "judged")  # of [data]
 OF_MODEL = ("trainable",)  # fields of UnlearnConfig that may also stand in [model]
 TABLES: dict[str, tuple[str, ...]] = {
     "model": ("make", "name", "weights", *OF_MODEL),
-    "data": ("path", "unseen", *(f.name for f in fields(Options))),
+    "data": ("path", "unseen", *NUMBERS, *(f.name for f in fields(Options))),
     "forget": ("kind", "classes", "ids"),
     "ccu": tuple(f.name for f in fields(UnlearnConfig) if f.name not in ("forget", "budget", "early_stop")),
     "budget": (*(f.name for f in fields(Budget)), "early_stop"),
@@ -84,6 +87,8 @@ class Job:
         data: see :func:`ccu_fast.data.load.load_pairs` and, with a named model, ``load_captions``.
         unseen: pairs that were never trained on, read as the data are; None without any.
         options: how to read captions.
+        memory: MiB of inputs that may be held; of a larger set only batches are read.
+        judged: at most so many retained items, drawn by the seed, are what the figures are of; None: all.
         classes: names of those to forget, for config.forget "class"; of a number its digits.
         ids: file of the ids to forget, or the ids, for "instances" and "pairs".
         config: of CCU.
@@ -100,6 +105,8 @@ class Job:
     classes: tuple[str, ...]
     ids: Path | tuple[str, ...] | None
     config: UnlearnConfig
+    memory: int = 1024
+    judged: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     stop: Stop = field(default_factory=Stop)
 
@@ -125,17 +132,22 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
     texts = [(table, key) for table, key in texts if key not in OF_MODEL]
     for table, key in texts:
         value = tables[table].get(key)
-        if key not in ("classes", "ids") and not isinstance(value, str):
+        if key not in ("classes", "ids", *NUMBERS) and not isinstance(value, str):
             raise ValueError(f"settings: expected text as {key} in [{table}] of {path}, got {value or 'none'!r}")
     kind = check.one_of("settings [forget] kind", forget.get("kind", "class"), ROLES)
     needed, other = ("classes", "ids") if kind == "class" else ("ids", "classes")
     if needed not in forget or other in forget:
         raise ValueError(f"settings: expected {needed} and no {other} in [forget] of kind {kind!r}, got {forget}")
-    options = {key: value for key, value in data.items() if key not in ("path", "unseen")}
+    options = {key: value for key, value in data.items() if key not in ("path", "unseen", *NUMBERS)}
     if options and (not named or data["path"].endswith(".npz")):
         raise ValueError(f"settings: expected {', '.join(options)} in [data] with captions and a named model only")
     if "unseen" in data and (path.parent / data["unseen"]).resolve() == (path.parent / data["path"]).resolve():
         raise ValueError(f"settings: expected other pairs as unseen in [data] of {path}, got the same {data['path']!r}")
+    numbers: dict[str, Any] = {
+        key: check.integer(f"settings [data] {key}", data[key], low=1 if key == "judged" else 0)
+        for key in NUMBERS
+        if key in data
+    }
     early = tables["budget"].pop("early_stop", False)
     if not isinstance(early, (bool, dict)):
         raise ValueError(f"settings [budget]: expected true, false or a table as early_stop in {path}, got {early!r}")
@@ -163,6 +175,7 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         ids=base / ids if isinstance(ids, str) else None if ids is None else _listed(ids, "ids", path),
         config=config,
         stop=from_table(Stop, stop, where, path),
+        **numbers,
     )
 
 

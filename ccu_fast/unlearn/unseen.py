@@ -16,6 +16,8 @@ Without unseen items, retained ones that are half another picture stand in for t
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,7 +26,8 @@ from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
 from ccu_fast.ops.reduce_similarity.relations import OTHER
-from ccu_fast.unlearn.loop import embed, embed_visual
+from ccu_fast.runs.kept import Kept
+from ccu_fast.unlearn.loop import CHUNK, embed, embed_other, embed_visual
 from ccu_fast.unlearn.model import CLIP_SCALE, TwoModalityModel, heads
 from ccu_fast.unlearn.objective import class_log_odds
 
@@ -45,6 +48,7 @@ class Levels:
         unseen: items never trained on, of the same kind; None for stand-ins.
         group: items with equal ``ids // group`` are views of one thing.
         seed: of the samples of the retain set; of more unseen items than are used always the same are.
+        kept: where the frozen model's embeddings are kept; None: nowhere.
 
     Raises:
         ValueError: no unseen items, and inputs that cannot be blended; pairs, and nothing retained to tell them from.
@@ -61,15 +65,24 @@ class Levels:
         *,
         group: int,
         seed: int,
+        kept: Kept | None = None,
     ) -> None:
         self.group = group
         self.by_class = forget.labelled and "visual" in heads(frozen)
         self.scale = getattr(frozen, "scale", CLIP_SCALE)
         self.live = unseen is not None
-        self.unseen = stand_ins(retain, UNSEEN, group=group, seed=seed) if unseen is None else sample(unseen, UNSEEN, 0)
-        visual, self.unseen_other = embed(frozen, self.unseen)
+        if unseen is None:  # those whose stand-ins are made, which are not held
+            self.unseen = sample(sample(retain, POOL, seed), UNSEEN, seed)
+        else:
+            self.unseen = sample(unseen, UNSEEN, 0).in_memory()
         partners = sample(retain, PARTNERS, seed + 1)
-        self.keys, self.key_ids = embed(frozen, partners)[1], partners.ids // group
+
+        def embedded() -> tuple[Tensor, ...]:
+            items = self.unseen if self.live else stand_ins(retain, UNSEEN, group=group, seed=seed)
+            return *embed(frozen, items), embed_other(frozen, partners.other)
+
+        visual, self.unseen_other, self.keys = (Kept() if kept is None else kept).of("levels", embedded)
+        self.key_ids = partners.ids // group
         own_things = torch.cat([forget.ids, self.unseen.ids]) // group
         if not self.by_class and len(self.key_ids.unique()) == 1 and bool((own_things == self.key_ids[0]).any()):
             raise ValueError("retain: expected items of another thing too, got views of one that is to be forgotten")
@@ -113,9 +126,9 @@ class Levels:
 
 
 def sample(data: PairedData, count: int, seed: int) -> PairedData:
-    """At most ``count`` of the items, drawn at random, in their order."""
+    """At most ``count`` of the items, drawn at random, in their order; those on a disk are not read."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
-    return data.batch(order.sort().values.to(data.labels.device))
+    return data.select(order.sort().values.to(data.labels.device))
 
 
 def stand_ins(retain: PairedData, count: int, *, group: int, seed: int) -> PairedData:
@@ -135,13 +148,13 @@ def stand_ins(retain: PairedData, count: int, *, group: int, seed: int) -> Paire
         ValueError: inputs that are neither floating point nor uint8; fewer than two things.
     """
     pool = sample(retain, POOL, seed)
-    whole = pool.visual
+    whole = pool.visual  # maybe on a disk: of all of it only the features are held
     if not comparable(whole):
         raise ValueError(
             "unseen: expected items never trained on, because visual inputs of "
             f"{str(whole.dtype).removeprefix('torch.')} cannot be blended into stand-ins, got None"
         )
-    some = sample(pool, count, seed)
+    some = sample(pool, count, seed).in_memory()
     thing, things = some.ids // group, pool.ids // group
     if bool((things == things[0]).all()):
         raise ValueError("retain: expected items of at least two things, got one")
@@ -160,16 +173,17 @@ def nearest(x: Tensor, y: Tensor, thing: Tensor | None = None, things: Tensor | 
     """For each input of x the row of y that looks most like it, by the cosine of the inputs less their mean.
 
     Args:
-        x, y: inputs ``[N, ...]`` and ``[M, ...]`` of one shape; at most 4096 evenly spread numbers of each count.
+        x, y: inputs ``[N, ...]`` and ``[M, ...]`` of one shape; at most 4096 evenly spread numbers of each count, and
+            no more are held of those on a disk.
         thing, things: int64 ``[N]`` and ``[M]``; rows of y of the same thing are passed over.
 
     Returns:
         int64 ``[N]``, rows of y.
     """
     check.shape("y", y, [len(y), *x.shape[1:]])
-    a, b = (z.flatten(1) for z in (x, y))
-    columns = torch.linspace(0, a.shape[1] - 1, min(FEATURES, a.shape[1])).round().long().to(x.device)
-    a, b = (z[:, columns].float() for z in (a, b))
+    numbers = math.prod(x.shape[1:])
+    columns = torch.linspace(0, numbers - 1, min(FEATURES, numbers)).round().long().to(x.device)
+    a, b = (torch.cat([part.flatten(1)[:, columns].float() for part in z.split(CHUNK)]) for z in (x, y))
     mean = b.mean(0)
     s = F.normalize(a - mean, dim=1) @ F.normalize(b - mean, dim=1).T
     if thing is not None and things is not None:

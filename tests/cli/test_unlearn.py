@@ -25,10 +25,10 @@ from ccu_fast.data.paired import PairedData
 from ccu_fast.data.views import STRIDE, load_views
 from ccu_fast.models.weights import from_checkpoint
 from ccu_fast.runs.checkpoint import Checkpoint
-from ccu_fast.runs.provenance import load_model, save_model
+from ccu_fast.runs.provenance import items_hash, load_model, save_model
 from ccu_fast.unlearn import unlearn
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
-from ccu_fast.unlearn.job import _data_hash, load, load_user_model, run_job, split
+from ccu_fast.unlearn.job import load, load_user_model, run_job, split
 from ccu_fast.unlearn.loop import accuracies
 from ccu_fast.unlearn.settings import read_job
 from ccu_fast.unlearn.study import compare as comparing
@@ -239,7 +239,7 @@ class TestCommand:
             provenance = json.loads((out / "results.json").read_text())["provenance"]
             assert provenance["forgotten_classes"] == [chosen]
             gone = data[data.labels == 1]
-            assert provenance["forget_sha256"] == _data_hash(gone)
+            assert provenance["forget_sha256"] == items_hash(gone)
 
     def test_an_error_says_a_class_by_its_name(self, folder: Path) -> None:
         data = toy()

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ccu_fast.models.clip import ClipEncoder
-from ccu_fast.runs.provenance import load_model, save_model
-from ccu_fast.unlearn.job import _data_hash, in_own_names, load, run_job
+from ccu_fast.runs.provenance import items_hash, load_model, save_model
+from ccu_fast.unlearn.job import in_own_names, load, run_job
 from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.settings import read_job
 from tests.support import toy_unlearn
@@ -78,7 +78,7 @@ def test_a_run_goes_to_their_level_and_is_judged_by_them(folder: Path) -> None:
     names = [name for name, *_ in stored["rows"]]
     assert "unseen: visual, accuracy" in names and "membership of forgotten against unseen, AUC" in names
     assert stored["verdict"]["kind"] != "undecided"
-    assert stored["provenance"]["unseen_sha256"] == _data_hash(unseen)
+    assert stored["provenance"]["unseen_sha256"] == items_hash(unseen)
 
 
 def test_of_a_forgotten_class_unseen_items_are_to_be_forgotten_too(folder: Path) -> None:
