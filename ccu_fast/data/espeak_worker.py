@@ -2,8 +2,9 @@
 
 It is run by :mod:`ccu_fast.data.espeak` in a process of its own, without torch. eSpeak NG holds all its state in global
 variables: it cannot be initialised twice, is not safe among threads, and the same text sounds a little different each
-time, because the flutter of the voice goes on where it stopped. Here each text is spoken by a fork of the state right
-after initialisation: what comes out depends on the request alone.
+time, because the flutter of the voice goes on where it stopped and its breath is random, seeded by the clock. Here each
+text is spoken by a fork of the state right after initialisation, with a seed that is always the same: what comes out
+depends on the request alone.
 
     arguments: libespeak-ng.so, espeak-ng-data
     at first → a line of JSON: version, samples per second
@@ -23,6 +24,7 @@ from typing import Any, NoReturn
 SYNCHRONOUS, DO_NOT_EXIT = 2, 1 << 15
 CHARACTERS, UTF8 = 1, 1
 SPEED, PITCH = 1, 3
+SEED = 1  # of the breath
 HEARD = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 
@@ -78,6 +80,7 @@ def speak(espeak: Any, request: dict[str, Any], pipe: int) -> NoReturn:
         return 0
 
     text = request["text"].encode()
+    espeak.espeak_ng_SetRandSeed(ctypes.c_long(SEED))
     espeak.espeak_SetSynthCallback(heard)
     failed = (
         espeak.espeak_SetVoiceByName(request["voice"].encode())

@@ -30,7 +30,7 @@ SPEAKERS = (
     Speaker("en-029+m7", 170, 35),
     Speaker("en-us-nyc+f5", 190, 70),
 )
-FORMAT = 1  # of the kept files; raise it whenever the same names and speakers give other spectrograms
+FORMAT = 2  # of the kept files; raise it whenever the same names and speakers give other spectrograms
 PROGRESS_EVERY = 100
 
 
