@@ -20,6 +20,7 @@ EXTRAS = {
     },
     "parquet": {"pyarrow": "pyarrow"},
     "denoise": {"cv2": "opencv-python-headless"},
+    "speech": {"espeakng_loader": "espeakng-loader"},
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.protection.drawing import GREY, figure_of, save
+from benchmarks.drawing import GREY, figure_of, save
 from ccu_fast.mem import Method, Settings, protect
 from ccu_fast.mem.study import Task
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.unlearning                      the embedded tasks: about an hour on one core; resumes
     python -m benchmarks.unlearning --packages DIR       those and the tasks of pictograms, see ccu_fast.data.pictograms
+                                                         (pictogram-speech needs pip install 'ccu-fast[speech]')
     python -m benchmarks.unlearning --tasks digit-features --seeds 0 --out part.json --work runs/part
                                                          a part of it, for several processes; --methods, --scenarios too
     python -m benchmarks.unlearning --merge part.json    what such parts hold, into the file of all
@@ -58,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="put what these hold into --out")
     parser.add_argument("--page", action="store_true", help="write the page from the files alone")
     options = parser.parse_args(arguments)
-    known = {**TASKS, **(pictogram_tasks(options.packages) if options.packages else {})}
+    known = dict(TASKS)
+    if options.packages:
+        known |= pictogram_tasks(options.packages, speech=options.work / "speech", progress=_say)
     for name in options.tasks or ():
         if name not in known:
             hint = "" if options.packages else "; those of pictograms need --packages"

@@ -1,4 +1,4 @@
-"""Pairs of pictograms, and pictograms with words: unlearning data in colour, of 1,800 things in nine groups.
+"""Pairs of pictograms, pictograms with words and with speech: unlearning data of 1,800 things in nine groups.
 
 They are made of the npm packages that :mod:`ccu_fast.data.pictograms` reads.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from ccu_fast import check, extras
 from ccu_fast.data.halves import Halves
 from ccu_fast.data.paired import PairedData
 from ccu_fast.data.pictograms import ARTISTS, SIDE, Thing, drawn_keywords, picture, things, words
+from ccu_fast.data.spectrogram import heard
+from ccu_fast.data.spoken_names import SPEAKERS, spoken_names
 from ccu_fast.data.views import STRIDE, moved
 
 # Of emojibase, by its numbers; 2 are components such as skin tones and hair, which are no things.
@@ -95,6 +97,43 @@ def load_pictogram_words(
         for row, number in enumerate(chosen.repeat_interleave(count).tolist()):
             said = words(" ".join([known[number].name, *drawn_keywords(known[number], rng)]))
             other[row, [column[word] for word in said if word in column]] = 1
+        made.append(PairedData(visual, other, *_labels_and_ids(known, chosen, count)))
+    return Halves(*made)
+
+
+def load_pictogram_speech(
+    packages: str | Path,
+    seed: int = 0,
+    *,
+    views: int = 4,
+    unseen_views: int = 2,
+    side: int = SIDE,
+    cache: Path | None = None,
+    progress: Callable[[str, int, int, str], object] | None = None,
+) -> Halves:
+    """A drawing of a thing is ``visual``, its spoken English name is ``other``, the group is the label.
+
+    Things, parts, drawings and their moves are as in :func:`load_pictogram_words`. The name is said by another
+    synthetic speaker in each view, up to 0.1 seconds later and up to 3 dB louder or quieter: log-mel spectrograms, fp32
+    ``[N, 1, MELS, FRAMES]`` (:mod:`ccu_fast.data.spectrogram`).
+
+    Args:
+        packages, seed, side, views, unseen_views: as for :func:`load_pictogram_words`.
+        cache, progress: as for :func:`ccu_fast.data.spoken_names.spoken_names`. All names by all speakers take minutes.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as for :func:`ccu_fast.data.pictograms.load_pictograms`, or for
+            :func:`ccu_fast.data.spoken_names.spoken_names`.
+    """
+    known, rng, parts = _parts(packages, seed, views, unseen_views, side, most=len(ARTISTS))
+    said = spoken_names([thing.name for thing in known], cache=cache, progress=progress)
+    pictures = _pictures(known, side)
+    made = []
+    for chosen, count in parts:
+        which = chosen.repeat_interleave(count)
+        artists, speakers = (_drawn(len(chosen), count, torch.arange(len(all_)), rng) for all_ in (ARTISTS, SPEAKERS))
+        visual = _seen(pictures[which, artists], rng)
+        other = heard(said[which, speakers], rng)[:, None]
         made.append(PairedData(visual, other, *_labels_and_ids(known, chosen, count)))
     return Halves(*made)
 

@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -23,7 +24,7 @@ from benchmarks.protection import frontier, scale, scale_page
 from benchmarks.protection import memory as surrogates
 from benchmarks.results import Row
 from benchmarks.unlearning import __main__ as unlearning
-from benchmarks.unlearning import winners
+from benchmarks.unlearning import figure, winners
 from benchmarks.unlearning.stored import by_seed, in_rows
 from ccu_fast.cli.report.tables import independent, unlearn_tables
 
@@ -43,6 +44,7 @@ DEPTHS = {  # of every committed file of figures, as its command stores it
     "protection/scale.json": scale.DEPTH,
     "results/*/*.json": 1,
     "small_batches.json": 2,
+    "unlearning/losses.json": figure.DEPTH,
     "unlearning/results.json": 2,
     "unlearning/rates.json": 2,
     "unlearning/profile.json": 2,
@@ -238,6 +240,43 @@ def test_the_committed_page_of_unlearning_is_what_its_files_make() -> None:
     assert unlearning.page(found) == unlearning.PAGE.read_text()
     front = unlearning.FRONT.read_text()
     assert summary.splice(front, winners.front(found["unlearn"]), unlearning.BEGIN, unlearning.END) == front
+
+
+def test_the_committed_figure_of_ccu_s_losses_is_what_its_file_makes(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    stored = json.loads(figure.RESULTS.read_text())
+    figure.draw(stored, tmp_path / "losses.svg")
+    committed, drawn = (ElementTree.parse(path).getroot() for path in (figure.FIGURE, tmp_path / "losses.svg"))
+    said = [[text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")] for picture in (committed, drawn)]
+    assert said[0] == said[1] and "forgotten, after" in said[0], "run python -m benchmarks.unlearning.figure --page"
+    assert figure.digest(stored) in figure.FIGURE.read_text()
+    if f"Matplotlib v{matplotlib.__version__}," in figure.FIGURE.read_text():  # others place lines a little differently
+        assert figure.FIGURE.read_bytes() == (tmp_path / "losses.svg").read_bytes()
+    manual = (REPOSITORY / "docs" / "unlearn.md").read_text()
+    assert "](figures/losses.svg)" in manual
+    for share in stored["own place is the nearest"].values():
+        assert f"{100 * share:.0f} %" in manual
+
+
+def test_the_committed_figure_of_ccu_s_losses_shows_what_the_manual_says() -> None:
+    stored = json.loads(figure.RESULTS.read_text())
+    odds, gone, other, place = stored["curves"].values()
+    assert max(map(len, stored["curves"].values())) <= 5
+    middle = figure.POINTS // 2
+
+    def apart(curves: dict[str, list[float]], one: str, two: str) -> float:
+        return abs(curves[one][middle] - curves[two][middle])
+
+    # In the middle the forgotten instances are where the unseen ones are, and were where the retained ones were.
+    assert apart(odds, "forgotten, after", "unseen, after: the levels") < 0.1
+    assert apart(odds, "forgotten, before", "retained, before") < 0.1
+    assert apart(odds, "forgotten, before", "forgotten, after") > 0.3
+    assert max(gone["forgotten, after"] + gone["unseen of the class, after"]) < -2 < 2 < gone["retained, after"][middle]
+    assert stored["same to the bit"]["ccu"] and set(other["exact"]) == {0}
+    assert not stored["same to the bit"]["trained, held by (b)"]
+    held, free = other["trained, held by (b)"], other["trained, without (b)"]
+    assert min(held) > 0 and all(x <= y for x, y in zip(held, free, strict=True)) and free[-2] > 2 * held[-2]
+    assert all(place["with (c)"][i] > place["without (c)"][i] for i in range(middle))
 
 
 def unlearned(seed: float, **visual: float) -> dict[str, Any]:

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.unlearning import profile, rates
+from benchmarks.unlearning import figure, profile, rates
 from benchmarks.unlearning.__main__ import PAGE, RESULTS, main
 from benchmarks.unlearning.stored import by_seed, in_rows, merged
 from benchmarks.unlearning.tasks import pictogram_tasks
-from ccu_fast.data import pictograms
+from ccu_fast.data import pictogram_pairs, pictograms
 from ccu_fast.data.pictogram_pairs import GROUPS
+from ccu_fast.data.spectrogram import FRAMES, MELS
+from ccu_fast.data.spoken_names import SPEAKERS
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.study import compare as comparing
@@ -101,10 +104,18 @@ def test_a_task_needs_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_pictograms_are_learned_and_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictograms, "_check_contents", lambda *_: None)
-    tasks = pictogram_tasks(write_packages(tmp_path / "packages", things=70))
+    kept_in = []
+
+    def said(names: list[str], *, cache: Path, **_: Any) -> torch.Tensor:
+        kept_in.append(cache)
+        return torch.rand(len(names), len(SPEAKERS), MELS, FRAMES, generator=torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr(pictogram_pairs, "spoken_names", said)
+    tasks = pictogram_tasks(write_packages(tmp_path / "packages", things=70), speech=tmp_path / "speech")
     assert [(name, task.kept_back) for name, task in tasks.items()] == [
         ("pictograms", False),
         ("pictogram-words", True),
+        ("pictogram-speech", True),
     ]
     for task in tasks.values():
         for scenario in SCENARIOS:
@@ -113,6 +124,31 @@ def test_pictograms_are_learned_and_forgotten(tmp_path: Path, monkeypatch: pytes
             assert setting["ccu"]["group"] == 1000 and setting["task"] == task.name
             assert set(found["embeddings"]["labels"]) <= set(range(len(GROUPS)))
             assert set(found["metrics"]) == {"original", "gold_mask", "ccu"}
+    assert kept_in == [tmp_path / "speech"] * len(SCENARIOS)
+
+
+def test_the_figure_of_the_losses_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    paths = RESULTS.with_name("losses.json"), tmp_path / "losses.json", tmp_path / "docs" / "losses.svg"
+    monkeypatch.setattr(figure, "RESULTS", paths[1])
+    monkeypatch.setattr(figure, "FIGURE", paths[2])
+    monkeypatch.setitem(TASKS, "digits-halves", quick(TASKS["digits-halves"]))
+    assert figure.main([]) == 0
+    committed, stored = (json.loads(path.read_text()) for path in paths[:2])
+
+    def names(value: Any) -> Any:
+        return {name: names(inner) for name, inner in value.items()} if isinstance(value, dict) else None
+
+    assert names(stored["curves"]) == names(committed["curves"])
+    for lines in stored["curves"].values():
+        for values in lines.values():
+            assert len(values) == figure.POINTS and values == sorted(values)
+    # Two steps are enough to tell the modality that is kept from one that is trained.
+    assert stored["same to the bit"] == committed["same to the bit"]
+    # From the file alone comes the same picture.
+    picture = paths[2].read_bytes()
+    paths[2].unlink()
+    assert figure.main(["--page"]) == 0 and paths[2].read_bytes() == picture
 
 
 def test_every_baseline_has_the_rate_that_was_nearest_to_retraining() -> None:

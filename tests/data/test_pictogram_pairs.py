@@ -1,4 +1,4 @@
-"""Pairs of pictograms, and pictograms with words, from packages of the same form as the real ones."""
+"""Pairs of pictograms, pictograms with words and with speech, from packages of the same form as the real ones."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from ccu_fast.data import pictograms
+from ccu_fast.data import pictogram_pairs, pictograms
 from ccu_fast.data.halves import Halves
-from ccu_fast.data.pictogram_pairs import GROUPS, WORDS, load_pictogram_pairs, load_pictogram_words
+from ccu_fast.data.pictogram_pairs import (
+    GROUPS,
+    WORDS,
+    load_pictogram_pairs,
+    load_pictogram_speech,
+    load_pictogram_words,
+)
 from ccu_fast.data.pictograms import ARTISTS
+from ccu_fast.data.spectrogram import FRAMES, MELS
+from ccu_fast.data.spoken_names import SPEAKERS
 from ccu_fast.data.views import STRIDE
 from tests.support.pictogram_packages import write_packages
 
@@ -29,10 +38,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def packages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(pictograms, "_check_contents", lambda *_: None)
+    monkeypatch.setattr(pictogram_pairs, "spoken_names", said)
     return folder
 
 
-@pytest.mark.parametrize(("load", "views"), [(load_pictogram_pairs, 8), (load_pictogram_words, 4)])
+def said(names: list[str], **_: object) -> Tensor:
+    """In place of speech: a name's number is how high its only sound is, its speaker's how long."""
+    mels = torch.zeros(len(names), len(SPEAKERS), MELS, FRAMES)
+    for i, name in enumerate(names):
+        for k in range(len(SPEAKERS)):
+            mels[i, k, int(name.removeprefix("Thing ").removesuffix("!")) % MELS, : 20 + 3 * k] = 2
+    return mels
+
+
+@pytest.mark.parametrize(
+    ("load", "views"), [(load_pictogram_pairs, 8), (load_pictogram_words, 4), (load_pictogram_speech, 4)]
+)
 def test_a_thing_is_in_one_part_with_all_its_views(packages: Path, load: Load, views: int) -> None:
     halves = load(packages, side=8)
     seen = []
@@ -48,7 +69,7 @@ def test_a_thing_is_in_one_part_with_all_its_views(packages: Path, load: Load, v
     assert [len(part) for part in (halves.train, halves.test, halves.held_out)] == [views * 44, 2 * 9, 2 * 9]
 
 
-@pytest.mark.parametrize("load", [load_pictogram_pairs, load_pictogram_words])
+@pytest.mark.parametrize("load", [load_pictogram_pairs, load_pictogram_words, load_pictogram_speech])
 def test_the_same_seed_is_the_same(packages: Path, load: Load) -> None:
     one, again, other = (load(packages, seed, views=2, unseen_views=1, side=8) for seed in (3, 3, 4))
     for first, second in zip(vars(one).values(), vars(again).values(), strict=True):
@@ -89,12 +110,27 @@ def test_words_are_of_the_name_and_three_keywords(packages: Path) -> None:
     assert shared[same[:, None] == same].min() >= 4 and shared[same[:, None] != same].eq(1).all()
 
 
+def test_speech_is_the_thing_s_name_by_several_speakers(packages: Path) -> None:
+    halves = load_pictogram_speech(packages, side=8)
+    words_ = load_pictogram_words(packages, side=8)
+    for part, with_words in zip(vars(halves).values(), vars(words_).values(), strict=True):
+        assert torch.equal(part.ids, with_words.ids)  # the same parts
+        assert part.other.shape == (len(part), 1, MELS, FRAMES) and part.other.dtype == torch.float32
+        sounds = part.other[:, 0] > 1
+        assert sounds.any(2).float().argmax(1).tolist() == [KNOWN[i] % MELS for i in (part.ids // STRIDE).tolist()]
+        assert sounds.any(2).sum(1).eq(1).all()
+        speakers = ((sounds.sum((1, 2)) - 20) // 3).view(-1, 4 if part is halves.train else 2)
+        assert all(len(set(row)) == len(row) for row in speakers.tolist())  # another one in each view
+        assert part is not halves.train or speakers.unique().tolist() == list(range(len(SPEAKERS)))
+
+
 @pytest.mark.parametrize(
     ("load", "options", "message"),
     [
         (load_pictogram_pairs, {"views": 13}, "views: expected"),
         (load_pictogram_words, {"views": 5}, "views: expected"),
         (load_pictogram_words, {"unseen_views": 0}, "unseen_views: expected"),
+        (load_pictogram_speech, {"views": 5}, "views: expected"),
         (load_pictogram_pairs, {"seed": -1}, "seed: expected"),
         (load_pictogram_pairs, {"side": 0}, "side: expected"),
     ],

@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from ccu_fast import extras
+from ccu_fast.data.espeak import PACKAGE
 from ccu_fast.ops.backend import unavailable
 
 CI = os.environ.get("CI", "").lower() in ("1", "true")
@@ -23,3 +25,10 @@ def require_backend(name: str) -> str:
     if reason is not None:
         absent(f"the {name} backend", reason)
     return name
+
+
+def require_espeak() -> None:
+    try:
+        extras.require(PACKAGE)
+    except ImportError as error:
+        absent("eSpeak NG", str(error))

@@ -11,8 +11,8 @@ GREY = "#808080"
 
 
 @contextmanager
-def figure_of(path: Path) -> Iterator[Any]:
-    """A figure for :func:`save`; None without matplotlib, which is said."""
+def figure_of(path: Path, size: tuple[float, float] = (9, 3.6)) -> Iterator[Any]:
+    """A figure for :func:`save`, of a size in inches of 96 pixels; None without matplotlib, which is said."""
     try:
         import matplotlib
     except ImportError:
@@ -26,9 +26,9 @@ def figure_of(path: Path) -> Iterator[Any]:
     with matplotlib.rc_context(options):
         from matplotlib.figure import Figure
 
-        yield Figure(figsize=(9, 3.6), layout="constrained")
+        yield Figure(figsize=size, layout="constrained")
 
 
-def save(figure: Any, path: Path) -> None:
-    """The same bytes of the same figures."""
-    figure.savefig(path, metadata={"Date": None}, transparent=True)
+def save(figure: Any, path: Path, source: str | None = None) -> None:
+    """The same bytes of the same figures. ``source`` says what it was drawn from, where the file's metadata is read."""
+    figure.savefig(path, metadata={"Date": None, "Source": source}, transparent=True)
