@@ -6,6 +6,7 @@
 - ``relearn``     how many steps bring the knowledge back
 - ``retrieval``   recall of pairs without labels
 - ``summary``     average gap to retraining, mean and spread over seeds
+- ``text_membership``  membership inference that shows the model no picture
 """
 
 from ccu_fast.unlearn.audit.audit import audit
@@ -14,16 +15,25 @@ from ccu_fast.unlearn.audit.probe import embedding_map, linear_probe
 from ccu_fast.unlearn.audit.relearn import relearn_steps
 from ccu_fast.unlearn.audit.retrieval import recall
 from ccu_fast.unlearn.audit.summary import MODALITIES, average_gap, gaps, mean_figures, over_seeds, worst_gap
+from ccu_fast.unlearn.audit.text_membership import (
+    TextMembership,
+    gibberish_of,
+    text_features,
+    text_membership,
+    told_apart,
+)
 from ccu_fast.unlearn.audit.verdict import Verdict, verdict, verdict_without_gold
 
 __all__ = [
     "MODALITIES",
+    "TextMembership",
     "Verdict",
     "auc",
     "audit",
     "average_gap",
     "embedding_map",
     "gaps",
+    "gibberish_of",
     "linear_probe",
     "mean_figures",
     "membership_auc",
@@ -31,6 +41,9 @@ __all__ = [
     "over_seeds",
     "recall",
     "relearn_steps",
+    "text_features",
+    "text_membership",
+    "told_apart",
     "verdict",
     "verdict_without_gold",
     "worst_gap",
