@@ -112,8 +112,9 @@ class UnlearnConfig:
 class HeldOut:
     """When to stop: as soon as the forget set looks unseen and the rest is intact.
 
-    That is at the first check where the visual accuracy on the forget set is at most ``level`` and each of the accuracies
-    on ``retain`` is at most ``slack`` below the original's (:func:`ccu_fast.unlearn.loop.right_shares` of both).
+    That is at the first check where the visual accuracy on the forget set is at most ``level`` and each of the
+    accuracies on ``retain`` is at most ``slack`` below the original's (:func:`ccu_fast.unlearn.loop.right_shares` of
+    both).
 
     Attributes:
         retain: held-out items of the classes that stay.

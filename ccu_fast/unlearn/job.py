@@ -38,6 +38,7 @@ from ccu_fast.unlearn.method import check_trainable, run_ccu
 from ccu_fast.unlearn.model import TwoModalityModel, check_problem
 from ccu_fast.unlearn.outputs import json_of, take, write_failure
 from ccu_fast.unlearn.parameters import matches
+from ccu_fast.unlearn.precision import under_autocast
 from ccu_fast.unlearn.settings import Job
 from ccu_fast.unlearn.stopping import held_out_of
 
@@ -85,7 +86,7 @@ def run_job(
     """
     model, data, names, unseen = load(job)
     job = replace(job, config=replace(job.config, trainable=in_own_names(model, job.config.trainable)))
-    model = model.to(job.device)
+    model = under_autocast(model, job.dtype).to(job.device)
     forget, retain = (part.to(job.device) for part in split(data, job, names))
     unseen = None if unseen is None else unseen.to(job.device)
     check_problem(model, forget, retain, job.config.forget, names.classes, unseen=unseen)
@@ -99,7 +100,7 @@ def run_job(
     with processes(job.device, timeout=PATIENCE) as (rank, world), locked(out / f"lock-{rank}"):
         of_first = Ranks().of_first if world > 1 else _called
         of_first(partial(take, out, job, fresh))
-        checkpoint = Checkpoint(out / "checkpoint.pt", settings=asdict(job.config))
+        checkpoint = Checkpoint(out / "checkpoint.pt", settings={**asdict(job.config), "dtype": job.dtype})
         try:
             done = run_ccu(
                 model,
@@ -110,6 +111,7 @@ def run_job(
                 held_out=held_out,
                 checkpoint=checkpoint,
                 progress=progress,
+                scaled=job.dtype == "fp16",
                 group=dist.group.WORLD if world > 1 else None,
             )
         except NotFinite as error:
@@ -152,6 +154,7 @@ def _provenance(
         "forgotten_classes": list(job.classes),
         "processes": world,
         "model": job.model,
+        "dtype": job.dtype,
         "original_sha256": tensors_hash(_own(model).state_dict()),
         "forget_sha256": _data_hash(forget),
         "retain_sha256": _data_hash(retain),
