@@ -106,6 +106,7 @@ def run(
     unseen: PairedData | None = None,
     group: dist.ProcessGroup | None = None,
     scaled: bool = False,
+    adapt: Callable[[TwoModalityModel], Callable[[], None]] | None = None,
 ) -> Run:
     """Unlearn a copy of ``original`` with Adam.
 
@@ -132,6 +133,7 @@ def run(
             first reports progress, reads and writes the checkpoint and decides when to stop. None: this one alone.
         scaled: whether the loss is scaled before its backward pass, and steps with an infinite gradient are left out,
             as fp16 needs it (``torch.amp.GradScaler``).
+        adapt: changes what of the copy is trained; what it returns undoes that in the end.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite; the message says at which step and, with a checkpoint, where
@@ -142,6 +144,7 @@ def run(
     frozen = copy.deepcopy(original).eval().requires_grad_(False)
     model = copy.deepcopy(original).train()
     freeze_all_but(model, trainable, keep)  # type: ignore[arg-type]
+    undo = None if adapt is None else adapt(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(parameters.values(), lr=budget.learning_rate, fused=True)
     scaler = torch.amp.GradScaler(forget.labels.device.type, enabled=scaled)
@@ -227,6 +230,8 @@ def run(
             }
             together.of_first(partial(keeper.save, state))
             keeper.written = len(losses)
+    if undo is not None:
+        undo()
     model.train(original.training)
     for parameter, as_was in zip(model.parameters(), original.parameters(), strict=True):
         parameter.requires_grad_(as_was.requires_grad)

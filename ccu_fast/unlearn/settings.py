@@ -6,6 +6,7 @@ For example::
     make = "my_package.models:make_model"     # a function without arguments
     weights = "trained.safetensors"           # its state_dict, also .pt
     trainable = ["visual.*"]                  # patterns of the parameters that may change; all without it
+    lora = 8                                  # rank of what is added to linear layers; without it whole weights change
     dtype = "bf16"                            # of the forward passes: fp32 (the default), bf16, fp16
     [data]
     path = "pairs.npz"                        # see ccu_fast.data.load.load_pairs
@@ -50,7 +51,7 @@ from ccu_fast.runs.settings import from_table, read_toml, with_known_keys
 from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
 from ccu_fast.unlearn.precision import DTYPES
 
-OF_MODEL = ("trainable",)  # fields of UnlearnConfig that may also stand in [model]
+OF_MODEL = ("trainable", "lora")  # fields of UnlearnConfig that may also stand in [model]
 TABLES: dict[str, tuple[str, ...]] = {
     "model": ("make", "name", "weights", "dtype", *OF_MODEL),
     "data": ("path", "unseen", *(f.name for f in fields(Options))),
