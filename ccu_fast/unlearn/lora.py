@@ -73,9 +73,8 @@ def attach(model: nn.Module, rank: int, leave: Collection[str] = (), seed: int =
     def merge() -> None:
         for layer, name, order in places:
             parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
-            own = dict(
-                layer._parameters
-            )  # torch puts the weight last; whoever lists the parameters finds them as before
+            # torch has put the weight last; whoever lists the parameters is to find it where it was.
+            own = dict(layer._parameters)
             layer._parameters.clear()
             layer._parameters.update({key: own[key] for key in order})
 
