@@ -7,8 +7,10 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +26,7 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 # The checks of this package name the argument first; an error without a name is a bug.
 NAMED = re.compile(r"[\w\[\], ./-]+: ")
 SHOWN = 12
+LOGGED_EVERY = 60.0  # seconds between two lines of progress where there is no terminal
 TERMINATED = 143  # for one that SIGTERM ended
 READER_GONE = 141  # what a shell reports for a program that wrote to a closed pipe
 # Command → each option's name in Python, and as it is typed; the decorator ``options.with_fields`` knows them.
@@ -134,9 +137,16 @@ def _sentence(error: BaseException, goes_on: bool) -> str | None:
 
 
 class Live:
-    """A bar for each of the last stages, with the time that is left and a note; gone when the work ends."""
+    """A bar for each of the last stages, with the time that is left and a note; gone when the work ends.
 
-    def __init__(self, quiet: bool) -> None:
+    Where stderr is no terminal, such as in a log, a line of the same now and then.
+
+    Args:
+        quiet: show nothing.
+        clock: seconds.
+    """
+
+    def __init__(self, quiet: bool, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
@@ -147,8 +157,10 @@ class Live:
         columns += [TextColumn("left"), TimeRemainingColumn(), note]
         console = Console(stderr=True)
         console.quiet = quiet or not console.is_interactive  # a log is not full of bars
-        self.bars = Bars(*columns, console=console, transient=True)
+        self.bars = Bars(*columns, console=console, transient=True, get_time=clock)
         self._stages: dict[str, TaskID] = {}
+        self._clock, self._logs, self._told = clock, not quiet and not console.is_interactive, clock()
+        self._began: dict[str, tuple[float, int]] = {}  # by stage: when it was first heard of, and what was done then
 
     def __call__(self, stage: str, done: int, total: int, note: str) -> None:
         """A :data:`ccu_fast.runs.progress.Progress`."""
@@ -157,9 +169,24 @@ class Live:
             stages[stage] = bars.add_task(stage, total=total, note=note)
             for old in bars.task_ids[:-SHOWN]:
                 bars.update(old, visible=False)
-        elif done < bars.tasks[stages[stage]].completed:  # the next part has a stage of the same name
-            bars.reset(stages[stage])
+        elif done < bars.tasks[stages[stage]].completed:
+            bars.reset(stages[stage])  # the next part has a stage of the same name
+            self._began.pop(stage, None)
         bars.update(stages[stage], completed=done, total=total, note=note)
+        if self._logs:
+            self._log(stage, done, total, note)
+
+    def _log(self, stage: str, done: int, total: int, note: str) -> None:
+        now = self._clock()
+        start, before = self._began.setdefault(stage, (now, done))
+        if now - self._told < LOGGED_EVERY:
+            return
+        self._told = now
+        parts = [f"{stage} {done}/{total}"]
+        if done > before:  # what was done before this process began says nothing about its pace
+            left = timedelta(seconds=round((now - start) / (done - before) * (total - done)))
+            parts.append(f"{left} left")
+        print(", ".join(filter(None, [*parts, note])), file=sys.stderr, flush=True)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -31,6 +31,11 @@ def unlearn(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of what is written; made if needed.")] = Path("ccu_fast_unlearn"),
     *,
+    model: Annotated[
+        str | None, typer.Option(help="open_clip:NAME, hf:FOLDER or module:function, in place of that in [model].")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Of the model, in place of those in [model].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the forward passes: fp32, bf16 or fp16.")] = None,
     classes: Annotated[
         list[str] | None, typer.Option(help="A class to forget, by name or number; may be repeated.")
     ] = None,
@@ -55,7 +60,8 @@ def unlearn(
     if compare and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         print("ccu-fast unlearn: expected one process for --compare, got several by torchrun", file=sys.stderr)
         raise SystemExit(2)
-    given = {"ccu": ccu, "budget": budget, "forget": {"classes": classes or None}}
+    chosen = {"model": model, "weights": weights, "dtype": dtype}
+    given = {"model": chosen, "ccu": ccu, "budget": budget, "forget": {"classes": classes or None}}
     overrides = {name: {k: v for k, v in table.items() if v is not None} for name, table in given.items()}
     unused = [name for table in overrides.values() for name in table]
     unused += ["device"] * (device != "cpu") + ["fresh"] * fresh

@@ -51,7 +51,10 @@ def card(result: Mapping[str, Any]) -> str:
         "## Figures",
         _table(("", "before", "after"), [(name, f"{old:.4g}", f"{new:.4g}") for name, old, new in result["rows"]]),
         "## Settings",
-        _table(("setting", "value"), [*config.items(), *budget.items(), ("processes", made["processes"])]),
+        _table(
+            ("setting", "value"),
+            [*config.items(), *budget.items(), ("dtype", made["dtype"]), ("processes", made["processes"])],
+        ),
         "## Versions",
         _table(("", ""), list(made["versions"].items())),
         "## Loading",

@@ -61,6 +61,9 @@ class UnlearnConfig:
         bank: frozen keys drawn once, in (a) besides those of the batch, in (b) in their place; 0 for none.
         trainable: shell patterns of the names of parameters that may change.
         saliency: in (0, 1], the share of weights that may change: those the forget set depends on most; 1 for all.
+        lora: rank ≥ 1 of what is added to the weights of the linear layers of the visual modality and its heads, of
+            those that ``trainable`` matches; nothing else then changes (:mod:`ccu_fast.unlearn.lora`), and ``dampen``
+            is 0. None: whole weights are trained.
         budget: steps, learning rate and batch.
         early_stop: with a held-out set, stop at the first check where the items to forget are treated as unseen
             and the rest is intact; see :class:`HeldOut`.
@@ -88,6 +91,7 @@ class UnlearnConfig:
     bank: int = check.field(0, low=0)
     trainable: tuple[str, ...] = check.field(("*",), "Pattern of parameter names; may be repeated.")
     saliency: float = check.field(1.0, low=1e-9, high=1)
+    lora: int | None = check.field(None, "Rank of what is added to linear layers; none: whole weights.", low=1)
     budget: Budget = field(default_factory=Budget)
     early_stop: bool = check.field(False, "Stop once the forget set is as unseen; needs unseen in [data].")
     seed: int = check.field(0, "Of the batches.", low=0)
@@ -97,12 +101,19 @@ class UnlearnConfig:
         if not isinstance(self.trainable, (list, tuple)) or not all(isinstance(p, str) for p in self.trainable):
             raise TypeError(f"trainable: expected a sequence of patterns, got {self.trainable!r}")
         object.__setattr__(self, "trainable", tuple(self.trainable))
+        if self.lora is not None and (self.dampen or self.saliency != 1):
+            name, value, free = ("dampen", self.dampen, 0) if self.dampen else ("saliency", self.saliency, 1)
+            raise ValueError(
+                f"{name}: expected {free} with lora, which adds a matrix of low rank and no more, got {value}"
+            )
         if not isinstance(self.budget, Budget):
             raise TypeError(f"budget: expected a Budget, got {type(self.budget).__name__}")
 
     def used(self, name: str) -> Any:
         """The value of a setting, or what None stands for."""
         value = getattr(self, name)
+        if name == "dampen" and self.lora is not None:
+            return 0.0
         if value is None and name in FOR_A_CLASS:
             return FOR_A_CLASS[name] if self.forget == "class" else 0.0
         return value

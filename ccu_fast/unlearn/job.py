@@ -38,6 +38,7 @@ from ccu_fast.unlearn.method import KEPT_FILES, check_trainable, keep_embeddings
 from ccu_fast.unlearn.model import TwoModalityModel, check_problem, heads
 from ccu_fast.unlearn.outputs import json_of, take, write_failure
 from ccu_fast.unlearn.parameters import matches
+from ccu_fast.unlearn.precision import under_autocast
 from ccu_fast.unlearn.settings import Job
 from ccu_fast.unlearn.stopping import held_out_of
 from ccu_fast.unlearn.unseen import sample
@@ -86,7 +87,7 @@ def run_job(
     """
     model, data, names, unseen = load(job)
     job = replace(job, config=replace(job.config, trainable=in_own_names(model, job.config.trainable)))
-    model = model.to(job.device)
+    model = under_autocast(model, job.dtype).to(job.device)
     forget, retain = (part.to(job.device) for part in split(data, job, names))
     unseen = None if unseen is None else unseen.to(job.device)
     for part in (forget, retain) if unseen is None else (forget, retain, unseen):
@@ -103,10 +104,10 @@ def run_job(
     with processes(job.device, timeout=PATIENCE) as (rank, world), locked(out / f"lock-{rank}"):
         of_first = Ranks().of_first if world > 1 else _called
         of_first(partial(take, out, job, fresh))
-        checkpoint = Checkpoint(out / "checkpoint.pt", settings=asdict(job.config))
+        checkpoint = Checkpoint(out / "checkpoint.pt", settings={**asdict(job.config), "dtype": job.dtype})
         group = dist.group.WORLD if world > 1 else None
         known = None if job.config.forget == "class" else unseen
-        kept = keep_embeddings(checkpoint.path, model, forget, retain, job.config, known, group)
+        kept = keep_embeddings(checkpoint.path, model, forget, retain, job.config, known, group, dtype=job.dtype)
         try:
             done = run_ccu(
                 model,
@@ -119,6 +120,7 @@ def run_job(
                 checkpoint=checkpoint,
                 progress=progress,
                 group=group,
+                scaled=job.dtype == "fp16",
             )
         except NotFinite as error:
             failure = {"alarm": error.alarm.because(str(error))}
@@ -164,6 +166,7 @@ def _provenance(
         "forgotten_classes": list(job.classes),
         "processes": world,
         "model": job.model,
+        "dtype": job.dtype,
         "original_sha256": tensors_hash(_own(model).state_dict()),
         "forget_sha256": items_hash(forget),
         "retain_sha256": items_hash(retain),

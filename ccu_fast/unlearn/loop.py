@@ -105,6 +105,8 @@ def run(
     more: Any = None,
     unseen: PairedData | None = None,
     group: dist.ProcessGroup | None = None,
+    scaled: bool = False,
+    adapt: Callable[[TwoModalityModel], Callable[[], None]] | None = None,
 ) -> Run:
     """Unlearn a copy of ``original`` with Adam.
 
@@ -129,6 +131,9 @@ def run(
         group: processes that share the run, each called with the same arguments and embedding its part of every batch
             (:mod:`ccu_fast.unlearn.parallel`); the result is that of one process but for rounding, on all of them. The
             first reports progress, reads and writes the checkpoint and decides when to stop. None: this one alone.
+        scaled: whether the loss is scaled before its backward pass, and steps with an infinite gradient are left out,
+            as fp16 needs it (``torch.amp.GradScaler``).
+        adapt: changes what of the copy is trained; what it returns undoes that in the end.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite; the message says at which step and, with a checkpoint, where
@@ -139,8 +144,11 @@ def run(
     frozen = copy.deepcopy(original).eval().requires_grad_(False)
     model = copy.deepcopy(original).train()
     freeze_all_but(model, trainable, keep)  # type: ignore[arg-type]
+    undo = None if adapt is None else adapt(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(parameters.values(), lr=budget.learning_rate, fused=True)
+    scaler = torch.amp.GradScaler(forget.labels.device.type, enabled=scaled)
+    move = partial(scaler.step, optimizer)
     settings = {
         "budget": asdict(budget),
         "seed": seed,
@@ -172,6 +180,7 @@ def run(
         optimizer.load_state_dict(stored["optimizer"])
         losses, memory = stored["losses"], stored.get("memory", memory)
         keeper.written = len(losses)
+        scaler.load_state_dict(stored.get("scaler", {}))
         clock.add(stored["seconds"])
     elif start is not None:
         start(model)
@@ -190,12 +199,14 @@ def run(
         if not math.isfinite(value):
             raise _not_finite(f"the loss is {value}", stage, step, budget, keeper)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        scaler.scale(loss).backward()
         together.average_gradients(model)
+        scaler.unscale_(optimizer)
         for name, parameter in parameters.items():
             if name in open_weights and parameter.grad is not None:
                 parameter.grad.mul_(open_weights[name].to(device))
-        change(model, batch, optimizer.step, memory)
+        change(model, batch, move, memory)
+        scaler.update()
         losses.append(value)
         last = step == budget.steps
         if (step % TOLD_EVERY == 0 or last) and progress is not None and together.is_first:
@@ -209,6 +220,7 @@ def run(
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
                 "losses": losses,
                 "memory": memory,
                 "seconds": list(clock.read()),
@@ -216,6 +228,8 @@ def run(
             }
             together.of_first(partial(keeper.save, state))
             keeper.written = len(losses)
+    if undo is not None:
+        undo()
     model.train(original.training)
     for parameter, as_was in zip(model.parameters(), original.parameters(), strict=True):
         parameter.requires_grad_(as_was.requires_grad)

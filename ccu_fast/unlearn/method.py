@@ -23,6 +23,7 @@ used to be, because a head that keeps the old direction of their class brings th
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from ccu_fast.unlearn.alarms import NothingTrainable
 from ccu_fast.unlearn.baselines.ssd import dampen
 from ccu_fast.unlearn.config import UnlearnConfig
 from ccu_fast.unlearn.loop import Batch, Run, embed, embed_visual, evaluating, run
+from ccu_fast.unlearn.lora import attach
 from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of, task_loss
 from ccu_fast.unlearn.objective import (
     KeyBank,
@@ -93,6 +95,7 @@ def run_ccu(
         saliency=config.saliency,
         start=partial(damage, config, forget, retain) if config.used("dampen") else None,
         more=asdict(config),
+        adapt=None if config.lora is None else partial(adapt, config, original, forget),
         unseen=unseen,
         **options,
     )
@@ -109,17 +112,18 @@ def keep_embeddings(
     config: UnlearnConfig,
     unseen: PairedData | None,
     group: dist.ProcessGroup | None = None,
+    dtype: str = "fp32",
 ) -> Kept:
     """Where a run keeps what the original model says, beside its checkpoint, under the names :data:`KEPT_FILES`.
 
-    The first process of a group writes it; all of them read it.
+    The first process of a group writes it; all of them read it. ``dtype`` is that of the forward passes.
     """
     parts = [part for part in (forget, retain, unseen) if part is not None]
     return Kept(
         checkpoint,
         original.state_dict(),
         parts,
-        [config.seed, config.group],
+        [config.seed, config.group, dtype],
         writes=group is None or dist.get_rank(group) == 0,
         device=forget.labels.device,
     )
@@ -149,9 +153,20 @@ def check_trainable(model: TwoModalityModel, forget: PairedData, config: Unlearn
     """Raise an error that says why nothing, or nothing that would help, may change; the model is not changed.
 
     Raises:
-        NothingTrainable: see :func:`.freeze_all_but` and :func:`kept_exactly`.
+        NothingTrainable: see :func:`.freeze_all_but`, :func:`kept_exactly` and :func:`.lora.attach`.
     """
-    freeze_all_but(cast(nn.Module, copy.deepcopy(model)), config.trainable, kept_exactly(model, forget, config))
+    trial = copy.deepcopy(model)
+    freeze_all_but(cast(nn.Module, trial), config.trainable, kept_exactly(model, forget, config))
+    if config.lora is not None:
+        adapt(config, model, forget, trial)
+
+
+def adapt(
+    config: UnlearnConfig, original: TwoModalityModel, forget: PairedData, model: TwoModalityModel
+) -> Callable[[], None]:
+    """Train adapters of the visual modality's linear layers; what is returned merges them."""
+    leave = parameters_of_other(original, forget) - parameters_of_visual(original, forget)
+    return attach(cast(nn.Module, model), config.lora or 0, leave, config.seed)
 
 
 def damage(config: UnlearnConfig, forget: PairedData, retain: PairedData, model: TwoModalityModel) -> None:

@@ -6,6 +6,8 @@ For example::
     make = "my_package.models:make_model"     # a function without arguments
     weights = "trained.safetensors"           # its state_dict, also .pt
     trainable = ["visual.*"]                  # patterns of the parameters that may change; all without it
+    lora = 8                                  # rank of what is added to linear layers; without it whole weights change
+    dtype = "bf16"                            # of the forward passes: fp32 (the default), bf16, fp16
     [data]
     path = "pairs.npz"                        # see ccu_fast.data.load.load_pairs
     unseen = "validation.npz"                 # pairs never trained on: for instances and pairs, and for the verdict
@@ -46,13 +48,15 @@ import torch
 from ccu_fast import check
 from ccu_fast.data.captions import Options
 from ccu_fast.data.names import canonical
+from ccu_fast.models.named import KINDS
 from ccu_fast.runs.settings import from_table, read_toml, with_known_keys
 from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
+from ccu_fast.unlearn.precision import DTYPES
 
 NUMBERS = ("memory", "judged")  # of [data]
-OF_MODEL = ("trainable",)  # fields of UnlearnConfig that may also stand in [model]
+OF_MODEL = ("trainable", "lora")  # fields of UnlearnConfig that may also stand in [model]
 TABLES: dict[str, tuple[str, ...]] = {
-    "model": ("make", "name", "weights", *OF_MODEL),
+    "model": ("make", "name", "weights", "dtype", *OF_MODEL),
     "data": ("path", "unseen", *NUMBERS, *(f.name for f in fields(Options))),
     "forget": ("kind", "classes", "ids"),
     "ccu": tuple(f.name for f in fields(UnlearnConfig) if f.name not in ("forget", "budget", "early_stop")),
@@ -93,6 +97,7 @@ class Job:
         ids: file of the ids to forget, or the ids, for "instances" and "pairs".
         config: of CCU.
         device: of the model and all data.
+        dtype: of the forward passes, "fp32", "bf16" or "fp16".
         stop: when config.early_stop ends the run; by the unseen pairs.
     """
 
@@ -108,11 +113,14 @@ class Job:
     memory: int = 1024
     judged: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: str = "fp32"
     stop: Stop = field(default_factory=Stop)
 
 
 def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Job:
     """The settings of a TOML file, whose paths are relative to it; ``overrides``, of its tables by name, win.
+
+    In the overrides of [model] "model" stands for name or make, and takes the place of the file's with its weights.
 
     Raises:
         ValueError: no such file, not TOML, an unknown table or key, a missing one, a value that cannot be.
@@ -123,6 +131,7 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         if not isinstance(table, dict):
             raise ValueError(f"settings: expected a table [{name}] in {path}, got {table!r}")
         tables[name] = with_known_keys(table, TABLES[name], f"settings [{name}]", path)
+    tables["model"] = _model(tables["model"], **given.get("model", {}))
     model, data, forget = tables["model"], tables["data"], tables["forget"] | given.get("forget", {})
     named = "name" in model
     if named and "make" in model:
@@ -174,9 +183,26 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         classes=_listed(forget.get("classes", []), "classes", path),
         ids=base / ids if isinstance(ids, str) else None if ids is None else _listed(ids, "ids", path),
         config=config,
+        dtype=check.one_of("settings [model] dtype", model.get("dtype", "fp32"), tuple(DTYPES)),
         stop=from_table(Stop, stop, where, path),
         **numbers,
     )
+
+
+def _model(
+    table: dict[str, Any], model: str | None = None, weights: Path | None = None, dtype: str | None = None
+) -> dict[str, Any]:
+    """The table [model] with what was given in its place, whose paths are relative to where one stands."""
+    table = dict(table)
+    if model is not None:
+        kind, _, rest = model.partition(":")
+        table = {key: value for key, value in table.items() if key not in ("make", "name", "weights")}
+        table["name" if kind in KINDS else "make"] = f"hf:{Path(rest).resolve()}" if kind == "hf" else model
+    if weights is not None:
+        table["weights"] = str(Path(weights).resolve())
+    if dtype is not None:
+        table["dtype"] = dtype
+    return table
 
 
 def _config(kind: str, model: dict[str, Any], ccu: dict[str, Any], path: Path) -> UnlearnConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rich.console
 import torch
 
 from ccu_fast import check, files, info
@@ -505,3 +507,44 @@ def test_the_display_takes_stages_that_come_again_and_many_of_them(capsys: pytes
             for done in (0, 2, 1, 2):
                 progress(f"stage {stage}", done, 2, "note")
     assert capsys.readouterr().err == ""
+
+
+class TestTimeLeft:
+    def test_in_a_log_a_line_a_minute(self, capsys: pytest.CaptureFixture[str]) -> None:
+        now = 100.0
+        live = console.Live(False, clock=lambda: now)
+        for done in range(20, 60, 2):  # resumed at step 20 of 80, two steps in eleven seconds
+            live("unlearn", done, 80, f"loss {done}")
+            now += 11
+        assert capsys.readouterr().err.splitlines() == [
+            "unlearn 32/80, 0:04:24 left, loss 32",
+            "unlearn 44/80, 0:03:18 left, loss 44",
+            "unlearn 56/80, 0:02:12 left, loss 56",
+        ]
+        # The next part has a stage of the same name and another pace.
+        for done, seconds in ((0, 30), (1, 60), (2, 60)):
+            live("unlearn", done, 10, "")
+            now += seconds
+        assert capsys.readouterr().err.splitlines() == ["unlearn 2/10, 0:06:00 left"]
+        now += 60
+        live("another", 5, 6, "")  # nothing is known of its pace yet
+        assert capsys.readouterr().err == "another 5/6\n"
+
+    def test_quiet_is_quiet(self, capsys: pytest.CaptureFixture[str]) -> None:
+        now = 0.0
+        live = console.Live(True, clock=lambda: now)
+        for done in range(5):
+            live("unlearn", done, 5, "")
+            now += 1000
+        assert capsys.readouterr().err == ""
+
+    def test_on_a_terminal_beside_the_bar(self) -> None:
+        now = 0.0
+        live = console.Live(False, clock=lambda: now)
+        for done in range(10, 20, 2):  # five seconds a step
+            live("unlearn", done, 30, "loss 1")
+            now += 10
+        screen = rich.console.Console(file=io.StringIO(), width=120)
+        screen.print(live.bars.make_tasks_table(live.bars.tasks))
+        shown = screen.file.getvalue()  # type: ignore[attr-defined]
+        assert "18/30" in shown and "left 0:01:00" in shown and "loss 1" in shown

@@ -365,6 +365,22 @@ class TestUnlearning:
         assert status == 0
         assert second["provenance"]["original_sha256"] == figures["provenance"]["weights_sha256"]
 
+    def test_adapters_and_half_precision_of_a_part_named_as_the_library_names_it(
+        self, transformers: Any, folder: Path, tmp_path: Path
+    ) -> None:
+        text = UNLEARN.replace("[data]", 'trainable = ["vision_model.encoder.*"]\nlora = 2\ndtype = "bf16"\n[data]')
+        status, figures = self.run(tmp_path, text, "3\n", "out")
+        assert status == 0 and figures["provenance"]["dtype"] == "bf16"
+        before = transformers.CLIPModel.from_pretrained(folder).state_dict()
+        after = read_weights(tmp_path / "out" / "model.safetensors")
+        assert after.keys() == before.keys()
+        changed = {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
+        linear = {n for n, v in before.items() if n.startswith("vision_model.encoder.") and v.ndim == 2}
+        assert changed.keys() == linear and len(linear) >= 6
+        for difference in changed.values():
+            values = torch.linalg.svdvals(difference.double())
+            assert values[1] > 0 and values[2] < 1e-2 * values[0]  # but for the rounding of the sum
+
     def test_open_clip_by_name_with_arrays(self, open_clip: Any, tmp_path: Path) -> None:
         text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
         vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}

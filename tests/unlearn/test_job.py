@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from ccu_fast.cli.main import main
 from ccu_fast.models.clip import ClipEncoder
-from ccu_fast.runs.provenance import items_hash, load_model, save_model
+from ccu_fast.models.fusion import FusionModel
+from ccu_fast.runs.provenance import items_hash, load_model, save_model, tensors_hash
 from ccu_fast.unlearn.job import in_own_names, load, run_job
 from ccu_fast.unlearn.method import run_ccu
+from ccu_fast.unlearn.precision import under_autocast
 from ccu_fast.unlearn.settings import read_job
 from tests.support import toy_unlearn
 from tests.support.toy_unlearn import toy, weights
@@ -155,3 +160,98 @@ def test_patterns_of_a_clip_are_in_its_library_s_names() -> None:
     asked = ("visual.*", "model.text.*", "*bias", "audio_*")
     assert in_own_names(model, asked) == ("model.visual.*", "model.text.*", "*bias", "model.audio_*")
     assert in_own_names(inner, asked) == asked
+
+
+def other_model() -> FusionModel:
+    """Of another make than the settings name."""
+    return FusionModel(toy_unlearn.INPUTS, toy_unlearn.INPUTS, toy_unlearn.CLASSES, hidden=8, embedding=4)
+
+
+def test_the_command_line_chooses_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    chosen = other_model()
+    save_model(chosen, folder / "other.safetensors", {})
+    monkeypatch.chdir(folder)
+    (folder / "settings.toml").write_text(TOML.replace("[model]", '[model]\ntrainable = ["visual_tower.*"]'))
+    make = f"{__name__}:other_model"
+    words = ["unlearn", "settings.toml", "--model", make, "--weights", "other.safetensors", "--out", "out", "--quiet"]
+    assert main(words) in (0, 3)  # a model that knows nothing is judged, whatever the verdict
+    provenance = load_model(folder / "out" / "model.safetensors")[1]
+    assert provenance["model"] == make and provenance["original_sha256"] == tensors_hash(chosen.state_dict())
+    assert provenance["config"]["trainable"] == ["visual_tower.*"]  # the rest of [model] stays
+    job = read_job(folder / "settings.toml", {"model": {"model": "hf:clip"}})
+    assert (job.model, job.named, job.weights) == (f"hf:{folder / 'clip'}", True, None)
+    job = read_job(folder / "settings.toml", {"model": {"weights": Path("other.safetensors")}})
+    assert (job.model, job.weights) == ("tests.support.toy_unlearn:make_model", folder / "other.safetensors")
+    with pytest.raises(ValueError, match=r"expected text as weights in \[model\] of .*, got 'none'"):
+        read_job(folder / "settings.toml", {"model": {"model": make}})
+    with pytest.raises(ValueError, match="dtype: expected one of"):
+        read_job(folder / "settings.toml", {"model": {"dtype": "int8"}})
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_forward_passes_in_half_precision(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TOML.replace('kind = "instances"\nids = [3, 9, 12, 25, 31]', 'kind = "class"\nclasses = ["bee"]')
+    (folder / "settings.toml").write_text(text.replace("steps = 12", "steps = 25\nlearning_rate = 5e-3"))
+    seen: set[torch.dtype] = set()
+    linear = F.linear
+
+    def watched(*inputs: torch.Tensor) -> torch.Tensor:
+        found = linear(*inputs)
+        seen.add(found.dtype)
+        return found
+
+    whole = run_job(read_job(folder / "settings.toml"), folder / "fp32")
+    job = read_job(folder / "settings.toml", {"model": {"dtype": dtype}})
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "linear", watched)
+        half = run_job(job, folder / dtype)
+    assert seen == {{"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]}
+    state, provenance = load_model(folder / dtype / "model.safetensors")
+    assert provenance["dtype"] == dtype and {value.dtype for value in state.values()} == {torch.float32}
+    assert half["losses"] != whole["losses"]
+    torch.testing.assert_close(torch.tensor(half["losses"]), torch.tensor(whole["losses"]), rtol=0.05, atol=0.02)
+    assert half["verdict"]["kind"] == whole["verdict"]["kind"] == "passed"
+    for name, value in toy_unlearn.trained().state_dict().items():
+        if name.startswith(("other_tower", "other_head")):
+            assert torch.equal(value, state[name])
+    # Another precision is another run.
+    with pytest.raises(ValueError, match="checkpoint: expected the state of this run"):
+        run_job(read_job(folder / "settings.toml"), folder / dtype)
+
+
+def test_copies_and_modes_of_a_model_under_autocast() -> None:
+    model = copy.deepcopy(toy_unlearn.trained())
+    before = model.state_dict()
+    half = under_autocast(model, "bf16")
+    assert half is model and isinstance(half, FusionModel) and half.state_dict().keys() == before.keys()
+    again = copy.deepcopy(half)
+    data = toy(8)
+    exact = toy_unlearn.trained().embed_visual(data.visual)
+    for one in (half, again):
+        z = one.embed_visual(data.visual)
+        assert z.dtype == torch.float32 and not torch.equal(z, exact)
+        torch.testing.assert_close(z, exact, rtol=0, atol=0.05)
+        torch.testing.assert_close(z.norm(dim=1), torch.ones(8), rtol=0, atol=1e-6)
+        assert one.classify_visual(z).dtype == torch.float32
+    with torch.no_grad():
+        next(again.parameters()).zero_()
+    assert not torch.equal(half.embed_visual(data.visual), again.embed_visual(data.visual))
+    assert type(under_autocast(copy.deepcopy(toy_unlearn.trained()), "fp32")) is FusionModel
+
+
+def test_a_step_that_overflows_in_fp16_is_left_out(folder: Path) -> None:
+    """The first scale, 65536, is too large for these gradients; it is halved, and no weight becomes infinite."""
+    scales: list[float] = []
+    update = torch.amp.GradScaler.update
+
+    def watched(self: torch.amp.GradScaler) -> None:
+        update(self)
+        scales.append(self.get_scale())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.amp.GradScaler, "update", watched)
+        job = read_job(folder / "settings.toml", {"model": {"dtype": "fp16"}, "ccu": {"task": 100.0}})
+        run_job(job, folder / "out")
+    state, _ = load_model(folder / "out" / "model.safetensors")
+    assert min(scales) < 65536 and all(bool(torch.isfinite(value).all()) for value in state.values())
