@@ -196,9 +196,14 @@ def measure(a: argparse.Namespace, work: Path) -> dict[str, Any]:
         path = work / f"{pairs}-{forget}.toml"
         steps = forget // A_STEP
         text = SETTINGS.format(
-            make=make.__name__, weights="weights.safetensors", data=data.name, judged=a.judged, ids=ids.name,
-            steps=steps, batch=BATCH,
-        )  # fmt: skip
+            make=make.__name__,
+            weights="weights.safetensors",
+            data=data.name,
+            judged=a.judged,
+            ids=ids.name,
+            steps=steps,
+            batch=BATCH,
+        )
         path.write_text(text)
         return path
 
