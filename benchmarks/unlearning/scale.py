@@ -148,7 +148,7 @@ def measured(settings: Path, out: Path, told: Path) -> int:
         first.append((arguments[0], time.process_time()))
         return inner(*arguments, **options)
 
-    unlearn_job.embed, unlearn_job._figures = embedded, figures  # type: ignore[attr-defined]
+    unlearn_job.embed, unlearn_job._figures = embedded, figures
     unlearn_job.run_job(read_job(settings), out)
     change = next(at for model, at in first if model is not first[0][0])
     spent["figures before"] = change - first[0][1]
@@ -165,7 +165,7 @@ def write(folder: Path, pairs: int) -> None:
     """So many pairs; those of a smaller number are the first of a larger."""
     folder.mkdir()
     shape = (pairs, 3, 64, 64)
-    visual = np.lib.format.open_memmap(folder / "visual.npy", "w+", np.uint8, shape)  # type: ignore[no-untyped-call]
+    visual = np.lib.format.open_memmap(folder / "visual.npy", "w+", np.uint8, shape)
     other = np.full((pairs, LENGTH), WORDS - 1)
     for part, start in enumerate(range(0, pairs, _AT_ONCE)):
         numbers = np.random.default_rng(part)
@@ -196,9 +196,14 @@ def measure(a: argparse.Namespace, work: Path) -> dict[str, Any]:
         path = work / f"{pairs}-{forget}.toml"
         steps = forget // A_STEP
         text = SETTINGS.format(
-            make=make.__name__, weights="weights.safetensors", data=data.name, judged=a.judged, ids=ids.name,
-            steps=steps, batch=BATCH,
-        )  # fmt: skip
+            make=make.__name__,
+            weights="weights.safetensors",
+            data=data.name,
+            judged=a.judged,
+            ids=ids.name,
+            steps=steps,
+            batch=BATCH,
+        )
         path.write_text(text)
         return path
 
@@ -287,7 +292,8 @@ def page(stored: dict[str, Any]) -> str:
         "",
         '"Load and hash" reads everything once and grows with the data. "Before the steps" embeds the forget set and '
         'a fixed number of retained pairs; the figures are of the forget set and the judged pairs. "Rest" is the start '
-        "of Python, the checks, the hashes of the weights, and writing.",
+        "of Python, the checks, the hashes of the weights, and writing. The peak is that of embedding, 1,024 items at "
+        "once at most: it grows with the forget set up to there, and not with the data.",
         "",
         f"The first of these runs again, killed (SIGKILL) after the checkpoint of step {killed['after_steps']} of "
         f"{killed['of_steps']}: the same command ends with the same bits. It takes {again['cpu_seconds']:.1f} CPU s, "

@@ -41,12 +41,6 @@ class DiskRows:
     Args:
         source: the rows.
         device: where a batch goes.
-
-    >>> from ccu_fast.data.disk_rows import ArrayRows, DiskRows
-    >>> numpy.save(path / "visual.npy", numpy.eye(4, dtype="float32"))
-    >>> rows = DiskRows(ArrayRows.of_npy(path / "visual.npy"))
-    >>> rows.select(torch.tensor([False, True, True, False])).shape, rows[torch.tensor([2])].tolist()
-    (torch.Size([2, 4]), [[0.0, 0.0, 1.0, 0.0]])
     """
 
     def __init__(self, source: RowSource, *, device: torch.device | str = "cpu") -> None:
@@ -167,11 +161,6 @@ class ArrayRows:
         self._start = self._file.tell()
         self._width = self._dtype.itemsize * math.prod(self.shape[1:])
         self.dtype = as_tensor(np.empty((0, *self.shape[1:]), self._dtype), "an array", path).dtype
-
-    @classmethod
-    def of_npy(cls, path: Path) -> ArrayRows:
-        """The rows of a ``.npy``."""
-        return cls(path)
 
     def rows(self, index: Tensor) -> Tensor:
         numbers = index.numpy()

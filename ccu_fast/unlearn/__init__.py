@@ -88,7 +88,8 @@ def unlearn(
         unseen: items like those to forget that were never trained on, a validation set for example. Instances and pairs
             are brought to where these are; without any, blends of retained items stand in for them.
         held_out: when to stop before the budget is spent; goes with ``config.early_stop``.
-        checkpoint: where the state is written at intervals; a run that finds one there continues from it.
+        checkpoint: where the state is written at intervals; a run that finds one there continues from it. Until the run
+            is over, what ``model`` says of the sets is kept beside it (:data:`ccu_fast.unlearn.method.KEPT`).
         progress: called every few steps as progress("unlearn", done, total, note).
         group: processes that share the run, each called with the same arguments (:mod:`ccu_fast.unlearn.parallel`); the
             result is that of one process but for rounding, on all of them. None: this one alone.

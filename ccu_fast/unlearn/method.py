@@ -285,8 +285,8 @@ class Frozen:
     its time then does not depend on the size of the retain set.
     """
 
-    def __init__(self, model: TwoModalityModel, data: PairedData, used: int, kept: Kept) -> None:
-        self.model = model
+    def __init__(self, model: TwoModalityModel, data: PairedData, used: int, kept: Kept | None = None) -> None:
+        self.model, kept = model, Kept() if kept is None else kept
         self.whole = kept.of("retain", partial(embed, model, data), about=len(data)) if len(data) <= used else None
 
     def of(self, rows: Tensor, batch: PairedData) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccu_fast.mem.retrieval import groups, guessing, reading, retrieval
 from ccu_fast.runs.retrieval import recall_at, retrieval_ranks
@@ -73,6 +75,26 @@ def test_groups_and_guessing() -> None:
     ranks = retrieval_ranks(order, torch.eye(200), many, many)
     expected = guessing(many, many)[10]
     assert (ranks <= 10).double().mean().item() == pytest.approx(expected, abs=4 * math.sqrt(expected / 200))
+
+
+def test_scores_that_are_held_are_bounded_whatever_the_number_of_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = torch.Generator().manual_seed(0)
+    query, gallery, thing = torch.rand(90, 8, generator=numbers), torch.rand(90, 8, generator=numbers), torch.arange(90)
+    whole = retrieval_ranks(query, gallery, thing, thing)
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            sizes.extend(
+                x.numel() for x in (made if isinstance(made, tuple) else [made]) if isinstance(x, torch.Tensor)
+            )
+            return made
+
+    monkeypatch.setattr("ccu_fast.runs.retrieval.SCORES", 10 * 90)
+    with Watch():
+        assert torch.equal(retrieval_ranks(query, gallery, thing, thing), whole)
+    assert max(sizes) == 10 * 90 < 90 * 90
 
 
 def test_reading_by_hand() -> None:

@@ -267,6 +267,17 @@ def test_figures_of_a_part_of_the_retain_set(tmp_path: Path) -> None:
     assert some["provenance"]["weights_sha256"] == every["provenance"]["weights_sha256"]
 
 
+def test_fresh_removes_what_was_kept_too(tmp_path: Path) -> None:
+    job, out = job_on_disk(tmp_path, "pairs"), tmp_path / "out"
+    first = run_job(job, out)
+    (out / "checkpoint.forget.pt").write_text("damaged")
+    with pytest.raises(ValueError, match=r"checkpoint: expected an undamaged file, got .*checkpoint\.forget\.pt"):
+        run_job(job, out)
+    again = run_job(job, out, fresh=True)
+    assert first is not None and again is not None and first["rows"] == again["rows"]
+    assert not (out / "checkpoint.forget.pt").exists()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
