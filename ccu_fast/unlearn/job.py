@@ -6,7 +6,8 @@ import hashlib
 import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from ccu_fast.runs.provenance import save_model, saved_state, tensors_hash
 from ccu_fast.unlearn.audit import auc, verdict_without_gold
 from ccu_fast.unlearn.audit.membership import confidence
 from ccu_fast.unlearn.loop import answers, chances, embed, right_shares
-from ccu_fast.unlearn.method import run_ccu
+from ccu_fast.unlearn.method import check_run, run_ccu
 from ccu_fast.unlearn.model import TwoModalityModel, check_problem
 from ccu_fast.unlearn.settings import Job
 
@@ -69,20 +70,19 @@ def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | No
     model = model.to(job.device)
     forget, retain = (part.to(job.device) for part in split(data, job, names))
     unseen = None if unseen is None else unseen.to(job.device)
-    check_problem(model, forget, retain, job.config.forget, names.classes, unseen=unseen)
+    check_problem(model, forget, retain, job.config.forget, names.classes, unseen=unseen, group=job.config.group)
+    levels = None if job.config.forget == "class" else unseen
+    check_run(model, forget, retain, job.config, unseen=levels)
     saved_state(_own(model))  # what cannot be written is refused before the work
-    output_folder(out)
     written = out / "model.safetensors"
-    with processes(job.device) as (rank, world), locked(out / f"lock-{rank}"):
-        take = partial(_take, out, job, fresh)
-        Ranks().of_first(take) if world > 1 else take()
+    with processes(job.device) as (rank, world), _own_folder(out, job, fresh, rank, world):
         checkpoint = Checkpoint(out / "checkpoint.pt", settings=asdict(job.config))
         done = run_ccu(
             model,
             forget,
             retain,
             job.config,
-            unseen=None if job.config.forget == "class" else unseen,
+            unseen=levels,
             checkpoint=checkpoint,
             progress=progress,
             group=dist.group.WORLD if world > 1 else None,
@@ -99,6 +99,17 @@ def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | No
             write_whole(out / "results.json", json.dumps(result, indent=1) + "\n")
             pictured = _embeddings(model, done.model, forget, retain) if data.labelled else None
             return {**result, "embeddings": pictured}
+
+
+@contextmanager
+def _own_folder(out: Path, job: Job, fresh: bool, rank: int, world: int) -> Iterator[None]:
+    """The folder, made if it can be used, for this run alone."""
+    first: Callable[[Callable[[], None]], None] = Ranks().of_first if world > 1 else (lambda take: take())
+    first(partial(_take, out, job, fresh=False))
+    output_folder(out)
+    with locked(out / f"lock-{rank}"):
+        first(partial(_take, out, job, fresh))
+        yield
 
 
 def _take(out: Path, job: Job, fresh: bool) -> None:

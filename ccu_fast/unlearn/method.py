@@ -22,12 +22,13 @@ used to be, because a head that keeps the old direction of their class brings th
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
@@ -45,8 +46,14 @@ from ccu_fast.unlearn.objective import (
     separation_loss,
     unclassify_loss,
 )
-from ccu_fast.unlearn.parameters import buffers_of_other, matches, parameters_of_other, parameters_of_visual
-from ccu_fast.unlearn.unseen import POOL, Levels, comparable, nearest, sample
+from ccu_fast.unlearn.parameters import (
+    buffers_of_other,
+    freeze_all_but,
+    matches,
+    parameters_of_other,
+    parameters_of_visual,
+)
+from ccu_fast.unlearn.unseen import POOL, Levels, check_levels, comparable, nearest, sample
 
 DAMPENED_AT_ONCE = 32  # items whose mean gradient is squared: as good as one by one, in a tenth of the time
 
@@ -60,7 +67,12 @@ def run_ccu(
     unseen: PairedData | None = None,
     **options: Any,
 ) -> Run:
-    """CCU in the loop with all that its configuration says; the options are those of :func:`.loop.run`."""
+    """CCU in the loop with all that its configuration says; the options are those of :func:`.loop.run`.
+
+    Raises:
+        ValueError: see :func:`check_run`.
+    """
+    check_run(original, forget, retain, config, unseen=unseen)
     return run(
         original,
         forget,
@@ -76,6 +88,31 @@ def run_ccu(
         unseen=unseen,
         **options,
     )
+
+
+def check_run(
+    original: TwoModalityModel,
+    forget: PairedData,
+    retain: PairedData,
+    config: UnlearnConfig,
+    *,
+    unseen: PairedData | None = None,
+) -> None:
+    """Raise, before any work, what a run could not do with these settings on this model and these sets.
+
+    Raises:
+        ValueError: a pull to neighbours among inputs that have no nearness; no unseen items where stand-ins cannot be
+            made; nothing that may change, or nothing of the visual side alone with keep "exact".
+    """
+    if config.neighbours and not comparable(forget.visual):
+        raise ValueError(
+            f"neighbours: expected 0 for visual inputs of {str(forget.visual.dtype).removeprefix('torch.')}, which "
+            f"have no nearness, got {config.neighbours}"
+        )
+    if config.forget != "class" and config.forgetting:
+        check_levels(original, forget, retain, unseen, group=config.group)
+    kept = kept_exactly(original, forget, config) if config.keep == "exact" else ()
+    freeze_all_but(cast(nn.Module, copy.deepcopy(original)), config.trainable, kept)
 
 
 def kept_exactly(model: TwoModalityModel, forget: PairedData, config: UnlearnConfig) -> frozenset[str]:
@@ -128,8 +165,8 @@ class CcuStep:
             self.levels = Levels(frozen, *sets, unseen, group=config.group, seed=seed)
         self.neighbour: Tensor | None = None
         self.pull: float = config.used("neighbours")
-        # Without a word where it is only the default: inputs such as token ids have no nearness.
-        if self.pull and (config.neighbours is not None or comparable(forget.visual)):
+        # Without a word for inputs such as token ids, which have no nearness: there it is only the default.
+        if self.pull and comparable(forget.visual):
             pool = sample(retain, POOL, seed)
             alike, place = nearest(forget.visual, pool.visual).unique(return_inverse=True)
             self.neighbour = embed_visual(frozen, pool.visual[alike])[place]

@@ -103,8 +103,9 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
     texts += [("data", "path"), *((table, key) for table in ("model", "data", "forget") for key in tables[table])]
     for table, key in texts:
         value = tables[table].get(key)
-        if key not in ("classes", "ids") and not isinstance(value, str):
-            raise ValueError(f"settings: expected text as {key} in [{table}] of {path}, got {value or 'none'!r}")
+        if key not in ("classes", "ids") and not (isinstance(value, str) and value.strip()):
+            got = "none" if value is None else repr(value)
+            raise ValueError(f"settings: expected text as {key} in [{table}] of {path}, got {got}")
     kind = check.one_of("settings [forget] kind", forget.get("kind", "class"), ROLES)
     needed, other = ("classes", "ids") if kind == "class" else ("ids", "classes")
     if needed not in forget or other in forget:
