@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -35,6 +33,7 @@ from ccu_fast.unlearn.loop import answers, chances, embed, right_shares
 from ccu_fast.unlearn.method import check_run, run_ccu
 from ccu_fast.unlearn.model import TwoModalityModel, check_problem
 from ccu_fast.unlearn.settings import Job
+from ccu_fast.unlearn.users_code import made_by
 
 WRITTEN = ("checkpoint.pt", "model.safetensors", "results.json", "report.html")  # the last by the command
 UNSEEN, UNSEEN_OF_CLASS = "unseen", "unseen, to forget"  # sets in the rows of a result
@@ -67,11 +66,13 @@ def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | No
             ``load_pairs``.
     """
     model, data, names, unseen = load(job)
+    test = load_test(job, data, names, unseen)
     model = model.to(job.device)
     forget, retain = (part.to(job.device) for part in split(data, job, names))
-    unseen = None if unseen is None else unseen.to(job.device)
-    check_problem(model, forget, retain, job.config.forget, names.classes, unseen=unseen, group=job.config.group)
-    levels = None if job.config.forget == "class" else unseen
+    unseen, test = (part if part is None else part.to(job.device) for part in (unseen, test))
+    kind, group = job.config.forget, job.config.group
+    check_problem(model, forget, retain, kind, names.classes, unseen=unseen, test=test, group=group)
+    levels = None if kind == "class" else unseen
     check_run(model, forget, retain, job.config, unseen=levels)
     saved_state(_own(model))  # what cannot be written is refused before the work
     written = out / "model.safetensors"
@@ -93,7 +94,7 @@ def run_job(job: Job, out: Path, *, fresh: bool = False, progress: Progress | No
             provenance = save_model(_own(done.model), written, _provenance(job, model, forget, retain, unseen, world))
         with after_the_work(f"the unlearned model is in {written}"):
             cost = {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)}
-            figures = _figures(model, done.model, forget, retain, unseen, job.config.forget)
+            figures = _figures(model, done.model, forget, retain, unseen if test is None else test, kind)
             result = {"provenance": provenance, "cost": cost, **figures}
             result["losses"] = done.losses
             write_whole(out / "results.json", json.dumps(result, indent=1) + "\n")
@@ -224,12 +225,18 @@ def load(job: Job) -> tuple[Any, PairedData, Names, PairedData | None]:
         assert job.weights is not None
         model, read = load_user_model(job.model, job.weights), load_pairs
     data, names = read(job.data)
-    return (
-        model,
-        data,
-        names,
-        None if job.unseen is None else _with_names_of(data, names, *read(job.unseen), job.unseen, job.config.group),
-    )
+    if job.unseen is None:
+        return model, data, names, None
+    return model, data, names, _with_names_of(data, names, "unseen", job.unseen, read, job.config.group)
+
+
+def load_test(job: Job, data: PairedData, names: Names, unseen: PairedData | None) -> PairedData | None:
+    """The test pairs of a job as :func:`load` gives unseen ones, with ids that those do not have; None without."""
+    if job.test is None:
+        return None
+    read = partial(_read_pictures, named_model(job.model), job.options) if job.named else load_pairs
+    last = data if unseen is None else unseen
+    return _with_names_of(last, names, "test", job.test, read, job.config.group)
 
 
 def _read_pictures(model: Model, options: Options, path: Path) -> tuple[PairedData, Names]:
@@ -246,40 +253,35 @@ def _read_pictures(model: Model, options: Options, path: Path) -> tuple[PairedDa
 
 
 def _with_names_of(
-    data: PairedData, names: Names, unseen: PairedData, own: Names, path: Path, group: int
+    last: PairedData,
+    names: Names,
+    what: str,
+    path: Path,
+    read: Callable[[Path], tuple[PairedData, Names]],
+    group: int,
 ) -> PairedData:
+    """Items with the labels of known names, and ids after those of ``last``."""
+    unseen, own = read(path)
     labels = None
     if unseen.labelled:
         for name in own.classes:
             if name not in names.classes:
-                raise ValueError(f"unseen: expected classes of the data, got {name} in {path}")
+                raise ValueError(f"{what}: expected classes of the data, got {name} in {path}")
         new = {label: names.classes[name] for name, label in own.classes.items()}
         labels = torch.tensor([new[label] for label in unseen.labels.tolist()], dtype=torch.int64)
-    ids = torch.arange(len(unseen)) + (int(data.ids.max()) // group + 1) * group  # nor views of a thing of the data
+    ids = torch.arange(len(unseen)) + (int(last.ids.max()) // group + 1) * group  # nor views of a thing of the data
     return PairedData(unseen.visual, unseen.other, labels, ids)  # type: ignore[arg-type]
 
 
-def load_user_model(make: str, weights: Path) -> Any:
+def load_user_model(make: str, weights: Path, argument: str = "weights") -> Any:
     """The model of ``module:function`` with the weights of a safetensors file or of ``torch.save(state_dict)``.
 
     Raises:
         ValueError: not of that form, no such module, function or file, weights that do not fit.
         TypeError: the function returned no module.
     """
-    module_name, _, function = make.partition(":")
-    if not module_name or not function:
-        raise ValueError(f"model: expected 'module:function', got {make!r}")
-    try:
-        # As python -m does: modules of the folder one stands in.
-        sys.path.insert(0, str(Path.cwd()))
-        made = getattr(importlib.import_module(module_name), function)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model: expected a function {function} in a module {module_name}, got {error}") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
-    if not isinstance(made, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module from {make}, got {type(made).__name__}")
-    return from_checkpoint(lambda: made, weights, "weights")().eval()
+    made = made_by("model", make)
+    return from_checkpoint(lambda: made, weights, argument)().eval()
 
 
 def split(data: PairedData, job: Job, names: Names) -> tuple[PairedData, PairedData]:

@@ -8,6 +8,7 @@ For example::
     [data]
     path = "pairs.npz"                        # see ccu_fast.data.load.load_pairs
     unseen = "validation.npz"                 # pairs never trained on: for instances and pairs, and for the verdict
+    test = "test.npz"                         # others, which no method sees and every model is judged by
     [forget]
     kind = "class"                            # or "instances" or "pairs"
     classes = [3]                             # for a class; ["cat"] where classes have names
@@ -16,6 +17,8 @@ For example::
     dampen = 5.0
     [budget]                                  # fields of Budget
     steps = 40
+    [compare]                                 # for --compare: see ccu_fast.unlearn.study.comparison
+    retrain = "my_package.models:train"
 
 A CLIP of open_clip or transformers goes by its name, and its data may be pictures and captions::
 
@@ -44,13 +47,15 @@ from ccu_fast.data.captions import Options
 from ccu_fast.data.names import canonical
 from ccu_fast.runs.settings import from_table, read_toml, with_known_keys
 from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
+from ccu_fast.unlearn.study.comparison import Comparison, read_comparison
 
 TABLES: dict[str, tuple[str, ...]] = {
     "model": ("make", "name", "weights"),
-    "data": ("path", "unseen", *(f.name for f in fields(Options))),
+    "data": ("path", "unseen", "test", *(f.name for f in fields(Options))),
     "forget": ("kind", "classes", "ids"),
     "ccu": tuple(f.name for f in fields(UnlearnConfig) if f.name not in ("forget", "budget", "early_stop")),
     "budget": tuple(f.name for f in fields(Budget)),
+    "compare": tuple(f.name for f in fields(Comparison)),
 }
 
 
@@ -69,6 +74,8 @@ class Job:
         ids: file of the ids to forget, or the ids, for "instances" and "pairs".
         config: of CCU.
         device: of the model and all data.
+        test: pairs that were never trained on and that no method sees, read as the data are; None without any.
+        compare: what a comparison runs and measures.
     """
 
     model: str
@@ -81,6 +88,8 @@ class Job:
     ids: Path | tuple[str, ...] | None
     config: UnlearnConfig
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    test: Path | None = None
+    compare: Comparison = field(default_factory=Comparison)
 
 
 def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Job:
@@ -110,11 +119,15 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
     needed, other = ("classes", "ids") if kind == "class" else ("ids", "classes")
     if needed not in forget or other in forget:
         raise ValueError(f"settings: expected {needed} and no {other} in [forget] of kind {kind!r}, got {forget}")
-    options = {key: value for key, value in data.items() if key not in ("path", "unseen")}
+    options = {key: value for key, value in data.items() if key not in ("path", "unseen", "test")}
     if options and (not named or data["path"].endswith(".npz")):
         raise ValueError(f"settings: expected {', '.join(options)} in [data] with captions and a named model only")
-    if "unseen" in data and (path.parent / data["unseen"]).resolve() == (path.parent / data["path"]).resolve():
-        raise ValueError(f"settings: expected other pairs as unseen in [data] of {path}, got the same {data['path']!r}")
+    read: dict[Path, str] = {}
+    for key in filter(data.__contains__, ("path", "unseen", "test")):
+        first = read.setdefault((path.parent / data[key]).resolve(), key)
+        if first != key:
+            same = "the same" if first == "path" else f"those of {first},"
+            raise ValueError(f"settings: expected other pairs as {key} in [data] of {path}, got {same} {data[key]!r}")
     budget = from_table(Budget, tables["budget"], "settings [budget]", path)
     config = from_table(partial(UnlearnConfig, forget=kind), tables["ccu"], "settings [ccu]", path)
     base, ids = path.resolve().parent, forget.get("ids")
@@ -128,6 +141,8 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         options=from_table(Options, options, "settings [data]", path),
         classes=_listed(forget.get("classes", []), "classes", path),
         ids=base / ids if isinstance(ids, str) else None if ids is None else _listed(ids, "ids", path),
+        test=base / data["test"] if "test" in data else None,
+        compare=read_comparison(tables["compare"], path),
         config=replace(config, budget=replace(budget, **given.get("budget", {})), **given.get("ccu", {})),
     )
 

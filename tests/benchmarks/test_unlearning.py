@@ -20,7 +20,8 @@ from ccu_fast.data.pictogram_pairs import GROUPS
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.study import compare as comparing
-from ccu_fast.unlearn.study.run import TELLABLE, run_task
+from ccu_fast.unlearn.study.methods import TELLABLE
+from ccu_fast.unlearn.study.run import run_task
 from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS, Task, TrainConfig
 from tests.support.pictogram_packages import write_packages
 
