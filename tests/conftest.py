@@ -63,8 +63,10 @@ SLOW = (
     "test_info.py",
     "unlearn/audit",
     "unlearn/baselines",
+    "unlearn/study",
     "unlearn/test_ccu.py",
     "unlearn/test_ccu_options.py",
+    "unlearn/test_docs.py::test_from_own_pairs_to_an_audit",
     "unlearn/test_parallel.py",
 )
 # The most cases that --quick runs of every other test function.

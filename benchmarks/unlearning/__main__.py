@@ -33,7 +33,7 @@ from benchmarks.unlearning.winners import markdown
 from ccu_fast.cli.report.tables import depth_table, unlearn_tables
 from ccu_fast.files import write_whole
 from ccu_fast.unlearn.study.compare import compare
-from ccu_fast.unlearn.study.run import METHODS
+from ccu_fast.unlearn.study.methods import METHODS
 from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 
 HERE = Path(__file__).parent

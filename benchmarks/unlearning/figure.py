@@ -62,13 +62,15 @@ def measure(task: Task) -> dict[str, Any]:
     for scenario in SCENARIOS:
         split = make_scenario(task, scenario, SEED)
         config = replace(task.ccu[scenario], seed=SEED)
-        unseen = None if scenario == "class" else split.held_out
+        held_out = split.held_out
+        assert held_out is not None  # an embedded task has some
+        unseen = None if scenario == "class" else held_out
         runs = {
             name: run_ccu(original, split.forget, split.retain, replace(config, **changed), unseen=unseen).model
             for name, changed in VARIANTS.items()
         }
         strangers, called = (
-            (split.held_out, "unseen, after: the levels")
+            (held_out, "unseen, after: the levels")
             if split.forget_test is None
             else (split.forget_test, "unseen of the class, after")
         )

@@ -20,7 +20,7 @@ import torch
 from benchmarks.results import store
 from ccu_fast.unlearn.audit import audit, average_gap
 from ccu_fast.unlearn.baselines.registry import BASELINES, Baseline
-from ccu_fast.unlearn.study.run import TELLABLE
+from ccu_fast.unlearn.study.methods import TELLABLE
 from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS, make_scenario
 from ccu_fast.unlearn.study.train import trained
 

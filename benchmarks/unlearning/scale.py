@@ -31,6 +31,7 @@ from torch import Tensor
 from benchmarks import environment, results
 from ccu_fast.models.dual_encoder import SmallDualEncoder
 from ccu_fast.runs.provenance import save_model
+from ccu_fast.unlearn import figures as run_figures
 from ccu_fast.unlearn import job as unlearn_job
 from ccu_fast.unlearn import method
 from ccu_fast.unlearn.settings import read_job
@@ -133,22 +134,22 @@ def measured(settings: Path, out: Path, told: Path) -> int:
         timed(unlearn_job, name, "load and hash")
     timed(method.CcuStep, "__init__", "before the steps")
     timed(unlearn_job, "run_ccu", "steps")
-    timed(unlearn_job, "_figures", "figures after")
+    timed(unlearn_job, "figures_of", "figures after")
     first: list[tuple[Any, float]] = []
-    embed = unlearn_job.embed
+    embed = run_figures.embed
 
     def embedded(model: Any, data: Any) -> Any:
         """The figures of the original model come first."""
         first.append((model, time.process_time()))
         return embed(model, data)
 
-    inner = unlearn_job._figures
+    inner = unlearn_job.figures_of
 
     def figures(*arguments: Any, **options: Any) -> Any:
         first.append((arguments[0], time.process_time()))
         return inner(*arguments, **options)
 
-    unlearn_job.embed, unlearn_job._figures = embedded, figures
+    run_figures.embed, unlearn_job.figures_of = embedded, figures
     unlearn_job.run_job(read_job(settings), out)
     change = next(at for model, at in first if model is not first[0][0])
     spent["figures before"] = change - first[0][1]

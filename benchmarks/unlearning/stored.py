@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ccu_fast.unlearn.study.compare import best_baseline
-from ccu_fast.unlearn.study.run import ALWAYS, METHODS
+from ccu_fast.unlearn.study.methods import METHODS
+from ccu_fast.unlearn.study.run import ALWAYS
 from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 
 DERIVED = ("gap_to_gold", "mia_gap", "worst_gap", "verdict")  # of a row: what follows from its figures and gold's

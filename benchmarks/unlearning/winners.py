@@ -8,7 +8,7 @@ from typing import Any
 
 from ccu_fast.cli.report.tables import GOLD, Table, figure_title, signed, spread
 from ccu_fast.unlearn.audit import gaps, mean_figures, worst_gap
-from ccu_fast.unlearn.study.run import METHODS, TOLD
+from ccu_fast.unlearn.study.methods import METHODS, TOLD
 
 OURS = "ccu"
 AGAIN = "gold_again"

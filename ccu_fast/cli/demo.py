@@ -26,7 +26,8 @@ from ccu_fast.mem.victim import Recipe
 from ccu_fast.runs import cache
 from ccu_fast.runs.progress import Progress
 from ccu_fast.runs.provenance import json_hash, versions
-from ccu_fast.unlearn.study.run import ONCE, run_task
+from ccu_fast.unlearn.study.methods import ONCE
+from ccu_fast.unlearn.study.run import run_task
 from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 
 VARIANTS = {"unlearn": SCENARIOS, "protect": tuple(PROTECT_LABELS)}

@@ -1,4 +1,4 @@
-"""``ccu-fast unlearn``: a run on one's own model and data, or the comparison of all methods on the embedded tasks."""
+"""``ccu-fast unlearn``: a run on one's own model and data, or a comparison of methods on these or on embedded tasks."""
 
 # No `from __future__ import annotations`: typer reads the annotations.
 import os
@@ -19,6 +19,7 @@ from ccu_fast.unlearn.config import Budget, UnlearnConfig
 
 EXAMPLE = (
     "Examples: ccu-fast unlearn settings.toml --out clean --steps 100    "
+    "ccu-fast unlearn settings.toml --compare --out audit    "
     "ccu-fast unlearn --compare --task digits-halves --seeds 3"
 )
 
@@ -41,10 +42,18 @@ def unlearn(
     ] = None,
     budget: Annotated[dict[str, Any], Fields(Budget, given=True)],
     ccu: Annotated[dict[str, Any], Fields(UnlearnConfig, given=True)],
-    compare: Annotated[bool, typer.Option("--compare", help="Compare all methods on the embedded tasks.")] = False,
-    task: Annotated[list[str] | None, typer.Option(help="With --compare: a task; may be repeated.")] = None,
-    scenario: Annotated[list[str] | None, typer.Option(help="With --compare: class or instances.")] = None,
-    seeds: Annotated[int, typer.Option(help="With --compare: how many.", min=1)] = 3,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare methods, on the data of the settings or on the embedded tasks.")
+    ] = False,
+    task: Annotated[
+        list[str] | None, typer.Option(help="With --compare, without settings: a task; may be repeated.")
+    ] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option(help="With --compare, without settings: class or instances.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="With --compare: how many; 3, or as the settings say.", min=1)
+    ] = None,
     device: Annotated[str, typer.Option(help="Of the model and the data: cpu, cuda, cuda:1.")] = "cpu",
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw an earlier run with this output away.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No live progress, no table.")] = False,
@@ -54,7 +63,7 @@ def unlearn(
     With torchrun, processes share a run. Exit status 3: the model is not to be used (not forgotten, retain collapsed,
     nothing trainable matches).
     """
-    if compare == (settings is not None):
+    if settings is None and not compare:
         print("ccu-fast unlearn: expected a settings file or --compare", file=sys.stderr)
         raise SystemExit(2)
     if compare and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -63,18 +72,25 @@ def unlearn(
     chosen = {"model": model, "weights": weights, "dtype": dtype}
     given = {"model": chosen, "ccu": ccu, "budget": budget, "forget": {"classes": classes or None}}
     overrides = {name: {k: v for k, v in table.items() if v is not None} for name, table in given.items()}
-    unused = [name for table in overrides.values() for name in table]
-    unused += ["device"] * (device != "cpu") + ["fresh"] * fresh
-    if not compare:
-        unused = [name for name, value in (("task", task), ("scenario", scenario)) if value]
-    if unused:
-        goes = "with a settings file" if compare else "with --compare"
+    of_settings = [name for table in overrides.values() for name in table] + ["device"] * (device != "cpu")
+    of_tasks = [name for name, value in (("task", task), ("scenario", scenario)) if value]
+    refused = {
+        "with a settings file": [] if settings else of_settings,
+        "with --compare and without a settings file": of_tasks if settings else [],
+        "with --compare": ["seeds"] * (seeds is not None and not compare),
+        "without --compare, where other settings make new parts": ["fresh"] * (fresh and compare),
+    }
+    for goes, unused in refused.items():
+        if not unused:
+            continue
         typed = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         print(f"ccu-fast unlearn: expected {typed} only {goes}", file=sys.stderr)
         raise SystemExit(2)
     extras.require("rich", "safetensors", "sklearn", "matplotlib", "jinja2")
     if settings is None:
-        _compare(out, task, scenario, seeds, quiet)
+        _compare(out, task, scenario, seeds or 3, quiet)
+    elif compare:
+        _compare_own(settings, overrides, check.device("device", own_device(device)), out, seeds, quiet)
     else:
         _run(settings, overrides, check.device("device", own_device(device)), out, fresh, quiet)
 
@@ -108,6 +124,36 @@ def _run(
         alarm = run_job(job, out, fresh=fresh, progress=progress, report=report)["alarm"]
     if alarm:
         raise SystemExit(ALARMED)
+
+
+def _compare_own(
+    settings: Path,
+    overrides: dict[str, dict[str, Any]],
+    device: torch.device,
+    out: Path,
+    seeds: int | None,
+    quiet: bool,
+) -> None:
+    from rich.console import Console
+
+    from ccu_fast.cli.report.page import write_own_comparison
+    from ccu_fast.cli.report.tables import depth_table, left_out_table, show, unlearn_tables
+    from ccu_fast.unlearn.settings import read_job
+    from ccu_fast.unlearn.study.own import compare_own
+
+    job = replace(read_job(settings, overrides), device=device)
+    if seeds is not None:
+        job = replace(job, compare=replace(job.compare, seeds=seeds))
+    with live(quiet) as progress:
+        results = compare_own(job, out, progress=progress)
+    with after_the_work(f"the figures are in {out / 'results.json'}"):
+        write_own_comparison(results, out / "report.html")
+        if not quiet:
+            by_seed = results["unlearn"][job.data.name][job.config.forget]
+            tables = [*unlearn_tables(job.config.forget, by_seed, brief=True), depth_table(by_seed, brief=True)]
+            for table in filter(None, [*tables, left_out_table(results["left_out"])]):
+                show(table, Console())
+        print(f"{out / 'results.json'}  {out / 'report.html'}")
 
 
 def _compare(out: Path, tasks: list[str] | None, scenarios: list[str] | None, seeds: int, quiet: bool) -> None:

@@ -122,7 +122,7 @@ def unlearn(
         )
     if held_out is not None and not isinstance(held_out, HeldOut):
         raise TypeError(f"held_out: expected a HeldOut, got {type(held_out).__name__}")
-    check_problem(model, forget, retain, config.forget, unseen=unseen)
+    check_problem(model, forget, retain, config.forget, unseen=unseen, group=config.group)
     if held_out is not None:
         check_held_out(model, forget, held_out.retain)
     done = run_ccu(

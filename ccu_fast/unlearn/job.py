@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ccu_fast.data.captions import Options
 from ccu_fast.data.load import load_captions, load_pairs
@@ -25,26 +24,24 @@ from ccu_fast.models.clip import ClipEncoder
 from ccu_fast.models.named import Model, named_model
 from ccu_fast.models.weights import from_checkpoint
 from ccu_fast.runs.checkpoint import Checkpoint
-from ccu_fast.runs.kept import Kept, remove
+from ccu_fast.runs.kept import remove
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.runs.provenance import items_hash, save_model, saved_state, tensors_hash
-from ccu_fast.unlearn.alarms import KEPT, NotFinite, alarm_of, kept_places
-from ccu_fast.unlearn.audit import auc, verdict_without_gold
-from ccu_fast.unlearn.audit.membership import confidence
-from ccu_fast.unlearn.audit.verdict import with_lost_places
+from ccu_fast.unlearn.alarms import NotFinite
 from ccu_fast.unlearn.card import card
-from ccu_fast.unlearn.loop import CHUNK, answers, chances, embed, right_shares, same_thing
-from ccu_fast.unlearn.method import KEPT_FILES, check_trainable, keep_embeddings, run_ccu
-from ccu_fast.unlearn.model import TwoModalityModel, check_problem, heads
-from ccu_fast.unlearn.outputs import json_of, take, write_failure
+from ccu_fast.unlearn.figures import figures_of, pictured
+from ccu_fast.unlearn.loop import CHUNK
+from ccu_fast.unlearn.method import KEPT_FILES, check_run, keep_embeddings, run_ccu
+from ccu_fast.unlearn.model import check_problem
+from ccu_fast.unlearn.outputs import earlier_run, json_of, take, write_failure
 from ccu_fast.unlearn.parameters import matches
 from ccu_fast.unlearn.precision import under_autocast
 from ccu_fast.unlearn.settings import Job
 from ccu_fast.unlearn.stopping import held_out_of
 from ccu_fast.unlearn.unseen import sample
+from ccu_fast.unlearn.users_code import made_by
 
 PATIENCE = timedelta(days=1)  # that processes have with the first one's figures
-UNSEEN, UNSEEN_OF_CLASS = "unseen", "unseen, to forget"  # sets in the rows of a result
 SHOWN = 20  # names of classes in an error
 
 
@@ -87,34 +84,34 @@ def run_job(
     """
     model, data, names, unseen = load(job)
     job = replace(job, config=replace(job.config, trainable=in_own_names(model, job.config.trainable)))
+    test = load_test(job, data, names, unseen)
     model = under_autocast(model, job.dtype).to(job.device)
     forget, retain = (part.to(job.device) for part in split(data, job, names))
-    unseen = None if unseen is None else unseen.to(job.device)
-    for part in (forget, retain) if unseen is None else (forget, retain, unseen):
-        if part.on_disk:  # what cannot be read is said before the work
+    unseen, test = (part if part is None else part.to(job.device) for part in (unseen, test))
+    for part in (forget, retain, unseen, test):
+        if part is not None and part.on_disk:  # what cannot be read is said before the work
             items_hash(part, progress or silent)
-    check_problem(model, forget, retain, job.config.forget, names.classes, unseen=unseen)
-    check_trainable(model, forget, job.config)
-    held_out = None
-    if job.config.early_stop and unseen is not None:
-        held_out = held_out_of(model, forget, unseen, job.config.forget, job.stop)
+    config, kind = job.config, job.config.forget
+    check_problem(model, forget, retain, kind, names.classes, unseen=unseen, test=test, group=config.group)
+    levels = None if kind == "class" else unseen
+    check_run(model, forget, retain, config, unseen=levels)
+    held_out = held_out_of(model, forget, unseen, kind, job.stop) if config.early_stop and unseen is not None else None
     saved_state(_own(model))  # what cannot be written is refused before the work
-    output_folder(out)
     written = out / "model.safetensors"
-    with processes(job.device, timeout=PATIENCE) as (rank, world), locked(out / f"lock-{rank}"):
-        of_first = Ranks().of_first if world > 1 else _called
-        of_first(partial(take, out, job, fresh))
-        checkpoint = Checkpoint(out / "checkpoint.pt", settings={**asdict(job.config), "dtype": job.dtype})
+    with (
+        processes(job.device, timeout=PATIENCE) as (rank, world),
+        _own_folder(out, job, fresh, rank, world) as of_first,
+    ):
+        checkpoint = Checkpoint(out / "checkpoint.pt", settings={**asdict(config), "dtype": job.dtype})
         group = dist.group.WORLD if world > 1 else None
-        known = None if job.config.forget == "class" else unseen
-        kept = keep_embeddings(checkpoint.path, model, forget, retain, job.config, known, group, dtype=job.dtype)
+        kept = keep_embeddings(checkpoint.path, model, forget, retain, config, levels, group, dtype=job.dtype)
         try:
             done = run_ccu(
                 model,
                 forget,
                 retain,
-                job.config,
-                unseen=known,
+                config,
+                unseen=levels,
                 held_out=held_out,
                 kept=kept,
                 checkpoint=checkpoint,
@@ -134,15 +131,16 @@ def run_job(
                 made = save_model(_own(done.model), written, _provenance(job, model, forget, retain, unseen, world))
             with after_the_work(f"the unlearned model is in {written}"):
                 cost = {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)}
-                judged = retain if job.judged is None else sample(retain, job.judged, job.config.seed)
-                figures = _figures(model, done.model, forget, judged, unseen, job.config.forget, kept, len(retain))
+                judged = retain if job.judged is None else sample(retain, job.judged, config.seed)
+                new = unseen if test is None else test
+                figures = figures_of(model, done.model, forget, judged, new, kind, kept, len(retain))
                 if len(judged) < len(retain):
                     figures["sizes"]["retain items not judged"] = len(retain) - len(judged)
                 result.update(**figures, provenance=made, cost=cost, losses=done.losses)
                 write_whole(out / "results.json", json_of(result))
                 write_whole(out / "card.md", card(result))
                 remove(checkpoint.path, KEPT_FILES)
-                result["embeddings"] = _embeddings(model, done.model, forget, retain) if data.labelled else None
+                result["embeddings"] = pictured(model, done.model, forget, retain) if data.labelled else None
             if report is not None:
                 report(result)
             return result["alarm"]
@@ -152,8 +150,17 @@ def run_job(
         return result or {"alarm": alarm}
 
 
-def _called(make: Callable[[], Any]) -> Any:
-    return make()
+@contextmanager
+def _own_folder(
+    out: Path, job: Job, fresh: bool, rank: int, world: int
+) -> Iterator[Callable[[Callable[[], Any]], Any]]:
+    """The folder, made if it can be used, for this run alone; gives what the first process is to do for all."""
+    of_first: Callable[[Callable[[], Any]], Any] = Ranks().of_first if world > 1 else (lambda make: make())
+    of_first(partial(earlier_run, out, job))
+    output_folder(out)
+    with locked(out / f"lock-{rank}"):
+        of_first(partial(take, out, job, fresh))
+        yield of_first
 
 
 def _provenance(
@@ -172,85 +179,6 @@ def _provenance(
         "retain_sha256": items_hash(retain),
         "unseen_sha256": None if unseen is None else items_hash(unseen),
     }
-
-
-def _figures(
-    before: TwoModalityModel,
-    after: TwoModalityModel,
-    forget: PairedData,
-    retain: PairedData,
-    unseen: PairedData | None,
-    kind: str,
-    kept: Kept,
-    retained: int,
-) -> Any:
-    """What both models make of the sets: "alarm", "verdict", "sizes", "rows" and "pool" of a result.
-
-    Held are the answers of one model at a time, where both embed the retained items, and no inputs. ``retained`` is the
-    size of the whole retain set, of which ``retain`` may be a part; what the original says is kept as the method does.
-    """
-    parts = {"forget": forget, "retain": retain}
-    new = {} if unseen is None else _unseen_parts(unseen, forget, kind)
-    items = len(forget) + len(retain)
-    ranked = not (forget.labelled and heads(before))
-    things = [same_thing(*of.values()) if ranked and of else None for of in (parts, new)]
-    chance: dict[str, float] = {}
-    for of, thing in zip((parts, new), things, strict=True) if ranked else ():
-        chance |= zip(of, chances(*of.values(), thing=thing), strict=True)
-    named = {"forget": "forget_train", "retain": "retain_train"}
-    named |= {UNSEEN: "retain_test", UNSEEN_OF_CLASS: "forget_test"}
-    like = UNSEEN_OF_CLASS if kind == "class" else UNSEEN  # a class is told from others whether forgotten or not
-    judged: list[dict[str, Any]] = [{}, {}]
-    shares, places = [], []
-    for model, audit in zip((before, after), judged, strict=True):
-        known = {}
-        for name, part in parts.items():
-            stored = "judged" if name == "retain" and len(part) < retained else name
-            make = partial(embed, model, part)
-            known[name] = answers(model, part, kept.of(stored, make, about=len(part)) if model is before else make())
-        fresh = {name: answers(model, part) for name, part in new.items()}
-        places.append(known["retain"].visual)
-        shares.append(right_shares(*known.values(), thing=things[0]))
-        if fresh:
-            shares[-1] += right_shares(*fresh.values(), thing=things[1])
-        if like in fresh:
-            audit["mia_auc"] = auc(confidence(known["forget"]), confidence(fresh[like]))
-    pools = dict.fromkeys(parts, items) | dict.fromkeys(new, sum(map(len, new.values())))
-    parts |= new
-    rows = []
-    for name, old, new in zip(parts, *shares, strict=True):
-        for audit, share_of in zip(judged, (old, new), strict=True):
-            for head, share in share_of.items():
-                audit.setdefault(head, {})[named[name]] = share
-        what = f"partner first of {pools[name]} (chance {chance[name]:.2g})" if ranked else "accuracy"
-        rows += [(f"{name}: {key}, {what}", old[key], new[key]) for key in old]
-    if "mia_auc" in judged[0]:
-        rows.append(("membership of forgotten against unseen, AUC", judged[0]["mia_auc"], judged[1]["mia_auc"]))
-    # A share of partners found first is no accuracy of a class.
-    verdict = verdict_without_gold(
-        judged[1],
-        judged[0],
-        forget="pairs" if ranked else kind,
-        sizes={named[name]: len(part) for name, part in parts.items()},
-    )
-    in_place = kept_places(*places)
-    if in_place is not None:
-        rows.append(("retain: visual embeddings, correlation with those before", 1.0, in_place))
-        if in_place < KEPT:
-            verdict = with_lost_places(verdict, in_place, KEPT)
-    return {
-        "alarm": alarm_of(verdict),
-        "verdict": asdict(verdict),
-        "sizes": {f"{name} items": len(part) for name, part in parts.items()},
-        "rows": rows,
-        "pool": {"pairs": items, "chance": chance} if ranked else None,
-    }
-
-
-def _unseen_parts(unseen: PairedData, forget: PairedData, kind: str) -> dict[str, PairedData]:
-    """Unseen items by what is expected of them: those of a forgotten class are to be forgotten too."""
-    gone = torch.isin(unseen.labels, forget.labels) if kind == "class" else torch.zeros_like(unseen.labels).bool()
-    return {name: unseen[of] for name, of in ((UNSEEN, ~gone), (UNSEEN_OF_CLASS, gone)) if bool(of.any())}
 
 
 def load(job: Job) -> tuple[Any, PairedData, Names, PairedData | None]:
@@ -273,12 +201,21 @@ def load(job: Job) -> tuple[Any, PairedData, Names, PairedData | None]:
         assert job.weights is not None
         model, read = load_user_model(job.model, job.weights), partial(load_pairs, memory=job.memory << 20)
     data, names = read(job.data)
-    return (
-        model,
-        data,
-        names,
-        None if job.unseen is None else _with_names_of(data, names, *read(job.unseen), job.unseen, job.config.group),
-    )
+    if job.unseen is None:
+        return model, data, names, None
+    return model, data, names, _with_names_of(data, names, "unseen", job.unseen, read, job.config.group)
+
+
+def load_test(job: Job, data: PairedData, names: Names, unseen: PairedData | None) -> PairedData | None:
+    """The test pairs of a job as :func:`load` gives unseen ones, with ids that those do not have; None without."""
+    if job.test is None:
+        return None
+    held = job.memory << 20
+    read: Callable[[Path], tuple[PairedData, Names]] = partial(load_pairs, memory=held)
+    if job.named:
+        read = partial(_read_pictures, named_model(job.model), job.options, held)
+    last = data if unseen is None else unseen
+    return _with_names_of(last, names, "test", job.test, read, job.config.group)
 
 
 def _read_pictures(model: Model, options: Options, memory: int, path: Path) -> tuple[PairedData, Names]:
@@ -297,40 +234,35 @@ def _read_pictures(model: Model, options: Options, memory: int, path: Path) -> t
 
 
 def _with_names_of(
-    data: PairedData, names: Names, unseen: PairedData, own: Names, path: Path, group: int
+    last: PairedData,
+    names: Names,
+    what: str,
+    path: Path,
+    read: Callable[[Path], tuple[PairedData, Names]],
+    group: int,
 ) -> PairedData:
+    """Items with the labels of known names, and ids after those of ``last``."""
+    unseen, own = read(path)
     labels = None
     if unseen.labelled:
         for name in own.classes:
             if name not in names.classes:
-                raise ValueError(f"unseen: expected classes of the data, got {name} in {path}")
+                raise ValueError(f"{what}: expected classes of the data, got {name} in {path}")
         new = {label: names.classes[name] for name, label in own.classes.items()}
         labels = torch.tensor([new[label] for label in unseen.labels.tolist()], dtype=torch.int64)
-    ids = torch.arange(len(unseen)) + (int(data.ids.max()) // group + 1) * group  # nor views of a thing of the data
+    ids = torch.arange(len(unseen)) + (int(last.ids.max()) // group + 1) * group  # nor views of a thing of the data
     return PairedData(unseen.visual, unseen.other, labels, ids)  # type: ignore[arg-type]
 
 
-def load_user_model(make: str, weights: Path) -> Any:
+def load_user_model(make: str, weights: Path, argument: str = "weights") -> Any:
     """The model of ``module:function`` with the weights of a safetensors file or of ``torch.save(state_dict)``.
 
     Raises:
         ValueError: not of that form, no such module, function or file, weights that do not fit.
         TypeError: the function returned no module.
     """
-    module_name, _, function = make.partition(":")
-    if not module_name or not function:
-        raise ValueError(f"model: expected 'module:function', got {make!r}")
-    try:
-        # As python -m does: modules of the folder one stands in.
-        sys.path.insert(0, str(Path.cwd()))
-        made = getattr(importlib.import_module(module_name), function)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model: expected a function {function} in a module {module_name}, got {error}") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
-    if not isinstance(made, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module from {make}, got {type(made).__name__}")
-    return from_checkpoint(lambda: made, weights, "weights")().eval()
+    made = made_by("model", make)
+    return from_checkpoint(lambda: made, weights, argument)().eval()
 
 
 def split(data: PairedData, job: Job, names: Names) -> tuple[PairedData, PairedData]:
@@ -389,15 +321,3 @@ def in_own_names(model: Any, patterns: Sequence[str]) -> tuple[str, ...]:
 def _own(model: Any) -> Any:
     """What is written: of a named model the library's own, so that the library reads it."""
     return model.model if isinstance(model, ClipEncoder) else model
-
-
-def _embeddings(
-    before: TwoModalityModel, after: TwoModalityModel, forget: PairedData, retain: PairedData, most: int = 400
-) -> dict[str, Tensor]:
-    parts = [data.batch(torch.linspace(0, len(data) - 1, min(most, len(data))).long()) for data in (retain, forget)]
-    return {
-        "labels": torch.cat([part.labels for part in parts]).cpu(),
-        "forgotten": torch.cat([torch.full((len(p),), i == 1) for i, p in enumerate(parts)]),
-        "before": torch.cat([embed(before, part)[0] for part in parts]).cpu(),
-        "after": torch.cat([embed(after, part)[0] for part in parts]).cpu(),
-    }

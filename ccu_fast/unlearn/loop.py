@@ -297,25 +297,33 @@ def accuracies(model: TwoModalityModel, data: PairedData) -> dict[str, float]:
 def right_shares(*parts: Answers, thing: Tensor | None = None) -> list[dict[str, float]]:
     """The share of items that each head names right, ``{"visual": …, "other": …, "fused": …}`` in [0, 1] for each part.
 
-    Without heads or labels the share of items that find their partner first among the items of all parts together, from
-    the visual to the other modality ("visual") and back ("other"). :func:`~ccu_fast.runs.retrieval.retrieval_ranks`
-    says what ties count; of items with the same visual or other input (``thing``, by default of :func:`same_thing`)
-    each is the other's partner.
+    Without heads or labels the share of items that find their partner first, see :func:`partner_ranks`.
     """
     if all(part.logits for part in parts):
         right = [
             {head: logits.argmax(-1) == part.data.labels for head, logits in part.logits.items()} for part in parts
         ]
     else:
-        visual, other = (torch.cat([getattr(part, side) for part in parts]) for side in ("visual", "other"))
-        thing = (same_thing(*(part.data for part in parts)) if thing is None else thing).to(visual.device)
-        sizes = [len(part.data) for part in parts]
-        first = {
-            side: (retrieval_ranks(query, gallery, thing, thing) == 1).split(sizes)
-            for side, query, gallery in (("visual", visual, other), ("other", other, visual))
-        }
-        right = [{side: hits[number] for side, hits in first.items()} for number in range(len(parts))]
+        ranks_of = partner_ranks(*parts, thing=thing)
+        right = [{side: ranks == 1 for side, ranks in of_part.items()} for of_part in ranks_of]
     return [{name: hits.double().mean().item() for name, hits in of_part.items()} for of_part in right]
+
+
+def partner_ranks(*parts: Answers, thing: Tensor | None = None) -> list[dict[str, Tensor]]:
+    """The rank of each item's partner among the items of all parts together, int64 ``[N]`` for each part.
+
+    From the visual to the other modality ("visual") and back ("other"). What ties count says
+    :func:`~ccu_fast.runs.retrieval.retrieval_ranks`; of items with the same visual or other input (``thing``, by
+    default of :func:`same_thing`) each is the other's partner.
+    """
+    visual, other = (torch.cat([getattr(part, side) for part in parts]) for side in ("visual", "other"))
+    thing = (same_thing(*(part.data for part in parts)) if thing is None else thing).to(visual.device)
+    sizes = [len(part.data) for part in parts]
+    ranks = {
+        side: retrieval_ranks(query, gallery, thing, thing).split(sizes)
+        for side, query, gallery in (("visual", visual, other), ("other", other, visual))
+    }
+    return [{side: of_side[number] for side, of_side in ranks.items()} for number in range(len(parts))]
 
 
 def same_thing(*parts: PairedData) -> Tensor:

@@ -59,7 +59,7 @@ from ccu_fast.unlearn.parameters import (
     parameters_of_other,
     parameters_of_visual,
 )
-from ccu_fast.unlearn.unseen import POOL, Levels, comparable, nearest, sample
+from ccu_fast.unlearn.unseen import POOL, Levels, check_levels, comparable, nearest, sample
 
 KEPT_FILES = ("forget", "retain", "judged", "levels", "neighbours")  # what a run keeps until it is over
 DAMPENED_AT_ONCE = 32  # items whose mean gradient is squared: as good as one by one, in a tenth of the time
@@ -79,7 +79,11 @@ def run_ccu(
 
     What the original model says is ``kept`` (:func:`keep_embeddings`) for a run that goes on after it was killed; by
     default until this one ends, where there is a checkpoint.
+
+    Raises:
+        ValueError: see :func:`check_run`.
     """
+    check_run(original, forget, retain, config, unseen=unseen)
     own, checkpoint = kept is None, options.get("checkpoint")
     if kept is None and checkpoint is not None:
         kept = keep_embeddings(checkpoint.path, original, forget, retain, config, unseen, options.get("group"))
@@ -127,6 +131,31 @@ def keep_embeddings(
         writes=group is None or dist.get_rank(group) == 0,
         device=forget.labels.device,
     )
+
+
+def check_run(
+    original: TwoModalityModel,
+    forget: PairedData,
+    retain: PairedData,
+    config: UnlearnConfig,
+    *,
+    unseen: PairedData | None = None,
+) -> None:
+    """Raise, before any work, what a run could not do with these settings on this model and these sets.
+
+    Raises:
+        ValueError: a pull to neighbours among inputs that have no nearness; no unseen items where stand-ins cannot be
+            made.
+        NothingTrainable: see :func:`check_trainable`.
+    """
+    if config.neighbours and not comparable(forget.visual):
+        raise ValueError(
+            f"neighbours: expected 0 for visual inputs of {str(forget.visual.dtype).removeprefix('torch.')}, which "
+            f"have no nearness, got {config.neighbours}"
+        )
+    if config.forget != "class" and config.forgetting:
+        check_levels(original, forget, retain, unseen, group=config.group)
+    check_trainable(original, forget, config)
 
 
 def kept_exactly(model: TwoModalityModel, forget: PairedData, config: UnlearnConfig) -> frozenset[str]:
@@ -203,8 +232,8 @@ class CcuStep:
             self.levels = Levels(frozen, *sets, unseen, group=config.group, seed=seed, kept=kept)
         self.neighbour: Tensor | None = None
         self.pull: float = config.used("neighbours")
-        # Without a word where it is only the default: inputs such as token ids have no nearness.
-        if self.pull and (config.neighbours is not None or comparable(forget.visual)):
+        # Without a word for inputs such as token ids, which have no nearness: there it is only the default.
+        if self.pull and comparable(forget.visual):
             (self.neighbour,) = kept.of("neighbours", partial(_neighbours, frozen, forget, retain, seed))
         self.bank: KeyBank | None = None
         if config.bank and (config.forget == "class" or config.keep == "trained"):  # nothing else asks it

@@ -127,6 +127,8 @@ def check_problem(
     classes: Mapping[str, int] | None = None,
     *,
     unseen: PairedData | None = None,
+    test: PairedData | None = None,
+    group: int = 1,
 ) -> None:
     """Raise an error that names what is wrong with a model or its forget and retain sets, before anything runs.
 
@@ -134,7 +136,8 @@ def check_problem(
         model, forget, retain: of :func:`ccu_fast.unlearn.unlearn`.
         roles: ``forget`` of the settings.
         classes: what they are called → label, for the errors.
-        unseen: items that were never trained on.
+        unseen, test: items that were never trained on.
+        group: items with equal ``ids // group`` are views of one thing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -147,7 +150,8 @@ def check_problem(
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: expected at least one parameter that requires a gradient, got none")
     device = next(model.parameters()).device
-    given = {"forget": forget, "retain": retain} | ({} if unseen is None else {"unseen": unseen})
+    new = {name: data for name, data in (("unseen", unseen), ("test", test)) if data is not None}
+    given = {"forget": forget, "retain": retain} | new
     for name, data in given.items():
         check_items(name, data, device, forget)
     overlap = forget.ids[torch.isin(forget.ids, retain.ids)]
@@ -155,18 +159,14 @@ def check_problem(
         raise ValueError(
             f"retain: expected no item of the forget set, got {len(overlap)} of them (first id {int(overlap[0])})"
         )
-    if unseen is not None:
-        for name, data in (("forget", forget), ("retain", retain)):
-            if bool(torch.isin(unseen.ids, data.ids).any()):
-                known = unseen.ids[torch.isin(unseen.ids, data.ids)]
-                raise ValueError(
-                    f"unseen: expected no item of {name}, got {len(known)} of them (first id {int(known[0])})"
-                )
-        _check_labelled("unseen", unseen, forget)
+    seen = {"forget": forget, "retain": retain}
+    for name, data in new.items():
+        _check_new(name, data, seen, group)
         if roles != "pairs":
-            new = unseen.labels[~torch.isin(unseen.labels, torch.cat([forget.labels, retain.labels]))]
-            if len(new):
-                raise ValueError(f"unseen: expected classes of forget and retain, got class {int(new[0])}")
+            strange = data.labels[~torch.isin(data.labels, torch.cat([forget.labels, retain.labels]))]
+            if len(strange):
+                raise ValueError(f"{name}: expected classes of forget and retain, got class {int(strange[0])}")
+        seen[name] = data
     if roles == "pairs":
         _check_labelled("retain", retain, forget)
     else:
@@ -186,6 +186,27 @@ def check_items(name: str, data: Any, device: torch.device, forget: PairedData) 
         first, own = getattr(forget, side), getattr(data, side)
         if own.shape[1:] != first.shape[1:] or own.dtype != first.dtype:
             raise ValueError(f"{name}: expected {side} inputs like those of forget, {_form(first)}, got {_form(own)}")
+
+
+def _check_new(name: str, data: PairedData, seen: Mapping[str, PairedData], group: int) -> None:
+    """Raise an error unless items are of things that none of the others shows, with finite inputs."""
+    of_a_thing = "" if group == 1 else "of a thing "
+    for other, known in seen.items():
+        again = data.ids[torch.isin(data.ids // group, known.ids // group)]
+        if len(again):
+            raise ValueError(
+                f"{name}: expected no item {of_a_thing}of {other}, got {len(again)} of them (first id {int(again[0])})"
+            )
+    _check_labelled(name, data, seen["forget"])
+    for side in ("visual", "other"):
+        inputs = getattr(data, side)
+        # Of items that decide a level or are judged one is enough to spoil all, and no loss would name it.
+        bad = [] if not inputs.is_floating_point() else (~inputs.flatten(1).isfinite().all(1)).nonzero().flatten()
+        if len(bad):
+            raise ValueError(
+                f"{name}: expected finite numbers as {side}, got NaN or infinity in {len(bad)} items (first id "
+                f"{int(data.ids[bad[0]])})"
+            )
 
 
 def check_held_out(model: TwoTowerModel, forget: PairedData, retain: Any) -> None:

@@ -17,12 +17,25 @@ WRITTEN = ("checkpoint.pt", "model.safetensors", "results.json", "card.md", "rep
 
 
 def take(out: Path, job: Job, fresh: bool) -> None:
-    """Make sure that nothing is lost when the files of a run are written, and remove those of an earlier run.
+    """Remove the files of an earlier run that cannot go on.
 
     Args:
         out: the folder.
         job: whose weights are not to be replaced.
         fresh: whether an earlier run that could go on is to be removed too.
+
+    Raises:
+        OSError: see :func:`earlier_run`.
+    """
+    there, failed = earlier_run(out, job)
+    if fresh or failed:
+        for file in there:
+            file.unlink()
+        remove(out / "checkpoint.pt", KEPT_FILES)
+
+
+def earlier_run(out: Path, job: Job) -> tuple[list[Path], bool]:
+    """The files of an earlier run, and whether it failed before its first state; makes sure that they are of a run.
 
     Raises:
         OSError: the files that are there are of no run, or the job's own weights.
@@ -36,13 +49,10 @@ def take(out: Path, job: Job, fresh: bool) -> None:
             raise FileExistsError(f"out: expected another folder than that of the weights, {file}, got {out}")
     checkpoint = out / "checkpoint.pt"
     if {file.name for file in there} <= {"results.json", "report.html"} and _failed(out / "results.json"):
-        fresh = True  # it ended before its first state
-    elif there and not (checkpoint.exists() and "key" in read_state(checkpoint, "checkpoint")):
+        return there, True
+    if there and not (checkpoint.exists() and "key" in read_state(checkpoint, "checkpoint")):
         raise FileExistsError(f"out: expected a folder without {there[0].name}, or an earlier run's, got {out}")
-    if fresh:
-        for file in there:
-            file.unlink()
-        remove(checkpoint, KEPT_FILES)
+    return there, False
 
 
 def write_failure(failure: dict[str, Any], out: Path, report: Callable[[dict[str, Any]], None] | None) -> None:

@@ -13,6 +13,7 @@ For example::
     unseen = "validation.npz"                 # pairs never trained on: for instances and pairs, and for the verdict
     memory = 1024                             # MiB of inputs that may be held; of larger data only batches are read
     judged = 5000                             # retained pairs, drawn, that the figures are of; left out: all of them
+    test = "test.npz"                         # others, which no method sees and every model is judged by
     [forget]
     kind = "class"                            # or "instances" or "pairs"
     classes = [3]                             # for a class; ["cat"] where classes have names
@@ -22,6 +23,8 @@ For example::
     [budget]                                  # fields of Budget
     steps = 40
     early_stop = true                         # once the forget set is as unseen; or fields of Stop, {every = 10}
+    [compare]                                 # for --compare: see ccu_fast.unlearn.study.comparison
+    retrain = "my_package.models:train"
 
 A CLIP of open_clip or transformers goes by its name, and its data may be pictures and captions::
 
@@ -52,15 +55,18 @@ from ccu_fast.models.named import KINDS
 from ccu_fast.runs.settings import from_table, read_toml, with_known_keys
 from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
 from ccu_fast.unlearn.precision import DTYPES
+from ccu_fast.unlearn.study.comparison import Comparison, read_comparison
 
 NUMBERS = ("memory", "judged")  # of [data]
+PAIRS = ("path", "unseen", "test")  # of [data]
 OF_MODEL = ("trainable", "lora")  # fields of UnlearnConfig that may also stand in [model]
 TABLES: dict[str, tuple[str, ...]] = {
     "model": ("make", "name", "weights", "dtype", *OF_MODEL),
-    "data": ("path", "unseen", *NUMBERS, *(f.name for f in fields(Options))),
+    "data": (*PAIRS, *NUMBERS, *(f.name for f in fields(Options))),
     "forget": ("kind", "classes", "ids"),
     "ccu": tuple(f.name for f in fields(UnlearnConfig) if f.name not in ("forget", "budget", "early_stop")),
     "budget": (*(f.name for f in fields(Budget)), "early_stop"),
+    "compare": tuple(f.name for f in fields(Comparison)),
 }
 
 
@@ -99,6 +105,8 @@ class Job:
         device: of the model and all data.
         dtype: of the forward passes, "fp32", "bf16" or "fp16".
         stop: when config.early_stop ends the run; by the unseen pairs.
+        test: pairs that were never trained on and that no method sees, read as the data are; None without any.
+        compare: what a comparison runs and measures.
     """
 
     model: str
@@ -115,6 +123,8 @@ class Job:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: str = "fp32"
     stop: Stop = field(default_factory=Stop)
+    test: Path | None = None
+    compare: Comparison = field(default_factory=Comparison)
 
 
 def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Job:
@@ -141,17 +151,22 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
     texts = [(table, key) for table, key in texts if key not in OF_MODEL]
     for table, key in texts:
         value = tables[table].get(key)
-        if key not in ("classes", "ids", *NUMBERS) and not isinstance(value, str):
-            raise ValueError(f"settings: expected text as {key} in [{table}] of {path}, got {value or 'none'!r}")
+        if key not in ("classes", "ids", *NUMBERS) and not (isinstance(value, str) and value.strip()):
+            got = "none" if value is None else repr(value)
+            raise ValueError(f"settings: expected text as {key} in [{table}] of {path}, got {got}")
     kind = check.one_of("settings [forget] kind", forget.get("kind", "class"), ROLES)
     needed, other = ("classes", "ids") if kind == "class" else ("ids", "classes")
     if needed not in forget or other in forget:
         raise ValueError(f"settings: expected {needed} and no {other} in [forget] of kind {kind!r}, got {forget}")
-    options = {key: value for key, value in data.items() if key not in ("path", "unseen", *NUMBERS)}
+    options = {key: value for key, value in data.items() if key not in (*PAIRS, *NUMBERS)}
     if options and (not named or data["path"].endswith(".npz")):
         raise ValueError(f"settings: expected {', '.join(options)} in [data] with captions and a named model only")
-    if "unseen" in data and (path.parent / data["unseen"]).resolve() == (path.parent / data["path"]).resolve():
-        raise ValueError(f"settings: expected other pairs as unseen in [data] of {path}, got the same {data['path']!r}")
+    read: dict[Path, str] = {}
+    for key in filter(data.__contains__, PAIRS):
+        first = read.setdefault((path.parent / data[key]).resolve(), key)
+        if first != key:
+            same = "the same" if first == "path" else f"those of {first},"
+            raise ValueError(f"settings: expected other pairs as {key} in [data] of {path}, got {same} {data[key]!r}")
     numbers: dict[str, Any] = {
         key: check.integer(f"settings [data] {key}", data[key], low=1 if key == "judged" else 0)
         for key in NUMBERS
@@ -185,6 +200,8 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         config=config,
         dtype=check.one_of("settings [model] dtype", model.get("dtype", "fp32"), tuple(DTYPES)),
         stop=from_table(Stop, stop, where, path),
+        test=base / data["test"] if "test" in data else None,
+        compare=read_comparison(tables["compare"], path),
         **numbers,
     )
 

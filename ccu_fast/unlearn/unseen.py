@@ -83,9 +83,8 @@ class Levels:
 
         visual, self.unseen_other, self.keys = (Kept() if kept is None else kept).of("levels", embedded)
         self.key_ids = partners.ids // group
-        own_things = torch.cat([forget.ids, self.unseen.ids]) // group
-        if not self.by_class and len(self.key_ids.unique()) == 1 and bool((own_things == self.key_ids[0]).any()):
-            raise ValueError("retain: expected items of another thing too, got views of one that is to be forgotten")
+        if not self.by_class:
+            _check_partners(self.key_ids, torch.cat([forget.ids, self.unseen.ids]) // group)
         with torch.no_grad():
             self.at_start = self.log_odds(frozen, visual, self.unseen_other, self.unseen)
             own = self.log_odds(frozen, u0, a0, forget)
@@ -125,6 +124,32 @@ class Levels:
         return log_odds.double().quantile(ranks).to(log_odds.dtype)
 
 
+def check_levels(
+    model: TwoModalityModel, forget: PairedData, retain: PairedData, unseen: PairedData | None, *, group: int
+) -> None:
+    """Raise the errors of :class:`Levels` without its work; the arguments are the same."""
+    things = retain.ids // group
+    if unseen is None:
+        _check_blends(retain.visual, things)
+    elif not (forget.labelled and "visual" in heads(model)):
+        _check_partners(things, torch.cat([forget.ids, unseen.ids]) // group)
+
+
+def _check_partners(things: Tensor, own: Tensor) -> None:
+    if len(things.unique()) == 1 and bool((own == things[0]).any()):
+        raise ValueError("retain: expected items of another thing too, got views of one that is to be forgotten")
+
+
+def _check_blends(visual: Tensor, things: Tensor) -> None:
+    if not comparable(visual):
+        raise ValueError(
+            "unseen: expected items never trained on, because visual inputs of "
+            f"{str(visual.dtype).removeprefix('torch.')} cannot be blended into stand-ins, got None"
+        )
+    if bool((things == things[0]).all()):
+        raise ValueError("retain: expected items of at least two things, got one")
+
+
 def sample(data: PairedData, count: int, seed: int) -> PairedData:
     """At most ``count`` of the items, drawn at random, in their order; those on a disk are not read."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
@@ -148,16 +173,10 @@ def stand_ins(retain: PairedData, count: int, *, group: int, seed: int) -> Paire
         ValueError: inputs that are neither floating point nor uint8; fewer than two things.
     """
     pool = sample(retain, POOL, seed)
-    whole = pool.visual  # maybe on a disk: of all of it only the features are held
-    if not comparable(whole):
-        raise ValueError(
-            "unseen: expected items never trained on, because visual inputs of "
-            f"{str(whole.dtype).removeprefix('torch.')} cannot be blended into stand-ins, got None"
-        )
+    whole, things = pool.visual, pool.ids // group  # maybe on a disk: of all of it only the features are held
+    _check_blends(whole, things)
     some = sample(pool, count, seed).in_memory()
-    thing, things = some.ids // group, pool.ids // group
-    if bool((things == things[0]).all()):
-        raise ValueError("retain: expected items of at least two things, got one")
+    thing = some.ids // group
     blended = some.visual.float().lerp(whole[nearest(some.visual, whole, thing, things)].float(), HALF)
     made = some.to(some.labels.device)
     object.__setattr__(made, "visual", blended.to(whole.dtype))

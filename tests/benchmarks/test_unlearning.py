@@ -23,7 +23,8 @@ from ccu_fast.data.spoken_names import SPEAKERS
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.study import compare as comparing
-from ccu_fast.unlearn.study.run import TELLABLE, run_task
+from ccu_fast.unlearn.study.methods import TELLABLE
+from ccu_fast.unlearn.study.run import run_task
 from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS, Task, TrainConfig
 from tests.support.pictogram_packages import write_packages
 

@@ -32,7 +32,7 @@ from ccu_fast.unlearn.job import load, load_user_model, run_job, split
 from ccu_fast.unlearn.loop import accuracies
 from ccu_fast.unlearn.settings import read_job
 from ccu_fast.unlearn.study import compare as comparing
-from ccu_fast.unlearn.study.run import METHODS
+from ccu_fast.unlearn.study.methods import METHODS
 from ccu_fast.unlearn.study.tasks import TASKS, TrainConfig, make_scenario
 from tests.support import toy_unlearn
 from tests.support.forked import fork

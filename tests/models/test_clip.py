@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from ccu_fast.cli import main as cli
+from ccu_fast.data.paired import PairedData
 from ccu_fast.data.strips import load_strips, write_strips
 from ccu_fast.mem import Method, Protection, Settings
 from ccu_fast.mem.job.models import choose
@@ -339,6 +340,15 @@ batch = 4
 """
 
 
+def trained_anew(model: Any, pairs: PairedData) -> Any:
+    """In place of a training: other weights, from the seed of the comparison."""
+    assert len(pairs) == 10 and pairs.visual.dtype == torch.uint8
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
 class TestUnlearning:
     def run(self, tmp_path: Path, text: str, ids: str, out: str) -> tuple[int, dict[str, Any]]:
         if not (tmp_path / "digits").exists():
@@ -380,6 +390,30 @@ class TestUnlearning:
         for difference in changed.values():
             values = torch.linalg.svdvals(difference.double())
             assert values[1] > 0 and values[2] < 1e-2 * values[0]  # but for the rounding of the sum
+
+    def test_methods_are_compared_on_pictures_and_captions(
+        self, transformers: Any, folder: Path, tmp_path: Path
+    ) -> None:
+        write_strips(tmp_path / "digits", n_train=12, n_test=4)
+        text = UNLEARN.replace("[forget]", 'test = "digits/test.csv"\n[forget]').replace('"gone.txt"', "[3, 4]")
+        names = 'methods = ["random_label", "scrub", "ccu"]\nretrain = "tests.models.test_clip:trained_anew"\n'
+        (tmp_path / "settings.toml").write_text(text + "[compare]\n" + names)
+        words = ["unlearn", str(tmp_path / "settings.toml"), "--compare", "--out", str(tmp_path / "out"), "--quiet"]
+        assert cli.main(words) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        value = results["unlearn"]["train.csv"]["pairs"]["0"]
+        assert list(value["metrics"]) == ["original", "gold", "scrub", "ccu"]
+        assert [what for what, _ in results["left_out"]] == ["linear probe", "relearning", "random labels"]
+        assert set(value["metrics"]["ccu"]["retrieval"]) == {"forget", "retain", "retain_test"}
+        assert value["reference"]["other"] == value["metrics"]["gold"]["other"]  # of pairs nothing is to stay
+        # The library reads the retrained model, which is found again.
+        kept = tmp_path / "out" / "models" / "retrained-seed0.safetensors"
+        transformers.CLIPModel.from_pretrained(folder).load_state_dict(read_weights(kept))
+        written = kept.stat().st_mtime_ns
+        (tmp_path / "out" / "parts" / "gold-seed0.json").unlink()
+        assert cli.main(words) == 0 and kept.stat().st_mtime_ns == written
+        again = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert again["unlearn"]["train.csv"]["pairs"]["0"]["metrics"] == value["metrics"]
 
     def test_open_clip_by_name_with_arrays(self, open_clip: Any, tmp_path: Path) -> None:
         text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}

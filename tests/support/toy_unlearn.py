@@ -114,3 +114,14 @@ class Counting(TwoTowers):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         assert state == {"calls": 1}
+
+
+def retrain(model: FusionModel, pairs: PairedData, forget: PairedData | None = None) -> nn.Module:
+    """As a user would write it: a model trained from scratch, with the other halves of the forget set or without."""
+    known = torch.ones(len(pairs), dtype=torch.bool)
+    if forget is not None:
+        known = torch.cat([known, torch.zeros(len(forget), dtype=torch.bool)])
+        both = ((getattr(pairs, name), getattr(forget, name)) for name in ("visual", "other", "labels", "ids"))
+        pairs = PairedData(*map(torch.cat, both))
+    config = TrainConfig(epochs=20, batch=20, learning_rate=1e-2)
+    return train(lambda: model, pairs, config, visual_known=known).model  # type: ignore[return-value]

@@ -30,7 +30,8 @@ from ccu_fast.unlearn.baselines.contrastive_unlearning import unlearning_loss
 from ccu_fast.unlearn.baselines.plain_losses import fine_tune, gradient_ascent
 from ccu_fast.unlearn.baselines.random_label import wrong_labels
 from ccu_fast.unlearn.loop import Batch, accuracies, run
-from ccu_fast.unlearn.study.run import METHODS, run_task
+from ccu_fast.unlearn.study.methods import METHODS
+from ccu_fast.unlearn.study.run import run_task
 from ccu_fast.unlearn.study.tasks import TASKS, TrainConfig
 from ccu_fast.unlearn.study.train import train
 from tests.support import toy_unlearn

@@ -108,13 +108,30 @@ def test_unseen_items_are_no_views_of_a_thing_of_the_data(folder: Path) -> None:
     assert not torch.isin(unseen.ids // 7, data.ids // 7).any()
 
 
+def test_a_folder_of_other_files_is_refused_before_a_lock_is_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "results.json").write_text("mine")
+    monkeypatch.setattr("ccu_fast.unlearn.job.locked", lambda *_: pytest.fail("a lock was made"))
+    with pytest.raises(FileExistsError, match=r"out: expected a folder without results.json"):
+        run_job(read_job(folder / "settings.toml"), folder / "out", fresh=True)
+    assert [file.name for file in (folder / "out").iterdir()] == ["results.json"]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ('"unseen.npz"', '"pairs.npz"', r"settings: expected other pairs as unseen in \[data\]"),
         ('"unseen.npz"', '"./pairs.npz"', r"settings: expected other pairs as unseen in \[data\]"),
         ('"unseen.npz"', '"nothing.npz"', "path: expected an existing folder, .npz or .csv file, got .*nothing.npz"),
-        ('"unseen.npz"', "7", r"settings: expected text as unseen in \[data\]"),
+        ('"unseen.npz"', "7", r"settings: expected text as unseen in \[data\] of .*, got 7"),
+        ('"unseen.npz"', '""', r"settings: expected text as unseen in \[data\] of .*, got ''"),
+        ('"weights.safetensors"', '" "', r"settings: expected text as weights in \[model\] of .*, got ' '"),
+        ('path = "pairs.npz"', "", r"settings: expected text as path in \[data\] of .*, got none"),
+        # What the data cannot be used for with these settings, and not the data alone.
+        ("[budget]", '[ccu]\ntrainable = ["tower.*"]\n[budget]', "trainable: expected patterns of parameter names"),
+        ("[budget]", '[ccu]\ntrainable = ["other_*"]\n[budget]', 'keep: expected keep="trained"'),
         ('"unseen.npz"', '"elephants.npz"', "unseen: expected classes of the data, got elephant in .*elephants.npz"),
         ('"unseen.npz"', '"plain.npz"', "unseen: expected labels as in forget, got none"),
     ],

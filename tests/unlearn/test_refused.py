@@ -79,6 +79,74 @@ def test_unseen_items_of_another_kind(unseen: PairedData, message: str) -> None:
         unlearn(make_model(), *SETS, SHORT, unseen=unseen)
 
 
+def test_unseen_items_that_are_views_of_a_thing_to_forget() -> None:
+    near = PairedData(NEW.visual, NEW.other, NEW.labels, NEW.ids * 100 + 1)  # ids of their own, but for group=100
+    assert not torch.isin(near.ids[1:], DATA.ids).any()
+    fresh = near[near.ids > 1]
+    unlearn(make_model(), *SETS, SHORT, unseen=fresh)
+    forget, retain = (PairedData(part.visual, part.other, part.labels, part.ids * 100) for part in SETS)
+    with pytest.raises(
+        ValueError, match=r"unseen: expected no item of a thing of forget, got 5 of them \(first id 101\)"
+    ):
+        unlearn(make_model(), forget, retain, replace(SHORT, group=100), unseen=fresh)
+    unlearn(make_model(), forget, retain, SHORT, unseen=fresh)
+
+
+@pytest.mark.parametrize("side", ["visual", "other"])
+def test_unseen_items_with_a_gap(side: str) -> None:
+    inputs = {"visual": NEW.visual.clone(), "other": NEW.other.clone()}
+    inputs[side][3, 1] = torch.nan
+    inputs[side][7, 0] = torch.inf
+    gap = PairedData(**inputs, labels=NEW.labels, ids=NEW.ids + 1000)
+    message = rf"unseen: expected finite numbers as {side}, got NaN or infinity in 2 items \(first id 1003\)"
+    with pytest.raises(ValueError, match=message):
+        unlearn(make_model(), *SETS, SHORT, unseen=gap)
+
+
+class Ids(nn.Module):
+    """A model whose visual inputs are token ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual, self.other = nn.Embedding(9, 6), nn.Linear(DATA.other.shape[1], 6)
+
+    def embed_visual(self, visual: Tensor) -> Tensor:
+        return F.normalize(self.visual(visual).mean(1), dim=-1)
+
+    def embed_other(self, other: Tensor) -> Tensor:
+        return F.normalize(self.other(other), dim=-1)
+
+
+def test_token_ids_have_no_neighbours() -> None:
+    parts = [PairedData(part.ids[:, None] % 9, part.other, part.labels, part.ids) for part in (*SETS, new())]
+    config = replace(SHORT, neighbours=0.5)
+    message = "neighbours: expected 0 for visual inputs of int64, which have no nearness, got 0.5"
+    with pytest.raises(ValueError, match=message):
+        unlearn(Ids(), *parts[:2], config, unseen=parts[2])
+    for weight in (None, 0.0):
+        unlearn(Ids(), *parts[:2], replace(SHORT, neighbours=weight), unseen=parts[2])
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        (Ids, {}, "unseen: expected items never trained on, because visual inputs of int64 cannot be blended"),
+        (make_model, {"group": 1000}, "retain: expected items of at least two things, got one"),
+        (make_model, {"trainable": ("tower.*",)}, "trainable: expected patterns of parameter names"),
+        (make_model, {"trainable": ("other_*",)}, 'keep: expected keep="trained"'),
+    ],
+)
+def test_what_no_run_can_do_is_refused_before_any_is_begun(
+    model: Any, config: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget, retain = SETS
+    if model is Ids:
+        forget, retain = (PairedData(part.ids[:, None] % 9, part.other, part.labels, part.ids) for part in SETS)
+    monkeypatch.setattr("ccu_fast.unlearn.method.run", lambda *_, **__: pytest.fail("the work began"))
+    with pytest.raises(ValueError, match=message):
+        unlearn(model(), forget, retain, replace(SHORT, **config))
+
+
 @pytest.mark.parametrize(
     ("model", "held_out", "error", "message"),
     [

@@ -9,17 +9,23 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from ccu_fast.cli.report.tables import GOLDS
 from ccu_fast.unlearn.audit import embedding_map
 
 NOISE_GAIN = 8
 # The part of the forget set whose accuracy is drawn, and the right value of the visual one.
-FORGOTTEN = {"class": ("forget_test", "0 is right"), "instances": ("forget_train", "gold is right")}
+FORGOTTEN = {
+    "class": ("forget_test", "0 is right"),
+    "instances": ("forget_train", "gold is right"),
+    "pairs": ("forget_train", "gold is right"),
+}
 
 
 def unlearn_bars(scenario: str, by_seed: dict[str, Any]) -> str:
-    """Accuracies of every method, gold retraining as dashed lines."""
+    """Accuracies of every method, gold retraining, where there is any, as dashed lines."""
     seeds = [value["metrics"] for value in by_seed.values()]
-    methods = list(seeds[0])
+    methods = [name for name in seeds[0] if all(name in metrics for metrics in seeds)]
+    gold = next((name for name in GOLDS if name in methods), None)
     part, right = FORGOTTEN[scenario]
     series = {
         label: (color, np.array([[metrics[method][modality][items] for method in methods] for metrics in seeds]))
@@ -29,21 +35,25 @@ def unlearn_bars(scenario: str, by_seed: dict[str, Any]) -> str:
             ("visual, retained", "visual", "retain_test", "#4c72b0"),
             ("fused, retained", "fused", "retain_test", "#8172b3"),
         )
+        if modality in seeds[0]["original"]
     }
     figure, axes = _bars((11, 0.62 * len(methods) + 1.2), [seeds[0][method]["label"] for method in methods], series)
-    for color, values in series.values():
-        axes.axvline(values.mean(0)[methods.index("gold_mask")], color=color, linestyle="--", linewidth=0.8)
+    label = "accuracy"
+    if gold is not None:
+        for color, values in series.values():
+            axes.axvline(values.mean(0)[methods.index(gold)], color=color, linestyle="--", linewidth=0.8)
+        label += "; dashed: gold retraining with the visual half masked" if gold == GOLDS[0] else "; dashed: retrained"
     axes.set_xlim(0, 1.02)
-    axes.set_xlabel("accuracy; dashed: gold retraining with the visual half masked")
+    axes.set_xlabel(label)
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=4, frameon=False)
     return _png(figure)
 
 
 def ablation_bars(by_seed: dict[str, Any]) -> str | None:
-    """Average gap to gold of CCU and of CCU without each component; None without ablations."""
+    """Average gap to gold of CCU and of CCU without each component; None without ablations or gold."""
     seeds = [value["metrics"] for value in by_seed.values()]
-    methods = [name for name in seeds[0] if name.startswith("ccu")]
-    if len(methods) < 2:
+    methods = [name for name in seeds[0] if name.startswith("ccu") and all(name in metrics for metrics in seeds)]
+    if len(methods) < 2 or not seeds[0].keys() & set(GOLDS):
         return None
     gaps = np.array([[metrics[method]["average_gap"] for method in methods] for metrics in seeds])
     labels = [seeds[0][method]["label"] for method in methods]

@@ -14,6 +14,15 @@ from ccu_fast.files import write_whole
 from ccu_fast.mem.verification.shown import Shown
 from ccu_fast.unlearn.study.tasks import TASKS
 
+# By what a retrained model has not seen.
+OWN_INTROS = {
+    None: "No retrained model was there to compare with: the verdict is against what can be expected without one, and "
+    "no gaps are told.",
+    "both": "The retrained model has seen nothing of the forget set. What the other modality knows of it is therefore "
+    "compared with the original.",
+    "visual": "The retrained model has seen the other halves of the forget set alone.",
+}
+
 
 def write_report(results: dict[str, Any], path: Path) -> None:
     """Write the page for the results of :func:`ccu_fast.cli.demo.run`."""
@@ -28,9 +37,30 @@ def write_report(results: dict[str, Any], path: Path) -> None:
 
 
 def write_comparison(results: dict[str, Any], path: Path) -> None:
-    """Write the page for what :func:`ccu_fast.unlearn.study.compare.compare` returns."""
+    """Write the page for what :func:`ccu_fast.unlearn.study.compare.compare` returns, or ``compare_own``."""
     intro = "All methods of unlearning, measured against retraining."
     _write(path, "Unlearning compared", intro, results["versions"], tasks=_tasks(results["unlearn"]))
+
+
+def write_own_comparison(results: dict[str, Any], path: Path) -> None:
+    """Write the page for what :func:`ccu_fast.unlearn.study.own.compare_own` returns."""
+    (by_kind,) = results["unlearn"].values()
+    (by_seed,) = by_kind.values()
+    setting = next(iter(by_seed.values()))["setting"]
+    intro = (
+        "Methods of unlearning on the same model, data and budget. U is the forget set, R the retain set; test pairs "
+        "are those that no method saw. "
+    ) + OWN_INTROS[setting["hidden"]]
+    _write(
+        path,
+        "Unlearning compared",
+        intro,
+        {**results["versions"], "model": results["provenance"]["model"], **setting["sizes"]},
+        tasks=_tasks(results["unlearn"]),
+        own=True,
+        left_out=tables.left_out_table(results["left_out"]),
+        raw={"Provenance": json.dumps(results["provenance"], indent=1)},
+    )
 
 
 def write_run(result: dict[str, Any], path: Path) -> None:
@@ -134,6 +164,6 @@ def _write(path: Path, title: str, intro: str, facts: dict[str, Any], **content:
         lstrip_blocks=True,
     )
     absent: dict[str, Any] = {"tasks": [], "protection": None, "rows": None, "pictures": {}, "samples": {}, "raw": {}}
-    absent["contact"] = []
+    absent |= {"contact": [], "own": False, "left_out": None}
     page = environment.get_template("page.html")
     write_whole(path, page.render(title=title, intro=intro, facts=facts, **absent | content))

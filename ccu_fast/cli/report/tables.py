@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import getitem
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from ccu_fast.unlearn.audit import gaps, mean_figures, verdict, worst_gap
+from ccu_fast.unlearn.audit import gaps, mean_figures, verdict, verdict_without_gold
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ccu_fast.unlearn.audit import Verdict
 
 PROTECT_LABELS = {
     "clean": "clean data",
@@ -36,7 +37,8 @@ STAYED_COLUMNS = {
 LAST_COLUMNS = {"average gap": ("average_gap",), "time / retraining": ("ratio",)}
 SECONDS = {"s": ("cpu_seconds",)}
 GOLD = "gold_mask"
-FIRST = ("original", GOLD, "gold_drop")  # the rows that the others are read against
+GOLDS = (GOLD, "gold")  # of an embedded task, and of a user's own data
+FIRST = ("original", *GOLDS, "gold_drop")  # the rows that the others are read against
 DEEP_COLUMNS = {
     "probe U": ("probe", "forget"),
     "probe U against R": ("probe", "forget_vs_rest"),
@@ -48,7 +50,14 @@ RETRIEVAL_COLUMNS = {
     for side, arrow in (("i2t", "i→t"), ("t2i", "t→i"))
     for title in ("R@1", "R@5", "R@10", "medR")
 }
-DIGITS = {"cpu_seconds": 1, "average_gap": 2, "relearn_steps": 0, "i2t_medr": 1, "t2i_medr": 1}
+RECALLED = {"U": "forget", "R": "retain", "U test": "forget_test", "R test": "retain_test"}  # sets of pairs
+RECALL_COLUMNS = {
+    f"{arrow} {name} R@{k}": ("retrieval", part, f"{direction}@{k}")
+    for direction, arrow in (("i2t", "i→t"), ("t2i", "t→i"))
+    for name, part in RECALLED.items()
+    for k in (1, 10)
+}
+DIGITS = {"seconds": 1, "cpu_seconds": 1, "average_gap": 2, "relearn_steps": 0, "i2t_medr": 1, "t2i_medr": 1}
 
 
 @dataclass(frozen=True)
@@ -69,65 +78,113 @@ class Table:
 
 
 def unlearn_tables(scenario: str, by_seed: dict[str, Any], *, brief: bool = False) -> list[Table]:
-    """What moved, and what mostly stayed.
+    """What moved, what mostly stayed and, of pairs that choose their partner, retrieval.
 
     Args:
-        scenario: "class" or "instances".
-        by_seed: what :func:`ccu_fast.unlearn.study.run.run_task` gives, by seed.
+        scenario: "class", "instances" or "pairs".
+        by_seed: what :func:`ccu_fast.unlearn.study.run.run_task` or, of own data,
+            :func:`ccu_fast.unlearn.study.own.compare_own` gives, by seed.
         brief: for 80 columns: means without spread and without their difference from gold, of the verdict its kind.
 
     Returns:
-        Two tables.
+        Two tables, or three.
     """
-    return [moved_table(scenario, by_seed, brief=brief), stayed_table(by_seed, brief=brief)]
+    recalled = recall_table(by_seed, brief=brief)
+    tables = [moved_table(scenario, by_seed, brief=brief), stayed_table(by_seed, brief=brief)]
+    return tables + ([] if recalled is None else [recalled])
 
 
 def moved_table(scenario: str, by_seed: dict[str, Any], *, brief: bool = False) -> Table:
-    """What tells the methods apart: forgetting against gold's, the worst and the average gap, time and verdict."""
+    """What tells the methods apart: forgetting, time and verdict and, with gold, the worst and the average gap."""
     setting = next(iter(by_seed.values()))["setting"]
-    what = f"class {setting['forget_class']}" if scenario == "class" else "random instances"
+    what = setting.get("forgotten")
+    if what is None:
+        what = f"class {setting['forget_class']}" if scenario == "class" else "random instances"
     caption = (
         f"{setting['task']}, {what} forgotten (U, {setting['forget_items']} of "
         f"{setting['forget_items'] + setting['retain_items']} training items; the rest is R), seeds "
-        f"{', '.join(by_seed)}: what moved. " + ("Gaps: " if brief else "In brackets and as gaps: ")
+        f"{', '.join(by_seed)}: what moved"
     )
-    caption += "points more or less than gold"
-    gold = mean_figures([value["metrics"][GOLD] for value in by_seed.values()])
-    sizes = independent(by_seed)
+    first = next(iter(by_seed.values()))["metrics"]
+    gold = next((name for name in GOLDS if name in first), None)
+    if gold is not None:
+        caption += (". Gaps: " if brief else ". In brackets and as gaps: ") + "points more or less than gold"
+        if setting.get("hidden") == "both" and not setting["ranked"]:
+            caption += ", which of the other modality of U, unseen in retraining, is the original"
+    last = LAST_COLUMNS if gold is not None else {"s": ("seconds",)}
     rows = []
     for method in _methods(by_seed):
         runs = _runs(by_seed, method)
-        means = mean_figures(runs)
-        found = gaps(means, gold)
-        judged = verdict(means, gold, sizes=sizes)
+        found, judged = _judged(by_seed, runs, gold)
         cells = []
         for (modality, *part), text in zip(MOVED_COLUMNS.values(), _cells(MOVED_COLUMNS, runs, brief), strict=True):
             difference = found.get(" ".join([modality, *part]))
-            plain = brief or method == GOLD or difference is None
+            plain = brief or method == gold or difference is None
             cells.append(text if plain or difference is None else f"{text} ({signed(difference)})")
-        _, figure = worst_gap(means, gold)
-        title = figure_title(figure)
-        if brief:
-            title = title.replace("visual", "vis.").removesuffix(" train")
-        worst = "–" if method == GOLD else f"{signed(found[figure])} {title}"
-        words = "–" if method == GOLD else judged.kind if brief else judged.brief
-        rest = _cells(LAST_COLUMNS, runs, brief)
-        rows.append([_label(method, runs), *cells, worst, *rest, words])
+        if found:
+            figure = max(found, key=lambda name: abs(found[name]))
+            title = figure_title(figure)
+            if brief:
+                title = title.replace("visual", "vis.").removesuffix(" train")
+            cells.append("–" if method == gold else f"{signed(found[figure])} {title}")
+        words = "–" if method == gold else judged.kind if brief else judged.brief
+        rows.append([_label(method, runs), *cells, *_cells(last, runs, brief), words])
     titles = ["visual U", "MIA"] if brief else [*MOVED_COLUMNS]
-    more = ["gap", "time"] if brief else [*LAST_COLUMNS]
-    columns = ["method", *titles, "worst gap", *more, "verdict"]
+    more = [*last] if gold is None else ["gap", "time"] if brief else [*last]
+    columns = ["method", *titles, *(["worst gap"] if gold is not None else []), *more, "verdict"]
     return Table(caption, columns, rows, words=("worst gap", "verdict"), narrow=brief)
+
+
+def _judged(by_seed: dict[str, Any], runs: list[dict[str, Any]], gold: str | None) -> tuple[dict[str, float], Verdict]:
+    """The gaps of the means over the seeds, none without gold, and the verdict on them."""
+    means, values = mean_figures(runs), [*by_seed.values()]
+    sizes = independent(by_seed)
+    if gold is not None:
+        wanted = mean_figures([value.get("reference") or value["metrics"][gold] for value in values])
+        return gaps(means, wanted), verdict(means, wanted, sizes=sizes)
+    before = mean_figures([value["metrics"]["original"] for value in values])
+    setting = values[0]["setting"]
+    kind = "pairs" if setting["ranked"] else setting["scenario"]
+    return {}, verdict_without_gold(means, before, forget=kind, sizes=sizes)
 
 
 def stayed_table(by_seed: dict[str, Any], *, brief: bool = False) -> Table:
     """The other accuracies; most methods leave most of them alone."""
-    columns = {
-        title: path
-        for title, path in STAYED_COLUMNS.items()
-        if any(reduce(getitem, path, value["metrics"][GOLD]) is not None for value in by_seed.values())
-    } | ({} if brief else SECONDS)
-    caption = "What mostly stayed: accuracy of each modality's head" + ("" if brief else "; CPU seconds")
+    columns = _there(STAYED_COLUMNS, by_seed) | ({} if brief else SECONDS)
+    ranked = next(iter(by_seed.values()))["setting"].get("ranked")
+    what = "share of partners found first, by what is asked with" if ranked else "accuracy of each modality's head"
+    caption = f"What mostly stayed: {what}" + ("" if brief else "; CPU seconds")
     return _methods_table(caption, columns, by_seed, _methods(by_seed), brief)
+
+
+def recall_table(by_seed: dict[str, Any], *, brief: bool = False) -> Table | None:
+    """R@1 and R@10 of pairs; None where the heads are asked. Brief without what is retained and seen."""
+    columns = _there(RECALL_COLUMNS, by_seed)
+    if brief:
+        columns = {title: path for title, path in columns.items() if path[1] != "retain"}
+    if not columns:
+        return None
+    caption = "Retrieval: U and R among all training pairs, U test and R test among all test pairs"
+    return _methods_table(caption, columns, by_seed, _methods(by_seed), brief)
+
+
+def left_out_table(left_out: Sequence[Sequence[str]]) -> Table | None:
+    """What a comparison on own data did not run or measure, and why; None where that is nothing."""
+    rows = [[*row] for row in left_out]
+    return Table("Left out, because it does not apply here", ["what", "why"], rows, words=("why",)) if rows else None
+
+
+def _there(columns: Mapping[str, tuple[str, ...]], by_seed: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The columns that the original has a figure for."""
+    first = [value["metrics"]["original"] for value in by_seed.values()]
+    return {title: path for title, path in columns.items() if any(_at(path, audit) is not None for audit in first)}
+
+
+def _at(path: tuple[str, ...], values: Any) -> Any:
+    """What lies at a path; None where nothing does."""
+    for key in path:
+        values = None if values is None else values.get(key)
+    return values
 
 
 def independent(by_seed: dict[str, Any]) -> dict[str, int]:
@@ -160,19 +217,19 @@ def signed(points: float) -> str:
     return "0.0" if text[1:] == "0.0" else text.replace("-", "−")
 
 
-def depth_table(by_seed: dict[str, Any]) -> Table | None:
+def depth_table(by_seed: dict[str, Any], *, brief: bool = False) -> Table | None:
     """What is left below the heads, of the methods that were looked into; None when none was."""
     first = next(iter(by_seed.values()))
     methods = [
         name
         for name in first["metrics"]
-        if all("probe" in value["metrics"].get(name, {}) for value in by_seed.values())
+        if all(value["metrics"].get(name, {}).keys() & {"probe", "relearn_steps"} for value in by_seed.values())
     ]
     caption = (
         "Below the heads: accuracy of a linear classifier on frozen visual features (forgotten items; forgotten class "
         "against the rest; retained items), steps of training until the forget set is back at .9"
     )
-    return _methods_table(caption, DEEP_COLUMNS, by_seed, methods) if methods else None
+    return _methods_table(caption, DEEP_COLUMNS, by_seed, methods, brief) if methods else None
 
 
 def _methods(by_seed: dict[str, Any]) -> list[str]:
@@ -258,9 +315,9 @@ def evaluation_table(result: dict[str, Any]) -> Table:
 
 def _cells(columns: Mapping[str, tuple[str, ...]], runs: list[dict[str, Any]], brief: bool = False) -> Iterable[str]:
     for path in columns.values():
-        values: list[Any] = [reduce(getitem, path, run) for run in runs]
+        values: list[Any] = [_at(path, run) for run in runs]
         text = spread(values, digits=DIGITS.get(path[-1], 3))
-        yield text.partition(" ±")[0].removeprefix("0") if brief else text
+        yield re.sub(r"^0(?=\.)| ±.*", "", text) if brief else text
 
 
 def spread(values: list[float | None], *, digits: int = 3) -> str:

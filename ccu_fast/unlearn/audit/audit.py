@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from ccu_fast.data.paired import PairedData
+from ccu_fast.runs.retrieval import recall_at
 from ccu_fast.unlearn.audit.membership import auc, certainty, confidence
 from ccu_fast.unlearn.audit.probe import linear_probe
 from ccu_fast.unlearn.audit.relearn import relearn_steps
-from ccu_fast.unlearn.audit.retrieval import recall
 from ccu_fast.unlearn.audit.summary import MODALITIES
-from ccu_fast.unlearn.loop import answers, right_shares
+from ccu_fast.unlearn.loop import Answers, answers, partner_ranks, right_shares
 from ccu_fast.unlearn.model import TwoModalityModel
 
 
@@ -37,9 +35,10 @@ def audit(
         items), "retain_train" and "retain_test" in [0, 1]; without heads or labels the share of pairs whose partner
         comes first among all training pairs, or all unseen ones. ``"mia_auc"`` and ``"mia_entropy_auc"`` (None without
         labels): ``membership_auc`` of the forget set against forget_test, or retain_test where there is none. When deep
-        ``"probe"`` (:func:`linear_probe`) and ``"relearn_steps"`` (:func:`relearn_steps`). Without labels
-        ``"retrieval"``: :func:`recall` of the forget and the retain set among both. Each is to be compared with a
-        retrained model's.
+        ``"probe"`` (:func:`linear_probe`) and ``"relearn_steps"`` (:func:`relearn_steps`). Without heads or labels
+        ``"retrieval"``: by set R@1, R@5 and R@10 in both directions ("i2t@1" is from the visual to the other modality),
+        "forget" and "retain" among all training pairs, "forget_test" and "retain_test" among all unseen ones. Each is
+        to be compared with a retrained model's.
 
     Raises:
         ValueError: an empty set.
@@ -59,29 +58,40 @@ def audit(
             raise ValueError(f"{name}: expected at least one item, got none")
     parts = {"forget_train": forget, "forget_test": forget_test, "retain_train": retain, "retain_test": retain_test}
     found = {name: answers(model, data) for name, data in parts.items() if data is not None}
+    labelled = all(part.logits for part in found.values())
     measured: dict[str, dict[str, float]] = {}
+    recalls: dict[str, dict[str, float]] = {}
     for pool in (("forget_train", "retain_train"), ("forget_test", "retain_test")):  # pairs choose among these
         names = [name for name in pool if name in found]
-        measured |= zip(names, right_shares(*(found[name] for name in names)), strict=True)
+        if labelled:
+            measured |= zip(names, right_shares(*(found[name] for name in names)), strict=True)
+            continue
+        for name, recalled in zip(names, _recalls([found[name] for name in names]), strict=True):
+            recalls[name.removesuffix("_train")] = recalled
+            measured[name] = {"visual": recalled["i2t@1"], "other": recalled["t2i@1"]}
     result: dict[str, object] = {
         modality: {name: measured[name][modality] if name in measured else None for name in parts}
         for modality in MODALITIES
         if all(modality in shares for shares in measured.values())
     }
     members, unseen = found["forget_train"], found.get("forget_test", found["retain_test"])
-    labelled = "visual" in members.logits
     result["mia_auc"] = auc(confidence(members), confidence(unseen))
-    result["mia_entropy_auc"] = auc(certainty(members), certainty(unseen)) if labelled else None
+    result["mia_entropy_auc"] = auc(certainty(members), certainty(unseen)) if "visual" in members.logits else None
     if deep:
         result["probe"] = linear_probe(model, **given)  # type: ignore[arg-type]
         result["relearn_steps"] = relearn_steps(model, forget, retain)
     if not labelled:
-        visual, other, ids = (
-            torch.cat([getattr(forget, name), getattr(retain, name)]) for name in ("visual", "other", "ids")
-        )
-        both = PairedData(visual, other, ids=ids)
-        result["retrieval"] = {
-            "forget": recall(model, forget, among=both),
-            "retain": recall(model, retain, among=both),
-        }
+        result["retrieval"] = recalls
     return result
+
+
+def _recalls(parts: list[Answers]) -> list[dict[str, float]]:
+    """R@k of each part among all of them."""
+    return [
+        {
+            f"{arrow}@{k}": share
+            for side, arrow in (("visual", "i2t"), ("other", "t2i"))
+            for k, share in recall_at(ranks[side]).items()
+        }
+        for ranks in partner_ranks(*parts)
+    ]

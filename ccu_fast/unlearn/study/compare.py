@@ -19,7 +19,8 @@ from ccu_fast.runs import cache
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.runs.provenance import json_hash, versions
 from ccu_fast.unlearn.baselines.registry import BASELINES
-from ccu_fast.unlearn.study.run import METHODS, run_task
+from ccu_fast.unlearn.study.methods import METHODS
+from ccu_fast.unlearn.study.run import run_task
 from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS, Task
 from ccu_fast.unlearn.study.train import FORMAT as TRAINED_FORMAT
 

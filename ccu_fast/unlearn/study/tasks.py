@@ -126,7 +126,7 @@ class Scenario:
         retain_test: unseen items of the classes that stay.
         forget_test: unseen items of the forgotten class; None when instances are forgotten.
         held_out: more unseen items of the classes that stay, which are neither trained on nor tested: what unlearning
-            may be measured by while it goes on.
+            may be measured by while it goes on; None without any.
     """
 
     name: str
@@ -135,7 +135,7 @@ class Scenario:
     retain: PairedData
     retain_test: PairedData
     forget_test: PairedData | None
-    held_out: PairedData
+    held_out: PairedData | None
 
     @property
     def judged(self) -> dict[str, Any]:

@@ -364,8 +364,29 @@ class TestWhole:
         data = toy()
         pairs = PairedData(data.visual, data.other)
         forget, retain = pairs[torch.arange(20)], pairs[torch.arange(20, 60)]
-        result = audit(TwoTowers(), forget=forget, retain=retain, retain_test=retain)
+        model = TwoTowers()
+        result = audit(model, forget=forget, retain=retain, retain_test=retain)
         json.dumps(result, allow_nan=False)
         assert result["mia_entropy_auc"] is None and "fused" not in result
-        assert set(result["retrieval"]) == {"forget", "retain"}
-        assert 0 <= result["retrieval"]["forget"]["i2t@10"] <= 1
+        found = result["retrieval"]
+        # Every input is there once, so that the partner is the pair's own half: recall finds the same.
+        assert found["forget"] == recall(model, forget, among=pairs) != found["retain"]
+        assert found["retain"] == recall(model, retain, among=pairs) and set(found) == {
+            "forget",
+            "retain",
+            "retain_test",
+        }
+        assert found["retain_test"] == recall(model, retain)
+        assert result["visual"]["forget_train"] == found["forget"]["i2t@1"]
+        assert result["other"]["retain_test"] == found["retain_test"]["t2i@1"]
+
+    def test_a_caption_of_two_pictures_is_right_for_each(self) -> None:
+        torch.manual_seed(0)
+        data = toy()
+        twice = PairedData(data.visual, data.visual[torch.arange(60) // 2 * 2])
+        forget, retain = twice[torch.arange(20)], twice[torch.arange(20, 60)]
+        model = TwoTowers()
+        model.other = model.visual
+        result = audit(model, forget=forget, retain=retain, retain_test=retain)
+        # Half of the pictures are their caption; by the number of the pair the other picture's caption ties with it.
+        assert result["retrieval"]["retain"]["i2t@1"] >= 0.5 > recall(model, retain, among=twice)["i2t@1"]

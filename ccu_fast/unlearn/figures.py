@@ -1,0 +1,115 @@
+"""What a run made of a model: figures of the original and of the unlearned one, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccu_fast.data.paired import PairedData
+from ccu_fast.runs.kept import Kept
+from ccu_fast.unlearn.alarms import KEPT, alarm_of, kept_places
+from ccu_fast.unlearn.audit import auc, verdict_without_gold
+from ccu_fast.unlearn.audit.membership import confidence
+from ccu_fast.unlearn.audit.verdict import with_lost_places
+from ccu_fast.unlearn.loop import answers, chances, embed, right_shares, same_thing
+from ccu_fast.unlearn.model import TwoModalityModel, heads
+
+UNSEEN, UNSEEN_OF_CLASS = "unseen", "unseen, to forget"  # sets in the rows of a result
+
+
+def figures_of(
+    before: TwoModalityModel,
+    after: TwoModalityModel,
+    forget: PairedData,
+    retain: PairedData,
+    unseen: PairedData | None,
+    kind: str,
+    kept: Kept,
+    retained: int,
+) -> Any:
+    """What both models make of the sets: "alarm", "verdict", "sizes", "rows" and "pool" of a result.
+
+    Held are the answers of one model at a time, where both embed the retained items, and no inputs. ``retained`` is the
+    size of the whole retain set, of which ``retain`` may be a part; what the original says is kept as the method does.
+    """
+    parts = {"forget": forget, "retain": retain}
+    new = {} if unseen is None else _unseen_parts(unseen, forget, kind)
+    items = len(forget) + len(retain)
+    ranked = not (forget.labelled and heads(before))
+    things = [same_thing(*of.values()) if ranked and of else None for of in (parts, new)]
+    chance: dict[str, float] = {}
+    for of, thing in zip((parts, new), things, strict=True) if ranked else ():
+        chance |= zip(of, chances(*of.values(), thing=thing), strict=True)
+    named = {"forget": "forget_train", "retain": "retain_train"}
+    named |= {UNSEEN: "retain_test", UNSEEN_OF_CLASS: "forget_test"}
+    like = UNSEEN_OF_CLASS if kind == "class" else UNSEEN  # a class is told from others whether forgotten or not
+    judged: list[dict[str, Any]] = [{}, {}]
+    shares, places = [], []
+    for model, audit in zip((before, after), judged, strict=True):
+        known = {}
+        for name, part in parts.items():
+            stored = "judged" if name == "retain" and len(part) < retained else name
+            make = partial(embed, model, part)
+            known[name] = answers(model, part, kept.of(stored, make, about=len(part)) if model is before else make())
+        fresh = {name: answers(model, part) for name, part in new.items()}
+        places.append(known["retain"].visual)
+        shares.append(right_shares(*known.values(), thing=things[0]))
+        if fresh:
+            shares[-1] += right_shares(*fresh.values(), thing=things[1])
+        if like in fresh:
+            audit["mia_auc"] = auc(confidence(known["forget"]), confidence(fresh[like]))
+    pools = dict.fromkeys(parts, items) | dict.fromkeys(new, sum(map(len, new.values())))
+    parts |= new
+    rows = []
+    for name, old, new in zip(parts, *shares, strict=True):
+        for audit, share_of in zip(judged, (old, new), strict=True):
+            for head, share in share_of.items():
+                audit.setdefault(head, {})[named[name]] = share
+        what = f"partner first of {pools[name]} (chance {chance[name]:.2g})" if ranked else "accuracy"
+        rows += [(f"{name}: {key}, {what}", old[key], new[key]) for key in old]
+    if "mia_auc" in judged[0]:
+        rows.append(("membership of forgotten against unseen, AUC", judged[0]["mia_auc"], judged[1]["mia_auc"]))
+    # A share of partners found first is no accuracy of a class.
+    verdict = verdict_without_gold(
+        judged[1],
+        judged[0],
+        forget="pairs" if ranked else kind,
+        sizes={named[name]: len(part) for name, part in parts.items()},
+    )
+    in_place = kept_places(*places)
+    if in_place is not None:
+        rows.append(("retain: visual embeddings, correlation with those before", 1.0, in_place))
+        if in_place < KEPT:
+            verdict = with_lost_places(verdict, in_place, KEPT)
+    return {
+        "alarm": alarm_of(verdict),
+        "verdict": asdict(verdict),
+        "sizes": {f"{name} items": len(part) for name, part in parts.items()},
+        "rows": rows,
+        "pool": {"pairs": items, "chance": chance} if ranked else None,
+    }
+
+
+def _unseen_parts(unseen: PairedData, forget: PairedData, kind: str) -> dict[str, PairedData]:
+    """Unseen items by what is expected of them: those of a forgotten class are to be forgotten too."""
+    gone = torch.isin(unseen.labels, forget.labels) if kind == "class" else torch.zeros_like(unseen.labels).bool()
+    return {name: unseen[of] for name, of in ((UNSEEN, ~gone), (UNSEEN_OF_CLASS, gone)) if bool(of.any())}
+
+
+def pictured(
+    before: TwoModalityModel, after: TwoModalityModel, forget: PairedData, retain: PairedData, most: int = 400
+) -> dict[str, Tensor]:
+    """Visual embeddings by both models for a picture, of at most so many items of each set, with "labels" and which are
+    "forgotten".
+    """
+    parts = [data.batch(torch.linspace(0, len(data) - 1, min(most, len(data))).long()) for data in (retain, forget)]
+    return {
+        "labels": torch.cat([part.labels for part in parts]).cpu(),
+        "forgotten": torch.cat([torch.full((len(p),), i == 1) for i, p in enumerate(parts)]),
+        "before": torch.cat([embed(before, part)[0] for part in parts]).cpu(),
+        "after": torch.cat([embed(after, part)[0] for part in parts]).cpu(),
+    }

@@ -1,0 +1,333 @@
+"""The comparison of methods on a user's own model and data, with or without a retrained model to measure against.
+
+Every model is a part of its own: the original, the retrained one, and each method with each seed is run, audited and
+written to ``parts/`` before the next begins, so that a killed comparison goes on where it was, and a method within its
+steps from its checkpoint. A part of other settings, data or versions is made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccu_fast.files import locked, output_folder, write_whole
+from ccu_fast.runs import cache
+from ccu_fast.runs.checkpoint import Checkpoint
+from ccu_fast.runs.progress import Progress, silent
+from ccu_fast.runs.provenance import items_hash, json_hash, saved_state, tensors_hash, versions
+from ccu_fast.unlearn.audit import verdict_without_gold
+from ccu_fast.unlearn.job import _own, in_own_names, load, load_test, split
+from ccu_fast.unlearn.loop import embed
+from ccu_fast.unlearn.method import check_run
+from ccu_fast.unlearn.model import check_problem, heads
+from ccu_fast.unlearn.precision import under_autocast
+from ccu_fast.unlearn.settings import Job
+from ccu_fast.unlearn.study.compare import best_baseline
+from ccu_fast.unlearn.study.gold import Gold
+from ccu_fast.unlearn.study.measure import against_gold, measured, pictured, sizes_of
+from ccu_fast.unlearn.study.methods import METHODS, STARTED, unlearned, why_not
+from ccu_fast.unlearn.study.tasks import Scenario
+
+# Of the kept parts. Raise it whenever a method or the audit gives other figures with the same settings and versions, or
+# figures of another form.
+FORMAT = 1
+DEEP = ("original", "gold", "ccu")  # models that are looked into below the heads
+# Errors that say what a method cannot do with this model and these items, not what is wrong with a file.
+INAPPLICABLE = re.compile(r"(model|forget|retain|visual|unseen|keep|keep_other|trainable|neighbours): expected")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every method is given.
+
+    Attributes:
+        job: the settings.
+        original: the trained model, on the device.
+        sets: what is forgotten, kept, held out and judged, on the device.
+        gold: where a retrained model comes from; None without.
+        ranked: whether the items choose their partner, for want of heads or labels.
+        hashes: of the model and the sets.
+    """
+
+    job: Job
+    original: Any
+    sets: Scenario
+    gold: Gold | None
+    ranked: bool
+    hashes: dict[str, str | None]
+
+
+def compare_own(job: Job, out: Path, *, progress: Progress = silent) -> dict[str, Any]:
+    """Run every method on a user's model and data, and audit each on the test pairs.
+
+    Args:
+        job: the settings, with ``test``. ``job.compare`` says which methods run and what is measured. Its ``retrain``
+            is called as train(model, pairs): a fresh model of ``job.model`` on the device, with random weights from the
+            seed (of a transformers folder with those that lie there), and the retain set; with ``hidden`` "visual" as
+            train(model, pairs, forget), where the other halves of the forget set may be learned from. It returns the
+            trained model.
+        out: folder of ``parts/``, ``models/`` (the retrained ones) and ``results.json``; made if needed.
+        progress: called as progress(stage, done, total, note).
+
+    Returns:
+        What ``results.json`` holds, with the embeddings: "versions", "seeds", "provenance", "left_out" – pairs of what
+        does not apply and why – and under "unlearn" by data, kind of forgetting and seed what
+        :func:`ccu_fast.unlearn.study.run.run_task` returns for a task, with "gold" in place of "gold_mask" and
+        "reference", the figures that the gaps are measured against. Without a retrained model that is None, there are
+        no gaps, and the verdict is :func:`ccu_fast.unlearn.audit.verdict_without_gold`.
+
+    Raises:
+        ValueError, TypeError, ImportError: see :func:`ccu_fast.unlearn.job.run_job`; no test pairs, or of a class not
+            both those that go and those that stay; a retrained model that cannot be.
+        OSError: ``out`` cannot be written, holds files of something else, or another process is at work in it.
+    """
+    problem = _problem(job)
+    kind, seeds = job.config.forget, range(job.config.seed, job.config.seed + job.compare.seeds)
+    _check_free(out)
+    output_folder(out)
+    with locked(out / "lock"):
+        (out / "parts").mkdir(exist_ok=True)
+        by_seed, left_out = {}, _not_measured(problem)
+        for seed in seeds:
+            by_seed[str(seed)], absent = _of_seed(problem, seed, out, progress)
+            where = "" if len(seeds) == 1 else f" (seed {seed})"
+            left_out |= {name: left_out.get(name, f"{why}{where}") for name, why in absent.items()}
+        results = {
+            "versions": versions(),
+            "seeds": list(seeds),
+            "provenance": {"model": job.model, **problem.hashes, "config": asdict(job.config)},
+            "left_out": list(left_out.items()),
+            "unlearn": {job.data.name: {kind: by_seed}},
+        }
+        write_whole(out / "results.json", json.dumps(cache.without(results, "embeddings"), indent=1) + "\n")
+    return results
+
+
+def _problem(job: Job) -> Problem:
+    """Load and check everything."""
+    if job.test is None:
+        raise ValueError("test: expected pairs in [data] of the settings that every model is judged by, got none")
+    if job.dtype == "fp16":
+        raise ValueError("dtype: expected fp32 or bf16 where methods are compared, got fp16, which scales its loss")
+    # The baselines and what looks below the heads go through all items again and again.
+    job = replace(job, memory=sys.maxsize >> 20)
+    model, data, names, unseen = load(job)
+    job = replace(job, config=replace(job.config, trainable=in_own_names(model, job.config.trainable)))
+    test = load_test(job, data, names, unseen)
+    assert test is not None
+    model, device, kind = under_autocast(model, job.dtype).to(job.device), job.device, job.config.forget
+    forget, retain = (part.to(device) for part in split(data, job, names))
+    unseen, test = None if unseen is None else unseen.to(device), test.to(device)
+    check_problem(model, forget, retain, kind, names.classes, unseen=unseen, test=test, group=job.config.group)
+    gone = torch.isin(test.labels, forget.labels) if kind == "class" else torch.zeros_like(test.labels).bool()
+    for what, some in (("a class that stays", ~gone), ("the classes to forget", gone)):
+        if not bool(some.any()) and (kind == "class" or some is not gone):
+            raise ValueError(f"test: expected items of {what}, got none in {job.test}")
+    if "ccu" in job.compare.chosen:
+        check_run(model, forget, retain, job.config, unseen=None if kind == "class" else unseen)
+    sets = Scenario(kind, data, forget, retain, test[~gone], test[gone] if kind == "class" else None, unseen)
+    named = {"forget": forget, "retain": retain, "unseen": unseen, "test": test}
+    hashes = {f"{name}_sha256": None if part is None else items_hash(part) for name, part in named.items()}
+    gold = Gold.of(job, model, sets)
+    if gold is not None and gold.made:
+        saved_state(_own(model))  # a retrained model is kept
+    ranked = not (forget.labelled and heads(model))
+    hashes = {"original_sha256": tensors_hash(model.state_dict()), **hashes}
+    return Problem(job, model, sets, gold, ranked, hashes | ({} if gold is None else gold.hashes))
+
+
+def _check_free(out: Path) -> None:
+    """Raise an error where the files of something else would be overwritten."""
+    theirs = ["checkpoint.pt", "model.safetensors"]
+    if not (out / "parts").is_dir():
+        theirs += ["results.json", "report.html"]
+    there = [name for name in theirs if (out / name).exists()]
+    if there:
+        raise FileExistsError(f"out: expected a folder without {there[0]}, or an earlier comparison's, got {out}")
+
+
+def _not_measured(problem: Problem) -> dict[str, str]:
+    """Of what is measured by default what does not apply, and why."""
+    labelled, compare = problem.sets.forget.labelled, problem.job.compare
+    absent = {}
+    if compare.probe and not _probed(problem):
+        absent["linear probe"] = "needs items of several classes" if labelled else "needs items with labels"
+    if compare.relearn and not _relearned(problem):
+        absent["relearning"] = "needs items with labels and a visual head"
+    return absent
+
+
+def _probed(problem: Problem) -> bool:
+    sets = problem.sets
+    learned = sets.train if sets.forget_test is not None else sets.retain
+    return problem.job.compare.probe and sets.forget.labelled and len(learned.labels.unique()) > 1
+
+
+def _relearned(problem: Problem) -> bool:
+    return problem.job.compare.relearn and problem.sets.forget.labelled and "visual" in heads(problem.original)
+
+
+def _of_seed(problem: Problem, seed: int, out: Path, progress: Progress) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a task's run has for one seed, and by label why a method has no figures."""
+    job, sets = problem.job, problem.sets
+    methods = [name for name in STARTED if name in job.compare.chosen]
+    names = ["original", *(["gold"] if problem.gold is not None else []), *methods]
+    parts, absent = {}, {}
+    for number, name in enumerate(names):
+        progress(f"seed {seed}", number, len(names), _label(problem, name))
+        found = _part(problem, name, seed, out, progress)
+        if "left_out" in found:
+            absent[_label(problem, name)] = found["left_out"]
+        else:
+            parts[name] = found
+    progress(f"seed {seed}", len(names), len(names), "")
+    metrics = {name: dict(found["audit"]) for name, found in parts.items()}
+    sizes = sizes_of(sets, job.config.group)
+    original = dict(parts["original"]["audit"])
+    reference = None if problem.gold is None else _reference(problem, parts["gold"]["audit"], original)
+    for name, values in metrics.items():
+        if reference is not None:
+            values |= against_gold(values, dict(values) if name == "gold" else reference, sizes)
+        else:
+            like = "pairs" if problem.ranked else job.config.forget
+            values["verdict"] = asdict(verdict_without_gold(values, original, forget=like, sizes=sizes))
+        values["label"] = _label(problem, name)
+    costs = {name: found["cost"] for name, found in parts.items()}
+    whole = costs.get("gold", {}).get("seconds")
+    value = {
+        "setting": _setting(problem, seed, sizes),
+        "metrics": metrics,
+        "cost": {
+            name: {**cost, "ratio": None if None in (whole, cost["seconds"]) else cost["seconds"] / whole}
+            for name, cost in costs.items()
+        },
+        "reference": reference,
+        "best_baseline": None if reference is None else best_baseline(metrics),
+        "embeddings": _pictured(parts),
+    }
+    return value, absent
+
+
+def _part(problem: Problem, name: str, seed: int, out: Path, progress: Progress) -> dict[str, Any]:
+    job = problem.job
+    fixed = name == "original" or (name == "gold" and problem.gold is not None and not problem.gold.made)
+    config = asdict(replace(job.config, seed=0 if fixed else seed))
+    flags = {"probe": _probed(problem), "relearn": _relearned(problem), "membership": job.compare.membership}
+    settings = [name, config, flags, job.compare.retrieval, job.compare.hidden, str(job.device), job.dtype]
+    key = json_hash([{"own": FORMAT}, versions(), problem.hashes, settings])
+    stem = name.replace(", ", "-") + ("" if fixed else f"-seed{seed}")
+    state = out / "parts" / f"{stem}-{key[:12]}.pt"
+    for old in (out / "parts").glob(f"{stem}-*.pt"):
+        if old != state:
+            old.unlink()
+
+    def named(stage: str, done: int, total: int, note: str) -> None:
+        progress(f"seed {seed}: {stage}", done, total, note)
+
+    compute = partial(_computed, problem, name, seed, out, state, named)
+    found = cache.part(out / "parts" / f"{stem}.json", key, compute)
+    state.unlink(missing_ok=True)
+    return found
+
+
+def _computed(problem: Problem, name: str, seed: int, out: Path, state: Path, progress: Progress) -> dict[str, Any]:
+    nothing = dict.fromkeys(("steps", "items", "seconds", "cpu_seconds"))
+    if name == "original":
+        return {**_audited(problem, name, problem.original), "cost": nothing}
+    if name == "gold":
+        assert problem.gold is not None
+        model, cost = problem.gold.model(seed, out / "models", progress)
+        return {**_audited(problem, name, model), "cost": nothing | cost}
+    config = replace(problem.job.config, seed=seed)
+    reason = why_not(name, problem.original, problem.sets, config)
+    if reason is not None:
+        return {"left_out": reason}
+    try:
+        done = unlearned(name, problem.original, problem.sets, config, progress=progress, checkpoint=Checkpoint(state))
+    except FloatingPointError as error:
+        return {"left_out": str(error).partition("; the state")[0]}
+    except (TypeError, ValueError) as error:
+        if not INAPPLICABLE.match(str(error)):
+            raise
+        return {"left_out": str(error)}
+    cost = {"steps": done.steps, "items": done.items, "seconds": done.seconds, "cpu_seconds": done.cpu_seconds}
+    return {**_audited(problem, name, done.model), "cost": cost}
+
+
+def _audited(problem: Problem, name: str, model: Any) -> dict[str, Any]:
+    """The figures of a model and, where there are classes, its embeddings for a picture."""
+    deep = name in DEEP
+    values = measured(model, problem.sets, probe=deep and _probed(problem), relearn=deep and _relearned(problem))
+    if not problem.job.compare.membership:
+        values |= dict.fromkeys(("mia_auc", "mia_entropy_auc"))
+    if not problem.job.compare.retrieval:
+        values.pop("retrieval", None)
+    if name not in ("original", "ccu") or not problem.sets.forget.labelled:
+        return {"audit": values, "embeddings": None}
+    parts = pictured(problem.sets)
+    return {
+        "audit": values,
+        "embeddings": {
+            "labels": torch.cat([part.labels for part, _ in parts]).cpu().numpy(),
+            "forgotten": torch.cat([torch.full((len(part),), gone) for part, gone in parts]).numpy(),
+            "visual": torch.cat([embed(model, part)[0] for part, _ in parts]).float().cpu().numpy(),
+        },
+    }
+
+
+def _reference(problem: Problem, gold: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+    """What the retrained model's figures ask for.
+
+    One that has not seen the other halves of the forget set either says nothing of what is to become of them: they are
+    to be known as before, and both halves together may be answered either way.
+    """
+    wanted = dict(gold)
+    if problem.ranked or problem.job.compare.hidden == "visual":
+        return wanted
+    for part in ("forget_train", "forget_test"):
+        if "other" in gold:
+            wanted["other"] = {**wanted["other"], part: original["other"][part]}
+        if "fused" in gold:
+            wanted["fused"] = {**wanted["fused"], part: None}
+    return wanted
+
+
+def _pictured(parts: Mapping[str, Any]) -> dict[str, Any] | None:
+    before, after = (parts.get(name, {}).get("embeddings") for name in ("original", "ccu"))
+    if before is None or after is None:
+        return None
+    both = {"before": before["visual"], "after": after["visual"]}
+    return {"labels": before["labels"], "forgotten": before["forgotten"], **both}
+
+
+def _label(problem: Problem, name: str) -> str:
+    if name != "gold":
+        return METHODS[name]
+    return "retrained" if problem.job.compare.hidden == "both" else "retrained, visual hidden"
+
+
+def _setting(problem: Problem, seed: int, sizes: Mapping[str, int]) -> dict[str, Any]:
+    job, sets = problem.job, problem.sets
+    kind = job.config.forget
+    classes = f"class{'es' * (len(job.classes) > 1)} {', '.join(job.classes)}"
+    return {
+        "task": job.data.name,
+        "scenario": kind,
+        "seed": seed,
+        "forgotten": classes if kind == "class" else kind,
+        "ranked": problem.ranked,
+        "forget_items": len(sets.forget),
+        "retain_items": len(sets.retain),
+        "test_items": len(sets.retain_test) + (0 if sets.forget_test is None else len(sets.forget_test)),
+        "sizes": dict(sizes),
+        "ccu": asdict(replace(job.config, seed=seed)),
+        "hidden": None if problem.gold is None else job.compare.hidden,
+    }
