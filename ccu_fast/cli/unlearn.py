@@ -33,9 +33,9 @@ def unlearn(
     out: Annotated[Path, typer.Option(help="Folder of what is written; made if needed.")] = Path("ccu_fast_unlearn"),
     *,
     model: Annotated[
-        str | None, typer.Option(help="open_clip:NAME, hf:FOLDER or module:function, in place of that in [model].")
+        str | None, typer.Option(help="open_clip:NAME, hf:FOLDER or module:function, in place of that in the settings.")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Of the model, in place of those in [model].")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Of the model, in place of those in the settings.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the forward passes: fp32, bf16 or fp16.")] = None,
     classes: Annotated[
         list[str] | None, typer.Option(help="A class to forget, by name or number; may be repeated.")

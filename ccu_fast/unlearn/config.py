@@ -93,7 +93,7 @@ class UnlearnConfig:
     saliency: float = check.field(1.0, low=1e-9, high=1)
     lora: int | None = check.field(None, "Rank of what is added to linear layers; none: whole weights.", low=1)
     budget: Budget = field(default_factory=Budget)
-    early_stop: bool = check.field(False, "Stop once the forget set is as unseen; needs unseen in [data].")
+    early_stop: bool = check.field(False, "Stop once the forget set is as unseen; needs unseen items.")
     seed: int = check.field(0, "Of the batches.", low=0)
 
     def __post_init__(self) -> None:
