@@ -1,7 +1,7 @@
 """What a text alone tells of its pair: precision and recall of the audit without pictures, before and after unlearning.
 
-    python -m benchmarks.unlearning.text_membership                 digits-halves: half a minute on one core
-    python -m benchmarks.unlearning.text_membership --packages DIR  pictogram-words too: seven minutes more
+    python -m benchmarks.unlearning.text_membership                 digits-halves: a minute on one core
+    python -m benchmarks.unlearning.text_membership --packages DIR  pictogram-words too: some minutes more
     python -m benchmarks.unlearning.text_membership --page          the page from the figures alone
 
 Writes text_membership.json and TEXT_MEMBERSHIP.md beside this file. The models are those of the comparison
