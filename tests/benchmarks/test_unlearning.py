@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.unlearning import figure, profile, rates
+from benchmarks.unlearning import figure, profile, rates, text_membership
 from benchmarks.unlearning.__main__ import PAGE, RESULTS, main
 from benchmarks.unlearning.stored import by_seed, in_rows, merged
 from benchmarks.unlearning.tasks import pictogram_tasks
@@ -182,3 +182,75 @@ def test_shares_of_a_profile_are_of_the_package_and_add_up() -> None:
     assert found["embedding the batch"] == 0.3 and found["backward"] == 0.3 and found["rest"] == 0.1
     for row in json.loads(profile.PROFILE.read_text())["rows"]:
         assert sum(row["shares"].values()) == pytest.approx(1, abs=0.01) and min(row["shares"].values()) >= 0
+
+
+def told(task: str, *areas: float, method: str = "original", precision: float | None = 0.6) -> list[dict[str, Any]]:
+    """A row a seed, of 126 items each; the area of the similarity is at chance."""
+    row: dict[str, Any] = {"task": task, "method": method, "forgotten": 126, "unseen": 126, "flagged": 9}
+    row |= {"precision": precision, "recall": 0.1, "false_alarms": 0.1, "similarity_auc": 0.5}
+    return [{**row, "seed": seed, "auc": area} for seed, area in enumerate(areas)]
+
+
+class TestTextMembership:
+    def test_the_committed_page_is_what_its_file_makes(self) -> None:
+        stored = json.loads(text_membership.RESULTS.read_text())
+        assert text_membership.page(stored) == text_membership.PAGE.read_text()
+        models = {(row["task"], row["seed"]): [] for row in stored["rows"]}
+        for row in stored["rows"]:
+            models[row["task"], row["seed"]].append(row["method"])
+        assert set(map(tuple, models.values())) == {text_membership.MODELS}
+        assert {task for task, _ in models} == set(text_membership.SEEDS)
+
+    def test_the_first_line_says_what_the_figures_do(self) -> None:
+        # Of one seed two standard errors are 0.073, of three 0.042.
+        nothing = text_membership.said({"a": told("a", 0.57), "b": told("b", 0.53, 0.50, 0.55, precision=None)})
+        assert "tells nothing" in nothing
+        assert "a: precision 0.60, AUC 0.57 and 0.50, chance 0.50 ± 0.07; b: nothing flagged, AUC 0.53" in nothing
+        assert "Of the 4 areas of all models 0 differ from chance by more, 0.2 would by luck. That" in nothing
+        trace = text_membership.said({"a": told("a", 0.5) + told("a", 0.4, method="ccu")})
+        assert (
+            "Of the 4 areas of all models 1 differ from chance by more, 0.2 would by luck: CCU on a (score 0.40)."
+            in trace
+        )
+        some = text_membership.said({"a": told("a", 0.57), "b": told("b", 0.40, 0.47, 0.48)})
+        assert some.startswith("**Text alone tells members of b before unlearning, and nothing on a**")
+        gone = {"a": told("a", 0.9) + told("a", 0.5, method="ccu")}
+        assert text_membership.said(gone).startswith("**Text alone tells members of a before unlearning**")
+
+    def test_a_killed_run_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[str] = []
+        monkeypatch.setitem(TASKS, "digits-halves", quick(TASKS["digits-halves"]))
+        for name, value in {"SEEDS": {"digits-halves": (1,)}, "MODELS": ("original", "ccu"), "STEPS": 1}.items():
+            monkeypatch.setattr(text_membership, name, value)
+        monkeypatch.setattr(text_membership, "RESULTS", tmp_path / "figures.json")
+        monkeypatch.setattr(text_membership, "PAGE", tmp_path / "page.md")
+        real = text_membership.measure
+
+        def measure(task: Task, seed: int, name: str, *more: Any) -> dict[str, Any]:
+            asked.append(name)
+            if asked == ["original", "ccu"]:
+                raise KeyboardInterrupt
+            return real(task, seed, name, *more)
+
+        monkeypatch.setattr(text_membership, "measure", measure)
+        with pytest.raises(KeyboardInterrupt):
+            text_membership.main(["--work", str(tmp_path / "work")])
+        assert not text_membership.RESULTS.exists()
+        text_membership.main(["--work", str(tmp_path / "work")])
+        assert asked == ["original", "ccu", "ccu"]
+        rows = json.loads(text_membership.RESULTS.read_text())["rows"]
+        assert [row["method"] for row in rows] == ["original", "ccu"]
+        assert text_membership.page(json.loads(text_membership.RESULTS.read_text())) == text_membership.PAGE.read_text()
+
+    def test_each_thing_is_asked_of_once(self) -> None:
+        task = TASKS["digit-views"]
+        split = text_membership.make_scenario(task, "instances", 0)
+        texts, forgotten = text_membership.questions(task, split, 0)
+        things = len(torch.unique(split.forget.ids // task.group))
+        assert things < len(split.forget) and int(forgotten.sum()) == things and len(texts) == 2 * things
+        for part, own in ((split.forget, texts[forgotten]), (split.retain_test, texts[~forgotten])):
+            views = {
+                row.numpy().tobytes(): int(number) // task.group
+                for row, number in zip(part.other, part.ids, strict=True)
+            }
+            assert len({views[row.numpy().tobytes()] for row in own}) == things

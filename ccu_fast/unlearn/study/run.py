@@ -68,7 +68,7 @@ def run_task(
     config = replace(task.ccu[scenario], seed=seed)
     names = [name for name in METHODS if name in ALWAYS or (name in methods and differs(name, config))]
     with _one_thread():
-        runs = _run_all(names, task, split, config, models, progress)
+        runs = run_all(names, task, split, config, models, progress)
         metrics = {}
         for number, (name, done) in enumerate(runs.items(), start=1):
             metrics[name] = measured(done.model, split, probe=name in deep, relearn=name in deep)
@@ -105,10 +105,18 @@ def run_task(
     }
 
 
-def _run_all(
+def run_all(
     names: list[str], task: Task, split: Scenario, config: UnlearnConfig, models: Path | None, progress: Progress
 ) -> dict[str, Run]:
-    """The models by method; "original" is the first name."""
+    """The models of some methods by name.
+
+    Args:
+        names: of :data:`METHODS`, "original" first.
+        task, split: the task, and its scenario, which says what is forgotten.
+        config: CCU's settings; its seed and its budget are every method's.
+        models: folder of the trained models, see :func:`ccu_fast.unlearn.study.train.trained`; None trains anew.
+        progress: called as progress(stage, done, total, note).
+    """
     runs: dict[str, Run] = {}
     for name in names:
         if name in KINDS:
