@@ -41,6 +41,7 @@ batch = 4
 WORK = {
     "unlearn": ["unlearn", "settings.toml", "--out", "{out}", "--quiet"],
     "compare": ["unlearn", "--compare", "--task", "digits-halves", "--seeds", "1", "--out", "{out}", "--quiet"],
+    "own": ["unlearn", "own.toml", "--compare", "--out", "{out}", "--quiet"],
     "demo": ["demo", "--out", "{out}", "--quiet"],
     "protect": [
         "protect", "in/train.csv", "--out", "{out}", "--size", "16x16", "--model", "small:32", "--batch", "4",
@@ -56,6 +57,7 @@ WORK = {
 WORKERS = {
     "unlearn": "ccu_fast.unlearn.job.run_ccu",
     "compare": "ccu_fast.unlearn.study.compare.run_task",
+    "own": "ccu_fast.unlearn.study.own._audited",
     "demo": "ccu_fast.cli.demo._compute",
     "protect": "ccu_fast.mem.job.protect.Protection",
     "evaluate": "ccu_fast.mem.job.victims.train_victim",
@@ -75,6 +77,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "pairs.npz", visual=data.visual, other=data.other, labels=data.labels, ids=data.ids)
     save_model(toy_unlearn.make_model(), folder / "weights.safetensors", {})
     (folder / "settings.toml").write_text(SETTINGS)
+    test = toy_unlearn.toy(20, seed=5)
+    np.savez(folder / "test.npz", visual=test.visual, other=test.other, labels=test.labels)
+    own = SETTINGS.replace('path = "pairs.npz"', 'path = "pairs.npz"\ntest = "test.npz"')
+    (folder / "own.toml").write_text(own + "[compare]\nmethods = ['ccu']\nprobe = false\nrelearn = false\n")
     made.write_csv(folder / "in")
     (folder / "in" / "one.csv").write_text("images,caption\npictures/0.png,a picture\n")
     (folder / "in" / "gap.csv").write_text("images,caption\npictures/0.png,a picture\npictures/1.png,\n")
@@ -484,8 +490,8 @@ def test_info_ends_as_the_others_do(monkeypatch: pytest.MonkeyPatch, ends: Ends)
     ("words", "message"),
     [
         (["unlearn"], "expected a settings file or --compare"),
-        (["unlearn", "x.toml", "--compare"], "expected a settings file or --compare"),
-        (["unlearn", "--compare", "--steps", "3", "--fresh"], "expected --steps, --fresh only with a settings file"),
+        (["unlearn", "--compare", "--steps", "3", "--device", "cpu:0"], "expected --steps, --device only with a"),
+        (["unlearn", "--compare", "--fresh"], "expected --fresh only without --compare"),
         (["unlearn", "--compare", "--classes", "3"], "expected --classes only with a settings file"),
         (["unlearn", "--compare", "--device", "cuda"], "expected --device only with a settings file"),
         (["unlearn", "x.toml", "--task", "digits-halves"], "expected --task only with --compare"),
