@@ -63,6 +63,7 @@ def questions(task: Task, split: Scenario, seed: int) -> tuple[Tensor, Tensor]:
 
 def measure(task: Task, seed: int, name: str, split: Scenario, work: Path) -> dict[str, Any]:
     """The row of one model."""
+    assert split.held_out is not None  # a task has some
     texts, forgotten = questions(task, split, seed)
     gibberish = gibberish_of(split.held_out.other, GIBBERISH, seed=seed)
     rng = torch.Generator().manual_seed(seed)
