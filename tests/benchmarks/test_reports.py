@@ -23,6 +23,7 @@ from benchmarks.protection import frontier, scale, scale_page
 from benchmarks.protection import memory as surrogates
 from benchmarks.results import Row
 from benchmarks.unlearning import __main__ as unlearning
+from benchmarks.unlearning import scale as unlearning_scale
 from benchmarks.unlearning import winners
 from benchmarks.unlearning.stored import by_seed, in_rows
 from ccu_fast.cli.report.tables import independent, unlearn_tables
@@ -46,6 +47,7 @@ DEPTHS = {  # of every committed file of figures, as its command stores it
     "unlearning/results.json": 2,
     "unlearning/rates.json": 2,
     "unlearning/profile.json": 2,
+    "unlearning/scale.json": unlearning_scale.DEPTH,
     "variants.json": 1,
     "visits/*/summary.json": 1,
     "visits/*/tune.json": 3,
