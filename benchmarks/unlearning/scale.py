@@ -293,8 +293,8 @@ def page(stored: dict[str, Any]) -> str:
         "",
         '"Load and hash" reads everything once and grows with the data. "Before the steps" embeds the forget set and '
         'a fixed number of retained pairs; the figures are of the forget set and the judged pairs. "Rest" is the start '
-        "of Python, the checks, the hashes of the weights, and writing. The peak is that of embedding, 1,024 items at "
-        "once at most: it grows with the forget set up to there, and not with the data.",
+        "of Python, the checks, the hashes of the weights, and writing. The peak does not grow with the data. It grows "
+        "with the forget set up to about 1,024 items, the most that are embedded at once.",
         "",
         f"The first of these runs again, killed (SIGKILL) after the checkpoint of step {killed['after_steps']} of "
         f"{killed['of_steps']}: the same command ends with the same bits. It takes {again['cpu_seconds']:.1f} CPU s, "

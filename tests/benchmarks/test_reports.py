@@ -25,6 +25,7 @@ from benchmarks.protection import memory as surrogates
 from benchmarks.results import Row
 from benchmarks.unlearning import __main__ as unlearning
 from benchmarks.unlearning import figure, text_membership, winners
+from benchmarks.unlearning import scale as unlearning_scale
 from benchmarks.unlearning.stored import by_seed, in_rows
 from ccu_fast.cli.report.tables import independent, unlearn_tables
 
@@ -49,6 +50,7 @@ DEPTHS = {  # of every committed file of figures, as its command stores it
     "unlearning/rates.json": 2,
     "unlearning/profile.json": 2,
     "unlearning/text_membership.json": text_membership.DEPTH,
+    "unlearning/scale.json": unlearning_scale.DEPTH,
     "variants.json": 1,
     "visits/*/summary.json": 1,
     "visits/*/tune.json": 3,

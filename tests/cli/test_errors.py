@@ -429,7 +429,7 @@ def test_what_was_finished_stays(ends: Ends, tmp_path: Path, monkeypatch: pytest
     )
     for name, finished, where in (
         ("ccu_fast.unlearn.job.save_model", {checkpoint}, f"the finished run is in {checkpoint}"),
-        ("ccu_fast.unlearn.job.answers", {checkpoint, model}, f"the unlearned model is in {model}"),
+        ("ccu_fast.unlearn.figures.answers", {checkpoint, model}, f"the unlearned model is in {model}"),
         ("ccu_fast.unlearn.job.write_whole", {checkpoint, model}, f"the unlearned model is in {model}"),
         (
             "ccu_fast.cli.report.page.write_run",
@@ -440,7 +440,8 @@ def test_what_was_finished_stays(ends: Ends, tmp_path: Path, monkeypatch: pytest
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(name, _full)
             told = ends(WORK["unlearn"], tmp_path / "model")
-        assert told.endswith(f"goes on; {where}") and set(model.parent.iterdir()) == finished
+        left = {path for path in model.parent.iterdir() if not path.match("checkpoint.*.pt")}  # kept for the next try
+        assert told.endswith(f"goes on; {where}") and left == finished
 
 
 @pytest.mark.parametrize("name", ["unlearn", "compare"])

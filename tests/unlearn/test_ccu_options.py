@@ -19,7 +19,7 @@ from ccu_fast.models.fusion import ConvFusionModel, FusionModel
 from ccu_fast.unlearn import Budget, Checkpoint, HeldOut, KeyBank, UnlearnConfig, unlearn
 from ccu_fast.unlearn.baselines.ssd import dampen
 from ccu_fast.unlearn.loop import accuracies, run
-from ccu_fast.unlearn.method import CcuStep, Frozen, damage, run_ccu
+from ccu_fast.unlearn.method import CcuStep, Frozen, check_run, damage, run_ccu
 from ccu_fast.unlearn.objective import (
     anchor_loss,
     forgetting_loss,
@@ -260,7 +260,10 @@ class TestWhatMayChange:
         model = Words(toy_unlearn.INPUTS, toy_unlearn.INPUTS, toy_unlearn.CLASSES).eval().requires_grad_(False)
         tokens = [PairedData(part.visual.long(), part.other, part.labels, part.ids) for part in toy_unlearn.split()]
         assert CcuStep(UnlearnConfig(), model, *tokens, seed=0).neighbour is None
-        assert CcuStep(UnlearnConfig(neighbours=1.0), model, *tokens, seed=0).neighbour is not None
+        with pytest.raises(
+            ValueError, match="neighbours: expected 0 for visual inputs of int64, which have no nearness"
+        ):
+            check_run(model, *tokens, UnlearnConfig(neighbours=1.0))
 
     def test_one_at_a_time_or_many(self, trained: tuple[FusionModel, PairedData]) -> None:
         model, sides = trained[0], toy_unlearn.split("instances")

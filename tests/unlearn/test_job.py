@@ -200,7 +200,7 @@ def test_the_command_line_chooses_the_model(folder: Path, monkeypatch: pytest.Mo
     assert (job.model, job.named, job.weights) == (f"hf:{folder / 'clip'}", True, None)
     job = read_job(folder / "settings.toml", {"model": {"weights": Path("other.safetensors")}})
     assert (job.model, job.weights) == ("tests.support.toy_unlearn:make_model", folder / "other.safetensors")
-    with pytest.raises(ValueError, match=r"expected text as weights in \[model\] of .*, got 'none'"):
+    with pytest.raises(ValueError, match=r"expected text as weights in \[model\] of .*, got none"):
         read_job(folder / "settings.toml", {"model": {"model": make}})
     with pytest.raises(ValueError, match="dtype: expected one of"):
         read_job(folder / "settings.toml", {"model": {"dtype": "int8"}})

@@ -226,7 +226,7 @@ def _part(problem: Problem, name: str, seed: int, out: Path, progress: Progress)
     stem = name.replace(", ", "-") + ("" if fixed else f"-seed{seed}")
     state = out / "parts" / f"{stem}-{key[:12]}.pt"
     for old in (out / "parts").glob(f"{stem}-*.pt"):
-        if old != state:
+        if not old.name.startswith(state.stem):  # that and what is kept beside it
             old.unlink()
 
     def named(stage: str, done: int, total: int, note: str) -> None:
