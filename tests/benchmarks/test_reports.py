@@ -23,7 +23,7 @@ from benchmarks.protection import frontier, scale, scale_page
 from benchmarks.protection import memory as surrogates
 from benchmarks.results import Row
 from benchmarks.unlearning import __main__ as unlearning
-from benchmarks.unlearning import winners
+from benchmarks.unlearning import associations, winners
 from benchmarks.unlearning.stored import by_seed, in_rows
 from ccu_fast.cli.report.tables import independent, unlearn_tables
 
@@ -43,6 +43,7 @@ DEPTHS = {  # of every committed file of figures, as its command stores it
     "protection/scale.json": scale.DEPTH,
     "results/*/*.json": 1,
     "small_batches.json": 2,
+    "unlearning/associations.json": associations.DEPTH,
     "unlearning/results.json": 2,
     "unlearning/rates.json": 2,
     "unlearning/profile.json": 2,
