@@ -7,6 +7,8 @@
                                                          a part of it, for several processes; --methods, --scenarios too
     python -m benchmarks.unlearning --merge part.json    what such parts hold, into the file of all
     python -m benchmarks.unlearning --page               regenerate the page from the files
+    python -m benchmarks.unlearning --task associations --packages DIR
+                                                         that of benchmarks.unlearning.associations instead
 
 What is measured takes the place of the same task, scenario and seed (and, with --methods, method) in the file; the rest
 of the file stays. Processes at work at once may write one file, but each needs a --work of its own. Runs on one thread,
@@ -26,7 +28,7 @@ import torch
 
 from benchmarks import summary
 from benchmarks.results import store
-from benchmarks.unlearning import winners
+from benchmarks.unlearning import associations, winners
 from benchmarks.unlearning.stored import alone, by_seed, in_rows, merged
 from benchmarks.unlearning.tasks import pictogram_tasks
 from benchmarks.unlearning.winners import markdown
@@ -46,6 +48,9 @@ KEPT_BACK = [task.name for task in (*TASKS.values(), *pictogram_tasks(Path()).va
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:2] == ["--task", "associations"]:
+        return associations.main(given[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.unlearning", description=__doc__.split("\n", 1)[0])
     parser.add_argument(
         "--work", type=Path, default=Path("runs/unlearning"), help="parts and models, kept for resuming"
@@ -58,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="of figures, instead of the one beside this program")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="put what these hold into --out")
     parser.add_argument("--page", action="store_true", help="write the page from the files alone")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     known = dict(TASKS)
     if options.packages:
         known |= pictogram_tasks(options.packages, speech=options.work / "speech", progress=_say)

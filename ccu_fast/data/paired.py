@@ -96,6 +96,13 @@ class PairedData:
         """The same items on another device; of inputs on a disk, what is read of them."""
         return self._each(lambda tensor: tensor.to(device))
 
+    def swapped(self) -> PairedData:
+        """The same items, the two modalities exchanged: data of a :class:`ccu_fast.models.swapped.Swapped` model."""
+        changed = self._each(lambda tensor: tensor)
+        object.__setattr__(changed, "visual", self.other)
+        object.__setattr__(changed, "other", self.visual)
+        return changed
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> PairedData:
         changed = object.__new__(PairedData)
         for name in ("visual", "other", "labels", "ids"):

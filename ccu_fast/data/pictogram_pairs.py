@@ -63,7 +63,7 @@ def load_pictogram_pairs(
     made = []
     for chosen, count in parts:
         pairs = _drawn(len(chosen), count, torch.tensor(ORDERED_PAIRS), rng)
-        visual, other = (_seen(pictures[chosen.repeat_interleave(count), pairs[:, i]], rng) for i in range(2))
+        visual, other = (seen(pictures[chosen.repeat_interleave(count), pairs[:, i]], rng) for i in range(2))
         made.append(PairedData(visual, other, *_labels_and_ids(known, chosen, count)))
     return Halves(*made)
 
@@ -92,7 +92,7 @@ def load_pictogram_words(
     made = []
     for chosen, count in parts:
         artists = _drawn(len(chosen), count, torch.arange(len(ARTISTS)), rng)
-        visual = _seen(pictures[chosen.repeat_interleave(count), artists], rng)
+        visual = seen(pictures[chosen.repeat_interleave(count), artists], rng)
         other = torch.zeros(len(visual), WORDS)
         for row, number in enumerate(chosen.repeat_interleave(count).tolist()):
             said = words(" ".join([known[number].name, *drawn_keywords(known[number], rng)]))
@@ -181,7 +181,8 @@ def _drawn(count: int, each: int, of: Tensor, rng: torch.Generator) -> Tensor:
     return of[torch.rand(count, len(of), generator=rng).argsort(1)[:, :each].flatten()]
 
 
-def _seen(pictures: Tensor, rng: torch.Generator) -> Tensor:
+def seen(pictures: Tensor, rng: torch.Generator) -> Tensor:
+    """Drawings ``[N, 3, side, side]``, uint8, each moved a little, as fp32 that says how much is drawn: white is 0."""
     side = pictures.shape[-1]
     ink = 1 - pictures.float() / 255
     return moved(ink, side, rng, angle=math.pi / 18, scale=0.1, shift=side / 16, contrast=(0.8, 1.1))

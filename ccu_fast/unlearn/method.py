@@ -253,7 +253,10 @@ class CcuStep:
         other = model.embed_other(torch.cat([forget.other, retain.other])) if trained else other0
         u, r, a, b = visual[:n], visual[n:], other[:n], other[n:]
         # An untrained head for the other modality has nothing to learn from its untrained embeddings.
-        total = config.task * task_loss(model, r, b, retain.labels, visual_only=not trained)
+        if config.task:
+            total = config.task * task_loss(model, r, b, retain.labels, visual_only=not trained)
+        else:
+            total = 0 * r.sum()
         if config.forgetting:
             total = total + config.forgetting * self._gone(model, batch, u, r, u0, a0, b0, a)
         if self.neighbour is not None:

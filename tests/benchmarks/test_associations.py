@@ -1,0 +1,229 @@
+"""Associations to forget: the two models, every method, what counts as a failure, and SALMUBench's own files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.unlearning import __main__ as unlearning
+from benchmarks.unlearning import associations, salmubench
+from benchmarks.unlearning.salmubench import HELD_OUT, Problem, aims, failures, pictogram_problem, published_problem
+from ccu_fast.data import pictograms
+from ccu_fast.models.named import Model
+from ccu_fast.unlearn.baselines.registry import BASELINES
+from ccu_fast.unlearn.config import Budget
+from ccu_fast.unlearn.loop import Run
+from ccu_fast.unlearn.study.tasks import TrainConfig
+from tests.support.pictogram_packages import write_packages
+from tests.support.salmubench_files import write_salmubench
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZES = {"n_things": 15, "n_persons": 3, "views": 1, "side": 8, "width": 32, "invented": 20}
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_packages(tmp_path_factory.mktemp("packages"), things=16)
+
+
+@pytest.fixture(autouse=True)
+def made_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictograms, "_check_contents", lambda *_: None)
+
+
+def figures(forget: float, identity: float = 0.8, association: float = 0.8, knowledge: float = 0.5) -> dict[str, float]:
+    strengths = {"strength_forget": forget, "strength_holdout_identity": identity}
+    return {**strengths, "strength_holdout_association": association, "retrieval": 0.1, "knowledge": knowledge}
+
+
+@pytest.mark.parametrize(
+    ("found", "failed", "met"),
+    [
+        (figures(0.02), [], 4),
+        (figures(0.8), ["ineffective"], 3),
+        (figures(0.09), ["ineffective"], 3),
+        (figures(0.07), [], 3),
+        (figures(-0.07), [], 3),
+        (figures(-0.09), ["over-generalised"], 3),
+        (figures(0.0, identity=0.71), ["over-generalised"], 3),
+        (figures(0.0, association=0.75), [], 3),
+        (figures(0.0, knowledge=0.47), ["catastrophic"], 3),
+        (figures(0.3, 0.1, 0.1, 0.1), ["catastrophic", "over-generalised", "ineffective"], 0),
+    ],
+)
+def test_failures_are_the_three_of_the_paper(found: dict[str, float], failed: list[str], met: int) -> None:
+    against = figures(0.8), figures(0.0, 0.0, 0.0)
+    assert [kind for kind, is_so in failures(found, *against).items() if is_so] == failed
+    assert sum(aims(found, *against).values()) == met
+
+
+def test_every_method_is_measured_against_both_models(packages: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"training": TrainConfig(epochs=2, batch=32), "budget": Budget(steps=2, batch=16)}
+    found = associations.measure(packages, [0], tuple(associations.METHODS), tmp_path, **options, **SIZES)
+    assert [row["method"] for row in found["rows"]] == ["compromised", "clean", *associations.METHODS]
+    assert set(associations.METHODS) == BASELINES.keys() - associations.LEFT_OUT.keys() | associations.CCU.keys()
+    steps = {row["method"]: row["steps"] for row in found["rows"]}
+    assert {steps[name] for name in ("ccu", "ccu_captions", "clip_erase")} == {2}
+    assert steps["ccu_invented"] == 2 * associations.INVENTED_STEPS
+    assert 0.8 < steps["clean"] / steps["compromised"] < 1.3  # as many steps as the batches allow
+    rows = {row["method"]: row["figures"] for row in found["rows"]}
+    assert rows["ccu"] != rows["ccu_captions"] != rows["ccu_invented"]
+    # Finished seeds are kept, and found again by their settings alone.
+    (kept,) = tmp_path.glob("seed0-*.json")
+    kept.write_text(kept.read_text().replace('"method": "ccu"', '"method": "kept"'))
+    again = associations.measure(packages, [0], tuple(associations.METHODS), tmp_path, **options, **SIZES)
+    assert "kept" in [row["method"] for row in again["rows"]]
+    text = associations.page(found)
+    assert all(label in text for label in associations.LABELS.values())
+    assert all(BASELINES[name].label in text for name in associations.LEFT_OUT)
+
+
+def test_captions_forget_and_pictures_stay_to_the_bit(packages: Path) -> None:
+    problem, everything, make = pictogram_problem(packages, 1, **SIZES)
+    model = make()
+    (row, *_) = associations.compared(problem, *[Run(model, 0, 0, 0.0, 0.0, [])] * 2, [], Budget(), 0)
+    assert row["figures"] == problem.judge(model)
+    for name, changed in (("ccu", "image_tower"), ("ccu_captions", "token_embedding"), ("ccu_invented", "blocks")):
+        done = associations._unlearned(name, problem, model, Budget(steps=1, batch=8), 0)
+        moved = {
+            key.split(".")[0]
+            for (key, before), after in zip(model.state_dict().items(), done.model.state_dict().values(), strict=True)
+            if not torch.equal(before, after)
+        }
+        assert changed in moved and ("image_tower" in moved) == (name == "ccu")
+    # No method gets the held-out sets, and the clean model none of the sensitive ones.
+    ids = [set(part.ids.tolist()) for part in (problem.forget, problem.retain, *problem.held_out.values())]
+    assert len(set.union(*ids)) == sum(map(len, ids)) == len(everything)
+    assert not set.union(*ids) & set(torch.cat([problem.unseen.ids, problem.invented.ids]).tolist())
+
+
+class Telling(nn.Module):
+    """Knows which caption goes with which picture: both are one of the rows of a table."""
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.rows = [[tuple(pair[side].flatten().tolist()) for pair in pairs] for side in range(2)]
+
+    def _embed(self, rows: list[Any], inputs: Tensor) -> Tensor:
+        known = [tuple(row.flatten().tolist()) for row in inputs]
+        size = len(rows) + 1
+        return F.one_hot(torch.tensor([rows.index(row) if row in rows else size - 1 for row in known]), size).float()
+
+    def embed_visual(self, visual: Tensor) -> Tensor:
+        return self._embed(self.rows[0], visual)
+
+    def embed_other(self, other: Tensor) -> Tensor:
+        return self._embed(self.rows[1], other)
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    sot, eot, pad, context = 1, 2, 0, 77
+
+    def __len__(self) -> int:
+        return 256
+
+    def encode(self, captions: list[str]) -> Tensor:
+        rows = [[self.sot, *text.encode(), self.eot] for text in captions]
+        return torch.tensor([row + [self.pad] * (max(map(len, rows)) - len(row)) for row in rows])
+
+
+@pytest.fixture
+def named() -> Callable[..., Model]:
+    def make(model: nn.Module | None = None) -> Model:
+        return Model(lambda: model, Letters(), (3, 8, 8), {})  # type: ignore[arg-type, return-value]
+
+    return make
+
+
+def problem_of(folder: Path, named: Callable[..., Model]) -> Problem:
+    return published_problem(folder, named(), most=None)
+
+
+def test_a_model_that_knows_salmubench_by_heart(tmp_path: Path, named: Callable[..., Model]) -> None:
+    problem = problem_of(write_salmubench(tmp_path / "bench"), named)
+    parts = [problem.forget, *problem.held_out.values(), problem.retain]
+    model: Any = Telling([pair for part in parts for pair in zip(part.visual, part.other, strict=True)])
+    found = problem.judge(model)
+    assert found["strength_forget"] == found["retrieval"] == found["knowledge"] == 1
+    assert {name: len(part) for name, part in problem.held_out.items()} == dict.fromkeys(HELD_OUT, 4)
+    nothing: Any = Telling([])
+    assert problem.judge(nothing)["knowledge"] == 0
+    # Every one of the 6 other captions to forget and of the 3 of strangers is as near as the right one.
+    assert problem.judge(nothing)["retrieval"] == pytest.approx(1 / 9)
+    # Captions with other digits are new, and none of theirs is trained on beside its own portrait.
+    known = {tuple(row.tolist()) for part in parts for row in part.other}
+    assert not known & {tuple(row.tolist()) for row in problem.invented.other}
+
+
+def test_one_command_reads_the_files_and_both_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: Callable[..., Model], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = write_salmubench(tmp_path / "bench"), tmp_path / "found.json"
+    asked = []
+
+    def model(name: str, weights: Path, *, argument: str) -> Model:
+        asked.append((name, weights.name, argument))
+        torch.manual_seed(len(asked))
+        made = salmubench.SmallClip(256, 2, image_size=(8, 8), channels=3, width=32, dim=32, context=77)
+        inner = made.encode_image
+        made.encode_image = lambda pictures: inner(pictures.float() / 255)  # type: ignore[method-assign]
+        return named(made)
+
+    monkeypatch.setattr(associations, "named_model", model)
+    words = ["--salmubench", str(folder), "--compromised", "one.pt", "--clean", "two.pt", "--out", str(out)]
+    with pytest.raises(SystemExit):
+        associations.main(words[:4])
+    assert "--clean: expected a file with --salmubench, got none" in capsys.readouterr().err
+    options = ["--steps", "2", "--batch", "4", "--methods", "ccu_captions", "fine_tune"]
+    assert unlearning.main(["--task", "associations", *words, *options]) == 0
+    assert asked == [
+        (associations.ARCHITECTURE, "one.pt", "compromised"),
+        (associations.ARCHITECTURE, "two.pt", "clean"),
+    ]
+    stored = json.loads(out.read_text())
+    assert [row["method"] for row in stored["rows"]] == ["compromised", "clean", "ccu_captions", "fine_tune"]
+    assert stored["setting"]["budget"]["learning_rate"] == 1e-5
+    assert "SALMUBench to forget" in capsys.readouterr().out
+
+
+def stored(**methods: dict[str, float]) -> dict[str, Any]:
+    found = {"compromised": figures(0.8), "clean": figures(0.0, 0.0, 0.0), **methods}
+    rows = [
+        {"seed": seed, "method": name, "figures": values, "steps": 2, "cpu_seconds": float(number)}
+        for seed in (0, 1)
+        for number, (name, values) in enumerate(found.items())
+    ]
+    return {"seeds": [0, 1], "setting": {"task": "SALMUBench", "budget": {"steps": 2}}, "rows": rows}
+
+
+def test_the_page_begins_with_who_manages() -> None:
+    fails, passes = figures(0.5), figures(0.01)
+    first = associations.page(stored(fine_tune=fails, ccu=passes, scrub=passes)).splitlines()[2]
+    assert first == (
+        "With none of the three failures in any seed at the least time: **CCU, pictures forget**, 3.0 CPU seconds, "
+        "then SCRUB (4.0 s). No other method does."
+    )
+    first = associations.page(stored(ccu=fails, fine_tune=passes)).splitlines()[2]
+    assert "least time: **fine-tuning**, 3.0 CPU" in first
+    assert first.endswith("CCU, pictures forget, does not manage: ineffective in 2 of 2 seeds.")
+    # One seed is enough to fail; the nearest keeps general knowledge.
+    found = stored(ccu=figures(0.2), fine_tune=fails, scrub=figures(0.01, knowledge=0.1))
+    found["rows"][2]["figures"] = passes
+    first = associations.page(found).splitlines()[2]
+    assert first.startswith("**No method is without one of the three failures in every seed.** Nearest is **CCU, pict")
+    assert ": 13.1 % of the association is left, 0.0 % of the" in first
+    assert first.endswith("CCU, pictures forget, does not manage: ineffective in 1 of 2 seeds.")
+
+
+def test_the_committed_page_is_what_its_file_makes() -> None:
+    assert associations.page(json.loads(associations.RESULTS.read_text())) == associations.PAGE.read_text()
