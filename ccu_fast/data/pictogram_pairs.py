@@ -132,7 +132,7 @@ def load_pictogram_speech(
     for chosen, count in parts:
         which = chosen.repeat_interleave(count)
         artists, speakers = (_drawn(len(chosen), count, torch.arange(len(all_)), rng) for all_ in (ARTISTS, SPEAKERS))
-        visual = _seen(pictures[which, artists], rng)
+        visual = seen(pictures[which, artists], rng)
         other = heard(said[which, speakers], rng)[:, None]
         made.append(PairedData(visual, other, *_labels_and_ids(known, chosen, count)))
     return Halves(*made)
