@@ -44,23 +44,85 @@ def test_it_measures_kills_and_tells(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert list(run["stages"]) == list(scale.STAGES) and min(run["stages"].values()) >= 0
         assert sum(run["stages"].values()) == pytest.approx(run["cpu_seconds"], abs=0.1) and run["peak_bytes"] > 1 << 20
     assert stored["killed"]["after_steps"] == 20 and "checkpoint.forget.pt" in stored["killed"]["kept"]
-    assert not list(tmp_path.glob("*/killed"))  # its own folder of data is gone
+    assert not (tmp_path / "run").exists()
+
+
+def pretended(settings: Path, out: Path, told: Path, until: Callable[[], bool] | None = None) -> int:
+    """``scale.process`` without a run."""
+    out.mkdir(exist_ok=True)
+    torch.save({"losses": [1.0]}, out / "checkpoint.pt")
+    told.write_text(json.dumps({"cpu_seconds": 1.0, "peak_bytes": 1, "stages": dict.fromkeys(scale.STAGES, 0.0)}))
+    return 0 if until is None else -signal.SIGKILL
+
+
+def quick(folder: Path) -> list[str]:
+    words = ["--quick", "--pairs", "40", "50", "--forget", "20", "--judged", "5"]
+    return [*words, "--work", str(folder), "--out", str(folder / "scale.json")]
 
 
 def test_bits_that_differ_give_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pretended(settings: Path, out: Path, told: Path, until: Callable[[], bool] | None = None) -> int:
-        out.mkdir(exist_ok=True)
-        torch.save({"losses": [1.0]}, out / "checkpoint.pt")
-        told.write_text("{}")
-        return 0 if until is None else -signal.SIGKILL
-
     monkeypatch.setattr(scale, "process", pretended)
-    words = ["--quick", "--pairs", "30", "40", "--forget", "20", "--work", str(tmp_path)]
     hashes = iter(["a", "a", "b"])
     monkeypatch.setattr(scale, "weights_of", lambda out: next(hashes))
     with pytest.raises(RuntimeError, match="the killed run ended with other bits"):
-        scale.main([*words, "--out", str(tmp_path / "scale.json")])
+        scale.main(quick(tmp_path))
     assert not (tmp_path / "scale.json").exists()
+
+
+def test_a_killed_benchmark_goes_on_after_the_last_run_that_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def process(settings: Path, out: Path, told: Path, until: Callable[[], bool] | None = None) -> int:
+        asked.append(settings.stem)
+        goes_on = asked.count("40-20") == 3  # with the run that was killed on purpose
+        assert goes_on or not out.exists()  # nothing of an earlier run, which would take time off this one
+        if len(asked) == 2:
+            out.mkdir()
+            (tmp_path / "50").rename(tmp_path / "50.part")  # as if it had been killed while it wrote the data
+            raise KeyboardInterrupt
+        return pretended(settings, out, told, until)
+
+    monkeypatch.setattr(scale, "process", process)
+    monkeypatch.setattr(scale, "weights_of", lambda out: "a")
+    with pytest.raises(KeyboardInterrupt):
+        scale.main(quick(tmp_path))
+    assert scale.main(quick(tmp_path)) == 0
+    assert asked == ["40-20", "50-20", "50-20", "40-20", "40-20"]
+    assert {path.name for path in (tmp_path / "50").iterdir()} == {"visual.npy", "other.npy"}
+    assert not (tmp_path / "run").exists() and (tmp_path / "scale.json").exists()
+    assert scale.main(quick(tmp_path)) == 0 and len(asked) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--forget", "500", "19"], "--forget: expected at least 20, which are a step, got 19"),
+        (
+            ["--pairs", "99", "53", "--forget", "40", "50"],
+            "--pairs: expected at least 54, 4 more than --forget, got 53",
+        ),
+        (["--judged", "0"], "--judged: expected at least 1, got 0"),
+        (["--page", "--out", "nowhere.json"], "--out: expected a file of figures, got nowhere.json, which is not"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scale, "measure", None)
+    with pytest.raises(SystemExit) as ended:
+        scale.main(words)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_system_that_tells_no_peak_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(scale, "STATUS", tmp_path / "status")
+    with pytest.raises(SystemExit):
+        scale.main([])
+    assert "expected a system that tells peak memory in" in capsys.readouterr().err
 
 
 def test_the_committed_page_is_what_its_file_makes() -> None:
