@@ -103,6 +103,18 @@ def test_a_task_needs_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert "got pictograms; those of pictograms need --packages" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("program", [main, text_membership.main])
+def test_a_folder_without_the_packages_is_refused_before_the_work(
+    program: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packages = write_packages(tmp_path / "packages", things=20)  # not those of the versions that are named
+    for folder, what in ((tmp_path / "nowhere", "the unpacked npm packages, got no"), (packages, "the files of the")):
+        with pytest.raises(SystemExit):
+            program(["--packages", str(folder), "--work", str(tmp_path / "work")])
+        assert f"error: --packages: expected {what}" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
 def test_pictograms_are_learned_and_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictograms, "_check_contents", lambda *_: None)
     kept_in = []
