@@ -95,6 +95,14 @@ def test_files_that_memory_can_hold_are_not_held_twice(tmp_path: Path, monkeypat
     assert len(most) == 2 * 2 * N and max(most) <= 3  # two first ones, whose form the others are to have
 
 
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_version_of_npy_has_rows(tmp_path: Path, version: tuple[int, int]) -> None:
+    array = arrays()["visual"]
+    with (tmp_path / "visual.npy").open("wb") as file:
+        np.lib.format.write_array(file, array, version)
+    assert torch.equal(DiskRows(ArrayRows(tmp_path / "visual.npy"))[SOME], torch.from_numpy(array)[SOME])
+
+
 def test_what_has_no_rows_is_read_whole(tmp_path: Path) -> None:
     found = arrays()
     np.savez_compressed(tmp_path / "pairs.npz", **found)
