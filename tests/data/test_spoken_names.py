@@ -99,6 +99,13 @@ def test_a_damaged_file_is_made_anew(asked: Asked, tmp_path: Path, damage: str) 
     assert len(asked) == 3 and [path.read_bytes() for path in tmp_path.iterdir()] == [whole]
 
 
+def test_a_voice_may_be_named_by_its_file(asked: Asked, tmp_path: Path) -> None:
+    first = spoken_names(NAMES, speakers=[Speaker("gmw/en")], cache=tmp_path)
+    asked.clear()
+    assert torch.equal(spoken_names(NAMES, speakers=[Speaker("gmw/en")], cache=tmp_path), first) and not asked
+    assert [path.name[:7] for path in tmp_path.iterdir()] == ["gmw-en-"]
+
+
 def test_what_makes_pauses_is_left_out() -> None:
     assert [sayable(name) for name in NAMES] == ["red apple", "kiss woman man", "O button blood type"]
     assert sayable("flag: St. Barthélemy") == "flag St. Barthélemy" and sayable("o’clock") == "o’clock"
