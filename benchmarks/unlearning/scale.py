@@ -33,8 +33,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import environment, results
+from ccu_fast.files import write_whole
 from ccu_fast.models.dual_encoder import SmallDualEncoder
 from ccu_fast.runs import cache
+from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.provenance import json_hash, save_model, versions
 from ccu_fast.unlearn import figures as run_figures
 from ccu_fast.unlearn import job as unlearn_job
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.store(a.out, measure(a, work), DEPTH)
     stored = json.loads(a.out.read_text())
     if a.out == RESULTS:
-        PAGE.write_text(page(stored))
+        write_whole(PAGE, page(stored))
     print(page(stored))
     return 0
 
@@ -130,6 +132,8 @@ def refused(a: argparse.Namespace) -> str | None:
     """Why the runs that are asked for could not be made; None if they can."""
     if min(a.forget) < A_STEP:
         return f"--forget: expected at least {A_STEP}, which are a step, got {min(a.forget)}"
+    if a.forget[0] < (killed := (Checkpoint.every + 1) * A_STEP):
+        return f"--forget: expected at least {killed} first, so that a step is left to kill, got {a.forget[0]}"
     if min(a.pairs) < max(a.forget) + BATCH:  # a batch is to be kept
         return f"--pairs: expected at least {max(a.forget) + BATCH}, {BATCH} more than --forget, got {min(a.pairs)}"
     if a.judged < 1:

@@ -56,7 +56,7 @@ def pretended(settings: Path, out: Path, told: Path, until: Callable[[], bool] |
 
 
 def quick(folder: Path) -> list[str]:
-    words = ["--quick", "--pairs", "40", "50", "--forget", "20", "--judged", "5"]
+    words = ["--quick", "--pairs", "430", "440", "--forget", "420", "--judged", "5"]
     return [*words, "--work", str(folder), "--out", str(folder / "scale.json")]
 
 
@@ -76,11 +76,11 @@ def test_a_killed_benchmark_goes_on_after_the_last_run_that_ended(
 
     def process(settings: Path, out: Path, told: Path, until: Callable[[], bool] | None = None) -> int:
         asked.append(settings.stem)
-        goes_on = asked.count("40-20") == 3  # with the run that was killed on purpose
+        goes_on = asked.count("430-420") == 3  # with the run that was killed on purpose
         assert goes_on or not out.exists()  # nothing of an earlier run, which would take time off this one
         if len(asked) == 2:
             out.mkdir()
-            (tmp_path / "50").rename(tmp_path / "50.part")  # as if it had been killed while it wrote the data
+            (tmp_path / "440").rename(tmp_path / "440.part")  # as if it had been killed while it wrote the data
             raise KeyboardInterrupt
         return pretended(settings, out, told, until)
 
@@ -89,8 +89,8 @@ def test_a_killed_benchmark_goes_on_after_the_last_run_that_ended(
     with pytest.raises(KeyboardInterrupt):
         scale.main(quick(tmp_path))
     assert scale.main(quick(tmp_path)) == 0
-    assert asked == ["40-20", "50-20", "50-20", "40-20", "40-20"]
-    assert {path.name for path in (tmp_path / "50").iterdir()} == {"visual.npy", "other.npy"}
+    assert asked == ["430-420", "440-420", "440-420", "430-420", "430-420"]
+    assert {path.name for path in (tmp_path / "440").iterdir()} == {"visual.npy", "other.npy"}
     assert not (tmp_path / "run").exists() and (tmp_path / "scale.json").exists()
     assert scale.main(quick(tmp_path)) == 0 and len(asked) == 5
 
@@ -99,10 +99,8 @@ def test_a_killed_benchmark_goes_on_after_the_last_run_that_ended(
     ("words", "message"),
     [
         (["--forget", "500", "19"], "--forget: expected at least 20, which are a step, got 19"),
-        (
-            ["--pairs", "99", "53", "--forget", "40", "50"],
-            "--pairs: expected at least 54, 4 more than --forget, got 53",
-        ),
+        (["--forget", "419", "20"], "--forget: expected at least 420 first, so that a step is left to kill, got 419"),
+        (["--pairs", "999", "503"], "--pairs: expected at least 2004, 4 more than --forget, got 503"),
         (["--judged", "0"], "--judged: expected at least 1, got 0"),
         (["--page", "--out", "nowhere.json"], "--out: expected a file of figures, got nowhere.json, which is not"),
     ],
