@@ -252,6 +252,15 @@ class TestTextMembership:
         assert asked == ["original", "ccu", "ccu"]
         rows = json.loads(text_membership.RESULTS.read_text())["rows"]
         assert [row["method"] for row in rows] == ["original", "ccu"]
+        # Figures of a task that needs --packages stay where that is not given, unless versions or settings are others.
+        stored = json.loads(text_membership.RESULTS.read_text())
+        other = {**rows[0], "task": "pictogram-words"}
+        text_membership.RESULTS.write_text(json.dumps({**stored, "rows": [*rows, other]}))
+        text_membership.main(["--work", str(tmp_path / "work")])
+        assert json.loads(text_membership.RESULTS.read_text())["rows"] == [*rows, other]
+        text_membership.RESULTS.write_text(json.dumps({**stored, "versions": {}, "rows": [*rows, other]}))
+        text_membership.main(["--work", str(tmp_path / "work")])
+        assert json.loads(text_membership.RESULTS.read_text())["rows"] == rows
         assert text_membership.page(json.loads(text_membership.RESULTS.read_text())) == text_membership.PAGE.read_text()
 
     def test_each_thing_is_asked_of_once(self) -> None:
