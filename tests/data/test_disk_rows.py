@@ -103,6 +103,17 @@ def test_every_version_of_npy_has_rows(tmp_path: Path, version: tuple[int, int])
     assert torch.equal(DiskRows(ArrayRows(tmp_path / "visual.npy"))[SOME], torch.from_numpy(array)[SOME])
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_file_is_closed_with_the_last_selection(tmp_path: Path) -> None:
+    np.save(tmp_path / "visual.npy", arrays()["visual"])
+    rows = ArrayRows(tmp_path / "visual.npy")
+    file, last = rows._file, DiskRows(rows).select(SOME)
+    del rows
+    assert not file.closed and len(last[:]) == len(SOME)
+    del last
+    assert file.closed
+
+
 def test_what_has_no_rows_is_read_whole(tmp_path: Path) -> None:
     found = arrays()
     np.savez_compressed(tmp_path / "pairs.npz", **found)
