@@ -31,14 +31,13 @@ def forked(settings: Path, out: Path, told: Path, until: Callable[[], bool] | No
 
 def test_it_measures_kills_and_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scale, "process", forked)
-    words = ["--quick", "--pairs", "500", "520", "--forget", "440", "460", "--judged", "15", "--work", str(tmp_path)]
+    words = ["--quick", "--pairs", "450", "460", "--forget", "420", "--judged", "15", "--work", str(tmp_path)]
     assert scale.main([*words, "--out", str(tmp_path / "scale.json")]) == 0
     stored = json.loads((tmp_path / "scale.json").read_text())
     runs = list(stored["runs"].values())
     assert [(run["pairs"], run["forget"], run["steps"]) for run in runs] == [
-        (500, 440, 22),
-        (520, 440, 22),
-        (520, 460, 23),
+        (450, 420, 21),
+        (460, 420, 21),
     ]
     for run in [*runs, stored["killed"]["resumed"]]:
         assert list(run["stages"]) == list(scale.STAGES) and min(run["stages"].values()) >= 0
@@ -56,13 +55,13 @@ def pretended(settings: Path, out: Path, told: Path, until: Callable[[], bool] |
 
 
 def quick(folder: Path) -> list[str]:
-    words = ["--quick", "--pairs", "430", "440", "--forget", "420", "--judged", "5"]
+    words = ["--quick", "--pairs", "440", "450", "460", "--forget", "420", "430", "--judged", "5"]
     return [*words, "--work", str(folder), "--out", str(folder / "scale.json")]
 
 
 def test_bits_that_differ_give_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scale, "process", pretended)
-    hashes = iter(["a", "a", "b"])
+    hashes = iter("aaaab")
     monkeypatch.setattr(scale, "weights_of", lambda out: next(hashes))
     with pytest.raises(RuntimeError, match="the killed run ended with other bits"):
         scale.main(quick(tmp_path))
@@ -76,11 +75,11 @@ def test_a_killed_benchmark_goes_on_after_the_last_run_that_ended(
 
     def process(settings: Path, out: Path, told: Path, until: Callable[[], bool] | None = None) -> int:
         asked.append(settings.stem)
-        goes_on = asked.count("430-420") == 3  # with the run that was killed on purpose
+        goes_on = asked.count("440-420") == 3  # with the run that was killed on purpose
         assert goes_on or not out.exists()  # nothing of an earlier run, which would take time off this one
         if len(asked) == 2:
             out.mkdir()
-            (tmp_path / "440").rename(tmp_path / "440.part")  # as if it had been killed while it wrote the data
+            (tmp_path / "450").rename(tmp_path / "450.part")  # as if it had been killed while it wrote the data
             raise KeyboardInterrupt
         return pretended(settings, out, told, until)
 
@@ -89,10 +88,10 @@ def test_a_killed_benchmark_goes_on_after_the_last_run_that_ended(
     with pytest.raises(KeyboardInterrupt):
         scale.main(quick(tmp_path))
     assert scale.main(quick(tmp_path)) == 0
-    assert asked == ["430-420", "440-420", "440-420", "430-420", "430-420"]
-    assert {path.name for path in (tmp_path / "440").iterdir()} == {"visual.npy", "other.npy"}
+    assert asked == ["440-420", *["450-420"] * 2, "460-420", "450-430", *["440-420"] * 2]
+    assert {path.name for path in (tmp_path / "450").iterdir()} == {"visual.npy", "other.npy"}
     assert not (tmp_path / "run").exists() and (tmp_path / "scale.json").exists()
-    assert scale.main(quick(tmp_path)) == 0 and len(asked) == 5
+    assert scale.main(quick(tmp_path)) == 0 and len(asked) == 7
 
 
 @pytest.mark.parametrize(
