@@ -30,7 +30,7 @@ from benchmarks import summary
 from benchmarks.results import store
 from benchmarks.unlearning import associations, winners
 from benchmarks.unlearning.stored import alone, by_seed, in_rows, merged
-from benchmarks.unlearning.tasks import pictogram_tasks
+from benchmarks.unlearning.tasks import pictogram_tasks, refuse_others
 from benchmarks.unlearning.winners import markdown
 from ccu_fast.cli.report.tables import depth_table, unlearn_tables
 from ccu_fast.files import write_whole
@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     known = dict(TASKS)
     if options.packages:
+        if not (options.page or options.merge):
+            refuse_others(parser, options.packages)
         known |= pictogram_tasks(options.packages, speech=options.work / "speech", progress=_say)
     for name in options.tasks or ():
         if name not in known:

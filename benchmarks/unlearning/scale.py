@@ -7,7 +7,8 @@ the other way round; each run is a process of its own. Then the first run is don
 written its first checkpoint; nothing is stored unless the same call then ends with the same bits.
 
 There are few steps: one for 20 items to forget, of which it sees four. What is forgotten, and how well, does not matter
-here and is not told: the weights are random. The figures go to scale.json beside this file and to SCALE.md.
+here and is not told: the weights are random. The figures go to scale.json beside this file and to SCALE.md. With
+--work a killed benchmark goes on after the last run that ended.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +33,18 @@ import torch
 from torch import Tensor
 
 from benchmarks import environment, results
+from ccu_fast.files import write_whole
 from ccu_fast.models.dual_encoder import SmallDualEncoder
-from ccu_fast.runs.provenance import save_model
+from ccu_fast.runs import cache
+from ccu_fast.runs.checkpoint import Checkpoint
+from ccu_fast.runs.provenance import json_hash, save_model, versions
 from ccu_fast.unlearn import figures as run_figures
 from ccu_fast.unlearn import job as unlearn_job
 from ccu_fast.unlearn import method
 from ccu_fast.unlearn.settings import read_job
 
 DEPTH = 2  # a line for a run
+FORMAT = 1  # of the kept runs; raise it when the same settings give other figures
 RESULTS = Path(__file__).parent / "scale.json"
 PAGE = RESULTS.with_name("SCALE.md")
 PAIRS = (25_000, 50_000, 100_000)
@@ -45,6 +53,7 @@ JUDGED = 100  # retained pairs that the figures are of
 BATCH, A_STEP = 4, 20  # items of each set in a batch; items to forget for each step
 LENGTH, WORDS = 12, 8_192  # of a caption, of the vocabulary
 STAGES = ("load and hash", "before the steps", "steps", "figures before", "figures after", "rest")
+STATUS = Path("/proc/self/status")
 _AT_ONCE = 1_000  # pairs that are written at a time
 SETTINGS = """
 [model]
@@ -92,25 +101,46 @@ def _towers(width: int, dim: int) -> Towers:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, compare, store."""
     parser = argparse.ArgumentParser(prog="benchmarks.unlearning.scale", description=__doc__)
-    parser.add_argument("--pairs", type=int, nargs="+", default=list(PAIRS))
-    parser.add_argument("--forget", type=int, nargs="+", default=list(FORGET))
-    parser.add_argument("--judged", type=int, default=JUDGED)
+    parser.add_argument("--pairs", type=int, nargs="+", default=list(PAIRS), help="of the data, in each run")
+    parser.add_argument("--forget", type=int, nargs="+", default=list(FORGET), help="pairs to forget, in each run")
+    parser.add_argument("--judged", type=int, default=JUDGED, help="retained pairs that the figures are of")
     parser.add_argument("--quick", action="store_true", help="a model that takes no time, to see that all works")
-    parser.add_argument("--work", type=Path, help="folder for the data; default: a temporary one")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, help="folder of data and finished runs, kept; default: a temporary one")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of figures; default: the committed one")
     parser.add_argument("--page", action="store_true", help="write the page of the stored figures again, nothing else")
     parser.add_argument("--run", nargs=3, type=Path, metavar=("SETTINGS", "OUT", "TOLD"), help=argparse.SUPPRESS)
     a = parser.parse_args(argv)
     if a.run:
         return measured(*a.run)
+    if a.page and not a.out.is_file():
+        parser.error(f"--out: expected a file of figures, got {a.out}, which is not there")
     if not a.page:
-        with tempfile.TemporaryDirectory(dir=a.work) as work:
-            results.store(a.out, measure(a, Path(work)), DEPTH)
+        if wrong := refused(a):
+            parser.error(wrong)
+        with ExitStack() as stack:
+            work = a.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            work.mkdir(parents=True, exist_ok=True)
+            results.store(a.out, measure(a, work), DEPTH)
     stored = json.loads(a.out.read_text())
     if a.out == RESULTS:
-        PAGE.write_text(page(stored))
+        write_whole(PAGE, page(stored))
     print(page(stored))
     return 0
+
+
+def refused(a: argparse.Namespace) -> str | None:
+    """Why the runs that are asked for could not be made; None if they can."""
+    if min(a.forget) < A_STEP:
+        return f"--forget: expected at least {A_STEP}, which are a step, got {min(a.forget)}"
+    if a.forget[0] < (killed := (Checkpoint.every + 1) * A_STEP):
+        return f"--forget: expected at least {killed} first, so that a step is left to kill, got {a.forget[0]}"
+    if min(a.pairs) < max(a.forget) + BATCH:  # a batch is to be kept
+        return f"--pairs: expected at least {max(a.forget) + BATCH}, {BATCH} more than --forget, got {min(a.pairs)}"
+    if a.judged < 1:
+        return f"--judged: expected at least 1, got {a.judged}"
+    if not STATUS.exists():
+        return f"expected a system that tells peak memory in {STATUS}, got {sys.platform}"
+    return None
 
 
 def measured(settings: Path, out: Path, told: Path) -> int:
@@ -156,14 +186,15 @@ def measured(settings: Path, out: Path, told: Path) -> int:
     spent["figures after"] -= spent["figures before"]
     spent["steps"] -= spent["before the steps"]
     spent["rest"] = time.process_time() - sum(spent.values())
-    status = Path("/proc/self/status").read_text()
-    peak = 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    peak = 1024 * int(STATUS.read_text().partition("VmHWM:")[2].split()[0])
     told.write_text(json.dumps({"cpu_seconds": time.process_time(), "peak_bytes": peak, "stages": spent}))
     return 0
 
 
 def write(folder: Path, pairs: int) -> None:
-    """So many pairs; those of a smaller number are the first of a larger."""
+    """So many pairs, all of them or nothing; those of a smaller number are the first of a larger."""
+    whole, folder = folder, folder.with_suffix(".part")
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     shape = (pairs, 3, 64, 64)
     visual = np.lib.format.open_memmap(folder / "visual.npy", "w+", np.uint8, shape)
@@ -175,10 +206,11 @@ def write(folder: Path, pairs: int) -> None:
         other[start:stop, :-1] = numbers.integers(0, WORDS - 1, (_AT_ONCE, LENGTH - 1))[: stop - start]
     visual.flush()
     np.save(folder / "other.npy", other)
+    folder.rename(whole)
 
 
 def measure(a: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """All runs, then the first one again with a kill.
+    """All runs, then the first one again with a kill; what has ended is kept in the folder.
 
     Raises:
         RuntimeError: a run failed, or the killed one ended with other bits; no figure is given then.
@@ -187,7 +219,9 @@ def measure(a: argparse.Namespace, work: Path) -> dict[str, Any]:
     make = small if a.quick else large
     model = make()
     save_model(model, work / "weights.safetensors", {})
-    cases = [(pairs, a.forget[0]) for pairs in a.pairs] + [(a.pairs[1], forget) for forget in a.forget[1:]]
+    cases = [(pairs, a.forget[0]) for pairs in a.pairs] + [
+        (a.pairs[len(a.pairs) // 2], forget) for forget in a.forget[1:]
+    ]
 
     def settings(pairs: int, forget: int) -> Path:
         data, ids = work / str(pairs), work / f"{forget}.txt"
@@ -208,27 +242,41 @@ def measure(a: argparse.Namespace, work: Path) -> dict[str, Any]:
         path.write_text(text)
         return path
 
-    runs: dict[str, Any] = {}
-    for pairs, forget in cases:
-        name, told = f"{pairs} pairs, {forget} forgotten", work / "told.json"
-        out = work / name.replace(" ", "-")
+    def kept(name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        key = json_hash([FORMAT, versions(), make.__name__, a.judged, BATCH, A_STEP, cases[0], name])
+        found = cache.part(work / "parts" / f"{name.replace(' ', '-')}.json", key, compute)
+        print(name, json.dumps(found), flush=True)
+        return found
+
+    def timed(pairs: int, forget: int) -> dict[str, Any]:
+        out, told = work / "run", work / "told.json"
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed: one that goes on takes less
         process(settings(pairs, forget), out, told)
-        steps = forget // A_STEP
-        runs[name] = {"pairs": pairs, "forget": forget, "steps": steps, **json.loads(told.read_text())}
-        runs[name]["weights_sha256"] = weights_of(out)
-        print(name, json.dumps(runs[name]), flush=True)
+        run = {"pairs": pairs, "forget": forget, "steps": forget // A_STEP, **json.loads(told.read_text())}
+        return run | {"weights_sha256": weights_of(out)}
+
+    def killed() -> dict[str, Any]:
+        out, told = work / "run", work / "told.json"
+        shutil.rmtree(out, ignore_errors=True)
+        path = settings(*cases[0])
+        status = process(path, out, told, until=(out / "checkpoint.pt").exists)
+        if status != -signal.SIGKILL:
+            raise RuntimeError(f"expected a run that is killed after its first checkpoint, got status {status}")
+        steps = len(torch.load(out / "checkpoint.pt", weights_only=True)["losses"])
+        beside = sorted(file.name for file in out.glob("checkpoint.*.pt"))
+        process(path, out, told)
+        if weights_of(out) != first["weights_sha256"]:
+            raise RuntimeError("the killed run ended with other bits")
+        resumed = json.loads(told.read_text())
+        return {"after_steps": steps, "of_steps": first["steps"], "kept": beside, "same": True, "resumed": resumed}
+
+    runs: dict[str, Any] = {}
+    for case in cases:
+        name = "{} pairs, {} forgotten".format(*case)
+        runs[name] = kept(name, partial(timed, *case))
     first = next(iter(runs.values()))
-    killed, told = work / "killed", work / "told.json"
-    path = settings(*cases[0])
-    status = process(path, killed, told, until=(killed / "checkpoint.pt").exists)
-    if status != -signal.SIGKILL:
-        raise RuntimeError(f"expected a run that is killed after its first checkpoint, got status {status}")
-    steps = len(torch.load(killed / "checkpoint.pt", weights_only=True)["losses"])
-    kept = sorted(file.name for file in killed.glob("checkpoint.*.pt"))
-    process(path, killed, told)
-    again = json.loads(told.read_text())
-    if weights_of(killed) != first["weights_sha256"]:
-        raise RuntimeError("the killed run ended with other bits")
+    killed_run = kept("killed", killed)
+    shutil.rmtree(work / "run", ignore_errors=True)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes_of_a_pair": int(np.prod((3, 64, 64))) + 8 * LENGTH,
@@ -236,7 +284,7 @@ def measure(a: argparse.Namespace, work: Path) -> dict[str, Any]:
         "a_step": A_STEP,
         "judged": a.judged,
         "runs": runs,
-        "killed": {"after_steps": steps, "of_steps": first["steps"], "kept": kept, "same": True, "resumed": again},
+        "killed": killed_run,
         "environment": environment.describe(torch.device("cpu")),
     }
 

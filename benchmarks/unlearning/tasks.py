@@ -5,6 +5,7 @@ They were made to judge settings that were chosen on other data.
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from ccu_fast.data.pictogram_pairs import (
     load_pictogram_speech,
     load_pictogram_words,
 )
-from ccu_fast.data.pictograms import SIDE
+from ccu_fast.data.pictograms import SIDE, things
 from ccu_fast.data.spectrogram import FRAMES, MELS
 from ccu_fast.data.views import STRIDE
 from ccu_fast.models.fusion import ConvFusionModel, TwoTowerClassifier, conv_tower, mlp_tower
@@ -27,6 +28,14 @@ from ccu_fast.unlearn.study.tasks import Task, TrainConfig, default_settings
 CHANNELS = 16
 HIDDEN = 128
 LEFT_OUT = ("gold_drop",)  # a retraining of minutes, which no method is measured against
+
+
+def refuse_others(parser: ArgumentParser, packages: Path) -> None:
+    """End the program, before any work, if a folder does not hold the packages."""
+    try:
+        things(packages)
+    except (OSError, ValueError) as error:
+        parser.error(f"--{error}")
 
 
 def pictogram_tasks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -150,7 +151,8 @@ class ArrayRows:
 
     def __init__(self, path: Path, start: int = 0, argument: str = "path") -> None:
         self.name, self._path = f"{argument}: {path}", path
-        self._file: BinaryIO = path.open("rb")  # closed with the last selection that reads it
+        self._file: BinaryIO = path.open("rb")
+        weakref.finalize(self, self._file.close)  # with the last selection that reads it, and where this fails
         self._file.seek(start)
         form = np.lib.format
         version = form.read_magic(self._file)

@@ -76,8 +76,8 @@ def load_captions(
         shape: (C, H, W) of the model; see :func:`ccu_fast.data.pictures.decode`.
         encode: captions → token ids ``[N, L]``.
         options: how to read the dataset.
-        memory: bytes; where the decoded pictures take more, they stay on the disk and each is decoded when a batch has
-            it. Captions are held as token ids. None: no bound.
+        memory: bytes; where the decoded pictures, one for each caption, take more, they stay on the disk and each is
+            decoded when a batch has it. Captions are held as token ids. None: no bound.
 
     Returns:
         The items, without labels: ``visual`` uint8 ``[N, C, H, W]``, ``other`` token ids, ids 0 … N−1 in the order of
@@ -93,7 +93,7 @@ def load_captions(
     extras.require("PIL")
     listing = list_pairs(path, options, "path").whole()
     visual: Any
-    if _too_much(memory, listing.n_images * math.prod(shape)):
+    if _too_much(memory, len(listing.captions) * math.prod(shape)):  # held, a picture is there for each of its captions
         visual = DiskRows(_Pictures(DiskSource(listing, shape)))
     else:
         with closing(DiskSource(listing, shape)) as source:
@@ -133,8 +133,10 @@ class _Files:
             self.dtype = torch.promote_types(self.dtype, item.dtype)
 
     def rows(self, index: Tensor) -> Tensor:
-        chosen = [self._files[number] for number in index.tolist()]
-        return torch.stack([_read(file, self._name).to(self.dtype) for file in chosen]).reshape(-1, *self.shape[1:])
+        found = torch.empty((len(index), *self.shape[1:]), dtype=self.dtype)
+        for place, number in enumerate(index.tolist()):  # one file at a time: all rows may be just what memory can hold
+            found[place] = _read(self._files[number], self._name)
+        return found
 
 
 def _too_much(memory: int | None, size: int) -> bool:

@@ -69,7 +69,7 @@ def spoken_names(
     for speaker in speakers:
         made_of = json.dumps([FORMAT, MELS, FRAMES, engine, asdict(speaker), texts])
         key = hashlib.sha256(made_of.encode()).hexdigest()
-        path = None if cache is None else cache / f"{speaker.voice}-{key[:16]}.npz"
+        path = None if cache is None else cache / f"{speaker.voice.replace('/', '-')}-{key[:16]}.npz"
         mels = None if path is None else _kept(path, key, len(texts))
         if mels is None:
             mels = _said(texts, speaker, progress)

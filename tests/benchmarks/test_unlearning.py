@@ -103,6 +103,18 @@ def test_a_task_needs_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert "got pictograms; those of pictograms need --packages" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("program", [main, text_membership.main])
+def test_a_folder_without_the_packages_is_refused_before_the_work(
+    program: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packages = write_packages(tmp_path / "packages", things=20)  # not those of the versions that are named
+    for folder, what in ((tmp_path / "nowhere", "the unpacked npm packages, got no"), (packages, "the files of the")):
+        with pytest.raises(SystemExit):
+            program(["--packages", str(folder), "--work", str(tmp_path / "work")])
+        assert f"error: --packages: expected {what}" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
 def test_pictograms_are_learned_and_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictograms, "_check_contents", lambda *_: None)
     kept_in = []
@@ -240,6 +252,15 @@ class TestTextMembership:
         assert asked == ["original", "ccu", "ccu"]
         rows = json.loads(text_membership.RESULTS.read_text())["rows"]
         assert [row["method"] for row in rows] == ["original", "ccu"]
+        # Figures of a task that needs --packages stay where that is not given, unless versions or settings are others.
+        stored = json.loads(text_membership.RESULTS.read_text())
+        other = {**rows[0], "task": "pictogram-words"}
+        text_membership.RESULTS.write_text(json.dumps({**stored, "rows": [*rows, other]}))
+        text_membership.main(["--work", str(tmp_path / "work")])
+        assert json.loads(text_membership.RESULTS.read_text())["rows"] == [*rows, other]
+        text_membership.RESULTS.write_text(json.dumps({**stored, "versions": {}, "rows": [*rows, other]}))
+        text_membership.main(["--work", str(tmp_path / "work")])
+        assert json.loads(text_membership.RESULTS.read_text())["rows"] == rows
         assert text_membership.page(json.loads(text_membership.RESULTS.read_text())) == text_membership.PAGE.read_text()
 
     def test_each_thing_is_asked_of_once(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ccu_fast.data import load
 from ccu_fast.data.captions import Options
 from ccu_fast.data.disk_rows import ArrayRows, DiskRows
 from ccu_fast.data.load import load_captions, load_pairs
@@ -78,6 +80,40 @@ def test_rows_are_those_that_memory_would_hold(tmp_path: Path, layout: str, dtyp
     assert same(load_pairs(path, memory=size)[0], held)
 
 
+def test_files_that_memory_can_hold_are_not_held_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, "table", arrays())
+    read, items, most = load._read, [], []
+
+    def watched(file: Path, name: str) -> Tensor:
+        item = read(file, name)
+        items.append(weakref.ref(item))
+        most.append(sum(each() is not None for each in items))
+        return item
+
+    monkeypatch.setattr(load, "_read", watched)
+    assert not load_pairs(path, memory=10**6)[0].on_disk
+    assert len(most) == 2 * 2 * N and max(most) <= 3  # two first ones, whose form the others are to have
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_version_of_npy_has_rows(tmp_path: Path, version: tuple[int, int]) -> None:
+    array = arrays()["visual"]
+    with (tmp_path / "visual.npy").open("wb") as file:
+        np.lib.format.write_array(file, array, version)
+    assert torch.equal(DiskRows(ArrayRows(tmp_path / "visual.npy"))[SOME], torch.from_numpy(array)[SOME])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_file_is_closed_with_the_last_selection(tmp_path: Path) -> None:
+    np.save(tmp_path / "visual.npy", arrays()["visual"])
+    rows = ArrayRows(tmp_path / "visual.npy")
+    file, last = rows._file, DiskRows(rows).select(SOME)
+    del rows
+    assert not file.closed and len(last[:]) == len(SOME)
+    del last
+    assert file.closed
+
+
 def test_what_has_no_rows_is_read_whole(tmp_path: Path) -> None:
     found = arrays()
     np.savez_compressed(tmp_path / "pairs.npz", **found)
@@ -104,6 +140,10 @@ def test_pictures_are_decoded_by_the_batch_and_once(tmp_path: Path, write: Any, 
     disk, _ = load_captions(path, (3, 16, 16), encode, Options(), memory=0)
     assert isinstance(disk.visual, DiskRows) and isinstance(disk.other, Tensor)
     assert same(disk.in_memory(), held) and items_hash(disk) == items_hash(held)
+    # Seven captions of six pictures: what would be held is a picture for each caption.
+    size = len(held) * 3 * 16 * 16
+    for memory, on_disk in ((size - 1, True), (size, False)):
+        assert load_captions(path, (3, 16, 16), encode, Options(), memory=memory)[0].on_disk == on_disk
     source: Any = disk.visual.source
     decoded: list[int] = []
     images = source._source.images

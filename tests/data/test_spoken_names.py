@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ccu_fast.data import espeak
 from ccu_fast.data import spoken_names as module
 from ccu_fast.data.espeak import PACKAGE, Speaker, espeak_hash, spoken
 from ccu_fast.data.spectrogram import FRAMES, MELS, log_mel
@@ -98,6 +99,13 @@ def test_a_damaged_file_is_made_anew(asked: Asked, tmp_path: Path, damage: str) 
     assert len(asked) == 3 and [path.read_bytes() for path in tmp_path.iterdir()] == [whole]
 
 
+def test_a_voice_may_be_named_by_its_file(asked: Asked, tmp_path: Path) -> None:
+    first = spoken_names(NAMES, speakers=[Speaker("gmw/en")], cache=tmp_path)
+    asked.clear()
+    assert torch.equal(spoken_names(NAMES, speakers=[Speaker("gmw/en")], cache=tmp_path), first) and not asked
+    assert [path.name[:7] for path in tmp_path.iterdir()] == ["gmw-en-"]
+
+
 def test_what_makes_pauses_is_left_out() -> None:
     assert [sayable(name) for name in NAMES] == ["red apple", "kiss woman man", "O button blood type"]
     assert sayable("flag: St. Barthélemy") == "flag St. Barthélemy" and sayable("o’clock") == "o’clock"
@@ -132,9 +140,27 @@ def test_a_library_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, PACKAGE, package)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"(?s)espeak-ng: .*libespeak-ng\.so"):
         list(spoken([("apple", Speaker())]))
-    before = espeak_hash()
-    (tmp_path / "en_dict").write_text("words")
-    assert espeak_hash() != before
+    hashes = [espeak_hash()]
+    words = tmp_path / "en_dict"
+    for change in (
+        lambda: words.write_text("words"),
+        lambda: words.write_text("other"),
+        lambda: words.rename(tmp_path / "de"),
+    ):
+        change()
+        hashes.append(espeak_hash())
+    library.write_text("another library")
+    assert len({*hashes, espeak_hash()}) == 5
+
+
+def test_another_rate_than_that_of_spectrograms_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = SimpleNamespace(get_library_path=lambda: "library", get_data_path=lambda: "data")
+    monkeypatch.setitem(sys.modules, PACKAGE, package)  # type: ignore[arg-type]
+    worker = tmp_path / "worker.py"
+    worker.write_text("print('[\"1.52\", 16000]')")
+    monkeypatch.setattr(espeak, "WORKER", worker)
+    with pytest.raises(RuntimeError, match=r"espeak-ng: expected 22050 samples per second, got 16000 of version 1\.52"):
+        list(spoken([("apple", Speaker())]))
 
 
 def test_the_same_is_said_with_the_same_bits_whatever_came_before() -> None:
@@ -164,7 +190,8 @@ def test_what_espeak_cannot_do_is_said() -> None:
     require_espeak()
     with pytest.raises(RuntimeError, match=r"espeak-ng: cannot speak .*nobody"):
         list(spoken([("apple", Speaker("nobody"))]))
-    with pytest.raises(ValueError, match="text: expected something to say, got ' '"):
-        list(spoken([(" ", Speaker())]))
+    for nothing in (" ", "apple\0"):
+        with pytest.raises(ValueError, match="text: expected something to say, got "):
+            list(spoken([(nothing, Speaker())]))
     with pytest.raises(TypeError, match="text: expected a string, got int"):
         list(spoken([(1, Speaker())]))  # type: ignore[list-item]

@@ -162,6 +162,16 @@ def test_attention_and_merging() -> None:
     assert type(model.inner) is nn.MultiheadAttention
     generator = torch.Generator().manual_seed(0)
     assert LowRank(torch.zeros(3, 8), 5, generator).down.shape == (3, 8)  # no more than the weight can have
+    assert float(LowRank(torch.zeros(90, 400), 90, generator).down.detach().std()) == pytest.approx(400**-0.5, rel=0.02)
+
+
+def test_the_seed_is_that_of_the_start() -> None:
+    starts = []
+    for seed in (0, 0, 1):
+        model = nn.Sequential(nn.Linear(6, 4))
+        attach(model, 2, seed=seed)
+        starts.append(next(p for name, p in model.named_parameters() if name.endswith("down")))
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 
 def test_weights_that_layers_share_are_refused() -> None:

@@ -16,8 +16,9 @@ from ccu_fast.unlearn import HeldOut
 from ccu_fast.unlearn.job import load, run_job
 from ccu_fast.unlearn.loop import accuracies
 from ccu_fast.unlearn.settings import Stop, read_job
+from ccu_fast.unlearn.stopping import held_out_of
 from tests.support import toy_unlearn
-from tests.support.toy_unlearn import GONE, toy
+from tests.support.toy_unlearn import GONE, pairs, toy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,6 +83,21 @@ def test_instances_stop_at_the_level_of_unseen_items(folder: Path) -> None:
     shares = {name: (old, new) for name, old, new in result["rows"]}["forget: visual, accuracy"]
     assert shares[0] == 1 and (shares[1] <= level or result["cost"]["steps"] == 60)
     assert result["cost"]["steps"] % 2 == 0 and result["cost"]["steps"] < 60
+
+
+def test_pairs_stop_at_the_level_of_unseen_ones_among_both() -> None:
+    """Partners of unseen pairs are sought among those to forget too, as they are while the run goes on."""
+    torch.manual_seed(1)
+    model: Any = toy_unlearn.TwoTowers()
+    both = pairs(60)
+    forget, unseen = both[both.ids < 40], both[both.ids >= 40]
+    similarity = model.embed_visual(unseen.visual) @ model.embed_other(torch.cat([unseen.other, forget.other])).T
+    own = torch.arange(20)
+    first = (similarity.argmax(1) == own).double().mean().item()
+    alone = (similarity[:, :20].argmax(1) == own).double().mean().item()
+    found = held_out_of(model, forget, unseen, "pairs", Stop(slack=0.2, every=3))
+    assert found.level == first < alone
+    assert found.retain is unseen and (found.slack, found.every) == (0.2, 3)
 
 
 def test_the_flag(folder: Path) -> None:

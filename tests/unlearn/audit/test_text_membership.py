@@ -18,6 +18,7 @@ from ccu_fast.data.paired import PairedData
 from ccu_fast.models.clip import OpenClipEncoder, TransformersClipEncoder
 from ccu_fast.models.dual_encoder import SmallDualEncoder
 from ccu_fast.unlearn.audit import TextMembership, gibberish_of, text_features, text_membership, told_apart
+from ccu_fast.unlearn.audit.text_membership import _judged
 from ccu_fast.unlearn.study.tasks import TrainConfig
 from ccu_fast.unlearn.study.train import train
 from tests.support.presence import absent
@@ -140,21 +141,34 @@ class TestFeatures:
         text_features(free, texts, begin, steps=3, rate=1.0, bounds=None)
         assert free.shown[-1].max() > 1
 
+    def test_progress_is_of_gibberish_and_texts_together(self) -> None:
+        told: list[int] = []
+        totals = set()
+
+        def progress(stage: str, done: int, total: int, note: str) -> None:
+            told.append(done)
+            totals.add(total)
+
+        text_membership(
+            make_model(), toy(6).other, toy(50).other, starts(2, INPUTS), steps=1, chunk=20, progress=progress
+        )
+        assert told == [20, 40, 60, 80, 100, 112] and totals == {112}
+
     def test_searching_brings_the_similarity_up(self) -> None:
         model = knows_members()
         short, long = (text_features(model, torch.eye(NAMES), starts(4, PIXELS), steps=n)[:, 0] for n in (1, 20))
         assert float((long - short).min()) > 0.05
 
     def test_half_precision_moves_inputs_in_fp32(self) -> None:
-        # A bf16 input of 1 would stay where it is at steps of 0.001, half a unit in its last place.
+        # A bf16 input of 1 would stay where it is at steps of 0.001, less than half a unit in its last place.
+        torch.manual_seed(0)
         model, text, begin = TwoTowers(), toy(2).other, torch.ones(2, INPUTS)
-        found = {
-            dtype: text_features(model.to(dtype), text.to(dtype), begin.to(dtype), steps=30, rate=1e-3, bounds=None)
-            for dtype in (torch.float32, torch.bfloat16)
-        }
-        moved = found[torch.float32] - text_features(model.float(), text, begin, steps=1, rate=1e-9)
-        assert moved[:, 0].min() > 0.002
-        torch.testing.assert_close(found[torch.bfloat16][:, 0], found[torch.float32][:, 0], rtol=0, atol=0.02)
+        gained = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            given = model.to(dtype), text.to(dtype), begin.to(dtype)
+            near, far = (text_features(*given, steps=steps, rate=1e-3, bounds=None)[:, 0] for steps in (1, 300))
+            gained[dtype] = far - near
+        assert gained[torch.float32].min() > 0.03 and (gained[torch.bfloat16] > gained[torch.float32] / 2).all()
 
 
 class TestVotes:
@@ -176,6 +190,24 @@ class TestVotes:
         assert (
             found.score[50:].min() > found.score[:50].quantile(0.9) and 0 < found.score.min() <= found.score.max() < 1
         )
+
+    def test_contamination_is_the_share_of_gibberish_that_each_calls_an_anomaly(self) -> None:
+        features = np.random.default_rng(0).normal(size=(400, 2))
+        for share in (0.05, 0.3):
+            votes, _ = _judged(features, features, share, 0)
+            assert np.abs(votes.mean(0) - share).max() < 0.08
+
+    def test_units_of_the_features_do_not_matter_and_equal_texts_rank_alike(self) -> None:
+        rng = np.random.default_rng(0)
+        known, asked = rng.normal(size=(100, 2)), 2 * rng.normal(size=(60, 2))
+        one, other = (
+            _judged(x * np.array(unit), y * np.array(unit), 0.1, 0)
+            for unit in ((1, 1), (1, 64))
+            for x, y in [(known, asked)]
+        )
+        assert 0 < one[0].mean() < 1 and np.array_equal(one[0], other[0])
+        np.testing.assert_allclose(one[1], other[1], atol=0.02)
+        assert _judged(known, np.ones((7, 2)), 0.1, 0)[1].tolist() == [0.5] * 7
 
     def test_most_detectors_decide(self) -> None:
         votes = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
@@ -281,8 +313,19 @@ def bad(name: str) -> tuple[dict[str, Any], str]:
         "share": ({"contamination": 0.6}, r"contamination: expected a finite number in \[0.001, 0.5\], got 0.6"),
         "chunk": ({"chunk": 0}, "chunk: expected an int at least 1, got 0"),
         "no towers": ({"model": nn.Linear(5, 5)}, "model: expected the methods embed_visual .* got a Linear without"),
+        "two spaces": (
+            {"model": Apart()},
+            r"model: expected embed_visual and embed_other to share one space .*, 1\] and",
+        ),
         "NaN model": ({"model": broken()}, "model: expected finite embeddings, got NaN or infinity"),
     }[name]
+
+
+class Apart(TwoTowers):
+    """Its visual embeddings, one number wide, would broadcast."""
+
+    def embed_visual(self, visual: Tensor) -> Tensor:
+        return super().embed_visual(visual)[:, :1]
 
 
 def broken() -> nn.Module:
@@ -293,7 +336,7 @@ def broken() -> nn.Module:
 
 NAMES_OF_BAD = (
     *("no text", "NaN", "NaN gibberish", "little", "other form", "other dtype", "one gibberish", "one start", "ints"),
-    *("NaN start", "steps", "rate", "bounds", "share", "chunk", "no towers", "NaN model"),
+    *("NaN start", "steps", "rate", "bounds", "share", "chunk", "no towers", "two spaces", "NaN model"),
 )
 
 
