@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -128,12 +128,13 @@ def run_job(
 
         def finish() -> Any:
             with after_the_work(f"the finished run is in {checkpoint.path}"):
-                made = save_model(_own(done.model), written, _provenance(job, model, forget, retain, unseen, world))
+                sets = {"forget": forget, "retain": retain, "unseen": unseen, "test": test}
+                made = save_model(_own(done.model), written, _provenance(job, model, sets, world))
             with after_the_work(f"the unlearned model is in {written}"):
                 cost = {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)}
                 judged = retain if job.judged is None else sample(retain, job.judged, config.seed)
-                new = unseen if test is None else test
-                figures = figures_of(model, done.model, forget, judged, new, kind, kept, len(retain))
+                new = ("unseen", unseen) if test is None else ("test", test)
+                figures = figures_of(model, done.model, forget, judged, new[1], kind, kept, len(retain), new[0])
                 if len(judged) < len(retain):
                     figures["sizes"]["retain items not judged"] = len(retain) - len(judged)
                 result.update(**figures, provenance=made, cost=cost, losses=done.losses)
@@ -163,9 +164,7 @@ def _own_folder(
         yield of_first
 
 
-def _provenance(
-    job: Job, model: Any, forget: PairedData, retain: PairedData, unseen: PairedData | None, world: int
-) -> dict[str, Any]:
+def _provenance(job: Job, model: Any, sets: Mapping[str, PairedData | None], world: int) -> dict[str, Any]:
     return {
         "method": "CCU as defined in ccu_fast.unlearn.method",
         "seed": job.config.seed,
@@ -175,9 +174,8 @@ def _provenance(
         "model": job.model,
         "dtype": job.dtype,
         "original_sha256": tensors_hash(_own(model).state_dict()),
-        "forget_sha256": items_hash(forget),
-        "retain_sha256": items_hash(retain),
-        "unseen_sha256": None if unseen is None else items_hash(unseen),
+        **{f"{name}_items": None if part is None else len(part) for name, part in sets.items()},
+        **{f"{name}_sha256": None if part is None else items_hash(part) for name, part in sets.items()},
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ccu_fast.cli.app import app
 from ccu_fast.cli.report import figures
 from ccu_fast.cli.report.tables import left_out_table, unlearn_tables
 from ccu_fast.data.paired import PairedData
-from ccu_fast.runs.provenance import load_model, save_model
+from ccu_fast.runs.provenance import items_hash, load_model, save_model
 from ccu_fast.unlearn.audit import audit, recall, verdict, verdict_without_gold, worst_gap
 from ccu_fast.unlearn.baselines.registry import BASELINES, NEEDS
 from ccu_fast.unlearn.config import Budget
@@ -440,8 +440,22 @@ class TestSettings:
 
     def test_a_single_run_is_judged_by_them(self, folder: Path) -> None:
         result = run_job(job(folder), folder / "out")
-        assert result is not None and result["sizes"]["unseen items"] == 30
-        assert result["sizes"]["unseen, to forget items"] == 10
+        assert result["sizes"]["test items"] == 30 and result["sizes"]["test, to forget items"] == 10
+        assert not [name for name, _, _ in result["rows"] if "unseen" in name]
+
+    def test_a_card_has_each_set_with_its_own_number_and_hash(self, folder: Path) -> None:
+        unseen = toy(20, seed=6)
+        np.savez(folder / "unseen.npz", visual=unseen.visual, other=unseen.other, labels=NAMES[unseen.labels])
+        of = job(folder, TOML.replace('test = "test.npz"', 'test = "test.npz"\nunseen = "unseen.npz"'))
+        result = run_job(replace(of, judged=7), folder / "out")
+        card = (folder / "out" / "card.md").read_text()
+        _, data, names, new = load(of)
+        test, made = load_test(of, data, names, new), result["provenance"]
+        parts = {**dict(zip(("forget", "retain"), split(data, of, names), strict=True)), "unseen": new, "test": test}
+        assert [len(part) for part in parts.values()] == [15, 45, 20, 40] and result["sizes"]["retain items"] == 7
+        for name, part in parts.items():
+            assert f"| {name} | {len(part)} | {items_hash(part)} |" in card
+            assert (made[f"{name}_items"], made[f"{name}_sha256"]) == (len(part), items_hash(part))
 
     @pytest.mark.parametrize(
         ("words", "message"),
