@@ -96,7 +96,7 @@ def run_job(
     levels = None if kind == "class" else unseen
     check_run(model, forget, retain, config, unseen=levels)
     held_out = held_out_of(model, forget, unseen, kind, job.stop) if config.early_stop and unseen is not None else None
-    saved_state(_own(model))  # what cannot be written is refused before the work
+    saved_state(library_model(model))  # what cannot be written is refused before the work
     written = out / "model.safetensors"
     with (
         processes(job.device, timeout=PATIENCE) as (rank, world),
@@ -129,7 +129,7 @@ def run_job(
         def finish() -> Any:
             with after_the_work(f"the finished run is in {checkpoint.path}"):
                 sets = {"forget": forget, "retain": retain, "unseen": unseen, "test": test}
-                made = save_model(_own(done.model), written, _provenance(job, model, sets, world))
+                made = save_model(library_model(done.model), written, _provenance(job, model, sets, world))
             with after_the_work(f"the unlearned model is in {written}"):
                 cost = {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)}
                 judged = retain if job.judged is None else sample(retain, job.judged, config.seed)
@@ -173,7 +173,7 @@ def _provenance(job: Job, model: Any, sets: Mapping[str, PairedData | None], wor
         "processes": world,
         "model": job.model,
         "dtype": job.dtype,
-        "original_sha256": tensors_hash(_own(model).state_dict()),
+        "original_sha256": tensors_hash(library_model(model).state_dict()),
         **{f"{name}_items": None if part is None else len(part) for name, part in sets.items()},
         **{f"{name}_sha256": None if part is None else items_hash(part) for name, part in sets.items()},
     }
@@ -316,6 +316,6 @@ def in_own_names(model: Any, patterns: Sequence[str]) -> tuple[str, ...]:
     return tuple(p if not wrapped or any(matches(name, [p]) for name in names) else f"model.{p}" for p in patterns)
 
 
-def _own(model: Any) -> Any:
+def library_model(model: Any) -> Any:
     """What is written: of a named model the library's own, so that the library reads it."""
     return model.model if isinstance(model, ClipEncoder) else model

@@ -24,7 +24,7 @@ from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.runs.provenance import items_hash, json_hash, saved_state, tensors_hash, versions
 from ccu_fast.unlearn.audit import verdict_without_gold
-from ccu_fast.unlearn.job import _own, in_own_names, load, load_test, split
+from ccu_fast.unlearn.job import in_own_names, library_model, load, load_test, split
 from ccu_fast.unlearn.loop import embed
 from ccu_fast.unlearn.method import check_run
 from ccu_fast.unlearn.model import check_problem, heads
@@ -138,9 +138,9 @@ def _problem(job: Job) -> Problem:
     hashes = {f"{name}_sha256": None if part is None else items_hash(part) for name, part in named.items()}
     gold = Gold.of(job, model, sets)
     if gold is not None and gold.made:
-        saved_state(_own(model))  # a retrained model is kept
+        saved_state(library_model(model))  # a retrained model is kept
     ranked = not (forget.labelled and heads(model))
-    hashes = {"original_sha256": tensors_hash(model.state_dict()), **hashes}
+    hashes = {"original_sha256": tensors_hash(library_model(model).state_dict()), **hashes}
     return Problem(job, model, sets, gold, ranked, hashes | ({} if gold is None else gold.hashes))
 
 

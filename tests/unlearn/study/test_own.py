@@ -216,6 +216,23 @@ class TestGold:
             "CCU",
         ]
 
+    @pytest.mark.parametrize("hidden", ["both", "visual"])
+    def test_a_kept_model_is_not_found_for_other_pairs(
+        self, folder: Path, hidden: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        train, calls = toy_unlearn.retrain, []
+        monkeypatch.setattr(toy_unlearn, "retrain", lambda *given: calls.append(0) or train(*given))
+        text = RETRAIN.replace('["ssd", "ccu"]', '["ssd"]') + f'hidden = "{hidden}"\n'
+        data = toy()
+        gone = data.labels == 1
+        # The labels of what stays; the other halves of what goes, which matter where they are learned from.
+        swapped = torch.where(data.labels == 2, 3, torch.where(data.labels == 3, 2, data.labels))
+        moved = torch.where(gone[:, None], data.other + 1, data.other)
+        for labels, other in ((data.labels, data.other), (swapped, data.other), (swapped, moved)):
+            np.savez(folder / "pairs.npz", visual=data.visual, other=other, labels=NAMES[labels], ids=data.ids)
+            compare_own(job(folder, text), folder / "out")
+        assert len(calls) == (2 if hidden == "both" else 3)
+
     def test_the_other_halves_may_be_seen(self, folder: Path) -> None:
         value = only(compare_own(job(folder, RETRAIN + 'hidden = "visual"\n'), folder / "out"))["0"]
         gold = value["metrics"]["gold"]
