@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 
 from ccu_fast.data.captions import Options
 from ccu_fast.data.load import load_captions, load_pairs
@@ -82,9 +83,8 @@ def run_job(
         ValueError, TypeError, FloatingPointError, ImportError: see :func:`ccu_fast.unlearn.unlearn`, ``read_job`` and
             ``load_pairs``.
     """
-    model, data, names, unseen = load(job)
+    model, data, names, unseen, test = load_all(job)
     job = replace(job, config=replace(job.config, trainable=in_own_names(model, job.config.trainable)))
-    test = load_test(job, data, names, unseen)
     model = under_autocast(model, job.dtype).to(job.device)
     forget, retain = (part.to(job.device) for part in split(data, job, names))
     unseen, test = (part if part is None else part.to(job.device) for part in (unseen, test))
@@ -177,6 +177,19 @@ def _provenance(job: Job, model: Any, sets: Mapping[str, PairedData | None], wor
         **{f"{name}_items": None if part is None else len(part) for name, part in sets.items()},
         **{f"{name}_sha256": None if part is None else items_hash(part) for name, part in sets.items()},
     }
+
+
+def load_all(job: Job) -> tuple[Any, PairedData, Names, PairedData | None, PairedData | None]:
+    """What :func:`load` and :func:`load_test` give; the captions of all sets as token ids of one length."""
+    model, data, names, unseen = load(job)
+    test = load_test(job, data, names, unseen)
+    parts = [part for part in (data, unseen, test) if part is not None]
+    if job.named and all(isinstance(part.other, torch.Tensor) and part.other.ndim == 2 for part in parts):
+        # Each set came as long as its longest caption.
+        length, pad = max(part.other.shape[1] for part in parts), named_model(job.model).tokenizer.pad
+        for part in parts:
+            object.__setattr__(part, "other", F.pad(part.other, (0, length - part.other.shape[1]), value=pad))
+    return model, data, names, unseen, test
 
 
 def load(job: Job) -> tuple[Any, PairedData, Names, PairedData | None]:

@@ -24,7 +24,7 @@ from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.runs.provenance import items_hash, json_hash, saved_state, tensors_hash, versions
 from ccu_fast.unlearn.audit import verdict_without_gold
-from ccu_fast.unlearn.job import in_own_names, library_model, load, load_test, split
+from ccu_fast.unlearn.job import in_own_names, library_model, load_all, split
 from ccu_fast.unlearn.loop import embed
 from ccu_fast.unlearn.method import check_run
 from ccu_fast.unlearn.model import check_problem, heads
@@ -119,9 +119,8 @@ def _problem(job: Job) -> Problem:
         raise ValueError("dtype: expected fp32 or bf16 where methods are compared, got fp16, which scales its loss")
     # The baselines and what looks below the heads go through all items again and again.
     job = replace(job, memory=sys.maxsize >> 20)
-    model, data, names, unseen = load(job)
+    model, data, names, unseen, test = load_all(job)
     job = replace(job, config=replace(job.config, trainable=in_own_names(model, job.config.trainable)))
-    test = load_test(job, data, names, unseen)
     assert test is not None
     model, device, kind = under_autocast(model, job.dtype).to(job.device), job.device, job.config.forget
     forget, retain = (part.to(device) for part in split(data, job, names))
