@@ -154,9 +154,13 @@ def _check_free(out: Path) -> None:
 
 
 def _not_measured(problem: Problem) -> dict[str, str]:
-    """Of what is measured by default what does not apply, and why."""
+    """Of what is measured by default, or asked for in the settings of a single run, what does not apply, and why."""
     labelled, compare = problem.sets.forget.labelled, problem.job.compare
     absent = {}
+    if problem.job.config.early_stop:
+        absent["early_stop"] = "is of a single run: here every method takes the whole budget"
+    if problem.job.judged is not None:
+        absent["judged"] = "is of a single run: here all retained items are judged"
     if compare.probe and not _probed(problem):
         absent["linear probe"] = "needs items of several classes" if labelled else "needs items with labels"
     if compare.relearn and not _relearned(problem):

@@ -126,6 +126,17 @@ class TestWithoutGold:
         stored = json.loads((folder / "out" / "results.json").read_text())
         assert stored == json.loads(json.dumps(own.cache.without(results, "embeddings")))
 
+    def test_settings_of_a_single_run_are_left_aside_and_told(self, folder: Path) -> None:
+        unseen = toy(20, seed=6)
+        np.savez(folder / "unseen.npz", visual=unseen.visual, other=unseen.other, labels=NAMES[unseen.labels])
+        own = 'test = "test.npz"\nunseen = "unseen.npz"\nmemory = 0\njudged = 7'
+        text = QUICK.replace('test = "test.npz"', own).replace("steps = 25", "steps = 25\nearly_stop = {slack = 1.0}")
+        results = compare_own(job(folder, text), folder / "out")
+        value = only(results)["0"]
+        assert [name for name, _ in results["left_out"]] == ["early_stop", "judged"]
+        assert value["cost"]["ccu"]["steps"] == 25 and value["setting"]["retain_items"] == 45
+        assert run_job(job(folder, text), folder / "run")["cost"]["steps"] < 25
+
     def test_what_is_switched_off_is_not_measured(self, folder: Path) -> None:
         off = "".join(f"{name} = false\n" for name in ("probe", "relearn", "membership", "retrieval"))
         metrics = only(compare_own(job(folder, TOML + off), folder / "out"))["0"]["metrics"]
