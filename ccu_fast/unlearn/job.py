@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -272,7 +273,7 @@ def load_user_model(make: str, weights: Path, argument: str = "weights") -> Any:
         ValueError: not of that form, no such module, function or file, weights that do not fit.
         TypeError: the function returned no module.
     """
-    made = made_by("model", make)
+    made = copy.deepcopy(made_by("model", make))  # a function may return the same one again, which is not to change
     return from_checkpoint(lambda: made, weights, argument)().eval()
 
 

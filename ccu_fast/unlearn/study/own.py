@@ -41,7 +41,7 @@ from ccu_fast.unlearn.study.tasks import Scenario
 FORMAT = 1
 DEEP = ("original", "gold", "ccu")  # models that are looked into below the heads
 # Errors that say what a method cannot do with this model and these items, not what is wrong with a file.
-INAPPLICABLE = re.compile(r"(model|forget|retain|visual|unseen|keep|keep_other|trainable|neighbours): expected")
+INAPPLICABLE = re.compile(r"(model|forget|retain|visual|unseen|keep|keep_other|trainable|lora|neighbours): expected")
 
 
 @dataclass(frozen=True)

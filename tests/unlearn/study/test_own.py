@@ -318,6 +318,11 @@ class TestPairs:
         page = (folder / "out" / "report.html").read_text()
         assert "Forget pairs" in page and "Left out" in page and "i→t U R@10" in page
 
+    def test_an_ablation_without_a_layer_to_adapt_is_told_too(self, folder: Path) -> None:
+        text = QUICK.replace("[data]", 'lora = 2\ntrainable = ["*bias"]\n[data]').replace('"ccu"]', '"ccu_without_c"]')
+        left_out = dict(compare_own(job(folder, text), folder / "out")["left_out"])
+        assert left_out["CCU without (c)"].startswith("lora: expected trainable to match the weight of a linear layer")
+
     def test_a_method_that_ends_in_numbers_that_are_none_is_told_too(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
