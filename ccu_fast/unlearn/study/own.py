@@ -21,12 +21,13 @@ import torch
 from ccu_fast.files import locked, output_folder, write_whole
 from ccu_fast.runs import cache
 from ccu_fast.runs.checkpoint import Checkpoint
+from ccu_fast.runs.kept import remove
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.runs.provenance import items_hash, json_hash, saved_state, tensors_hash, versions
 from ccu_fast.unlearn.audit import verdict_without_gold
 from ccu_fast.unlearn.job import in_own_names, library_model, load_all, split
 from ccu_fast.unlearn.loop import embed
-from ccu_fast.unlearn.method import check_run
+from ccu_fast.unlearn.method import KEPT_FILES, check_run
 from ccu_fast.unlearn.model import check_problem, heads
 from ccu_fast.unlearn.precision import under_autocast
 from ccu_fast.unlearn.settings import Job
@@ -229,7 +230,7 @@ def _part(problem: Problem, name: str, seed: int, out: Path, progress: Progress)
     stem = name.replace(", ", "-") + ("" if fixed else f"-seed{seed}")
     state = out / "parts" / f"{stem}-{key[:12]}.pt"
     for old in (out / "parts").glob(f"{stem}-*.pt"):
-        if old != state:
+        if not old.name.startswith(f"{state.stem}."):  # what a run has kept beside its state is as good
             old.unlink()
 
     def named(stage: str, done: int, total: int, note: str) -> None:
@@ -238,6 +239,7 @@ def _part(problem: Problem, name: str, seed: int, out: Path, progress: Progress)
     compute = partial(_computed, problem, name, seed, out, state, named)
     found = cache.part(out / "parts" / f"{stem}.json", key, compute)
     state.unlink(missing_ok=True)
+    remove(state, KEPT_FILES)
     return found
 
 

@@ -381,7 +381,17 @@ class TestResumed:
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
         parts = folder / "out" / "parts"
         assert {path.name for path in parts.glob("*.json")} == {"original.json", "ssd-seed0.json"}
-        (state,) = parts.glob("ccu-seed0-*.pt")
+        (state,) = (path for path in parts.glob("ccu-seed0-*.pt") if path.suffixes == [".pt"])
+        kept = sorted(parts.glob(f"{state.stem}.*.pt"))
+        assert state.with_suffix(".forget.pt") in kept
+        cached, there = own.cache.part, list[bool]()
+
+        def part(path: Path, *rest: Any) -> Any:
+            if path.name == "ccu-seed0.json":
+                there.append(all(file.exists() for file in kept))
+            return cached(path, *rest)
+
+        monkeypatch.setattr(own.cache, "part", part)
         (parts / "ccu-seed0-0123456789ab.pt").write_bytes(b"of other settings")
         ran: list[str] = []
         plain = own.unlearned
@@ -391,6 +401,7 @@ class TestResumed:
             of, folder / "out", progress=lambda stage, done, *_: steps.append(done) if stage == "seed 0: ccu" else None
         )
         assert ran == ["ccu"] and steps == [25] and not state.exists() and not [*parts.glob("*.pt")]
+        assert there == [True]
         assert only(results)["0"]["metrics"] == expected["metrics"]
         # What other settings made is made anew, and no more.
         ran.clear()
