@@ -37,9 +37,7 @@ COLLAPSED = Alarm(
     "retain collapsed",
     "give it a lower learning_rate or fewer steps, or train fewer parameters (trainable), and start anew (--fresh)",
 )
-NOTHING_TRAINABLE = Alarm(
-    "nothing trainable matches", "choose trainable among the model's own names of parameters, such as those listed"
-)
+NOTHING_TRAINABLE = Alarm("nothing trainable matches", "choose trainable among the model's own names of parameters")
 # By what the verdict calls it (:mod:`ccu_fast.unlearn.audit.verdict`).
 BY_VERDICT = {"catastrophic": COLLAPSED, "ineffective": NOT_FORGOTTEN}
 

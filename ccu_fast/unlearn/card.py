@@ -18,7 +18,7 @@ def card(result: Mapping[str, Any]) -> str:
     """Markdown for what :func:`ccu_fast.unlearn.job.run_job` found.
 
     Args:
-        result: with "alarm", "verdict", "sizes", "cost", "rows" and "provenance".
+        result: with "alarm", "verdict", "cost", "rows" and "provenance".
 
     Returns:
         The text: counts and hashes of the sets, settings, alarm and verdict, figures before and after, versions, how to
@@ -44,8 +44,8 @@ def card(result: Mapping[str, Any]) -> str:
         _table(
             ("set", "items", "sha256"),
             [
-                (name, result["sizes"].get(f"{name} items", "–"), made.get(f"{name}_sha256") or "–")
-                for name in ("forget", "retain", "unseen")
+                (name, made[f"{name}_items"] or "–", made[f"{name}_sha256"] or "–")
+                for name in ("forget", "retain", "unseen", "test")
             ],
         ),
         "## Figures",

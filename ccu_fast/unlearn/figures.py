@@ -18,8 +18,6 @@ from ccu_fast.unlearn.audit.verdict import with_lost_places
 from ccu_fast.unlearn.loop import answers, chances, embed, right_shares, same_thing
 from ccu_fast.unlearn.model import TwoModalityModel, heads
 
-UNSEEN, UNSEEN_OF_CLASS = "unseen", "unseen, to forget"  # sets in the rows of a result
-
 
 def figures_of(
     before: TwoModalityModel,
@@ -30,23 +28,26 @@ def figures_of(
     kind: str,
     kept: Kept,
     retained: int,
+    new: str = "unseen",
 ) -> Any:
     """What both models make of the sets: "alarm", "verdict", "sizes", "rows" and "pool" of a result.
 
     Held are the answers of one model at a time, where both embed the retained items, and no inputs. ``retained`` is the
     size of the whole retain set, of which ``retain`` may be a part; what the original says is kept as the method does.
+    ``new`` is what the rows call the unseen items.
     """
     parts = {"forget": forget, "retain": retain}
-    new = {} if unseen is None else _unseen_parts(unseen, forget, kind)
+    new_of_class = f"{new}, to forget"
+    fresh_parts = {} if unseen is None else _unseen_parts(unseen, forget, kind, new, new_of_class)
     items = len(forget) + len(retain)
     ranked = not (forget.labelled and heads(before))
-    things = [same_thing(*of.values()) if ranked and of else None for of in (parts, new)]
+    things = [same_thing(*of.values()) if ranked and of else None for of in (parts, fresh_parts)]
     chance: dict[str, float] = {}
-    for of, thing in zip((parts, new), things, strict=True) if ranked else ():
+    for of, thing in zip((parts, fresh_parts), things, strict=True) if ranked else ():
         chance |= zip(of, chances(*of.values(), thing=thing), strict=True)
     named = {"forget": "forget_train", "retain": "retain_train"}
-    named |= {UNSEEN: "retain_test", UNSEEN_OF_CLASS: "forget_test"}
-    like = UNSEEN_OF_CLASS if kind == "class" else UNSEEN  # a class is told from others whether forgotten or not
+    named |= {new: "retain_test", new_of_class: "forget_test"}
+    like = new_of_class if kind == "class" else new  # a class is told from others whether forgotten or not
     judged: list[dict[str, Any]] = [{}, {}]
     shares, places = [], []
     for model, audit in zip((before, after), judged, strict=True):
@@ -55,24 +56,24 @@ def figures_of(
             stored = "judged" if name == "retain" and len(part) < retained else name
             make = partial(embed, model, part)
             known[name] = answers(model, part, kept.of(stored, make, about=len(part)) if model is before else make())
-        fresh = {name: answers(model, part) for name, part in new.items()}
+        fresh = {name: answers(model, part) for name, part in fresh_parts.items()}
         places.append(known["retain"].visual)
         shares.append(right_shares(*known.values(), thing=things[0]))
         if fresh:
             shares[-1] += right_shares(*fresh.values(), thing=things[1])
         if like in fresh:
             audit["mia_auc"] = auc(confidence(known["forget"]), confidence(fresh[like]))
-    pools = dict.fromkeys(parts, items) | dict.fromkeys(new, sum(map(len, new.values())))
-    parts |= new
+    pools = dict.fromkeys(parts, items) | dict.fromkeys(fresh_parts, sum(map(len, fresh_parts.values())))
+    parts |= fresh_parts
     rows = []
-    for name, old, new in zip(parts, *shares, strict=True):
-        for audit, share_of in zip(judged, (old, new), strict=True):
+    for name, old, now in zip(parts, *shares, strict=True):
+        for audit, share_of in zip(judged, (old, now), strict=True):
             for head, share in share_of.items():
                 audit.setdefault(head, {})[named[name]] = share
         what = f"partner first of {pools[name]} (chance {chance[name]:.2g})" if ranked else "accuracy"
-        rows += [(f"{name}: {key}, {what}", old[key], new[key]) for key in old]
+        rows += [(f"{name}: {key}, {what}", old[key], now[key]) for key in old]
     if "mia_auc" in judged[0]:
-        rows.append(("membership of forgotten against unseen, AUC", judged[0]["mia_auc"], judged[1]["mia_auc"]))
+        rows.append((f"membership of forgotten against {new}, AUC", judged[0]["mia_auc"], judged[1]["mia_auc"]))
     # A share of partners found first is no accuracy of a class.
     verdict = verdict_without_gold(
         judged[1],
@@ -94,10 +95,12 @@ def figures_of(
     }
 
 
-def _unseen_parts(unseen: PairedData, forget: PairedData, kind: str) -> dict[str, PairedData]:
+def _unseen_parts(
+    unseen: PairedData, forget: PairedData, kind: str, new: str, new_of_class: str
+) -> dict[str, PairedData]:
     """Unseen items by what is expected of them: those of a forgotten class are to be forgotten too."""
     gone = torch.isin(unseen.labels, forget.labels) if kind == "class" else torch.zeros_like(unseen.labels).bool()
-    return {name: unseen[of] for name, of in ((UNSEEN, ~gone), (UNSEEN_OF_CLASS, gone)) if bool(of.any())}
+    return {name: unseen[of] for name, of in ((new, ~gone), (new_of_class, gone)) if bool(of.any())}
 
 
 def pictured(

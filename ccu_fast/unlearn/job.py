@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 
 from ccu_fast.data.captions import Options
 from ccu_fast.data.load import load_captions, load_pairs
@@ -82,9 +84,8 @@ def run_job(
         ValueError, TypeError, FloatingPointError, ImportError: see :func:`ccu_fast.unlearn.unlearn`, ``read_job`` and
             ``load_pairs``.
     """
-    model, data, names, unseen = load(job)
+    model, data, names, unseen, test = load_all(job)
     job = replace(job, config=replace(job.config, trainable=in_own_names(model, job.config.trainable)))
-    test = load_test(job, data, names, unseen)
     model = under_autocast(model, job.dtype).to(job.device)
     forget, retain = (part.to(job.device) for part in split(data, job, names))
     unseen, test = (part if part is None else part.to(job.device) for part in (unseen, test))
@@ -96,7 +97,7 @@ def run_job(
     levels = None if kind == "class" else unseen
     check_run(model, forget, retain, config, unseen=levels)
     held_out = held_out_of(model, forget, unseen, kind, job.stop) if config.early_stop and unseen is not None else None
-    saved_state(_own(model))  # what cannot be written is refused before the work
+    saved_state(library_model(model))  # what cannot be written is refused before the work
     written = out / "model.safetensors"
     with (
         processes(job.device, timeout=PATIENCE) as (rank, world),
@@ -128,12 +129,13 @@ def run_job(
 
         def finish() -> Any:
             with after_the_work(f"the finished run is in {checkpoint.path}"):
-                made = save_model(_own(done.model), written, _provenance(job, model, forget, retain, unseen, world))
+                sets = {"forget": forget, "retain": retain, "unseen": unseen, "test": test}
+                made = save_model(library_model(done.model), written, _provenance(job, model, sets, world))
             with after_the_work(f"the unlearned model is in {written}"):
                 cost = {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)}
                 judged = retain if job.judged is None else sample(retain, job.judged, config.seed)
-                new = unseen if test is None else test
-                figures = figures_of(model, done.model, forget, judged, new, kind, kept, len(retain))
+                new = ("unseen", unseen) if test is None else ("test", test)
+                figures = figures_of(model, done.model, forget, judged, new[1], kind, kept, len(retain), new[0])
                 if len(judged) < len(retain):
                     figures["sizes"]["retain items not judged"] = len(retain) - len(judged)
                 result.update(**figures, provenance=made, cost=cost, losses=done.losses)
@@ -163,9 +165,7 @@ def _own_folder(
         yield of_first
 
 
-def _provenance(
-    job: Job, model: Any, forget: PairedData, retain: PairedData, unseen: PairedData | None, world: int
-) -> dict[str, Any]:
+def _provenance(job: Job, model: Any, sets: Mapping[str, PairedData | None], world: int) -> dict[str, Any]:
     return {
         "method": "CCU as defined in ccu_fast.unlearn.method",
         "seed": job.config.seed,
@@ -174,11 +174,23 @@ def _provenance(
         "processes": world,
         "model": job.model,
         "dtype": job.dtype,
-        "original_sha256": tensors_hash(_own(model).state_dict()),
-        "forget_sha256": items_hash(forget),
-        "retain_sha256": items_hash(retain),
-        "unseen_sha256": None if unseen is None else items_hash(unseen),
+        "original_sha256": tensors_hash(library_model(model).state_dict()),
+        **{f"{name}_items": None if part is None else len(part) for name, part in sets.items()},
+        **{f"{name}_sha256": None if part is None else items_hash(part) for name, part in sets.items()},
     }
+
+
+def load_all(job: Job) -> tuple[Any, PairedData, Names, PairedData | None, PairedData | None]:
+    """What :func:`load` and :func:`load_test` give; the captions of all sets as token ids of one length."""
+    model, data, names, unseen = load(job)
+    test = load_test(job, data, names, unseen)
+    parts = [part for part in (data, unseen, test) if part is not None]
+    if job.named and all(isinstance(part.other, torch.Tensor) and part.other.ndim == 2 for part in parts):
+        # Each set came as long as its longest caption.
+        length, pad = max(part.other.shape[1] for part in parts), named_model(job.model).tokenizer.pad
+        for part in parts:
+            object.__setattr__(part, "other", F.pad(part.other, (0, length - part.other.shape[1]), value=pad))
+    return model, data, names, unseen, test
 
 
 def load(job: Job) -> tuple[Any, PairedData, Names, PairedData | None]:
@@ -261,7 +273,7 @@ def load_user_model(make: str, weights: Path, argument: str = "weights") -> Any:
         ValueError: not of that form, no such module, function or file, weights that do not fit.
         TypeError: the function returned no module.
     """
-    made = made_by("model", make)
+    made = copy.deepcopy(made_by("model", make))  # a function may return the same one again, which is not to change
     return from_checkpoint(lambda: made, weights, argument)().eval()
 
 
@@ -318,6 +330,6 @@ def in_own_names(model: Any, patterns: Sequence[str]) -> tuple[str, ...]:
     return tuple(p if not wrapped or any(matches(name, [p]) for name in names) else f"model.{p}" for p in patterns)
 
 
-def _own(model: Any) -> Any:
+def library_model(model: Any) -> Any:
     """What is written: of a named model the library's own, so that the library reads it."""
     return model.model if isinstance(model, ClipEncoder) else model

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ccu_fast.unlearn.alarms import NothingTrainable
+from ccu_fast.unlearn.parameters import some
 
 # Of each kind of layer, the weights that map linearly; attention holds its three projections in one.
 WEIGHTS: dict[type[nn.Module], str] = {nn.Linear: "weight", nn.MultiheadAttention: "in_proj_weight"}
@@ -56,10 +57,12 @@ def attach(model: nn.Module, rank: int, leave: Collection[str] = (), seed: int =
         NothingTrainable: no linear layer is left to adapt.
         ValueError: a weight that several layers share, which could not be merged.
     """
-    found = [(layer, name) for key, layer, name in _linear(model) if key not in leave]
+    linear = [layer for layer in _linear(model) if layer[0] not in leave]
+    found = [(layer, name) for _, layer, name in linear if getattr(layer, name).requires_grad]
     if not found:
+        listed = f", such as {some(key for key, *_ in linear)}," if linear else ""
         raise NothingTrainable(
-            "lora: expected trainable to match the weight of a linear layer of the visual modality, got none"
+            f"lora: expected trainable to match the weight of a linear layer of the visual modality{listed} got none"
         )
     shared = Counter(id(p) for layer in model.modules() for p in layer.parameters(recurse=False))
     if any(shared[id(getattr(layer, name))] > 1 for layer, name in found):
@@ -86,5 +89,5 @@ def _linear(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for prefix, layer in model.named_modules():
         for kind, name in WEIGHTS.items():
             weight = getattr(layer, name, None) if isinstance(layer, kind) else None
-            if isinstance(weight, nn.Parameter) and weight.requires_grad:
+            if isinstance(weight, nn.Parameter):
                 yield f"{prefix}.{name}" if prefix else name, layer, name

@@ -72,6 +72,7 @@ class TwoModalityModel(TwoTowerModel, Protocol):
 Model = TypeVar("Model", bound=TwoTowerModel)
 
 HEADS = ("visual", "other", "fused")
+READ = 1024  # items on a disk that are looked at at once
 CLIP_SCALE = 1 / 0.07  # CLIP's initial inverse temperature, for models that bring none of their own
 
 
@@ -200,8 +201,10 @@ def _check_new(name: str, data: PairedData, seen: Mapping[str, PairedData], grou
     _check_labelled(name, data, seen["forget"])
     for side in ("visual", "other"):
         inputs = getattr(data, side)
+        if not inputs.is_floating_point():
+            continue
         # Of items that decide a level or are judged one is enough to spoil all, and no loss would name it.
-        bad = [] if not inputs.is_floating_point() else (~inputs.flatten(1).isfinite().all(1)).nonzero().flatten()
+        bad = torch.cat([~part.flatten(1).isfinite().all(1) for part in inputs.split(READ)]).nonzero().flatten()
         if len(bad):
             raise ValueError(
                 f"{name}: expected finite numbers as {side}, got NaN or infinity in {len(bad)} items (first id "

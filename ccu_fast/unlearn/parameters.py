@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,7 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str], keep: Collection[s
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise NothingTrainable(
-                f"trainable: expected patterns of parameter names ({', '.join(names[:4])}, …), got {pattern!r}, "
-                "which matches none"
+                f"trainable: expected patterns of parameter names ({some(names)}), got {pattern!r}, which matches none"
             )
     for name, parameter in model.named_parameters():
         if name in keep or not matches(name, patterns):
@@ -46,9 +46,20 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str], keep: Collection[s
     if keep:
         raise NothingTrainable(
             f'keep: expected keep="trained" where the other modality depends on all that may change '
-            f'({", ".join(patterns)}), got "exact"'
+            f'({", ".join(patterns)}), got "exact"{_left(name for name in names if name not in keep)}'
         )
     raise NothingTrainable(f"trainable: expected patterns that leave something to train, got {list(patterns)}")
+
+
+def some(names: Iterable[str], shown: int = 4) -> str:
+    """The first of these names, for an error."""
+    first = list(islice(names, shown + 1))
+    return ", ".join([*first[:shown], *["…"] * (len(first) > shown)])
+
+
+def _left(names: Iterable[str]) -> str:
+    found = some(names)
+    return f", which leaves {found}" if found else ""
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -152,6 +152,8 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
     for table, key in texts:
         value = tables[table].get(key)
         if key not in ("classes", "ids", *NUMBERS) and not (isinstance(value, str) and value.strip()):
+            if value is None and key == "weights" and "model" in given.get("model", {}):
+                raise ValueError("weights: expected those of the given model, in place of the settings', got none")
             got = "none" if value is None else repr(value)
             raise ValueError(f"settings: expected text as {key} in [{table}] of {path}, got {got}")
     kind = check.one_of("settings [forget] kind", forget.get("kind", "class"), ROLES)

@@ -112,10 +112,24 @@ def test_nothing_trainable_is_said_before_the_work(
     assert said.startswith(
         "ccu-fast unlearn: nothing trainable matches: --trainable: expected patterns of parameter names ("
     )
-    assert "got 'audio_*'" in said and said.endswith(
-        "choose trainable among the model's own names of parameters, such as those listed\n"
-    )
+    assert "got 'audio_*'" in said and said.endswith("choose trainable among the model's own names of parameters\n")
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "listed"),
+    [
+        (["--trainable", "other_*"], 'got "exact", which leaves visual_tower.0.weight, '),
+        (["--trainable", "*bias", "--lora", "2"], "such as visual_tower.0.weight, "),
+        (["--trainable", "audio_*"], "(visual_tower.0.weight, "),
+    ],
+)
+def test_names_that_may_be_trained_are_listed(
+    words: list[str], listed: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*settings(folder), *words]) == 3
+    said = capsys.readouterr().err
+    assert listed in said and said.count("\n") == 1
 
 
 def test_steps_to_infinity(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,9 +20,10 @@ from ccu_fast.mem.job.models import choose
 from ccu_fast.mem.source import TensorSource
 from ccu_fast.models import clip_towers
 from ccu_fast.models.clip import MEAN, STD, OpenClipEncoder, TransformersClipEncoder
+from ccu_fast.models.named import named_model
 from ccu_fast.models.tokenizer import ClipTokenizer
 from ccu_fast.models.weights import from_checkpoint, read_weights
-from ccu_fast.unlearn.job import load, run_job
+from ccu_fast.unlearn.job import load, load_all, run_job
 from ccu_fast.unlearn.settings import read_job
 from tests.support import torchvision_stub
 from tests.support.presence import absent
@@ -374,6 +375,28 @@ class TestUnlearning:
         status, second = self.run(tmp_path, again, "3\n", "two")
         assert status == 0
         assert second["provenance"]["original_sha256"] == figures["provenance"]["weights_sha256"]
+
+    def test_captions_of_new_pairs_may_be_longer_than_those_of_the_data(
+        self, transformers: Any, folder: Path, tmp_path: Path
+    ) -> None:
+        write_strips(tmp_path / "digits", n_train=12, n_test=4)
+        rows = (tmp_path / "digits" / "test.csv").read_text().splitlines()
+        longer = "a much longer caption of two digits than any that the model was trained on"
+        for name, said in (("unseen", longer), ("test", longer + " or was not"), ("short", "two")):
+            lines = [rows[0], *(f"{row.partition(',')[0]},{said}" for row in rows[1:])]
+            (tmp_path / "digits" / f"{name}.csv").write_text("\n".join(lines) + "\n")
+        text = UNLEARN.replace("[forget]", 'unseen = "digits/unseen.csv"\ntest = "digits/test.csv"\n[forget]')
+        for memory in (0, 1024):
+            more = text.replace("[forget]", f"memory = {memory}\n[forget]")
+            status, figures = self.run(tmp_path, more, "3\n", f"out{memory}")
+            assert status == 0 and figures["sizes"]["test items"] == 4
+        of = read_job(tmp_path / "settings.toml")
+        _, data, _, unseen, test = load_all(of)
+        assert data.other.shape[1] == unseen.other.shape[1] == test.other.shape[1] > load(of)[1].other.shape[1]
+        tokenizer = named_model(f"hf:{folder}").tokenizer
+        assert set(tokenizer.decode(test.other)) == {longer + " or was not"}
+        status, _ = self.run(tmp_path, text.replace("test.csv", "short.csv"), "3\n", "short")
+        assert status == 0
 
     def test_adapters_and_half_precision_of_a_part_named_as_the_library_names_it(
         self, transformers: Any, folder: Path, tmp_path: Path

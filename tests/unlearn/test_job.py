@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -84,6 +85,17 @@ def test_a_run_goes_to_their_level_and_is_judged_by_them(folder: Path) -> None:
     assert "unseen: visual, accuracy" in names and "membership of forgotten against unseen, AUC" in names
     assert stored["verdict"]["kind"] != "undecided"
     assert stored["provenance"]["unseen_sha256"] == items_hash(unseen)
+
+
+def test_a_function_may_return_the_same_model_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = toy_unlearn.make_model()
+    before = one.state_dict()["visual_tower.0.weight"].clone()
+    monkeypatch.setattr(toy_unlearn, "make_model", lambda: one)
+    job = read_job(folder / "settings.toml")
+    plain = run_job(job, folder / "a")["losses"]
+    assert run_job(replace(job, dtype="bf16"), folder / "b")["losses"] != plain
+    assert run_job(job, folder / "c")["losses"] == plain
+    assert torch.equal(one.state_dict()["visual_tower.0.weight"], before)
 
 
 def test_of_a_forgotten_class_unseen_items_are_to_be_forgotten_too(folder: Path) -> None:
@@ -200,7 +212,7 @@ def test_the_command_line_chooses_the_model(folder: Path, monkeypatch: pytest.Mo
     assert (job.model, job.named, job.weights) == (f"hf:{folder / 'clip'}", True, None)
     job = read_job(folder / "settings.toml", {"model": {"weights": Path("other.safetensors")}})
     assert (job.model, job.weights) == ("tests.support.toy_unlearn:make_model", folder / "other.safetensors")
-    with pytest.raises(ValueError, match=r"expected text as weights in \[model\] of .*, got none"):
+    with pytest.raises(ValueError, match=r"^weights: expected those of the given model"):
         read_job(folder / "settings.toml", {"model": {"model": make}})
     with pytest.raises(ValueError, match="dtype: expected one of"):
         read_job(folder / "settings.toml", {"model": {"dtype": "int8"}})

@@ -96,6 +96,26 @@ def test_a_run_has_the_bits_and_the_figures_of_one_in_memory(tmp_path: Path, kin
     ]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_unseen_and_test_pairs_stay_on_the_disk_too(tmp_path: Path, kind: str) -> None:
+    for number, name in enumerate(("unseen", "test"), start=1):
+        items = pairs(40, number) if kind == "pairs" else toy(40, number)
+        (tmp_path / name).mkdir()
+        for part in ("visual", "other", *(["labels"] if items.labelled else [])):
+            np.save(tmp_path / name / f"{part}.npy", getattr(items, part).numpy())
+    job = job_on_disk(tmp_path, kind, data='unseen = "unseen"\ntest = "test"')
+    job = replace(job, config=replace(job.config, early_stop=True))
+    assert job.unseen is not None and load_pairs(job.unseen, 0)[0].on_disk
+    disk, held = run_job(job, tmp_path / "disk"), run_job(replace(job, memory=1024), tmp_path / "held")
+    for name in ("rows", "sizes", "losses", "provenance"):
+        assert disk[name] == held[name]
+    visual = items.visual.numpy().copy()
+    visual[3, 1] = np.nan
+    np.save(tmp_path / "test" / "visual.npy", visual)
+    with pytest.raises(ValueError, match=r"test: expected finite numbers as visual, got NaN or infinity in 1 items"):
+        run_job(job, tmp_path / "spoiled")
+
+
 class PictureTowers(nn.Module):
     """Pictures 3×8×8 and two token ids."""
 

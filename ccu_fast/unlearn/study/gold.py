@@ -13,15 +13,15 @@ from torch import nn
 from ccu_fast.files import output_folder
 from ccu_fast.models.named import named_model
 from ccu_fast.runs.progress import Clock, Progress
-from ccu_fast.runs.provenance import load_model, save_model, tensors_hash, versions
-from ccu_fast.unlearn.job import _own, load_user_model
+from ccu_fast.runs.provenance import items_hash, load_model, save_model, tensors_hash, versions
+from ccu_fast.unlearn.job import library_model, load_user_model
 from ccu_fast.unlearn.model import check_problem
 from ccu_fast.unlearn.precision import under_autocast
 from ccu_fast.unlearn.settings import Job
 from ccu_fast.unlearn.study.tasks import Scenario
 from ccu_fast.unlearn.users_code import made_by, users_function
 
-FORMAT = 1  # of the kept models
+FORMAT = 2  # of the kept models
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,13 @@ class Gold:
             return self.ready, {}
         path = folder / f"retrained-seed{seed}.safetensors"
         compare = self.job.compare
+        inputs = [self.sets.retain, *([self.sets.forget] if compare.hidden == "visual" else [])]
         made_of = {
             "retrain": compare.retrain,
             "model": self.job.model,
             "hidden": compare.hidden,
             "seed": seed,
-            "retain": tensors_hash({"visual": self.sets.retain.visual, "ids": self.sets.retain.ids}),
+            "pairs": [items_hash(part) for part in inputs],
             "versions": versions("ccu_fast", "torch", "python", "machine"),
             "format": FORMAT,
         }
@@ -95,14 +96,13 @@ class Gold:
             return found
         progress("retraining", 0, 1, str(compare.retrain))
         clock, device = Clock(), self.job.device
-        inputs = [self.sets.retain, *([self.sets.forget] if compare.hidden == "visual" else [])]
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             trained = made_by("retrain", cast(str, compare.retrain), self._fresh().to(device), *inputs)
         seconds, cpu_seconds = clock.read()
         model = _checked("retrain", trained, self.job, self.sets)
         cost = {"seconds": seconds, "cpu_seconds": cpu_seconds}
-        save_model(_own(model), output_folder(folder) / path.name, {"made_of": made_of, "cost": cost})
+        save_model(library_model(model), output_folder(folder) / path.name, {"made_of": made_of, "cost": cost})
         progress("retraining", 1, 1, str(compare.retrain))
         return model, cost
 
@@ -120,7 +120,7 @@ class Gold:
             if provenance["made_of"] != json.loads(json.dumps(made_of)):
                 return None
             model = self._fresh()
-            _own(model).load_state_dict(state)
+            library_model(model).load_state_dict(state)
             return _checked("retrain", model, self.job, self.sets), provenance["cost"]
         except (KeyError, RuntimeError, TypeError, ValueError):
             return None

@@ -21,12 +21,13 @@ import torch
 from ccu_fast.files import locked, output_folder, write_whole
 from ccu_fast.runs import cache
 from ccu_fast.runs.checkpoint import Checkpoint
+from ccu_fast.runs.kept import remove
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.runs.provenance import items_hash, json_hash, saved_state, tensors_hash, versions
 from ccu_fast.unlearn.audit import verdict_without_gold
-from ccu_fast.unlearn.job import _own, in_own_names, load, load_test, split
+from ccu_fast.unlearn.job import in_own_names, library_model, load_all, split
 from ccu_fast.unlearn.loop import embed
-from ccu_fast.unlearn.method import check_run
+from ccu_fast.unlearn.method import KEPT_FILES, check_run
 from ccu_fast.unlearn.model import check_problem, heads
 from ccu_fast.unlearn.precision import under_autocast
 from ccu_fast.unlearn.settings import Job
@@ -41,7 +42,7 @@ from ccu_fast.unlearn.study.tasks import Scenario
 FORMAT = 1
 DEEP = ("original", "gold", "ccu")  # models that are looked into below the heads
 # Errors that say what a method cannot do with this model and these items, not what is wrong with a file.
-INAPPLICABLE = re.compile(r"(model|forget|retain|visual|unseen|keep|keep_other|trainable|neighbours): expected")
+INAPPLICABLE = re.compile(r"(model|forget|retain|visual|unseen|keep|keep_other|trainable|lora|neighbours): expected")
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,8 @@ def _problem(job: Job) -> Problem:
         raise ValueError("dtype: expected fp32 or bf16 where methods are compared, got fp16, which scales its loss")
     # The baselines and what looks below the heads go through all items again and again.
     job = replace(job, memory=sys.maxsize >> 20)
-    model, data, names, unseen = load(job)
+    model, data, names, unseen, test = load_all(job)
     job = replace(job, config=replace(job.config, trainable=in_own_names(model, job.config.trainable)))
-    test = load_test(job, data, names, unseen)
     assert test is not None
     model, device, kind = under_autocast(model, job.dtype).to(job.device), job.device, job.config.forget
     forget, retain = (part.to(device) for part in split(data, job, names))
@@ -138,9 +138,9 @@ def _problem(job: Job) -> Problem:
     hashes = {f"{name}_sha256": None if part is None else items_hash(part) for name, part in named.items()}
     gold = Gold.of(job, model, sets)
     if gold is not None and gold.made:
-        saved_state(_own(model))  # a retrained model is kept
+        saved_state(library_model(model))  # a retrained model is kept
     ranked = not (forget.labelled and heads(model))
-    hashes = {"original_sha256": tensors_hash(model.state_dict()), **hashes}
+    hashes = {"original_sha256": tensors_hash(library_model(model).state_dict()), **hashes}
     return Problem(job, model, sets, gold, ranked, hashes | ({} if gold is None else gold.hashes))
 
 
@@ -155,9 +155,13 @@ def _check_free(out: Path) -> None:
 
 
 def _not_measured(problem: Problem) -> dict[str, str]:
-    """Of what is measured by default what does not apply, and why."""
+    """Of what is measured by default, or asked for in the settings of a single run, what does not apply, and why."""
     labelled, compare = problem.sets.forget.labelled, problem.job.compare
     absent = {}
+    if problem.job.config.early_stop:
+        absent["early_stop"] = "is of a single run: here every method takes the whole budget"
+    if problem.job.judged is not None:
+        absent["judged"] = "is of a single run: here all retained items are judged"
     if compare.probe and not _probed(problem):
         absent["linear probe"] = "needs items of several classes" if labelled else "needs items with labels"
     if compare.relearn and not _relearned(problem):
@@ -226,7 +230,7 @@ def _part(problem: Problem, name: str, seed: int, out: Path, progress: Progress)
     stem = name.replace(", ", "-") + ("" if fixed else f"-seed{seed}")
     state = out / "parts" / f"{stem}-{key[:12]}.pt"
     for old in (out / "parts").glob(f"{stem}-*.pt"):
-        if not old.name.startswith(state.stem):  # that and what is kept beside it
+        if not old.name.startswith(f"{state.stem}."):  # what a run has kept beside its state is as good
             old.unlink()
 
     def named(stage: str, done: int, total: int, note: str) -> None:
@@ -235,6 +239,7 @@ def _part(problem: Problem, name: str, seed: int, out: Path, progress: Progress)
     compute = partial(_computed, problem, name, seed, out, state, named)
     found = cache.part(out / "parts" / f"{stem}.json", key, compute)
     state.unlink(missing_ok=True)
+    remove(state, KEPT_FILES)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ccu_fast.cli.app import app
 from ccu_fast.cli.report import figures
 from ccu_fast.cli.report.tables import left_out_table, unlearn_tables
 from ccu_fast.data.paired import PairedData
-from ccu_fast.runs.provenance import load_model, save_model
+from ccu_fast.runs.provenance import items_hash, load_model, save_model
 from ccu_fast.unlearn.audit import audit, recall, verdict, verdict_without_gold, worst_gap
 from ccu_fast.unlearn.baselines.registry import BASELINES, NEEDS
 from ccu_fast.unlearn.config import Budget
@@ -126,6 +126,17 @@ class TestWithoutGold:
         stored = json.loads((folder / "out" / "results.json").read_text())
         assert stored == json.loads(json.dumps(own.cache.without(results, "embeddings")))
 
+    def test_settings_of_a_single_run_are_left_aside_and_told(self, folder: Path) -> None:
+        unseen = toy(20, seed=6)
+        np.savez(folder / "unseen.npz", visual=unseen.visual, other=unseen.other, labels=NAMES[unseen.labels])
+        own = 'test = "test.npz"\nunseen = "unseen.npz"\nmemory = 0\njudged = 7'
+        text = QUICK.replace('test = "test.npz"', own).replace("steps = 25", "steps = 25\nearly_stop = {slack = 1.0}")
+        results = compare_own(job(folder, text), folder / "out")
+        value = only(results)["0"]
+        assert [name for name, _ in results["left_out"]] == ["early_stop", "judged"]
+        assert value["cost"]["ccu"]["steps"] == 25 and value["setting"]["retain_items"] == 45
+        assert run_job(job(folder, text), folder / "run")["cost"]["steps"] < 25
+
     def test_what_is_switched_off_is_not_measured(self, folder: Path) -> None:
         off = "".join(f"{name} = false\n" for name in ("probe", "relearn", "membership", "retrieval"))
         metrics = only(compare_own(job(folder, TOML + off), folder / "out"))["0"]["metrics"]
@@ -216,6 +227,23 @@ class TestGold:
             "CCU",
         ]
 
+    @pytest.mark.parametrize("hidden", ["both", "visual"])
+    def test_a_kept_model_is_not_found_for_other_pairs(
+        self, folder: Path, hidden: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        train, calls = toy_unlearn.retrain, []
+        monkeypatch.setattr(toy_unlearn, "retrain", lambda *given: calls.append(0) or train(*given))
+        text = RETRAIN.replace('["ssd", "ccu"]', '["ssd"]') + f'hidden = "{hidden}"\n'
+        data = toy()
+        gone = data.labels == 1
+        # The labels of what stays; the other halves of what goes, which matter where they are learned from.
+        swapped = torch.where(data.labels == 2, 3, torch.where(data.labels == 3, 2, data.labels))
+        moved = torch.where(gone[:, None], data.other + 1, data.other)
+        for labels, other in ((data.labels, data.other), (swapped, data.other), (swapped, moved)):
+            np.savez(folder / "pairs.npz", visual=data.visual, other=other, labels=NAMES[labels], ids=data.ids)
+            compare_own(job(folder, text), folder / "out")
+        assert len(calls) == (2 if hidden == "both" else 3)
+
     def test_the_other_halves_may_be_seen(self, folder: Path) -> None:
         value = only(compare_own(job(folder, RETRAIN + 'hidden = "visual"\n'), folder / "out"))["0"]
         gold = value["metrics"]["gold"]
@@ -290,6 +318,11 @@ class TestPairs:
         page = (folder / "out" / "report.html").read_text()
         assert "Forget pairs" in page and "Left out" in page and "i→t U R@10" in page
 
+    def test_an_ablation_without_a_layer_to_adapt_is_told_too(self, folder: Path) -> None:
+        text = QUICK.replace("[data]", 'lora = 2\ntrainable = ["*bias"]\n[data]').replace('"ccu"]', '"ccu_without_c"]')
+        left_out = dict(compare_own(job(folder, text), folder / "out")["left_out"])
+        assert left_out["CCU without (c)"].startswith("lora: expected trainable to match the weight of a linear layer")
+
     def test_a_method_that_ends_in_numbers_that_are_none_is_told_too(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -348,7 +381,17 @@ class TestResumed:
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
         parts = folder / "out" / "parts"
         assert {path.name for path in parts.glob("*.json")} == {"original.json", "ssd-seed0.json"}
-        (state,) = (path for path in parts.glob("ccu-seed0-*.pt") if path.name.count(".") == 1)
+        (state,) = (path for path in parts.glob("ccu-seed0-*.pt") if path.suffixes == [".pt"])
+        kept = sorted(parts.glob(f"{state.stem}.*.pt"))
+        assert state.with_suffix(".forget.pt") in kept
+        cached, there = own.cache.part, list[bool]()
+
+        def part(path: Path, *rest: Any) -> Any:
+            if path.name == "ccu-seed0.json":
+                there.append(all(file.exists() for file in kept))
+            return cached(path, *rest)
+
+        monkeypatch.setattr(own.cache, "part", part)
         (parts / "ccu-seed0-0123456789ab.pt").write_bytes(b"of other settings")
         ran: list[str] = []
         plain = own.unlearned
@@ -358,6 +401,7 @@ class TestResumed:
             of, folder / "out", progress=lambda stage, done, *_: steps.append(done) if stage == "seed 0: ccu" else None
         )
         assert ran == ["ccu"] and steps == [25] and not state.exists() and not [*parts.glob("*.pt")]
+        assert there == [True]
         assert only(results)["0"]["metrics"] == expected["metrics"]
         # What other settings made is made anew, and no more.
         ran.clear()
@@ -440,8 +484,22 @@ class TestSettings:
 
     def test_a_single_run_is_judged_by_them(self, folder: Path) -> None:
         result = run_job(job(folder), folder / "out")
-        assert result is not None and result["sizes"]["unseen items"] == 30
-        assert result["sizes"]["unseen, to forget items"] == 10
+        assert result["sizes"]["test items"] == 30 and result["sizes"]["test, to forget items"] == 10
+        assert not [name for name, _, _ in result["rows"] if "unseen" in name]
+
+    def test_a_card_has_each_set_with_its_own_number_and_hash(self, folder: Path) -> None:
+        unseen = toy(20, seed=6)
+        np.savez(folder / "unseen.npz", visual=unseen.visual, other=unseen.other, labels=NAMES[unseen.labels])
+        of = job(folder, TOML.replace('test = "test.npz"', 'test = "test.npz"\nunseen = "unseen.npz"'))
+        result = run_job(replace(of, judged=7), folder / "out")
+        card = (folder / "out" / "card.md").read_text()
+        _, data, names, new = load(of)
+        test, made = load_test(of, data, names, new), result["provenance"]
+        parts = {**dict(zip(("forget", "retain"), split(data, of, names), strict=True)), "unseen": new, "test": test}
+        assert [len(part) for part in parts.values()] == [15, 45, 20, 40] and result["sizes"]["retain items"] == 7
+        for name, part in parts.items():
+            assert f"| {name} | {len(part)} | {items_hash(part)} |" in card
+            assert (made[f"{name}_items"], made[f"{name}_sha256"]) == (len(part), items_hash(part))
 
     @pytest.mark.parametrize(
         ("words", "message"),
