@@ -154,7 +154,7 @@ def test_each_of_several_processes_makes_its_gpu_the_current_one(
 
     made: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda where: made.append(str(where)))
-    monkeypatch.setattr(dist, "init_process_group", lambda backend: made.append(backend))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: made.append(f"{backend}, {timeout}"))
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
@@ -162,7 +162,7 @@ def test_each_of_several_processes_makes_its_gpu_the_current_one(
         assert alone == (0, 1) and made == []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with processes(torch.device(device)) as here:
+    with processes(torch.device(device), timeout=timedelta(hours=1)) as here:
         assert here == (1, 2)
-    assert made == [*current, "gloo" if device == "cpu" else "nccl"]
+    assert made == [*current, f"{'gloo' if device == 'cpu' else 'nccl'}, 1:00:00"]
     assert own_device(device) == ("cuda:1" if device == "cuda" else device)
