@@ -21,6 +21,7 @@ from ccu_fast.unlearn.audit import TextMembership, gibberish_of, text_features, 
 from ccu_fast.unlearn.audit.text_membership import _judged
 from ccu_fast.unlearn.study.tasks import TrainConfig
 from ccu_fast.unlearn.study.train import train
+from tests.support import torchvision_stub
 from tests.support.presence import absent
 from tests.support.toy_unlearn import INPUTS, TwoTowers, make_model, toy, weights
 
@@ -281,6 +282,7 @@ def clip(kind: str) -> tuple[Any, tuple[int, int]]:
         return SmallDualEncoder(50, 49, channels=3, width=32, text_depth=1, dim=16), (16, 64)
     try:
         if kind == "open_clip":
+            torchvision_stub.install()
             import open_clip
 
             vision = {"image_size": 16, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8}
