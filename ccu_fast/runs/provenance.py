@@ -8,7 +8,7 @@ import json
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ccu_fast.data.paired import PairedData
 from ccu_fast.files import new_file, readable
 from ccu_fast.runs.progress import Progress, silent
 
+Made = TypeVar("Made")
 READ = 1 << 23  # bytes of inputs on a disk that are hashed at a time
 
 
@@ -194,3 +195,25 @@ def load_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if tensors_hash(state) != provenance["weights_sha256"]:
         raise ValueError(f"path: expected the weights that were written, got changed ones in {path}")
     return state, provenance
+
+
+def made_before(
+    path: Path, made_of: Mapping[str, Any], build: Callable[[dict[str, Tensor], dict[str, Any]], Made]
+) -> Made | None:
+    """What ``build`` makes of a kept model's ``state_dict`` and provenance, if the model was made of the same.
+
+    Args:
+        path: of a model that :func:`save_model` may have written, with "made_of" in its provenance.
+        made_of: JSON values that decide the model.
+        build: takes both.
+
+    Returns:
+        None if there is no such file, or a damaged one, or one that was made of something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        state, provenance = load_model(path)
+        return build(state, provenance) if provenance["made_of"] == json.loads(json.dumps(made_of)) else None
+    except (KeyError, RuntimeError, TypeError, ValueError):
+        return None

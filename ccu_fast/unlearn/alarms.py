@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 KEPT = 0.7  # correlation of retained embeddings with those before: less than half their variance is left below it
@@ -79,4 +79,4 @@ def kept_places(before: Tensor, after: Tensor) -> float | None:
     if float(x.norm()) <= 1e-6 * len(x) ** 0.5:
         return None
     found = float((x * y).sum() / (x.norm() * y.norm()))
-    return found if torch.isfinite(torch.tensor(found)) else 0.0
+    return found if math.isfinite(found) else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -84,16 +84,9 @@ def run_job(
         ValueError, TypeError, FloatingPointError, ImportError: see :func:`ccu_fast.unlearn.unlearn`, ``read_job`` and
             ``load_pairs``.
     """
-    model, data, names, unseen, test = load_all(job)
-    job = replace(job, config=replace(job.config, trainable=in_own_names(model, job.config.trainable)))
-    model = under_autocast(model, job.dtype).to(job.device)
-    forget, retain = (part.to(job.device) for part in split(data, job, names))
-    unseen, test = (part if part is None else part.to(job.device) for part in (unseen, test))
-    for part in (forget, retain, unseen, test):
-        if part is not None and part.on_disk:  # what cannot be read is said before the work
-            items_hash(part, progress or silent)
-    config, kind = job.config, job.config.forget
-    check_problem(model, forget, retain, kind, names.classes, unseen=unseen, test=test, group=config.group)
+    given = opened(job, progress or silent)
+    job, model, forget, retain = given.job, given.model, given.forget, given.retain
+    unseen, test, config, kind = given.unseen, given.test, given.job.config, given.job.config.forget
     levels = None if kind == "class" else unseen
     check_run(model, forget, retain, config, unseen=levels)
     held_out = held_out_of(model, forget, unseen, kind, job.stop) if config.early_stop and unseen is not None else None
@@ -142,7 +135,7 @@ def run_job(
                 write_whole(out / "results.json", json_of(result))
                 write_whole(out / "card.md", card(result))
                 remove(checkpoint.path, KEPT_FILES)
-                result["embeddings"] = pictured(model, done.model, forget, retain) if data.labelled else None
+                result["embeddings"] = pictured(model, done.model, forget, retain) if given.data.labelled else None
             if report is not None:
                 report(result)
             return result["alarm"]
@@ -180,31 +173,59 @@ def _provenance(job: Job, model: Any, sets: Mapping[str, PairedData | None], wor
     }
 
 
-def load_all(job: Job) -> tuple[Any, PairedData, Names, PairedData | None, PairedData | None]:
-    """What :func:`load` and :func:`load_test` give; the captions of all sets as token ids of one length."""
-    model, data, names, unseen = load(job)
-    test = load_test(job, data, names, unseen)
-    parts = [part for part in (data, unseen, test) if part is not None]
-    if job.named and all(isinstance(part.other, torch.Tensor) and part.other.ndim == 2 for part in parts):
-        # Each set came as long as its longest caption.
-        length, pad = max(part.other.shape[1] for part in parts), named_model(job.model).tokenizer.pad
-        for part in parts:
-            object.__setattr__(part, "other", F.pad(part.other, (0, length - part.other.shape[1]), value=pad))
-    return model, data, names, unseen, test
+@dataclass(frozen=True)
+class Opened:
+    """A job whose model and data were read and checked, on its device.
+
+    Attributes:
+        job: with patterns of parameters as the model has them.
+        model: its forward passes in the job's dtype.
+        data: all items that it was trained on.
+        forget, retain: their parts.
+        unseen, test: None without any.
+    """
+
+    job: Job
+    model: Any
+    data: PairedData
+    forget: PairedData
+    retain: PairedData
+    unseen: PairedData | None
+    test: PairedData | None
 
 
-def load(job: Job) -> tuple[Any, PairedData, Names, PairedData | None]:
-    """The model, the data, what their classes and items are called, and unseen items.
+def opened(job: Job, progress: Progress = silent) -> Opened:
+    """Read and check what a run, or a comparison, is given.
 
-    The unseen items have the labels that the data give to classes of the same name, and ids of their own.
+    Raises:
+        OSError, ValueError, TypeError, ImportError: see :func:`load`, :func:`split` and
+            :func:`ccu_fast.unlearn.model.check_problem`.
+    """
+    model, data, names, unseen, test = load(job)
+    config = replace(job.config, trainable=in_own_names(model, job.config.trainable))
+    model = under_autocast(model, job.dtype).to(job.device)
+    forget, retain = (part.to(job.device) for part in split(data, job, names))
+    unseen, test = (part if part is None else part.to(job.device) for part in (unseen, test))
+    for part in (forget, retain, unseen, test):
+        if part is not None and part.on_disk:  # what cannot be read is said before the work
+            items_hash(part, progress)
+    check_problem(model, forget, retain, config.forget, names.classes, unseen=unseen, test=test, group=config.group)
+    return Opened(replace(job, config=config), model, data, forget, retain, unseen, test)
+
+
+def load(job: Job) -> tuple[Any, PairedData, Names, PairedData | None, PairedData | None]:
+    """The model, the data, what their classes and items are called, unseen items, and test items.
+
+    The last two have the labels that the data give to classes of the same name, and ids of their own. The captions of
+    all sets are token ids of one length.
 
     Raises:
         OSError, ValueError, TypeError, ImportError: see ``load_user_model``, ``named_model``, ``load_pairs`` and
             ``load_captions``; an unseen item of a class that the data do not have.
     """
     read: Callable[[Path], tuple[PairedData, Names]]
-    if job.named:
-        found = named_model(job.model, job.weights, argument="weights")
+    found = named_model(job.model, job.weights, argument="weights") if job.named else None
+    if found is not None:
         if not found.trained:
             raise ValueError(f"weights: expected a file of trained weights for {job.model}, which has none, got none")
         model: Any = cast(nn.Module, found.factory()).eval()
@@ -213,21 +234,22 @@ def load(job: Job) -> tuple[Any, PairedData, Names, PairedData | None]:
         assert job.weights is not None
         model, read = load_user_model(job.model, job.weights), partial(load_pairs, memory=job.memory << 20)
     data, names = read(job.data)
-    if job.unseen is None:
-        return model, data, names, None
-    return model, data, names, _with_names_of(data, names, "unseen", job.unseen, read, job.config.group)
+    sets = {"data": data}
+    for what, path in (("unseen", job.unseen), ("test", job.test)):
+        if path is not None:
+            last = [*sets.values()][-1]
+            sets[what] = _with_names_of(last, names, what, path, read, job.config.group)
+    if found is not None:
+        _to_one_length([*sets.values()], found.tokenizer.pad)
+    return model, data, names, sets.get("unseen"), sets.get("test")
 
 
-def load_test(job: Job, data: PairedData, names: Names, unseen: PairedData | None) -> PairedData | None:
-    """The test pairs of a job as :func:`load` gives unseen ones, with ids that those do not have; None without."""
-    if job.test is None:
-        return None
-    held = job.memory << 20
-    read: Callable[[Path], tuple[PairedData, Names]] = partial(load_pairs, memory=held)
-    if job.named:
-        read = partial(_read_pictures, named_model(job.model), job.options, held)
-    last = data if unseen is None else unseen
-    return _with_names_of(last, names, "test", job.test, read, job.config.group)
+def _to_one_length(parts: Sequence[PairedData], pad: int) -> None:
+    """Lengthen token ids, of which each set has as many as its longest caption."""
+    if all(isinstance(part.other, torch.Tensor) and part.other.ndim == 2 for part in parts):
+        length = max(part.other.shape[1] for part in parts)
+        for part in parts:
+            object.__setattr__(part, "other", F.pad(part.other, (0, length - part.other.shape[1]), value=pad))
 
 
 def _read_pictures(model: Model, options: Options, memory: int, path: Path) -> tuple[PairedData, Names]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ccu_fast.models.clip import MEAN, STD, OpenClipEncoder, TransformersClipEnc
 from ccu_fast.models.named import named_model
 from ccu_fast.models.tokenizer import ClipTokenizer
 from ccu_fast.models.weights import from_checkpoint, read_weights
-from ccu_fast.unlearn.job import load, load_all, run_job
+from ccu_fast.unlearn.job import load, run_job
 from ccu_fast.unlearn.settings import read_job
 from tests.support import torchvision_stub
 from tests.support.presence import absent
@@ -391,8 +392,9 @@ class TestUnlearning:
             status, figures = self.run(tmp_path, more, "3\n", f"out{memory}")
             assert status == 0 and figures["sizes"]["test items"] == 4
         of = read_job(tmp_path / "settings.toml")
-        _, data, _, unseen, test = load_all(of)
-        assert data.other.shape[1] == unseen.other.shape[1] == test.other.shape[1] > load(of)[1].other.shape[1]
+        _, data, _, unseen, test = load(of)
+        alone = replace(of, unseen=None, test=None)
+        assert data.other.shape[1] == unseen.other.shape[1] == test.other.shape[1] > load(alone)[1].other.shape[1]
         tokenizer = named_model(f"hf:{folder}").tokenizer
         assert set(tokenizer.decode(test.other)) == {longer + " or was not"}
         status, _ = self.run(tmp_path, text.replace("test.csv", "short.csv"), "3\n", "short")

@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 def test_unseen_items_have_the_labels_of_the_data_and_ids_of_their_own(folder: Path) -> None:
     job = read_job(folder / "settings.toml")
     assert job.unseen == folder / "unseen.npz" and job.options == read_job(folder / "settings.toml").options
-    _, data, _, unseen = load(job)
+    _, data, _, unseen, _ = load(job)
     assert unseen is not None
     expected = toy(24, seed=5)
     assert torch.equal(unseen.labels, expected.labels[expected.labels > 0])
@@ -72,7 +72,7 @@ def test_a_run_goes_to_their_level_and_is_judged_by_them(folder: Path) -> None:
     job = read_job(folder / "settings.toml")
     result = run_job(job, folder / "out")
     assert result is not None
-    model, data, _, unseen = load(job)
+    model, data, _, unseen, _ = load(job)
     gone = torch.isin(data.ids, torch.tensor([3, 9, 12, 25, 31]))
     plain = run_ccu(model, data[gone], data[~gone], job.config, unseen=unseen).model
     blind = run_ccu(model, data[gone], data[~gone], job.config).model
@@ -115,7 +115,7 @@ def test_of_a_forgotten_class_unseen_items_are_to_be_forgotten_too(folder: Path)
 
 def test_unseen_items_are_no_views_of_a_thing_of_the_data(folder: Path) -> None:
     (folder / "settings.toml").write_text(TOML + "[ccu]\ngroup = 7\n")
-    _, data, _, unseen = load(read_job(folder / "settings.toml"))
+    _, data, _, unseen, _ = load(read_job(folder / "settings.toml"))
     assert unseen is not None
     assert not torch.isin(unseen.ids // 7, data.ids // 7).any()
 

@@ -76,7 +76,7 @@ def test_instances_stop_at_the_level_of_unseen_items(folder: Path) -> None:
     np.savez(folder / "unseen.npz", visual=fresh.visual, other=fresh.other, labels=labels)
     forget = 'kind = "instances"\nids = [3, 9, 12, 25]'
     job = read_job(write(folder, forget=forget, early_stop="{every = 2, slack = 1.0}", learning_rate="2e-2"))
-    model, _, _, unseen = load(job)
+    model, _, _, unseen, _ = load(job)
     level = accuracies(model, unseen)["visual"]
     assert 0.4 < level < 0.6
     result = run_job(job, folder / "out")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ccu_fast.files import output_folder
 from ccu_fast.models.named import named_model
 from ccu_fast.runs.progress import Clock, Progress
-from ccu_fast.runs.provenance import items_hash, load_model, save_model, tensors_hash, versions
+from ccu_fast.runs.provenance import items_hash, made_before, save_model, tensors_hash, versions
 from ccu_fast.unlearn.job import library_model, load_user_model
 from ccu_fast.unlearn.model import check_problem
 from ccu_fast.unlearn.precision import under_autocast
@@ -91,7 +90,7 @@ class Gold:
             "versions": versions("ccu_fast", "torch", "python", "machine"),
             "format": FORMAT,
         }
-        found = self._found(path, made_of)
+        found = made_before(path, made_of, self._restored)
         if found is not None:
             return found
         progress("retraining", 0, 1, str(compare.retrain))
@@ -111,19 +110,10 @@ class Gold:
             return cast(nn.Module, named_model(self.job.model).factory())
         return made_by("model", self.job.model)
 
-    def _found(self, path: Path, made_of: dict[str, Any]) -> tuple[Any, dict[str, float]] | None:
-        """The kept model; None if there is none, or a damaged one, or one that was made of something else."""
-        if not path.exists():
-            return None
-        try:
-            state, provenance = load_model(path)
-            if provenance["made_of"] != json.loads(json.dumps(made_of)):
-                return None
-            model = self._fresh()
-            library_model(model).load_state_dict(state)
-            return _checked("retrain", model, self.job, self.sets), provenance["cost"]
-        except (KeyError, RuntimeError, TypeError, ValueError):
-            return None
+    def _restored(self, state: dict[str, Tensor], provenance: dict[str, Any]) -> tuple[Any, dict[str, float]]:
+        model = self._fresh()
+        library_model(model).load_state_dict(state)
+        return _checked("retrain", model, self.job, self.sets), provenance["cost"]
 
 
 def _checked(argument: str, model: Any, job: Job, sets: Scenario) -> Any:

@@ -10,6 +10,7 @@ import torch
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.audit import MODALITIES, audit, average_gap, linear_probe, relearn_steps, verdict, worst_gap
+from ccu_fast.unlearn.loop import embed
 from ccu_fast.unlearn.model import TwoModalityModel
 from ccu_fast.unlearn.study.tasks import Scenario
 
@@ -64,10 +65,18 @@ def sizes_of(split: Scenario, group: int) -> dict[str, int]:
     return {name: len(torch.unique(part.ids // group)) for name, part in parts.items() if part is not None}
 
 
-def pictured(split: Scenario) -> list[tuple[PairedData, bool]]:
-    """The sets that a picture shows, and whether each is to be forgotten."""
+def pictured(split: Scenario, models: Mapping[str, TwoModalityModel]) -> dict[str, Any]:
+    """What a picture shows: "labels", "forgotten" (what is to be) and, by name, each model's visual embeddings."""
     sets = ((split.retain_test, False), (split.forget, True), (split.forget_test, True))
-    return [(at_most(part, PICTURED), forgotten) for part, forgotten in sets if part is not None]
+    parts = [(at_most(part, PICTURED), forgotten) for part, forgotten in sets if part is not None]
+    return {
+        "labels": torch.cat([part.labels for part, _ in parts]).cpu().numpy(),
+        "forgotten": torch.cat([torch.full((len(part),), forgotten) for part, forgotten in parts]).numpy(),
+        **{
+            name: torch.cat([embed(model, part)[0] for part, _ in parts]).float().cpu().numpy()
+            for name, model in models.items()
+        },
+    }
 
 
 def at_most(data: PairedData, count: int) -> PairedData:

@@ -25,11 +25,9 @@ from ccu_fast.runs.kept import remove
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.runs.provenance import items_hash, json_hash, saved_state, tensors_hash, versions
 from ccu_fast.unlearn.audit import verdict_without_gold
-from ccu_fast.unlearn.job import in_own_names, library_model, load_all, split
-from ccu_fast.unlearn.loop import embed
+from ccu_fast.unlearn.job import library_model, opened
 from ccu_fast.unlearn.method import KEPT_FILES, check_run
-from ccu_fast.unlearn.model import check_problem, heads
-from ccu_fast.unlearn.precision import under_autocast
+from ccu_fast.unlearn.model import heads
 from ccu_fast.unlearn.settings import Job
 from ccu_fast.unlearn.study.compare import best_baseline
 from ccu_fast.unlearn.study.gold import Gold
@@ -119,21 +117,17 @@ def _problem(job: Job) -> Problem:
     if job.dtype == "fp16":
         raise ValueError("dtype: expected fp32 or bf16 where methods are compared, got fp16, which scales its loss")
     # The baselines and what looks below the heads go through all items again and again.
-    job = replace(job, memory=sys.maxsize >> 20)
-    model, data, names, unseen, test = load_all(job)
-    job = replace(job, config=replace(job.config, trainable=in_own_names(model, job.config.trainable)))
+    given = opened(replace(job, memory=sys.maxsize >> 20))
+    job, model, forget, retain, unseen = given.job, given.model, given.forget, given.retain, given.unseen
+    test, kind = given.test, job.config.forget
     assert test is not None
-    model, device, kind = under_autocast(model, job.dtype).to(job.device), job.device, job.config.forget
-    forget, retain = (part.to(device) for part in split(data, job, names))
-    unseen, test = None if unseen is None else unseen.to(device), test.to(device)
-    check_problem(model, forget, retain, kind, names.classes, unseen=unseen, test=test, group=job.config.group)
     gone = torch.isin(test.labels, forget.labels) if kind == "class" else torch.zeros_like(test.labels).bool()
     for what, some in (("a class that stays", ~gone), ("the classes to forget", gone)):
         if not bool(some.any()) and (kind == "class" or some is not gone):
             raise ValueError(f"test: expected items of {what}, got none in {job.test}")
     if "ccu" in job.compare.chosen:
         check_run(model, forget, retain, job.config, unseen=None if kind == "class" else unseen)
-    sets = Scenario(kind, data, forget, retain, test[~gone], test[gone] if kind == "class" else None, unseen)
+    sets = Scenario(kind, given.data, forget, retain, test[~gone], test[gone] if kind == "class" else None, unseen)
     named = {"forget": forget, "retain": retain, "unseen": unseen, "test": test}
     hashes = {f"{name}_sha256": None if part is None else items_hash(part) for name, part in named.items()}
     gold = Gold.of(job, model, sets)
@@ -277,15 +271,7 @@ def _audited(problem: Problem, name: str, model: Any) -> dict[str, Any]:
         values.pop("retrieval", None)
     if name not in ("original", "ccu") or not problem.sets.forget.labelled:
         return {"audit": values, "embeddings": None}
-    parts = pictured(problem.sets)
-    return {
-        "audit": values,
-        "embeddings": {
-            "labels": torch.cat([part.labels for part, _ in parts]).cpu().numpy(),
-            "forgotten": torch.cat([torch.full((len(part),), gone) for part, gone in parts]).numpy(),
-            "visual": torch.cat([embed(model, part)[0] for part, _ in parts]).float().cpu().numpy(),
-        },
-    }
+    return {"audit": values, "embeddings": pictured(problem.sets, {"visual": model})}
 
 
 def _reference(problem: Problem, gold: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:

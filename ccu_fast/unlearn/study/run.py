@@ -13,7 +13,7 @@ import torch
 from ccu_fast import check
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.unlearn.config import UnlearnConfig
-from ccu_fast.unlearn.loop import Run, embed
+from ccu_fast.unlearn.loop import Run
 from ccu_fast.unlearn.study.measure import against_gold, measured, pictured, sizes_of
 from ccu_fast.unlearn.study.methods import METHODS, differs, unlearned
 from ccu_fast.unlearn.study.tasks import FORGET_CLASS, Scenario, Task, make_scenario
@@ -73,7 +73,8 @@ def run_task(
         for number, (name, done) in enumerate(runs.items(), start=1):
             metrics[name] = measured(done.model, split, probe=name in deep, relearn=name in deep)
             progress("audit", number, len(runs), METHODS[name])
-        embeddings = _embeddings(runs, split)
+        shown = {"before": "original", "after": "ccu"}
+        embeddings = pictured(split, {key: runs[name].model for key, name in shown.items() if name in runs})
     gold, sizes = metrics["gold_mask"], sizes_of(split, task.group)
     for name, values in metrics.items():
         values |= {**against_gold(values, gold, sizes), "label": METHODS[name]}
@@ -124,18 +125,6 @@ def run_all(
         else:
             runs[name] = unlearned(name, runs["original"].model, split, config, progress=progress)
     return runs
-
-
-def _embeddings(runs: dict[str, Run], split: Scenario) -> dict[str, Any]:
-    parts = pictured(split)
-    result = {
-        "labels": torch.cat([part.labels for part, _ in parts]).numpy(),
-        "forgotten": torch.cat([torch.full((len(part),), forgotten) for part, forgotten in parts]).numpy(),
-    }
-    for key, name in (("before", "original"), ("after", "ccu")):
-        if name in runs:
-            result[key] = torch.cat([embed(runs[name].model, part)[0] for part, _ in parts]).numpy()
-    return result
 
 
 @contextmanager

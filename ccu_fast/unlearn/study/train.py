@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.progress import Clock, Progress, silent
-from ccu_fast.runs.provenance import load_model, save_model, tensors_hash, versions
+from ccu_fast.runs.provenance import made_before, save_model, tensors_hash, versions
 from ccu_fast.unlearn.loop import Run, epochs_of_rows
 from ccu_fast.unlearn.model import TwoModalityModel, task_loss
 from ccu_fast.unlearn.study.tasks import Scenario, Task, TrainConfig
@@ -52,7 +52,7 @@ def trained(
         "versions": versions("ccu_fast", "torch", "python", "machine", "threads"),
         "format": FORMAT,
     }
-    found = None if path is None else _found(path, made_of, task)
+    found = None if path is None else made_before(path, made_of, partial(_restored, task))
     if found is not None:
         return found
     data = split.retain if kind == "gold_drop" else split.train
@@ -65,19 +65,10 @@ def trained(
     return done
 
 
-def _found(path: Path, made_of: dict[str, Any], task: Task) -> Run | None:
-    """The model of the file; None if there is none, or a damaged one, or one that was made of something else."""
-    if not path.exists():
-        return None
-    try:
-        state, provenance = load_model(path)
-        if provenance["made_of"] != json.loads(json.dumps(made_of)):
-            return None
-        model: Any = task.make_model()
-        model.load_state_dict(state)
-        return Run(model=model.eval(), **provenance["cost"])
-    except (KeyError, RuntimeError, TypeError, ValueError):
-        return None
+def _restored(task: Task, state: dict[str, Tensor], provenance: dict[str, Any]) -> Run:
+    model: Any = task.make_model()
+    model.load_state_dict(state)
+    return Run(model=model.eval(), **provenance["cost"])
 
 
 def train(

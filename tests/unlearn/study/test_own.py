@@ -23,7 +23,7 @@ from ccu_fast.runs.provenance import items_hash, load_model, save_model
 from ccu_fast.unlearn.audit import audit, recall, verdict, verdict_without_gold, worst_gap
 from ccu_fast.unlearn.baselines.registry import BASELINES, NEEDS
 from ccu_fast.unlearn.config import Budget
-from ccu_fast.unlearn.job import load, load_test, run_job, split
+from ccu_fast.unlearn.job import load, run_job, split
 from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.settings import Job, read_job
 from ccu_fast.unlearn.study import own
@@ -91,8 +91,7 @@ def only(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def sets(of: Job) -> dict[str, PairedData]:
-    _, data, names, unseen = load(of)
-    test = load_test(of, data, names, unseen)
+    _, data, names, _, test = load(of)
     forget, retain = split(data, of, names)
     gone = torch.isin(test.labels, forget.labels)
     return {"forget": forget, "retain": retain, "retain_test": test[~gone], "forget_test": test[gone]}
@@ -169,8 +168,8 @@ class TestWithoutGold:
         of = job(folder, text.replace('["ssd", "ccu"]', names))
         results = compare_own(of, folder / "out")
         metrics, judged = only(results)["0"]["metrics"], sets(of)
-        judged["retain_test"], _ = load_test(of, *load(of)[1:]), judged.pop("forget_test")
-        unseen = load(of)[3]
+        *_, unseen, judged["retain_test"] = load(of)
+        judged.pop("forget_test")
         for name, given in (("ccu", unseen), ("ccu_without_unseen", None)):
             clean = run_ccu(toy_unlearn.trained(), judged["forget"], judged["retain"], of.config, unseen=given).model
             assert metrics[name]["mia_auc"] == audit(clean, **judged)["mia_auc"]
@@ -308,7 +307,7 @@ class TestPairs:
             **{BASELINES[name].label: NEEDS[what] for name, what in need.items() if what is not None},
         }
         assert set(value["metrics"]) == {"original", "ccu", *(name for name in need if need[name] is None)}
-        _, data, names, _ = load(of)
+        _, data, names, *_ = load(of)
         forget, _ = split(data, of, names)
         assert value["metrics"]["original"]["retrieval"]["forget"] == recall(model, forget, among=data)
         assert set(value["metrics"]["ccu"]["retrieval"]) == {"forget", "retain", "retain_test"}
@@ -493,8 +492,8 @@ class TestSettings:
         of = job(folder, TOML.replace('test = "test.npz"', 'test = "test.npz"\nunseen = "unseen.npz"'))
         result = run_job(replace(of, judged=7), folder / "out")
         card = (folder / "out" / "card.md").read_text()
-        _, data, names, new = load(of)
-        test, made = load_test(of, data, names, new), result["provenance"]
+        _, data, names, new, test = load(of)
+        made = result["provenance"]
         parts = {**dict(zip(("forget", "retain"), split(data, of, names), strict=True)), "unseen": new, "test": test}
         assert [len(part) for part in parts.values()] == [15, 45, 20, 40] and result["sizes"]["retain items"] == 7
         for name, part in parts.items():
