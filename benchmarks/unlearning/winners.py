@@ -13,6 +13,7 @@ from ccu_fast.unlearn.study.methods import METHODS, TOLD
 OURS = "ccu"
 AGAIN = "gold_again"
 SHOWN = 3  # methods named in each cell
+HARDLY = 2.0  # points that a part has to move a figure by, as in the verdict
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,39 @@ def lines(results: dict[str, Any]) -> list[str]:
     verdict = ["", "Where a baseline wins:", "", *said] if said else ["", "No baseline is before CCU on any task."]
     if without:
         verdict += ["", "Where CCU without one of its parts is nearer, by average gap:", "", *without]
-    return [*markdown(table), *verdict]
+    return [*markdown(table), *verdict, *_parts(results)]
+
+
+def _parts(results: dict[str, Any]) -> list[str]:
+    """The table of what each part of CCU is there for; nothing where no ablation was measured."""
+    rows: dict[str, dict[str, str]] = {}
+    for task, by_scenario in results.items():
+        for scenario, by_seed in by_scenario.items():
+            seeds = [value["metrics"] for value in by_seed.values()]
+            if OURS not in seeds[0]:
+                continue
+            whole, gold = (mean_figures([metrics[name] for metrics in seeds]) for name in (OURS, GOLD))
+            near = gaps(whole, gold)
+            cells = rows[f"{task}, {scenario}"] = {}
+            for name in (name for name in seeds[0] if name.startswith(f"{OURS}_")):
+                far = gaps(mean_figures([metrics[name] for metrics in seeds]), gold)
+                most = max(far, key=lambda figure: abs(far[figure]) - abs(near[figure]))
+                further = abs(far[most]) - abs(near[most])
+                said = f"{further:.1f} {figure_title(most)}" if further > HARDLY else "–"
+                cells[METHODS[name].removeprefix(f"{METHODS[OURS]} ")] = said
+    titles = list(dict.fromkeys(title for cells in rows.values() for title in cells))
+    if not titles:
+        return []
+    caption = (
+        "What each part of CCU is there for: the figure that without it ends furthest beyond where CCU has it from "
+        f"retraining, by how many points (– for no more than {HARDLY:g}; empty where the part is not in use)"
+    )
+    table = Table(
+        caption,
+        ["task", *titles],
+        [[task, *map(cells.get, titles, [""] * len(titles))] for task, cells in rows.items()],
+    )
+    return ["", *markdown(table)]
 
 
 def front(results: dict[str, Any]) -> str:
@@ -109,9 +142,13 @@ def front(results: dict[str, Any]) -> str:
                 row[at] = f"**{row[at]}**"
             rows.append(row)
     columns = ["", "before", "retrained again", "best baseline (time)", "CCU (time)", "worst: best baseline", "CCU"]
-    seeds = {task: len(next(iter(scenarios.values()))) for task, scenarios in results.items()}
+    seeds: dict[str, int] = {}
+    for task, by_scenario in results.items():
+        counts = {scenario: len(by_seed) for scenario, by_seed in by_scenario.items()}
+        alike = len(set(counts.values())) == 1
+        seeds |= {task if alike else f"{task}, {scenario}": count for scenario, count in counts.items()}
     few = [f"{task} {count}" for task, count in seeds.items() if count != max(seeds.values())]
-    note = f"Seeds: {max(seeds.values())}" + (f"; {', '.join(few)}." if few else ".")
+    note = f"Seeds: {max(seeds.values())}" + (f"; {'; '.join(few)}." if few else ".")
     return "\n".join([*markdown(Table("Gaps to retraining in points", columns, rows)), "", note, ""])
 
 

@@ -311,7 +311,8 @@ def test_who_wins_is_said_plainly() -> None:
     assert text[8] == (
         "- a task, instances, by average gap: SalUn, told (0.50 ± 0.00), SCRUB (1.00 ± 0.00) before CCU (2.00 ± 0.00)."
     )
-    assert text[-1] == "- a task, instances: CCU without (a) (1.00 ± 0.00); CCU 2.00 ± 0.00."
+    assert "- a task, instances: CCU without (a) (1.00 ± 0.00); CCU 2.00 ± 0.00." in text
+    assert text[-3:] == ["| task | without (a) |", "|---|---|", "| a task, instances | – |"]
     front = winners.front(results).splitlines()[4].split(" | ")
     assert front[0] == "| a task, instances" and front[2] == "–"
     assert front[3] == "**0.50 ± 0.00 (SalUn, told, 0.25 ± 0.00)**" and front[4] == "2.00 ± 0.00 (0.25 ± 0.00)"
@@ -319,6 +320,24 @@ def test_who_wins_is_said_plainly() -> None:
     alone = winners.lines({"a task": {"class": {"0": unlearned(0.0, ccu=0.5, salun=0.8)}}})
     assert alone[-1] == "No baseline is before CCU on any task."
     assert winners.lines({"a task": {"class": {"0": unlearned(0.0, salun=0.8)}}})[-1] == alone[-1]
+
+
+def test_what_a_part_is_there_for_is_the_figure_that_suffers_most_without_it() -> None:
+    of_class = {"0": unlearned(0.0, scrub=0.8, ccu=0.44, ccu_without_a=0.25, ccu_without_damage=0.54)}
+    of_instances = {seed: unlearned(0.0, scrub=0.8, ccu=0.44, ccu_without_b=0.6) for seed in "01"}
+    results = {"a task": {"class": of_class, "instances": of_instances}}
+    of_class["0"]["metrics"]["ccu_without_a"]["mia_auc"] = 0.3
+    assert winners.lines(results)[-4:] == [
+        "| task | without (a) | without dampening | without (b) |",
+        "|---|---|---|---|",
+        "| a task, class | 20.0 MIA AUC | – |  |",
+        "| a task, instances |  |  | 4.0 visual U train |",
+    ]
+    assert winners.front(results).splitlines()[-1] == "Seeds: 2; a task, class 1."
+    of_class["1"] = of_class["0"]
+    assert winners.front({**results, "another": {"class": {"0": of_class["0"]}}}).splitlines()[-1] == (
+        "Seeds: 2; another 1."
+    )
 
 
 def test_tables_of_unlearning_lead_with_what_moved() -> None:
