@@ -122,7 +122,9 @@ def _run(
                     tell("unlearn", result["alarm"]["text"])
                 if not quiet:
                     print(told(result["verdict"]))
-                    for table in filter(None, [before_after_table(result["rows"]), text_table(result)]):
+                    if "text_membership" in result:
+                        print(result["text_membership"]["text"])
+                    for table in filter(None, [before_after_table(result["rows"]), text_table(result, brief=True)]):
                         show(table, Console())
                 print(f"{out / 'model.safetensors'}  {out / 'report.html'}", flush=True)
 

@@ -182,8 +182,8 @@ def by_text_table(by_seed: dict[str, Any], *, brief: bool = False) -> Table | No
     return _methods_table(_by_text(asked[0], comes_to), columns, by_seed, _methods(by_seed), brief)
 
 
-def text_table(result: Mapping[str, Any]) -> Table | None:
-    """What text alone tells of one run's model; None where it was not asked."""
+def text_table(result: Mapping[str, Any], *, brief: bool = False) -> Table | None:
+    """What text alone tells of one run's model; None where it was not asked. Brief without what it comes to."""
     found = result.get("text_membership")
     if found is None:
         return None
@@ -191,7 +191,7 @@ def text_table(result: Mapping[str, Any]) -> Table | None:
         [title, *(spread([found[when][name]], digits=DIGITS.get(name, 3)) for when in ("before", "after"))]
         for name, title in TITLES.items()
     ]
-    return Table(_by_text(found, found["text"]), ["", "before", "after"], rows)
+    return Table(_by_text(found, "" if brief else found["text"]), ["", "before", "after"], rows)
 
 
 def _by_text(asked: Mapping[str, Any], comes_to: str) -> str:
@@ -199,7 +199,7 @@ def _by_text(asked: Mapping[str, Any], comes_to: str) -> str:
     return (
         f"Membership from text alone, of {asked['forgotten']} forgotten and {asked['new']} new items (precision by "
         f"chance {chance:.2f}). {comes_to}"
-    )
+    ).rstrip()
 
 
 def left_out_table(left_out: Sequence[Sequence[str]]) -> Table | None:

@@ -231,7 +231,7 @@ def before_and_after(
     if old and now:
         return (
             f"Text alone tells forgotten items from new ones after unlearning too (AUC {is_now}, before {was}; "
-            f"{within}); what of it must remain only a retrained model can say."
+            f"{within}); whether a retrained model would show as much, only a comparison with one can say."
         )
     if old:
         return (
@@ -244,8 +244,8 @@ def before_and_after(
             f"before ({was}): it is the unlearning that left a trace."
         )
     return (
-        f"The AUC is within chance after unlearning and before ({is_now} and {was}; {within}): text alone told nothing "
-        "of these items to begin with, so there was nothing to take away."
+        f"The AUC is within chance before unlearning and after ({was}, then {is_now}; {within}): text alone told "
+        "nothing of these items to begin with, so there was nothing to take away."
     )
 
 
