@@ -54,6 +54,9 @@ def unlearn(
     seeds: Annotated[
         int | None, typer.Option(help="With --compare: how many; 3, or as the settings say.", min=1)
     ] = None,
+    text_membership: Annotated[
+        bool, typer.Option("--text-membership", help="Also ask, by text alone, who was trained on; needs new items.")
+    ] = False,
     device: Annotated[str, typer.Option(help="Of the model and the data: cpu, cuda, cuda:1.")] = "cpu",
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw an earlier run with this output away.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No live progress, no table.")] = False,
@@ -71,6 +74,7 @@ def unlearn(
         raise SystemExit(2)
     chosen = {"model": model, "weights": weights, "dtype": dtype}
     given = {"model": chosen, "ccu": ccu, "budget": budget, "forget": {"classes": classes or None}}
+    given["audit"] = {"text_membership": text_membership or None}
     overrides = {name: {k: v for k, v in table.items() if v is not None} for name, table in given.items()}
     of_settings = [name for table in overrides.values() for name in table] + ["device"] * (device != "cpu")
     of_tasks = [name for name, value in (("task", task), ("scenario", scenario)) if value]
@@ -101,7 +105,7 @@ def _run(
     from rich.console import Console
 
     from ccu_fast.cli.report.page import write_failure, write_run
-    from ccu_fast.cli.report.tables import before_after_table, show, told
+    from ccu_fast.cli.report.tables import before_after_table, show, text_table, told
     from ccu_fast.unlearn.job import run_job
     from ccu_fast.unlearn.settings import read_job
 
@@ -118,7 +122,10 @@ def _run(
                     tell("unlearn", result["alarm"]["text"])
                 if not quiet:
                     print(told(result["verdict"]))
-                    show(before_after_table(result["rows"]), Console())
+                    if "text_membership" in result:
+                        print(result["text_membership"]["text"])
+                    for table in filter(None, [before_after_table(result["rows"]), text_table(result, brief=True)]):
+                        show(table, Console())
                 print(f"{out / 'model.safetensors'}  {out / 'report.html'}", flush=True)
 
         alarm = run_job(job, out, fresh=fresh, progress=progress, report=report)["alarm"]

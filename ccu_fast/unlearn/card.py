@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from ccu_fast.unlearn.audit.text_questions import TITLES
+
 HEAD = "# A model that was made to forget"
 LOADING = {
     "open_clip": 'import open_clip\nmodel = open_clip.create_model("{rest}", pretrained=None)',
@@ -50,6 +52,7 @@ def card(result: Mapping[str, Any]) -> str:
         ),
         "## Figures",
         _table(("", "before", "after"), [(name, f"{old:.4g}", f"{new:.4g}") for name, old, new in result["rows"]]),
+        *_by_text(result.get("text_membership")),
         "## Settings",
         _table(
             ("setting", "value"),
@@ -65,6 +68,18 @@ def card(result: Mapping[str, Any]) -> str:
         "returns what made them.",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _by_text(found: Mapping[str, Any] | None) -> list[str]:
+    """What text alone tells of the model; nothing where it was not asked."""
+    if found is None:
+        return []
+    rows = [
+        (title, *("–" if found[when][name] is None else f"{found[when][name]:.4g}" for when in ("before", "after")))
+        for name, title in TITLES.items()
+    ]
+    asked = f"Membership from text alone, of {found['forgotten']} forgotten and {found['new']} new items"
+    return [f"{asked}. {found['text']}", _table(("", "before", "after"), rows)]
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

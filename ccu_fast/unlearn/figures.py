@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.kept import Kept
+from ccu_fast.runs.progress import Progress
 from ccu_fast.unlearn.alarms import KEPT, alarm_of, kept_places
 from ccu_fast.unlearn.audit import auc, verdict_without_gold
 from ccu_fast.unlearn.audit.membership import confidence
+from ccu_fast.unlearn.audit.text_questions import TextQuestions, before_and_after
 from ccu_fast.unlearn.audit.verdict import with_lost_places
 from ccu_fast.unlearn.loop import answers, chances, embed, right_shares, same_thing
 from ccu_fast.unlearn.model import TwoModalityModel, heads
@@ -93,6 +95,25 @@ def figures_of(
         "rows": rows,
         "pool": {"pairs": items, "chance": chance} if ranked else None,
     }
+
+
+def text_figures(
+    questions: TextQuestions,
+    before: TwoModalityModel,
+    after: TwoModalityModel,
+    kept: Kept,
+    made: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """What text alone tells of both models: "before", "after", what it comes to as "text", and what was asked.
+
+    Each model's answers are kept until the run is over; ``made`` is the hash of the weights of the second.
+    """
+    about, found = questions.about, {}
+    for name, model, own in (("before", before, about), ("after", after, [*about, made])):
+        keep = partial(kept.of, f"text_{name}", about=own)
+        found[name] = questions.figures(model, name=name, keep=keep, progress=progress)
+    return {**questions.asked, **found, "text": before_and_after(questions.chance, found["before"], found["after"])}
 
 
 def _unseen_parts(

@@ -30,8 +30,9 @@ from ccu_fast.runs.kept import remove
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.runs.provenance import items_hash, save_model, saved_state, tensors_hash
 from ccu_fast.unlearn.alarms import NotFinite
+from ccu_fast.unlearn.audit.text_questions import TextQuestions
 from ccu_fast.unlearn.card import card
-from ccu_fast.unlearn.figures import figures_of, pictured
+from ccu_fast.unlearn.figures import figures_of, pictured, text_figures
 from ccu_fast.unlearn.loop import CHUNK
 from ccu_fast.unlearn.method import KEPT_FILES, check_run, keep_embeddings, run_ccu
 from ccu_fast.unlearn.model import check_problem
@@ -74,8 +75,9 @@ def run_job(
         saved model), "cost", "verdict" ("kind" and "text" of
         :func:`ccu_fast.unlearn.audit.verdict_without_gold`), "sizes", "losses", "rows" (name, before, after) and, for a
         model without heads or items without labels, the "pool" that a pair's partner is sought in, with the share that
-        would be right by chance. Besides, "embeddings" for a picture. On the processes that are not the first "alarm"
-        alone.
+        would be right by chance. With ``job.text`` also "text_membership", see
+        :func:`ccu_fast.unlearn.figures.text_figures`. Besides, "embeddings" for a picture. On the processes that are
+        not the first "alarm" alone.
 
     Raises:
         OSError: ``out`` cannot be written, holds such files that are not of an earlier run, or has another process at
@@ -89,6 +91,7 @@ def run_job(
     unseen, test, config, kind = given.unseen, given.test, given.job.config, given.job.config.forget
     levels = None if kind == "class" else unseen
     check_run(model, forget, retain, config, unseen=levels)
+    questions = questions_of(given)
     held_out = held_out_of(model, forget, unseen, kind, job.stop) if config.early_stop and unseen is not None else None
     saved_state(library_model(model))  # what cannot be written is refused before the work
     written = out / "model.safetensors"
@@ -131,6 +134,10 @@ def run_job(
                 figures = figures_of(model, done.model, forget, judged, new[1], kind, kept, len(retain), new[0])
                 if len(judged) < len(retain):
                     figures["sizes"]["retain items not judged"] = len(retain) - len(judged)
+                if questions is not None:
+                    weights = made["weights_sha256"]
+                    told = text_figures(questions, model, done.model, kept, weights, progress or silent)
+                    figures["text_membership"] = told
                 result.update(**figures, provenance=made, cost=cost, losses=done.losses)
                 write_whole(out / "results.json", json_of(result))
                 write_whole(out / "card.md", card(result))
@@ -211,6 +218,25 @@ def opened(job: Job, progress: Progress = silent) -> Opened:
             items_hash(part, progress)
     check_problem(model, forget, retain, config.forget, names.classes, unseen=unseen, test=test, group=config.group)
     return Opened(replace(job, config=config), model, data, forget, retain, unseen, test)
+
+
+def questions_of(given: Opened) -> TextQuestions | None:
+    """What models are asked by text alone; None where the job does not want it.
+
+    New are the test items, without those the unseen ones; where a class is forgotten, those of that class.
+
+    Raises:
+        ValueError, ImportError: see :meth:`ccu_fast.unlearn.audit.text_questions.TextQuestions.of`.
+    """
+    job, new = given.job, given.unseen if given.test is None else given.test
+    if job.text is None:
+        return None
+    if job.config.forget == "class" and new is not None:
+        new = new.select(torch.isin(new.labels, given.forget.labels))
+    tokenizer = named_model(job.model).tokenizer if job.named else None
+    sets = given.forget, given.retain, new
+    config = job.config
+    return TextQuestions.of(job.text, given.model, *sets, tokenizer=tokenizer, group=config.group, seed=config.seed)
 
 
 def load(job: Job) -> tuple[Any, PairedData, Names, PairedData | None, PairedData | None]:

@@ -61,7 +61,8 @@ from ccu_fast.unlearn.parameters import (
 )
 from ccu_fast.unlearn.unseen import POOL, Levels, check_levels, comparable, nearest, sample
 
-KEPT_FILES = ("forget", "retain", "judged", "levels", "neighbours")  # what a run keeps until it is over
+# What a run keeps until it is over.
+KEPT_FILES = ("forget", "retain", "judged", "levels", "neighbours", "text_before", "text_after")
 DAMPENED_AT_ONCE = 32  # items whose mean gradient is squared: as good as one by one, in a tenth of the time
 
 

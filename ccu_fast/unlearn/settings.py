@@ -23,6 +23,8 @@ For example::
     [budget]                                  # fields of Budget
     steps = 40
     early_stop = true                         # once the forget set is as unseen; or fields of Stop, {every = 10}
+    [audit]
+    text_membership = true                    # who was trained on, by text alone; or fields of TextAudit, {items = 50}
     [compare]                                 # for --compare: see ccu_fast.unlearn.study.comparison
     retrain = "my_package.models:train"
 
@@ -40,11 +42,11 @@ A CLIP of open_clip or transformers goes by its name, and its data may be pictur
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -53,9 +55,12 @@ from ccu_fast.data.captions import Options
 from ccu_fast.data.names import canonical
 from ccu_fast.models.named import KINDS
 from ccu_fast.runs.settings import from_table, read_toml, with_known_keys
+from ccu_fast.unlearn.audit.text_questions import TextAudit
 from ccu_fast.unlearn.config import ROLES, Budget, UnlearnConfig
 from ccu_fast.unlearn.precision import DTYPES
 from ccu_fast.unlearn.study.comparison import Comparison, read_comparison
+
+Made = TypeVar("Made")
 
 NUMBERS = ("memory", "judged")  # of [data]
 PAIRS = ("path", "unseen", "test")  # of [data]
@@ -66,6 +71,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "forget": ("kind", "classes", "ids"),
     "ccu": tuple(f.name for f in fields(UnlearnConfig) if f.name not in ("forget", "budget", "early_stop")),
     "budget": (*(f.name for f in fields(Budget)), "early_stop"),
+    "audit": ("text_membership",),
     "compare": tuple(f.name for f in fields(Comparison)),
 }
 
@@ -106,6 +112,7 @@ class Job:
         dtype: of the forward passes, "fp32", "bf16" or "fp16".
         stop: when config.early_stop ends the run; by the unseen pairs.
         test: pairs that were never trained on and that no method sees, read as the data are; None without any.
+        text: how much is asked by text alone; None: nothing.
         compare: what a comparison runs and measures.
     """
 
@@ -124,6 +131,7 @@ class Job:
     dtype: str = "fp32"
     stop: Stop = field(default_factory=Stop)
     test: Path | None = None
+    text: TextAudit | None = None
     compare: Comparison = field(default_factory=Comparison)
 
 
@@ -174,20 +182,22 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         for key in NUMBERS
         if key in data
     }
-    early = tables["budget"].pop("early_stop", False)
-    if not isinstance(early, (bool, dict)):
-        raise ValueError(f"settings [budget]: expected true, false or a table as early_stop in {path}, got {early!r}")
-    where = "settings [budget] early_stop"
-    stop = with_known_keys(early, tuple(f.name for f in fields(Stop)), where, path) if isinstance(early, dict) else {}
+    early, stop = _switched("budget", "early_stop", tables, Stop, path)
+    texts_too, text = _switched("audit", "text_membership", tables, TextAudit, path)
+    texts_too = given.get("audit", {}).get("text_membership", texts_too)
     budget = from_table(Budget, tables["budget"], "settings [budget]", path)
     config = _config(kind, model, tables["ccu"], path)
     config = replace(
         config,
         budget=replace(budget, **given.get("budget", {})),
-        **{"early_stop": early is not False, **given.get("ccu", {})},
+        **{"early_stop": early, **given.get("ccu", {})},
     )
     if config.early_stop and "unseen" not in data:
         raise ValueError(f"early_stop: expected unseen in [data] of {path}, which tells when to stop, got none")
+    if texts_too and not {"unseen", "test"} & data.keys():
+        raise ValueError(
+            f"text_membership: expected unseen or test in [data] of {path}, never trained on, to compare with, got none"
+        )
     base, ids = path.resolve().parent, forget.get("ids")
     chosen = model["name" if named else "make"]
     return Job(
@@ -201,8 +211,9 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         ids=base / ids if isinstance(ids, str) else None if ids is None else _listed(ids, "ids", path),
         config=config,
         dtype=check.one_of("settings [model] dtype", model.get("dtype", "fp32"), tuple(DTYPES)),
-        stop=from_table(Stop, stop, where, path),
+        stop=stop,
         test=base / data["test"] if "test" in data else None,
+        text=text if texts_too else None,
         compare=read_comparison(tables["compare"], path),
         **numbers,
     )
@@ -222,6 +233,19 @@ def _model(
     if dtype is not None:
         table["dtype"] = dtype
     return table
+
+
+def _switched(
+    table: str, key: str, tables: dict[str, dict[str, Any]], kind: Callable[..., Made], path: Path
+) -> tuple[bool, Made]:
+    """Whether something is switched on, by true or by a table of its settings, and those; the key is taken out."""
+    value = tables[table].pop(key, False)
+    if not isinstance(value, (bool, dict)):
+        raise ValueError(f"settings [{table}]: expected true, false or a table as {key} in {path}, got {value!r}")
+    where = f"settings [{table}] {key}"
+    names = tuple(f.name for f in fields(kind))  # type: ignore[arg-type]
+    own = with_known_keys(value, names, where, path) if isinstance(value, dict) else {}
+    return value is not False, from_table(kind, own, where, path)
 
 
 def _config(kind: str, model: dict[str, Any], ccu: dict[str, Any], path: Path) -> UnlearnConfig:

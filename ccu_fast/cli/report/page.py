@@ -73,6 +73,7 @@ def write_run(result: dict[str, Any], path: Path) -> None:
         "definition; arXiv 2509.23895 publishes no formulas.",
         {**result["sizes"], **result["cost"], "weights sha256": result["provenance"]["weights_sha256"]},
         rows=tables.before_after_table(result["rows"]),
+        by_text=tables.text_table(result),
         pictures={
             "loss by step": figures.loss_curve(result["losses"]),
             "map of visual embeddings before and after": figures.unlearn_map(result["embeddings"]),
@@ -164,6 +165,6 @@ def _write(path: Path, title: str, intro: str, facts: dict[str, Any], **content:
         lstrip_blocks=True,
     )
     absent: dict[str, Any] = {"tasks": [], "protection": None, "rows": None, "pictures": {}, "samples": {}, "raw": {}}
-    absent |= {"contact": [], "own": False, "left_out": None}
+    absent |= {"contact": [], "own": False, "left_out": None, "by_text": None}
     page = environment.get_template("page.html")
     write_whole(path, page.render(title=title, intro=intro, facts=facts, **absent | content))

@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from ccu_fast.unlearn.audit import gaps, mean_figures, verdict, verdict_without_gold
+from ccu_fast.unlearn.audit.text_questions import TITLES, meaning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +58,10 @@ RECALL_COLUMNS = {
     for name, part in RECALLED.items()
     for k in (1, 10)
 }
-DIGITS = {"seconds": 1, "cpu_seconds": 1, "average_gap": 2, "relearn_steps": 0, "i2t_medr": 1, "t2i_medr": 1}
+TEXT_COLUMNS = {title: ("text_membership", name) for name, title in TITLES.items()}
+BRIEF = {"false alarms": "false", "AUC of score": "score", "AUC of similarity": "sim.", "flagged texts": "flagged"}
+DIGITS = dict.fromkeys(("seconds", "cpu_seconds", "i2t_medr", "t2i_medr"), 1)
+DIGITS |= {"average_gap": 2, "relearn_steps": 0, "flagged": 0}
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,11 @@ def unlearn_tables(scenario: str, by_seed: dict[str, Any], *, brief: bool = Fals
         brief: for 80 columns: means without spread and without their difference from gold, of the verdict its kind.
 
     Returns:
-        Two tables, or three.
+        Two tables, or up to four: also membership from text alone, where that was asked for.
     """
-    recalled = recall_table(by_seed, brief=brief)
+    more = [recall_table(by_seed, brief=brief), by_text_table(by_seed, brief=brief)]
     tables = [moved_table(scenario, by_seed, brief=brief), stayed_table(by_seed, brief=brief)]
-    return tables + ([] if recalled is None else [recalled])
+    return tables + [table for table in more if table is not None]
 
 
 def moved_table(scenario: str, by_seed: dict[str, Any], *, brief: bool = False) -> Table:
@@ -166,6 +170,36 @@ def recall_table(by_seed: dict[str, Any], *, brief: bool = False) -> Table | Non
         return None
     caption = "Retrieval: U and R among all training pairs, U test and R test among all test pairs"
     return _methods_table(caption, columns, by_seed, _methods(by_seed), brief)
+
+
+def by_text_table(by_seed: dict[str, Any], *, brief: bool = False) -> Table | None:
+    """What text alone tells of each model of a comparison; None where it was not asked."""
+    asked = [value["text_membership"] for value in by_seed.values() if "text_membership" in value]
+    if not asked:
+        return None
+    comes_to = asked[0]["text"] if len(asked) == 1 else meaning(asked[0]["chance"])
+    columns = {BRIEF.get(title, title) if brief else title: path for title, path in TEXT_COLUMNS.items()}
+    return _methods_table(_by_text(asked[0], comes_to), columns, by_seed, _methods(by_seed), brief)
+
+
+def text_table(result: Mapping[str, Any], *, brief: bool = False) -> Table | None:
+    """What text alone tells of one run's model; None where it was not asked. Brief without what it comes to."""
+    found = result.get("text_membership")
+    if found is None:
+        return None
+    rows = [
+        [title, *(spread([found[when][name]], digits=DIGITS.get(name, 3)) for when in ("before", "after"))]
+        for name, title in TITLES.items()
+    ]
+    return Table(_by_text(found, "" if brief else found["text"]), ["", "before", "after"], rows)
+
+
+def _by_text(asked: Mapping[str, Any], comes_to: str) -> str:
+    chance = asked["chance"]["precision"]
+    return (
+        f"Membership from text alone, of {asked['forgotten']} forgotten and {asked['new']} new items (precision by "
+        f"chance {chance:.2f}). {comes_to}"
+    ).rstrip()
 
 
 def left_out_table(left_out: Sequence[Sequence[str]]) -> Table | None:

@@ -6,22 +6,18 @@
 - ``relearn``     how many steps bring the knowledge back
 - ``retrieval``   recall of pairs without labels
 - ``summary``     average gap to retraining, mean and spread over seeds
-- ``text_membership``  membership inference that shows the model no picture
+- ``text_membership``  membership inference that shows the model no picture; ``gibberish``, what it compares with;
+  ``text_questions``, what a run or a comparison asks
 """
 
 from ccu_fast.unlearn.audit.audit import audit
+from ccu_fast.unlearn.audit.gibberish import gibberish_captions, gibberish_of
 from ccu_fast.unlearn.audit.membership import auc, membership_auc, modified_entropy
 from ccu_fast.unlearn.audit.probe import embedding_map, linear_probe
 from ccu_fast.unlearn.audit.relearn import relearn_steps
 from ccu_fast.unlearn.audit.retrieval import recall
 from ccu_fast.unlearn.audit.summary import MODALITIES, average_gap, gaps, mean_figures, over_seeds, worst_gap
-from ccu_fast.unlearn.audit.text_membership import (
-    TextMembership,
-    gibberish_of,
-    text_features,
-    text_membership,
-    told_apart,
-)
+from ccu_fast.unlearn.audit.text_membership import TextMembership, text_features, text_membership, told_apart
 from ccu_fast.unlearn.audit.verdict import Verdict, verdict, verdict_without_gold
 
 __all__ = [
@@ -33,6 +29,7 @@ __all__ = [
     "average_gap",
     "embedding_map",
     "gaps",
+    "gibberish_captions",
     "gibberish_of",
     "linear_probe",
     "mean_figures",

@@ -35,7 +35,6 @@ from ccu_fast.unlearn.model import TwoModalityModel, TwoTowerModel
 FEATURES = ("similarity", "spread")
 DETECTORS = ("isolation forest", "one-class SVM", "local outlier factor", "elliptic envelope")
 MINIMUM = 40  # gibberish texts: the local outlier factor looks at 20 neighbours, the others at a distribution
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 STAGE = "text membership"
 
 Tower = Callable[[Tensor], Tensor]
@@ -205,45 +204,6 @@ def text_features(
     return torch.cat(found)
 
 
-def gibberish_of(texts: Tensor | Callable[[list[str]], Tensor], count: int, *, seed: int = 0) -> Tensor:
-    """Make inputs of the other tower that mean nothing and were surely not trained on.
-
-    Of a tokeniser: one to three words of three to nine random letters each, as it encodes them. Of real items in
-    numbers (halves of digits, vectors of keywords): every feature of a new item is that of a real item drawn for this
-    feature alone. Each feature then has the values it has among real items, and nothing else of them is left.
-
-    Args:
-        texts: from a list of strings to what the tower takes, or floating-point items ``[N, ...]``, N ≥ 2.
-        count: how many, at least 1.
-        seed: at least 0.
-
-    Returns:
-        ``[count, ...]``, of the dtype and on the device of the items.
-
-    Raises:
-        TypeError, ValueError: token ids, whose places mean something; fewer than two items; values not finite.
-
-    Source: random strings as of :func:`text_membership`; the shuffled features are this project's.
-
-    >>> from ccu_fast.unlearn.audit import gibberish_of
-    >>> gibberish_of(torch.tensor([[0.0, 5.0], [1.0, 6.0]]), 3).unique()
-    tensor([0., 1., 5., 6.])
-    """
-    check.integer("count", count, low=1)
-    check.integer("seed", seed, low=0)
-    if not isinstance(texts, Tensor) and callable(texts):
-        return texts(_strings(count, seed))
-    check.tensor("texts", texts, dtypes=None)
-    if not texts.is_floating_point():
-        raise TypeError(f"texts: expected floating-point items or a tokeniser for token ids, got {texts.dtype}")
-    if len(texts) < 2:
-        raise ValueError(f"texts: expected at least 2 items, got {len(texts)}")
-    check.finite("texts", texts)
-    flat = texts.flatten(1)
-    drawn = torch.randint(len(texts), (count, flat.shape[1]), generator=torch.Generator().manual_seed(seed))
-    return flat.gather(0, drawn.to(texts.device)).view(count, *texts.shape[1:])
-
-
 def told_apart(found: TextMembership, members: Tensor) -> dict[str, float | None]:
     """Say how well text alone tells known members from known non-members.
 
@@ -349,15 +309,3 @@ def _check_texts(name: str, given: Any, texts: Tensor) -> None:
         check.shape(name, given[:1], [1, *texts.shape[1:]])
     if given.is_floating_point():
         check.finite(name, given)
-
-
-def _strings(count: int, seed: int) -> list[str]:
-    rng = torch.Generator().manual_seed(seed)
-
-    def drawn(low: int, high: int, size: int = 1) -> list[int]:
-        return torch.randint(low, high, (size,), generator=rng).tolist()
-
-    def word() -> str:
-        return "".join(LETTERS[letter] for letter in drawn(0, len(LETTERS), drawn(3, 10)[0]))
-
-    return [" ".join(word() for _ in range(drawn(1, 4)[0])) for _ in range(count)]

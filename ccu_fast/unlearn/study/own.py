@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache as once
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from ccu_fast.runs.kept import remove
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.runs.provenance import items_hash, json_hash, saved_state, tensors_hash, versions
 from ccu_fast.unlearn.audit import verdict_without_gold
-from ccu_fast.unlearn.job import library_model, opened
+from ccu_fast.unlearn.audit.text_questions import FIGURES, TextQuestions, compared
+from ccu_fast.unlearn.job import library_model, opened, questions_of
 from ccu_fast.unlearn.method import KEPT_FILES, check_run
 from ccu_fast.unlearn.model import heads
 from ccu_fast.unlearn.settings import Job
@@ -54,6 +56,7 @@ class Problem:
         gold: where a retrained model comes from; None without.
         ranked: whether the items choose their partner, for want of heads or labels.
         hashes: of the model and the sets.
+        questions: what every model is asked by text alone, with each seed the same; None where that is not wanted.
     """
 
     job: Job
@@ -62,6 +65,7 @@ class Problem:
     gold: Gold | None
     ranked: bool
     hashes: dict[str, str | None]
+    questions: TextQuestions | None
 
 
 def compare_own(job: Job, out: Path, *, progress: Progress = silent) -> dict[str, Any]:
@@ -81,7 +85,8 @@ def compare_own(job: Job, out: Path, *, progress: Progress = silent) -> dict[str
         does not apply and why – and under "unlearn" by data, kind of forgetting and seed what
         :func:`ccu_fast.unlearn.study.run.run_task` returns for a task, with "gold" in place of "gold_mask" and
         "reference", the figures that the gaps are measured against. Without a retrained model that is None, there are
-        no gaps, and the verdict is :func:`ccu_fast.unlearn.audit.verdict_without_gold`.
+        no gaps, and the verdict is :func:`ccu_fast.unlearn.audit.verdict_without_gold`. With ``job.text`` each method
+        has "text_membership" among its metrics, and each seed what was asked and what it comes to.
 
     Raises:
         ValueError, TypeError, ImportError: see :func:`ccu_fast.unlearn.job.run_job`; no test pairs, or of a class not
@@ -133,9 +138,10 @@ def _problem(job: Job) -> Problem:
     gold = Gold.of(job, model, sets)
     if gold is not None and gold.made:
         saved_state(library_model(model))  # a retrained model is kept
+    questions = questions_of(given)
     ranked = not (forget.labelled and heads(model))
     hashes = {"original_sha256": tensors_hash(library_model(model).state_dict()), **hashes}
-    return Problem(job, model, sets, gold, ranked, hashes | ({} if gold is None else gold.hashes))
+    return Problem(job, model, sets, gold, ranked, hashes | ({} if gold is None else gold.hashes), questions)
 
 
 def _check_free(out: Path) -> None:
@@ -199,6 +205,12 @@ def _of_seed(problem: Problem, seed: int, out: Path, progress: Progress) -> tupl
             values["verdict"] = asdict(verdict_without_gold(values, original, forget=like, sizes=sizes))
         values["label"] = _label(problem, name)
     costs = {name: found["cost"] for name, found in parts.items()}
+    asked, told = problem.questions, {}
+    if asked is not None:
+        by_label = {}
+        for name, values in metrics.items():
+            values["text_membership"] = by_label[values["label"]] = parts[name]["text_membership"]
+        told["text_membership"] = {**asked.asked, "text": compared(asked.chance, by_label)}
     whole = costs.get("gold", {}).get("seconds")
     value = {
         "setting": _setting(problem, seed, sizes),
@@ -210,6 +222,7 @@ def _of_seed(problem: Problem, seed: int, out: Path, progress: Progress) -> tupl
         "reference": reference,
         "best_baseline": None if reference is None else best_baseline(metrics),
         "embeddings": _pictured(parts),
+        **told,
     }
     return value, absent
 
@@ -230,39 +243,55 @@ def _part(problem: Problem, name: str, seed: int, out: Path, progress: Progress)
     def named(stage: str, done: int, total: int, note: str) -> None:
         progress(f"seed {seed}: {stage}", done, total, note)
 
-    compute = partial(_computed, problem, name, seed, out, state, named)
-    found = cache.part(out / "parts" / f"{stem}.json", key, compute)
+    made = once(partial(_made, problem, name, seed, out, state, named))
+    found = cache.part(out / "parts" / f"{stem}.json", key, lambda: _audited(problem, name, *made()))
+    if problem.questions is not None and "left_out" not in found:
+        # A part of its own: the other figures are the same with it and without.
+        key = json_hash([key, problem.questions.about])
+        asked = partial(_asked, problem.questions, made, _label(problem, name), named)
+        found["text_membership"] = cache.part(out / "parts" / f"{stem}-text.json", key, asked)
     state.unlink(missing_ok=True)
     remove(state, KEPT_FILES)
     return found
 
 
-def _computed(problem: Problem, name: str, seed: int, out: Path, state: Path, progress: Progress) -> dict[str, Any]:
+def _asked(questions: TextQuestions, made: Callable[[], Any], label: str, progress: Progress) -> dict[str, Any]:
+    """What text alone tells of a model."""
+    model, _ = made()
+    return dict.fromkeys(FIGURES) if model is None else questions.figures(model, name=label, progress=progress)
+
+
+def _made(
+    problem: Problem, name: str, seed: int, out: Path, state: Path, progress: Progress
+) -> tuple[Any, dict[str, Any]]:
+    """A model and its "cost", or None and the reason why it is "left_out"."""
     nothing = dict.fromkeys(("steps", "items", "seconds", "cpu_seconds"))
     if name == "original":
-        return {**_audited(problem, name, problem.original), "cost": nothing}
+        return problem.original, {"cost": nothing}
     if name == "gold":
         assert problem.gold is not None
         model, cost = problem.gold.model(seed, out / "models", progress)
-        return {**_audited(problem, name, model), "cost": nothing | cost}
+        return model, {"cost": nothing | cost}
     config = replace(problem.job.config, seed=seed)
     reason = why_not(name, problem.original, problem.sets, config)
     if reason is not None:
-        return {"left_out": reason}
+        return None, {"left_out": reason}
     try:
         done = unlearned(name, problem.original, problem.sets, config, progress=progress, checkpoint=Checkpoint(state))
     except FloatingPointError as error:
-        return {"left_out": str(error).partition("; the state")[0]}
+        return None, {"left_out": str(error).partition("; the state")[0]}
     except (TypeError, ValueError) as error:
         if not INAPPLICABLE.match(str(error)):
             raise
-        return {"left_out": str(error)}
+        return None, {"left_out": str(error)}
     cost = {"steps": done.steps, "items": done.items, "seconds": done.seconds, "cpu_seconds": done.cpu_seconds}
-    return {**_audited(problem, name, done.model), "cost": cost}
+    return done.model, {"cost": cost}
 
 
-def _audited(problem: Problem, name: str, model: Any) -> dict[str, Any]:
-    """The figures of a model and, where there are classes, its embeddings for a picture."""
+def _audited(problem: Problem, name: str, model: Any, about: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`_made` says of a model, its figures and, where there are classes, its embeddings for a picture."""
+    if model is None:
+        return about
     deep = name in DEEP
     values = measured(model, problem.sets, probe=deep and _probed(problem), relearn=deep and _relearned(problem))
     if not problem.job.compare.membership:
@@ -270,8 +299,8 @@ def _audited(problem: Problem, name: str, model: Any) -> dict[str, Any]:
     if not problem.job.compare.retrieval:
         values.pop("retrieval", None)
     if name not in ("original", "ccu") or not problem.sets.forget.labelled:
-        return {"audit": values, "embeddings": None}
-    return {"audit": values, "embeddings": pictured(problem.sets, {"visual": model})}
+        return {**about, "audit": values, "embeddings": None}
+    return {**about, "audit": values, "embeddings": pictured(problem.sets, {"visual": model})}
 
 
 def _reference(problem: Problem, gold: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
