@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import bars, environment, plots, results, summary, tables
+from benchmarks.console import say
 from benchmarks.ops import OPS
 from benchmarks.registry import Case, Op, label, select
 from benchmarks.runner import run
@@ -69,7 +70,7 @@ def _measure(case: Case, facts: dict[str, Any], seconds: float, folder: Path | N
     """Run and store one case, unless it is too late to start it."""
     if time.monotonic() > deadline:
         return False
-    rows = run(case, facts, seconds=seconds, say=lambda text: print(text, file=sys.stderr, flush=True))
+    rows = run(case, facts, seconds=seconds, say=say)
     tables.show(rows)
     if folder is not None:  # after every case: an interrupted run keeps what it has
         results.write(folder, rows)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import summary
+from benchmarks.console import say_ends
 from benchmarks.results import store
 from benchmarks.unlearning import associations, winners
 from benchmarks.unlearning.stored import alone, by_seed, in_rows, merged
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.packages:
         if not (options.page or options.merge):
             refuse_others(parser, options.packages)
-        known |= pictogram_tasks(options.packages, speech=options.work / "speech", progress=_say)
+        known |= pictogram_tasks(options.packages, speech=options.work / "speech", progress=say_ends)
     for name in options.tasks or ():
         if name not in known:
             hint = "" if options.packages else "; those of pictograms need --packages"
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _put(options.out or RESULTS, by_seed(json.loads(file.read_text())), some_methods=True)
     elif not options.page:
         asked = {"scenarios": options.scenarios, "seeds": options.seeds, "methods": options.methods}
-        compare(options.work, tasks=tasks, progress=_say, **asked)
+        compare(options.work, tasks=tasks, progress=say_ends, **asked)
         found = json.loads((options.work / "results.json").read_text())
         _put(options.out or RESULTS, found, some_methods=options.methods is not None)
     if options.out is None:
@@ -131,11 +132,6 @@ def page(results: dict[str, Any]) -> str:
             for table in (*unlearn_tables(scenario, seeds), depth_table(seeds)):
                 lines += ["", *markdown(table)] if table else []
     return "\n".join(lines) + "\n"
-
-
-def _say(stage: str, done: int, total: int, note: str) -> None:
-    if done in (0, total):
-        print(f"{stage} {done}/{total} {note}", file=sys.stderr)
 
 
 if __name__ == "__main__":

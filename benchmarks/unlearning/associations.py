@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.console import say, say_ends
 from benchmarks.results import replace as put
 from benchmarks.results import store
 from benchmarks.unlearning.salmubench import (
@@ -166,8 +166,8 @@ def measure(
             problem, everything, make = pictogram_problem(packages, seed, **sizes)
             config = replace(training, seed=seed)
             longer = replace(config, epochs=round(config.epochs * len(everything) / len(problem.retain)))
-            before = train(make, everything, config, progress=_say, stage=f"seed {seed}, {BEFORE}")
-            clean = train(make, problem.retain, longer, progress=_say, stage=f"seed {seed}, {CLEAN}")
+            before = train(make, everything, config, progress=say_ends, stage=f"seed {seed}, {BEFORE}")
+            clean = train(make, problem.retain, longer, progress=say_ends, stage=f"seed {seed}, {CLEAN}")
             return {"rows": compared(problem, before, clean, methods, budget, seed)}
 
         key = json_hash([FORMAT, versions(), setting, seed, list(methods)])
@@ -186,7 +186,7 @@ def compared(
         done = make()
         cost = {"steps": done.steps, "cpu_seconds": done.cpu_seconds}
         rows.append({"seed": seed, "method": name, "figures": problem.judge(done.model), **cost})
-        _say(f"seed {seed}", len(rows), len(runs), name)
+        say(f"seed {seed} {len(rows)}/{len(runs)} {name}")
     return rows
 
 
@@ -395,11 +395,6 @@ def _aims(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     ]
     head = ["method", *columns.values()]
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-
-
-def _say(stage: str, done: int, total: int, note: str) -> None:
-    if done == total or stage.count(" ") == 1:
-        print(f"{stage} {done}/{total} {note}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ common rate for a method that at none of them comes nearer than the untouched mo
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.console import say
 from benchmarks.results import store
 from ccu_fast.unlearn.audit import audit, average_gap
 from ccu_fast.unlearn.baselines.registry import BASELINES, Baseline
@@ -53,7 +53,7 @@ def measure(work: Path) -> dict[str, Any]:
                 row["gaps"][str(share)] = fmean(found)
             row |= {"before": before, "best": best(row["gaps"], before)}
             rows.append(row)
-            print(f"{scenario}, {name}: {row['best']}", file=sys.stderr)
+            say(f"{scenario}, {name}: {row['best']}")
     return {"task": TASK.name, "seeds": list(SEEDS), "budget": vars(TASK.ccu["class"].budget), "rows": rows}
 
 

@@ -30,8 +30,8 @@ from ccu_fast.mem.tokenizer import WordTokenizer
 from ccu_fast.models.dual_encoder import SmallDualEncoder
 from ccu_fast.models.named import Model
 from ccu_fast.runs.retrieval import retrieval_ranks
-from ccu_fast.unlearn.loop import CHUNK, embed, embed_visual, evaluating
-from ccu_fast.unlearn.model import TwoModalityModel
+from ccu_fast.unlearn.loop import CHUNK, embed, embed_visual
+from ccu_fast.unlearn.model import TwoModalityModel, evaluating
 
 HELD_OUT = ("holdout_identity", "holdout_association")
 SETS = ("forget", *HELD_OUT)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.console import say, say_ends
 from benchmarks.results import store
 from benchmarks.unlearning.tasks import pictogram_tasks, refuse_others
 from benchmarks.unlearning.winners import markdown
@@ -70,8 +70,8 @@ def measure(task: Task, seed: int, name: str, split: Scenario, work: Path) -> di
     starts = torch.rand(RESTARTS, *split.forget.visual.shape[1:], generator=rng)
     config = replace(task.ccu[SCENARIO], seed=seed)
     names = list(dict.fromkeys(["original", name]))
-    model = run_all(names, task, split, config, work / "models", _say)[name].model
-    found = text_membership(model, texts, gibberish, starts, steps=STEPS, seed=seed, chunk=CHUNK, progress=_say)
+    model = run_all(names, task, split, config, work / "models", say_ends)[name].model
+    found = text_membership(model, texts, gibberish, starts, steps=STEPS, seed=seed, chunk=CHUNK, progress=say_ends)
     half = len(texts) // 2
     row = {"task": task.name, "seed": seed, "method": name, "forgotten": half, "unseen": half}
     return {**row, "flagged": int(found.flags.sum()), **told_apart(found, forgotten)}
@@ -86,7 +86,7 @@ def rows_of(task: Task, seed: int, work: Path) -> Iterator[dict[str, Any]]:
         key = json_hash([formats, versions(), task.name, seed, name, settings])
         path = work / "text_membership" / f"{task.name}-seed{seed}-{name}.json"
         yield kept.part(path, key, lambda name=name: measure(task, seed, name, split(), work))  # type: ignore[misc]
-        print(f"{task.name}, seed {seed}: {name}", file=sys.stderr)
+        say(f"{task.name}, seed {seed}: {name}")
 
 
 def page(stored: dict[str, Any]) -> str:
@@ -207,11 +207,6 @@ def _one_each(data: PairedData, group: int) -> PairedData:
     things, number = torch.unique(data.ids // group, return_inverse=True)
     first = torch.full((len(things),), len(data)).scatter_reduce(0, number, torch.arange(len(data)), "amin")
     return data[first.sort().values]
-
-
-def _say(stage: str, done: int, total: int, note: str) -> None:
-    if done == total:
-        print(f"{stage} {done}/{total} {note}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment, results
+from benchmarks.console import say
 from benchmarks.registry import Shape, Tensors, label
 from benchmarks.results import Row
 from benchmarks.runner import run
@@ -72,17 +73,13 @@ def answer(question: Question, facts: dict[str, Any], seconds: float) -> Answer:
     if case.device.type == "cuda":
         case = replace(case, op=replace(case.op, make=partial(_made, inputs)))
     # On a CPU kernels are interpreted: measuring memory in separate processes would take longest and tell nothing.
-    rows = run(case, facts, seconds=seconds, say=_say, with_memory=case.device.type == "cuda")
+    rows = run(case, facts, seconds=seconds, say=say, with_memory=case.device.type == "cuda")
     found = {}
     for provider in case.providers():
         if next(r for r in rows if r.provider == provider.name).status == "ok" and provider.role == "ours":
             found[provider.name] = kernels.profile(provider.build(inputs, case.shape), case.device)
     parts = {name: kernels.of_parts(profile) for name, profile in found.items()}
     return Answer(question.about, rows, parts, found.get(AS_IT_IS, [])[:SHOWN])
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _made(inputs: Tensors, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:

@@ -15,9 +15,11 @@ from ccu_fast.cli import mem
 from ccu_fast.cli import unlearn as commands_unlearn
 from ccu_fast.cli import verify as commands_verify
 from ccu_fast.cli.console import one_sentence
+from ccu_fast.cli.usage import Command, Group
 from ccu_fast.ops import machine
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -46,14 +48,14 @@ def everywhere(
     """Fused kernels for contrastive losses and gradient token scoring, and the systems built on them."""
 
 
-@app.command("info", epilog="Example: ccu-fast info --json > ccu_fast_info.json")
+@app.command("info", cls=Command, epilog="Example: ccu-fast info --json > ccu_fast_info.json")
 @one_sentence("info")
 def info_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Say what this installation can do on this machine and, for what it cannot, why."""
     info.main(["--json"] if as_json else [])
 
 
-@app.command(epilog="Example: ccu-fast demo --out report --only unlearn")
+@app.command(cls=Command, epilog="Example: ccu-fast demo --out report --only unlearn")
 @one_sentence("demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html and results.json, made if needed.")] = Path(
@@ -69,16 +71,17 @@ def demo(
     run(out, seeds=seeds, only=only.value if only else None, quiet=quiet)
 
 
-app.command("unlearn", epilog=commands_unlearn.EXAMPLE)(commands_unlearn.unlearn)
+app.command("unlearn", cls=Command, epilog=commands_unlearn.EXAMPLE)(commands_unlearn.unlearn)
 
 
 @app.command(
+    cls=Command,
     epilog="Example: ccu-fast bench -- --help",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 @one_sentence("bench", goes_on=False)
 def bench(context: typer.Context) -> None:
-    """Measure the operations against their peers. Options go to the checkout's ``python -m benchmarks``."""
+    """Measure the operations against their peers. Options go to python -m benchmarks in the checkout."""
     for root in (Path.cwd(), machine.PACKAGE.parent):
         if (root / "benchmarks" / "__main__.py").exists() and (root / "csrc" / "ccu_fast.h").exists():
             sys.path.insert(0, str(root))
@@ -86,10 +89,9 @@ def bench(context: typer.Context) -> None:
     raise FileNotFoundError("expected to run in the folder of a checkout: the installed package has no benchmarks")
 
 
-app.command(epilog="Example: ccu-fast protect flickr8k/train.csv --out flickr8k-protected --method mem-3 --eps 8")(
-    mem.protect
-)
-app.command(epilog="Example: ccu-fast evaluate clean=train.csv mem=protected --test test.csv --out figures.json")(
-    mem.evaluate
-)
-app.command("verify", epilog=commands_verify.EXAMPLE)(commands_verify.verify)
+for command, example in (
+    (mem.protect, "ccu-fast protect flickr8k/train.csv --out flickr8k-protected --method mem-3 --eps 8"),
+    (mem.evaluate, "ccu-fast evaluate clean=train.csv mem=protected --test test.csv --out figures.json"),
+):
+    app.command(cls=Command, epilog=f"Example: {example}")(command)
+app.command("verify", cls=Command, epilog=commands_verify.EXAMPLE)(commands_verify.verify)

@@ -35,7 +35,10 @@ class Fields:
             hint = list[str] if get_origin(hints[field.name]) is tuple else hints[field.name]
             flag = [f"--{field.name.replace('_', '-')}"] if hint is bool else []  # and no --no-…
             bounds = field.metadata["bounds"]
-            option = typer.Option(*flag, help=field.metadata["help"], min=bounds.get("low"), max=bounds.get("high"))
+            told = field.metadata["help"]
+            if self.given and type(field.default) in (int, float):
+                told = f"{told.removesuffix('.')}; as set if not given, or {field.default:g}."
+            option = typer.Option(*flag, help=told, min=bounds.get("low"), max=bounds.get("high"))
             yield inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,

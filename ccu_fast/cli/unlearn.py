@@ -17,9 +17,10 @@ from ccu_fast.distributed.ranks import own_device
 from ccu_fast.files import after_the_work
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
 
-EXAMPLE = (
-    "Examples: ccu-fast unlearn settings.toml --out clean --steps 100    "
-    "ccu-fast unlearn settings.toml --compare --out audit    "
+EXAMPLE = (  # an empty line between two: they would be run together otherwise
+    "Examples:\n\n"
+    "ccu-fast unlearn settings.toml --out clean --steps 100\n\n"
+    "ccu-fast unlearn settings.toml --compare --out audit\n\n"
     "ccu-fast unlearn --compare --task digits-halves --seeds 3"
 )
 
@@ -35,8 +36,12 @@ def unlearn(
     model: Annotated[
         str | None, typer.Option(help="open_clip:NAME, hf:FOLDER or module:function, in place of that in the settings.")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Of the model, in place of those in the settings.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the forward passes: fp32, bf16 or fp16.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="File of the model's, in place of those in the settings.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the forward passes: fp32, bf16 or fp16; as set if not given, or fp32.")
+    ] = None,
     classes: Annotated[
         list[str] | None, typer.Option(help="A class to forget, by name or number; may be repeated.")
     ] = None,
@@ -46,13 +51,14 @@ def unlearn(
         bool, typer.Option("--compare", help="Compare methods, on the data of the settings or on the embedded tasks.")
     ] = False,
     task: Annotated[
-        list[str] | None, typer.Option(help="With --compare, without settings: a task; may be repeated.")
+        list[str] | None,
+        typer.Option(help="With --compare, without settings: a task; may be repeated; all if not given."),
     ] = None,
     scenario: Annotated[
-        list[str] | None, typer.Option(help="With --compare, without settings: class or instances.")
+        list[str] | None, typer.Option(help="With --compare, without settings: class or instances; both if not given.")
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="With --compare: how many; 3, or as the settings say.", min=1)
+        int | None, typer.Option(help="With --compare: how many; if not given 3, or as set.", min=1)
     ] = None,
     text_membership: Annotated[
         bool, typer.Option("--text-membership", help="Also ask, by text alone, who was trained on; needs new items.")

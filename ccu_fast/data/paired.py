@@ -81,7 +81,7 @@ class PairedData:
 
     def batch(self, index: Tensor) -> PairedData:
         """Like :meth:`select`, in memory: for inner loops."""
-        return self._each(lambda inputs: inputs[index])
+        return self._each(lambda inputs: _rows(inputs, index))
 
     @property
     def on_disk(self) -> bool:
@@ -112,3 +112,10 @@ class PairedData:
 
 def _chosen(inputs: Tensor, index: Tensor) -> Tensor:
     return inputs.select(index) if isinstance(inputs, DiskRows) else inputs[index]
+
+
+def _rows(inputs: Tensor, index: Tensor) -> Tensor:
+    """In memory; of positions index_select is the faster way."""
+    if isinstance(inputs, DiskRows) or index.dtype == torch.bool:
+        return inputs[index]
+    return inputs.index_select(0, index)

@@ -204,13 +204,33 @@ def _normalisation(path: Path) -> tuple[Sequence[float], Sequence[float]]:
 
 def _saved(library: Any, path: Path) -> nn.Module:
     """A CLIP of a folder with all its weights: transformers would only warn of those that it makes up."""
-    with readable(path, "model"):
+    with readable(path, "model"), _without_bars(library):
         model, found = library.CLIPModel.from_pretrained(path, output_loading_info=True)
     lacking = sorted({*map(str, found["missing_keys"]), *map(str, found["mismatched_keys"])})
     if lacking:
         raise ValueError(f"model: expected all weights of the CLIP in {path}, got none that fit {lacking[0]}")
     made: nn.Module = model
     return made
+
+
+@contextmanager
+def _without_bars(library: Any) -> Iterator[None]:
+    """Without the progress bars of transformers, which know of no --quiet and fill a log."""
+    logs = library.utils.logging
+    if hasattr(logs, "set_tqdm_hook"):  # of transformers 5; the older switch is also huggingface_hub's
+        before = logs.set_tqdm_hook(lambda _, words, named: logs.EmptyTqdm(*words, **named))
+        try:
+            yield
+        finally:
+            logs.set_tqdm_hook(before)
+        return
+    shown = logs.is_progress_bar_enabled()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logs.enable_progress_bar()
 
 
 def _library(module: str, distribution: str) -> Any:

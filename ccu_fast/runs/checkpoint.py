@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
 from ccu_fast.files import new_file, readable
-from ccu_fast.runs.provenance import items_hash, json_hash, only_tensors, tensors_hash
+from ccu_fast.runs.provenance import Hashes, Weights, json_hash
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,18 @@ class Checkpoint:
             raise ValueError(f"checkpoint: expected a path in an existing folder, got {self.path}")
 
 
-def fingerprint(state: Mapping[str, Tensor], parts: Iterable[PairedData], settings: Any) -> str:
+def fingerprint(model: Weights, parts: Iterable[PairedData], settings: Any, hashes: Hashes | None = None) -> str:
     """SHA-256 of a model's weights, all sets and the settings: equal ones give equal runs.
+
+    Args:
+        model, parts, settings: the three.
+        hashes: those of the model and the sets that are known.
 
     Raises:
         ValueError: the weights are not tensors alone.
     """
-    return json_hash([settings, tensors_hash(only_tensors(state)), *map(items_hash, parts)])
+    hashes = Hashes() if hashes is None else hashes
+    return json_hash([settings, hashes.of(model), *map(hashes.of, parts)])
 
 
 class Keeper:

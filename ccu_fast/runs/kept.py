@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.checkpoint import fingerprint, read_state, write_state
+from ccu_fast.runs.provenance import Hashes, Weights
 
 Tensors = tuple[Tensor, ...]
 
@@ -21,25 +22,27 @@ class Kept:
     Args:
         beside: a checkpoint such as ``checkpoint.pt``; ``forget`` is kept beside it in ``checkpoint.forget.pt``, whole
             or not at all. None: nothing is kept.
-        state: of the original model.
+        model: the original; none where nothing is kept.
         parts: the sets that the tensors are made from.
         settings: what else decides them; JSON. What was kept of another model, other data or settings is not used.
         writes: whether this process writes; where processes share a run, one does.
         device: where what is read goes.
+        hashes: those of the model and the sets that are known.
     """
 
     def __init__(
         self,
         beside: Path | None = None,
-        state: Mapping[str, Tensor] | None = None,
+        model: Weights | None = None,
         parts: Iterable[PairedData] = (),
         settings: Any = None,
         *,
         writes: bool = True,
         device: torch.device | str = "cpu",
+        hashes: Hashes | None = None,
     ) -> None:
         self.beside, self.writes, self.device = beside, writes, device
-        self.key = "" if beside is None else fingerprint(state or {}, parts, settings)
+        self.key = "" if beside is None or model is None else fingerprint(model, parts, settings, hashes)
 
     def of(self, name: str, make: Callable[[], Tensors], about: Any = None) -> Tensors:
         """The tensors of this name: those that are kept, or what ``make`` returns, which is kept from now on.

@@ -80,6 +80,31 @@ def items_hash(data: PairedData, progress: Progress = silent) -> str:
     return known
 
 
+class Hashes:
+    """SHA-256 of models' weights and of sets, each taken when it is first asked for.
+
+    For as long as nothing changes them: they are known by who they are, and held.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[object, str]] = {}
+
+    def of(self, thing: Weights | PairedData) -> str:
+        """:func:`items_hash` of a set, :func:`tensors_hash` of a model's ``state_dict``.
+
+        Raises:
+            ValueError: the weights are not tensors alone.
+        """
+        known = self._known.get(id(thing))
+        if known is None:
+            if isinstance(thing, PairedData):
+                digest = items_hash(thing)
+            else:
+                digest = tensors_hash(only_tensors(thing.state_dict()))
+            known = self._known[id(thing)] = thing, digest
+        return known[1]
+
+
 def json_hash(value: Any) -> str:
     """Of JSON values, whatever the order of the keys of a dict."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -81,7 +81,9 @@ class UnlearnConfig:
     keep: str = check.field("exact", allowed=KEEPS)
     anchor: float = check.field(0.0, low=0)
     neighbours: float | None = check.field(
-        None, "Weight of the pull to the retained item that looks most alike; 0 for none.", low=0
+        None,
+        "Weight of the pull to the retained item most alike; if not given as set, or 0.2 of a class, else 0.",
+        low=0,
     )
     temperature: float = check.field(0.2, low=1e-6)
     forgotten_weight: float = check.field(0.1, low=1e-6)
@@ -89,9 +91,13 @@ class UnlearnConfig:
     dampen: float | None = check.field(None, low=0)
     dampen_items: int = check.field(600, low=2)
     bank: int = check.field(0, low=0)
-    trainable: tuple[str, ...] = check.field(("*",), "Pattern of parameter names; may be repeated.")
+    trainable: tuple[str, ...] = check.field(
+        ("*",), "Pattern of names of parameters that may change; may be repeated; if not given as set, or all."
+    )
     saliency: float = check.field(1.0, low=1e-9, high=1)
-    lora: int | None = check.field(None, "Rank of what is added to linear layers; none: whole weights.", low=1)
+    lora: int | None = check.field(
+        None, "Rank of what is added to linear layers; if not given as set, or whole weights.", low=1
+    )
     budget: Budget = field(default_factory=Budget)
     early_stop: bool = check.field(False, "Stop once the forget set is as unseen; needs unseen items.")
     seed: int = check.field(0, "Of the batches.", low=0)

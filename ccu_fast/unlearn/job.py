@@ -28,7 +28,7 @@ from ccu_fast.models.weights import from_checkpoint
 from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.kept import remove
 from ccu_fast.runs.progress import Progress, silent
-from ccu_fast.runs.provenance import items_hash, save_model, saved_state, tensors_hash
+from ccu_fast.runs.provenance import Hashes, items_hash, save_model, saved_state
 from ccu_fast.unlearn.alarms import NotFinite
 from ccu_fast.unlearn.audit.text_questions import TextQuestions
 from ccu_fast.unlearn.card import card
@@ -90,7 +90,7 @@ def run_job(
     job, model, forget, retain = given.job, given.model, given.forget, given.retain
     unseen, test, config, kind = given.unseen, given.test, given.job.config, given.job.config.forget
     levels = None if kind == "class" else unseen
-    check_run(model, forget, retain, config, unseen=levels)
+    fixed, hashes = check_run(model, forget, retain, config, unseen=levels), Hashes()
     questions = questions_of(given)
     held_out = held_out_of(model, forget, unseen, kind, job.stop) if config.early_stop and unseen is not None else None
     saved_state(library_model(model))  # what cannot be written is refused before the work
@@ -101,7 +101,8 @@ def run_job(
     ):
         checkpoint = Checkpoint(out / "checkpoint.pt", settings={**asdict(config), "dtype": job.dtype})
         group = dist.group.WORLD if world > 1 else None
-        kept = keep_embeddings(checkpoint.path, model, forget, retain, config, levels, group, dtype=job.dtype)
+        beside = checkpoint.path, model, forget, retain, config, levels, group
+        kept = keep_embeddings(*beside, dtype=job.dtype, hashes=hashes)
         try:
             done = run_ccu(
                 model,
@@ -111,6 +112,8 @@ def run_job(
                 unseen=levels,
                 held_out=held_out,
                 kept=kept,
+                fixed=fixed,
+                hashes=hashes,
                 checkpoint=checkpoint,
                 progress=progress,
                 group=group,
@@ -126,7 +129,7 @@ def run_job(
         def finish() -> Any:
             with after_the_work(f"the finished run is in {checkpoint.path}"):
                 sets = {"forget": forget, "retain": retain, "unseen": unseen, "test": test}
-                made = save_model(library_model(done.model), written, _provenance(job, model, sets, world))
+                made = save_model(library_model(done.model), written, _provenance(job, model, sets, world, hashes))
             with after_the_work(f"the unlearned model is in {written}"):
                 cost = {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)}
                 judged = retain if job.judged is None else sample(retain, job.judged, config.seed)
@@ -165,7 +168,9 @@ def _own_folder(
         yield of_first
 
 
-def _provenance(job: Job, model: Any, sets: Mapping[str, PairedData | None], world: int) -> dict[str, Any]:
+def _provenance(
+    job: Job, model: Any, sets: Mapping[str, PairedData | None], world: int, hashes: Hashes
+) -> dict[str, Any]:
     return {
         "method": "CCU as defined in ccu_fast.unlearn.method",
         "seed": job.config.seed,
@@ -174,9 +179,9 @@ def _provenance(job: Job, model: Any, sets: Mapping[str, PairedData | None], wor
         "processes": world,
         "model": job.model,
         "dtype": job.dtype,
-        "original_sha256": tensors_hash(library_model(model).state_dict()),
+        "original_sha256": hashes.of(library_model(model)),
         **{f"{name}_items": None if part is None else len(part) for name, part in sets.items()},
-        **{f"{name}_sha256": None if part is None else items_hash(part) for name, part in sets.items()},
+        **{f"{name}_sha256": None if part is None else hashes.of(part) for name, part in sets.items()},
     }
 
 

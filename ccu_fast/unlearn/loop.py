@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,10 +17,11 @@ from ccu_fast.data.disk_rows import DiskRows, row_digests
 from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.checkpoint import Checkpoint, Keeper, fingerprint
 from ccu_fast.runs.progress import Clock, Progress
+from ccu_fast.runs.provenance import Hashes
 from ccu_fast.runs.retrieval import retrieval_ranks, shared_groups
 from ccu_fast.unlearn.alarms import NotFinite
 from ccu_fast.unlearn.config import Budget, HeldOut
-from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of
+from ccu_fast.unlearn.model import TwoModalityModel, evaluating, heads, logits_of
 from ccu_fast.unlearn.parallel import Alone, Shared
 from ccu_fast.unlearn.parameters import freeze_all_but, salient
 
@@ -107,6 +107,7 @@ def run(
     group: dist.ProcessGroup | None = None,
     scaled: bool = False,
     adapt: Callable[[TwoModalityModel], Callable[[], None]] | None = None,
+    hashes: Hashes | None = None,
 ) -> Run:
     """Unlearn a copy of ``original`` with Adam.
 
@@ -134,12 +135,14 @@ def run(
         scaled: whether the loss is scaled before its backward pass, and steps with an infinite gradient are left out,
             as fp16 needs it (``torch.amp.GradScaler``).
         adapt: changes what of the copy is trained; what it returns undoes that in the end.
+        hashes: those of the original and the sets that are known, for the checkpoint's.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite; the message says at which step and, with a checkpoint, where
             the last good state is.
         ValueError: another run on another process of the group, or more processes than a batch has rows.
     """
+    ready()
     clock = Clock()
     frozen = copy.deepcopy(original).eval().requires_grad_(False)
     model = copy.deepcopy(original).train()
@@ -159,7 +162,7 @@ def run(
     if held_out is not None:
         settings["stop"] = [held_out.level, held_out.slack, held_out.every]
         parts.append(held_out.retain)
-    key = fingerprint(original.state_dict(), parts, settings) if checkpoint or group else ""
+    key = fingerprint(original, parts, settings, hashes) if checkpoint or group else ""
     device = forget.labels.device
     rows = min(budget.batch, len(forget), len(retain))
     together = Alone() if group is None else Shared(group, key, rows, device)
@@ -198,7 +201,8 @@ def run(
         value = loss.item()
         if not math.isfinite(value):
             raise _not_finite(f"the loss is {value}", stage, step, budget, keeper)
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters.values():  # as zero_grad, whose bookkeeping shows in a short step
+            parameter.grad = None
         scaler.scale(loss).backward()
         together.average_gradients(model)
         scaler.unscale_(optimizer)
@@ -237,6 +241,12 @@ def run(
     return Run(model, len(losses), items, *clock.read(), losses)
 
 
+@cache
+def ready() -> None:
+    """Have torch import what its first optimiser wants: that takes seconds, which are no method's time."""
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+
+
 def _only_move(model: TwoModalityModel, batch: Batch, move: Move, memory: dict[str, Tensor]) -> None:
     move()
 
@@ -247,21 +257,6 @@ def _not_finite(what: str, stage: str, step: int, budget: Budget, keeper: Keeper
         message += f"; the state after step {keeper.written} is in {keeper.checkpoint.path}"
     # Of the first loss the steps are not to blame, but the weights or the data.
     return (FloatingPointError if step == 1 and what.startswith("the loss") else NotFinite)(message)
-
-
-@contextmanager
-def evaluating(model: TwoModalityModel) -> Iterator[None]:
-    """The model in evaluation mode and no gradients."""
-    # Each layer's own mode: some are kept in evaluation mode while the rest trains.
-    training, modes = model.training, [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-        for module, mode in modes:
-            module.training = mode
 
 
 @dataclass(frozen=True)

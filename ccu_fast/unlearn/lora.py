@@ -57,16 +57,7 @@ def attach(model: nn.Module, rank: int, leave: Collection[str] = (), seed: int =
         NothingTrainable: no linear layer is left to adapt.
         ValueError: a weight that several layers share, which could not be merged.
     """
-    linear = [layer for layer in _linear(model) if layer[0] not in leave]
-    found = [(layer, name) for _, layer, name in linear if getattr(layer, name).requires_grad]
-    if not found:
-        listed = f", such as {some(key for key, *_ in linear)}," if linear else ""
-        raise NothingTrainable(
-            f"lora: expected trainable to match the weight of a linear layer of the visual modality{listed} got none"
-        )
-    shared = Counter(id(p) for layer in model.modules() for p in layer.parameters(recurse=False))
-    if any(shared[id(getattr(layer, name))] > 1 for layer, name in found):
-        raise ValueError("lora: expected linear layers with weights of their own, got one that several layers share")
+    found = adaptable(model, leave)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     places = [(layer, name, list(layer._parameters)) for layer, name in found]
@@ -82,6 +73,34 @@ def attach(model: nn.Module, rank: int, leave: Collection[str] = (), seed: int =
             layer._parameters.update({key: own[key] for key in order})
 
     return merge
+
+
+def adaptable(
+    model: nn.Module, leave: Collection[str] = (), free: Collection[str] | None = None
+) -> list[tuple[nn.Module, str]]:
+    """The layers that :func:`attach` adapts and the names of their weights, and its errors; the model is not changed.
+
+    Args:
+        model, leave: of :func:`attach`.
+        free: names of the parameters that may change; None: those that require a gradient.
+    """
+    may = {id(p) for name, p in model.named_parameters() if (p.requires_grad if free is None else name in free)}
+    linear = [layer for layer in _linear(model) if layer[0] not in leave]
+    found = [(layer, name) for _, layer, name in linear if id(getattr(layer, name)) in may]
+    if not found:
+        listed = f", such as {some(key for key, *_ in linear)}," if linear else ""
+        raise NothingTrainable(
+            f"lora: expected trainable to match the weight of a linear layer of the visual modality{listed} got none"
+        )
+    shared = Counter(id(p) for layer in model.modules() for p in layer.parameters(recurse=False))
+    if any(shared[id(getattr(layer, name))] > 1 for layer, name in found):
+        raise ValueError("lora: expected linear layers with weights of their own, got one that several layers share")
+    return found
+
+
+def linear_weights(model: nn.Module) -> frozenset[str]:
+    """The names of the weights that could be adapted."""
+    return frozenset(key for key, *_ in _linear(model))
 
 
 def _linear(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

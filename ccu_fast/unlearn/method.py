@@ -22,9 +22,8 @@ used to be, because a head that keeps the old direction of their class brings th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -36,12 +35,13 @@ from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.kept import Kept, remove
+from ccu_fast.runs.provenance import Hashes
 from ccu_fast.unlearn.alarms import NothingTrainable
 from ccu_fast.unlearn.baselines.ssd import dampen
 from ccu_fast.unlearn.config import UnlearnConfig
-from ccu_fast.unlearn.loop import Batch, Run, embed, embed_visual, evaluating, run
-from ccu_fast.unlearn.lora import attach
-from ccu_fast.unlearn.model import TwoModalityModel, heads, logits_of, task_loss
+from ccu_fast.unlearn.loop import Batch, Run, embed, embed_visual, run
+from ccu_fast.unlearn.lora import adaptable, attach
+from ccu_fast.unlearn.model import TwoModalityModel, evaluating, heads, logits_of, task_loss
 from ccu_fast.unlearn.objective import (
     KeyBank,
     anchor_loss,
@@ -54,7 +54,7 @@ from ccu_fast.unlearn.objective import (
 )
 from ccu_fast.unlearn.parameters import (
     buffers_of_other,
-    freeze_all_but,
+    left_to_train,
     matches,
     parameters_of_other,
     parameters_of_visual,
@@ -74,20 +74,23 @@ def run_ccu(
     *,
     unseen: PairedData | None = None,
     kept: Kept | None = None,
+    fixed: Fixed | None = None,
     **options: Any,
 ) -> Run:
     """CCU in the loop with all that its configuration says; the options are those of :func:`.loop.run`.
 
     What the original model says is ``kept`` (:func:`keep_embeddings`) for a run that goes on after it was killed; by
-    default until this one ends, where there is a checkpoint.
+    default until this one ends, where there is a checkpoint. ``fixed`` is of :func:`check_run`, where that was called.
 
     Raises:
         ValueError: see :func:`check_run`.
     """
-    check_run(original, forget, retain, config, unseen=unseen)
+    fixed = check_run(original, forget, retain, config, unseen=unseen) if fixed is None else fixed
     own, checkpoint = kept is None, options.get("checkpoint")
     if kept is None and checkpoint is not None:
-        kept = keep_embeddings(checkpoint.path, original, forget, retain, config, unseen, options.get("group"))
+        options["hashes"] = hashes = options.get("hashes") or Hashes()
+        group = options.get("group")
+        kept = keep_embeddings(checkpoint.path, original, forget, retain, config, unseen, group, hashes=hashes)
     done = run(
         original,
         forget,
@@ -96,11 +99,11 @@ def run_ccu(
         config.budget,
         seed=config.seed,
         trainable=config.trainable,
-        keep=kept_exactly(original, forget, config),
+        keep=fixed.keep,
         saliency=config.saliency,
         start=partial(damage, config, forget, retain) if config.used("dampen") else None,
         more=asdict(config),
-        adapt=None if config.lora is None else partial(adapt, config, original, forget),
+        adapt=None if config.lora is None else partial(adapt, config, fixed.leave),
         unseen=unseen,
         **options,
     )
@@ -118,20 +121,36 @@ def keep_embeddings(
     unseen: PairedData | None,
     group: dist.ProcessGroup | None = None,
     dtype: str = "fp32",
+    hashes: Hashes | None = None,
 ) -> Kept:
     """Where a run keeps what the original model says, beside its checkpoint, under the names :data:`KEPT_FILES`.
 
-    The first process of a group writes it; all of them read it. ``dtype`` is that of the forward passes.
+    The first process of a group writes it; all of them read it. ``dtype`` is that of the forward passes, ``hashes`` are
+    those that are known.
     """
     parts = [part for part in (forget, retain, unseen) if part is not None]
     return Kept(
         checkpoint,
-        original.state_dict(),
+        original,
         parts,
         [config.seed, config.group, dtype],
         writes=group is None or dist.get_rank(group) == 0,
         device=forget.labels.device,
+        hashes=hashes,
     )
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What of a model a run leaves as it is: names of its parameters and buffers.
+
+    Attributes:
+        keep: they stay to the bit: with keep="exact" what the other modality uses.
+        leave: weights that no low-rank matrix is added to, those of the other modality; none without ``lora``.
+    """
+
+    keep: frozenset[str] = frozenset()
+    leave: frozenset[str] = frozenset()
 
 
 def check_run(
@@ -141,13 +160,16 @@ def check_run(
     config: UnlearnConfig,
     *,
     unseen: PairedData | None = None,
-) -> None:
+) -> Fixed:
     """Raise, before any work, what a run could not do with these settings on this model and these sets.
+
+    The model is looked into, and is afterwards as it was.
 
     Raises:
         ValueError: a pull to neighbours among inputs that have no nearness; no unseen items where stand-ins cannot be
             made.
-        NothingTrainable: see :func:`check_trainable`.
+        NothingTrainable: see :func:`.left_to_train` and :func:`.lora.adaptable`; the visual embeddings depend on
+            nothing that may change but what the other modality uses, and only heads could then hide what they tell.
     """
     if config.neighbours and not comparable(forget.visual):
         raise ValueError(
@@ -156,46 +178,30 @@ def check_run(
         )
     if config.forget != "class" and config.forgetting:
         check_levels(original, forget, retain, unseen, group=config.group)
-    check_trainable(original, forget, config)
+    exact, lora = config.keep == "exact", config.lora is not None
+    of_other = parameters_of_other(original, forget) if exact or lora else frozenset()
+    of_visual = parameters_of_visual(original, forget) if exact or lora else frozenset()
+    keep: frozenset[str] = frozenset()
+    if exact:
+        trained = {
+            p for p, value in original.named_parameters() if value.requires_grad and matches(p, config.trainable)
+        }
+        visual = of_visual & trained
+        if visual and visual <= of_other:
+            raise NothingTrainable(
+                'keep: expected keep="trained" for a model whose visual embeddings depend on no trainable parameter '
+                'that the other modality does not depend on, got "exact"'
+            )
+        keep = of_other | buffers_of_other(original, forget)
+    fixed = Fixed(keep, of_other - of_visual if lora else frozenset())
+    free = left_to_train(cast(nn.Module, original), config.trainable, keep)
+    if lora:
+        adaptable(cast(nn.Module, original), fixed.leave, free)
+    return fixed
 
 
-def kept_exactly(model: TwoModalityModel, forget: PairedData, config: UnlearnConfig) -> frozenset[str]:
-    """The names of the parameters and buffers that stay as they are: with keep="exact" what the other modality uses.
-
-    Raises:
-        NothingTrainable: the visual embeddings depend on nothing else that may change; only heads could then hide
-            what the embeddings still tell.
-    """
-    if config.keep != "exact":
-        return frozenset()
-    kept = parameters_of_other(model, forget)
-    free = {name for name, p in model.named_parameters() if p.requires_grad and matches(name, config.trainable)}
-    visual = parameters_of_visual(model, forget) & free
-    if visual and visual <= kept:
-        raise NothingTrainable(
-            'keep: expected keep="trained" for a model whose visual embeddings depend on no trainable parameter that '
-            'the other modality does not depend on, got "exact"'
-        )
-    return kept | buffers_of_other(model, forget)
-
-
-def check_trainable(model: TwoModalityModel, forget: PairedData, config: UnlearnConfig) -> None:
-    """Raise an error that says why nothing, or nothing that would help, may change; the model is not changed.
-
-    Raises:
-        NothingTrainable: see :func:`.freeze_all_but`, :func:`kept_exactly` and :func:`.lora.attach`.
-    """
-    trial = copy.deepcopy(model)
-    freeze_all_but(cast(nn.Module, trial), config.trainable, kept_exactly(model, forget, config))
-    if config.lora is not None:
-        adapt(config, model, forget, trial)
-
-
-def adapt(
-    config: UnlearnConfig, original: TwoModalityModel, forget: PairedData, model: TwoModalityModel
-) -> Callable[[], None]:
+def adapt(config: UnlearnConfig, leave: frozenset[str], model: TwoModalityModel) -> Callable[[], None]:
     """Train adapters of the visual modality's linear layers; what is returned merges them."""
-    leave = parameters_of_other(original, forget) - parameters_of_visual(original, forget)
     return attach(cast(nn.Module, model), config.lora or 0, leave, config.seed)
 
 
@@ -247,12 +253,15 @@ class CcuStep:
     def __call__(self, model: TwoModalityModel, batch: Batch) -> Tensor:
         config, forget, retain, scale = self.config, batch.forget, batch.retain, self.scale
         n, trained = len(forget), config.keep == "trained"
-        u0, a0 = self.u0[batch.forget_rows], self.a0[batch.forget_rows]
+        u0, a0 = (kept.index_select(0, batch.forget_rows) for kept in (self.u0, self.a0))
         r0, b0 = self.retained.of(batch.retain_rows, retain)
-        other0 = torch.cat([a0, b0])
-        visual = model.embed_visual(torch.cat([forget.visual, retain.visual]))
-        other = model.embed_other(torch.cat([forget.other, retain.other])) if trained else other0
-        u, r, a, b = visual[:n], visual[n:], other[:n], other[n:]
+        sizes = n, len(retain)
+        u, r = model.embed_visual(torch.cat([forget.visual, retain.visual])).split(sizes)
+        a, b = a0, b0
+        if trained:
+            other = model.embed_other(torch.cat([forget.other, retain.other]))
+            other0 = torch.cat([a0, b0])
+            a, b = other.split(sizes)
         # An untrained head for the other modality has nothing to learn from its untrained embeddings.
         if config.task:
             total = config.task * task_loss(model, r, b, retain.labels, visual_only=not trained)
@@ -261,7 +270,7 @@ class CcuStep:
         if config.forgetting:
             total = total + config.forgetting * self._gone(model, batch, u, r, u0, a0, b0, a)
         if self.neighbour is not None:
-            total = total + self.pull * neighbour_loss(u, self.neighbour[batch.forget_rows])
+            total = total + self.pull * neighbour_loss(u, self.neighbour.index_select(0, batch.forget_rows))
         if config.retention and trained:
             keys = other0 if self.bank is None else self.bank.keys
             kept = retention_loss(other, other0, keys, scale=scale)
@@ -326,6 +335,6 @@ class Frozen:
         """The visual and the other embeddings of these rows, which are the items of ``batch``."""
         if self.whole is not None:
             visual, other = self.whole
-            return visual[rows], other[rows]
+            return visual.index_select(0, rows), other.index_select(0, rows)
         with evaluating(self.model):
             return self.model.embed_visual(batch.visual), self.model.embed_other(batch.other)

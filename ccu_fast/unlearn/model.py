@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
@@ -80,6 +80,47 @@ def heads(model: TwoTowerModel, *, visual_only: bool = False) -> tuple[str, ...]
     """The heads the model has, of "visual", "other" and "fused"; with ``visual_only`` those that see that modality."""
     names = [name for name in HEADS if not (visual_only and name == "other")]
     return tuple(name for name in names if callable(getattr(model, f"classify_{name}", None)))
+
+
+@contextmanager
+def evaluating(model: TwoModalityModel) -> Iterator[None]:
+    """The model in evaluation mode and no gradients."""
+    # Each layer's own mode: some are kept in evaluation mode while the rest trains.
+    training, modes = model.training, [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def looking(model: TwoModalityModel) -> Iterator[None]:
+    """The model in evaluation mode, to be looked into: what is then changed but weights is undone.
+
+    That is which parameters require gradients, and buffers, which a layer may change in evaluation mode too.
+    """
+    training, modes = model.training, [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for own, before in buffers:
+                own.update(before)
+            for buffer, value in values:
+                buffer.copy_(value)
 
 
 def embed_both(model: TwoModalityModel, data: PairedData) -> tuple[Tensor, Tensor]:
@@ -259,9 +300,7 @@ def _check_labels(forget: PairedData, retain: PairedData, roles: str, called: Ma
 
 def _check_outputs(model: TwoModalityModel, forget: PairedData, labels: list[Tensor]) -> None:
     item = forget.batch(torch.zeros(1, dtype=torch.long, device=forget.labels.device))
-    # On a copy: switching modes back and forth would lose those of single layers.
-    model = copy.deepcopy(model).eval()
-    with torch.no_grad():
+    with looking(model), torch.no_grad():
         visual, other = embed_both(model, item)
         if visual.ndim != 2 or visual.shape != other.shape:
             raise ValueError(

@@ -240,7 +240,7 @@ def unclassify_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def class_log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     """log(p_y / (1 - p_y)) of each row, ``[N]``: z_y − logsumexp of the other logits."""
     own = labels[:, None]
-    return logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).logsumexp(1)
+    return logits.gather(1, own).squeeze(1) - logits.scatter(1, own, -torch.inf).logsumexp(1)
 
 
 def level_loss(log_odds: Tensor, levels: Tensor, *, width: float = 0.2) -> Tensor:

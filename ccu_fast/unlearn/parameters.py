@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from itertools import islice
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.alarms import NothingTrainable
-from ccu_fast.unlearn.model import TwoModalityModel, heads, loss_on
+from ccu_fast.unlearn.model import TwoModalityModel, heads, looking, loss_on
 
 CHUNK = 256  # items whose gradient is taken at once
 
@@ -29,20 +30,26 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str], keep: Collection[s
     Raises:
         NothingTrainable: a pattern that matches nothing; nothing left to train, with ``keep`` or without.
     """
+    free = left_to_train(model, patterns, keep)
+    for name, parameter in model.named_parameters():
+        if name not in free:
+            parameter.requires_grad_(False)
+    for prefix, module in model.named_modules():
+        if any(_joined(prefix, name) in keep for name, _ in module.named_buffers(recurse=False)):
+            module.training = False  # of this layer alone: what it is made of may be of the other side
+
+
+def left_to_train(model: nn.Module, patterns: Sequence[str], keep: Collection[str] = ()) -> frozenset[str]:
+    """The names of the parameters that :func:`freeze_all_but` leaves, and its errors, without a change to the model."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise NothingTrainable(
                 f"trainable: expected patterns of parameter names ({some(names)}), got {pattern!r}, which matches none"
             )
-    for name, parameter in model.named_parameters():
-        if name in keep or not matches(name, patterns):
-            parameter.requires_grad_(False)
-    for prefix, module in model.named_modules():
-        if any(_joined(prefix, name) in keep for name, _ in module.named_buffers(recurse=False)):
-            module.training = False  # of this layer alone: what it is made of may be of the other side
-    if any(p.requires_grad for p in model.parameters()):
-        return
+    free = {name for name, p in model.named_parameters() if p.requires_grad and matches(name, patterns)}
+    if free - set(keep):
+        return frozenset(free - set(keep))
     if keep:
         raise NothingTrainable(
             f'keep: expected keep="trained" where the other modality depends on all that may change '
@@ -90,13 +97,12 @@ def parameters_of_visual(model: TwoModalityModel, data: PairedData) -> frozenset
 def _parameters_of(
     outputs: Callable[[TwoModalityModel, PairedData], Tensor], model: TwoModalityModel, data: PairedData
 ) -> frozenset[str]:
-    # On a copy, in evaluation mode: neither statistics nor gradients of the model may change.
-    model = copy.deepcopy(model).eval()
-    named = {name: p.requires_grad_(True) for name, p in model.named_parameters() if p.is_floating_point()}
-    found = outputs(model, data.batch(torch.zeros(1, dtype=torch.long, device=data.ids.device)))
-    if not found.requires_grad:  # embeddings that come ready, from no parameter
-        return frozenset()
-    gradients = torch.autograd.grad(found.sum(), list(named.values()), allow_unused=True)
+    with looking(model), torch.enable_grad():
+        named = {name: p.requires_grad_(True) for name, p in model.named_parameters() if p.is_floating_point()}
+        found = outputs(model, data.batch(torch.zeros(1, dtype=torch.long, device=data.ids.device)))
+        if not found.requires_grad:  # embeddings that come ready, from no parameter
+            return frozenset()
+        gradients = torch.autograd.grad(found.sum(), list(named.values()), allow_unused=True)
     return frozenset(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None)
 
 
@@ -107,13 +113,13 @@ def buffers_of_other(model: TwoModalityModel, data: PairedData) -> frozenset[str
         model: not changed.
         data: its first item is embedded to see.
     """
-    model = copy.deepcopy(model).eval()
     found: set[str] = set()
-    for prefix, module in model.named_modules():
-        names = [_joined(prefix, name) for name, _ in module.named_buffers(recurse=False)]
-        if names:
-            module.register_forward_pre_hook(lambda *_, names=names: found.update(names))
-    with torch.no_grad():
+    with ExitStack() as hooks, looking(model), torch.no_grad():
+        for prefix, module in model.named_modules():
+            names = [_joined(prefix, name) for name, _ in module.named_buffers(recurse=False)]
+            if names:
+                hook = module.register_forward_pre_hook(lambda *_, names=names: found.update(names))
+                hooks.callback(hook.remove)
         embedded = model.embed_other(data.batch(torch.zeros(1, dtype=torch.long, device=data.ids.device)).other)
         if "other" in heads(model):
             model.classify_other(embedded)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 import ccu_fast
 from ccu_fast import info
 from ccu_fast.cli import main as cli
+from ccu_fast.cli.app import app
 from ccu_fast.ops import machine
+from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from tests.support.forked import in_child
 
 # The status, output and errors of each command line.
@@ -64,6 +69,53 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([name, "--help"]) == 0
     assert f"Example: ccu-fast {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("name", ["unlearn", "demo", "protect", "evaluate", "verify", "bench", None])
+def test_help_is_whole_at_any_width(
+    name: str | None, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.main([*filter(None, [name]), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown and "<bool>" not in shown and max(map(len, shown.splitlines())) <= columns
+    if name is None:
+        return
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    for option in (parameter for parameter in command.params if parameter.param_type_name == "option"):
+        assert f"{option.opts[0]} " in shown
+        assert not option.multiple or re.search(rf"{option.opts[0]} +<str>", shown)
+    # What stands before the options fills its lines: the first word of the next would not have fitted.
+    text = shown.partition("Arguments")[0].partition("Options ─")[0].partition("Options:")[0].rstrip("╭─ \n")
+    lines = [line.strip() for line in text.splitlines()][2:]
+    for line, following in itertools.pairwise(lines):
+        if line and following:
+            assert len(line) + 1 + len(following.split()[0]) > columns - 4
+
+
+def test_each_example_has_a_line_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["unlearn", "--help"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line.startswith("ccu-fast")] == [
+        "ccu-fast unlearn settings.toml --out clean --steps 100",
+        "ccu-fast unlearn settings.toml --compare --out audit",
+        "ccu-fast unlearn --compare --task digits-halves --seeds 3",
+    ]
+
+
+def test_what_the_settings_decide_has_its_default_in_the_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    assert cli.main(["unlearn", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("steps", "learning_rate", "batch"):
+        assert f"as set if not given, or {getattr(Budget(), name):g}." in shown
+    assert "0.2 of a class" in shown and UnlearnConfig().used("neighbours") == 0.2
 
 
 def test_overview_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -492,6 +492,31 @@ def open_clip_model(name: str, open_clip: Any) -> Any:
     return lambda: open_clip.create_model(name, pretrained=None)
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_bars_of_the_library_are_off_while_we_load_and_as_before_then(
+    older: bool,
+    transformers: Any,
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logs = transformers.utils.logging
+    if older:  # transformers 4 has one switch alone
+        monkeypatch.delattr(logs, "set_tqdm_hook", raising=False)
+    for shown in (True, False):
+        (logs.enable_progress_bar if shown else logs.disable_progress_bar)()
+        try:
+            capfd.readouterr()
+            transformers.CLIPModel.from_pretrained(folder)
+            bar = "Loading weights" in capfd.readouterr().err
+            named_model(f"hf:{folder}").factory()
+            assert "Loading" not in capfd.readouterr().err and logs.is_progress_bar_enabled() == shown
+            transformers.CLIPModel.from_pretrained(folder)
+            assert ("Loading weights" in capfd.readouterr().err) == bar
+        finally:
+            logs.enable_progress_bar()
+
+
 def test_a_folder_whose_weights_are_not_all_there(folder: Path) -> None:
     file = folder / "model.safetensors"
     state = load_file(file)

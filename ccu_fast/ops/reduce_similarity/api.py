@@ -386,8 +386,8 @@ def assemble(
     results = []
     for kind, relations in spec:
         if not _in_tiles(kind, relations, limited):
-            total = torch.stack([by_relation[r] for r in (SELF, SAME, OTHER) if r & relations]).sum(0)
-            results.append(total.expand(math.prod(shape[:-1]), -1).reshape(shape))
+            first, *more = (by_relation[r] for r in (SELF, SAME, OTHER) if r & relations)
+            results.append(sum(more, first).expand(math.prod(shape[:-1]), -1).reshape(shape))
         else:
             result = next(tiles)
             if kind == "count":

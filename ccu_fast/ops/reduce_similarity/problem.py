@@ -138,7 +138,7 @@ def without_ignored(items: Tensor, labels: Tensor | None) -> Tensor:
         return items
     # To look costs less than a copy; but a GPU would keep the host waiting, and a compiled graph cannot branch on it.
     look = items.device.type == "cpu" and not check.by_operator(items) and not transformed(items, ignored)
-    if look and torch.isfinite(items.detach()[ignored.expand(lead)]).all():
+    if look and (not ignored.any() or torch.isfinite(items.detach()[ignored.expand(lead)]).all()):
         return items
     return items.masked_fill(ignored[..., None], 0)
 

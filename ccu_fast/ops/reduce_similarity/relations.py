@@ -105,10 +105,13 @@ def count_relations(p: SimilarityProblem, *, along_rows: bool) -> dict[Relation,
             return {SELF: own, SAME: torch.zeros_like(own), OTHER: m - own}
         row_labels, col_labels = _same_banks(row_labels, col_labels)
         keep, valid = (row_labels >= 0).long(), (col_labels >= 0).sum(-1, keepdim=True)
+        same = _occurrences(col_labels, row_labels) * keep
+        if not p.diagonal:
+            return {SELF: torch.zeros_like(same), SAME: same, OTHER: (valid - same) * keep}
         # The label of the pair (i, i), and −1 where there is none. Padded by n whatever m is: no branch on sizes.
-        paired = pad(col_labels, (0, n), value=-1)[:, :n] if p.diagonal else torch.full_like(row_labels, -1)
+        paired = pad(col_labels, (0, n), value=-1)[:, :n]
         own = (paired >= 0).long() * keep
-        same = _occurrences(col_labels, row_labels) * keep - own * (row_labels == paired)
+        same = same - own * (row_labels == paired)
         return {SELF: own, SAME: same, OTHER: (valid - own - same) * keep}
     if row_labels is None or col_labels is None:
         col_ids, row_ids = _same_banks(col_ids, row_ids)

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from ccu_fast import check
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn.loop import embed_visual, epochs_of_rows, evaluating
-from ccu_fast.unlearn.model import TwoModalityModel
+from ccu_fast.unlearn.loop import embed_visual, epochs_of_rows
+from ccu_fast.unlearn.model import TwoModalityModel, evaluating
 
 
 def relearn_steps(

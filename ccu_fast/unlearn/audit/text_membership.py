@@ -29,8 +29,7 @@ from ccu_fast import check, extras
 from ccu_fast.models.dual_encoder import DualEncoder
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.unlearn.audit.membership import auc
-from ccu_fast.unlearn.loop import evaluating
-from ccu_fast.unlearn.model import TwoModalityModel, TwoTowerModel
+from ccu_fast.unlearn.model import TwoModalityModel, TwoTowerModel, evaluating
 
 FEATURES = ("similarity", "spread")
 DETECTORS = ("isolation forest", "one-class SVM", "local outlier factor", "elliptic envelope")

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
-from ccu_fast.unlearn.loop import Batch, Move, Update, evaluating
-from ccu_fast.unlearn.model import TwoModalityModel, embed_both, heads, logits_of
+from ccu_fast.unlearn.loop import Batch, Move, Update
+from ccu_fast.unlearn.model import TwoModalityModel, embed_both, evaluating, heads, logits_of
 
 LEAST = 0.1  # of the trace
 CHUNK = 256

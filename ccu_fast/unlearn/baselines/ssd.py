@@ -20,8 +20,8 @@ from torch import Tensor
 from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.progress import Clock
 from ccu_fast.unlearn.baselines.importance import sum_of_squares
-from ccu_fast.unlearn.loop import Run, evaluating
-from ccu_fast.unlearn.model import TwoModalityModel, loss_on
+from ccu_fast.unlearn.loop import Run
+from ccu_fast.unlearn.model import TwoModalityModel, evaluating, loss_on
 
 
 def ssd(original: TwoModalityModel, forget: PairedData, retain: PairedData, *, alpha: float) -> Run:

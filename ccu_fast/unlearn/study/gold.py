@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ccu_fast.files import output_folder
 from ccu_fast.models.named import named_model
 from ccu_fast.runs.progress import Clock, Progress
-from ccu_fast.runs.provenance import items_hash, made_before, save_model, tensors_hash, versions
+from ccu_fast.runs.provenance import Hashes, made_before, save_model, tensors_hash, versions
 from ccu_fast.unlearn.job import library_model, load_user_model
+from ccu_fast.unlearn.loop import ready
 from ccu_fast.unlearn.model import check_problem
 from ccu_fast.unlearn.precision import under_autocast
 from ccu_fast.unlearn.settings import Job
@@ -38,6 +39,7 @@ class Gold:
     sets: Scenario
     ready: Any
     hashes: dict[str, str | None]
+    known: Hashes
 
     @property
     def made(self) -> bool:
@@ -45,7 +47,7 @@ class Gold:
         return self.ready is None
 
     @classmethod
-    def of(cls, job: Job, original: Any, sets: Scenario) -> Gold | None:
+    def of(cls, job: Job, original: Any, sets: Scenario, known: Hashes) -> Gold | None:
         """What the settings say, checked; None where they name no retrained model.
 
         Raises:
@@ -55,7 +57,7 @@ class Gold:
         compare = job.compare
         if compare.retrain is not None:
             users_function("retrain", compare.retrain)
-            return cls(job, sets, None, {"retrain": compare.retrain})
+            return cls(job, sets, None, {"retrain": compare.retrain}, known)
         if compare.gold is None:
             return None
         ready: Any
@@ -64,11 +66,11 @@ class Gold:
         else:
             ready = load_user_model(job.model, compare.gold, "gold")
         digest = tensors_hash(ready.state_dict())
-        if digest == tensors_hash(original.state_dict()):
+        if digest == known.of(original):
             raise ValueError(
                 f"gold: expected weights of a retrained model, got those of the original in {compare.gold}"
             )
-        return cls(job, sets, _checked("gold", ready, job, sets), {"gold_sha256": digest})
+        return cls(job, sets, _checked("gold", ready, job, sets), {"gold_sha256": digest}, known)
 
     def model(self, seed: int, folder: Path, progress: Progress) -> tuple[Any, dict[str, float]]:
         """The model and, where it was trained, "seconds" and "cpu_seconds"; kept in ``folder`` and found there again.
@@ -86,7 +88,7 @@ class Gold:
             "model": self.job.model,
             "hidden": compare.hidden,
             "seed": seed,
-            "pairs": [items_hash(part) for part in inputs],
+            "pairs": [self.known.of(part) for part in inputs],
             "versions": versions("ccu_fast", "torch", "python", "machine"),
             "format": FORMAT,
         }
@@ -94,6 +96,7 @@ class Gold:
         if found is not None:
             return found
         progress("retraining", 0, 1, str(compare.retrain))
+        ready()
         clock, device = Clock(), self.job.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)

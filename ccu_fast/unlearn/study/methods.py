@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
+from torch import nn
+
+from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.config import UnlearnConfig
 from ccu_fast.unlearn.loop import Run
+from ccu_fast.unlearn.lora import linear_weights
 from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.model import TwoModalityModel
+from ccu_fast.unlearn.parameters import buffers_of_other, matches, parameters_of_other, parameters_of_visual
 from ccu_fast.unlearn.study.tasks import Scenario
+from ccu_fast.unlearn.unseen import comparable
 
+STATISTICS = ("running_mean", "running_var")  # of a normalisation layer, which follow the batches
 TOLD = ", told"  # how the name of a baseline ends that is told to keep the other modality
 # Not those that train nothing, or are told already.
 TELLABLE = (
@@ -45,7 +52,7 @@ METHODS = {
 ABLATIONS: dict[str, dict[str, Any]] = {
     "ccu_without_a": {"forgetting": 0.0},
     # The other modality is trained, and nothing holds it.
-    "ccu_without_b": {"keep": "trained", "retention": 0.0},
+    "ccu_without_b": {"keep": "trained", "retention": 0.0, "anchor": 0.0},
     "ccu_without_c": {"separation": 0.0},
     "ccu_without_neighbours": {"neighbours": 0.0},
     "ccu_without_damage": {"dampen": 0.0},
@@ -80,7 +87,7 @@ def unlearned(name: str, original: TwoModalityModel, split: Scenario, config: Un
 def differs(name: str, config: UnlearnConfig) -> bool:
     """Whether a method is no ablation, or one of something that these settings use."""
     if name == "ccu_without_unseen":
-        return config.forget != "class"
+        return config.forget != "class" and config.forgetting > 0
     changed = ABLATIONS.get(name)
     return changed is None or any(config.used(key) != value for key, value in changed.items())
 
@@ -92,4 +99,18 @@ def why_not(name: str, original: TwoModalityModel, split: Scenario, config: Unle
         return baseline.lacks(original, split.forget, told=name.endswith(TOLD))
     if not differs(name, config) or (name == "ccu_without_unseen" and split.held_out is None):
         return "is CCU itself here: the settings do not use what it leaves out"
+    if name == "ccu_without_neighbours" and not comparable(split.forget.visual):
+        return "is CCU itself here: the inputs have no nearness"
+    if name == "ccu_without_b" and not config.anchor and not _other_may_change(original, split.forget, config):
+        return "is CCU itself here: the other modality depends on nothing that may change"
     return None
+
+
+def _other_may_change(model: TwoModalityModel, forget: PairedData, config: UnlearnConfig) -> bool:
+    """Whether, with keep="trained", a parameter is trained that the other modality depends on, or statistics follow."""
+    of_other = parameters_of_other(model, forget)
+    free = {name for name, p in model.named_parameters() if p.requires_grad and matches(name, config.trainable)}
+    if config.lora is not None:  # of the other modality, only what both share is adapted
+        free &= linear_weights(cast(nn.Module, model)) & parameters_of_visual(model, forget)
+    followed = any(name.endswith(STATISTICS) for name in buffers_of_other(model, forget))
+    return followed or not free.isdisjoint(of_other)

@@ -24,7 +24,7 @@ from ccu_fast.runs import cache
 from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.kept import remove
 from ccu_fast.runs.progress import Progress, silent
-from ccu_fast.runs.provenance import items_hash, json_hash, saved_state, tensors_hash, versions
+from ccu_fast.runs.provenance import Hashes, json_hash, saved_state, versions
 from ccu_fast.unlearn.audit import verdict_without_gold
 from ccu_fast.unlearn.audit.text_questions import FIGURES, TextQuestions, compared
 from ccu_fast.unlearn.job import library_model, opened, questions_of
@@ -39,7 +39,7 @@ from ccu_fast.unlearn.study.tasks import Scenario
 
 # Of the kept parts. Raise it whenever a method or the audit gives other figures with the same settings and versions, or
 # figures of another form.
-FORMAT = 1
+FORMAT = 2
 DEEP = ("original", "gold", "ccu")  # models that are looked into below the heads
 # Errors that say what a method cannot do with this model and these items, not what is wrong with a file.
 INAPPLICABLE = re.compile(r"(model|forget|retain|visual|unseen|keep|keep_other|trainable|lora|neighbours): expected")
@@ -55,7 +55,8 @@ class Problem:
         sets: what is forgotten, kept, held out and judged, on the device.
         gold: where a retrained model comes from; None without.
         ranked: whether the items choose their partner, for want of heads or labels.
-        hashes: of the model and the sets.
+        hashes: of the model and the sets, as a result has them.
+        known: the same, for checkpoints.
         questions: what every model is asked by text alone, with each seed the same; None where that is not wanted.
     """
 
@@ -65,6 +66,7 @@ class Problem:
     gold: Gold | None
     ranked: bool
     hashes: dict[str, str | None]
+    known: Hashes
     questions: TextQuestions | None
 
 
@@ -134,14 +136,15 @@ def _problem(job: Job) -> Problem:
         check_run(model, forget, retain, job.config, unseen=None if kind == "class" else unseen)
     sets = Scenario(kind, given.data, forget, retain, test[~gone], test[gone] if kind == "class" else None, unseen)
     named = {"forget": forget, "retain": retain, "unseen": unseen, "test": test}
-    hashes = {f"{name}_sha256": None if part is None else items_hash(part) for name, part in named.items()}
-    gold = Gold.of(job, model, sets)
+    known = Hashes()
+    hashes = {f"{name}_sha256": None if part is None else known.of(part) for name, part in named.items()}
+    gold = Gold.of(job, model, sets, known)
     if gold is not None and gold.made:
         saved_state(library_model(model))  # a retrained model is kept
     questions = questions_of(given)
     ranked = not (forget.labelled and heads(model))
-    hashes = {"original_sha256": tensors_hash(library_model(model).state_dict()), **hashes}
-    return Problem(job, model, sets, gold, ranked, hashes | ({} if gold is None else gold.hashes), questions)
+    hashes = {"original_sha256": known.of(library_model(model)), **hashes}
+    return Problem(job, model, sets, gold, ranked, hashes | ({} if gold is None else gold.hashes), known, questions)
 
 
 def _check_free(out: Path) -> None:
@@ -277,7 +280,8 @@ def _made(
     if reason is not None:
         return None, {"left_out": reason}
     try:
-        done = unlearned(name, problem.original, problem.sets, config, progress=progress, checkpoint=Checkpoint(state))
+        options: dict[str, Any] = {"progress": progress, "checkpoint": Checkpoint(state), "hashes": problem.known}
+        done = unlearned(name, problem.original, problem.sets, config, **options)
     except FloatingPointError as error:
         return None, {"left_out": str(error).partition("; the state")[0]}
     except (TypeError, ValueError) as error:

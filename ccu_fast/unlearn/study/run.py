@@ -13,7 +13,7 @@ import torch
 from ccu_fast import check
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.unlearn.config import UnlearnConfig
-from ccu_fast.unlearn.loop import Run
+from ccu_fast.unlearn.loop import Run, ready
 from ccu_fast.unlearn.study.measure import against_gold, measured, pictured, sizes_of
 from ccu_fast.unlearn.study.methods import METHODS, differs, unlearned
 from ccu_fast.unlearn.study.tasks import FORGET_CLASS, Scenario, Task, make_scenario
@@ -131,8 +131,7 @@ def run_all(
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # The first optimiser of a process makes torch import for seconds, which is no method's time.
-    torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+    ready()
     try:
         yield
     finally:

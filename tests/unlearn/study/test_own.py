@@ -8,11 +8,12 @@ import signal
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from ccu_fast.cli.app import app
@@ -22,13 +23,14 @@ from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.provenance import items_hash, load_model, save_model
 from ccu_fast.unlearn.audit import audit, recall, verdict, verdict_without_gold, worst_gap
 from ccu_fast.unlearn.baselines.registry import BASELINES, NEEDS
-from ccu_fast.unlearn.config import Budget
+from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.job import load, run_job, split
 from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.settings import Job, read_job
 from ccu_fast.unlearn.study import own
-from ccu_fast.unlearn.study.methods import STARTED
+from ccu_fast.unlearn.study.methods import STARTED, unlearned, why_not
 from ccu_fast.unlearn.study.own import compare_own
+from ccu_fast.unlearn.study.tasks import Scenario
 from tests.support import toy_unlearn
 from tests.support.forked import fork
 from tests.support.small_demo import quick_map
@@ -321,6 +323,51 @@ class TestPairs:
         text = QUICK.replace("[data]", 'lora = 2\ntrainable = ["*bias"]\n[data]').replace('"ccu"]', '"ccu_without_c"]')
         left_out = dict(compare_own(job(folder, text), folder / "out")["left_out"])
         assert left_out["CCU without (c)"].startswith("lora: expected trainable to match the weight of a linear layer")
+
+    @pytest.mark.parametrize(
+        ("name", "given", "why"),
+        [
+            ("ccu_without_b", {"lora": 2}, "depends on nothing that may change"),
+            ("ccu_without_b", {"trainable": ("visual*",)}, "depends on nothing that may change"),
+            ("ccu_without_b", {"lora": 2, "keep": "trained"}, "depends on nothing that may change"),
+            ("ccu_without_b", {"keep": "trained", "retention": 0.0}, "do not use"),
+            ("ccu_without_damage", {"lora": 2}, "do not use"),
+            ("ccu_without_neighbours", {}, "do not use"),
+            ("ccu_without_unseen", {"forgetting": 0.0}, "do not use"),
+            ("ccu_without_b", {}, None),
+            ("ccu_without_b", {"lora": 2, "anchor": 0.5}, None),
+            ("ccu_without_neighbours", {"neighbours": 0.2}, None),
+            ("ccu_without_unseen", {}, None),
+        ],
+    )
+    def test_an_ablation_that_would_be_the_same_run_is_left_out(
+        self, name: str, given: dict[str, Any], why: str | None
+    ) -> None:
+        # Two towers that share no layer: an adapter of the visual one never touches the other.
+        model, data = TwoTowers().eval(), toy_unlearn.pairs()
+        gone = torch.arange(len(data)) % 5 == 0
+        sets = Scenario("pairs", data, data[gone], data[~gone], data[~gone], None, toy_unlearn.pairs(20, 1, first=200))
+        config = UnlearnConfig(forget="pairs", budget=Budget(steps=3, batch=10), **given)
+        found = why_not(name, model, sets, config)
+        assert (found is None) == (why is None) and (why or "") in (found or "")
+        runs = [unlearned(each, model, sets, config) for each in ("ccu", name)]
+        one, two = (toy_unlearn.weights(cast(nn.Module, run.model)) for run in runs)
+        same = torch.allclose(one, two, rtol=0, atol=1e-6)  # but for the rounding of products of other sizes
+        assert same == (found is not None)
+
+    def test_shared_layers_and_statistics_are_of_the_other_modality_too(self) -> None:
+        forget, retain = toy_unlearn.split()
+        sets = Scenario("class", toy(), forget, retain, retain, None, None)
+        tokens = replace(sets, forget=PairedData(forget.visual.long(), forget.other, forget.labels, forget.ids))
+        shared = make_model()  # its projector
+        assert why_not("ccu_without_b", shared, sets, UnlearnConfig(lora=2)) is None
+        assert "nothing that may change" in str(
+            why_not("ccu_without_b", shared, sets, UnlearnConfig(lora=2, trainable=("visual*",)))
+        )
+        followed = TwoTowers()
+        followed.other = nn.Sequential(followed.other, nn.BatchNorm1d(toy_unlearn.DIM, affine=False))
+        assert why_not("ccu_without_b", followed, sets, UnlearnConfig(trainable=("visual*",))) is None
+        assert "no nearness" in str(why_not("ccu_without_neighbours", shared, tokens, UnlearnConfig()))
 
     def test_a_method_that_ends_in_numbers_that_are_none_is_told_too(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -75,11 +75,13 @@ class _Chunk:
 
     def rows_of(self, results: Tensor) -> int:
         """Where the chunk's rows start in ``[R, B, N]``."""
+        if not (self.of_banks.start or self.of_rows.start):  # a view costs more than a small problem's arithmetic
+            return results.data_ptr()
         return results[:, self.of_banks, self.of_rows].data_ptr()
 
     def cols_of(self, results: Tensor) -> int:
         """Where the chunk's banks start in ``[C, B, M]``."""
-        return results[:, self.of_banks].data_ptr()
+        return results[:, self.of_banks].data_ptr() if self.of_banks.start else results.data_ptr()
 
 
 def scratch_bytes(workspace: int) -> int:
@@ -353,7 +355,7 @@ def backward(
             (grad.data_ptr(), DTYPES[dtype]),
             (sums[0].data_ptr(), sums[1].data_ptr()),
         )
-        for_scale, for_bias = sums.sum(1).tolist()
+        for_scale, for_bias = sums.sum(1).tolist() if any(needs[2:]) else (0.0, 0.0)
         scale_sum += for_scale
         bias_sum += for_bias
         if needs[0]:
