@@ -7,11 +7,18 @@ from torch import Tensor
 
 
 def assert_three_way(
-    name: str, ours: Tensor, same_dtype: Tensor, exact: Tensor, *, ulps: float = 8, magnitude: float | None = None
+    name: str,
+    ours: Tensor,
+    same_dtype: Tensor,
+    exact: Tensor,
+    *,
+    ulps: float = 8,
+    magnitude: float | None = None,
+    noise: float = 0.0,
 ) -> None:
     """Ours may err twice as much as plain torch in the same dtype does, plus a few units in the last place::
 
-        |ours - exact| <= 2 * max|same_dtype - exact| + ulps * eps(ours.dtype) * magnitude
+        |ours - exact| <= 2 * max(|same_dtype - exact|, noise) + ulps * eps(ours.dtype) * magnitude
 
     Args:
         name: what is compared, for the message.
@@ -21,6 +28,8 @@ def assert_three_way(
         ulps: how many units in the last place are allowed where torch happens to be exact.
         magnitude: size of the terms that are summed. Default: the largest finite element of ``exact``; say it where
             large terms cancel.
+        noise: of one number that is a sum of rounded terms, the standard deviation of what rounding adds. There is no
+            largest error of many then, and torch's one may be next to nothing by luck.
 
     Infinities must be where the exact ones are, and there must be no NaN.
     """
@@ -40,7 +49,7 @@ def assert_three_way(
     if magnitude is None:
         magnitude = float(exact[finite].abs().max()) if finite.any() else 0.0
     info = torch.finfo(ours.dtype)
-    bound = 2 * torch_error + ulps * (info.eps * magnitude + info.smallest_normal * info.eps)
+    bound = 2 * max(torch_error, noise) + ulps * (info.eps * magnitude + info.smallest_normal * info.eps)
     error = torch.where(finite, (got - exact).abs(), 0)
     assert float(error.max()) <= bound, _worst(
         name, error, got, torchs, exact, f"error {float(error.max()):.3g} > {bound:.3g} (torch's own {torch_error:.3g})"
