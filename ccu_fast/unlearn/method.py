@@ -229,7 +229,8 @@ class CcuStep:
         self.levels: Levels | None = None
         if config.forget != "class" and config.forgetting:
             sets = forget, retain, self.u0, self.a0
-            self.levels = Levels(frozen, *sets, unseen, group=config.group, seed=seed, kept=kept)
+            more: dict[str, Any] = {"group": config.group, "seed": seed, "kept": kept}
+            self.levels = Levels(frozen, *sets, unseen, **more, ceiling=config.ceiling)
         self.neighbour: Tensor | None = None
         self.pull: float = config.used("neighbours")
         # Without a word for inputs such as token ids, which have no nearness: there it is only the default.
@@ -289,7 +290,9 @@ class CcuStep:
         """L_a."""
         if self.levels is not None:
             now = self.levels.log_odds(model, u, a0, batch.forget)
-            return level_loss(now, self.levels.of(model, batch.forget_rows))
+            levels = self.levels.of(model, batch.forget_rows)
+            # Below a ceiling nothing is to do.
+            return level_loss(now if self.config.ceiling is None else torch.maximum(now, levels), levels)
         forget, retain = batch.forget.labels, batch.retain.labels
         gone = forgetting_loss(
             u, r, u0=u0, a0=a0, b0=b0, scale=self.scale, bank=self.bank, forget_labels=forget, retain_labels=retain
