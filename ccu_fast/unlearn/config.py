@@ -54,8 +54,8 @@ class UnlearnConfig:
         temperature: > 0, of the three losses.
         forgotten_weight: > 0, how much forgotten items count among the negatives of (c).
         ceiling: q in [0, 1], for instances and pairs: no item is to be told with more certainty than the q-quantile of
-            unseen items is, and less is as good (:mod:`ccu_fast.unlearn.unseen`). None: each item is brought to a level
-            of its own.
+            unseen items is; what is below that is drawn up with a fifth of the weight (:mod:`ccu_fast.unlearn.unseen`).
+            None: each item is brought to a level of its own.
         group: items with equal ``ids // group`` are views of one thing: in (a), where instances or pairs are forgotten,
             what they meant is the thing; at least 1.
         dampen: α of the dampening before the first step (:mod:`ccu_fast.unlearn.baselines.ssd`); 0 for none. None: 8

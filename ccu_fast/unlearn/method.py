@@ -62,6 +62,7 @@ from ccu_fast.unlearn.parameters import (
 from ccu_fast.unlearn.unseen import POOL, Levels, check_levels, comparable, nearest, sample
 
 KEPT_FILES = ("forget", "retain", "judged", "levels", "neighbours")  # what a run keeps until it is over
+BELOW = 0.2  # weight of what is below a ceiling, against 1 of what is above
 DAMPENED_AT_ONCE = 32  # items whose mean gradient is squared: as good as one by one, in a tenth of the time
 
 
@@ -291,8 +292,10 @@ class CcuStep:
         if self.levels is not None:
             now = self.levels.log_odds(model, u, a0, batch.forget)
             levels = self.levels.of(model, batch.forget_rows)
-            # Below a ceiling nothing is to do.
-            return level_loss(now if self.config.ceiling is None else torch.maximum(now, levels), levels)
+            if self.config.ceiling is None:
+                return level_loss(now, levels)
+            above, below = torch.maximum(now, levels), torch.minimum(now, levels)
+            return level_loss(above, levels) + BELOW * level_loss(below, levels)
         forget, retain = batch.forget.labels, batch.retain.labels
         gone = forgetting_loss(
             u, r, u0=u0, a0=a0, b0=b0, scale=self.scale, bank=self.bank, forget_labels=forget, retain_labels=retain

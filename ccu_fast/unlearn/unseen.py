@@ -12,8 +12,8 @@ What is hard for the trained model is mostly so for one that never saw it: which
 many, is then much as after retraining.
 
 Where what is hard says nothing of what would be, as with pairs that were all learned by heart, one level for all is
-enough: t_i is a quantile of m over unseen items, and an item that is below it stays there. What is not pulled up need
-not be learned again, one item at a time, and that leaves more of the model as it was.
+enough, a ceiling: t_i is a quantile of m over unseen items, and what is below it is drawn up weakly. What goes down
+need not come up to the right place again, one item at a time, and that leaves more of the model as it was.
 
 Without unseen items, retained ones that are half another picture stand in for them.
 """
