@@ -100,7 +100,7 @@ def _tried(
 
 def _judged(problem: Problem, done: Run, against: Sequence[dict[str, float]]) -> dict[str, Any]:
     found = judged(problem.judge(done.model), *against)
-    del found["aims"]
+    del found["aims"], found["failures"]
     return {"figures": found, "cpu_seconds": done.cpu_seconds}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.unlearning.salmubench import COLLAPSE, Problem, joined
+from benchmarks.unlearning.salmubench import COLLAPSE, ROUNDING, Problem, joined
 from ccu_fast.data.paired import PairedData
 from ccu_fast.models.swapped import Swapped
 from ccu_fast.unlearn.baselines.registry import BASELINES
@@ -74,9 +74,9 @@ GIVEN = {
     "sfr_on": Given(1.0, True),
     "null_space": Given(0.1, False),
 }
-# Of the last row of CCU, chosen on seeds 100 to 102. The task loss would teach that invented captions go with the
+# Of the last row of CCU, chosen on seeds 100 to 105. The task loss would teach that invented captions go with the
 # pictures beside them.
-INVENTED: dict[str, Any] = {"task": 0.0, "separation": 0.0, "anchor": 60.0, "ceiling": 0.55}
+INVENTED: dict[str, Any] = {"task": 0.0, "separation": 0.0, "anchor": 80.0, "ceiling": 0.42}
 STEPS = 10  # times those of the budget
 
 LABELS_OF_SAME = {name + SAME: f"{label}, given the same" for name, label in OWN.items()}
@@ -144,7 +144,7 @@ def best(rows: Sequence[dict[str, Any]], method: str) -> Given:
         found = row["figures"]
         if found is None:
             return True, float("inf")
-        return found["knowledge"] < -100 * COLLAPSE, max(abs(found["left"]), found["lost"])
+        return found["knowledge"] < -100 * (COLLAPSE + ROUNDING), max(abs(found["left"]), found["lost"])
 
     row = min((row for row in rows if row["method"] == method), key=far)
     return Given(row["share"], row["invented"])

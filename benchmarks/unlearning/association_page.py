@@ -16,6 +16,7 @@ from benchmarks.unlearning.salmubench import (
     NOT_MEASURED,
     POINT,
     REMAINS,
+    ROUNDING,
     judged,
 )
 from benchmarks.unlearning.winners import markdown
@@ -100,8 +101,10 @@ def page(results: dict[str, Any]) -> str:
         "",
         f'"{CCU["ccu_invented"]}": {more} steps, and captions that tell attributes of nobody, which anyone can make '
         "up, joined to the retain set, so that what the model makes of such captions stays; "
-        f"{_ccu(setting['ccu_invented'])}, chosen on seeds 100 to 102. The unseen items are the same as above, and the "
-        f"picture tower stays as it is. Baselines here have as many steps, and their picture tower "
+        f"{_ccu(setting['ccu_invented'])}, chosen on seeds 100 to 105. "
+        + (_LOOKED_AT if pictograms else "")
+        + "The unseen items are the same as above, and the "
+        "picture tower stays as it is. Baselines here have as many steps, and their picture tower "
         "stays as it is too. Which share of their own rate they have, and whether the invented captions join their "
         "retain set, each with some picture of the base beside it, is for each method what came nearest on seed 100 "
         "([association_choices.json](association_choices.json), made by "
@@ -127,6 +130,11 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# What a reader has to know of a choice that was made again.
+_LOOKED_AT = (
+    "A first choice, on seeds 100 to 102 alone, without the weak pull from below a ceiling, had been measured on the "
+    "seeds of this page and failed in two of them; it was made again on three more seeds, and not on these. "
+)
 _COLUMNS = ["method", "association left, %", "retrieval", *_MOVED.values(), "failures", "CPU s"]
 
 
@@ -209,7 +217,7 @@ def _who_manages(found: Found, seeds: int) -> str:
 
 def _nearest(found: Found, methods: Sequence[str]) -> str | None:
     """Of methods that keep general knowledge that whose worse share of the two, left and lost, is the smallest."""
-    kept = [name for name in methods if _mean(found[name], "knowledge") >= -100 * COLLAPSE]
+    kept = [name for name in methods if _mean(found[name], "knowledge") >= -100 * (COLLAPSE + ROUNDING)]
     return min(kept, key=lambda n: max(abs(_mean(found[n], "left")), _mean(found[n], "lost")), default=None)
 
 

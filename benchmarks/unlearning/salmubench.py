@@ -47,6 +47,7 @@ SETS = ("forget", *HELD_OUT)
 FAILURES = ("catastrophic", "over-generalised", "ineffective")
 REMAINS = 0.1  # of the difference between the compromised and the clean model
 COLLAPSE = 0.02  # of general knowledge; the paper calls a method catastrophic that loses .023, and none that loses .008
+ROUNDING = 1e-9  # of a difference of two shares: 8 of 400 are not more than 2 points
 DISTRACTORS = (
     1000  # captions of the forget set, and of pictures of nobody in it, that RetFail hides the right one among
 )
@@ -120,7 +121,7 @@ def failures(figures: Mapping[str, float], before: Mapping[str, float], clean: M
     left = remaining(figures, before, clean)
     beyond = max(lost(name, figures, before, clean) for name in HELD_OUT)
     return {
-        "catastrophic": before["knowledge"] - figures["knowledge"] > COLLAPSE,
+        "catastrophic": before["knowledge"] - figures["knowledge"] > COLLAPSE + ROUNDING,
         "over-generalised": beyond > REMAINS or left < -REMAINS,
         "ineffective": left > REMAINS,
     }

@@ -73,6 +73,7 @@ def figures(forget: float, identity: float = 0.8, association: float = 0.8, know
         (figures(0.0, identity=0.71), ["over-generalised"], 3),
         (figures(0.0, association=0.75), [], 3),
         (figures(0.0, knowledge=0.47), ["catastrophic"], 3),
+        (figures(0.0, knowledge=0.48), [], 3),
         (figures(0.3, 0.1, 0.1, 0.1), ["catastrophic", "over-generalised", "ineffective"], 0),
     ],
 )
