@@ -4,11 +4,13 @@ Source: Selvas-Sala, Kang and Gomez, SALMUBench (CVPR 2026, arXiv 2603.26316). O
 
 - *strength* (there AssocStr, InterIdSim, IntraIdSim): the mean cosine of a portrait and the caption that tells its
   attribute, on the forget set, on holdout identity and on holdout association;
+- *strength_described* (VisIdInt): the same on the pairs of the retain set that show persons of the forget set;
 - *retrieval* (RetFail): the mean reciprocal rank of that caption for the portraits of the forget set;
 - *general knowledge* (GenKnow), there the zero-shot accuracy on ImageNet.
 
-ACS, IdZSC, CoreAssoc, VisIdInt and FragSim are not measured. What the paper counts as a failure is known to us from
-summaries, which give no bounds; those here are this project's, see :func:`failures`.
+:data:`NOT_MEASURED` are the others. The paper's own text and evaluation code could not be had: what its measures are is
+known from summaries and from public code that runs that evaluation. So is what it counts as a failure, for which they
+give no bounds; those here are this project's, see :func:`failures`.
 """
 
 from __future__ import annotations
@@ -33,11 +35,19 @@ from ccu_fast.runs.retrieval import retrieval_ranks
 from ccu_fast.unlearn.loop import CHUNK, embed, embed_visual
 from ccu_fast.unlearn.model import TwoModalityModel, evaluating
 
+NOT_MEASURED = {
+    "ACS": "the accuracy of a logistic regression that tells right captions from shuffled ones, of which no source "
+    "says what it is given or what it is tested on",
+    "IdZSC": "whether a portrait finds the person's name, which is private there and in no private caption here",
+    "CoreAssoc": "the same name with the attribute as a caption",
+    "FragSim": "the mean cosine on retained pairs of a published list, of which no source says how it was made",
+}
 HELD_OUT = ("holdout_identity", "holdout_association")
 SETS = ("forget", *HELD_OUT)
 FAILURES = ("catastrophic", "over-generalised", "ineffective")
 REMAINS = 0.1  # of the difference between the compromised and the clean model
 COLLAPSE = 0.02  # of general knowledge; the paper calls a method catastrophic that loses .023, and none that loses .008
+ROUNDING = 1e-9  # of a difference of two shares: 8 of 400 are not more than 2 points
 DISTRACTORS = (
     1000  # captions of the forget set, and of pictures of nobody in it, that RetFail hides the right one among
 )
@@ -53,6 +63,7 @@ class Problem:
         forget, retain: the two sets.
         unseen: associations that neither model was told.
         invented: captions that tell attributes of nobody, with pictures that they say nothing of.
+        described: retained pairs of persons of the forget set; maybe none.
         held_out: by name of :data:`HELD_OUT`; no method gets them.
         retrieval, knowledge: a model's figure, in [0, 1].
     """
@@ -61,20 +72,21 @@ class Problem:
     retain: PairedData
     unseen: PairedData
     invented: PairedData
+    described: PairedData
     held_out: dict[str, PairedData]
     retrieval: Callable[[TwoModalityModel], float]
     knowledge: Callable[[TwoModalityModel], float]
 
     def to(self, device: str) -> Problem:
         """The same with its sets on a device; the figures' inputs follow the model that is asked."""
-        names = ("forget", "retain", "unseen", "invented")
+        names = ("forget", "retain", "unseen", "invented", "described")
         moved = {name: getattr(self, name).to(device) for name in names}
         return replace(self, **moved, held_out={name: data.to(device) for name, data in self.held_out.items()})
 
     def judge(self, model: TwoModalityModel) -> dict[str, float]:
-        """Strength on each of the three sets, retrieval and general knowledge."""
-        sets = {"forget": self.forget, **self.held_out}
-        found = {f"strength_{name}": strength(model, data) for name, data in sets.items()}
+        """Strength on each of the three sets and on what is described, if anything; retrieval, general knowledge."""
+        sets = {"forget": self.forget, **self.held_out, "described": self.described}
+        found = {f"strength_{name}": strength(model, data) for name, data in sets.items() if len(data)}
         return {**found, "retrieval": self.retrieval(model), "knowledge": self.knowledge(model)}
 
 
@@ -109,7 +121,7 @@ def failures(figures: Mapping[str, float], before: Mapping[str, float], clean: M
     left = remaining(figures, before, clean)
     beyond = max(lost(name, figures, before, clean) for name in HELD_OUT)
     return {
-        "catastrophic": before["knowledge"] - figures["knowledge"] > COLLAPSE,
+        "catastrophic": before["knowledge"] - figures["knowledge"] > COLLAPSE + ROUNDING,
         "over-generalised": beyond > REMAINS or left < -REMAINS,
         "ineffective": left > REMAINS,
     }
@@ -121,6 +133,24 @@ def aims(figures: Mapping[str, float], before: Mapping[str, float], clean: Mappi
     return {
         "forget": abs(remaining(figures, before, clean)) <= AIM,
         **{name.removeprefix("strength_"): abs(figures[name] - before[name]) <= POINT for name in kept},
+    }
+
+
+def judged(figures: Mapping[str, float], before: Mapping[str, float], clean: Mapping[str, float]) -> dict[str, Any]:
+    """A model's figures against those of the two it is between: shares in %, changes in points.
+
+    Returns:
+        ``left`` and ``lost``, of the held-out set that suffers more; the changes of the held-out strengths, of
+        ``strength_described`` where there is one and of ``knowledge``; ``retrieval``; ``failures`` and ``aims``.
+    """
+    moved = ["knowledge", *(f"strength_{name}" for name in (*HELD_OUT, "described"))]
+    return {
+        "left": 100 * remaining(figures, before, clean),
+        "lost": 100 * max(lost(name, figures, before, clean) for name in HELD_OUT),
+        "retrieval": figures["retrieval"],
+        **{name: 100 * (figures[name] - before[name]) for name in moved if name in figures},
+        "failures": failures(figures, before, clean),
+        "aims": aims(figures, before, clean),
     }
 
 
@@ -190,7 +220,8 @@ def pictogram_problem(
         return float((found == 1).double().mean())
 
     held_out = dict(zip(HELD_OUT, (identity, association), strict=True))
-    problem = Problem(forget, base, unseen, nobody, held_out, retrieval, knowledge)
+    described = base[torch.isin(made.base.things, made.forget.things)]
+    problem = Problem(forget, base, unseen, nobody, described, held_out, retrieval, knowledge)
     side = made.base.pictures.shape[-1]
 
     def make() -> SmallClip:
@@ -267,8 +298,10 @@ def published_problem(folder: Path, named: Model, *, most: int | None, seed: int
         found = retrieval_ranks(_pictures(model, strangers.pictures), keys, group, torch.arange(len(texts)))
         return float((found == 1).double().mean())
 
+    persons = set(forget.identities) - {None}
+    described = data["retain_synth"][torch.tensor([who in persons for who in retain.identities])]
     held_out = {name: data[name] for name in HELD_OUT}
-    return Problem(data["forget"], data["retain_synth"], unseen, nobody, held_out, retrieval, knowledge)
+    return Problem(data["forget"], data["retain_synth"], unseen, nobody, described, held_out, retrieval, knowledge)
 
 
 def other_digits(text: str, rng: torch.Generator) -> str:

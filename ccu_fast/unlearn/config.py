@@ -53,6 +53,9 @@ class UnlearnConfig:
             like it (:func:`ccu_fast.unlearn.neighbour_loss`); 0 for none. None: 0.2 for a class, else 0.
         temperature: > 0, of the three losses.
         forgotten_weight: > 0, how much forgotten items count among the negatives of (c).
+        ceiling: q in [0, 1], for instances and pairs: no item is to be told with more certainty than the q-quantile of
+            unseen items is; what is below that is drawn up with a fifth of the weight (:mod:`ccu_fast.unlearn.unseen`).
+            None: each item is brought to a level of its own.
         group: items with equal ``ids // group`` are views of one thing: in (a), where instances or pairs are forgotten,
             what they meant is the thing; at least 1.
         dampen: α of the dampening before the first step (:mod:`ccu_fast.unlearn.baselines.ssd`); 0 for none. None: 8
@@ -87,6 +90,9 @@ class UnlearnConfig:
     )
     temperature: float = check.field(0.2, low=1e-6)
     forgotten_weight: float = check.field(0.1, low=1e-6)
+    ceiling: float | None = check.field(
+        None, "Quantile of unseen items that no forgotten one is to exceed; none: each has a level.", low=0, high=1
+    )
     group: int = check.field(1, low=1)
     dampen: float | None = check.field(None, low=0)
     dampen_items: int = check.field(600, low=2)

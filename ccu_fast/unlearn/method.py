@@ -63,6 +63,7 @@ from ccu_fast.unlearn.unseen import POOL, Levels, check_levels, comparable, near
 
 # What a run keeps until it is over.
 KEPT_FILES = ("forget", "retain", "judged", "levels", "neighbours", "text_before", "text_after")
+BELOW = 0.2  # weight of what is below a ceiling, against 1 of what is above
 DAMPENED_AT_ONCE = 32  # items whose mean gradient is squared: as good as one by one, in a tenth of the time
 
 
@@ -236,7 +237,8 @@ class CcuStep:
         self.levels: Levels | None = None
         if config.forget != "class" and config.forgetting:
             sets = forget, retain, self.u0, self.a0
-            self.levels = Levels(frozen, *sets, unseen, group=config.group, seed=seed, kept=kept)
+            more: dict[str, Any] = {"group": config.group, "seed": seed, "kept": kept}
+            self.levels = Levels(frozen, *sets, unseen, **more, ceiling=config.ceiling)
         self.neighbour: Tensor | None = None
         self.pull: float = config.used("neighbours")
         # Without a word for inputs such as token ids, which have no nearness: there it is only the default.
@@ -299,7 +301,11 @@ class CcuStep:
         """L_a."""
         if self.levels is not None:
             now = self.levels.log_odds(model, u, a0, batch.forget)
-            return level_loss(now, self.levels.of(model, batch.forget_rows))
+            levels = self.levels.of(model, batch.forget_rows)
+            if self.config.ceiling is None:
+                return level_loss(now, levels)
+            above, below = torch.maximum(now, levels), torch.minimum(now, levels)
+            return level_loss(above, levels) + BELOW * level_loss(below, levels)
         forget, retain = batch.forget.labels, batch.retain.labels
         gone = forgetting_loss(
             u, r, u0=u0, a0=a0, b0=b0, scale=self.scale, bank=self.bank, forget_labels=forget, retain_labels=retain

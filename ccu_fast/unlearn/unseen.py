@@ -11,6 +11,10 @@ those to forget::
 What is hard for the trained model is mostly so for one that never saw it: which items are told wrong, not only how
 many, is then much as after retraining.
 
+Where what is hard says nothing of what would be, as with pairs that were all learned by heart, one level for all is
+enough, a ceiling: t_i is a quantile of m over unseen items, and what is below it is drawn up weakly. What goes down
+need not come up to the right place again, one item at a time, and that leaves more of the model as it was.
+
 Without unseen items, retained ones that are half another picture stand in for them.
 """
 
@@ -49,6 +53,7 @@ class Levels:
         group: items with equal ``ids // group`` are views of one thing.
         seed: of the samples of the retain set; of more unseen items than are used always the same are.
         kept: where the frozen model's embeddings are kept; None: nowhere.
+        ceiling: the quantile that is every item's level; None: each has its own.
 
     Raises:
         ValueError: no unseen items, and inputs that cannot be blended; pairs, and nothing retained to tell them from.
@@ -66,6 +71,7 @@ class Levels:
         group: int,
         seed: int,
         kept: Kept | None = None,
+        ceiling: float | None = None,
     ) -> None:
         self.group = group
         self.by_class = forget.labelled and "visual" in heads(frozen)
@@ -90,6 +96,8 @@ class Levels:
             own = self.log_odds(frozen, u0, a0, forget)
         below, not_above = (torch.searchsorted(own.sort().values, own, right=right) for right in (False, True))
         self.rank = (below + not_above).double() / (2 * len(own))
+        if ceiling is not None:
+            self.rank = torch.full_like(self.rank, ceiling)
 
     def log_odds(self, model: TwoModalityModel, visual: Tensor, other: Tensor, data: PairedData) -> Tensor:
         """What each item is to the model, ``[N]``, in nats, from its embedding and its partner's frozen one."""

@@ -24,7 +24,7 @@ from benchmarks.protection import frontier, scale, scale_page
 from benchmarks.protection import memory as surrogates
 from benchmarks.results import Row
 from benchmarks.unlearning import __main__ as unlearning
-from benchmarks.unlearning import associations, figure, text_membership, winners
+from benchmarks.unlearning import association_choices, associations, figure, text_membership, winners
 from benchmarks.unlearning import scale as unlearning_scale
 from benchmarks.unlearning.stored import by_seed, in_rows
 from ccu_fast.cli.report.tables import independent, unlearn_tables
@@ -46,6 +46,7 @@ DEPTHS = {  # of every committed file of figures, as its command stores it
     "results/*/*.json": 1,
     "small_batches.json": 2,
     "unlearning/losses.json": figure.DEPTH,
+    "unlearning/association_choices.json": association_choices.DEPTH,
     "unlearning/associations.json": associations.DEPTH,
     "unlearning/results.json": 2,
     "unlearning/rates.json": 2,

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from ccu_fast.data.paired import PairedData
 from ccu_fast.models.fusion import FusionModel
 from ccu_fast.unlearn import Budget, UnlearnConfig, unlearn, unseen
-from ccu_fast.unlearn.loop import embed
+from ccu_fast.unlearn.loop import Batch, embed
+from ccu_fast.unlearn.method import CcuStep
 from ccu_fast.unlearn.study.tasks import TrainConfig
 from ccu_fast.unlearn.study.train import train
 from ccu_fast.unlearn.unseen import Levels, class_log_odds, comparable, nearest, sample, stand_ins
@@ -141,6 +142,36 @@ class TestLevels:
         torch.testing.assert_close(
             all_of(levels, model), plain_levels(found[0], found[2]).float(), rtol=1e-3, atol=1e-2
         )
+
+    def test_a_ceiling_is_one_quantile_for_all_that_moves_with_the_model(self) -> None:
+        model, data, fresh = toy_unlearn.trained_on_pairs(), pairs(), pairs(seed=5, first=1000)
+        forget, retain = data[:20], data[20:]
+        levels = Levels(model, forget, retain, *embed(model, forget), fresh, group=1, seed=0, ceiling=0.3)
+        now = levels.log_odds(model, *embed(model, fresh), fresh)
+        found = all_of(levels, model)
+        assert found.unique().numel() == 1
+        torch.testing.assert_close(found[0].double(), now.double().quantile(0.3), rtol=1e-4, atol=1e-4)
+
+    def test_what_is_below_a_ceiling_is_pulled_up_weakly(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, data, fresh = toy_unlearn.trained_on_pairs(), pairs(), pairs(seed=5, first=1000)
+        forget, retain = data[:20], data[20:]
+        changed = copy.deepcopy(model).requires_grad_(True)
+        batch = Batch(forget, retain, torch.arange(20), torch.arange(len(retain)), 0, 1)
+        alone = UnlearnConfig(forget="pairs", retention=0, separation=0, task=0)
+
+        def pull(ceiling: float | None) -> Tensor:
+            step = CcuStep(replace(alone, ceiling=ceiling), model, forget, retain, 0, unseen=fresh)
+            changed.zero_grad()
+            step(changed, batch).backward()
+            return torch.cat([p.grad.flatten() for p in changed.visual.parameters() if p.grad is not None])
+
+        own = levels_of(model, forget, retain, fresh).log_odds(model, *embed(model, forget), forget)
+        for far, weight in ((float(own.min()) - 1, 1.0), (float(own.max()) + 1, 0.2)):
+            with monkeypatch.context() as patch:
+                patch.setattr(Levels, "of", lambda self, model, rows, far=far: torch.full((len(rows),), far))
+                expected = pull(None)
+                assert expected.any()
+                torch.testing.assert_close(pull(0.5), weight * expected)
 
     def test_partners_and_samples_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("UNSEEN", "PARTNERS"):

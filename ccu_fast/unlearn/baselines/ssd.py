@@ -8,6 +8,9 @@ in the paper and its released code, λ = 1 here; the code squares the mean gradi
 that of each. Changed for two modalities: the loss is the cross-entropy of the heads that see the visual modality.
 
 Because D holds the forget set, F_f ≤ F_D · |D| / |forget|: with a tenth of the data to forget α = 10 selects nothing.
+
+Where an item's loss is that of finding its partner among those beside it, one item alone has the loss 0 and no
+gradient: there the mean gradient of 64 items is squared, as in the released code.
 """
 
 from __future__ import annotations
@@ -21,14 +24,17 @@ from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.progress import Clock
 from ccu_fast.unlearn.baselines.importance import sum_of_squares
 from ccu_fast.unlearn.loop import Run
-from ccu_fast.unlearn.model import TwoModalityModel, evaluating, loss_on
+from ccu_fast.unlearn.model import TwoModalityModel, evaluating, heads, loss_on
+
+TOGETHER = 64  # items whose mean gradient is squared where one alone has none
 
 
 def ssd(original: TwoModalityModel, forget: PairedData, retain: PairedData, *, alpha: float) -> Run:
     """A dampened copy, see :func:`dampen`. The run has no step and no loss; its items are those of the gradients."""
     clock = Clock()
     model = copy.deepcopy(original)
-    dampen(model, forget, retain, alpha=alpha)
+    alone = forget.labelled and heads(original, visual_only=True)
+    dampen(model, forget, retain, alpha=alpha, at_once=1 if alone else TOGETHER)
     return Run(model, 0, len(forget) + len(retain), *clock.read(), [])
 
 

@@ -26,6 +26,7 @@ from ccu_fast.unlearn.baselines.scrub import scrub
 from ccu_fast.unlearn.baselines.ssd import dampening, ssd
 from ccu_fast.unlearn.config import Budget
 from ccu_fast.unlearn.loop import Batch, Prepare, accuracies
+from ccu_fast.unlearn.model import loss_on
 from tests.support.toy_unlearn import (
     CLASSES,
     DIM,
@@ -261,6 +262,34 @@ class TestSynapticDampening:
         assert 0 < selected < len(weights(original))
         assert torch.equal(run.model.other_head.weight, original.other_head.weight)
         assert (run.steps, run.items, run.losses) == (0, len(forget) + len(retain), [])
+
+    def test_pairs_are_dampened_too_by_the_gradients_of_several_at_once(self) -> None:
+        forget, retain = (PairedData(p.visual, p.other, ids=p.ids) for p in split("instances"))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            original = TwoTowers()
+
+        def fisher(*parts: PairedData) -> dict[str, Tensor]:
+            squares = {name: torch.zeros_like(p) for name, p in original.named_parameters()}
+            for part in parts:
+                for rows in torch.arange(len(part)).tensor_split(-(-len(part) // 64)):
+                    named = dict(original.named_parameters())
+                    gradients = torch.autograd.grad(loss_on(original, part[rows]), list(named.values()))
+                    for name, gradient in zip(named, gradients, strict=True):
+                        squares[name] += gradient**2
+            batches = sum(-(-len(part) // 64) for part in parts)
+            return {name: value / batches for name, value in squares.items()}
+
+        whole, gone = fisher(forget, retain), fisher(forget)
+        # One pair alone is always told right, and no weight matters to that.
+        assert loss_on(original, forget[torch.tensor([0])]) == 0
+        done = ssd(original, forget, retain, alpha=1.1)
+        selected = 0
+        for (name, before), after in zip(original.named_parameters(), done.model.parameters(), strict=True):
+            pick = gone[name] > 1.1 * whole[name]
+            torch.testing.assert_close(after, torch.where(pick, before * whole[name] / gone[name], before))
+            selected += int(pick.sum())
+        assert 0 < selected < len(weights(original))
 
 
 class TestSaliency:
