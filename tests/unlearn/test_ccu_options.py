@@ -536,10 +536,10 @@ class TestPairs:
 
         before = found(model, ~gone)
         assert found(model, gone) >= 0.9 and before >= 0.85
-        config = UnlearnConfig(forget="pairs", anchor=3.0, budget=Budget(steps=80, learning_rate=5e-3, batch=40))
+        config = UnlearnConfig(forget="pairs", anchor=10.0, budget=Budget(steps=160, learning_rate=5e-3, batch=40))
         clean = unlearn(model, forget, retain, config, unseen=unseen)
         assert found(clean, gone) <= 0.15
-        assert found(clean, ~gone) >= before - 0.2
+        assert found(clean, ~gone) >= before - 0.15
         # The other modality stays where it was.
         assert torch.equal(clean.embed_other(data.other), model.embed_other(data.other))
         assert set(accuracies(clean, retain)) == {"visual", "other"}
