@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ from benchmarks.unlearning.association_methods import (
 )
 from benchmarks.unlearning.salmubench import HELD_OUT, Problem, aims, failures, pictogram_problem, published_problem
 from ccu_fast.data import pictograms
+from ccu_fast.data.associations import load_associations
 from ccu_fast.models.named import Model
-from ccu_fast.unlearn.baselines.registry import BASELINES
-from ccu_fast.unlearn.config import Budget
+from ccu_fast.unlearn.baselines.registry import BASELINES, Baseline
+from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.loop import Run
 from ccu_fast.unlearn.study.tasks import TrainConfig
 from tests.support.pictogram_packages import write_packages
@@ -151,6 +153,49 @@ def test_a_baseline_given_the_same_keeps_the_pictures_and_may_have_invented_capt
     assert not torch.equal(found[0], before)
     # Only gradient ascent does not look at the retain set.
     assert torch.equal(*found) == (name == "gradient_ascent")
+
+
+def test_each_row_is_given_what_the_page_says(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, _, make = pictogram_problem(packages, 1, **SIZES)
+    model, budget, given = make(), Budget(steps=1, batch=8), {}
+
+    def ccu(model: Any, forget: Any, retain: Any, config: UnlearnConfig, unseen: Any = None) -> Run:
+        given[name] = [part.ids.tolist() for part in (forget, retain, unseen)], config
+        return Run(model, 0, 0, 0.0, 0.0, [])
+
+    monkeypatch.setattr(association_methods, "run_ccu", ccu)
+    for name in CCU:
+        unlearned(name, problem, model, budget, 7)
+    alone = [part.ids.tolist() for part in (problem.forget, problem.retain, problem.unseen)]
+    defaults = UnlearnConfig(forget="pairs", budget=budget, seed=7)
+    assert given["ccu"] == given["ccu_captions"] == (alone, defaults)
+    alone[1] = alone[1] + problem.invented.ids.tolist()
+    assert given["ccu_invented"] == (alone, replace(defaults, **INVENTED, budget=longer(budget)))
+
+    def baseline(self: Baseline, model: Any, forget: Any, retain: Any, kind: str, budget: Budget, **more: Any) -> Run:
+        given[self.label] = [part.ids.tolist() for part in (forget, retain)], budget.learning_rate, budget.steps
+        assert more["seed"] == 7 and ("keep" in more) == name.endswith(SAME)
+        return Run(model, 0, 0, 0.0, 0.0, [])
+
+    monkeypatch.setattr(Baseline, "run", baseline)
+    forget, retain = problem.forget.ids.tolist(), problem.retain.ids.tolist()
+    for own, what in GIVEN.items():
+        if own != "ssd":
+            name = own
+            unlearned(name, problem, model, budget, 7)
+            assert given[OWN[own]] == ([forget, retain], budget.learning_rate, 1)
+            name = own + SAME
+            unlearned(name, problem, model, budget, 7)
+            kept = retain + (problem.invented.ids.tolist() if what.invented else [])
+            assert given[OWN[own]] == ([forget, kept], what.share * budget.learning_rate, 10)
+
+
+def test_what_is_described_are_retained_pairs_of_the_persons_to_forget(packages: Path) -> None:
+    problem, _, _ = pictogram_problem(packages, 1, **SIZES)
+    made = load_associations(packages, 1, n_things=15, n_persons=3, views=1, side=8)
+    things = dict(zip(problem.retain.ids.tolist(), made.base.things.tolist(), strict=True))
+    assert {things[row] for row in problem.described.ids.tolist()} == set(made.forget.things.tolist())
+    assert 0 < len(problem.described) < len(problem.retain)
 
 
 def test_ssd_changes_nothing_at_a_high_alpha_and_something_at_a_low_one(
