@@ -114,7 +114,8 @@ def _parts(results: dict[str, Any]) -> list[str]:
         "What each part of CCU is there for. Of all figures, up to thirteen, the one is shown whose gap to retraining "
         "grows most without the part, and by how many points; of the means over the seeds. It is the largest of a "
         f"dozen differences, chosen after the fact: a few points may be chance. – is for no more than {HARDLY:g}, "
-        "empty where the part is not in use. Other figures may be nearer without it, see above."
+        "empty where the part is not in use. Other figures may be nearer without it, see above. Without (b) the other "
+        "modality is trained too and not held; by default it is not trained at all."
     )
     columns = ["task", *titles]
     table = [[task, *(cells.get(title, "") for title in titles)] for task, cells in rows.items()]

@@ -339,6 +339,17 @@ def test_one_command_reads_the_files_and_both_models(
     assert "SALMUBench to forget" in capsys.readouterr().out
 
 
+def test_a_part_does_not_replace_what_is_committed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for main, words in (
+        (associations.main, ["--seeds", "0"]),
+        (associations.main, ["--methods", "ccu"]),
+        (association_choices.main, ["--methods", "ssd"]),
+    ):
+        with pytest.raises(SystemExit):
+            main(["--packages", str(tmp_path), *words])
+        assert "would replace all rows" in capsys.readouterr().err
+
+
 def stored(**methods: dict[str, float]) -> dict[str, Any]:
     found = {"compromised": figures(0.8), "clean": figures(0.0, 0.0, 0.0), **methods}
     rows = [
