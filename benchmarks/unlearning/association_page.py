@@ -42,6 +42,9 @@ def page(results: dict[str, Any]) -> str:
     command = "--packages DIR" if pictograms else "--salmubench FOLDER --compromised FILE --clean FILE"
     same = [name for name in found if name.endswith(SAME) or name == "ccu_invented"]
     alone = [name for name in found if name not in same]
+    history: list[str] = []
+    if pictograms and "ccu_invented" in found:
+        history = [line.format(now=_worse(found["ccu_invented"])) for line in _LOOKED_AT]
     lines = [
         f"# {setting['task'][0].upper()}{setting['task'][1:]} to forget, by SALMUBench's protocol",
         "",
@@ -108,11 +111,7 @@ def page(results: dict[str, Any]) -> str:
         "up, joined to the retain set: what the model makes of such captions is held. "
         f"{_ccu(setting['ccu_invented'])}, chosen on seeds 100 to 105 of pictograms, where some twenty settings were "
         "tried, most on one or two of them. The unseen items are the same as above; the picture tower stays as it is.",
-        *(
-            line.format(now=_worse(found["ccu_invented"]))
-            for line in _LOOKED_AT
-            if pictograms and "ccu_invented" in found
-        ),
+        *history,
         "- Baselines: as many steps, and the picture tower as it is; no unseen items. Which share of their own rate "
         "they have (1, 0.3 or 0.1), and whether the invented captions join their retain set, each with some picture of "
         "the base beside it, was chosen on seed 100 alone, among six for each; for SSD its α, among twelve "
@@ -157,8 +156,8 @@ _LOOKED_AT = (
     "  1. `anchor = 30`, a level for each association in place of a ceiling, chosen on seed 100: 12.5, 3.2 and 3.1 % "
     "left, 10.7, 9.8 and 9.8 % lost, failed in one seed; 10.7 by the measure above, on models trained anew since.",
     "  2. `anchor = 60`, `ceiling = 0.55`, no pull from below, chosen on seeds 100 to 102: 3.5, -8.5 and -25.8 % left, "
-    "6.0, 6.0 and 7.7 % lost, failed in two seeds; 13.9 by the same measure.",
-    "  3. This one; {now:.1f} by the same measure. It was chosen on three more seeds and not on those of this page, but "
+    "6.0, 6.0 and 7.7 % lost, failed in two seeds; 13.4 by the same measure.",
+    "  3. This one; {now:.1f} by the same measure. It was chosen on three more seeds, not on those of this page, but "
     "because the second had failed on them: they had a part in it. Before it, rounding counted a fall of exactly "
     "2 points as more.",
 )
