@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/associations"), help="finished methods, for resuming")
     parser.add_argument("--out", type=Path, default=CHOICES, metavar="FILE")
     options = parser.parse_args(arguments)
+    if options.out == CHOICES and set(options.methods) != set(GIVEN):
+        parser.error("--out: expected a file for some methods, which would replace all rows, got none")
     torch.set_num_threads(1)
     store(options.out, measure(options.packages, options.methods, options.work), DEPTH)
     return 0

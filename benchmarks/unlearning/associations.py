@@ -78,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = json.loads((options.out or RESULTS).read_text())
     elif options.packages is None:
         parser.error("--packages: expected the folder of the npm packages, which pictograms are read from, got none")
+    elif options.out is None and (options.seeds != list(SEEDS) or set(options.methods) != set(METHODS)):
+        parser.error("--out: expected a file for other seeds or some methods, which would replace all rows, got none")
     else:
         found = measure(options.packages, options.seeds, options.methods, options.work)
     if not options.page:

@@ -47,7 +47,7 @@ SETS = ("forget", *HELD_OUT)
 FAILURES = ("catastrophic", "over-generalised", "ineffective")
 REMAINS = 0.1  # of the difference between the compromised and the clean model
 COLLAPSE = 0.02  # of general knowledge; the paper calls a method catastrophic that loses .023, and none that loses .008
-ROUNDING = 1e-9  # of a difference of two shares: 8 of 400 are not more than 2 points
+ROUNDING = 1e-9  # of a difference of two shares: 8 of 400 are not more than 2 points, 4 not more than 1
 DISTRACTORS = (
     1000  # captions of the forget set, and of pictures of nobody in it, that RetFail hides the right one among
 )
@@ -132,7 +132,7 @@ def aims(figures: Mapping[str, float], before: Mapping[str, float], clean: Mappi
     kept = ["knowledge", *(f"strength_{name}" for name in HELD_OUT)]
     return {
         "forget": abs(remaining(figures, before, clean)) <= AIM,
-        **{name.removeprefix("strength_"): abs(figures[name] - before[name]) <= POINT for name in kept},
+        **{name.removeprefix("strength_"): abs(figures[name] - before[name]) <= POINT + ROUNDING for name in kept},
     }
 
 

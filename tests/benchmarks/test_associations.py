@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from benchmarks.unlearning.association_methods import (
     CCU,
     CHOICES,
     GIVEN,
+    INVENTED,
     LABELS,
     LEFT_OUT,
     METHODS,
@@ -34,15 +37,17 @@ from benchmarks.unlearning.association_methods import (
 )
 from benchmarks.unlearning.salmubench import HELD_OUT, Problem, aims, failures, pictogram_problem, published_problem
 from ccu_fast.data import pictograms
+from ccu_fast.data.associations import load_associations
 from ccu_fast.models.named import Model
-from ccu_fast.unlearn.baselines.registry import BASELINES
-from ccu_fast.unlearn.config import Budget
+from ccu_fast.unlearn.baselines.registry import BASELINES, Baseline
+from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.loop import Run
 from ccu_fast.unlearn.study.tasks import TrainConfig
 from tests.support.pictogram_packages import write_packages
 from tests.support.salmubench_files import write_salmubench
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+REPOSITORY = Path(__file__).parents[2]
 SIZES = {"n_things": 15, "n_persons": 3, "views": 1, "side": 8, "width": 32, "invented": 20}
 
 
@@ -74,6 +79,9 @@ def figures(forget: float, identity: float = 0.8, association: float = 0.8, know
         (figures(0.0, association=0.75), [], 3),
         (figures(0.0, knowledge=0.47), ["catastrophic"], 3),
         (figures(0.0, knowledge=0.48), [], 3),
+        (figures(0.0, knowledge=0.49), [], 4),
+        (figures(0.0, knowledge=0.51), [], 4),
+        (figures(0.0, knowledge=0.5125), [], 3),
         (figures(0.3, 0.1, 0.1, 0.1), ["catastrophic", "over-generalised", "ineffective"], 0),
     ],
 )
@@ -145,6 +153,49 @@ def test_a_baseline_given_the_same_keeps_the_pictures_and_may_have_invented_capt
     assert not torch.equal(found[0], before)
     # Only gradient ascent does not look at the retain set.
     assert torch.equal(*found) == (name == "gradient_ascent")
+
+
+def test_each_row_is_given_what_the_page_says(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, _, make = pictogram_problem(packages, 1, **SIZES)
+    model, budget, given = make(), Budget(steps=1, batch=8), {}
+
+    def ccu(model: Any, forget: Any, retain: Any, config: UnlearnConfig, unseen: Any = None) -> Run:
+        given[name] = [part.ids.tolist() for part in (forget, retain, unseen)], config
+        return Run(model, 0, 0, 0.0, 0.0, [])
+
+    monkeypatch.setattr(association_methods, "run_ccu", ccu)
+    for name in CCU:
+        unlearned(name, problem, model, budget, 7)
+    alone = [part.ids.tolist() for part in (problem.forget, problem.retain, problem.unseen)]
+    defaults = UnlearnConfig(forget="pairs", budget=budget, seed=7)
+    assert given["ccu"] == given["ccu_captions"] == (alone, defaults)
+    alone[1] = alone[1] + problem.invented.ids.tolist()
+    assert given["ccu_invented"] == (alone, replace(defaults, **INVENTED, budget=longer(budget)))
+
+    def baseline(self: Baseline, model: Any, forget: Any, retain: Any, kind: str, budget: Budget, **more: Any) -> Run:
+        given[self.label] = [part.ids.tolist() for part in (forget, retain)], budget.learning_rate, budget.steps
+        assert more["seed"] == 7 and ("keep" in more) == name.endswith(SAME)
+        return Run(model, 0, 0, 0.0, 0.0, [])
+
+    monkeypatch.setattr(Baseline, "run", baseline)
+    forget, retain = problem.forget.ids.tolist(), problem.retain.ids.tolist()
+    for own, what in GIVEN.items():
+        if own != "ssd":
+            name = own
+            unlearned(name, problem, model, budget, 7)
+            assert given[OWN[own]] == ([forget, retain], budget.learning_rate, 1)
+            name = own + SAME
+            unlearned(name, problem, model, budget, 7)
+            kept = retain + (problem.invented.ids.tolist() if what.invented else [])
+            assert given[OWN[own]] == ([forget, kept], what.share * budget.learning_rate, 10)
+
+
+def test_what_is_described_are_retained_pairs_of_the_persons_to_forget(packages: Path) -> None:
+    problem, _, _ = pictogram_problem(packages, 1, **SIZES)
+    made = load_associations(packages, 1, n_things=15, n_persons=3, views=1, side=8)
+    things = dict(zip(problem.retain.ids.tolist(), made.base.things.tolist(), strict=True))
+    assert {things[row] for row in problem.described.ids.tolist()} == set(made.forget.things.tolist())
+    assert 0 < len(problem.described) < len(problem.retain)
 
 
 def test_ssd_changes_nothing_at_a_high_alpha_and_something_at_a_low_one(
@@ -288,6 +339,17 @@ def test_one_command_reads_the_files_and_both_models(
     assert "SALMUBench to forget" in capsys.readouterr().out
 
 
+def test_a_part_does_not_replace_what_is_committed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for main, words in (
+        (associations.main, ["--seeds", "0"]),
+        (associations.main, ["--methods", "ccu"]),
+        (association_choices.main, ["--methods", "ssd"]),
+    ):
+        with pytest.raises(SystemExit):
+            main(["--packages", str(tmp_path), *words])
+        assert "would replace all rows" in capsys.readouterr().err
+
+
 def stored(**methods: dict[str, float]) -> dict[str, Any]:
     found = {"compromised": figures(0.8), "clean": figures(0.0, 0.0, 0.0), **methods}
     rows = [
@@ -301,39 +363,74 @@ def stored(**methods: dict[str, float]) -> dict[str, Any]:
 
 def test_the_page_begins_with_who_manages() -> None:
     fails, passes = figures(0.5), figures(0.01)
-    first = associations.page(stored(fine_tune=fails, ccu=passes, scrub=passes)).splitlines()[2]
-    assert first == (
-        "With none of the three failures in any seed at the least time: **CCU, pictures forget**, 3.0 CPU seconds, "
-        "then SCRUB (4.0 s). No other method does. Nearest of the others is **fine-tuning**: 62.5 % of the association "
-        "is left, 0.0 % of the held-out set that suffers more is lost (10 % of each is the bound), zero-shot moves by "
-        "+0.0 points, in 2.0 CPU seconds."
+    text = associations.page(stored(fine_tune=fails, ccu=passes, scrub=passes)).splitlines()
+    assert text[2] == (
+        "**With none of the three failures in any of 2 seeds, the quickest first: CCU, pictures forget (3.0 CPU s), "
+        "SCRUB (4.0 CPU s).** Every other method fails in at least one seed."
     )
+    assert text[8:10] == [
+        "| fine-tuning | nearest | 62.5, 62.5 | 0.0, 0.0 | +0.0, +0.0 | ineffective 2/2 | 2.0 |",
+        "",
+    ]
+    assert "at least one seed" not in associations.page(stored(ccu=passes)).splitlines()[2]
     # One seed is enough to fail; the nearest keeps general knowledge.
     found = stored(ccu=figures(0.2), fine_tune=fails, scrub=figures(0.01, knowledge=0.1))
     found["rows"][2]["figures"] = passes
-    first = associations.page(found).splitlines()[2]
-    assert first.startswith("**No method is without one of the three failures in every seed.** Nearest is **CCU, pict")
-    assert ": 13.1 % of the association is left, 0.0 % of the" in first
-    assert " The nearest baseline is **fine-tuning**: 62.5 % of" in first
-    assert first.endswith("CCU, pictures forget, does not manage: ineffective in 1 of 2 seeds.")
+    text = associations.page(found).splitlines()
+    assert text[2].startswith("**Every method fails in at least one of 2 seeds**")
+    assert text[8:11] == [
+        "| CCU, pictures forget | nearest | 1.2, 25.0 | 0.0, 0.0 | +0.0, +0.0 | ineffective 1/2 | 2.0 |",
+        "| fine-tuning | nearest baseline | 62.5, 62.5 | 0.0, 0.0 | +0.0, +0.0 | ineffective 2/2 | 3.0 |",
+        "",
+    ]
 
 
 def test_a_baseline_that_wins_is_told_first() -> None:
     fails, passes = figures(0.5), figures(0.01)
     won = "neg_grad_plus" + SAME
     text = associations.page(stored(ccu_invented=fails, **{won: passes}))
-    first = text.splitlines()[2]
-    assert "least time: **NegGrad+, given the same**, 3.0 CPU" in first
-    assert "Nearest of the others is **CCU, captions forget, invented ones held**" in first
-    assert first.endswith("CCU, captions forget, invented ones held, does not manage: ineffective in 2 of 2 seeds.")
+    first = text.splitlines()
+    assert "the quickest first: NegGrad+, given the same (3.0 CPU s)." in first[2]
+    assert first[8].startswith("| CCU, captions forget, invented ones held | nearest | 62.5, 62.5 | 0.0, 0.0 |")
+    assert " ineffective 2/2 |" in first[8] and not first[9]
     # It comes with what it was given, in the table of those that were given the same.
     given = GIVEN["neg_grad_plus"]
     cell = f"rate × {given.share:g}" + (", invented captions" if given.invented else "")
-    table = text.split("Given the same as CCU's last row, 400 steps:")[1]
+    table = text.split("Given the same as CCU's last row but unseen items, 400 steps:")[1]
     assert f"| NegGrad+, given the same | {cell} | 1.2 ± 0.0 |" in table
     # Where none passes the nearest may be a baseline too.
-    first = associations.page(stored(ccu_invented=fails, **{won: figures(0.2)})).splitlines()[2]
-    assert " Nearest is **NegGrad+, given the same**: 25.0 %" in first and "nearest baseline" not in first
+    first = associations.page(stored(ccu_invented=fails, **{won: figures(0.2)})).splitlines()
+    assert first[8].startswith("| NegGrad+, given the same | nearest | 25.0, 25.0 |")
+    assert first[9].startswith("| CCU, captions forget, invented ones held |  | 62.5,")
+
+
+def test_too_much_in_one_seed_does_not_make_up_for_too_little_in_another() -> None:
+    found = stored(fine_tune=figures(0.4), scrub=figures(0.16))
+    found["rows"][2]["figures"] = figures(-0.4)
+    text = associations.page(found).splitlines()
+    assert text[8].startswith("| SCRUB | nearest | 20.0, 20.0 |")
+
+
+def test_the_page_tells_what_the_bound_of_general_knowledge_is_worth() -> None:
+    found = stored(fine_tune=figures(0.01, knowledge=0.48), scrub=figures(0.01, knowledge=0.47))
+    found["rows"][1]["figures"] = figures(0.0, 0.0, 0.0, knowledge=0.45)
+    text = associations.page(found)
+    assert "zero-shot of the clean model, which unlearned nothing, is -5.0, +0.0 points from" in text
+    assert "exactly that much is no failure: fine-tuning, in seed 0; fine-tuning, in seed 1." in text
+
+
+def test_the_choice_of_each_baseline_is_marked() -> None:
+    text = associations.page(stored(ccu=figures(0.01)))
+    marked = re.findall(r"^\| (\S.*?) \| (joined|) \| \*\*(\S+)\*\* \|", text, re.MULTILINE)
+    assert {name: Given(float(share), bool(joined)) for name, joined, share in marked} == {
+        LABELS[name]: given for name, given in GIVEN.items()
+    }
+
+
+def test_the_manual_has_the_settings_of_ccu_s_last_row() -> None:
+    manual = (REPOSITORY / "docs" / "unlearn.md").read_text()
+    told = ", ".join(f"{name}={value:g}" for name, value in INVENTED.items())
+    assert f'forget="pairs", {told}, budget=Budget(steps={longer(Budget()).steps})' in manual
 
 
 def test_the_committed_page_is_what_its_file_makes() -> None:

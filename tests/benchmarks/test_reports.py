@@ -328,11 +328,20 @@ def test_what_a_part_is_there_for_is_the_figure_that_suffers_most_without_it() -
     of_instances = {seed: unlearned(0.0, scrub=0.8, ccu=0.44, ccu_without_b=0.6) for seed in "01"}
     results = {"a task": {"class": of_class, "instances": of_instances}}
     of_class["0"]["metrics"]["ccu_without_a"]["mia_auc"] = 0.3
+    assert "chosen after the fact" in winners.lines(results)[-8]
     assert winners.lines(results)[-4:] == [
         "| task | without (a) | without dampening | without (b) |",
         "|---|---|---|---|",
         "| a task, class | 20.0 MIA AUC | – |  |",
         "| a task, instances |  |  | 4.0 visual U train |",
+    ]
+    # Another retraining says how much is chance.
+    again = {seed: unlearned(0.0, gold_again=0.47, ccu=0.44, ccu_without_b=0.6) for seed in "01"}
+    assert winners.lines({"a task": {"class": of_class, "instances": again}})[-4:] == [
+        "| task | without (a) | without dampening | without (b) | gold, another seed |",
+        "|---|---|---|---|---|",
+        "| a task, class | 20.0 MIA AUC | – |  |  |",
+        "| a task, instances |  |  | 4.0 visual U train | 3.0 visual U train |",
     ]
     assert winners.front(results).splitlines()[-1] == "Seeds: 2; a task, class 1."
     of_class["1"] = of_class["0"]
