@@ -41,7 +41,7 @@ HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "associations.json", HERE / "ASSOCIATIONS.md"
 DEPTH = 2  # a line for a row
 FORMAT = 2  # of a kept seed; raise it when the same settings and versions give other figures
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)  # 0 to 2 were looked at before the last choice
 ARCHITECTURE = "open_clip:ViT-B-16"  # of SALMUBench's models
 TRAINING = TrainConfig(epochs=12, batch=128, learning_rate=2e-3)
 
