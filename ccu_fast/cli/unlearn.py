@@ -58,7 +58,7 @@ def unlearn(
         list[str] | None, typer.Option(help="With --compare, without settings: class or instances; both if not given.")
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="With --compare: how many; if not given 3, or as set.", min=1)
+        int | None, typer.Option(help="With --compare: how many; if not given as set, or 1; of tasks 3.", min=1)
     ] = None,
     text_membership: Annotated[
         bool, typer.Option("--text-membership", help="Also ask, by text alone, who was trained on; needs new items.")

@@ -91,7 +91,10 @@ class UnlearnConfig:
     temperature: float = check.field(0.2, low=1e-6)
     forgotten_weight: float = check.field(0.1, low=1e-6)
     ceiling: float | None = check.field(
-        None, "Quantile of unseen items that no forgotten one is to exceed; none: each has a level.", low=0, high=1
+        None,
+        "Not of a class: quantile of unseen items that no item is to exceed; if not given as set, or own levels.",
+        low=0,
+        high=1,
     )
     group: int = check.field(1, low=1)
     dampen: float | None = check.field(None, low=0)
@@ -113,6 +116,8 @@ class UnlearnConfig:
         if not isinstance(self.trainable, (list, tuple)) or not all(isinstance(p, str) for p in self.trainable):
             raise TypeError(f"trainable: expected a sequence of patterns, got {self.trainable!r}")
         object.__setattr__(self, "trainable", tuple(self.trainable))
+        if self.ceiling is not None and self.forget == "class":
+            raise ValueError(f"ceiling: expected none for a class, whose items have no levels, got {self.ceiling:g}")
         if self.lora is not None and (self.dampen or self.saliency != 1):
             name, value, free = ("dampen", self.dampen, 0) if self.dampen else ("saliency", self.saliency, 1)
             raise ValueError(

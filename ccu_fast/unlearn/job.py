@@ -144,10 +144,10 @@ def run_job(
                 result.update(**figures, provenance=made, cost=cost, losses=done.losses)
                 write_whole(out / "results.json", json_of(result))
                 write_whole(out / "card.md", card(result))
-                remove(checkpoint.path, KEPT_FILES)
                 result["embeddings"] = pictured(model, done.model, forget, retain) if given.data.labelled else None
             if report is not None:
                 report(result)
+            remove(checkpoint.path, KEPT_FILES)  # not before the last file: what was searched for took long
             return result["alarm"]
 
         # Every process learns how the run ended, and only when all is written: torchrun ends all once one has.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -98,29 +99,18 @@ def evaluating(model: TwoModalityModel) -> Iterator[None]:
 
 
 @contextmanager
-def looking(model: TwoModalityModel) -> Iterator[None]:
-    """The model in evaluation mode, to be looked into: what is then changed but weights is undone.
+def looking(model: TwoModalityModel) -> Iterator[TwoModalityModel]:
+    """A copy in evaluation mode to be looked into, that has the model's own parameters, which are the most of it.
 
-    That is which parameters require gradients, and buffers, which a layer may change in evaluation mode too.
+    A forward pass may change buffers, in evaluation mode too, and leave embeddings with their graph in a layer (hooks
+    do, and spectral_norm), of which torch makes no copy later. Whether a parameter requires a gradient is set back.
     """
-    training, modes = model.training, [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.eval()
     try:
-        yield
+        yield copy.deepcopy(model, {id(parameter): parameter for parameter, _ in flags}).eval()
     finally:
-        model.train(training)
-        for module, mode in modes:
-            module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        with torch.no_grad():
-            for own, before in buffers:
-                own.update(before)
-            for buffer, value in values:
-                buffer.copy_(value)
 
 
 def embed_both(model: TwoModalityModel, data: PairedData) -> tuple[Tensor, Tensor]:
@@ -300,7 +290,7 @@ def _check_labels(forget: PairedData, retain: PairedData, roles: str, called: Ma
 
 def _check_outputs(model: TwoModalityModel, forget: PairedData, labels: list[Tensor]) -> None:
     item = forget.batch(torch.zeros(1, dtype=torch.long, device=forget.labels.device))
-    with looking(model), torch.no_grad():
+    with looking(model) as model, torch.no_grad():
         visual, other = embed_both(model, item)
         if visual.ndim != 2 or visual.shape != other.shape:
             raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from itertools import islice
 
@@ -97,7 +96,7 @@ def parameters_of_visual(model: TwoModalityModel, data: PairedData) -> frozenset
 def _parameters_of(
     outputs: Callable[[TwoModalityModel, PairedData], Tensor], model: TwoModalityModel, data: PairedData
 ) -> frozenset[str]:
-    with looking(model), torch.enable_grad():
+    with looking(model) as model, torch.enable_grad():
         named = {name: p.requires_grad_(True) for name, p in model.named_parameters() if p.is_floating_point()}
         found = outputs(model, data.batch(torch.zeros(1, dtype=torch.long, device=data.ids.device)))
         if not found.requires_grad:  # embeddings that come ready, from no parameter
@@ -114,12 +113,11 @@ def buffers_of_other(model: TwoModalityModel, data: PairedData) -> frozenset[str
         data: its first item is embedded to see.
     """
     found: set[str] = set()
-    with ExitStack() as hooks, looking(model), torch.no_grad():
+    with looking(model) as model, torch.no_grad():
         for prefix, module in model.named_modules():
             names = [_joined(prefix, name) for name, _ in module.named_buffers(recurse=False)]
             if names:
-                hook = module.register_forward_pre_hook(lambda *_, names=names: found.update(names))
-                hooks.callback(hook.remove)
+                module.register_forward_pre_hook(lambda *_, names=names: found.update(names))
         embedded = model.embed_other(data.batch(torch.zeros(1, dtype=torch.long, device=data.ids.device)).other)
         if "other" in heads(model):
             model.classify_other(embedded)

@@ -23,6 +23,7 @@ from ccu_fast.cli import main as cli
 from ccu_fast.cli.app import app
 from ccu_fast.ops import machine
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
+from ccu_fast.unlearn.study.comparison import Comparison
 from tests.support.forked import in_child
 
 # The status, output and errors of each command line.
@@ -115,6 +116,7 @@ def test_what_the_settings_decide_has_its_default_in_the_help(
     shown = capsys.readouterr().out
     for name in ("steps", "learning_rate", "batch"):
         assert f"as set if not given, or {getattr(Budget(), name):g}." in shown
+    assert re.search(rf"--seeds .*if not given as set, or {Comparison().seeds}; of tasks 3", shown)
     assert "0.2 of a class" in shown and UnlearnConfig().used("neighbours") == 0.2
 
 

@@ -152,6 +152,10 @@ class TestLevels:
         assert found.unique().numel() == 1
         torch.testing.assert_close(found[0].double(), now.double().quantile(0.3), rtol=1e-4, atol=1e-4)
 
+    def test_a_class_has_none(self) -> None:
+        with pytest.raises(ValueError, match=r"ceiling: expected none for a class, .* got 0.4"):
+            UnlearnConfig(ceiling=0.4)
+
     def test_what_is_below_a_ceiling_is_pulled_up_weakly(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, data, fresh = toy_unlearn.trained_on_pairs(), pairs(), pairs(seed=5, first=1000)
         forget, retain = data[:20], data[20:]

@@ -118,6 +118,28 @@ class TestLooking:
         assert [n for n, p in model.named_parameters() if p.grad is not None] == ["other_head.weight"]
         assert not any(module._forward_pre_hooks for module in model.modules())
 
+    @pytest.mark.parametrize("given", [{}, {"lora": 2}, {"keep": "trained"}])
+    @pytest.mark.parametrize("layer", ["spectral norm", "hook", "attribute", "new buffer", "one value everywhere"])
+    def test_nothing_that_a_forward_pass_leaves_stays(self, layer: str, given: dict[str, Any]) -> None:
+        model, (forget, retain) = toy_unlearn.make_model(), split()
+        first = model.visual_tower[0]
+        if layer == "spectral norm":
+            torch.nn.utils.spectral_norm(first)
+        elif layer == "hook":
+            first.seen = {}
+            first.register_forward_hook(lambda module, _, out: module.seen.update(last=out))
+        elif layer == "attribute":
+            first.register_forward_hook(lambda module, _, out: setattr(module, "last", out))
+        elif layer == "new buffer":
+            first.register_forward_hook(lambda module, _, out: module.register_buffer("last", out.detach()))
+        else:  # torch writes into no such tensor
+            first.register_buffer("one", torch.ones(1).expand(3), persistent=False)
+        names, own = list(model.state_dict()), list(first.__dict__)
+        check_problem(model, forget, retain, "class")
+        check_run(model, forget, retain, UnlearnConfig(**given))
+        assert list(model.state_dict()) == names and list(first.__dict__) == own
+        copy.deepcopy(model)
+
     def test_nor_after_an_error(self) -> None:
         model, (forget, retain) = restless(), split()
         with pytest.raises(ValueError, match="matches none"):

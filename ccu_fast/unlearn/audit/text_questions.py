@@ -228,6 +228,8 @@ def before_and_after(
         when = "before" if old is None else "after"
         return f"Nothing could be measured {when} unlearning: the model embeds all inputs alike, or nowhere."
     was, is_now = areas(before), areas(after)
+    if too_few(chance):
+        return f"{meaning(chance)[:-1]} (before {was}, after {is_now})."
     if old and now:
         return (
             f"Text alone tells forgotten items from new ones after unlearning too (AUC {is_now}, before {was}; "
@@ -241,7 +243,8 @@ def before_and_after(
     if now:
         return (
             f"Text alone tells forgotten items from new ones after unlearning (AUC {is_now}; {within}) and did not "
-            f"before ({was}): it is the unlearning that left a trace."
+            f"before ({was}): the unlearning may have left a trace (by chance one of two AUCs is as far off in up to 9 "
+            "of 100 cases)."
         )
     return (
         f"The AUC is within chance before unlearning and after ({was}, then {is_now}; {within}): text alone told "
@@ -251,6 +254,8 @@ def before_and_after(
 
 def compared(chance: Mapping[str, float], models: Mapping[str, Mapping[str, float | None]]) -> str:
     """What the figures of several models come to, by their labels: :func:`meaning`, and who is beyond chance."""
+    if too_few(chance):
+        return meaning(chance)
     told = [f"{label} ({areas(figures)})" for label, figures in models.items() if tells(figures, chance)]
     rest = f"Outside it: {', '.join(told)}." if told else "No model is outside it, not even before unlearning."
     return f"{meaning(chance)} {rest}"
@@ -258,10 +263,20 @@ def compared(chance: Mapping[str, float], models: Mapping[str, Mapping[str, floa
 
 def meaning(chance: Mapping[str, float]) -> str:
     """What an AUC within chance means, in a sentence."""
+    if too_few(chance):
+        return (
+            f"There are too few items to tell anything by: chance is 0.50 ± {chance['error']:.2f}, and no AUC can be "
+            "outside it."
+        )
     return (
         f"An AUC within chance, 0.50 ± {chance['error']:.2f}, means that text alone tells no forgotten item from one "
         "that was never trained on."
     )
+
+
+def too_few(chance: Mapping[str, float]) -> bool:
+    """Whether even areas of 0 and 1 are within chance, as with one item of a kind."""
+    return chance["error"] >= 0.5
 
 
 def tells(figures: Mapping[str, float | None], chance: Mapping[str, float]) -> bool | None:
