@@ -42,14 +42,17 @@ def page(results: dict[str, Any]) -> str:
     command = "--packages DIR" if pictograms else "--salmubench FOLDER --compromised FILE --clean FILE"
     same = [name for name in found if name.endswith(SAME) or name == "ccu_invented"]
     alone = [name for name in found if name not in same]
-    history: list[str] = []
+    history, earlier = list[str](), list[str]()
     if pictograms and "ccu_invented" in found:
-        history = list(_LOOKED_AT)
+        history = [line.format(*(f(results["seeds"]) for f in (min, max))) for line in _LOOKED_AT]
+        if not {0, 1, 2} & set(results["seeds"]):
+            earlier = [f'On seeds 0 to 2 "{CCU["ccu_invented"]}" failed in one: [how it was chosen]({_WHAT}).', ""]
     lines = [
         f"# {setting['task'][0].upper()}{setting['task'][1:]} to forget, by SALMUBench's protocol",
         "",
         *_who_manages(found, seeds),
         "",
+        *earlier,
         f"Made by `python -m benchmarks.unlearning.associations {command}` from "
         "[associations.json](associations.json).",
         "",
@@ -105,7 +108,7 @@ def page(results: dict[str, Any]) -> str:
             )
         ),
         "",
-        "What was chosen, and on what:",
+        "## What was chosen, and on what",
         "",
         f'- "{CCU["ccu_invented"]}": {more} steps, and captions that tell attributes of nobody, which anyone can make '
         "up, joined to the retain set: what the model makes of such captions is held. "
@@ -152,7 +155,7 @@ _HERE = (
 _FIRST = "retained pictures whose caption comes first"
 # What a reader has to know of a choice that was made again; earlier figures are of files in the history.
 _LOOKED_AT = (
-    "- The seeds of this page, 3 to 5, were run once, after the last choice. Seeds 0 to 2 had been looked at three "
+    "- The seeds of this page, {} to {}, were run once, after the last choice. Seeds 0 to 2 had been looked at three "
     "times, each time with another choice for this row:",
     "  1. `anchor = 30`, a level for each association in place of a ceiling, chosen on seed 100: 12.5, 3.2 and 3.1 % "
     "left, 10.7, 9.8 and 9.8 % lost, failed in one seed.",
@@ -161,6 +164,7 @@ _LOOKED_AT = (
     "  3. This one, chosen on three more seeds because the second had failed: 2.3, -7.3 and -24.7 % left, 6.2, 6.5 and "
     "8.2 % lost, failed in one seed.",
 )
+_WHAT = "#what-was-chosen-and-on-what"
 _EACH = {"left": "", "lost": "", "knowledge": "+"}
 _COLUMNS = ["method", "association left, %", "retrieval", *_MOVED.values(), "failures", "CPU s"]
 
@@ -228,25 +232,24 @@ def _who_manages(found: Found, seeds: int) -> list[str]:
     else:
         said = f"**Every method fails in at least one of {seeds} seeds**, in one of three ways that are told below."
     # The nearest, whoever it is, the nearest baseline and all of CCU: a table is read for how far the others are.
-    shown: dict[str, str] = {}
+    shown = {name: "passes" for name in able}
     for what, names in (("nearest", rest), ("nearest baseline", [name for name in rest if name not in CCU])):
         name = _nearest(found, names)
         if name is not None:
             shown.setdefault(name, what)
     shown |= {name: "" for name in CCU if name in rest and name not in shown}
-    if not shown:
-        return [said]
-    columns = ["of those that fail", "", "association left, %", "held-out lost, %", "zero-shot", "failures", "CPU s"]
+    columns = ["method", "", "association left, %", "held-out lost, %", "zero-shot", "failures", "CPU s"]
     rows = [[LABELS[name], what, *_by_seed(found[name], seeds)] for name, what in shown.items()]
     return [
         said,
         "",
-        *markdown(Table("Seed by seed", columns, rows)),
+        *markdown(Table("Those that pass and, of the others, the nearest and CCU's, seed by seed", columns, rows)),
         "",
         f"Bounds: {-100 * REMAINS:.0f} to {100 * REMAINS:.0f} % left, where 0 is the clean model's; "
         f"{100 * REMAINS:.0f} % lost, of the held-out set that suffers more; zero-shot {-100 * COLLAPSE:.0f} points. "
-        "Nearest: the larger of what is left, without its sign, and what is lost, as a mean over the seeds, is the "
-        f"smallest, among methods whose zero-shot falls by no more than {100 * COLLAPSE:.0f} points on average.",
+        "Nearest of those that fail: the larger of what is left, without its sign, and what is lost, as a mean over "
+        f"the seeds, is the smallest, among methods whose zero-shot falls by no more than {100 * COLLAPSE:.0f} points "
+        "on average.",
     ]
 
 

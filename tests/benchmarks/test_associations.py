@@ -368,7 +368,11 @@ def test_the_page_begins_with_who_manages() -> None:
         "**With none of the three failures in any of 2 seeds, the quickest first: CCU, pictures forget (3.0 CPU s), "
         "SCRUB (4.0 CPU s).** Every other method fails in at least one seed."
     )
-    assert text[8:10] == [
+    assert [line.split(" | ")[:2] for line in text[8:10]] == [
+        ["| CCU, pictures forget", "passes"],
+        ["| SCRUB", "passes"],
+    ]
+    assert text[10:12] == [
         "| fine-tuning | nearest | 62.5, 62.5 | 0.0, 0.0 | +0.0, +0.0 | ineffective 2/2 | 2.0 |",
         "",
     ]
@@ -391,8 +395,9 @@ def test_a_baseline_that_wins_is_told_first() -> None:
     text = associations.page(stored(ccu_invented=fails, **{won: passes}))
     first = text.splitlines()
     assert "the quickest first: NegGrad+, given the same (3.0 CPU s)." in first[2]
-    assert first[8].startswith("| CCU, captions forget, invented ones held | nearest | 62.5, 62.5 | 0.0, 0.0 |")
-    assert " ineffective 2/2 |" in first[8] and not first[9]
+    assert first[8].startswith("| NegGrad+, given the same | passes | 1.2, 1.2 |")
+    assert first[9].startswith("| CCU, captions forget, invented ones held | nearest | 62.5, 62.5 | 0.0, 0.0 |")
+    assert " ineffective 2/2 |" in first[9] and not first[10]
     # It comes with what it was given, in the table of those that were given the same.
     given = GIVEN["neg_grad_plus"]
     cell = f"rate × {given.share:g}" + (", invented captions" if given.invented else "")
@@ -402,6 +407,17 @@ def test_a_baseline_that_wins_is_told_first() -> None:
     first = associations.page(stored(ccu_invented=fails, **{won: figures(0.2)})).splitlines()
     assert first[8].startswith("| NegGrad+, given the same | nearest | 25.0, 25.0 |")
     assert first[9].startswith("| CCU, captions forget, invented ones held |  | 62.5,")
+
+
+def test_seeds_that_were_looked_at_before_are_told_of_beside_others() -> None:
+    found = stored(ccu_invented=figures(0.01))
+    found["setting"]["task"] = "associations of pictograms"
+    told = 'On seeds 0 to 2 "CCU, captions forget, invented ones held" failed in one'
+    assert told not in associations.page(found)
+    for row in found["rows"]:
+        row["seed"] += 3
+    text = associations.page({**found, "seeds": [3, 4]})
+    assert told in text and "The seeds of this page, 3 to 4, were run once" in text
 
 
 def test_too_much_in_one_seed_does_not_make_up_for_too_little_in_another() -> None:
