@@ -267,7 +267,7 @@ def _worse(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def _by_seed(rows: Sequence[dict[str, Any]], seeds: int) -> list[str]:
-    values = [", ".join(f"{row[key]:{sign}.1f}" for row in rows) for key, sign in _EACH.items()]
+    values = [", ".join(f"{round(row[key], 1) + 0.0:{sign}.1f}" for row in rows) for key, sign in _EACH.items()]
     return [*values, _failures(rows, seeds), f"{_mean(rows, 'seconds'):.1f}"]
 
 
