@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.unlearning.salmubench import COLLAPSE, ROUNDING, Problem, joined
+from benchmarks.unlearning.salmubench import Problem, collapsed, far, joined
 from ccu_fast.data.paired import PairedData
 from ccu_fast.models.swapped import Swapped
 from ccu_fast.unlearn.baselines.registry import BASELINES
@@ -141,13 +141,11 @@ def given_the_same(
 def best(rows: Sequence[dict[str, Any]], method: str) -> Given:
     """The choice of a method that is nearest; "ssd_own" is SSD with the retain set alone."""
 
-    def far(row: dict[str, Any]) -> tuple[bool, float]:
+    def order(row: dict[str, Any]) -> tuple[bool, float]:
         found = row["figures"]
-        if found is None:
-            return True, float("inf")
-        return found["knowledge"] < -100 * (COLLAPSE + ROUNDING), max(abs(found["left"]), found["lost"])
+        return (True, float("inf")) if found is None else (collapsed(found["knowledge"]), far(found))
 
-    row = min((row for row in rows if row["method"] == method), key=far)
+    row = min((row for row in rows if row["method"] == method), key=order)
     return Given(row["share"], row["invented"])
 
 
@@ -159,7 +157,8 @@ def longer(budget: Budget) -> Budget:
 def of_pictures(model: TwoModalityModel, data: PairedData) -> frozenset[str]:
     """What stays as it is where captions forget: the parameters and buffers that CCU keeps."""
     swapped: Any = Swapped(model)  # type: ignore[arg-type]
-    kept = parameters_of_other(swapped, data.swapped()) | buffers_of_other(swapped, data.swapped())
+    exchanged = data.swapped()
+    kept = parameters_of_other(swapped, exchanged) | buffers_of_other(swapped, exchanged)
     return frozenset(name.removeprefix("model.") for name in kept)
 
 

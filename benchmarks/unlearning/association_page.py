@@ -17,9 +17,11 @@ from benchmarks.unlearning.salmubench import (
     POINT,
     REMAINS,
     ROUNDING,
+    collapsed,
+    far,
     judged,
 )
-from benchmarks.unlearning.winners import markdown
+from benchmarks.unlearning.winners import markdown, table_lines
 from ccu_fast.cli.report.tables import Table
 from ccu_fast.unlearn.baselines.registry import BASELINES
 
@@ -183,7 +185,7 @@ def _tried() -> list[str]:
             told = [value.format(**figures) for value in values] if figures else ["diverges"] * 3
             share = f"**{given.share:g}**" if given == best(tried, name) else f"{given.share:g}"
             rows.append([LABELS[name], "joined" if invented else "", share, *told])
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return table_lines(head, rows)
 
 
 def _ccu(settings: dict[str, Any]) -> str:
@@ -258,12 +260,12 @@ def _nearest(found: Found, methods: Sequence[str]) -> str | None:
 
     Seed by seed: too much in one seed does not make up for too little in another.
     """
-    kept = [name for name in methods if _mean(found[name], "knowledge") >= -100 * (COLLAPSE + ROUNDING)]
+    kept = [name for name in methods if not collapsed(_mean(found[name], "knowledge"))]
     return min(kept, key=lambda n: _worse(found[n]), default=None)
 
 
 def _worse(rows: Sequence[dict[str, Any]]) -> float:
-    return statistics.fmean(max(abs(row["left"]), row["lost"]) for row in rows)
+    return statistics.fmean(far(row) for row in rows)
 
 
 def _by_seed(rows: Sequence[dict[str, Any]], seeds: int) -> list[str]:
@@ -318,5 +320,4 @@ def _aims(found: Found) -> list[str]:
         for name, rows in found.items()
         if name not in (BEFORE, CLEAN)
     ]
-    head = ["method", *columns.values()]
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return table_lines(["method", *columns.values()], rows)

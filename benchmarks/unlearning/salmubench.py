@@ -154,6 +154,16 @@ def judged(figures: Mapping[str, float], before: Mapping[str, float], clean: Map
     }
 
 
+def far(judgement: Mapping[str, Any]) -> float:
+    """How far a model is from what is asked: the larger of what is left, without its sign, and of what is lost."""
+    return float(max(abs(judgement["left"]), judgement["lost"]))
+
+
+def collapsed(knowledge: float) -> bool:
+    """Whether general knowledge fell by more than the bound; its change in points."""
+    return knowledge < -100 * (COLLAPSE + ROUNDING)
+
+
 class SmallClip(SmallDualEncoder):
     """Of convolutions and one block for text, as two towers for unlearning."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -166,13 +167,13 @@ def _everywhere(name: str, by_seed: dict[str, Any]) -> bool:
 
 def markdown(table: Table) -> list[str]:
     """A table with its caption above it."""
-    return [
-        table.caption + ":",
-        "",
-        "| " + " | ".join(table.columns) + " |",
-        "|---" * len(table.columns) + "|",
-        *("| " + " | ".join(row) + " |" for row in table.rows),
-    ]
+    return [table.caption + ":", "", *table_lines(table.columns, table.rows)]
+
+
+def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown without its caption."""
+    head = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return head + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def _measured(name: str, by_seed: dict[str, Any]) -> Contestant:

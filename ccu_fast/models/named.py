@@ -219,18 +219,14 @@ def _without_bars(library: Any) -> Iterator[None]:
     logs = library.utils.logging
     if hasattr(logs, "set_tqdm_hook"):  # of transformers 5; the older switch is also huggingface_hub's
         before = logs.set_tqdm_hook(lambda _, words, named: logs.EmptyTqdm(*words, **named))
-        try:
-            yield
-        finally:
-            logs.set_tqdm_hook(before)
-        return
-    shown = logs.is_progress_bar_enabled()
-    logs.disable_progress_bar()
+        restore = partial(logs.set_tqdm_hook, before)
+    else:
+        restore = logs.enable_progress_bar if logs.is_progress_bar_enabled() else logs.disable_progress_bar
+        logs.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logs.enable_progress_bar()
+        restore()
 
 
 def _library(module: str, distribution: str) -> Any:

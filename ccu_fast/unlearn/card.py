@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from ccu_fast.unlearn.audit.text_questions import TITLES
+from ccu_fast.unlearn.audit.text_questions import TITLES, heading
 
 HEAD = "# A model that was made to forget"
 LOADING = {
@@ -78,8 +78,7 @@ def _by_text(found: Mapping[str, Any] | None) -> list[str]:
         (title, *("–" if found[when][name] is None else f"{found[when][name]:.4g}" for when in ("before", "after")))
         for name, title in TITLES.items()
     ]
-    asked = f"Membership from text alone, of {found['forgotten']} forgotten and {found['new']} new items"
-    return [f"{asked}. {found['text']}", _table(("", "before", "after"), rows)]
+    return [f"{heading(found)}. {found['text']}", _table(("", "before", "after"), rows)]
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -39,13 +39,7 @@ from tests.support.forked import fork
 from tests.support.small_demo import quick_map
 from tests.support.toy_unlearn import toy, weights
 
-TOML = """
-[model]
-make = "tests.support.toy_unlearn:make_model"
-weights = "weights.safetensors"
-[data]
-path = "pairs.npz"
-[forget]
+TOML = f"""{toy_unlearn.SETTINGS}[forget]
 classes = [1]
 [budget]
 steps = 30

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ccu_fast import OTHER, SAME, SELF, reduce_similarity
-from tests.support.tolerance import assert_three_way
+from tests.support.tolerance import assert_three_way, rounding
 
 SETS = tuple(range(1, 8))
 SET_NAMES = {r: "+".join(n for n, bit in (("SELF", SELF), ("SAME", SAME), ("OTHER", OTHER)) if r & bit) for r in SETS}
@@ -188,10 +188,9 @@ def check(case: Case, backend: str, dtype: torch.dtype, *, ulps: float = 8, **op
         # There is no second truth to measure torch against: a relative error of eps in S is one of |S| eps in exp(S).
         ulps *= max(1.0, terms["largest"])
     ours = by_us(case, dtype, backend, **options)
-    # Products of half types are rounded: a relative error uniform within eps / 2 has the deviation eps / sqrt(12).
-    rounding = torch.finfo(dtype).eps / 12**0.5 if dtype in (torch.float16, torch.bfloat16) else 0.0
+    rounded = rounding(dtype) if dtype in (torch.float16, torch.bfloat16) else 0.0  # products of half types are
     for name, truth in exact.items():
-        given = {"magnitude": terms.get(name), "noise": rounding * terms.get(f"norm of {name}", 0.0)}
+        given = {"magnitude": terms.get(name), "noise": rounded * terms.get(f"norm of {name}", 0.0)}
         assert_three_way(name, ours[name], same_dtype[name], truth, ulps=ulps, **given)
     return ours
 

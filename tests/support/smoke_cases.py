@@ -19,7 +19,7 @@ from torch import Tensor
 import ccu_fast
 from ccu_fast.ops.backend import gemm_dtype
 from ccu_fast.ops.reduce_similarity import operator
-from tests.support.tolerance import assert_three_way
+from tests.support.tolerance import assert_three_way, rounding
 
 Tensors = dict[str, Tensor]
 # Brings a float64 master to the device, in the dtype that is checked, or rounded to it and back in float64.
@@ -62,7 +62,7 @@ class Check:
         # A CPU that multiplies bf16 rounds the products too, as autocast does and the reference does not: a mean over
         # 16 rows or more of errors that are uniform within eps / 2 of the largest product.
         rounded = dtype == torch.bfloat16 and device.type == "cpu" and gemm_dtype(dtype) == dtype
-        noise = torch.finfo(dtype).eps / 12**0.5 * SCALE / 16**0.5 if rounded else 0.0
+        noise = rounding(dtype) * SCALE / 16**0.5 if rounded else 0.0
         for what in (name for name in ours if not name.endswith(TERMS)):
             terms = exact.get(what + TERMS)
             assert_three_way(

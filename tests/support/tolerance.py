@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """The standard deviation of a relative error that is uniform within eps / 2."""
+    return torch.finfo(dtype).eps / 12**0.5
+
+
 def assert_three_way(
     name: str,
     ours: Tensor,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccu_fast.data.paired import PairedData
 from ccu_fast.models.fusion import FusionModel
+from ccu_fast.runs.provenance import save_model
 from ccu_fast.unlearn.loop import Batch, accuracies
 from ccu_fast.unlearn.study.tasks import TrainConfig
 from ccu_fast.unlearn.study.train import train
@@ -37,6 +41,25 @@ def trained() -> FusionModel:
     model = train(make_model, toy(), TrainConfig(epochs=60, batch=20, learning_rate=1e-2)).model
     assert isinstance(model, FusionModel) and min(accuracies(model, toy()).values()) > 0.95
     return model
+
+
+# The tables of settings that say what :func:`saved` has written, as far as all have them in common.
+SETTINGS = """
+[model]
+make = "tests.support.toy_unlearn:make_model"
+weights = "weights.safetensors"
+[data]
+path = "pairs.npz"
+"""
+
+
+def saved(folder: Path, names: Sequence[str] | None = None, **sets: PairedData) -> Path:
+    """The trained model and each set as a file of its name, with numbers as labels or the names of the classes."""
+    for name, data in sets.items():
+        labels = data.labels if names is None else np.array(names)[data.labels]
+        np.savez(folder / f"{name}.npz", visual=data.visual, other=data.other, labels=labels)
+    save_model(trained(), folder / "weights.safetensors", {})
+    return folder
 
 
 def pairs(items: int = 80, seed: int = 0, *, first: int = 0) -> PairedData:

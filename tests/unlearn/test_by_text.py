@@ -40,13 +40,7 @@ from tests.support.toy_unlearn import make_model, toy
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = np.array(["ant", "bee", "cat", "dog"])
-PLAIN = """
-[model]
-make = "tests.support.toy_unlearn:make_model"
-weights = "weights.safetensors"
-[data]
-path = "pairs.npz"
-unseen = "unseen.npz"
+PLAIN = f"""{toy_unlearn.SETTINGS}unseen = "unseen.npz"
 [forget]
 kind = "instances"
 ids = [3, 9, 12, 25, 31]
@@ -63,9 +57,7 @@ ASKED = PLAIN + "[audit]\ntext_membership = {gibberish = 40, restarts = 2, steps
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, data in (("pairs", toy()), ("unseen", toy(24, seed=5)), ("test", toy(40, seed=6))):
-        np.savez(tmp_path / f"{name}.npz", visual=data.visual, other=data.other, labels=NAMES[data.labels])
-    save_model(toy_unlearn.trained(), tmp_path / "weights.safetensors", {})
+    toy_unlearn.saved(tmp_path, NAMES, pairs=toy(), unseen=toy(24, seed=5), test=toy(40, seed=6))
     monkeypatch.setattr(figures, "embedding_map", quick_map)
     return tmp_path
 

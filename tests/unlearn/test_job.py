@@ -28,13 +28,7 @@ from tests.support.toy_unlearn import toy, weights
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = np.array(["ant", "bee", "cat", "dog"])
-TOML = """
-[model]
-make = "tests.support.toy_unlearn:make_model"
-weights = "weights.safetensors"
-[data]
-path = "pairs.npz"
-unseen = "unseen.npz"
+TOML = f"""{toy_unlearn.SETTINGS}unseen = "unseen.npz"
 [forget]
 kind = "instances"
 ids = [3, 9, 12, 25, 31]

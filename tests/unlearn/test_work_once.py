@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from ccu_fast.models.fusion import FusionModel
 from ccu_fast.runs import provenance
 from ccu_fast.runs.checkpoint import Checkpoint
-from ccu_fast.runs.provenance import Hashes, items_hash, save_model, tensors_hash
+from ccu_fast.runs.provenance import Hashes, items_hash, tensors_hash
 from ccu_fast.unlearn import method
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.job import run_job
@@ -32,13 +31,7 @@ from tests.support.toy_unlearn import split, toy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TOML = """
-[model]
-make = "tests.support.toy_unlearn:make_model"
-weights = "weights.safetensors"
-[data]
-path = "pairs.npz"
-test = "test.npz"
+TOML = f"""{toy_unlearn.SETTINGS}test = "test.npz"
 [forget]
 classes = [1]
 [budget]
@@ -53,9 +46,7 @@ probe = false
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name, data in (("pairs", toy()), ("test", toy(40, seed=5))):
-        np.savez(tmp_path / f"{name}.npz", visual=data.visual, other=data.other, labels=data.labels)
-    save_model(toy_unlearn.trained(), tmp_path / "weights.safetensors", {})
+    toy_unlearn.saved(tmp_path, pairs=toy(), test=toy(40, seed=5))
     (tmp_path / "settings.toml").write_text(TOML)
     return tmp_path
 

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from ccu_fast.unlearn.audit import gaps, mean_figures, verdict, verdict_without_gold
-from ccu_fast.unlearn.audit.text_questions import TITLES, meaning
+from ccu_fast.unlearn.audit.text_questions import TITLES, heading, meaning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -196,10 +196,7 @@ def text_table(result: Mapping[str, Any], *, brief: bool = False) -> Table | Non
 
 def _by_text(asked: Mapping[str, Any], comes_to: str) -> str:
     chance = asked["chance"]["precision"]
-    return (
-        f"Membership from text alone, of {asked['forgotten']} forgotten and {asked['new']} new items (precision by "
-        f"chance {chance:.2f}). {comes_to}"
-    ).rstrip()
+    return f"{heading(asked)} (precision by chance {chance:.2f}). {comes_to}".rstrip()
 
 
 def left_out_table(left_out: Sequence[Sequence[str]]) -> Table | None:

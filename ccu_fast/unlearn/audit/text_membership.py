@@ -39,6 +39,10 @@ STAGE = "text membership"
 Tower = Callable[[Tensor], Tensor]
 
 
+class NothingToMeasure(ValueError):
+    """A model embeds all that it is asked about alike, or nowhere."""
+
+
 @dataclass(frozen=True)
 class TextMembership:
     """What text alone says of N texts.
@@ -129,7 +133,7 @@ def text_membership(
     asked = text_features(model, texts, starts, **search)
     for name, column in zip(FEATURES, known.T, strict=True):
         if float(column.max() - column.min()) == 0:
-            raise ValueError(f"gibberish: expected texts that differ, got a {name} of {float(column[0])} for all")
+            raise NothingToMeasure(f"gibberish: expected texts that differ, got a {name} of {float(column[0])} for all")
     votes, score = _judged(known.numpy(), asked.numpy(), contamination, seed)
     return TextMembership(asked[:, 0], asked[:, 1], torch.from_numpy(votes), torch.from_numpy(score))
 
@@ -198,7 +202,7 @@ def text_features(
             spread = (z - z.mean(1, keepdim=True)).norm(dim=2).mean(1)
             found.append(torch.stack([(z * t).sum(2).mean(1), spread], 1).cpu())
             if not bool(found[-1].isfinite().all()):
-                raise ValueError("model: expected finite embeddings, got NaN or infinity")
+                raise NothingToMeasure("model: expected finite embeddings, got NaN or infinity")
             progress(STAGE, restarts * sum(map(len, found)), restarts * len(texts), "")
     return torch.cat(found)
 

@@ -18,7 +18,13 @@ from ccu_fast.models.tokenizer import Tokenizer
 from ccu_fast.runs.progress import Progress, silent
 from ccu_fast.runs.provenance import tensors_hash
 from ccu_fast.unlearn.audit.gibberish import gibberish_captions, gibberish_of
-from ccu_fast.unlearn.audit.text_membership import MINIMUM, TextMembership, text_membership, told_apart
+from ccu_fast.unlearn.audit.text_membership import (
+    MINIMUM,
+    NothingToMeasure,
+    TextMembership,
+    text_membership,
+    told_apart,
+)
 from ccu_fast.unlearn.loop import CHUNK
 from ccu_fast.unlearn.model import TwoModalityModel
 from ccu_fast.unlearn.unseen import sample
@@ -124,14 +130,14 @@ class TextQuestions:
                 f"compare with, got {count}"
             )
         _check_inputs(model, new, tokenizer)
-        known = {part: _digests(data.other) for part, data in (("forget", forget), ("retain", retain))}
+        gone, kept, fresh = (_digests(data.other) for data in (forget, retain, new))
         rng = torch.Generator().manual_seed(seed)
         asked = []
-        for what, part, trained in (
-            ("forgotten items whose text no retained item has", forget, known["retain"]),
-            ("new items whose text was not trained on", new, torch.cat([*known.values()])),
+        for what, part, digests, trained in (
+            ("forgotten items whose text no retained item has", forget, gone, kept),
+            ("new items whose text was not trained on", new, fresh, torch.cat([gone, kept])),
         ):
-            rows = _own_texts(part, trained, group)
+            rows = _own_texts(part.ids, digests, trained, group)
             if not len(rows):
                 raise ValueError(f"text_membership: expected some {what}, got none among {len(part)} items")
             rows = rows[torch.randperm(len(rows), generator=rng)[: settings.items]].sort().values
@@ -207,7 +213,7 @@ class TextQuestions:
                     chunk=max(1, min(CHUNK, NUMBERS // picture)),
                     progress=lambda stage, *rest: progress(f"{stage}, {name}", *rest),
                 )
-            except ValueError:  # what is asked was checked, so it is what the model makes of it
+            except NothingToMeasure:
                 return ()
             return found.similarity, found.spread, found.votes, found.score
 
@@ -216,6 +222,11 @@ class TextQuestions:
             return dict.fromkeys(FIGURES)
         found = TextMembership(*(answer.cpu() for answer in answers))
         return {**told_apart(found, self.members), "flagged": int(found.flags.sum())}
+
+
+def heading(asked: Mapping[str, Any]) -> str:
+    """What a table of figures is of: who was asked, of :attr:`TextQuestions.asked`."""
+    return f"Membership from text alone, of {asked['forgotten']} forgotten and {asked['new']} new items"
 
 
 def before_and_after(
@@ -305,10 +316,10 @@ def _check_inputs(model: TwoModalityModel, new: PairedData, tokenizer: Tokenizer
         )
 
 
-def _own_texts(part: PairedData, trained: Tensor, group: int) -> Tensor:
-    """Rows of one view of each thing and one item of each text, without the texts of these digests."""
-    rows = _first_of_each(part.ids.cpu() // group)
-    digests = _digests(part.other)[rows]
+def _own_texts(ids: Tensor, digests: Tensor, trained: Tensor, group: int) -> Tensor:
+    """Rows of one view of each thing and one item of each text, without the texts that were trained on, by digests."""
+    rows = _first_of_each(ids.cpu() // group)
+    digests = digests[rows]
     own = ~torch.isin(digests, trained)
     return rows[own][_first_of_each(digests[own])]
 

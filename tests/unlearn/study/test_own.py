@@ -39,13 +39,7 @@ from tests.support.toy_unlearn import TwoTowers, make_model, toy
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = np.array(["ant", "bee", "cat", "dog"])
-TOML = """
-[model]
-make = "tests.support.toy_unlearn:make_model"
-weights = "weights.safetensors"
-[data]
-path = "pairs.npz"
-test = "test.npz"
+TOML = f"""{toy_unlearn.SETTINGS}test = "test.npz"
 [forget]
 classes = ["bee"]
 [budget]
