@@ -66,6 +66,7 @@ SLOW = (
     "unlearn/study",
     "unlearn/test_ccu.py",
     "unlearn/test_ccu_options.py",
+    "test_docs.py::test_the_blocks_of_a_page_run",
     "unlearn/test_docs.py::test_from_own_pairs_to_an_audit",
     "unlearn/test_parallel.py",
 )

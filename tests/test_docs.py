@@ -1,0 +1,140 @@
+"""README, CONTRIBUTING and docs: their code runs, their links lead somewhere (conventions: tests/support/pages.py)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ccu_fast import patch
+from tests.support.page_run import MODULE, Run, exists
+from tests.support.pages import anchors, blocks, links, name_of, pages, prose
+from tests.support.paths import ROOT
+
+PAGES = {name_of(page): page for page in pages()}
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder; of what a page changes in this process nothing stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    precision, dtype, modules = torch.get_float32_matmul_precision(), torch.get_default_dtype(), set(sys.modules)
+    yield tmp_path
+    for target in patch.active():
+        patch.revert(target)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    torch.set_float32_matmul_precision(precision)
+    torch.set_default_dtype(dtype)
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", PAGES)
+def test_the_blocks_of_a_page_run(name: str, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(PAGES[name])
+    monkeypatch.setitem(sys.modules, MODULE, run.module)
+    for block in blocks(PAGES[name].read_text(encoding="utf-8")):
+        try:
+            run.block(block)
+        except BaseException as error:
+            error.add_note(f"{name}, line {block.line}") if sys.version_info >= (3, 11) else None
+            raise
+    run.done()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_says_something_and_its_links_lead_somewhere(name: str) -> None:
+    page = PAGES[name]
+    text = page.read_text(encoding="utf-8")
+    assert len(prose(text).split()) > 20, "an empty page"
+    for link in links(text):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists() and target.is_relative_to(ROOT), f"{link}: there is no such file"
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{link}: there is no such heading"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_does_not_tell_to_install_what_is_not_released(name: str) -> None:
+    told = [line for line in PAGES[name].read_text(encoding="utf-8").splitlines() if "pip install" in line]
+    assert not [line for line in told if "install ccu-fast" in line or "install 'ccu-fast" in line]
+
+
+WRONG = {
+    "an unknown language": "```fortran\nend\n```",
+    "no language": "```\nend\n```",
+    "an error": "```python\n1 / 0\n```",
+    "another answer": "```python\n>>> 1 + 1\n3\n```",
+    "no option": "```bash\nccu-fast info --no-such-option\n```",
+    "no target": "```bash\nmake nothing\n```",
+    "no extra": "```bash\npip install '.[nothing]'\n```",
+    "nothing on PyPI": "```bash\npip install 'ccu-fast[apps]'\n```",
+    "no file": "```bash\npython nothing.py\n```",
+    "no TOML": "```toml\na = \n```",
+    "no library": "<!-- needs: nothing -->\n```python\n1\n```",
+    "no test": "<!-- run by: tests/test_docs.py::test_nothing -->\n```bash\nccu-fast info\n```",
+    "a test of something else": "<!-- run by: tests/test_files.py::test_output_files -->\n```bash\nccu-fast demo\n```",
+    "a file that nobody runs": "```python\n# a.py\nx = 1\n```",
+    "a program that nobody knows": "```bash\nrm -r .\n```",
+    "a block without an end": "```python\nx = 1\n",
+}
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_wrong_in_a_page_fails(kind: str) -> None:
+    run = Run(ROOT / "README.md")
+    with pytest.raises((AssertionError, ValueError, ZeroDivisionError)):
+        for block in blocks(WRONG[kind]):
+            run.block(block)
+        run.done()
+
+
+@pytest.mark.usefixtures("reader")
+def test_what_is_right_in_a_page_runs() -> None:
+    page = """
+<!-- setup
+import torch
+-->
+```python
+x = torch.ones(3)
+```
+```python
+>>> x.sum()
+tensor(3.)
+```
+  ```python
+  # made.py
+  from pathlib import Path
+  Path("written").write_text("x")
+  ```
+```bash
+ccu-fast info --json && python made.py      # a comment
+make test ARGS='tests/losses'
+```
+"""
+    run = Run(ROOT / "README.md")
+    for block in blocks(page):
+        run.block(block)
+    run.done()
+    assert Path("written").read_text() == "x"
+    assert exists("tests/test_docs.py::test_what_is_right_in_a_page_runs")
+    assert exists("tests/cli/test_unlearn.py::TestCommand::test_a_class_by_its_name")
+    assert not exists("tests/cli/test_unlearn.py::test_a_class_by_its_name")
+
+
+def test_links_and_anchors_are_found() -> None:
+    page = (
+        '# One `two` (three)\n[a](b.md#c) `[no](code)` <img src="d.svg"> [e](https://f) ![g](h.png "i")\n'
+        "```text\n[j](k)\n```"
+    )
+    assert links(page) == ["b.md#c", "d.svg", "h.png"]
+    assert anchors(page) == {"one-two-three"}
