@@ -181,9 +181,8 @@ def check_told(program: str, words: list[str], folder: Path) -> None:
         named = [word for word in words if "=" not in word and not word.startswith("-")]
         assert named and set(named) <= set(targets), f"make {shlex.join(named)}: no such target"
     if program == "pip":
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-            "optional-dependencies"
-        ]
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        extras = set(project["optional-dependencies"])
         for word in words:
             # There is no release: what pip would find by this name is not this package.
             assert not re.match(r"ccu[-_]fast\b(?!-\d)", word), f"pip {shlex.join(words)}: nothing is on PyPI"
