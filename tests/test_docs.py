@@ -149,6 +149,20 @@ def test_the_readme_is_short_and_says_first_what_it_is_and_how_to_try_it() -> No
     assert text.index("<picture>") < text.index("There are no GPU figures") < text.index("## Install")
 
 
+def test_the_readme_s_figures_are_those_of_a_committed_file() -> None:
+    page = " ".join(PAGES["README.md"].read_text(encoding="utf-8").split())
+    rows = results.read(results.FOLDER / "cpu-intel-r-xeon-r-processor-amx-bf16-2-threads")
+    found = {row.provider: row for row in rows if row.op == "clip_loss" and row.shape == {"B": 8192, "D": 512}}
+    seconds = {name: f"{(row.p50_ms or 0) / 1e3:.1f} s" for name, row in found.items()}
+    megabytes = {name: f"{(row.peak_extra_bytes or 0) / 1e6:.0f} MB" for name, row in found.items()}
+    ours, theirs = "ccu_fast", "open_clip"
+    assert f"takes {seconds[ours]} instead of open_clip's {seconds[theirs]}, and {megabytes[ours]} instead of" in page
+    assert f"instead of {megabytes[theirs]}; in bf16 {seconds['ccu_fast_bf16']} instead of" in page
+    assert f"instead of {seconds['open_clip_autocast']}." in page
+    alt = f"open_clip takes {seconds[theirs]} and {megabytes[theirs]}, ccu_fast {seconds[ours]} and {megabytes[ours]}."
+    assert alt in page
+
+
 def test_the_limits_name_every_aim_of_a_cpu_that_was_not_reached() -> None:
     page = PAGES["docs/limits.md"].read_text(encoding="utf-8")
     missed = []
