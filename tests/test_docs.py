@@ -12,9 +12,10 @@ import torch
 
 from benchmarks import bars, results
 from ccu_fast import patch
-from tests.support.page_run import MODULE, Run, exists
+from tests.support.page_run import MODULE, Run, exists, of_the_tests
 from tests.support.pages import anchors, blocks, links, name_of, pages, prose
 from tests.support.paths import ROOT
+from tests.support.presence import absent
 
 PAGES = {name_of(page): page for page in pages()}
 
@@ -45,8 +46,13 @@ def test_the_blocks_of_a_page_run(name: str, reader: Path, monkeypatch: pytest.M
     for block in blocks(PAGES[name].read_text(encoding="utf-8")):
         try:
             run.block(block)
+        except ModuleNotFoundError as error:
+            if not of_the_tests(str(error.name)):
+                raise
+            absent(str(error.name), "not installed")
         except BaseException as error:
-            error.add_note(f"{name}, line {block.line}") if sys.version_info >= (3, 11) else None
+            if sys.version_info >= (3, 11):
+                error.add_note(f"{name}, line {block.line}")
             raise
     run.done()
 
