@@ -7,7 +7,7 @@
 A grid of scales, batch sizes and losses of unit vectors of 512 dimensions: the cosine of the pairs is the one, between
 -1 and 1, that gives this loss, and all other pairs are unrelated. Everything is compared with float64 from the same
 inputs: the loss and the gradient of scale by their relative error, the gradients of x and y by the norm of their error
-over their norm. Each run replaces the results of its backends in results.json, from which the table of docs/numerics.md is made.
+over their norm. Each run replaces the results of its backends in results.json; docs/numerics.md has them as a table.
 """
 
 from __future__ import annotations
