@@ -180,7 +180,7 @@ def _edits(tree: ast.Module, package: list[str]) -> Iterator[tuple[int, int, int
             start = node.col_offset + len("from ")
             below = module.removeprefix("ccu_fast").removeprefix(".")
             yield node.lineno, start, start + len(module), "." * (len(package) + 1) + below
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.ops.ccu_fast":
+        elif isinstance(node, ast.Attribute) and node.attr == "ccu_fast" and ast.unparse(node.value) == "torch.ops":
             end = node.end_col_offset or 0
             yield node.end_lineno or node.lineno, end - len("ccu_fast"), end, NAMESPACE
         elif isinstance(node, ast.Assign) and ast.unparse(node) == "NAMESPACE = 'ccu_fast'":

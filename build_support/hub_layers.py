@@ -1,6 +1,5 @@
 """The layers of the Kernel Hub's package: forwards for ``kernels.kernelize`` to put in the place of open_clip's.
 
-
 ``kernels`` binds a forward to the module that it replaces, so ``self`` is open_clip's own loss; a layer has neither
 a constructor nor anything else of its own.
 """
