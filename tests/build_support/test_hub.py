@@ -181,6 +181,18 @@ def test_the_checks_of_kernels_pass(folder: Path) -> None:
     assert older.name == hub.MODULE
 
 
+def test_the_snippet_of_the_card_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card == (folder / "build" / "CARD.md").read_text(encoding="utf-8")
+    [snippet] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.setenv("LOCAL_KERNELS", f"YOU/{hub.NAME}={folder}")
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert names["images"].grad.isfinite().all()
+    assert all(f"- `{name}`\n" in card for name in names["losses"].__all__ if name != "layers")
+
+
 def test_where_older_versions_of_kernels_look_is_the_same_package(folder: Path, kernel: ModuleType) -> None:
     path = variants(folder)[0] / hub.MODULE / "__init__.py"
     spec = importlib.util.spec_from_file_location("ccu_fast_losses_0123", path)
