@@ -11,13 +11,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 
+FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"  # those that pages show
 WIDTH = 640  # of a chart, in pixels
 TEXT = 18  # on a phone, where the chart is 400 pixels wide, 11
 LETTER = 0.58  # the width of a letter over its height, about: an image cannot measure its text
 BOLD = 1.1  # times that
 GAP = 22  # from one line of text to the next
 EDGE = 14
+MARKED = 12  # points of a line that are marked; more are a curve
 FIVE = 5  # lines in a chart, or bars in a group: more cannot be told apart
 
 # background, text, lesser text, grid; then the lines and bars, ours first
@@ -53,12 +56,24 @@ class Scale:
         return list(zip(self.ticks, self.said or [f"{tick:g}" for tick in self.ticks], strict=True))
 
 
-def powers(values: Sequence[float], most: int = 7) -> tuple[list[float], list[str]]:
-    """Ticks of a logarithmic scale around the values, powers of two, and their texts; at most so many."""
-    low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
+def powers(values: Sequence[float], most: int = 7, base: float = 1.0) -> tuple[list[float], list[str]]:
+    """Ticks of a logarithmic scale around the values, ``base`` times powers of two, and these; at most so many."""
+    low, high = math.floor(math.log2(min(values) / base)), math.ceil(math.log2(max(values) / base))
     step = max(1, math.ceil((high - low) / (most - 1)))
     exponents = range(low, low + step * max(1, math.ceil((high - low) / step)) + 1, step)
-    return [2.0**e for e in exponents], [str(2**e) if e >= 0 else f"1/{2**-e}" for e in exponents]
+    return [base * 2.0**e for e in exponents], [str(2**e) if e >= 0 else f"1/{2**-e}" for e in exponents]
+
+
+def even(values: Sequence[float], most: int = 6) -> list[float]:
+    """Ticks of a plain scale from zero, or from below the lowest value, at even steps of 1, 2, 2.5 or 5."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    least = (high - low) / (most - 1) or 1.0
+    power = 10.0 ** math.floor(math.log10(least))
+    for step in (power * factor for factor in (1, 2, 2.5, 5, 10, 20)):
+        first, last = math.floor(low / step), math.ceil(high / step)
+        if last - first < most:
+            break
+    return [step * i for i in range(first, last + 1)]
 
 
 @dataclass(frozen=True)
@@ -137,7 +152,9 @@ def lines(told: str, x: Scale, y: Scale, drawn: Sequence[Line], *, scheme: str |
     _few(len(drawn))
     drawing = _Drawing(height)
     left = EDGE + max(_wide(said) for _, said in y.labels()) + 8
-    right = WIDTH - EDGE - max(_wide(line.name) * (1 if line.kind else BOLD) for line in drawn) - 14
+    # Lines of one colour are told apart by dashes, which their names have to show.
+    sample = 34 if len({line.kind for line in drawn}) < len(drawn) else 0
+    right = WIDTH - EDGE - sample - max(_wide(line.name) * (1 if line.kind else BOLD) for line in drawn) - 14
     top, bottom = EDGE + GAP + 14, height - EDGE - 2 * GAP - 4
 
     def at(point: tuple[float, float]) -> tuple[float, float]:
@@ -159,9 +176,11 @@ def lines(told: str, x: Scale, y: Scale, drawn: Sequence[Line], *, scheme: str |
         places = [at(point) for point in line.points]
         path = "L".join(f"{_n(a)} {_n(b)}" for a, b in places)
         drawing.parts.append(f'<path class="l s{line.kind}{" d" if line.dashed else ""}" d="M{path}"/>')
-        if not line.dashed:
+        if not line.dashed and len(places) <= MARKED:
             drawing.parts += [f'<circle class="f{line.kind}" cx="{_n(a)}" cy="{_n(b)}" r="5"/>' for a, b in places]
-        drawing.text(right + 14, level + 6, line.name, f"f{line.kind}{'' if line.kind else ' h'}")
+        if sample:
+            drawing.rule(right + 14, level, right + 6 + sample, level, f"l s{line.kind}{' d' if line.dashed else ''}")
+        drawing.text(right + 14 + sample, level + 6, line.name, f"f{line.kind}{'' if line.kind else ' h'}")
     return drawing.svg(told, scheme)
 
 

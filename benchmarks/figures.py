@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.charts import Bar, Group, Line, Scale, bars, lines
+from benchmarks.charts import FIGURES, Bar, Group, Line, Scale, bars, lines
 from benchmarks.compat import __main__ as compat
 from benchmarks.environment import REPOSITORY
 from benchmarks.exactness import __main__ as exactness
 from benchmarks.registry import label
 from benchmarks.results import Row
 
-FOLDER = REPOSITORY / "docs" / "figures"
 DEVICE = "cpu-intel-r-xeon-r-processor-amx-bf16-2-threads"  # the one machine where every batch size was measured
 SMALL = REPOSITORY / "benchmarks" / "small_batches.json"
 OURS = "ccu_fast"
@@ -93,7 +92,7 @@ def both(gain: dict[str, Any]) -> tuple[float, float]:
     return gain["ratio"], gain["megabytes"]["library"] / gain["megabytes"]["patched"]
 
 
-def write(folder: Path = FOLDER) -> list[Path]:
+def write(folder: Path = FIGURES) -> list[Path]:
     """Write all of them; returns their paths."""
     written = []
     for name, text in drawn(Stored()).items():
@@ -291,7 +290,7 @@ def token_scoring(stored: Stored) -> str:
     """topk_flips against other ways to score a vocabulary."""
     others = {
         "nanogcg": "nanogcg",
-        "naive": "a product and topk",
+        "naive": "matmul + topk",
         "mem_reference": "MEM authors' code",
         "faiss": "faiss",
     }

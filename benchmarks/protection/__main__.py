@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment, results, summary
+from benchmarks.charts import FIGURES
 from benchmarks.protection import frontier
 from ccu_fast.mem import Method, Recipe, Settings, strength
 from ccu_fast.mem.config import STRENGTHS
@@ -135,7 +136,9 @@ pictures in memory):
 
 {table}
 
-![R@1 that is left over the cost of a picture, and over ε]({task}.svg)
+![R@1 that is left of each method, and its CPU time a picture](../../docs/figures/{task}-cost.svg)
+
+![R@1 that is left over ε](../../docs/figures/{task}-eps.svg)
 """
 
 
@@ -158,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for task in STUDIES:
             there = json.loads((PAGE.parent / f"{task}.json").read_text())
             if "costs" in there:
-                frontier.draw(there, PAGE.parent / f"{task}.svg")
+                for name, text in frontier.pictures(there, task).items():
+                    results.replace(FIGURES / name, text)
         FRONT.write_text(summary.splice(FRONT.read_text(), fragment(), BEGIN, END))
         MANUAL.write_text(summary.splice(MANUAL.read_text(), strengths(), BEGIN, END))
         return 0

@@ -300,20 +300,41 @@ def test_the_page_of_performance_says_where_others_are_faster() -> None:
     assert "0.63" in slower and "eager_compiled | 0.78" in slower
 
 
-@pytest.mark.parametrize("name", figures.drawn(figures.Stored()))
-def test_the_committed_figures_are_what_the_files_make(name: str) -> None:
-    text = figures.drawn(figures.Stored())[name]
-    assert (figures.FOLDER / f"{name}.svg").read_text() == text, "run python -m benchmarks --report"
-    assert len(text) < 20_000
-    picture = ElementTree.fromstring(text)
-    assert picture.get("role") == "img" and picture.findtext(f"{SVG}title")
-    # Nothing is drawn outside, and text can be read on a phone, where the picture is 400 pixels wide.
-    width, height = float(picture.get("width", "")), float(picture.get("height", ""))
-    for said in picture.iter(f"{SVG}text"):
-        assert 0 <= float(said.get("x", "")) <= width and 0 < float(said.get("y", "")) < height
-    assert charts.TEXT * 400 / width >= 11
-    both = "prefers-color-scheme:dark" in text
-    assert both != name.startswith("speed-") and (both or charts.SCHEMES[name.removeprefix("speed-")][0] in text)
+def every_figure() -> dict[str, tuple[str, str]]:
+    """All that docs and pages show: what the committed files make of each, and the command."""
+    losses, costs, sizes = (
+        json.loads(path.read_text())
+        for path in (figure.RESULTS, protection.PAGE.with_name("pictograms.json"), scale.RESULTS)
+    )
+    made = (
+        ({f"{name}.svg": text for name, text in figures.drawn(figures.Stored()).items()}, "--report"),
+        (figure.pictures(losses), ".unlearning.figure --page"),
+        (frontier.pictures(costs, "pictograms"), ".protection --page"),
+        (scale_page.pictures(sizes), ".protection.scale --plot"),
+    )
+    return {name: (text, command) for pictures, command in made for name, text in pictures.items()}
+
+
+def test_the_committed_figures_are_what_the_files_make() -> None:
+    figures_of_pages = every_figure()
+    assert {path.name for path in charts.FIGURES.iterdir()} == figures_of_pages.keys()
+    for name, (text, command) in figures_of_pages.items():
+        assert (charts.FIGURES / name).read_text() == text, f"{name}: run python -m benchmarks{command}"
+
+
+def test_the_committed_figures_are_small_and_can_be_read_anywhere() -> None:
+    for name, (text, _) in every_figure().items():
+        assert len(text) < 15_000, name
+        picture = ElementTree.fromstring(text)
+        assert picture.get("role") == "img" and picture.findtext(f"{SVG}title"), name
+        # Nothing is drawn outside, and text can be read on a phone, where the picture is 400 pixels wide.
+        width, height = float(picture.get("width", "")), float(picture.get("height", ""))
+        for said in picture.iter(f"{SVG}text"):
+            assert 0 <= float(said.get("x", "")) <= width and 0 < float(said.get("y", "")) < height, name
+        assert charts.TEXT * 400 / width >= 11
+        both = "prefers-color-scheme:dark" in text
+        scheme = name.removesuffix(".svg").removeprefix("speed-")
+        assert both == (scheme not in charts.SCHEMES) and (both or charts.SCHEMES[scheme][0] in text), name
 
 
 def test_what_the_figures_are_said_to_show_is_so() -> None:
@@ -367,18 +388,11 @@ def test_the_committed_page_of_unlearning_is_what_its_files_make() -> None:
     assert summary.splice(front, winners.front(found["unlearn"]), unlearning.BEGIN, unlearning.END) == front
 
 
-def test_the_committed_figure_of_ccu_s_losses_is_what_its_file_makes(tmp_path: Path) -> None:
-    matplotlib = pytest.importorskip("matplotlib")
+def test_the_manual_shows_the_figures_of_ccu_s_losses() -> None:
     stored = json.loads(figure.RESULTS.read_text())
-    figure.draw(stored, tmp_path / "losses.svg")
-    committed, drawn = (ElementTree.parse(path).getroot() for path in (figure.FIGURE, tmp_path / "losses.svg"))
-    said = [[text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")] for picture in (committed, drawn)]
-    assert said[0] == said[1] and "forgotten, after" in said[0], "run python -m benchmarks.unlearning.figure --page"
-    assert figure.digest(stored) in figure.FIGURE.read_text()
-    if f"Matplotlib v{matplotlib.__version__}," in figure.FIGURE.read_text():  # others place lines a little differently
-        assert figure.FIGURE.read_bytes() == (tmp_path / "losses.svg").read_bytes()
     manual = (REPOSITORY / "docs" / "unlearn.md").read_text()
-    assert "](figures/losses.svg)" in manual
+    for name in figure.pictures(stored):
+        assert f"](figures/{name})" in manual
     for share in stored["own place is the nearest"].values():
         assert f"{100 * share:.0f} %" in manual
 
