@@ -112,7 +112,7 @@ backward pass as long as they fit the workspace (288 MiB on a CPU by default); b
 
 {caption}
 
-Milliseconds, and MB beyond the inputs:
+Milliseconds / MB beyond the inputs:
 
 {_table(head, rows)}"""
 
@@ -323,7 +323,7 @@ def _ms(stored: Stored, provider: str, size: int) -> str:
 
 
 def _ms_mb(row: Row) -> str:
-    return f"{_digits(row.p50_ms or 0)} ms, {_digits((row.peak_extra_bytes or 0) / 1e6)} MB"
+    return f"{_digits(row.p50_ms or 0)} / {_digits((row.peak_extra_bytes or 0) / 1e6)}"
 
 
 def _digits(value: float) -> str:
