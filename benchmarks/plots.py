@@ -1,8 +1,8 @@
-"""A plot of every operation's rows, <op>.svg beside its JSON file: speed, and memory beyond the inputs.
+"""Pictures of every operation's rows beside its JSON file: <op>-speed.svg, and <op>-memory.svg beyond the inputs.
 
-``python -m benchmarks --plots`` draws them from the stored rows; they are not kept in the repository.
-
-Where enough sizes were measured the plot has lines of the speedup over the baseline, otherwise bars of the time.
+``python -m benchmarks --plots`` draws them from the stored rows; they are not kept in the repository. Speed is over the
+operation's baseline. Where enough sizes were measured a picture has lines, otherwise bars: ours, the baseline and the
+fastest of the rest, five in all.
 """
 
 from __future__ import annotations
@@ -10,53 +10,62 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
+from benchmarks.charts import FIVE, Bar, Group, Line, Scale, bars, lines, powers
 from benchmarks.ops import OPS
 from benchmarks.registry import label
-from benchmarks.results import Row, read
+from benchmarks.results import Row, read, replace
 
 FEWEST_POINTS = 3  # of a line; fewer shapes are bars
-_STYLE: dict[str, dict[str, Any]] = {"ours": {"linewidth": 2.5}, "ceiling": {"linestyle": ":", "color": "black"}}
 Value = Callable[[Row], float | None]
 
 
 def write(folder: Path) -> list[Path]:
-    """Draw the rows of a device's folder; the same rows give the same file. Nothing where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"{folder.name}: matplotlib is not installed")
+    """Draw the rows of a device's folder; the same rows give the same files."""
+    return [
+        path for op, rows in groupby(read(folder), key=lambda row: row.op) for path in _draw(op, list(rows), folder)
+    ]
+
+
+def _draw(op: str, rows: list[Row], folder: Path) -> list[Path]:
+    timed = [row for row in rows if row.p50_ms is not None and row.role in ("ours", "peer")]
+    if not timed:
         return []
+    baseline = OPS[op].baseline if op in OPS else timed[0].provider
 
-    # The text stays text, the ids do not depend on the process.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ccu_fast", "font.size": 9}):
-        return [_draw(op, list(rows), folder) for op, rows in groupby(read(folder), key=lambda row: row.op)]
+    def speed(row: Row) -> float | None:
+        return 1.0 if row.provider == baseline else row.speedup_over.get(baseline)
 
-
-def _draw(op: str, rows: list[Row], folder: Path) -> Path:
-    from matplotlib.figure import Figure
-
-    timed = [row for row in rows if row.p50_ms is not None]
+    shown = _shown(timed, baseline, speed)
     size = _only_varying(timed)
-    figure = Figure(figsize=(9, 4) if size else (9, 0.6 + 0.24 * len(timed)), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    baseline = OPS[op].baseline if op in OPS else rows[0].provider
-    if size:
-        _lines(left, timed, size, lambda row: 1.0 if row.provider == baseline else row.speedup_over.get(baseline))
-        _lines(right, timed, size, _megabytes)
-        left.set(ylabel=f"times faster than {baseline}", yscale="linear", ylim=(0, None))
-        right.set(ylabel="MB beyond the inputs")
-        right.legend(*left.get_legend_handles_labels(), loc="upper left", fontsize=7, frameon=False)
-    else:
-        _bars(left, timed, lambda row: row.p50_ms, names=True)
-        _bars(right, timed, _megabytes, names=False)
-        left.set(xlabel="ms")
-        right.set(xlabel="MB beyond the inputs")
-    figure.suptitle(f"{op}, {rows[0].environment.get('device', rows[0].device)}", fontsize=10)
-    path = folder / f"{op}.svg"
-    figure.savefig(path, metadata={"Date": None})
-    return path
+    written = []
+    of = f"{op}, {rows[0].environment.get('device', rows[0].device)}"
+    for what, title, value in (
+        ("speed", f"times as fast as {baseline}", speed),
+        ("memory", "MB beyond the inputs", _megabytes),
+    ):
+        known = [v for row in timed if row.provider in shown and (v := value(row))]
+        if not known:
+            continue
+        told = f"{of}: {title}"
+        ticks = powers([1.0, *known] if what == "speed" else known)
+        scale = Scale(title, *ticks, origin=1.0 if what == "speed" else ticks[0][0])
+        text = (_lines if size else _bars)(told, timed, shown, size, scale, value)
+        written.append(folder / f"{op}-{what}.svg")
+        replace(written[-1], text)
+    return written
+
+
+def _shown(rows: Sequence[Row], baseline: str, speed: Value) -> list[str]:
+    """Providers by colour: our first way, the baseline, our first in bf16, and the fastest at any shape of the rest."""
+    ours = {row.arithmetic: row.provider for row in reversed(rows) if row.role == "ours"}
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row.provider] = max(best.get(row.provider, 0.0), speed(row) or 0.0)
+    peers = {row.provider for row in rows if row.role == "peer"}
+    rest = sorted(peers, key=lambda name: best[name], reverse=True)
+    first = [ours.get("working"), baseline if baseline in best else None, ours.get("bf16")]
+    return list(dict.fromkeys(name for name in (*first, *rest) if name))[:FIVE]
 
 
 def _only_varying(rows: Sequence[Row]) -> str | None:
@@ -72,29 +81,27 @@ def _megabytes(row: Row) -> float | None:
     return None if row.peak_extra_bytes is None else row.peak_extra_bytes / 1e6
 
 
-def _lines(axes: Any, rows: Sequence[Row], size: str, value: Value) -> None:
+def _lines(told: str, rows: Sequence[Row], shown: Sequence[str], size: str | None, scale: Scale, value: Value) -> str:
+    assert size is not None
     rest = [label({k: v for k, v in row.shape.items() if k != size}) for row in rows]
     common = max(rest, key=rest.count)
     on_line = [row for row, others in zip(rows, rest, strict=True) if others == common]
-    for provider in dict.fromkeys(row.provider for row in on_line):
-        points = [(row.shape[size], value(row)) for row in on_line if row.provider == provider]
-        role = next(row.role for row in on_line if row.provider == provider)
+    drawn = []
+    for kind, provider in enumerate(shown):
+        points = [(float(row.shape[size]), value(row)) for row in on_line if row.provider == provider]
         known = [(x, y) for x, y in points if y]
         if known:
-            axes.loglog(*zip(*known, strict=True), marker="o", markersize=3, label=provider, **_STYLE.get(role, {}))
-    axes.set_xlabel(f"{size} ({common})" if common else size)
-    axes.grid(alpha=0.3)
+            drawn.append(Line(provider, known, kind))
+    x = Scale(f"{size} ({common})" if common else size, *powers([x for line in drawn for x, _ in line.points], most=6))
+    return lines(told, x, scale, drawn)
 
 
-def _bars(axes: Any, rows: Sequence[Row], value: Value, *, names: bool) -> None:
-    said = [f"{row.provider}  {label(row.shape)}" for row in rows]
-    values = [value(row) for row in rows]
-    colours = [{"ours": "C0", "ceiling": "lightgrey"}.get(row.role, "C1") for row in rows]
-    places = range(len(rows))
-    axes.barh(places, [v or 0 for v in values], color=colours)
-    axes.set_yticks(places, said if names else [""] * len(rows), fontsize=7)
-    axes.invert_yaxis()
-    for place, v in zip(places, values, strict=True):
-        text = "–" if v is None else f"{v:.3g}"
-        axes.annotate(text, (v or 0, place), xytext=(2, 0), textcoords="offset points", va="center", fontsize=7)
-    axes.margins(x=0.15)
+def _bars(told: str, rows: Sequence[Row], shown: Sequence[str], size: str | None, scale: Scale, value: Value) -> str:
+    groups = []
+    for shape, of_shape in groupby(rows, key=lambda row: label(row.shape)):
+        found = {row.provider: value(row) for row in of_shape}
+        known = [(kind, found[name]) for kind, name in enumerate(shown) if name in found]
+        bars_ = [Bar(v or None, "–" if v is None else f"{v:.3g}", kind) for kind, v in known]
+        if bars_:
+            groups.append(Group(shape.replace(",", ", "), [bars_]))
+    return bars(told, [scale], groups, shown)

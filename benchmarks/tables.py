@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -43,6 +43,12 @@ def cells(row: Row, baseline: str) -> list[str]:
 def _head_and_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     baseline = OPS[rows[0].op].baseline if rows[0].op in OPS else rows[0].provider
     return [f"× {baseline}" if h == "speed" else h for h in HEAD], [cells(row, baseline) for row in rows]
+
+
+def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown without its caption."""
+    head = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return head + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def show(rows: Sequence[Row]) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.drawing import GREY, figure_of, save
+from benchmarks.charts import Bar, Group, Line, Scale, bars, lines, powers
 from ccu_fast.mem import Method, Settings, protect
 from ccu_fast.mem.study import Task
 
-# The lines of the right plot: a method at several ε.
+# The lines of the plot over ε.
 LINES = ("em", "text-noise", "mem-8")
 
 
@@ -45,42 +44,45 @@ def split(name: str) -> tuple[str, str]:
     return method, "".join(victim)
 
 
-def draw(stored: dict[str, Any], path: Path) -> None:
-    """R@1 over the cost, and over ε; nothing without matplotlib."""
+def pictures(stored: dict[str, Any], task: str) -> dict[str, str]:
+    """R@1 that is left beside the cost, and over ε, by the name of the file."""
     parts, costs = stored["parts"], stored["costs"]
-    with figure_of(path) as figure:
-        if figure is None:
-            return
-        by_cost, by_eps = figure.subplots(1, 2, sharey=True)
-        clean = left(parts, "clean")
-        chance = next(part["guessing"]["r1"] for part in parts.values() if "guessing" in part)
-        names = [name for name in costs if left(parts, name) is not None]
-        by_cost.scatter([costs[name] for name in names], [left(parts, name) for name in names], s=16, color="#3b7dd8")
-        middle = sorted(costs[name] for name in names)[len(names) // 2]
-        for i, name in enumerate(names):  # to the side where there is room, and in turn above and below
-            side, up = ("left", 4) if costs[name] <= middle else ("right", -4), 4 if i % 2 else -10
-            by_cost.annotate(
-                name,
-                (costs[name], left(parts, name)),
-                (side[1], up),
-                textcoords="offset points",
-                fontsize=7,
-                ha=side[0],
-            )
-        by_cost.set(xscale="log", xlabel="CPU ms a picture", ylabel="R@1 of the victim's best epoch")
-        own = stored["setting"]["settings"]["eps"]
-        for method in LINES:
-            points = dict(_by_eps(parts, method, own))
-            by_eps.plot(sorted(points), [points[eps] for eps in sorted(points)], "o-", markersize=4, label=method)
-        by_eps.set(xlabel="ε, in 1/255", yscale="log")
-        for axes in (by_cost, by_eps):
-            axes.axhline(clean, linestyle="--", color=GREY, linewidth=1)
-            axes.axhline(chance, linestyle=":", color=GREY, linewidth=1)
-            axes.grid(alpha=0.3)
-        by_eps.annotate("clean pairs", (1, clean), (-2, 3), ("axes fraction", "data"), "offset points", ha="right")
-        by_eps.annotate("guessing", (1, chance), (-2, 3), ("axes fraction", "data"), "offset points", ha="right")
-        by_eps.legend(fontsize=7, frameon=False)
-        save(figure, path)
+    clean = left(parts, "clean") or 0.0
+    chance = next(part["guessing"]["r1"] for part in parts.values() if "guessing" in part)
+    scores = {name: score for name in costs if (score := left(parts, name)) is not None}
+    shares, _ = powers([chance, clean, *scores.values()], base=chance)
+    r1 = Scale("R@1 left, from guessing on", shares, [_share(share) for share in shares], origin=chance)
+    ticks, names = powers(list(costs.values()))
+    cpu = Scale("CPU ms a picture", ticks, names, origin=ticks[0])
+    groups = [Group("clean pairs", [[Bar(clean, _share(clean), 4)], [Bar(None, "–")]])]
+    for name in sorted(scores, key=lambda name: scores[name], reverse=True):
+        cost = Bar(costs[name], f"{costs[name]:.3g}", 2)
+        groups.append(Group(name, [[Bar(scores[name], _share(scores[name]))], [cost]]))
+    own = stored["setting"]["settings"]["eps"]
+    curves = [Line(name, sorted(_by_eps(parts, name, own)), kind) for kind, name in enumerate(reversed(LINES))]
+    eps, steps = powers([x for line in curves for x, _ in line.points])
+    ends = (eps[0], eps[-1])
+    return {
+        f"{task}-cost.svg": bars(
+            "R@1 that is left of each method, and its CPU time a picture: words do most, and they are cheap.",
+            [r1, cpu],
+            groups,
+        ),
+        f"{task}-eps.svg": lines(
+            "R@1 that is left over ε: noise alone leaves most of it at any ε, words with noise little.",
+            Scale("ε, in 1/255", eps, steps),
+            Scale("R@1 of the victim's best epoch", shares, [_share(share) for share in shares]),
+            [
+                *curves,
+                Line("clean pairs", [(x, clean) for x in ends], 4, dashed=True),
+                Line("guessing", [(x, chance) for x in ends], 3, dashed=True),
+            ],
+        ),
+    }
+
+
+def _share(value: float) -> str:
+    return f"{value:.2g}".replace("0.", ".", 1)
 
 
 def _by_eps(parts: dict[str, Any], method: str, own: int) -> Iterable[tuple[int, float]]:

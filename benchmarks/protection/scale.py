@@ -3,7 +3,7 @@
 Sets of pictograms, each the beginning of the next, are protected by the command with the same settings: CPU time by
 stage, peak memory and disk. Then the largest run is done again and killed (SIGKILL) at random moments, one in each
 tenth of its work (with 10 kills); the same command follows each kill. Nothing is stored unless every file is that of
-the uninterrupted run. The figures go to scale.json beside this file, their plot to scale.svg, tables to SCALE.md.
+the uninterrupted run. The figures go to scale.json beside this file, plots of them to docs/figures, tables to SCALE.md.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment, results
+from benchmarks.charts import FIGURES
 from benchmarks.protection import scale_page
 
 DEPTH = 2  # a line for a size, and one for a kill
@@ -87,8 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = measure(a, Path(work))
         results.store(a.out, found, DEPTH)
     stored = json.loads(a.out.read_text())
-    scale_page.draw(stored, a.out.with_suffix(".svg"))
     if a.out == RESULTS:
+        for name, drawn in scale_page.pictures(stored).items():
+            results.replace(FIGURES / name, drawn)
         PAGE.write_text(scale_page.page(stored))
     print(scale_page.text(stored))
     return 0

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.tables import table_lines
 from benchmarks.unlearning.association_methods import BEFORE, CCU, CHOICES, CLEAN, GIVEN, LABELS, LEFT_OUT, SAME, best
 from benchmarks.unlearning.salmubench import (
     AIM,
@@ -21,7 +22,7 @@ from benchmarks.unlearning.salmubench import (
     far,
     judged,
 )
-from benchmarks.unlearning.winners import markdown, table_lines
+from benchmarks.unlearning.winners import markdown
 from ccu_fast.cli.report.tables import Table
 from ccu_fast.unlearn.baselines.registry import BASELINES
 

@@ -1,4 +1,4 @@
-"""What each loss of CCU does, on digits-halves: losses.json beside this file and the figure of docs/unlearn.md.
+"""What each loss of CCU does, on digits-halves: losses.json beside this file and the figures of docs/unlearn.md.
 
 python -m benchmarks.unlearning.figure           train, unlearn, measure and draw: half a minute on one core
 python -m benchmarks.unlearning.figure --page    draw from the file alone
@@ -7,7 +7,6 @@ python -m benchmarks.unlearning.figure --page    draw from the file alone
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.drawing import GREY, figure_of, save
-from benchmarks.results import store
+from benchmarks import results
+from benchmarks.charts import FIGURES, Line, Scale, even, lines
 from ccu_fast.data.paired import PairedData
 from ccu_fast.runs.provenance import versions
 from ccu_fast.unlearn.loop import embed
@@ -29,7 +28,7 @@ from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS, Task, make_scenario
 from ccu_fast.unlearn.study.train import trained
 
 HERE = Path(__file__).parent
-RESULTS, FIGURE = HERE / "losses.json", HERE.parents[1] / "docs" / "figures" / "losses.svg"
+RESULTS = HERE / "losses.json"
 DEPTH = 3
 SEED = 0
 POINTS = 21  # of a curve: the quantiles of a set of items
@@ -39,20 +38,45 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "trained, without (b)": {"keep": "trained", "retention": 0.0},
     "without (c)": {"separation": 0.0},
 }
-FORGOTTEN, KEPT, THIRD = "#d9772b", "#3b7dd8", "#2f9e6b"
+# The colour of a curve, and whether it is what the others are read against.
 LOOKS = {
-    "forgotten, before": (FORGOTTEN, "--"),
-    "forgotten, after": (FORGOTTEN, "-"),
-    "unseen, after: the levels": (GREY, ":"),
-    "unseen of the class, after": (GREY, ":"),
-    "retained, before": (KEPT, "--"),
-    "retained, after": (KEPT, "-"),
-    "trained, without (b)": (FORGOTTEN, "-"),
-    "trained, held by (b)": (THIRD, "-"),
-    "exact": (KEPT, "-"),
-    "with (c)": (KEPT, "-"),
-    "without (c)": (FORGOTTEN, "-"),
+    "forgotten, before": (1, True),
+    "forgotten, after": (1, False),
+    "unseen, after: the levels": (4, True),
+    "unseen of the class, after": (4, True),
+    "retained, before": (0, True),
+    "retained, after": (0, False),
+    "trained, without (b)": (1, False),
+    "trained, held by (b)": (2, False),
+    "exact": (0, False),
+    "with (c)": (0, False),
+    "without (c)": (1, False),
 }
+# For each group of curves the end of the file's name, the axis, and what is seen.
+FIGURES_OF = (
+    (
+        "instances",
+        "log-odds of its class",
+        "Log-odds of instances: forgotten ones fall from where retained ones are to where unseen ones are.",
+    ),
+    (
+        "class",
+        "log-odds of its class",
+        "Log-odds of a class: forgotten items, trained on or not, fall far below zero, retained ones do not.",
+    ),
+    (
+        "other",
+        "‖a − a₀‖, the other modality",
+        "Distance of the other modality's embeddings to the original's: zero with keep=\"exact\"; trained ones move, "
+        "and without (b) some of them far.",
+    ),
+    (
+        "places",
+        "similarity to its own place",
+        "Similarity of retained items to their frozen places: those that moved most moved less "
+        "with (c) than without it.",
+    ),
+)
 
 
 def measure(task: Task) -> dict[str, Any]:
@@ -110,35 +134,25 @@ def measure(task: Task) -> dict[str, Any]:
     }
 
 
-def draw(stored: dict[str, Any], path: Path) -> None:
-    """Four plots, one below the other; nothing without matplotlib."""
-    curves = list(stored["curves"].values())
-    titles = [
-        "(a) instances go to the level of unseen ones",
-        "(a) a class goes to nothing",
-        '(b) keep="exact": the other modality stays',
-        "(c) retained items stay nearer to their places",
-    ]
-    labels = ["log-odds of its class", "log-odds of its class", "‖a − a₀‖", "similarity to own place"]
-    with figure_of(path, (4.2, 8.6)) as figure:
-        if figure is None:
-            return
-        for axes, lines, title, label in zip(figure.subplots(4, 1), curves, titles, labels, strict=True):
-            for name, values in lines.items():
-                colour, style = LOOKS[name]
-                share = [100 * i / (len(values) - 1) for i in range(len(values))]
-                axes.plot(share, values, style, color=colour, linewidth=1.6, label=name)
-            axes.set_title(title, fontsize=9, loc="left")
-            axes.set(ylabel=label, xlim=(0, 100))
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=8, frameon=False, labelspacing=0.2)
-        axes.set_xlabel("% of the items that lie below")
-        save(figure, path, digest(stored))
+def pictures(stored: dict[str, Any]) -> dict[str, str]:
+    """A picture for each group of curves, by the name of its file."""
+    drawn = {}
+    for (name, label, told), curves in zip(FIGURES_OF, stored["curves"].values(), strict=True):
+        found = []
+        for curve, values in curves.items():
+            kind, against = LOOKS[curve]
+            share = [100 * i / (len(values) - 1) for i in range(len(values))]
+            found.append(Line(curve, list(zip(share, values, strict=True)), kind, dashed=against))
+        x = Scale("% of the items that lie below", (0, 20, 40, 60, 80, 100), log=False)
+        y = Scale(label, even([value for values in curves.values() for value in values]), log=False)
+        drawn[f"losses-{name}.svg"] = lines(told, x, y, found)
+    return drawn
 
 
-def digest(stored: dict[str, Any]) -> str:
-    """What tells the figures that a picture was drawn from."""
-    return "sha256:" + hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
+def _draw(stored: dict[str, Any]) -> None:
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    for name, text in pictures(stored).items():
+        results.replace(FIGURES / name, text)
 
 
 def _log_odds(model: TwoModalityModel, data: PairedData) -> list[float]:
@@ -157,9 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", action="store_true", help="draw from the file alone")
     if not parser.parse_args(arguments).page:
         torch.set_num_threads(1)
-        store(RESULTS, measure(TASKS["digits-halves"]), DEPTH)
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    draw(json.loads(RESULTS.read_text()), FIGURE)
+        results.store(RESULTS, measure(TASKS["digits-halves"]), DEPTH)
+    _draw(json.loads(RESULTS.read_text()))
     return 0
 
 

@@ -44,7 +44,7 @@ RESULTS = Path(__file__).parent / "text_membership.json"
 PAGE = RESULTS.with_name("TEXT_MEMBERSHIP.md")
 SCENARIO = "instances"  # of a forgotten class every text is an anomaly, trained on or not
 SEEDS = {"digits-halves": (0, 1, 2), "pictogram-words": (0,)}
-# Besides these CCU and the three baselines that README.md has nearest to retraining on digits-halves.
+# Besides these CCU and the three baselines that the comparison has nearest to retraining on digits-halves.
 MODELS = ("original", "gold_mask", "gold_again", "sfr_on", "sfr_on, told", "scrub, told", "ccu")
 GIBBERISH, RESTARTS, STEPS, CHUNK = 128, 4, 40, 256
 AREAS = ("auc", "similarity_auc")

@@ -128,7 +128,7 @@ def _choose(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
 @functools.cache
 def load(op: str, backend: str) -> Any:
     """The module that runs ``op``: the file named after the backend, or a part of it, as "native.frozen_keys"."""
-    return importlib.import_module(f"ccu_fast.ops.{op.rstrip('_')}.{backend}")
+    return importlib.import_module(f".{op.rstrip('_')}.{backend}", __package__)
 
 
 def _tell(op: str, device: torch.device, dtype: torch.dtype, reasons: dict[str, str]) -> None:

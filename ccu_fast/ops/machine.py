@@ -32,7 +32,7 @@ def build_info() -> dict[str, Any] | None:
 def why_not_native() -> str | None:
     """Why the compiled kernels cannot be used, the build's own reason first; None when they can."""
     try:
-        importlib.import_module("ccu_fast._C")
+        importlib.import_module(".._C", __package__)
         return None
     except ImportError as error:
         reason = f"the compiled module ccu_fast._C cannot be loaded: {error}"
@@ -173,7 +173,7 @@ def _why_no_triton_package() -> str | None:
 
 
 def _probe() -> Any:
-    return importlib.import_module("ccu_fast.ops.triton.probe")
+    return importlib.import_module(".triton.probe", __package__)
 
 
 def interpreting() -> bool:

@@ -16,7 +16,10 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_LIBRARY = torch.library.Library("ccu_fast", "FRAGMENT")
+# What stands below torch.ops. The build for the Kernel Hub puts another name here and at every ``torch.ops.ccu_fast``.
+NAMESPACE = "ccu_fast"
+
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
@@ -36,7 +39,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
         name = schema.partition("(")[0]
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ccu_fast::{name}", fake, lib=_LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         return function
 
     return register

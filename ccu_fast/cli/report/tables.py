@@ -337,9 +337,10 @@ def evaluation_table(result: dict[str, Any]) -> Table:
             runs = [run[when] for run in dataset["seeds"].values()]
             rows.append([name, f"{when} ({mean(run['epoch'] for run in runs):g})", *_cells(columns, runs)])
     rows.append(["guessing", "", *(f"{guessing[key]:.3f}" if key in guessing else "" for (key,) in columns.values())])
+    epochs = result["recipe"]["epochs"]
     caption = (
         f"Image to text, then text to image, on {result['test']['images']} clean test pictures with "
-        f"{result['test']['captions']} captions; victims of {result['recipe']['epochs']} epochs"
+        f"{result['test']['captions']} captions; victims of {epochs} epoch{'s' * (epochs > 1)}"
     )
     return Table(caption, ["trained on", "epoch", *columns], rows)
 

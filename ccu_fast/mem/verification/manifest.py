@@ -35,12 +35,23 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Check]:
         return {}, checked("none", [f"expected {MANIFEST} in {folder}, got none"])
     except (OSError, ValueError, RecursionError) as error:
         return {}, checked("unreadable", [f"expected {MANIFEST} to be JSON, got {error}"])
+    if isinstance(found, dict):
+        _complete(found)
     wrong = _wrong_fields(found) if isinstance(found, dict) else ["no object"]
     if wrong:
         told = f"expected {MANIFEST} as ccu-fast protect writes it, got other things as {', '.join(wrong)}"
         return {}, checked("of another program", [told])
     told = f"{found['format']}, {found['method'].get('name')}, eps {found['settings']['eps']}/255"
     return found, checked(as_text(f"{told}, made by ccu_fast {found['versions'].get('ccu_fast')}"), [])
+
+
+def _complete(found: dict[str, Any]) -> None:
+    """Version 0.1.0 published thumbnails alone, of the size that its surrogate took, and did not say so."""
+    versions, surrogate = found.get("versions"), found.get("surrogate")
+    if isinstance(versions, dict) and versions.get("ccu_fast") == "0.1.0" and isinstance(surrogate, dict):
+        shape = surrogate.get("image_shape")
+        if isinstance(shape, list):
+            found.setdefault("thumbnails", shape[1:])
 
 
 def _wrong_fields(found: dict[str, Any]) -> list[str]:

@@ -139,8 +139,8 @@ def reduce_similarity(
 
     Source: this project's definition; each loss over it names its paper.
 
-    >>> from ccu_fast import ALL, SELF
-    >>> rows, _ = ccu_fast.reduce_similarity(torch.eye(3), torch.eye(3), rows=[("lse", ALL), ("sum", SELF)])
+    >>> lse, own = ("lse", ccu_fast.ALL), ("sum", ccu_fast.SELF)
+    >>> rows, _ = ccu_fast.reduce_similarity(torch.eye(3), torch.eye(3), rows=[lse, own])
     >>> rows
     [tensor([1.5514, 1.5514, 1.5514]), tensor([1., 1., 1.])]
     """

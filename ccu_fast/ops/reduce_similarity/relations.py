@@ -28,8 +28,7 @@ class Relation(IntFlag):
         SAME: another item of the same label.
         OTHER: an item of another label, or another item where there are no labels.
 
-    >>> from ccu_fast import ALL, OTHER, SAME, SELF
-    >>> ALL == SELF | SAME | OTHER
+    >>> ccu_fast.ALL == ccu_fast.SELF | ccu_fast.SAME | ccu_fast.OTHER
     True
     """
 

@@ -600,3 +600,14 @@ def test_thumbnails_have_the_size_of_the_manifest(pair: Callable[[str], tuple[Pa
     sign(folder)
     found = verify(folder, threads=1)
     assert failed(found) == {"pictures"} and said(found, "pictures") == "pictures/3.png: expected 16x16, got 8x9"
+
+
+def test_version_0_1_0_published_thumbnails_without_saying_so(pair: Callable[[str], tuple[Path, Path]]) -> None:
+    folder, source = pair("csv")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["thumbnails"]
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "versions": {"ccu_fast": "0.2.0"}}))
+    assert "manifest" in failed(verify(folder, threads=1))
+    edit(folder, versions={"ccu_fast": "0.1.0"})
+    found = verify(folder, source, threads=1)
+    assert failed(found) == set() and found["checks"]["pictures"]["told"].endswith("of 16x16")
