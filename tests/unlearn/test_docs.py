@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import shlex
 import sys
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from ccu_fast.cli.report import figures
 from ccu_fast.unlearn.baselines import registry
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.study.methods import STARTED, TELLABLE, TOLD
+from tests.support.page_run import commands
+from tests.support.pages import blocks
 from tests.support.paths import ROOT
 from tests.support.small_demo import quick_map
 
@@ -33,18 +34,16 @@ def test_from_own_pairs_to_an_audit(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures, "embedding_map", quick_map)
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", section("From own pairs to an audit"), re.MULTILINE | re.DOTALL)
-    commands = []
-    for kind, text in blocks:
-        if kind == "bash":
-            commands += [shlex.split(line, comments=True) for line in text.splitlines()]
+    lines: list[list[str]] = []
+    for block in blocks(section("From own pairs to an audit")):
+        if block.language == "bash":
+            lines += commands(block.text)
         else:
-            (name,) = re.findall(r"\A# (\S+)\n", text)
-            Path(name).write_text(text)
-    assert [words[0] for words in commands] == ["python", "ccu-fast", "ccu-fast"]
+            Path(str(block.file)).write_text(block.text)
+    assert [words[0] for words in lines] == ["python", "ccu-fast", "ccu-fast"]
     told = ""
     try:
-        for program, *words in commands:
+        for program, *words in lines:
             if program == "python":
                 runpy.run_path(words[0], run_name="__main__")
                 continue
