@@ -84,7 +84,7 @@ demo: $(VENV)/.apps
 	$(PY) -m ccu_fast demo --out demo $(ARGS)
 
 bench: $(VENV)/.apps
-	@$(SAY) 'the benchmarks' -- $(PY) -m benchmarks $(ARGS)
+	$(PY) -m benchmarks $(ARGS)
 
 compat: $(VENV)/.test
 	@$(SAY) 'an environment for each library, its tests and its speed' -- $(PY) -m benchmarks.compat $(ARGS)
