@@ -77,4 +77,6 @@ def require(*modules: str) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ImportError(missing(module, error), name=module) from error
+            # Of two packages of ours, the one that the other needs is the one to install.
+            absent = error.name if error.name and extra_of(error.name) else module
+            raise ImportError(missing(absent, error), name=absent) from error

@@ -17,7 +17,8 @@ from typing import Any
 
 from ccu_fast import check
 from ccu_fast.cli.console import live
-from ccu_fast.cli.report.tables import PROTECT_LABELS, all_tables, show
+from ccu_fast.cli.report.tables import PROTECT_LABELS, all_tables
+from ccu_fast.cli.report.terminal import show
 from ccu_fast.data.captions.listing import MANIFEST
 from ccu_fast.files import output_folder, write_whole
 from ccu_fast.mem.config import Settings

@@ -18,7 +18,8 @@ from rich.console import Console
 import ccu_fast
 from ccu_fast.cli import demo
 from ccu_fast.cli.report import page
-from ccu_fast.cli.report.tables import Table, all_tables, show, spread
+from ccu_fast.cli.report.tables import Table, all_tables, spread
+from ccu_fast.cli.report.terminal import show
 from ccu_fast.files import write_whole
 from tests.support import small_demo
 from tests.support.forked import fork, kill_when
@@ -194,7 +195,7 @@ def test_the_longest_verdict_is_not_cut() -> None:
     console = Console(width=80, file=io.StringIO())
     row = ["gold: visual masked", ".000", ".497", "+91.9 vis. U test", "28.38", "38.406", "over-generalised"]
     columns = ["method", "visual U", "MIA", "worst gap", "gap", "time", "verdict"]
-    show(Table("caption", columns, [row], words=("worst gap", "verdict"), narrow=True), console)
+    show(Table("caption", columns, [row], words=("worst gap", "verdict")), console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert max(map(len, lines)) <= 80 and all(cell in " ".join(lines) for cell in row[1:])
 

@@ -13,8 +13,6 @@ from ccu_fast.unlearn.audit import gaps, mean_figures, verdict, verdict_without_
 from ccu_fast.unlearn.audit.text_questions import TITLES, heading, meaning
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ccu_fast.unlearn.audit import Verdict
 
 PROTECT_LABELS = {
@@ -71,14 +69,12 @@ class Table:
     Attributes:
         caption, columns, rows: text.
         words: the columns that hold words, not numbers alone.
-        narrow: in the terminal the first column gives way and the others do not.
     """
 
     caption: str
     columns: list[str]
     rows: list[list[str]]
     words: tuple[str, ...] = ()
-    narrow: bool = False
 
 
 def unlearn_tables(scenario: str, by_seed: dict[str, Any], *, brief: bool = False) -> list[Table]:
@@ -136,7 +132,7 @@ def moved_table(scenario: str, by_seed: dict[str, Any], *, brief: bool = False) 
     titles = ["visual U", "MIA"] if brief else [*MOVED_COLUMNS]
     more = [*last] if gold is None else ["gap", "time"] if brief else [*last]
     columns = ["method", *titles, *(["worst gap"] if gold is not None else []), *more, "verdict"]
-    return Table(caption, columns, rows, words=("worst gap", "verdict"), narrow=brief)
+    return Table(caption, columns, rows, words=("worst gap", "verdict"))
 
 
 def _judged(by_seed: dict[str, Any], runs: list[dict[str, Any]], gold: str | None) -> tuple[dict[str, float], Verdict]:
@@ -290,7 +286,7 @@ def _methods_table(
     for method in methods:
         runs = _runs(by_seed, method)
         rows.append([_label(method, runs), *_cells(columns, runs, brief)])
-    return Table(caption, ["method", *columns], rows, narrow=brief)
+    return Table(caption, ["method", *columns], rows)
 
 
 def told(verdict: Mapping[str, str]) -> str:
@@ -368,27 +364,3 @@ def all_tables(results: dict[str, Any], *, brief: bool = False) -> list[Table]:
         for table in unlearn_tables(scenario, by_seed, brief=brief)
     ]
     return tables + ([protect_table(results["protect"])] if results["protect"] else [])
-
-
-def show(table: Table, console: Console) -> None:
-    """One table in the terminal."""
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    shown = RichTable(
-        title=Text(table.caption), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    for i, column in enumerate(table.columns):
-        left = i == 0 or column in table.words
-        width = max(map(len, [*column.split(), *(row[i] for row in table.rows)])) if table.narrow else 5
-        shown.add_column(
-            column,
-            justify="left" if left else "right",
-            no_wrap=i == 0 and not table.narrow,
-            min_width=width if i else None,
-            width=width if i and table.narrow else None,  # fixed: rich would shrink it along with the first column
-        )
-    for row in table.rows:
-        shown.add_row(*map(Text, row))  # a name in brackets is no markup
-    console.print(shown)
