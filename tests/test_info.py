@@ -87,7 +87,9 @@ def test_report_is_json_and_text_with_the_same_facts(capsys: pytest.CaptureFixtu
     for op, choices in report["operations"].items():
         chosen = backend.choose("auto", op, torch.device("cpu"), torch.float32)
         assert choices["cpu"]["backend"] == chosen
-        assert any(re.match(rf"(cpu tensors)? +{re.escape(info.NAMES[chosen])}: .*{op}", line) for line in text.splitlines())
+        assert any(
+            re.match(rf"(cpu tensors)? +{re.escape(info.NAMES[chosen])}: .*{op}", line) for line in text.splitlines()
+        )
         assert len(choices) == 1 + torch.cuda.device_count()
     if not torch.cuda.is_available():
         assert f"none: {report['cuda']['why_no_devices']}" in text
@@ -115,12 +117,15 @@ def test_what_nobody_wants_to_publish_is_left_out(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(machine, "why_not_native", lambda: failed)
     monkeypatch.setattr(machine, "PACKAGE", Path("/home/somebody/ccu_fast"))
     report = info.collect()
-    assert report["environment"].items() >= {
-        "TORCH_HOME": "~/cache",
-        "TORCH_EXTENSIONS_DIR": "/home/somebodyelse/cache",
-        "NCCL_HOSTID": "<host>",
-        "CCU_FAST_CUDA": "0",
-    }.items()
+    assert (
+        report["environment"].items()
+        >= {
+            "TORCH_HOME": "~/cache",
+            "TORCH_EXTENSIONS_DIR": "/home/somebodyelse/cache",
+            "NCCL_HOSTID": "<host>",
+            "CCU_FAST_CUDA": "0",
+        }.items()
+    )
     assert report["ccu_fast"]["folder"] == "~/ccu_fast"
     for text in (json.dumps(report), info.render(report)):
         assert "/home/somebody/" not in text and "somebodys-machine" not in text and "hidden" not in text
@@ -129,7 +134,14 @@ def test_what_nobody_wants_to_publish_is_left_out(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("version", "is_inside"),
-    [("2.7.9", False), ("2.8.0", True), ("2.13.0+cpu", True), ("2.15.0a0+git", True), ("2.16.0", False), ("3.0", False)],
+    [
+        ("2.7.9", False),
+        ("2.8.0", True),
+        ("2.13.0+cpu", True),
+        ("2.15.0a0+git", True),
+        ("2.16.0", False),
+        ("3.0", False),
+    ],
 )
 def test_tested_range(version: str, is_inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", version)

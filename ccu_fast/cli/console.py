@@ -193,7 +193,7 @@ class Live:
     def _tell(self, now: float) -> None:
         if now - self._told >= self._every and self._newest:
             self._told = now
-            silent = f", for {now - self._heard:.0f} s" if now > self._heard else ""
+            silent = f", for {now - self._heard:.0f} s" if now >= self._heard + 1 else ""
             print(f"{self._newest}{silent}", file=sys.stderr, flush=True)
 
     @contextmanager

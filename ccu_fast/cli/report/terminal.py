@@ -33,9 +33,7 @@ def lines(table: Table, console: Console) -> list[str]:
         return max(map(cell_len, texts), default=0)
 
     columns = [[row[i] for row in table.rows] for i in range(len(table.columns))]
-    full = [
-        longest([*cells, *title.split()]) for title, cells in zip(table.columns, columns, strict=True)
-    ]
+    full = [longest([*cells, *title.split()]) for title, cells in zip(table.columns, columns, strict=True)]
     words = [i == 0 or title in table.words for i, title in enumerate(table.columns)]
     # Numbers stay whole; words are wrapped, and of what is longer than half a line the letters.
     least = [
