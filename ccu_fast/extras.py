@@ -1,7 +1,7 @@
 """Optional packages: which extra brings them, and what is said where one is missing.
 
-``pip install 'ccu-fast[apps]'`` would ask an index for this package, which has no release there; ``'.[apps]'`` works in
-the folder of a checkout alone. Messages therefore name the packages, which works wherever the program runs.
+To ask pip for an extra of ``ccu-fast`` by name would need a release on an index, which there is none of, and
+``'.[apps]'`` works in the folder of a checkout alone. Messages therefore name the packages, which works anywhere.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def test_round_ticks_without_overlap() -> None:
         texts.append([float(text.replace("−", "-")) for tag, text in drawn.texts if re.fullmatch(r"[−\d.]+", text)])
     for ticks in texts:
         assert 2 <= len(ticks) <= 14
-        steps = {round(abs(b - a), 9) for a, b in zip(ticks, ticks[1:], strict=False)}
+        steps = {round(abs(b - a), 9) for a, b in pairwise(ticks)}
         leading = {f"{step:.0e}"[0] for step in steps if step}
         assert leading & {"1", "2", "5"}
     assert all(float(tick).is_integer() for tick in texts[2] if tick >= 5)

@@ -1,9 +1,10 @@
-"""What a reader with a screen reader, a phone or no network needs of a page: found with the standard library's parser."""
+"""What a reader with a screen reader, a phone or no network needs of a page: found with html.parser."""
 
 from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 VOID = {"meta", "img", "br", "wbr", "link", "path", "use", "input", "hr"}
 
@@ -78,7 +79,7 @@ def faults(html: str) -> list[str]:
     levels = [int(tag[1]) for tag, _, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     if levels.count(1) != 1 or levels[0] != 1:
         wrong.append(f"headings: expected one h1, first: {levels}")
-    wrong += [f"heading h{b} after h{a}" for a, b in zip(levels, levels[1:], strict=False) if b > a + 1]
+    wrong += [f"heading h{b} after h{a}" for a, b in pairwise(levels) if b > a + 1]
     ids = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
     wrong += [f"id {name!r} twice" for name in {name for name in ids if ids.count(name) > 1}]
     referred = {

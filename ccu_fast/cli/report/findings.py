@@ -65,7 +65,8 @@ def gap_sentence(scenario: str, by_seed: Mapping[str, Any]) -> str | None:
         label = next(iter(by_seed.values()))["metrics"][first]["label"]
         nearer = sum(gaps[name] < gaps[OURS] for name in others)
         if nearer:
-            parts.append(f"{nearer} of {len(others)} other methods end nearer, first {label} with {gaps[first]:.2f}")
+            count = f"{nearer} of {len(others)} other methods"
+            parts.append(f"{count} end nearer, first {label} with {gaps[first]:.2f}")
         else:
             parts.append(f"the nearest of {len(others)} other methods, {label}, ends {gaps[first]:.2f} away")
     gold = next(name for name in GOLDS if name in gaps)
