@@ -94,7 +94,8 @@ def test_a_demo_page_begins_with_the_gap(tmp_path: Path) -> None:
     told = re.findall(r"<li>(.*)</li>", html[: html.index("<h2>")])
     assert told[0].startswith(
         "Forgetting a class: CCU ends 1.25 points from retraining; before, the model was 30.00 away; "
-        "retraining again from other weights differs by 0.90; the nearest of 9 other methods, method &lt;0&gt;, ends 2.00"
+        "retraining again from other weights differs by 0.90; the nearest of 9 other methods, method &lt;0&gt;, "
+        "ends 2.00"
     )
     assert "for 42.0 % of 16 clean test pairs, trained on the clean data for 92.0 %" in told[1]
     assert told[2].startswith("One seed, so noisy") and "seed 0 alone (noisy): what moved" in html
@@ -187,9 +188,8 @@ def test_the_drawings_take_the_colour_of_the_text() -> None:
 
 
 def test_contrast_is_aa_in_the_light_and_in_the_dark() -> None:
-    light, dark = (
-        dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in TEMPLATE.split("@media", 1)[:2] + [] if part
-    )
+    light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in TEMPLATE.split("@media")[:2])
+    assert light.keys() == dark.keys() and light["page"] != dark["page"]
     for colors in (light, {**light, **dark}):
         for text, on in (("ink", "page"), ("quiet", "page"), ("ink", "soft"), ("ink", "ours-soft")):
             assert contrast(colors[text], colors[on]) >= 4.5, (text, on)
