@@ -29,9 +29,22 @@ TESTED = {"python": ("3.10", "3.14"), "torch": ("2.8", "2.15"), "triton": ("3.4"
 NAMES = {"triton": "Triton", "native": "C++", "reference": "plain torch"}
 # Beginnings of the environment variables that change what runs, or how fast.
 VARIABLES = (
-    "CCU_FAST_", "CUBLAS_", "CUDA_", "GOMP_", "KMP_", "LD_PRELOAD", "MALLOC_", "MKL_", "NCCL_", "NVIDIA_TF32", "OMP_",
-    "OPENBLAS_", "PYTORCH_", "TORCH", "TRITON_",
-)  # fmt: skip
+    "CCU_FAST_",
+    "CUBLAS_",
+    "CUDA_",
+    "GOMP_",
+    "KMP_",
+    "LD_PRELOAD",
+    "MALLOC_",
+    "MKL_",
+    "NCCL_",
+    "NVIDIA_TF32",
+    "OMP_",
+    "OPENBLAS_",
+    "PYTORCH_",
+    "TORCH",
+    "TRITON_",
+)
 SECRET = re.compile("TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY")
 
 

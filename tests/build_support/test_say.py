@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from build_support import say
 
+ROOT = Path(say.__file__).parents[1]
 PIP = re.compile(r"Downloading .*[MG]B\)")
 
 
@@ -54,3 +56,27 @@ def test_without_a_filter_each_line_is_passed_on(capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().out.splitlines()[:3] == ["-- types", "Success: no issues", "é"]
     with pytest.raises(SystemExit):
         say.main(["types"])
+
+
+def planned(*words: str) -> str:
+    """What make would run in a fresh clone."""
+    done = subprocess.run(
+        ["make", "-n", "VENV=.venv-of-nobody", *words], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize("target", ["demo", "lint", "test-quick"])
+def test_every_step_that_may_take_long_says_what_it_does(target: str) -> None:
+    steps = planned(target).replace("\\\n", " ").splitlines()
+    silent = ("touch", "rm", "case", "python3 -c", "[ -x")
+    told = [step for step in steps if "build_support/say.py" in step or "-m ccu_fast" in step or "-m pytest" in step]
+    assert len(told) >= 4 and all(step in told or step.strip().startswith(silent) for step in steps), steps
+
+
+def test_torch_for_cpus_comes_from_the_index_of_cpu_builds() -> None:
+    usual, cpu = planned("demo"), planned("demo", "CPU=1")
+    assert "--index-url" not in usual and "CPU=1" in usual  # which says when it is of use
+    ours = [line for line in cpu.splitlines() if "--index-url https://download.pytorch.org/whl/cpu" in line]
+    assert len(ours) == 1 and ours[0].split()[-1].startswith("torch==") and "triton" not in ours[0]
+    assert "--index-url https://elsewhere/cu130" in planned("demo", "TORCH_INDEX=https://elsewhere/cu130")

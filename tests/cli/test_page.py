@@ -32,15 +32,24 @@ def of_seed(seed: int, gaps: dict[str, tuple[str, float]]) -> dict[str, Any]:
     points = rng.normal(size=(60, 8))
     return {
         "setting": {
-            "task": "digits-halves", "scenario": "class", "seed": seed, "forget_class": 3, "forget_items": 128,
-            "retain_items": 1129, "test_items": 360, "ranked": False,
+            "task": "digits-halves",
+            "scenario": "class",
+            "seed": seed,
+            "forget_class": 3,
+            "forget_items": 128,
+            "retain_items": 1129,
+            "test_items": 360,
+            "ranked": False,
         },
         "metrics": {name: audit(label, gap + seed) for name, (label, gap) in gaps.items()},
         "cost": {name: {"seconds": 1.0, "cpu_seconds": 1.0, "ratio": 0.25} for name in gaps},
         "embeddings": {
-            "labels": np.arange(60) % 6, "forgotten": np.arange(60) % 6 == 3, "before": points, "after": points + 1,
+            "labels": np.arange(60) % 6,
+            "forgotten": np.arange(60) % 6 == 3,
+            "before": points,
+            "after": points + 1,
         },
-    }  # fmt: skip
+    }
 
 
 GAPS = {
@@ -58,13 +67,23 @@ def protected(seed: int, name: str, recall: float) -> dict[str, Any]:
     example = {"clean": strip, "protected": strip, "noise": strip, "caption": "five six", "published": "actor five six"}
     epoch = {**EPOCH, "i2t_r1": recall, "t2i_r1": recall}
     method = {
-        "last": epoch, "best": epoch, "reading": {"digit": 0.5}, "curve": [epoch, epoch], "train_loss": [2.0, 1.0],
-        "noise": {"eps_255": 0 if name == "clean" else 8, "psnr_db": 32.6}, "examples": [example],
-    }  # fmt: skip
+        "last": epoch,
+        "best": epoch,
+        "reading": {"digit": 0.5},
+        "curve": [epoch, epoch],
+        "train_loss": [2.0, 1.0],
+        "noise": {"eps_255": 0 if name == "clean" else 8, "psnr_db": 32.6},
+        "examples": [example],
+    }
     guessing = {"r1": 0.002, "r10": 0.02}
     return {
-        "methods": {name: method}, "train": 64, "test": 16, "seed": seed, "guessing": guessing, "settings": {"eps": 8},
-    }  # fmt: skip
+        "methods": {name: method},
+        "train": 64,
+        "test": 16,
+        "seed": seed,
+        "guessing": guessing,
+        "settings": {"eps": 8},
+    }
 
 
 def results(seeds: int) -> dict[str, Any]:
@@ -141,19 +160,27 @@ def test_an_alarm_of_rank_is_told_as_it_is() -> None:
 
 def test_pages_of_unlearn_evaluate_and_verify_are_as_good(tmp_path: Path) -> None:
     run = {
-        "sizes": {"items": 1}, "cost": {}, "provenance": {"weights_sha256": "0" * 64, "model": "m"},
-        "rows": [("accuracy", 0.5, 0.25)], "verdict": {"kind": "passed", "text": "t"}, "alarm": None,
-        "losses": [2.0, 1.5, 1.0], "embeddings": of_seed(0, GAPS)["embeddings"],
-    }  # fmt: skip
+        "sizes": {"items": 1},
+        "cost": {},
+        "provenance": {"weights_sha256": "0" * 64, "model": "m"},
+        "rows": [("accuracy", 0.5, 0.25)],
+        "verdict": {"kind": "passed", "text": "t"},
+        "alarm": None,
+        "losses": [2.0, 1.5, 1.0],
+        "embeddings": of_seed(0, GAPS)["embeddings"],
+    }
     html = written(tmp_path, page.write_run, run)
     assert faults(html) == [] and html.count("<svg") == 3
     assert "from 2 at the first to 1 at the last of 3 steps" in html
     victims = {"curve": [EPOCH, EPOCH], "train_loss": [2.0, 1.0], "last": EPOCH, "best": EPOCH}
     evaluated = {
-        "model": {"width": 1}, "recipe": {"epochs": 2}, "guessing": {k: 0.1 for k in EPOCH}, "samples": {},
+        "model": {"width": 1},
+        "recipe": {"epochs": 2},
+        "guessing": {k: 0.1 for k in EPOCH},
+        "samples": {},
         "test": {"images": 2, "captions": 2},
         "datasets": {f"$\\frac${i}<b>": {"seeds": {"0": victims}} for i in range(14)},
-    }  # fmt: skip
+    }
     png = figures._png(np.zeros((4, 4)))
     evaluated["samples"] = {"clean": [{"png": png, "caption": "a"}]}
     html = written(tmp_path, page.write_evaluation, evaluated)
@@ -161,9 +188,17 @@ def test_pages_of_unlearn_evaluate_and_verify_are_as_good(tmp_path: Path) -> Non
     lines = re.findall(r'stroke="(#\w+)" stroke-width="3" stroke-dasharray="([^"]*)"', html)
     assert len(lines) == len(set(lines)) == 14
     shown = Shown(
-        name="a.png", place="", ssim=0.5, largest=8, size=(4, 4), clean=png, protected=png, noise=png, before=["a"],
+        name="a.png",
+        place="",
+        ssim=0.5,
+        largest=8,
+        size=(4, 4),
+        clean=png,
+        protected=png,
+        noise=png,
+        before=["a"],
         after=["b"],
-    )  # fmt: skip
+    )
     found = {"folder": "f", "original": "o", "passed": True, "checks": {}}
     assert faults(written(tmp_path, page.write_preview, found, [shown])) == []
 

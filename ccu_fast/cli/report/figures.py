@@ -27,7 +27,7 @@ INK = "#010203"
 COLORS = ("#2f80d0", "#d9720b", "#2e9a55", "#9a63d0", "#d9534f", "#808a94")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 WIDTH = 3.6  # inches: a phone shows it whole, with its text at 12 pixels or more
-STYLE = {
+STYLE: Any = {
     "font.size": 9.5,
     "svg.fonttype": "none",
     "svg.hashsalt": "ccu_fast",
@@ -71,8 +71,10 @@ def _map(
         axes = figure.subplots()
         # Ten colours: of more classes some share one. The points are a picture, which is smaller than their outlines.
         colors = np.searchsorted(classes, labels[kept]) % 10
-        axes.scatter(*points[kept].T, c=colors, cmap="tab10", vmin=-0.5, vmax=9.5, s=8, rasterized=True)
-        axes.scatter(*points[forgotten].T, color=INK, marker="x", s=14, linewidths=0.8)
+        x, y = points[kept].T
+        axes.scatter(x, y, c=colors, cmap="tab10", vmin=-0.5, vmax=9.5, s=8, rasterized=True)
+        x, y = points[forgotten].T
+        axes.scatter(x, y, color=INK, marker="x", s=14, linewidths=0.8)
         for name in classes[:10] if len(classes) <= 10 else ():
             if (kept & (labels == name)).any():
                 x, y = np.median(points[kept & (labels == name)], axis=0)

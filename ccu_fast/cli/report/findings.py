@@ -83,7 +83,8 @@ def protection_sentence(results: Mapping[str, Any]) -> str | None:
     first = next(iter(results["clean"].values()))
     said = (
         f"Protection: trained on what MEM publishes, a model finds the right partner first for "
-        f"{found['mem']:.1f} % of {first['test']} clean test pairs, trained on the clean data for {found['clean']:.1f} %"
+        f"{found['mem']:.1f} % of {first['test']} clean test pairs, trained on the clean data for "
+        f"{found['clean']:.1f} %"
     )
     control = f", on random noise of the same size for {found['random-3']:.1f} %" if "random-3" in found else ""
     return f"{said}{control} (guessing: {100 * first['guessing']['r1']:.1f} %)."
@@ -109,7 +110,7 @@ def gap_chart(by_seed: Mapping[str, Any]) -> Chart | None:
     left_out = len(others) - len(others[:NEAREST])
     says = "Average gap to retraining in points, shorter is better"
     says += f"; of {len(others)} other methods the {NEAREST} nearest, all are in the table" if left_out > 0 else ""
-    says += f". Shaded: up to {band:.2f}, by which retraining again from other weights differs" if band else ""
+    says += _shaded(band)
     return _chart("Average gap to retraining", says, by_seed, names, band)
 
 
@@ -120,7 +121,8 @@ def part_chart(by_seed: Mapping[str, Any]) -> Chart | None:
     if len(names) < 2:
         return None
     says = "Average gap to retraining in points, of CCU and of CCU without each of its parts; shorter is better"
-    return _chart("CCU without its parts", says, by_seed, names, gaps.get(AGAIN))
+    band = gaps.get(AGAIN)
+    return _chart("CCU without its parts", says + _shaded(band), by_seed, names, band)
 
 
 def protection_chart(results: Mapping[str, Any]) -> Chart:
@@ -135,6 +137,10 @@ def protection_chart(results: Mapping[str, Any]) -> Chart:
         "data set; shorter is better protected"
     )
     return Chart("What a model learns from the published data", says, tuple(bars), 100.0)
+
+
+def _shaded(band: float | None) -> str:
+    return "" if band is None else f". Shaded: up to {band:.2f}, by which retraining again from other weights differs"
 
 
 def _chart(title: str, says: str, by_seed: Mapping[str, Any], names: Sequence[str], band: float | None) -> Chart:
