@@ -29,6 +29,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 # Of pip's lines the large downloads are passed on, and the last one of any kind when it has been silent for a while.
 SAY := $(PYTHON) build_support/say.py
+SIGNS := -p tests.support.signs_of_life --signs-of-life
 SAY_PIP := $(SAY) --only 'Downloading .*[MG]B\)'
 INSTALL := install --no-compile --progress-bar off
 BUILD := setup.py pyproject.toml $(wildcard build_support/*.py) $(shell find csrc -type f)
@@ -43,12 +44,12 @@ export PYTHONDONTWRITEBYTECODE =
 # The workers share the cores: a waiting thread of one must not spin while another has work.
 test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/.test lint
-	$(if $(SYSTEM_SITE),CCU_FAST_TEST_OFFLINE=1) $(PY) -m pytest -q --signs-of-life $(if $(SYSTEM_SITE),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(ARGS)
+	$(if $(SYSTEM_SITE),CCU_FAST_TEST_OFFLINE=1) $(PY) -m pytest -q $(SIGNS) $(if $(SYSTEM_SITE),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(ARGS)
 	$(if $(ARGS),,@$(MAKE) --no-print-directory test-newest)
 
 test-quick: export OMP_WAIT_POLICY = passive
 test-quick: $(VENV)/.test lint
-	$(PY) -m pytest -q --quick $(if $(SYSTEM_SITE),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(ARGS)
+	$(PY) -m pytest -q $(SIGNS) --quick $(if $(SYSTEM_SITE),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(ARGS)
 
 ifdef SYSTEM_SITE
 test-newest:
@@ -63,8 +64,8 @@ test-newest: export OMP_NUM_THREADS = 1
 test-newest: $(NEWEST)/.$(subst *,x,$(NEWEST_TRITON))
 	@$(SAY) 'the Triton kernels with the newest Triton' -- \
 	  $(PY) -c "import triton; print('Triton', triton.__version__, 'from', triton.__file__)"
-	TRITON_INTERPRET=1 $(PY) -m pytest -q --signs-of-life -p no:cacheprovider -n $(WORKERS) tests/ops/triton/interpreted -k '$(INTERPRETED)'
-	$(PY) -m pytest -q --signs-of-life -p no:cacheprovider -n $(WORKERS) tests/ops/triton/test_ahead_of_time.py \
+	TRITON_INTERPRET=1 $(PY) -m pytest -q $(SIGNS) -p no:cacheprovider -n $(WORKERS) tests/ops/triton/interpreted -k '$(INTERPRETED)'
+	$(PY) -m pytest -q $(SIGNS) -p no:cacheprovider -n $(WORKERS) tests/ops/triton/test_ahead_of_time.py \
 	  -k 'normalize or (bf16 and (90 or test_resources[80-bf16-clip]))'
 
 # Only Triton, in a folder that is searched before the environment; torch comes from the environment.
