@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ccu_fast
-from ccu_fast import extras, info
+from ccu_fast import extras, info, patch
 from ccu_fast.ops import backend, machine
 
 NOT_BUILT = {"git_sha": None, "native": None, "cuda": None, "skipped": {"native": "no C++ compiler: tried them all"}}
@@ -46,6 +46,13 @@ for line in sys.stdin:
         sys.exit()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+def one_line_a_row(text: str) -> str:
+    """With what was wrapped in one line again; a second row of the same key is joined too."""
+    return re.sub(r"\n {6,}", " ", text)
+
+
 INFO = "import runpy; runpy.run_module('ccu_fast.info', run_name='__main__')"
 Python = Callable[[Path, str], subprocess.CompletedProcess[str]]
 
@@ -74,16 +81,89 @@ def test_report_is_json_and_text_with_the_same_facts(capsys: pytest.CaptureFixtu
     report = json.loads(capsys.readouterr().out)
     assert report == info.collect()
     assert info.main([]) == 0
-    text = capsys.readouterr().out
+    text = one_line_a_row(capsys.readouterr().out)
     for fact in (ccu_fast.__version__, torch.__version__, report["python"]):
         assert fact in text
     for op, choices in report["operations"].items():
         chosen = backend.choose("auto", op, torch.device("cpu"), torch.float32)
         assert choices["cpu"]["backend"] == chosen
-        assert any(re.match(rf"(cpu)? +{re.escape(info.NAMES[chosen])}: .*{op}", line) for line in text.splitlines())
+        assert any(
+            re.match(rf"(cpu tensors)? +{re.escape(info.NAMES[chosen])}: .*{op}", line) for line in text.splitlines()
+        )
         assert len(choices) == 1 + torch.cuda.device_count()
     if not torch.cuda.is_available():
         assert f"none: {report['cuda']['why_no_devices']}" in text
+
+
+def test_nothing_is_wider_than_a_tracker_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = info.collect()
+    report["cuda"]["why_no_kernels"] = "a long reason, " * 20
+    report["environment"] = {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": "~/triton"}
+    lines = info.render(report).splitlines()
+    assert max(map(len, lines)) <= info.WIDTH
+    assert "environment" in info.render(report) and "TRITON_CACHE_DIR=~/triton" in info.render(report)
+
+
+def test_what_nobody_wants_to_publish_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setattr("platform.node", lambda: "somebodys-machine")
+    monkeypatch.setenv("TORCH_HOME", "/home/somebody/cache")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/home/somebodyelse/cache")
+    monkeypatch.setenv("NCCL_HOSTID", "somebodys-machine")
+    monkeypatch.setenv("TORCH_HUB_TOKEN", "hidden")
+    monkeypatch.setenv("UNRELATED", "hidden")
+    monkeypatch.setenv("CCU_FAST_CUDA", "0")
+    failed = "not built: nvcc of /home/somebody/cuda failed on somebodys-machine"
+    monkeypatch.setattr(machine, "why_not_native", lambda: failed)
+    monkeypatch.setattr(machine, "PACKAGE", Path("/home/somebody/ccu_fast"))
+    report = info.collect()
+    assert (
+        report["environment"].items()
+        >= {
+            "TORCH_HOME": "~/cache",
+            "TORCH_EXTENSIONS_DIR": "/home/somebodyelse/cache",
+            "NCCL_HOSTID": "<host>",
+            "CCU_FAST_CUDA": "0",
+        }.items()
+    )
+    assert report["ccu_fast"]["folder"] == "~/ccu_fast"
+    for text in (json.dumps(report), info.render(report)):
+        assert "/home/somebody/" not in text and "somebodys-machine" not in text and "hidden" not in text
+    assert "~/cuda failed on <host>" in report["cpu"]["why_not"]
+
+
+@pytest.mark.parametrize(
+    ("version", "is_inside"),
+    [
+        ("2.7.9", False),
+        ("2.8.0", True),
+        ("2.13.0+cpu", True),
+        ("2.15.0a0+git", True),
+        ("2.16.0", False),
+        ("3.0", False),
+    ],
+)
+def test_tested_range(version: str, is_inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    report = info.collect()
+    assert report["tested"]["torch"]["inside"] is is_inside
+    line = next(line for line in info.render(report).splitlines() if line.startswith("torch "))
+    assert ("NOT TESTED WITH THIS ONE" in line) is not is_inside
+
+
+def test_tested_range_is_the_one_of_the_package_and_of_make() -> None:
+    root = machine.PACKAGE.parent
+    project = (root / "pyproject.toml").read_text()
+    low = {name: at_least for name, (at_least, _) in info.TESTED.items()}
+    assert f'requires-python = ">={low["python"]}"' in project
+    assert f'"torch>={low["torch"]}"' in project and f'"triton>={low["triton"]};' in project
+    classified = re.findall(r"Python :: (3\.\d+)", project)
+    assert classified[0] == low["python"] and all(info.inside(v, *info.TESTED["python"]) for v in classified)
+    newest = re.search(r"^NEWEST_TRITON \?= triton==(3\.\d+)\.\*$", (root / "Makefile").read_text(), re.MULTILINE)
+    assert newest is not None and newest[1] == info.TESTED["triton"][1]
+    pinned = re.search(r"^TORCH \?= torch==(\S+) triton==(\S+)$", (root / "Makefile").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert info.inside(pinned[1], *info.TESTED["torch"]) and info.inside(pinned[2], *info.TESTED["triton"])
 
 
 def test_compiled_module_of_this_checkout_is_described() -> None:
@@ -98,24 +178,25 @@ def test_without_the_module_the_reason_is_the_builds(bare: Path, python: Python)
     (bare / "ccu_fast" / "_build_info.json").write_text(json.dumps(NOT_BUILT))
     done = python(bare, INFO)
     assert done.returncode == 0, done.stderr
-    assert "none, torch is used instead: not built: no C++ compiler: tried them all" in done.stdout
+    told = one_line_a_row(done.stdout)
+    assert "none, torch is used instead: not built: no C++ compiler: tried them all" in told
     every = ", ".join(backend.OPERATIONS)
     assert re.search(
-        rf"^cpu +plain torch: {every}\n  not C\+\+ +not built: no C\+\+ compiler", done.stdout, re.MULTILINE
+        rf"^cpu tensors +plain torch: {every}\n  not C\+\+ +not built: no C\+\+ compiler", told, re.MULTILINE
     )
 
 
 def test_without_any_build_the_way_to_one_is_named(bare: Path, python: Python) -> None:
     done = python(bare, INFO)
     assert done.returncode == 0, done.stderr
-    assert "not built: run `pip install .`" in done.stdout
+    assert "not built: run `pip install .`" in one_line_a_row(done.stdout)
 
 
 def test_module_of_another_python_is_recognised(bare: Path, python: Python) -> None:
     (bare / "ccu_fast" / "_C.cpython-27-x86_64-linux-gnu.so").touch()
     done = python(bare, INFO)
     assert done.returncode == 0, done.stderr
-    assert "_C.cpython-27-x86_64-linux-gnu.so is there, this is Python 3." in done.stdout
+    assert "_C.cpython-27-x86_64-linux-gnu.so is there, this is Python 3." in one_line_a_row(done.stdout)
 
 
 def test_without_module_and_triton_the_losses_work(bare: Path, python: Python) -> None:
@@ -210,8 +291,48 @@ def test_cuda_left_out_of_the_build_is_explained(monkeypatch: pytest.MonkeyPatch
 def test_missing_extra_comes_with_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     report = info.collect()
     report["extras"]["apps"]["rich"] = None
+    report["extras"]["speech"]["espeakng-loader"] = None
     text = info.render(report)
     assert "rich (not installed)" in text
-    assert "pip install 'ccu-fast[apps]'" in text
+    assert re.search(r"^ +pip install (?!.*jinja2).*\brich\b", text, re.MULTILINE)
+    assert re.search(r"^ +pip install espeakng-loader==0\.2\.4$", text, re.MULTILINE)
     assert extras.extra_of("matplotlib.pyplot") == "apps"
     assert extras.extra_of("json") is None
+
+
+WORDS = r"pip install (?:'([^'\n]+)'|((?:[-\w.=\[\]]+(?: (?=[-\w]))?)+))"
+# What a page or a message may tell to install without being one of the extras' packages.
+ALSO_ON_PYPI = {"ninja", "pybind11", "pre-commit", "triton"} | {
+    target.distribution for target in patch.TARGETS.values() if target.distribution
+}
+
+
+def test_every_command_of_pip_that_is_told_works() -> None:
+    """No index has this package: it comes from a checkout or a file, everything else under its own name."""
+    root = machine.PACKAGE.parent
+    known = {extras.distribution(p) for modules in extras.EXTRAS.values() for p in modules.values()} | ALSO_ON_PYPI
+    files = [path for folder in ("ccu_fast", "benchmarks", "docs") for path in (root / folder).rglob("*")]
+    files = [p for p in [*files, root / "README.md", root / "CONTRIBUTING.md"] if p.suffix in (".py", ".md", ".html")]
+    told = 0
+    for path in files:
+        for quoted, plain in re.findall(WORDS, path.read_text()):
+            for word in [quoted] if quoted else plain.split():
+                told += 1
+                extra = re.fullmatch(r"\.\[([\w,]+)\]", word)
+                if extra is not None:
+                    assert set(extra[1].split(",")) <= {*extras.EXTRAS, "bench", "test"}, (path, word)
+                    continue
+                name = re.split(r"[=<>.]", word)[0].lower()
+                from_here = word in (".", "-e", "-r") or word.endswith((".whl", ".tar.gz")) or word.startswith("dist/")
+                assert from_here or word.startswith("-") or name in {k.lower() for k in known}, (path, word)
+    assert told > 8
+
+
+@pytest.mark.parametrize("extra", extras.EXTRAS)
+def test_the_command_for_an_extra_names_what_is_absent(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = [*extras.EXTRAS[extra].values()]
+    monkeypatch.setattr(extras, "installed", lambda name: None if name == extras.distribution(packages[-1]) else "1.0")
+    assert extras.command(extra) == f"pip install {packages[-1]}"
+    assert extras.command(extra, packages[0]) == "pip install " + " ".join(dict.fromkeys([packages[0], packages[-1]]))
+    monkeypatch.setattr(extras, "installed", lambda name: "1.0")
+    assert extras.command(extra) == f"pip install {' '.join(packages)}"

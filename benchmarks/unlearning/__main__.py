@@ -2,7 +2,7 @@
 
     python -m benchmarks.unlearning                      the embedded tasks: about an hour on one core; resumes
     python -m benchmarks.unlearning --packages DIR       those and the tasks of pictograms, see ccu_fast.data.pictograms
-                                                         (pictogram-speech needs pip install 'ccu-fast[speech]')
+                                                         (pictogram-speech needs pip install espeakng-loader==0.2.4)
     python -m benchmarks.unlearning --tasks digit-features --seeds 0 --out part.json --work runs/part
                                                          a part of it, for several processes; --methods, --scenarios too
     python -m benchmarks.unlearning --merge part.json    what such parts hold, into the file of all

@@ -66,6 +66,8 @@ def demo(
     quiet: Annotated[bool, typer.Option("--quiet", help="No live progress.")] = False,
 ) -> None:
     """Unlearn a class and protect a data set, on real digits, and write a report with the figures."""
+    if not quiet:  # the libraries take a while where nothing of them is in memory
+        print("ccu-fast demo: loading its libraries", file=sys.stderr, flush=True)
     extras.require("rich", "sklearn", "matplotlib", "jinja2", "PIL")
     run = importlib.import_module("ccu_fast.cli.demo").run
     run(out, seeds=seeds, only=only.value if only else None, quiet=quiet)

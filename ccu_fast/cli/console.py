@@ -144,9 +144,12 @@ class Live:
     Args:
         quiet: show nothing.
         clock: seconds.
+        every: seconds between two lines where there is no terminal.
     """
 
-    def __init__(self, quiet: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, quiet: bool, clock: Callable[[], float] = time.monotonic, *, every: float = LOGGED_EVERY
+    ) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
@@ -160,6 +163,7 @@ class Live:
         self.bars = Bars(*columns, console=console, transient=True, get_time=clock)
         self._stages: dict[str, TaskID] = {}
         self._clock, self._logs, self._told = clock, not quiet and not console.is_interactive, clock()
+        self._every, self._newest, self._heard = every, "", clock()
         self._began: dict[str, tuple[float, int]] = {}  # by stage: when it was first heard of, and what was done then
 
     def __call__(self, stage: str, done: int, total: int, note: str) -> None:
@@ -179,14 +183,34 @@ class Live:
     def _log(self, stage: str, done: int, total: int, note: str) -> None:
         now = self._clock()
         start, before = self._began.setdefault(stage, (now, done))
-        if now - self._told < LOGGED_EVERY:
-            return
-        self._told = now
         parts = [f"{stage} {done}/{total}"]
         if done > before:  # what was done before this process began says nothing about its pace
             left = timedelta(seconds=round((now - start) / (done - before) * (total - done)))
             parts.append(f"{left} left")
-        print(", ".join(filter(None, [*parts, note])), file=sys.stderr, flush=True)
+        self._newest, self._heard = ", ".join(filter(None, [*parts, note])), now
+        self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        if now - self._told >= self._every and self._newest:
+            self._told = now
+            silent = f", for {now - self._heard:.0f} s" if now >= self._heard + 1 else ""
+            print(f"{self._newest}{silent}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """A log has its lines also while a block says nothing for long: what it last said, and how long ago."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(max(0.1, self._told + self._every - self._clock())):
+                self._tell(self._clock())
+
+        if self._logs:
+            threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -197,10 +221,10 @@ class Live:
 
 
 @contextmanager
-def live(quiet: bool) -> Iterator[Live]:
+def live(quiet: bool, *, every: float = LOGGED_EVERY) -> Iterator[Live]:
     """Show the progress of a block; see :class:`Live`."""
-    shown = Live(quiet)
-    with shown.bars:
+    shown = Live(quiet, every=every)
+    with shown.bars, shown.logged():
         yield shown
 
 

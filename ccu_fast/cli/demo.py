@@ -17,7 +17,8 @@ from typing import Any
 
 from ccu_fast import check
 from ccu_fast.cli.console import live
-from ccu_fast.cli.report.tables import PROTECT_LABELS, all_tables, show
+from ccu_fast.cli.report.tables import PROTECT_LABELS, all_tables
+from ccu_fast.cli.report.terminal import show
 from ccu_fast.data.captions.listing import MANIFEST
 from ccu_fast.files import output_folder, write_whole
 from ccu_fast.mem.config import Settings
@@ -32,7 +33,10 @@ from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 
 VARIANTS = {"unlearn": SCENARIOS, "protect": tuple(PROTECT_LABELS)}
 # Of the kept parts. Raise it whenever the same settings and versions give other figures, or figures of another form.
-FORMAT = 4
+FORMAT = 5
+EVERY = 8.0  # seconds at most between two lines where there is no terminal
+SECONDS = 180  # of one seed of both halves on two idle cores, to be told at the start
+COMPARED = (*ONCE, "gold_again")  # the second retraining tells how far two of them are apart
 # The threads too: how many of them add up decides the last bits of the protection.
 MADE_WITH = ("ccu_fast", "torch", "python", "machine", "threads")
 
@@ -71,7 +75,9 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
     """
     from rich.console import Console
     from rich.markup import escape
+    from rich.text import Text
 
+    from ccu_fast.cli.report.findings import findings
     from ccu_fast.cli.report.page import write_report
 
     check.integer("seeds", seeds, low=1)
@@ -88,17 +94,24 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
     ]
     results: dict[str, Any] = {"versions": versions(*MADE_WITH), "seeds": seeds, "unlearn": {}, "protect": {}}
     started = time.perf_counter()
-    with live(quiet) as progress:
+    minutes = SECONDS * seeds / 60 / (1 if only is None else 2)
+    console.print(f"{len(parts)} parts, up to {minutes:.2g} min on two idle cores; what is finished is kept")
+    with live(quiet, every=EVERY) as progress:
+        progress("demo", 0, len(parts), "")
         for done, part in enumerate(parts):
             progress("demo", done, len(parts), part.name)
             path = out / "parts" / f"{part.name}.json"
             value = cache.part(path, _key(part), partial(_compute, part, out, progress))
             results[part.half].setdefault(part.variant, {})[str(part.seed)] = value
-    write_whole(out / "results.json", json.dumps(cache.without(results, "embeddings", "examples"), indent=1) + "\n")
-    write_report(results, out / "report.html")
+        write_whole(out / "results.json", json.dumps(cache.without(results, "embeddings", "examples"), indent=1) + "\n")
+        progress("demo", len(parts), len(parts), "the page")
+        write_report(results, out / "report.html")
     if not quiet:
+        shown = Console()
+        for sentence in findings(results):
+            shown.print(Text(f"{sentence}\n"))
         for table in all_tables(results, brief=True):
-            show(table, Console())
+            show(table, shown)
     console.print(f"{time.perf_counter() - started:.0f} s. Report: [bold]{escape(str(out / 'report.html'))}[/bold]")
     return results
 
@@ -106,7 +119,7 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
 def _compute(part: Part, out: Path, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
     if part.half == "unlearn":
-        value = run_task(TASKS["digits-halves"], part.seed, part.variant, methods=ONCE, progress=progress)
+        value = run_task(TASKS["digits-halves"], part.seed, part.variant, methods=COMPARED, progress=progress)
     else:
         published = out / "protected"
         if part.seed == 0 and (published / part.variant / MANIFEST).is_file():

@@ -23,7 +23,7 @@ USAGE = """usage: ccu-fast COMMAND [OPTIONS]
   verify    check a protected dataset before it is published
   bench     measure the operations against their peers, in a checkout
 
-All but info need more packages: pip install 'ccu-fast[apps]'"""
+All but info need more packages: """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,8 +68,8 @@ def _without_typer(words: list[str]) -> int:
     if words == ["--version"]:
         print(__version__)
     elif not words or words[0] == "--help":
-        print(USAGE)
+        print(USAGE + extras.command("apps"))
     else:
-        print(f"ccu-fast: no command {words[0]!r}\n\n{USAGE}", file=sys.stderr)
+        print(f"ccu-fast: no command {words[0]!r}\n\n{USAGE}{extras.command('apps')}", file=sys.stderr)
         return 2
     return 0

@@ -252,7 +252,8 @@ class _Figures:
         """Print the table."""
         from rich.console import Console
 
-        from ccu_fast.cli.report.tables import evaluation_table, show
+        from ccu_fast.cli.report.tables import evaluation_table
+        from ccu_fast.cli.report.terminal import show
 
         # A cut table loses figures: where the width is not known (a file, a pipe), it is as wide as it needs.
         console = Console()

@@ -111,7 +111,8 @@ def _run(
     from rich.console import Console
 
     from ccu_fast.cli.report.page import write_failure, write_run
-    from ccu_fast.cli.report.tables import before_after_table, show, text_table, told
+    from ccu_fast.cli.report.tables import before_after_table, text_table, told
+    from ccu_fast.cli.report.terminal import show
     from ccu_fast.unlearn.job import run_job
     from ccu_fast.unlearn.settings import read_job
 
@@ -150,7 +151,8 @@ def _compare_own(
     from rich.console import Console
 
     from ccu_fast.cli.report.page import write_own_comparison
-    from ccu_fast.cli.report.tables import depth_table, left_out_table, show, unlearn_tables
+    from ccu_fast.cli.report.tables import depth_table, left_out_table, unlearn_tables
+    from ccu_fast.cli.report.terminal import show
     from ccu_fast.unlearn.settings import read_job
     from ccu_fast.unlearn.study.own import compare_own
 
@@ -173,7 +175,8 @@ def _compare(out: Path, tasks: list[str] | None, scenarios: list[str] | None, se
     from rich.console import Console
 
     from ccu_fast.cli.report.page import write_comparison
-    from ccu_fast.cli.report.tables import show, unlearn_tables
+    from ccu_fast.cli.report.tables import unlearn_tables
+    from ccu_fast.cli.report.terminal import show
     from ccu_fast.unlearn.study.compare import compare
     from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 

@@ -1,6 +1,6 @@
 """Names as several synthetic speakers say them: a log-mel spectrogram for each, kept in a folder.
 
-The speakers are voices of eSpeak NG (:mod:`ccu_fast.data.espeak`), which ``pip install 'ccu-fast[speech]'`` brings.
+The speakers are voices of eSpeak NG (:mod:`ccu_fast.data.espeak`), which ``pip install espeakng-loader==0.2.4`` brings.
 """
 
 from __future__ import annotations

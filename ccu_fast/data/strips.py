@@ -61,7 +61,7 @@ def load_strips(n_train: int = 2048, n_test: int = 500, *, seed: int = 0) -> tup
         seed: the same seed gives the same split and strips.
 
     Raises:
-        ImportError: scikit-learn is not installed (``pip install ccu-fast[apps]``).
+        ImportError: scikit-learn is not installed (``pip install scikit-learn``).
         TypeError, ValueError: a count is no positive int.
     """
     check.integer("n_train", n_train, low=1)

@@ -18,10 +18,12 @@ from rich.console import Console
 import ccu_fast
 from ccu_fast.cli import demo
 from ccu_fast.cli.report import page
-from ccu_fast.cli.report.tables import Table, all_tables, show, spread
+from ccu_fast.cli.report.tables import Table, all_tables, spread
+from ccu_fast.cli.report.terminal import show
 from ccu_fast.files import write_whole
 from tests.support import small_demo
 from tests.support.forked import fork, kill_when
+from tests.support.html_page import faults
 from tests.support.mem_datasets import read_export
 
 PARTS = 6  # two scenarios, four methods
@@ -78,8 +80,9 @@ def test_writes_a_report_with_everything_in_it(whole: tuple[Path, dict[str, Any]
 
     html = (folder / "report.html").read_text()
     pictures = re.findall(r'src="([^"]*)"', html)
-    assert len(pictures) == 2 * 2 + 1 + 3 and all(p.startswith("data:image/png;base64,") for p in pictures)
-    assert not re.search(r"(src|href)=['\"](?!data:)", html)
+    assert len(pictures) == 3 * 4 * 3 and all(p.startswith("data:image/png;base64,") for p in pictures)
+    assert html.count('<div class="wide" role="img"') == 2 * 2 + 2  # maps and curves
+    assert faults(html) == []
     part = stored["unlearn"]["class"]["0"]
     ccu = part["metrics"]["ccu"]
     assert ccu["worst_gap"]["points"] >= ccu["average_gap"] > 0 and ccu["verdict"]["kind"] != "passed"  # two steps
@@ -178,23 +181,28 @@ def test_spread() -> None:
     assert spread([None]) == "–"
 
 
-def test_tables_fit_a_terminal_of_80_columns(whole: tuple[Path, dict[str, Any]]) -> None:
-    console = Console(width=80, file=io.StringIO())
-    tables = all_tables(whole[1], brief=True)[:4]
+@pytest.mark.parametrize("width", [80, 60])
+def test_tables_are_whole_in_a_narrow_terminal(width: int, whole: tuple[Path, dict[str, Any]]) -> None:
+    console = Console(width=width, file=io.StringIO())
+    tables = all_tables(whole[1], brief=True)
     for table in tables:
         show(table, console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
     text = " ".join(lines)
-    for table in tables:  # nothing is cut or folded but the first column and the titles
-        assert [cell for row in table.rows for cell in row[1:] if cell not in text] == [], text
+    for table in tables:  # nothing is folded but words, and nothing is cut
+        numbers = [i for i, title in enumerate(table.columns) if i and title not in table.words]
+        assert [row[i] for row in table.rows for i in numbers if row[i] not in text] == [], text
+        shown = re.findall(r"\S+", text)
+        words = [word for cells in (table.columns, *table.rows) for cell in cells for word in cell.split()]
+        assert set(words) <= set(shown), set(words) - set(shown)
 
 
 def test_the_longest_verdict_is_not_cut() -> None:
     console = Console(width=80, file=io.StringIO())
     row = ["gold: visual masked", ".000", ".497", "+91.9 vis. U test", "28.38", "38.406", "over-generalised"]
     columns = ["method", "visual U", "MIA", "worst gap", "gap", "time", "verdict"]
-    show(Table("caption", columns, [row], words=("worst gap", "verdict"), narrow=True), console)
+    show(Table("caption", columns, [row], words=("worst gap", "verdict")), console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert max(map(len, lines)) <= 80 and all(cell in " ".join(lines) for cell in row[1:])
 

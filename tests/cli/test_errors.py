@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,7 @@ def test_a_missing_package_is_named_before_the_work(
     idle(name)
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     told = ends(WORK[name])
-    assert f"{package} is needed" in told and "pip install 'ccu-fast[apps]'" in told
+    assert f"{package} is needed" in told and f": pip install {package}" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -536,6 +537,19 @@ class TestTimeLeft:
         now += 60
         live("another", 5, 6, "")  # nothing is known of its pace yet
         assert capsys.readouterr().err == "another 5/6\n"
+
+    def test_a_log_is_not_silent_where_the_work_is(self, capsys: pytest.CaptureFixture[str]) -> None:
+        lines: list[str] = []
+        with console.live(False, every=0.05) as progress:
+            progress("digits", 3, 15, "loss 1")
+            while len(lines) < 3:  # said by nobody but the watch
+                time.sleep(0.05)
+                lines += capsys.readouterr().err.splitlines()
+        assert all(line.startswith("digits 3/15, loss 1") for line in lines)
+        time.sleep(0.2)
+        capsys.readouterr()
+        time.sleep(0.2)
+        assert capsys.readouterr().err == ""  # and the watch ends with the work
 
     def test_quiet_is_quiet(self, capsys: pytest.CaptureFixture[str]) -> None:
         now = 0.0

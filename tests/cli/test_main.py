@@ -156,8 +156,8 @@ def test_demo_names_the_extra_that_is_missing(
 
     monkeypatch.setattr(demo, "run", run)
     assert cli.main(["demo"]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("ccu-fast demo: matplotlib is needed") and told.endswith(": pip install 'ccu-fast[apps]'\n")
+    told = capsys.readouterr().err.partition("\n")[2]  # the first line says that it loads
+    assert told.startswith("ccu-fast demo: matplotlib is needed") and told.endswith(": pip install matplotlib\n")
 
 
 def test_a_missing_module_that_no_extra_brings_is_a_bug_and_shows(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ def test_ctrl_c_ends_with_one_line_and_130(
 
     monkeypatch.setattr(demo, "run", run)
     assert in_child(interrupted) == 0
-    assert capfd.readouterr().err == "ccu-fast demo: interrupted\n"
+    assert capfd.readouterr().err.splitlines()[-1] == "ccu-fast demo: interrupted"
 
 
 def test_bench_runs_the_benchmarks_of_the_checkout(tmp_path: Path) -> None:
@@ -210,8 +210,8 @@ def test_without_typer_info_works_and_the_rest_says_what_to_install() -> None:
     report, demo, version, overview, wrong = json.loads(done.stdout)
     assert "cpu kernels" in report[1]
     assert demo[0] == 1 and demo[2].startswith("ccu-fast demo: typer is needed")
-    assert demo[2].endswith(": pip install 'ccu-fast[apps]'\n")
+    assert demo[2].endswith(": pip install typer\n")
     assert version[1].strip() == ccu_fast.__version__
-    assert overview[1].strip() == cli.USAGE
+    assert overview[1].startswith(cli.USAGE + "pip install ")
     assert wrong[0] == 2
     assert "no command 'nonsense'" in wrong[2]

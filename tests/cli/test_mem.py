@@ -94,7 +94,7 @@ def test_protect_and_evaluate_real_digits(tmp_path: Path, capsys: pytest.Capture
     trained = {name: d["seeds"]["0"] for name, d in json.loads(again.read_text())["datasets"].items()}
     assert trained["mem, no-trigger"] == trained["bare"] != trained["mem"]
     html = page.read_text()
-    assert html.count("<figure>") == 12 and html.count("data:image/png") == 13 and published[0] in html
+    assert html.count("<figure>") == 12 + 2 and html.count("data:image/png") == 12 and published[0] in html
     for dataset in result["datasets"].values():
         for run in dataset["seeds"].values():
             assert all(0 <= epoch["zero_shot"] <= 1 for epoch in run["curve"])

@@ -45,6 +45,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+ALT = {"original": "The original of", "protected": "as it will be published", "noise": "Their difference"}
+
+
 def ends(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
     status = cli.main(["verify", *map(str, words)])
     told = capsys.readouterr()
@@ -113,7 +116,8 @@ class Page(HTMLParser):
             source = str(found["src"])
             assert source.startswith("data:image/png;base64,") and set(found) == {"alt", "src"}
             png = base64.b64decode(source.partition(",")[2])
-            self.pictures[str(found["alt"])].append(np.array(Image.open(io.BytesIO(png))))
+            kind = next(kind for kind, words in ALT.items() if words in str(found["alt"]))
+            self.pictures[kind].append(np.array(Image.open(io.BytesIO(png))))
 
     def handle_endtag(self, tag: str) -> None:
         self._caption = self._caption and tag != "p"

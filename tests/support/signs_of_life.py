@@ -1,13 +1,34 @@
-"""A line on the terminal when nothing else has been written for some seconds: which tests are running."""
+"""A line on the terminal when nothing else has been written for some seconds: which tests are running.
+
+Given to pytest with ``-p``, it also speaks while conftest.py imports torch, before there is a terminal reporter.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 
 import pytest
 
 SECONDS = 8.0  # with what a busy machine adds, something is written every ten
+_started = threading.Event()
+
+
+def pytest_load_initial_conftests() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        threading.Thread(target=_say_that_it_starts, daemon=True).start()
+
+
+def _say_that_it_starts() -> None:
+    out = os.dup(2) if sys.__stderr__ is not None else None  # pytest takes the other one for itself
+    while out is not None and not _started.wait(SECONDS):
+        os.write(out, " … loading torch\n".encode())
+
+
+def pytest_configure() -> None:
+    _started.set()
 
 
 class SignsOfLife:

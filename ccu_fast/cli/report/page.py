@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ccu_fast.cli.report import figures, tables
+from ccu_fast.cli.report import figures, findings, tables
 from ccu_fast.files import write_whole
 from ccu_fast.mem.verification.shown import Shown
 from ccu_fast.unlearn.study.tasks import TASKS
@@ -31,6 +31,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
         "ccu_fast demo",
         "Unlearning and protection on scikit-learn's digits, computed by ccu_fast's own operations.",
         {**results["versions"], "seeds": results["seeds"]},
+        findings=findings.findings(results),
         tasks=_tasks({"digits-halves": results["unlearn"]} if results["unlearn"] else {}),
         protection=_protection(results["protect"]) if results["protect"] else None,
     )
@@ -39,7 +40,8 @@ def write_report(results: dict[str, Any], path: Path) -> None:
 def write_comparison(results: dict[str, Any], path: Path) -> None:
     """Write the page for what :func:`ccu_fast.unlearn.study.compare.compare` returns, or ``compare_own``."""
     intro = "All methods of unlearning, measured against retraining."
-    _write(path, "Unlearning compared", intro, results["versions"], tasks=_tasks(results["unlearn"]))
+    told = _gaps_told(results["unlearn"])
+    _write(path, "Unlearning compared", intro, results["versions"], findings=told, tasks=_tasks(results["unlearn"]))
 
 
 def write_own_comparison(results: dict[str, Any], path: Path) -> None:
@@ -56,6 +58,7 @@ def write_own_comparison(results: dict[str, Any], path: Path) -> None:
         "Unlearning compared",
         intro,
         {**results["versions"], "model": results["provenance"]["model"], **setting["sizes"]},
+        findings=_gaps_told(results["unlearn"]),
         tasks=_tasks(results["unlearn"]),
         own=True,
         left_out=tables.left_out_table(results["left_out"]),
@@ -74,9 +77,9 @@ def write_run(result: dict[str, Any], path: Path) -> None:
         {**result["sizes"], **result["cost"], "weights sha256": result["provenance"]["weights_sha256"]},
         rows=tables.before_after_table(result["rows"]),
         by_text=tables.text_table(result),
-        pictures={
-            "loss by step": figures.loss_curve(result["losses"]),
-            "map of visual embeddings before and after": figures.unlearn_map(result["embeddings"]),
+        drawings_by_title={
+            "Loss by step": [figures.loss_curve(result["losses"])] if result["losses"] else [],
+            "Visual embeddings": figures.unlearn_map(result["embeddings"]),
         },
         raw={"Provenance": json.dumps(result["provenance"], indent=1)},
     )
@@ -98,7 +101,7 @@ def write_evaluation(result: dict[str, Any], path: Path) -> None:
         "floor.",
         {**result["model"], **{f"victim's {k}": v for k, v in result["recipe"].items()}},
         rows=tables.evaluation_table(result),
-        pictures={"retrieval and training loss by epoch": figures.victim_curves(victims)},
+        drawings_by_title={"Epoch by epoch": figures.victim_curves(victims)},
         samples=result["samples"],
         raw={"Figures": json.dumps(result["datasets"], indent=1)},
     )
@@ -119,6 +122,18 @@ def write_preview(found: dict[str, Any], shown: Sequence[Shown], path: Path) -> 
     )
 
 
+def _gaps_told(results: dict[str, Any]) -> list[str]:
+    """A sentence for every task and what was forgotten, where there is a retrained model to tell the distance to."""
+    told: list[str] = []
+    for task, by_scenario in results.items():
+        for scenario, by_seed in by_scenario.items():
+            sentence = findings.gap_sentence(scenario, by_seed)
+            if sentence is not None:
+                told += [sentence if len(results) == 1 else f"{task}. {sentence}"]
+                told += [findings.ONE_SEED] if len(by_seed) == 1 else []
+    return list(dict.fromkeys(told))
+
+
 def _tasks(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
@@ -127,10 +142,10 @@ def _tasks(results: dict[str, Any]) -> list[dict[str, Any]]:
             "scenarios": [
                 {
                     "name": scenario,
-                    "bars": figures.unlearn_bars(scenario, by_seed),
+                    "gaps": findings.gap_chart(by_seed),
                     "tables": tables.unlearn_tables(scenario, by_seed),
                     "depth": tables.depth_table(by_seed),
-                    "ablations": figures.ablation_bars(by_seed),
+                    "parts": findings.part_chart(by_seed),
                     "map": figures.unlearn_map(next(iter(by_seed.values()))["embeddings"]),
                 }
                 for scenario, by_seed in by_scenario.items()
@@ -146,6 +161,7 @@ def _protection(results: dict[str, Any]) -> dict[str, Any]:
         for method, by_seed in results.items()
     }
     return {
+        "chart": findings.protection_chart(results),
         "curves": figures.victim_curves(victims),
         "table": tables.protect_table(results),
         "methods": [
@@ -164,7 +180,14 @@ def _write(path: Path, title: str, intro: str, facts: dict[str, Any], **content:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    absent: dict[str, Any] = {"tasks": [], "protection": None, "rows": None, "pictures": {}, "samples": {}, "raw": {}}
-    absent |= {"contact": [], "own": False, "left_out": None, "by_text": None}
+    absent: dict[str, Any] = {
+        "tasks": [],
+        "protection": None,
+        "rows": None,
+        "drawings_by_title": {},
+        "samples": {},
+        "raw": {},
+    }
+    absent |= {"findings": [], "contact": [], "own": False, "left_out": None, "by_text": None}
     page = environment.get_template("page.html")
     write_whole(path, page.render(title=title, intro=intro, facts=facts, **absent | content))

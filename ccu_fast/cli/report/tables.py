@@ -13,8 +13,6 @@ from ccu_fast.unlearn.audit import gaps, mean_figures, verdict, verdict_without_
 from ccu_fast.unlearn.audit.text_questions import TITLES, heading, meaning
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ccu_fast.unlearn.audit import Verdict
 
 PROTECT_LABELS = {
@@ -39,7 +37,7 @@ LAST_COLUMNS = {"average gap": ("average_gap",), "time / retraining": ("ratio",)
 SECONDS = {"s": ("cpu_seconds",)}
 GOLD = "gold_mask"
 GOLDS = (GOLD, "gold")  # of an embedded task, and of a user's own data
-FIRST = ("original", *GOLDS, "gold_drop")  # the rows that the others are read against
+FIRST = ("original", *GOLDS, "gold_drop", "gold_again")  # the rows that the others are read against
 DEEP_COLUMNS = {
     "probe U": ("probe", "forget"),
     "probe U against R": ("probe", "forget_vs_rest"),
@@ -71,14 +69,12 @@ class Table:
     Attributes:
         caption, columns, rows: text.
         words: the columns that hold words, not numbers alone.
-        narrow: in the terminal the first column gives way and the others do not.
     """
 
     caption: str
     columns: list[str]
     rows: list[list[str]]
     words: tuple[str, ...] = ()
-    narrow: bool = False
 
 
 def unlearn_tables(scenario: str, by_seed: dict[str, Any], *, brief: bool = False) -> list[Table]:
@@ -106,8 +102,8 @@ def moved_table(scenario: str, by_seed: dict[str, Any], *, brief: bool = False) 
         what = f"class {setting['forget_class']}" if scenario == "class" else "random instances"
     caption = (
         f"{setting['task']}, {what} forgotten (U, {setting['forget_items']} of "
-        f"{setting['forget_items'] + setting['retain_items']} training items; the rest is R), seeds "
-        f"{', '.join(by_seed)}: what moved"
+        f"{setting['forget_items'] + setting['retain_items']} training items; the rest is R), "
+        f"{seeds_told(by_seed)}: what moved"
     )
     first = next(iter(by_seed.values()))["metrics"]
     gold = next((name for name in GOLDS if name in first), None)
@@ -118,8 +114,8 @@ def moved_table(scenario: str, by_seed: dict[str, Any], *, brief: bool = False) 
     last = LAST_COLUMNS if gold is not None else {"s": ("seconds",)}
     rows = []
     for method in _methods(by_seed):
-        runs = _runs(by_seed, method)
-        found, judged = _judged(by_seed, runs, gold)
+        runs = runs_of(by_seed, method)
+        found, ruling = _judged(by_seed, runs, gold)
         cells = []
         for (modality, *part), text in zip(MOVED_COLUMNS.values(), _cells(MOVED_COLUMNS, runs, brief), strict=True):
             difference = found.get(" ".join([modality, *part]))
@@ -131,15 +127,22 @@ def moved_table(scenario: str, by_seed: dict[str, Any], *, brief: bool = False) 
             if brief:
                 title = title.replace("visual", "vis.").removesuffix(" train")
             cells.append("–" if method == gold else f"{signed(found[figure])} {title}")
-        words = "–" if method == gold else judged.kind if brief else judged.brief
+        words = "–" if method == gold else ruling.kind if brief else ruling.brief
         rows.append([_label(method, runs), *cells, *_cells(last, runs, brief), words])
     titles = ["visual U", "MIA"] if brief else [*MOVED_COLUMNS]
     more = [*last] if gold is None else ["gap", "time"] if brief else [*last]
     columns = ["method", *titles, *(["worst gap"] if gold is not None else []), *more, "verdict"]
-    return Table(caption, columns, rows, words=("worst gap", "verdict"), narrow=brief)
+    return Table(caption, columns, rows, words=("worst gap", "verdict"))
 
 
-def _judged(by_seed: dict[str, Any], runs: list[dict[str, Any]], gold: str | None) -> tuple[dict[str, float], Verdict]:
+def judged(by_seed: Mapping[str, Any], method: str, gold: str | None) -> Verdict:
+    """The verdict on a method's figures, of several seeds on their means."""
+    return _judged(by_seed, runs_of(by_seed, method), gold)[1]
+
+
+def _judged(
+    by_seed: Mapping[str, Any], runs: list[dict[str, Any]], gold: str | None
+) -> tuple[dict[str, float], Verdict]:
     """The gaps of the means over the seeds, none without gold, and the verdict on them."""
     means, values = mean_figures(runs), [*by_seed.values()]
     sizes = independent(by_seed)
@@ -218,7 +221,7 @@ def _at(path: tuple[str, ...], values: Any) -> Any:
     return values
 
 
-def independent(by_seed: dict[str, Any]) -> dict[str, int]:
+def independent(by_seed: Mapping[str, Any]) -> dict[str, int]:
     """The sizes that :func:`ccu_fast.unlearn.audit.verdict` takes for the means over these seeds.
 
     Results of older versions tell items alone; views of one thing then count as if they were independent.
@@ -240,6 +243,12 @@ def figure_title(figure: str) -> str:
     if figure == "mia_auc":
         return "MIA AUC"
     return figure.replace("forget_", "U ").replace("retain_", "R ")
+
+
+def seeds_told(by_seed: Mapping[str, Any]) -> str:
+    """The seeds of a table; a single one is marked, since it says nothing of its spread."""
+    first, *more = by_seed
+    return f"seeds {', '.join(by_seed)}" if more else f"seed {first} alone (noisy)"
 
 
 def signed(points: float) -> str:
@@ -270,7 +279,8 @@ def _methods(by_seed: dict[str, Any]) -> list[str]:
     return [name for name in FIRST if name in methods] + [name for name in methods if name not in FIRST]
 
 
-def _runs(by_seed: dict[str, Any], method: str) -> list[dict[str, Any]]:
+def runs_of(by_seed: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
+    """The figures and the cost of a method, by seed."""
     return [{**value["metrics"][method], **value["cost"][method]} for value in by_seed.values()]
 
 
@@ -288,9 +298,9 @@ def _methods_table(
 ) -> Table:
     rows = []
     for method in methods:
-        runs = _runs(by_seed, method)
+        runs = runs_of(by_seed, method)
         rows.append([_label(method, runs), *_cells(columns, runs, brief)])
-    return Table(caption, ["method", *columns], rows, narrow=brief)
+    return Table(caption, ["method", *columns], rows)
 
 
 def told(verdict: Mapping[str, str]) -> str:
@@ -320,8 +330,8 @@ def protect_table(results: dict[str, Any]) -> Table:
     first = next(iter(seeds.values()))
     caption = (
         "digit-strips, retrieval on clean test strips (image to text, text to image) and zero-shot reading: "
-        f"{first['train']} training, {first['test']} test strips, ε = {first['settings']['eps']}/255, seeds "
-        f"{', '.join(seeds)}; guessing gives R@1 {first['guessing']['r1']:.3f}, R@10 {first['guessing']['r10']:.3f}, "
+        f"{first['train']} training, {first['test']} test strips, ε = {first['settings']['eps']}/255, "
+        f"{seeds_told(seeds)}; guessing gives R@1 {first['guessing']['r1']:.3f}, R@10 {first['guessing']['r10']:.3f}, "
         "digit .100"
     )
     return Table(caption, ["victim trained on", "epoch", *RETRIEVAL_COLUMNS, "digits read"], rows)
@@ -369,27 +379,3 @@ def all_tables(results: dict[str, Any], *, brief: bool = False) -> list[Table]:
         for table in unlearn_tables(scenario, by_seed, brief=brief)
     ]
     return tables + ([protect_table(results["protect"])] if results["protect"] else [])
-
-
-def show(table: Table, console: Console) -> None:
-    """One table in the terminal."""
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    shown = RichTable(
-        title=Text(table.caption), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    for i, column in enumerate(table.columns):
-        left = i == 0 or column in table.words
-        width = max(map(len, [*column.split(), *(row[i] for row in table.rows)])) if table.narrow else 5
-        shown.add_column(
-            column,
-            justify="left" if left else "right",
-            no_wrap=i == 0 and not table.narrow,
-            min_width=width if i else None,
-            width=width if i and table.narrow else None,  # fixed: rich would shrink it along with the first column
-        )
-    for row in table.rows:
-        shown.add_row(*map(Text, row))  # a name in brackets is no markup
-    console.print(shown)

@@ -328,7 +328,7 @@ def test_one_column_for_pictures_and_captions_is_refused(tmp_path: Path) -> None
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = parquet_imagefolder(tmp_path / "in")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"pip install 'ccu-fast\[parquet\]'"):
+    with pytest.raises(ImportError, match=r"pip install pyarrow"):
         list_pairs(folder)
 
 

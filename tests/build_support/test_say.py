@@ -1,0 +1,82 @@
+"""What make says of a step while it runs."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from build_support import say
+
+ROOT = Path(say.__file__).parents[1]
+PIP = re.compile(r"Downloading .*[MG]B\)")
+
+
+def python(program: str) -> list[str]:
+    return [sys.executable, "-I", "-c", program]
+
+
+def test_every_few_seconds_of_silence_the_newest_line_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(say, "SECONDS", 0.05)
+    heard = tmp_path / "heard"
+    program = f"""
+import pathlib, time
+print("Collecting torch", flush=True)
+while not pathlib.Path({str(heard)!r}).exists():
+    time.sleep(0.01)
+print("Downloading torch.whl (188.3 MB)", flush=True)
+"""
+    lines: list[str] = []
+
+    def told(line: str) -> None:
+        lines.append(line)
+        if re.search(r"… \d+ s: Collecting torch$", line):  # the command ends when it has been heard
+            heard.touch()
+
+    assert say.run("torch", python(program), PIP, told) == 0
+    assert lines[0] == "-- torch" and re.fullmatch(r"   done in \d+ s", lines[-1])
+    assert "   Downloading torch.whl (188.3 MB)" in lines and "Collecting torch" not in lines
+
+
+def test_a_step_that_fails_shows_everything_and_its_status() -> None:
+    lines: list[str] = []
+    program = "import sys; print('why'); print('and more', file=sys.stderr); sys.exit(3)"
+    assert say.run("a step", python(program), PIP, lines.append) == 3
+    assert "why" in "\n".join(lines) and "and more" in "\n".join(lines) and lines[-1].startswith("   failed after")
+    killed = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
+    assert say.run("a step", python(killed), None, lines.append) == 137
+
+
+def test_without_a_filter_each_line_is_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
+    assert say.main(["types", "--", *python("print('Success: no issues'); print('é')")]) == 0
+    assert capfd.readouterr().out.splitlines()[:3] == ["-- types", "Success: no issues", "é"]
+    with pytest.raises(SystemExit):
+        say.main(["types"])
+
+
+def planned(*words: str) -> str:
+    """What make would run in a fresh clone."""
+    done = subprocess.run(
+        ["make", "-n", "VENV=.venv-of-nobody", *words], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize("target", ["demo", "lint", "test-quick"])
+def test_every_step_that_may_take_long_says_what_it_does(target: str) -> None:
+    steps = planned(target).replace("\\\n", " ").splitlines()
+    silent = ("touch", "rm", "case", "python3 -c", "[ -x")
+    told = [step for step in steps if "build_support/say.py" in step or "-m ccu_fast" in step or "-m pytest" in step]
+    assert len(told) >= 4 and all(step in told or step.strip().startswith(silent) for step in steps), steps
+
+
+def test_torch_for_cpus_comes_from_the_index_of_cpu_builds() -> None:
+    usual, cpu = planned("demo"), planned("demo", "CPU=1")
+    assert "--index-url" not in usual and "CPU=1" in usual  # which says when it is of use
+    ours = [line for line in cpu.splitlines() if "--index-url https://download.pytorch.org/whl/cpu" in line]
+    assert len(ours) == 1 and ours[0].split()[-1].startswith("torch==") and "triton" not in ours[0]
+    assert "--index-url https://elsewhere/cu130" in planned("demo", "TORCH_INDEX=https://elsewhere/cu130")
