@@ -1,0 +1,100 @@
+"""What mkdocs does with our pages beyond its own: links that leave docs/, notebooks, and comments that tests read.
+
+On GitHub a page may link to any file of the repository. The site takes such a link to ``repo_url`` where one is set,
+and else to a copy: Markdown and code become pages under ``repository/``, other files lie there as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+from build_support.docs.markdown import from_notebook, from_page, links
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIES = "repository/"
+CODE = {".py": "python", ".sh": "bash", ".h": "cpp", ".cpp": "cpp", ".cu": "cpp", ".cuh": "cpp", ".toml": "toml"}
+
+
+class Notebook(File):
+    """A notebook: a page for mkdocs, so that the navigation and links name it as they do on GitHub."""
+
+    def is_documentation_page(self) -> bool:
+        """It is one."""
+        return True
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Make pages of notebooks; add what pages link to outside docs/, and what that links to."""
+    for file in list(files):
+        if file.src_uri.endswith(".ipynb"):
+            files.remove(file)
+            files.append(Notebook(file.src_uri, file.src_dir, config.site_dir, config.use_directory_urls))
+    waiting = [] if config.repo_url else list(files.documentation_pages())
+    while waiting:
+        page = waiting.pop()
+        for path in sorted(filter(None, (_path(link, page.src_uri) for link in links(_markdown(page))))):
+            if files.get_file_from_path(_copied(path)) is None:
+                files.append(copy := _copy(path, config))
+                waiting += [copy] if copy.is_documentation_page() else []
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The page's Markdown as mkdocs is to read it."""
+
+    def moved(link: str) -> str:
+        path = _path(link, page.file.src_uri)
+        if path is None:
+            return link
+        anchor = "".join(link.partition("#")[1:])
+        if config.repo_url:
+            return f"{config.repo_url.rstrip('/')}/blob/main/{path}{anchor}"
+        there = posixpath.relpath(_copied(path), posixpath.dirname(page.file.src_uri) or ".")
+        return there + (anchor if path.endswith(".md") else "")  # of code it would be a line
+
+    return from_page(from_notebook(json.loads(markdown)) if isinstance(page.file, Notebook) else markdown, moved)
+
+
+def _markdown(file: File) -> str:
+    return from_notebook(json.loads(file.content_string)) if isinstance(file, Notebook) else file.content_string
+
+
+def _path(link: str, src_uri: str) -> str | None:
+    """Where in the repository the link of a page points, if mkdocs does not find that by itself."""
+    if re.match(r"[a-z]+:|/|#", link):
+        return None
+    copy = src_uri.startswith(COPIES)
+    here = src_uri.removeprefix(COPIES).removesuffix(".md") if copy else f"docs/{src_uri}"
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(here), link.partition("#")[0]))
+    if path.startswith("../") or not (ROOT / path).exists() or (path.startswith("docs/") and not copy):
+        return None
+    return f"{path}/README.md" if (ROOT / path / "README.md").exists() else path
+
+
+def _copied(path: str) -> str:
+    """The page or file of the site, as a path below docs/."""
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    page = (ROOT / path).is_dir() or Path(path).suffix in {".md", *CODE}
+    return f"{COPIES}{path}.md" if page else f"{COPIES}{path}"
+
+
+def _copy(path: str, config: MkDocsConfig) -> File:
+    source, src_uri, hidden = ROOT / path, _copied(path), InclusionLevel.NOT_IN_NAV
+    if source.is_dir():
+        inside = sorted(item.name for item in source.iterdir() if not item.name.startswith((".", "__")))
+        content = f"# {path}/\n\n" + "".join(f"- `{name}`\n" for name in inside)
+    elif source.suffix in CODE:
+        content = f"# {path}\n\n````{CODE[source.suffix]}\n{source.read_text(encoding='utf-8')}````\n"
+    elif source.suffix == ".md":
+        content = source.read_text(encoding="utf-8")
+    else:
+        return File.generated(config, src_uri, abs_src_path=str(source), inclusion=hidden)
+    return File.generated(config, src_uri, content=content, inclusion=hidden)
