@@ -10,6 +10,8 @@ import griffe
 
 from build_support.docs.markdown import from_docstring
 
+FIELD = "ccu_fast.check.field"
+
 
 class Docstrings(griffe.Extension):
     """Rewrites every docstring once all are loaded, when names can be resolved."""
@@ -21,7 +23,10 @@ class Docstrings(griffe.Extension):
 
 def _rewrite(thing: Any) -> None:
     if thing.docstring is not None:
-        thing.docstring.value = from_docstring(thing.docstring.value, partial(_link, thing))
+        returns = str(thing.returns or "") if thing.is_function else ""
+        thing.docstring.value = from_docstring(thing.docstring.value, partial(_link, thing), returns)
+    if thing.is_attribute and getattr(thing.value, "canonical_path", "") == FIELD:
+        thing.value = thing.value.arguments[0]  # the default; what else the field has is for the command line
     for member in thing.members.values():
         if not member.is_alias:
             _rewrite(member)

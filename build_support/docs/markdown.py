@@ -9,15 +9,26 @@ from typing import Any
 ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):`~?([\w.]+)`")
 LITERAL = re.compile(r"^(?P<indent> *)(?P<said>.*)::\n\n(?P<code>(?:(?P=indent) +.*\n|\n)+)", re.MULTILINE)
 DOCTEST = re.compile(r"^>>> .*\n(?:.+\n)*", re.MULTILINE)
+SECTION = re.compile(r"^((?:Args|Attributes|Raises):\n)((?: +.*\n|\n(?= ))+)", re.MULTILINE)
+ITEM = re.compile(r"^( {4}[\w*]+(?:, [\w*]+)*): (>?)", re.MULTILINE)
 FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()([^()\s]+)(?=\))")
 COMMENT = re.compile(r"<!-- *(?:setup|needs)\b.*?-->\n*", re.DOTALL)
 
 
-def from_docstring(text: str, link: Callable[[str], str]) -> str:
-    """A docstring of ours: what follows ``::`` is code, a doctest a session, and ``link`` has the name of a role."""
+def from_docstring(text: str, link: Callable[[str], str], returns: str = "") -> str:
+    """A docstring of ours in the Markdown with sections that griffe reads.
+
+    Args:
+        text: the docstring.
+        link: the Markdown for the name in a role.
+        returns: what the function is annotated to return.
+    """
     text = LITERAL.sub(_fenced, text + "\n")
-    text = DOCTEST.sub(lambda found: f"```pycon\n{found[0]}```\n", text)
+    text = DOCTEST.sub(lambda found: f"```pycon\n{re.sub(' *# doctest: .*', '', found[0])}```\n", text)
+    text = SECTION.sub(lambda found: found[1] + ITEM.sub(_item, found[2]), text)
+    if returns:  # else what stands before a colon in the first line would be taken for it
+        text = re.sub(r"^(Returns:\n +)(?=\S)", lambda found: f"{found[1]}{returns}: ", text, flags=re.MULTILINE)
     text = re.sub(r"^Source:", "**Source:**", text, flags=re.MULTILINE)
     return ROLE.sub(lambda found: link(found[1]), text).rstrip()
 
@@ -56,6 +67,11 @@ def links(markdown: str) -> Iterator[str]:
     """What a page links to, code aside."""
     for found in LINK.finditer(FENCE.sub("", markdown)):
         yield found[1]
+
+
+def _item(found: re.Match[str]) -> str:
+    """One entry may speak of several names, which a space would end; and > at its beginning is no quotation."""
+    return found[1].replace(", ", ",\N{NO-BREAK SPACE}") + ": " + ("\\>" if found[2] else "")
 
 
 def _fenced(found: re.Match[str]) -> str:

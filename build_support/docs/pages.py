@@ -20,22 +20,35 @@ from build_support.docs.markdown import from_notebook, from_page, links
 ROOT = Path(__file__).resolve().parents[2]
 COPIES = "repository/"
 CODE = {".py": "python", ".sh": "bash", ".h": "cpp", ".cpp": "cpp", ".cu": "cpp", ".cuh": "cpp", ".toml": "toml"}
+OTHERS = (".ipynb", ".py")
+PAGES = {".md", *OTHERS}
 
 
-class Notebook(File):
-    """A notebook: a page for mkdocs, so that the navigation and links name it as they do on GitHub."""
+class Other(File):
+    """A notebook or a script: a page for mkdocs, so that the navigation and links name it as they do on GitHub."""
 
     def is_documentation_page(self) -> bool:
         """It is one."""
         return True
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """In the navigation FOLDER/* means the pages of a folder besides its first."""
+    for section in config.nav or []:
+        entries = next(iter(section.values())) if isinstance(section, dict) else None
+        if isinstance(entries, list) and isinstance(entries[-1], str) and entries[-1].endswith("/*"):
+            folder = Path(config.docs_dir) / entries.pop().removesuffix("/*")
+            pages = [file for file in folder.iterdir() if file.suffix in PAGES and file.name != "index.md"]
+            entries += sorted(file.relative_to(config.docs_dir).as_posix() for file in pages)
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Make pages of notebooks; add what pages link to outside docs/, and what that links to."""
+    """Make pages of notebooks and scripts; add what pages link to outside docs/, and what that links to."""
     for file in list(files):
-        if file.src_uri.endswith(".ipynb"):
+        if file.src_uri.endswith(OTHERS):
             files.remove(file)
-            files.append(Notebook(file.src_uri, file.src_dir, config.site_dir, config.use_directory_urls))
+            files.append(Other(file.src_uri, file.src_dir, config.site_dir, config.use_directory_urls))
     waiting = [] if config.repo_url else list(files.documentation_pages())
     while waiting:
         page = waiting.pop()
@@ -59,11 +72,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         there = posixpath.relpath(_copied(path), posixpath.dirname(page.file.src_uri) or ".")
         return there + (anchor if path.endswith(".md") else "")  # of code it would be a line
 
-    return from_page(from_notebook(json.loads(markdown)) if isinstance(page.file, Notebook) else markdown, moved)
+    return from_page(_markdown(page.file) if isinstance(page.file, Other) else markdown, moved)
 
 
 def _markdown(file: File) -> str:
-    return from_notebook(json.loads(file.content_string)) if isinstance(file, Notebook) else file.content_string
+    if not isinstance(file, Other):
+        return file.content_string
+    if file.src_uri.endswith(".ipynb"):
+        return from_notebook(json.loads(file.content_string))
+    return _listing(posixpath.basename(file.src_uri), file.content_string)
 
 
 def _path(link: str, src_uri: str) -> str | None:
@@ -86,13 +103,17 @@ def _copied(path: str) -> str:
     return f"{COPIES}{path}.md" if page else f"{COPIES}{path}"
 
 
+def _listing(path: str, code: str) -> str:
+    return f"# {path}\n\n````{CODE[Path(path).suffix]}\n{code}````\n"
+
+
 def _copy(path: str, config: MkDocsConfig) -> File:
     source, src_uri, hidden = ROOT / path, _copied(path), InclusionLevel.NOT_IN_NAV
     if source.is_dir():
         inside = sorted(item.name for item in source.iterdir() if not item.name.startswith((".", "__")))
         content = f"# {path}/\n\n" + "".join(f"- `{name}`\n" for name in inside)
     elif source.suffix in CODE:
-        content = f"# {path}\n\n````{CODE[source.suffix]}\n{source.read_text(encoding='utf-8')}````\n"
+        content = _listing(path, source.read_text(encoding="utf-8"))
     elif source.suffix == ".md":
         content = source.read_text(encoding="utf-8")
     else:

@@ -19,7 +19,10 @@ from tests.support.paths import ROOT
 from tests.test_docstrings import MODULES
 
 PAGES = sorted((ROOT / "docs" / "reference" / "api").glob("*.md"))
-LISTED = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)]
+# A name that is a module's too is listed by where it is defined, with the public name as its heading.
+ENTRY = re.compile(r"^::: (\S+)\n(?:    options: { heading: (\S+), )?", re.MULTILINE)
+ENTRIES = [entry for page in PAGES for entry in ENTRY.findall(page.read_text(encoding="utf-8"))]
+LISTED = [heading or name for name, heading in ENTRIES]
 PUBLIC = [f"{module}.{name}" for module in MODULES for name in importlib.import_module(module).__all__]
 
 
@@ -36,6 +39,12 @@ def test_every_public_name_is_in_the_reference_once() -> None:
 
 def test_no_name_is_listed_twice() -> None:
     assert sorted(LISTED) == sorted(set(LISTED))
+
+
+def test_no_name_stands_for_a_module_that_it_hides() -> None:
+    for name, heading in ENTRIES:
+        path = ROOT / name.replace(".", "/")
+        assert isinstance(found(heading or name), ModuleType) == (path.is_dir() or path.with_suffix(".py").is_file())
 
 
 @pytest.mark.parametrize("name", LISTED)
@@ -80,6 +89,16 @@ def test_a_docstring_becomes_markdown() -> None:
     assert from_docstring(text, lambda name: f"<{name}>") == (
         "Sum of <x.one>:\n\n```python\na = 1\n  + 2\n\nb\n```\n\nMore.\n\n**Source:** them.\n\n"
         "```pycon\n>>> f()\n1\n>>> g()\n2\n```"
+    )
+
+
+def test_the_sections_of_a_docstring_are_as_griffe_reads_them() -> None:
+    text = (
+        "Do.\n\nArgs:\n    a, b: > 0, of\n        c, d: e.\n\nReturns:\n    A dict: of x.\n\nRaises:\n    A, B: so.\n"
+    )
+    assert from_docstring(text, str, "dict") == (
+        "Do.\n\nArgs:\n    a,\N{NO-BREAK SPACE}b: \\> 0, of\n        c, d: e.\n\nReturns:\n    dict: A dict: of x.\n\n"
+        "Raises:\n    A,\N{NO-BREAK SPACE}B: so."
     )
 
 
