@@ -70,8 +70,8 @@ def links(markdown: str) -> Iterator[str]:
 
 
 def _item(found: re.Match[str]) -> str:
-    """One entry may speak of several names, which a space would end; and > at its beginning is no quotation."""
-    return found[1].replace(", ", ",\N{NO-BREAK SPACE}") + ": " + ("\\>" if found[2] else "")
+    """As griffe reads it: a space would end the name, of which there may be several, and > begins no quotation."""
+    return found[1].replace(", ", ",\N{EN SPACE}") + ": " + ("\\>" if found[2] else "")
 
 
 def _fenced(found: re.Match[str]) -> str:

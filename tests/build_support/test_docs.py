@@ -97,8 +97,8 @@ def test_the_sections_of_a_docstring_are_as_griffe_reads_them() -> None:
         "Do.\n\nArgs:\n    a, b: > 0, of\n        c, d: e.\n\nReturns:\n    A dict: of x.\n\nRaises:\n    A, B: so.\n"
     )
     assert from_docstring(text, str, "dict") == (
-        "Do.\n\nArgs:\n    a,\N{NO-BREAK SPACE}b: \\> 0, of\n        c, d: e.\n\nReturns:\n    dict: A dict: of x.\n\n"
-        "Raises:\n    A,\N{NO-BREAK SPACE}B: so."
+        "Do.\n\nArgs:\n    a,\N{EN SPACE}b: \\> 0, of\n        c, d: e.\n\nReturns:\n    dict: A dict: of x.\n\n"
+        "Raises:\n    A,\N{EN SPACE}B: so."
     )
 
 
