@@ -60,7 +60,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """The page's Markdown as mkdocs is to read it."""
+    """The page's Markdown as mkdocs is to read it; the search leaves copies out."""
+    if page.file.src_uri.startswith(COPIES):
+        page.meta["search"] = {"exclude": True}
 
     def moved(link: str) -> str:
         path = _path(link, page.file.src_uri)
