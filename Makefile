@@ -86,7 +86,7 @@ else
 DOCS := $(VENV)-docs
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(DOCS)/.installed
-	@echo "The site of docs/, in about 15 seconds:"
+	@echo "The site of docs/, in about 10 seconds:"
 	@$(DOCS)/bin/python -m mkdocs build --strict
 	@echo "Open site/index.html in a browser."
 
