@@ -38,8 +38,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         entries = next(iter(section.values())) if isinstance(section, dict) else None
         if isinstance(entries, list) and isinstance(entries[-1], str) and entries[-1].endswith("/*"):
             folder = Path(config.docs_dir) / entries.pop().removesuffix("/*")
-            pages = [file for file in folder.iterdir() if file.suffix in PAGES and file.name != "index.md"]
-            entries += sorted(file.relative_to(config.docs_dir).as_posix() for file in pages)
+            pages = sorted(file for file in folder.iterdir() if file.suffix in PAGES and file.name != "index.md")
+            entries += [{file.name: file.relative_to(config.docs_dir).as_posix()} for file in pages]
     return config
 
 
@@ -48,7 +48,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for file in list(files):
         if file.src_uri.endswith(OTHERS):
             files.remove(file)
-            files.append(Other(file.src_uri, file.src_dir, config.site_dir, config.use_directory_urls))
+            dest_uri = f"{file.src_uri}.html"  # a notebook and a script may have one name
+            options = {"use_directory_urls": config.use_directory_urls, "dest_uri": dest_uri}
+            files.append(Other(file.src_uri, file.src_dir, config.site_dir, **options))
     waiting = [] if config.repo_url else list(files.documentation_pages())
     while waiting:
         page = waiting.pop()
