@@ -12,8 +12,8 @@ DOCTEST = re.compile(r"^>>> .*\n(?:.+\n)*", re.MULTILINE)
 SECTION = re.compile(r"^((?:Args|Attributes|Raises):\n)((?: +.*\n|\n(?= ))+)", re.MULTILINE)
 ITEM = re.compile(r"^( {4}[\w*]+(?:, [\w*]+)*): (>?)", re.MULTILINE)
 FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"(?<=\]\()([^()\s]+)(?=\))")
-COMMENT = re.compile(r"<!-- *(?:setup|needs)\b.*?-->\n*", re.DOTALL)
+LINK = re.compile(r"""(?<=\]\()[^()\s]+(?=\))|(?<=\ssrc=")[^"]+|(?<=\ssrcset=")[^"]+""")
+COMMENT = re.compile(r"<!-- *(?:setup|needs|run by)\b.*?-->\n*", re.DOTALL)
 
 
 def from_docstring(text: str, link: Callable[[str], str], returns: str = "") -> str:
@@ -57,16 +57,16 @@ def from_page(markdown: str, link: Callable[[str], str]) -> str:
     parts, end = [], 0
     markdown = COMMENT.sub("", markdown)
     for fence in FENCE.finditer(markdown):
-        parts.append(LINK.sub(lambda found: link(found[1]), markdown[end : fence.start()]))
+        parts.append(LINK.sub(lambda found: link(found[0]), markdown[end : fence.start()]))
         parts.append(fence[0].replace("```python\n>>>", "```pycon\n>>>", 1))
         end = fence.end()
-    return "".join([*parts, LINK.sub(lambda found: link(found[1]), markdown[end:])])
+    return "".join([*parts, LINK.sub(lambda found: link(found[0]), markdown[end:])])
 
 
 def links(markdown: str) -> Iterator[str]:
     """What a page links to, code aside."""
     for found in LINK.finditer(FENCE.sub("", markdown)):
-        yield found[1]
+        yield found[0]
 
 
 def _item(found: re.Match[str]) -> str:

@@ -129,13 +129,11 @@ def test_a_notebook_becomes_markdown() -> None:
 
 
 def test_a_page_loses_what_only_tests_read_and_its_links_move() -> None:
-    text = (
-        "<!-- setup\nx = 1\n\n-->\nSee [a](../a.py).\n\n```python\n>>> f[0](../b)\n```\n\n<!-- kept -->\n[c](c.md#d)\n"
-    )
-    assert from_page(text, str.upper) == (
-        "See [a](../A.PY).\n\n```pycon\n>>> f[0](../b)\n```\n\n<!-- kept -->\n[c](C.MD#D)\n"
-    )
-    assert list(links(text)) == ["../a.py", "c.md#d"]
+    read = "<!-- setup\nx = 1\n\n-->\n<!-- run by: a::b -->\n"
+    kept = "See [a]({}).\n\n```{}\n>>> f[0](../b)\n```\n\n<!-- k -->\n[c]({})\n\n<img alt='' src=\"{}\">\n"
+    text = read + kept.format("../a.py", "python", "c.md#d", "e.svg")
+    assert from_page(text, str.upper) == kept.format("../A.PY", "pycon", "C.MD#D", "E.SVG")
+    assert list(links(text)) == ["../a.py", "c.md#d", "e.svg"]
 
 
 def test_the_environment_of_the_site_is_pinned_to_ranges() -> None:
