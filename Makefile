@@ -2,6 +2,7 @@
 # make test-quick  lint, type checks and a cross-section of the tests, in about a minute
 # make lint   lint and type checks alone               make bench  the benchmarks (ARGS=... are passed on)
 # make test-newest  the Triton kernels with the newest Triton, which make test does at its end
+# make docs   the pages under docs/ as a site, written to ./site; make test does this at its end too
 # make compat the patches against the real libraries, an environment for each in .venv-compat
 # make kernel-hub  the losses as a package of Hugging Face's Kernel Hub, in dist/hub
 #
@@ -36,7 +37,7 @@ INSTALL := install --no-compile --progress-bar off
 BUILD := setup.py pyproject.toml $(wildcard build_support/*.py) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-quick test-newest lint demo bench compat kernel-hub clean
+.PHONY: test test-quick test-newest lint demo bench compat docs kernel-hub clean
 .DELETE_ON_ERROR:
 
 # Without bytecode on disk every process compiles torch's Python again, which takes most of its start-up time.
@@ -46,7 +47,7 @@ export PYTHONDONTWRITEBYTECODE =
 test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/.test lint
 	$(if $(SYSTEM_SITE),CCU_FAST_TEST_OFFLINE=1) $(PY) -m pytest -q $(SIGNS) $(if $(SYSTEM_SITE),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(ARGS)
-	$(if $(ARGS),,@$(MAKE) --no-print-directory test-newest)
+	$(if $(ARGS),,@$(MAKE) --no-print-directory test-newest docs)
 
 test-quick: export OMP_WAIT_POLICY = passive
 test-quick: $(VENV)/.test lint
@@ -95,8 +96,26 @@ compat: $(VENV)/.test
 kernel-hub:
 	$(PYTHON) -m build_support.hub $(ARGS)
 
+# An environment of its own, without torch: the API reference is read from the source. A broken link is an error.
+ifdef SYSTEM_SITE
+docs:
+	@echo "the site of docs/: NOT CHECKED, SYSTEM_SITE is set"
+else
+DOCS := $(VENV)-docs
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(DOCS)/.installed
+	@$(SAY) 'the site of docs/' -- $(DOCS)/bin/python -m mkdocs build --strict
+	@echo "Open site/index.html in a browser."
+
+$(DOCS)/.installed: docs/requirements.txt
+	@$(SAY) 'an environment for mkdocs in $(DOCS)' -- $(PYTHON) -m venv $(DOCS)
+	@$(SAY_PIP) 'mkdocs with its theme, from docs/requirements.txt: 15 MB to download' -- \
+	  $(DOCS)/bin/python -m pip --disable-pip-version-check $(INSTALL) -r docs/requirements.txt
+	@touch $@
+endif
+
 clean:
-	rm -rf $(VENV) $(VENV)-newest .venv-compat build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-docs .venv-compat site build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Without network a tool may be missing, which is reported.

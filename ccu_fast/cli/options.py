@@ -78,8 +78,14 @@ def _flag(parameter: inspect.Parameter) -> tuple[str, str] | None:
     """An option's name in Python and as it is typed; None of an argument."""
     for option in getattr(parameter.annotation, "__metadata__", ()):
         if isinstance(option, typer.models.OptionInfo):
-            return parameter.name, (option.param_decls or (f"--{parameter.name.replace('_', '-')}",))[0]
+            return parameter.name, typed(parameter.name, option)
     return None
+
+
+def typed(name: str, option: typer.models.OptionInfo) -> str:
+    """An option as it is typed; in ``Annotated`` typer holds the first of its names where a default would be."""
+    first = option.default if isinstance(option.default, str) else None
+    return first or next(iter(option.param_decls or ()), f"--{name.replace('_', '-')}")
 
 
 def _read_config(context: typer.Context, parameter: typer.CallbackParam, value: Path | None) -> Path | None:

@@ -241,9 +241,9 @@ def sup_con(
     For the usual one-bank form pass ``sup_con(z, z, ...)``. Rows without a positive contribute 0 and do not count.
 
     Args:
-        x: ``[..., N, D]``; y: ``[..., M, D]``.
+        x, y: ``[..., N, D]`` and ``[..., M, D]``.
         scale: number or one-element tensor; 1 / temperature.
-        row_labels: int64 ``[..., N]``; col_labels: int64 ``[..., M]``, by default the row labels.
+        row_labels, col_labels: int64 ``[..., N]`` and ``[..., M]``, the latter by default the row labels.
         positives: "mean" draws every positive near; "lse": it suffices that one is near, the "inside" form but for the
             constant log of their number.
         reduction: "mean" or "sum" over the rows, or "none".
@@ -291,7 +291,7 @@ def sigmoid_loss(
         -F.logsigmoid(sign * logits).sum() / N
 
     Args:
-        x: ``[..., N, D]``; y: ``[..., M, D]``.
+        x, y: ``[..., N, D]`` and ``[..., M, D]``.
         scale, bias: numbers or one-element tensors (gradient flows).
         reduction: "mean" (the sum over all pairs divided by N, rows with a negative label included), "sum", or "none"
             (``[..., N]``).

@@ -18,7 +18,8 @@ class Positives(NamedTuple):
     """The positives of every row or column.
 
     Attributes:
-        total: sum of their logits; inside: the log-sum-exp.
+        total: sum of their logits.
+        inside: the log-sum-exp.
         number: how many they are; None: one each.
     """
 
@@ -36,7 +37,8 @@ class Negatives(NamedTuple):
 
     Attributes:
         lse: log-sum-exp of their logits.
-        total: sum of these; number: how many they are. Both 0 where the variant does not ask.
+        total: sum of these.
+        number: how many they are. Both 0 where the variant does not ask.
     """
 
     lse: Tensor

@@ -121,7 +121,8 @@ class InfoNCE(_SimilarityLoss):
         """``info_nce(x, y)`` with the options of the module.
 
         Args:
-            x: ``[..., N, D]``; y: ``[..., M, D]``.
+            x: ``[..., N, D]``.
+            y: ``[..., M, D]``.
             scale: required when the module has none of its own, refused when it has.
             **similarity: bias, ids, negatives, hard_negatives, guide and the like, and any other value for an option of
                 the module: see :func:`ccu_fast.info_nce`.

@@ -56,16 +56,14 @@ class Method:
     def parse(name: str) -> Method:
         """Read a name.
 
-        ========================  =====================================================
-        clean                     the data as they came
-        random, random-n          uniform noise, and n random trigger words: the control
-        em                        error-minimising noise (Huang et al. 2021)
-        mem, mem-n                error-minimising noise and n trigger words (three)
-        trigger, trigger-n        the trigger words alone (three)
-        text-noise, text-noise-n  noise that the caption's words make, and n trigger words
-        uap                       one error-minimising noise for all images
-        tap, tap-targeted         adversarial poisons (Fowl et al. 2021)
-        ========================  =====================================================
+        - ``clean``: the data as they came
+        - ``random``, ``random-n``: uniform noise, and n random trigger words: the control
+        - ``em``: error-minimising noise (Huang et al. 2021)
+        - ``mem``, ``mem-n``: error-minimising noise and n trigger words (three)
+        - ``trigger``, ``trigger-n``: the trigger words alone (three)
+        - ``text-noise``, ``text-noise-n``: noise that the caption's words make, and n trigger words
+        - ``uap``: one error-minimising noise for all images
+        - ``tap``, ``tap-targeted``: adversarial poisons (Fowl et al. 2021)
 
         Raises:
             ValueError: an unknown name.

@@ -93,8 +93,10 @@ class Fidelity:
     Attributes:
         pictures: how many.
         largest: largest change of a pixel value, in 1/255.
-        squares: sum of squared changes (an integer); values: how many pixel values.
-        ssim: sum over the pictures; compared: how many of them were large enough for it.
+        squares: sum of squared changes (an integer).
+        values: how many pixel values.
+        ssim: sum over the pictures.
+        compared: how many of them were large enough for it.
     """
 
     pictures: int = 0

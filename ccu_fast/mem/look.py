@@ -42,7 +42,8 @@ class Codebook:
     """The cells that pictures are sorted into, for each word.
 
     Attributes:
-        mean: fp32 ``[F]``; axes: fp32 ``[F, 2n]``, directions over the spread along them.
+        mean: fp32 ``[F]``.
+        axes: fp32 ``[F, 2n]``, directions over the spread along them.
         centres: fp32 ``[n, A, 2]``.
     """
 

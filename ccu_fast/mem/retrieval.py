@@ -21,7 +21,8 @@ def retrieval(image: Tensor, text: Tensor, image_group: Tensor, text_group: Tens
 
     Args:
         image: ``[N, D]`` and text: ``[M, D]``, unit vectors.
-        image_group: int64 ``[N]``; text_group: int64 ``[M]``. Equal numbers belong together.
+        image_group: int64 ``[N]``.
+        text_group: int64 ``[M]``. Equal numbers belong together.
 
     Returns:
         ``i2t_r1, i2t_r5, i2t_r10, i2t_medr, t2i_r1, …``; see :func:`~ccu_fast.runs.retrieval.retrieval_ranks` for ties.

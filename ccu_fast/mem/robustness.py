@@ -139,16 +139,14 @@ def require(treatment: str, name: str = "treatment") -> None:
 def treat(treatment: str, images: Tensor, rng: torch.Generator) -> Tensor:
     """What a treatment leaves of published images.
 
-    ===========  ======================================================================================================
-    ``jpeg``     quality 75
-    ``blur``     Gaussian of 1 px
-    ``crop``     90 % of each side, at a random place, enlarged again
-    ``resize``   half of each side and back, bicubic, antialiased
-    ``grey``     without colours
-    ``median``   of 3 × 3 px
-    ``nlmeans``  non-local means, OpenCV's defaults; needs the extra ``denoise``
-    ``learned``  a small net trained on these images alone; see :func:`ccu_fast.mem.denoisers.learned`
-    ===========  ======================================================================================================
+    - ``jpeg``: quality 75
+    - ``blur``: Gaussian of 1 px
+    - ``crop``: 90 % of each side, at a random place, enlarged again
+    - ``resize``: half of each side and back, bicubic, antialiased
+    - ``grey``: without colours
+    - ``median``: of 3 × 3 px
+    - ``nlmeans``: non-local means, OpenCV's defaults; needs the extra ``denoise``
+    - ``learned``: a small net trained on these images alone; see :func:`ccu_fast.mem.denoisers.learned`
 
     Args:
         treatment: one of :data:`TREATMENTS`.

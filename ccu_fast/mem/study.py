@@ -42,8 +42,10 @@ class Task:
 
     Attributes:
         name: what reports call it.
-        images: uint8 ``[N, C, H, W]``, to be protected; captions: N strings.
-        test_images: uint8 ``[M, C, H, W]``; test_captions: M strings.
+        images: uint8 ``[N, C, H, W]``, to be protected.
+        captions: N strings.
+        test_images: uint8 ``[M, C, H, W]``.
+        test_captions: M strings.
         tokenizer: of the surrogate and the victim.
         width: of their towers.
         digits: int64 ``[M, 4]``, what the test strips show; None for pictures that are no strips.

@@ -119,7 +119,8 @@ class Views:
 
     Attributes:
         pixels: uint8 ``[K, n, C, H, W]``: the originals.
-        rows: fp32 ``[K, n, H, Gh]``, A_h; cols: fp32 ``[K, n, W, Gw]``, A_w.
+        rows: fp32 ``[K, n, H, Gh]``, A_h.
+        cols: fp32 ``[K, n, W, Gw]``, A_w.
         grey: bool ``[n]``: published in grey.
     """
 

@@ -68,7 +68,9 @@ def against_keys(x: Tensor, positives: Tensor, keys: Tensor, *, scale: float | T
         F.cross_entropy(logits, torch.zeros(N), reduction="none")
 
     Args:
-        x: ``[N, D]``; positives: ``[N, D]``; keys: ``[M, D]``.
+        x: ``[N, D]``.
+        positives: ``[N, D]``.
+        keys: ``[M, D]``.
         scale: number or one-element tensor; 1 / temperature.
 
     Returns:

@@ -61,7 +61,8 @@ def nt_xent_loss(x: Tensor, y: Tensor, *, scale: float | Tensor) -> Tensor:
         mean(logsumexp(s[i, j] for j != i) - s[i, i + N])
 
     Args:
-        x: ``[N, D]``; y: ``[N, D]``, N ≥ 2.
+        x: ``[N, D]``.
+        y: ``[N, D]``, N ≥ 2.
         scale: number or one-element tensor; 1 / temperature.
 
     Source: Chen et al. 2020 (arXiv 2002.05709), eq. 1.

@@ -74,7 +74,8 @@ class Problem:
     """Two banks of embeddings and which of their pairs are positive.
 
     Attributes:
-        x: ``[N, D]``; y: ``[M, D]``: as the library multiplies them, in the dtype of its similarities.
+        x: ``[N, D]``, as the library multiplies them, in the dtype of its similarities.
+        y: ``[M, D]``, likewise.
         scale: 1 / temperature.
         names: ``row_labels``, ``col_labels``, and ``paired`` or ids, as reduce_similarity takes them.
         alike: int64 ``[N]``: how many columns have the label of a row.
@@ -294,9 +295,11 @@ def nt_xent_loss(
     similarity. The floor takes a third.
 
     Args:
-        x: ``[N, D]``; y: ``[M, D]``.
+        x: ``[N, D]``.
+        y: ``[M, D]``.
         scale: number or one-element tensor; 1 / temperature.
-        row_labels: int64 ``[N]`` ≥ 0; col_labels: int64 ``[M]`` ≥ 0.
+        row_labels: int64 ``[N]`` ≥ 0.
+        col_labels: int64 ``[M]`` ≥ 0.
         alike: int64 ``[N]``, how many columns have the label of a row; there is at least one pair of SAME.
         own: how many pairs of SELF are among these.
         floor: logarithm of the number that every probability is raised by; ≈ is off by that number at most.

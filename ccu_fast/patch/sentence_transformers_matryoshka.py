@@ -30,7 +30,8 @@ class Prefixes:
 
     Attributes:
         loss: that loss.
-        dims: ascending; weights: one for each.
+        dims: ascending.
+        weights: one for each.
         shrink: the library's function that cuts embeddings.
         taken: whether that loss has asked.
     """

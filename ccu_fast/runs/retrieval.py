@@ -23,8 +23,10 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, query_group: Tensor, gallery
     need no special case. A tie counts against the query: a model that scores everything alike finds nothing.
 
     Args:
-        query: ``[N, D]``; gallery: ``[M, D]``. Scores are dot products, computed in fp64.
-        query_group: int64 ``[N]``; gallery_group: int64 ``[M]``. Every query has a right answer.
+        query: ``[N, D]``.
+        gallery: ``[M, D]``. Scores are dot products, computed in fp64.
+        query_group: int64 ``[N]``.
+        gallery_group: int64 ``[M]``. Every query has a right answer.
 
     Returns:
         int64 ``[N]``, at least 1.

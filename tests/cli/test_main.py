@@ -19,6 +19,7 @@ from typer.main import get_command
 
 import ccu_fast
 from ccu_fast import info
+from ccu_fast.cli import console
 from ccu_fast.cli import main as cli
 from ccu_fast.cli.app import app
 from ccu_fast.ops import machine
@@ -215,3 +216,10 @@ def test_without_typer_info_works_and_the_rest_says_what_to_install() -> None:
     assert overview[1].startswith(cli.USAGE + "pip install ")
     assert wrong[0] == 2
     assert "no command 'nonsense'" in wrong[2]
+
+
+def test_errors_name_options_that_are_there() -> None:
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        there = {option for parameter in command.params for option in parameter.opts}
+        assert set(console.FLAGS.get(name, {}).values()) <= there
+    assert console.FLAGS["verify"]["as_json"] == "--json"

@@ -22,14 +22,12 @@ COLUMNS = {"image_column": ("csv", "imagefolder"), "caption_column": ("csv", "im
 def list_pairs(path: str | Path, options: Options | None = None, name: str = "input") -> Listing:
     """Read what a dataset holds; no picture is opened.
 
-    ==============  ==================================================================================================
-    ``csv``         a ``.csv``, ``.tsv`` or ``.parquet`` file, or a folder with one ``.csv`` or ``.tsv``; image paths
-                    are absolute or relative to it
-    ``imagefolder`` a folder with ``metadata.csv``, ``.jsonl`` or ``.parquet``, or one in each split (Hugging Face)
-    ``webdataset``  a ``.tar`` or ``.tar.gz`` file, or a folder with some in it or below; each key has one image and one
-                    ``txt``, or else a ``json`` with a caption (img2dataset)
-    ``folder``      any other folder: pictures, and beside each ``x.jpg`` an ``x.txt`` with one caption a line
-    ==============  ==================================================================================================
+    - ``csv``: a ``.csv``, ``.tsv`` or ``.parquet`` file, or a folder with one ``.csv`` or ``.tsv``; image paths are
+      absolute or relative to it
+    - ``imagefolder``: a folder with ``metadata.csv``, ``.jsonl`` or ``.parquet``, or one in each split (Hugging Face)
+    - ``webdataset``: a ``.tar`` or ``.tar.gz`` file, or a folder with some in it or below; each key has one image and
+      one ``txt``, or else a ``json`` with a caption (img2dataset)
+    - ``folder``: any other folder: pictures, and beside each ``x.jpg`` an ``x.txt`` with one caption a line
 
     The format is recognised (files by their ending, folders as imagefolder, webdataset, csv, folder in this order)
     unless ``options`` names it. What this package published is read by the format and the columns that its manifest

@@ -45,17 +45,15 @@ def verify(
 ) -> dict[str, Any]:
     """Check a dataset that ``ccu-fast protect`` has written, before it is published.
 
-    ============  ======================================================================================================
-    ``manifest``  manifest.json is there and of this package
-    ``files``     every file that it names is there, and no other
-    ``hashes``    each has the SHA-256 that it names
-    ``pictures``  as many as it says can be decoded
-    ``captions``  as many as it says can be read
-    ``pairs``     each picture of the original is published, with as many captions, or was left out by ``skip_bad``
-    ``noise``     no pixel differs from the original's by more than ε
-    ``triggers``  captions are trigger words and the original caption
-    ``datasets``  or ``webdataset``: that library reads all of it
-    ============  ======================================================================================================
+    - ``manifest``: manifest.json is there and of this package
+    - ``files``: every file that it names is there, and no other
+    - ``hashes``: each has the SHA-256 that it names
+    - ``pictures``: as many as it says can be decoded
+    - ``captions``: as many as it says can be read
+    - ``pairs``: each picture of the original is published, with as many captions, or was left out by ``skip_bad``
+    - ``noise``: no pixel differs from the original's by more than ε
+    - ``triggers``: captions are trigger words and the original caption
+    - ``datasets`` or ``webdataset``: that library reads all of it
 
     Three of them need the original. It is read by the format and the columns that the manifest names, and compared in
     the size of the published picture: pixel by pixel where that is its own size (upright, without transparency), else

@@ -68,7 +68,8 @@ def reduce_prefixes(
     multiple of 16.
 
     Args:
-        x: ``[..., N, D]``; y: ``[..., M, D]``: as of :func:`ccu_fast.reduce_similarity`.
+        x: ``[..., N, D]``, as of :func:`ccu_fast.reduce_similarity`.
+        y: ``[..., M, D]``, likewise.
         prefixes: ascending numbers of dimensions, each in [1, D].
         scale, bias: numbers or one-element tensors (gradient flows).
         row_labels, col_labels, row_ids, col_ids, paired: as there; the same for every prefix.

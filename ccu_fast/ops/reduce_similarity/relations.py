@@ -38,9 +38,13 @@ class Relation(IntFlag):
 
 
 SELF = Relation.SELF
+"""The same item: equal ids or, where the two sides are paired, the same position."""
 SAME = Relation.SAME
+"""Another item of the same label; needs labels."""
 OTHER = Relation.OTHER
+"""Every other pair."""
 ALL = SELF | SAME | OTHER
+"""Every pair but those that a negative label or a limit takes out."""
 
 
 def relation_matrix(p: SimilarityProblem) -> Tensor:

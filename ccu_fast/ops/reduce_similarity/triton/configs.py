@@ -67,7 +67,8 @@ class Device:
     Attributes:
         processors: multiprocessors; the forward grid aims at several rectangles for each.
         max_groups: most groups of row tiles, that is most partial results per column.
-        bounds: programs that look for the largest norms, a power of two; bound_tile: rows × columns of one step.
+        bounds: programs that look for the largest norms, a power of two.
+        bound_tile: rows × columns of one step.
         tma: x and y are read through tensor descriptors.
         forward, gradient, online: tiles by arithmetic: "half" (fp16 and bf16), "tf32", "ieee" (fp32 without tensor
             cores).
