@@ -2,6 +2,7 @@
 # make test-quick  lint, type checks and a cross-section of the tests, in about a minute
 # make lint   lint and type checks alone               make bench  the benchmarks (ARGS=... are passed on)
 # make test-newest  the Triton kernels with the newest Triton, which make test does at its end
+# make wheels manylinux wheels and a source distribution in dist, each tried (PYTHONS='python3.10 python3.14')
 # make compat the patches against the real libraries, an environment for each in .venv-compat
 #
 # Each creates the environment it needs in .venv on the first run. Variables:
@@ -17,13 +18,14 @@ SYSTEM_SITE ?=
 VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
+PYTHONS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD := setup.py pyproject.toml $(wildcard build_support/*.py) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-quick test-newest lint demo bench compat clean
+.PHONY: test test-quick test-newest lint demo bench compat wheels clean
 .DELETE_ON_ERROR:
 
 # Without bytecode on disk every process compiles torch's Python again, which takes most of its start-up time.
@@ -77,8 +79,13 @@ bench: $(VENV)/.apps
 compat: $(VENV)/.test
 	$(PY) -m benchmarks.compat $(ARGS)
 
+# With CUDA kernels where nvcc is found; CCU_FAST_CUDA=0 leaves them out, CCU_FAST_CUDA=1 fails without nvcc.
+wheels:
+	$(PYTHON) -m build_support.wheels --torch '$(TORCH)' $(if $(PYTHONS),--pythons '$(PYTHONS)') \
+	  $(if $(SYSTEM_SITE),--try-with installed) $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(VENV)-newest .venv-compat build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json
+	rm -rf $(VENV) $(VENV)-newest .venv-compat .venv-wheels build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Without network a tool may be missing, which is reported.
