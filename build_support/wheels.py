@@ -281,8 +281,8 @@ def try_wheel(python: Interpreter, wheel: Path, torch: Sequence[str], installed:
         home = Path(empty, "home")
         home.mkdir()
         info = run([folder / "bin" / "ccu-fast", "info"], cwd=home)
-        if "native" not in info:
-            raise Failed(f"`ccu-fast info` of {wheel.name} says nothing of the native kernels:\n{info}")
+        if wheel.name.split("-")[1] not in info:
+            raise Failed(f"`ccu-fast info` of {wheel.name} names another version:\n{info}")
         trial: dict[str, Any] = json.loads(run([inside, "-I", "-c", TRIAL], cwd=home).splitlines()[-1])
         if not Path(trial.pop("file")).is_relative_to(folder):
             raise Failed(f"the trial of {wheel.name} imported another ccu_fast")
@@ -309,10 +309,8 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pythons", help=f"interpreters, each of which must be there (default: {' '.join(PYTHONS)})")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder to write to (default: dist)")
     parser.add_argument("--torch", default="torch", help="what to install as torch where a wheel is tried")
-    parser.add_argument(
-        "--try-with", choices=["fresh", "installed", "nothing"], default="fresh",
-        help="try each wheel with a fresh torch, with the interpreter's own, or not at all",
-    )  # fmt: skip
+    how = "try each wheel with a fresh torch, with the interpreter's own, or not at all"
+    parser.add_argument("--try-with", choices=["fresh", "installed", "nothing"], default="fresh", help=how)
     return parser.parse_args(words)
 
 
