@@ -250,8 +250,8 @@ def auditwheel_tag(tools: Path, wheel: Path) -> str:
 
 
 def files_below(folder: Path) -> set[str]:
-    """Every file, as a path relative to the folder, without bytecode, which uninstalling another package leaves."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    """Every file, as a path relative to the folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def try_wheel(python: Interpreter, wheel: Path, torch: Sequence[str], installed: bool) -> dict[str, Any]:
@@ -277,7 +277,8 @@ def try_wheel(python: Interpreter, wheel: Path, torch: Sequence[str], installed:
             run([*pip, "install", "--no-compile", *torch])
             run([*pip, "install", "--no-compile", "numpy"])
         before = files_below(folder)
-        run([*pip, "install", *(["--no-index", "--no-deps"] if installed else []), wheel])
+        alone = ["--no-index", "--no-deps", "--ignore-installed"] if installed else []
+        run([*pip, "install", *alone, wheel])
         home = Path(empty, "home")
         home.mkdir()
         info = run([folder / "bin" / "ccu-fast", "info"], cwd=home)
@@ -287,8 +288,7 @@ def try_wheel(python: Interpreter, wheel: Path, torch: Sequence[str], installed:
         if not Path(trial.pop("file")).is_relative_to(folder):
             raise Failed(f"the trial of {wheel.name} imported another ccu_fast")
         run([*pip, "uninstall", "--yes", "ccu-fast"])
-        left = [path for path in files_below(folder) - before if "ccu" in path]
-        left += [str(path) for path in folder.rglob("ccu_fast*")]
+        left = [path for path in files_below(folder) - before if re.search("ccu[-_]fast", path)]
         if left:
             raise Failed(f"uninstalling {wheel.name} leaves {', '.join(sorted(left))}")
     return trial
