@@ -4,7 +4,8 @@ Environment:
     CCU_FAST_NATIVE     auto (default): without a C++ compiler install the Python part alone; 1: fail; 0: Python only.
     CCU_FAST_CUDA       auto (default): CUDA kernels if a working nvcc is found; 1: fail if not; 0: none.
     CCU_FAST_CUDA_ARCHS such as "80;90"; default: the visible GPUs, else Ampere to Blackwell.
-    CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, CUDA_PATH, MAX_JOBS: as usual.
+                        "default": Ampere to Blackwell whatever GPUs are visible, for a build that others install.
+    CXX, CXXFLAGS, LDFLAGS, LDCXXSHARED (the command that links), CUDA_HOME, CUDA_PATH, MAX_JOBS: as usual.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ def ninja_binary() -> str:
 
 
 def git_sha() -> str | None:
-    """The commit that is being built, with ``+changes`` if files differ from it; None outside a checkout."""
+    """The commit that is being built, with ``+changes`` if files differ from it; outside a checkout what is said."""
     if not (ROOT / ".git").exists():
-        return None
+        return os.environ.get("CCU_FAST_GIT_SHA")
     try:
         sha = run(["git", "-C", str(ROOT), "rev-parse", "HEAD"]).strip()
         changed = run(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]).strip()
@@ -100,6 +101,7 @@ class BuildNative(build_ext):
         info["skipped"].update(skipped)
         extra_cxx = shlex.split(os.environ.get("CPPFLAGS", "")) + shlex.split(os.environ.get("CXXFLAGS", ""))
         extra_link = shlex.split(os.environ.get("LDFLAGS", ""))
+        linker = shlex.split(os.environ.get("LDCXXSHARED", "")) or [*cxx, "-shared"]
         info["native"] = {
             "compiler": run([*cxx, "--version"]).splitlines()[0],
             "flags": [*CXX_FLAGS, *extra_cxx],
@@ -107,7 +109,7 @@ class BuildNative(build_ext):
             "python": platform.python_version(),
         }
         toolkit = self.toolkit(cxx, info)
-        return Plan(ROOT / "csrc", cxx, isas, toolkit, pybind11.get_include(), extra_cxx, extra_link)
+        return Plan(ROOT / "csrc", cxx, isas, toolkit, pybind11.get_include(), extra_cxx, linker, extra_link)
 
     def toolkit(self, cxx: list[str], info: dict[str, Any]) -> Toolkit | None:
         """The CUDA toolkit to build with, or None and the reason in ``info``."""

@@ -96,12 +96,12 @@ def _visible_gpus() -> list[str]:
 
 def _choose_archs(known: set[int]) -> tuple[str, ...]:
     asked = re.findall(r"[^\s;,]+", os.environ.get("CCU_FAST_CUDA_ARCHS", ""))
-    if asked:
+    if asked and asked != ["default"]:
         archs = [arch.replace(".", "") for arch in asked]
         bad = [arch for arch in archs if not re.fullmatch(r"\d+[af]?", arch) or _number(arch) not in known]
         if bad:
             raise Unavailable(f"CCU_FAST_CUDA_ARCHS names {bad}; this nvcc compiles for {sorted(known)}")
-    elif visible := _visible_gpus():
+    elif not asked and (visible := _visible_gpus()):
         archs = [arch for arch in visible if int(arch) in known]
         if not archs:
             raise Unavailable(f"the visible GPUs are {visible}; this nvcc compiles for {sorted(known)}")

@@ -34,7 +34,7 @@ rule nvcc
   description = NVCC $out
 
 rule link
-  command = {cxx} -shared -o $out $in $flags
+  command = {linker} -o $out $in $flags
   description = LINK $out
 
 """
@@ -50,6 +50,7 @@ class Plan:
     toolkit: Toolkit | None
     pybind_include: str
     extra_cxx: list[str]
+    linker: list[str]
     extra_link: list[str]
 
     @property
@@ -61,7 +62,7 @@ class Plan:
     def ninja(self, module: str) -> str:
         """The text of build.ninja; ``module`` is the file to link, relative to the build folder."""
         nvcc = self.toolkit.nvcc if self.toolkit else "false"
-        lines = [RULES.format(cxx=_command(self.cxx), nvcc=_command([nvcc]))]
+        lines = [RULES.format(cxx=_command(self.cxx), linker=_command(self.linker), nvcc=_command([nvcc]))]
         objects: list[str] = []
 
         def compile_(rule: str, source: Path, name: str, flags: Iterable[str]) -> None:

