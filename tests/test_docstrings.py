@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import ccu_fast
-from tests.support.paths import ROOT
 from tests.support.presence import absent
 
 MODULES = ("ccu_fast", "ccu_fast.distributed", "ccu_fast.unlearn", "ccu_fast.mem", "ccu_fast.patch")
@@ -87,11 +86,3 @@ def test_examples(name: str) -> None:
     said: list[str] = []
     result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
     assert result.failed == 0, "".join(said)
-
-
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/losses.md"])
-def test_examples_of_pages(page: str) -> None:
-    result = doctest.testfile(str(ROOT / page), module_relative=False)
-    assert result.attempted > 5
-    assert result.failed == 0
-    assert result.attempted > 5
