@@ -95,8 +95,8 @@ def figures(target: str, rows: Rows) -> str:
         [
             *lines,
             "",
-            f"Comparisons with the library, all passed: {'; '.join(counts)}. {apart} Measured by `make compat` on a CPU "
-            f"({first['threads']} threads, torch {first['torch']}, Python {first['python']}): medians of rounds in "
+            f"Comparisons with the library, all passed: {'; '.join(counts)}. {apart} Measured by `make compat` on a "
+            f"CPU ({first['threads']} threads, torch {first['torch']}, Python {first['python']}): medians of rounds in "
             "turns; memory is what one call takes beyond its inputs. No GPU has run this yet.",
         ]
     )

@@ -27,9 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if target == "open_clip":
         _do_without_torchvision()
     _found["version"] = importlib.import_module(str(patch.TARGETS[target].package)).__version__
-    if _settings["patched"]:
-        if not patch.apply(target):
-            raise pytest.UsageError(f"{target}: nothing was replaced")
+    if _settings["patched"] and not patch.apply(target):
+        raise pytest.UsageError(f"{target}: nothing was replaced")
 
 
 def _do_without_torchvision() -> None:
