@@ -67,7 +67,8 @@ def run_page(environment: Environment, root: Path) -> dict[str, Any]:
     try:
         python = build(environment, root)
     except subprocess.CalledProcessError as error:
-        return {"outcome": f"not built: {error}"}
+        print(error, file=sys.stderr)
+        return {"outcome": "not built"}
     return pages.run(environment.target, python)
 
 
