@@ -20,9 +20,9 @@ MODULES = ("ccu_fast", "ccu_fast.distributed", "ccu_fast.unlearn", "ccu_fast.mem
 # What no paper says how to do.
 WITHOUT_SOURCE = {"average_gradients", "check_pgd_steps", "export", "reading", "retrieval", "verify"}
 # They list what there is.
-WITHOUT_ERRORS = {"ccu_fast.patch.active", "ccu_fast.patch.targets"}
+WITHOUT_ERRORS = {f"ccu_fast.patch.{name}" for name in ("active", "calls", "targets")}
 # Packages that an example imports.
-NEEDS = {"ccu_fast.patch.apply": "pytorch_metric_learning", "ccu_fast.patch.applied": "pytorch_metric_learning"}
+NEEDS = {f"ccu_fast.patch.{name}": "pytorch_metric_learning" for name in ("apply", "applied", "calls")}
 # One reads all 10,000 captions, which takes seconds; the others datasets of the user's.
 NOT_RUN = {f"ccu_fast.mem.{name}" for name in ("run_digit_strips", "protect_dataset", "evaluate_datasets")}
 

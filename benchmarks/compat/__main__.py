@@ -1,8 +1,9 @@
-"""Build an environment for each library and version, run its tests there, write the table.
+"""Build an environment for each library and version, run its tests and its page's examples there, write the tables.
 
-    python -m benchmarks.compat [--only NAME] [--root FOLDER]
+    python -m benchmarks.compat [--only NAME] [--root FOLDER] [--pages | --report]
 
-Writes ``results.json`` and ``README.md`` beside this file. Rows of libraries that were not selected stay.
+Writes ``results.json`` and ``README.md`` beside this file, and the tables of the pages in docs/libraries. Rows of
+libraries that were not selected stay.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
+from benchmarks.compat import pages
 from benchmarks.compat.environments import ENVIRONMENTS, Environment, build
 from ccu_fast import patch
 from ccu_fast.files import write_whole
@@ -35,18 +37,39 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compat", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--only", metavar="NAME", help="one target, or one target-version")
     parser.add_argument("--root", type=Path, default=CHECKOUT / ".venv-compat", help="where the environments are made")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--pages", action="store_true", help="run the examples of the pages alone; other figures stay")
+    part.add_argument("--report", action="store_true", help="run nothing: write the tables from results.json")
     options = parser.parse_args(arguments)
     chosen = [e for e in ENVIRONMENTS if options.only in (None, e.target, e.name)]
     if not chosen:
         parser.error(f"--only: expected one of {sorted({e.target for e in ENVIRONMENTS})}, got {options.only!r}")
     rows: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if options.report:
+        chosen = []
     for environment in chosen:
+        if options.pages and environment.name not in rows:
+            print(f"{environment.name}: no results yet that the page's could go with", file=sys.stderr)
+            continue
         print(f"{environment.name} …", file=sys.stderr)
-        rows[environment.name] = row = run(environment, options.root)
-        print(f"{environment.name}: {row['outcome']}", file=sys.stderr)
+        row = rows[environment.name] if options.pages else run(environment, options.root)
+        rows[environment.name] = row = {**row, "page": run_page(environment, options.root)}
+        print(f"{environment.name}: {row['outcome']}, its page {row['page']['outcome']}", file=sys.stderr)
         results.store(RESULTS, dict(sorted(rows.items())), depth=1)
     write_whole(TABLE, table(rows))
-    return int(any(rows[e.name]["outcome"] != "passed" for e in chosen))
+    pages.write_tables(rows)
+    of_chosen = [rows[e.name] for e in chosen if e.name in rows]
+    return int(any(row["outcome"] != "passed" or row["page"]["outcome"] != "passed" for row in of_chosen))
+
+
+def run_page(environment: Environment, root: Path) -> dict[str, Any]:
+    """What becomes of the examples of the library's page."""
+    try:
+        python = build(environment, root)
+    except subprocess.CalledProcessError as error:
+        print(error, file=sys.stderr)
+        return {"outcome": "not built"}
+    return pages.run(environment.target, python)
 
 
 def run(environment: Environment, root: Path) -> dict[str, Any]:

@@ -50,9 +50,12 @@ _TEXTATTACK = (
     "regex",
 )
 
+# Before version 5 transformers has an older huggingface-hub, with which the kernels that the tests install does not
+# import.
+_TRANSFORMERS_4 = ("transformers==4.57.6", "kernels==0.9.0")
 _LIGHTLY = ("tqdm", "requests", "python-dateutil", "pydantic", "aenum", "urllib3", "certifi", "six")
 _CLAP = (
-    *("transformers==4.57.6", "librosa", "soundfile", "torchlibrosa", "ftfy", "braceexpand", "webdataset", "wget"),
+    *(*_TRANSFORMERS_4, "librosa", "soundfile", "torchlibrosa", "ftfy", "braceexpand", "webdataset", "wget"),
     *("scikit-learn", "pandas", "h5py", "tqdm", "regex", "pillow", "progressbar"),
 )
 # datasets of the time of transformers 4, which has an older huggingface-hub.
@@ -66,9 +69,9 @@ ENVIRONMENTS = (
     Environment("open_clip", "2.24.0", ("ftfy", "regex", "tqdm", "huggingface-hub"), ("open_clip_torch==2.24.0",)),
     Environment("open_clip", "3.3.0", ("ftfy", "regex", "tqdm", "huggingface-hub"), ("open_clip_torch==3.3.0",)),
     Environment("open_clip", "4.2.0.dev0", ("ftfy", "regex", "tqdm", "huggingface-hub"), (_OPEN_CLIP_4,)),
-    Environment("transformers", "4.57.6", ("transformers==4.57.6",)),
+    Environment("transformers", "4.57.6", _TRANSFORMERS_4),
     Environment("transformers", "5.24.0", ("transformers==5.24.0",)),
-    Environment("sentence_transformers", "5.1.2", ("sentence-transformers==5.1.2",)),
+    Environment("sentence_transformers", "5.1.2", ("sentence-transformers==5.1.2", *_TRANSFORMERS_4)),
     Environment("sentence_transformers", "6.2.0", ("sentence-transformers==6.2.0",)),
     Environment("pytorch_metric_learning", "2.3.0", ("pytorch-metric-learning==2.3.0",)),
     Environment("pytorch_metric_learning", "2.9.0", ("pytorch-metric-learning==2.9.0",)),
@@ -85,7 +88,7 @@ ENVIRONMENTS = (
     # 1.3.2 asks for transformers 4.44.2, which needs numpy 1; of later ones it imports 4.46 at the most. 1.4.2 says
     # that it takes transformers 5, and does not import with it.
     Environment("flag_embedding", "1.3.2", ("transformers==4.46.3", *_FLAG), ("FlagEmbedding==1.3.2",)),
-    Environment("flag_embedding", "1.4.2", ("transformers==4.57.6", *_FLAG), ("FlagEmbedding==1.4.2",)),
+    Environment("flag_embedding", "1.4.2", (*_TRANSFORMERS_4, *_FLAG), ("FlagEmbedding==1.4.2",)),
     Environment("nanogcg", "0.2.3", ("nanogcg==0.2.3",)),
     Environment("nanogcg", "0.3.0", ("nanogcg==0.3.0",)),
     Environment("textattack", "0.3.10", ("requests", "pandas", "transformers"), ("textattack==0.3.10", *_TEXTATTACK)),

@@ -9,15 +9,12 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ccu_fast import patch
-from ccu_fast.patch.site import Site
 
 _found: dict[str, Any] = {"outcomes": {}, "ours": 0, "theirs": 0}
 _settings: dict[str, Any] = {}
@@ -30,12 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if target == "open_clip":
         _do_without_torchvision()
     _found["version"] = importlib.import_module(str(patch.TARGETS[target].package)).__version__
-    if _settings["patched"]:
-        module = importlib.import_module(f"ccu_fast.patch.{target}")
-        sites: Callable[[], list[Site]] = module.sites
-        module.sites = lambda: [_counted(site) for site in sites()]  # type: ignore[attr-defined]
-        if not patch.apply(target):
-            raise pytest.UsageError(f"{target}: nothing was replaced")
+    if _settings["patched"] and not patch.apply(target):
+        raise pytest.UsageError(f"{target}: nothing was replaced")
 
 
 def _do_without_torchvision() -> None:
@@ -46,15 +39,6 @@ def _do_without_torchvision() -> None:
     stub = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stub)
     stub.install()
-
-
-def _counted(site: Site) -> Site:
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        result = site.replacement(*args, **kwargs)
-        _found["theirs" if result is NotImplemented else "ours"] += 1
-        return result
-
-    return replace(site, replacement=replacement)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -68,4 +52,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish() -> None:
     """Write what was found."""
+    for call in patch.calls().get(_settings["target"], {}).values():
+        _found["ours"] += call.ours
+        _found["theirs"] += call.theirs
     Path(_settings["record"]).write_text(json.dumps(_found))

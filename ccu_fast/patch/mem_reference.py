@@ -230,7 +230,8 @@ def _is_authors(function: Any, name: str) -> bool:
 
 def _modules() -> list[ModuleType]:
     own = __name__.split(".")[0]
-    return [m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and name.split(".")[0] != own]
+    others = (m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and name.split(".")[0] != own)
+    return list(dict.fromkeys(others))  # one may be there under two names
 
 
 def _site(owner: Any, replacement: Callable[..., Any]) -> Site:

@@ -75,12 +75,18 @@ class Site:
 
 @dataclass
 class Installed:
-    """A site whose calls go to its replacement until :meth:`remove`."""
+    """A site whose calls go to its replacement until :meth:`remove`.
+
+    Attributes:
+        ours: calls that the replacement answered; theirs: those that it left to the library.
+    """
 
     site: Site
     original: Any = field(init=False)
     wrapper: Any = field(init=False)
     on: bool = field(init=False, default=True)
+    ours: int = field(init=False, default=0)
+    theirs: int = field(init=False, default=0)
     _own: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,10 +101,17 @@ class Installed:
         def call(*args: Any, **kwargs: Any) -> Any:
             # What a class inherits may be replaced there after the patch.
             theirs = getattr(super(owner, owner), attribute) if inherited else original
+            if not self.on:
+                return theirs(*args, **kwargs)
             try:
-                result = replacement(theirs, *args, **kwargs) if self.on else NotImplemented
+                result = replacement(theirs, *args, **kwargs)
             except DoesNotBind:
                 result = NotImplemented
+            if not torch.compiler.is_compiling():  # a graph that counts would be made anew at every call
+                if result is NotImplemented:
+                    self.theirs += 1
+                else:
+                    self.ours += 1
             return theirs(*args, **kwargs) if result is NotImplemented else result
 
         call.installed = self  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from ccu_fast import patch
 from ccu_fast.patch.patch import Target
@@ -58,6 +59,27 @@ def test_applying_and_reverting() -> None:
     assert Child().forward(1, y=2) == 6
     patch.revert("double")
     assert Library().forward(1) == 2
+
+
+def test_calls_are_counted_by_who_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_even(original: Any, self: Any, x: Any, y: int = 1) -> Any:
+        if y < 0:
+            raise ValueError(y)
+        return NotImplemented if y % 2 else 2 * original(self, x, y)
+
+    site = Site(Library, "forward", ("self", "x"), of_even)
+    monkeypatch.setattr(sys.modules["ccu_fast.patch.double"], "sites", lambda: [site])
+    with patch.applied("double"):
+        name = f"{__name__}.Library.forward"
+        assert patch.calls() == {"double": {name: (0, 0)}}
+        assert [Library().forward(1, y) for y in range(5)] == [2, 2, 6, 4, 10]
+        with pytest.raises(ValueError):
+            Library().forward(1, -1)
+        assert patch.calls()["double"][name] == patch.Calls(ours=3, theirs=2)
+        graph = torch.compile(Library().forward, fullgraph=True, backend="eager")
+        assert [graph(torch.tensor(2), 2).item() for _ in range(2)] == [8, 8]
+        assert patch.calls()["double"][name] == (3, 2)
+    assert patch.calls() == {}
 
 
 def test_applying_twice_is_applying_once() -> None:
