@@ -9,7 +9,6 @@ A test compares the cells with the examples, so a changed example needs its note
 from __future__ import annotations
 
 import ast
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ def main() -> None:
                 made, timeout=1800, resources={"metadata": {"path": folder}}, record_timing=False, coalesce_streams=True
             ).execute()
         made.metadata["language_info"] = {"name": "python"}  # not the version of who ran it
-        (EXAMPLES / f"{name}.ipynb").write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        nbformat.write(made, EXAMPLES / f"{name}.ipynb")
 
 
 if __name__ == "__main__":

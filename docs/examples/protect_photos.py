@@ -2,7 +2,7 @@
 
 For      whoever publishes pictures with captions and does not want models to be trained on them.
 Install  pip install '.[apps]' in a checkout of ccu_fast
-Run      python protect_photos.py                              (a few minutes on two CPU cores)
+Run      python protect_photos.py                              (a minute or two on two CPU cores)
          python protect_photos.py --strength light             (words only, no pixel changes; faster)
 Writes   photos/ and test/, which stand for a folder of your own and for clean pairs that nobody has trained on;
          protected/, the copy to publish; the same commands for the terminal are printed at the end.
@@ -62,7 +62,7 @@ def protect_and_look(args: argparse.Namespace) -> dict[str, Any]:
     chosen = strength(args.strength)  # a method by its name, and what differs from the defaults
     method = Method.parse(chosen.pop("method"))
     settings = Settings(**chosen, rounds=args.rounds, surrogate_steps=args.surrogate_steps)
-    job = Job(photos, protected, choose("small:32", input_size=SEEN), method, settings, fresh=True)
+    job = Job(photos, protected, choose("small:32", input_size=SEEN), method, settings)
     manifest = protect_dataset(job)
     measured = manifest["measured"]
     print(f"{manifest['images']} pictures with {manifest['rows']} captions in {protected}/ ({args.strength})")

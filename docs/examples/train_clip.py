@@ -117,7 +117,7 @@ def compare_losses(pairs: int, device: str) -> None:
     def fused_loss(x: Tensor, y: Tensor) -> Tensor:
         return ccu_fast.info_nce(x, y, scale=20.0)
 
-    where = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else torch.cuda.get_device_name()
+    where = f"a CPU, threads: {torch.get_num_threads()}" if device == "cpu" else torch.cuda.get_device_name()
     print(f"loss and gradients of {pairs} pairs on {where}")
     for name, loss_fn in (("info_nce", fused_loss), ("torch", torch_loss)):
         milliseconds, megabytes = cost(loss_fn, pairs, device)

@@ -4,8 +4,8 @@ For      whoever trains on several GPUs or machines: every pair is to be a negat
          those on its own GPU.
 Install  pip install '.[apps]' in a checkout of ccu_fast
 Run      torchrun --nproc-per-node 2 train_on_two_processes.py     (10 s; gloo on CPUs, NCCL where there are GPUs)
-Prints   the loss over the processes and, trained beside it by the first one alone on whole batches, that of one process;
-         at the end how far apart both models are. In fp32 both agree to rounding. NCCL has not been tried yet.
+Prints   the loss over the processes and, trained beside it by the first one alone on whole batches, that of one
+         process; at the end how far apart both models are. In fp32 they agree to rounding. NCCL has not been tried yet.
 """
 
 from __future__ import annotations

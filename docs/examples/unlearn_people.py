@@ -99,7 +99,7 @@ def train(model: nn.Module, pairs: PairedData, epochs: int) -> nn.Module:
 def forget_people(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     write_data(args.photos)
-    pairs, unseen, test = (read(f"{name}.npz") for name in ("pairs", "unseen", "test"))
+    pairs, test = read("pairs.npz"), read("test.npz")
     model = train(make_model(), pairs, args.epochs)
     torch.save(model.state_dict(), "trained.pt")
     Path("settings.toml").write_text(SETTINGS)
@@ -117,7 +117,9 @@ def forget_people(args: argparse.Namespace) -> dict[str, Any]:
         "retain_test": test[~leaves(test)],
     }
     before, after = audit(model, **sets), audit(clean, **sets)
-    print(f"{len(forget)} pairs of {', '.join(LEAVE)} forgotten, {len(retain)} of {len(NAMES) - len(LEAVE)} others kept")
+    print(
+        f"{len(forget)} pairs of {', '.join(LEAVE)} forgotten, {len(retain)} of {len(NAMES) - len(LEAVE)} others kept"
+    )
     print(f"{'accuracy':<40} before  after")
     for head, what in (("visual", "picture"), ("other", "text"), ("fused", "both")):
         for part, whose in (("forget_test", "who left"), ("retain_test", "who stay")):
