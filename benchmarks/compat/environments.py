@@ -72,7 +72,7 @@ ENVIRONMENTS = (
     Environment("transformers", "4.57.6", _TRANSFORMERS_4),
     Environment("transformers", "5.24.0", ("transformers==5.24.0",)),
     Environment("sentence_transformers", "5.1.2", ("sentence-transformers==5.1.2", *_TRANSFORMERS_4)),
-    Environment("sentence_transformers", "6.2.0", ("sentence-transformers==6.2.0",)),
+    Environment("sentence_transformers", "6.2.0", ("sentence-transformers[train]==6.2.0",)),
     Environment("pytorch_metric_learning", "2.3.0", ("pytorch-metric-learning==2.3.0",)),
     Environment("pytorch_metric_learning", "2.9.0", ("pytorch-metric-learning==2.9.0",)),
     # Of what lightly requires, which is much, its losses need torchvision alone, and that is stood in for.
