@@ -241,6 +241,12 @@ def test_training_is_the_same(authors: Authors) -> None:
     same_training("mem_reference", lambda steps: train_towers(loss, steps))
 
 
+def test_a_module_with_two_names_is_patched_once(authors: Authors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "another_name", authors.hotflip)
+    with ccu_fast.patch.applied("mem_reference") as replaced:
+        assert len(set(replaced)) == len(replaced)
+
+
 def test_without_the_authors_modules_there_is_nothing_to_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in sys.modules if n == "tests.support.mem_authors" or n.split(".")[0] == "src"]:
         monkeypatch.delitem(sys.modules, name)
