@@ -300,7 +300,7 @@ def test_missing_extra_comes_with_the_command_that_brings_it(monkeypatch: pytest
     assert extras.extra_of("json") is None
 
 
-WORDS = r"pip install (?:'([^'\n]+)'|((?:[-\w.=\[\]]+(?: (?=[-\w]))?)+))"
+WORDS = r"pip install (?:'([^'\n]+)'|((?:[-\w.=*/\[\]]+(?: (?=[-\w]))?)+))"
 # What a page or a message may tell to install without being one of the extras' packages.
 ALSO_ON_PYPI = {"ninja", "pybind11", "pre-commit", "triton"} | {
     target.distribution for target in patch.TARGETS.values() if target.distribution
