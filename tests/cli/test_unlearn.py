@@ -36,6 +36,7 @@ from ccu_fast.unlearn.study.methods import METHODS
 from ccu_fast.unlearn.study.tasks import TASKS, TrainConfig, make_scenario
 from tests.support import toy_unlearn
 from tests.support.forked import fork
+from tests.support.html_page import faults
 from tests.support.small_demo import quick_map
 from tests.support.toy_unlearn import toy, weights
 
@@ -83,7 +84,7 @@ class TestCommand:
         assert accuracies(clean, data[data.labels == 1])["visual"] <= 0.1
         assert min(accuracies(clean, data[data.labels != 1]).values()) >= 0.9
         page = (out / "report.html").read_text()
-        assert page.count("data:image/png;base64,") == 2 and provenance["weights_sha256"] in page
+        assert faults(page) == [] and page.count("<svg") == 3 and provenance["weights_sha256"] in page
         stored = json.loads((out / "results.json").read_text())
         assert dict((name, after) for name, _, after in stored["rows"])["forget: other, accuracy"] >= 0.9
         assert stored["verdict"] == {"kind": "passed", "text": "forgets what was asked and keeps the rest"}
@@ -403,6 +404,7 @@ class TestTasks:
 
         write_comparison(both, tmp_path / "report.html")
         page = (tmp_path / "report.html").read_text()
+        assert faults(page) == [] and page.index("from retraining") < page.index("<h2>")
         assert page.count("<h4>") == 2 and "Below the heads" in page and "fine-tuning" in page
         stored = json.loads((tmp_path / "results.json").read_text())
         assert "embeddings" not in stored["unlearn"]["digits-halves"]["class"]["0"]
