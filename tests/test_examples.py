@@ -202,3 +202,10 @@ class TestSearchTokens:
         assert after < before - 0.1 and not set(words) & {"?", *space["SENTENCE"].split()}
         assert (words, before, after) == space["main"](["--small"])
         assert "round  10" in capsys.readouterr().out
+
+    def test_a_word_that_the_model_has_not_is_named(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            example("search_tokens")["main"](["--small", "--sentence", "the value of xyzzy"])
+        assert (
+            "--sentence: expected words that the model has (more with --words), got xyzzy\n" in capsys.readouterr().err
+        )
