@@ -60,6 +60,7 @@ SLOW = (
     "ops/topk_flips/test_minilm.py",
     "ops/triton",
     "patch",
+    "test_examples.py",
     "test_info.py",
     "unlearn/audit",
     "unlearn/baselines",

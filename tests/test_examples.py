@@ -21,6 +21,7 @@ from build_support.notebooks import EXAMPLES, NOTEBOOKS, RUN, code_cells
 from ccu_fast.cli.main import main
 from ccu_fast.cli.report import figures
 from ccu_fast.patch import sentence_transformers as patched
+from tests.support.drop_in import library
 from tests.support.paths import ROOT
 from tests.support.small_demo import quick_map
 
@@ -117,6 +118,7 @@ class TestFineTune:
     """The trainer itself runs in tests/patch/test_sentence_transformers_example.py, under make compat."""
 
     def test_the_loss_is_the_library_s(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        library("sentence_transformers")
         space = example("finetune_sentence_transformers")
         pairs = space["documented_functions"]()
         assert len(pairs) > 1000 and len({text for _, text in pairs}) == len(pairs)
@@ -200,3 +202,10 @@ class TestSearchTokens:
         assert after < before - 0.1 and not set(words) & {"?", *space["SENTENCE"].split()}
         assert (words, before, after) == space["main"](["--small"])
         assert "round  10" in capsys.readouterr().out
+
+    def test_a_word_that_the_model_has_not_is_named(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            example("search_tokens")["main"](["--small", "--sentence", "the value of xyzzy"])
+        assert (
+            "--sentence: expected words that the model has (more with --words), got xyzzy\n" in capsys.readouterr().err
+        )

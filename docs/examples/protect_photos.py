@@ -3,7 +3,7 @@
 For      whoever publishes pictures with captions and does not want models to be trained on them.
 Install  pip install '.[apps]' in a checkout of ccu_fast
 Run      python protect_photos.py                              (a minute or two on two CPU cores)
-         python protect_photos.py --strength light             (words only, no pixel changes; faster)
+         python protect_photos.py --strength light --out light (words only, no pixel changes; faster)
 Writes   photos/ and test/, which stand for a folder of your own and for clean pairs that nobody has trained on;
          protected/, the copy to publish; the same commands for the terminal are printed at the end.
 Prints   what was changed, the checks, and R@1: how often a model that learned from the photos, or from their protected
@@ -55,7 +55,7 @@ def write_photos(folder: Path, test: Path, digits: int) -> None:
 
 
 def protect_and_look(args: argparse.Namespace) -> dict[str, Any]:
-    photos, test, protected = Path("photos"), Path("test"), Path("protected")
+    photos, test, protected = Path("photos"), Path("test"), args.out
     if not photos.exists():
         write_photos(photos, test, args.digits)
 
@@ -88,10 +88,10 @@ def protect_and_look(args: argparse.Namespace) -> dict[str, Any]:
     print(f"  guessing   picture to caption {guess['i2t_r1']:.3f}  caption to picture {guess['t2i_r1']:.3f}")
     print(f"""
 The same from a terminal:
-  ccu-fast protect photos --out protected --strength {args.strength} --model small:32 --input-size {SEEN} \\
+  ccu-fast protect photos --out {protected} --strength {args.strength} --model small:32 --input-size {SEEN} \\
     --rounds {args.rounds} --surrogate-steps {args.surrogate_steps}
-  ccu-fast verify protected --original photos --preview preview.html
-  ccu-fast evaluate clean=photos protected=protected --test test --model small:64 --size {SEEN} \\
+  ccu-fast verify {protected} --original photos --preview preview.html
+  ccu-fast evaluate clean=photos protected={protected} --test test --model small:64 --size {SEEN} \\
     --epochs {args.epochs} --report page.html""")
     return {"manifest": manifest, "checks": checks, "figures": figures}
 
@@ -99,6 +99,7 @@ The same from a terminal:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Protect a folder of photos with captions, and look what is left.")
     parser.add_argument("--strength", choices=("light", "medium", "strong"), default="medium")
+    parser.add_argument("--out", type=Path, default=Path("protected"), help="new folder; another for each strength")
     parser.add_argument("--digits", type=int, default=1000, help="strips of digits among the photos")
     parser.add_argument("--rounds", type=int, default=9, help="of the surrogate and the noise")
     parser.add_argument("--surrogate-steps", type=int, default=32, help="in each round")

@@ -116,6 +116,9 @@ def main(argv: list[str] | None = None) -> tuple[list[str], float, float]:
     text = re.findall(r"[a-z]+", " ".join(topics.values()).lower())
     vocabulary = ["?", *(word for word, _ in Counter(text).most_common(args.words - 1))]
     number = {word: n for n, word in enumerate(vocabulary)}
+    unknown = [word for word in args.sentence.split() if word not in number]
+    if unknown:
+        parser.error(f"--sentence: expected words that the model has (more with --words), got {', '.join(unknown)}")
     target = torch.tensor([number[word] for word in args.sentence.split()])
 
     model = LanguageModel(len(vocabulary))

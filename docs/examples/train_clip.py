@@ -94,9 +94,12 @@ class PeakMemory:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
-        else:  # Linux: 5 resets the highest resident size
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = self.resident("VmRSS")
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the highest resident size
+                self.before = self.resident("VmRSS")
+            except OSError:  # not allowed here: no figure rather than a wrong one
+                self.before = math.nan
 
     def megabytes(self) -> float:
         peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else self.resident("VmHWM")
