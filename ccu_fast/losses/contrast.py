@@ -128,7 +128,7 @@ class Contrast:
             value = getattr(self.variant, name)
             if name == "guide" and value is not None:
                 value = tuple(t is None for t in value)
-            shown.append(value is None if isinstance(value, Tensor | None) else value)
+            shown.append(value is None if isinstance(value, (Tensor, type(None))) else value)
         return repr([float(value) if isinstance(value, int) else value for value in shown])
 
     def sides(self, reduce: Reduce, of_banks: Reduce) -> list[Side]:

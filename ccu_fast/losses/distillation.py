@@ -81,7 +81,7 @@ def distill(
 
 def unit_teacher(teacher: Any) -> Any:
     """A teacher's rows as unit vectors; what is no pair of tensors, or no backend, is refused later, on every rank."""
-    pair = isinstance(teacher, tuple | list)
+    pair = isinstance(teacher, (tuple, list))
     if not pair or not all(check.readable(t) and t.dtype in check.FLOATS and t.ndim > 1 for t in teacher):
         return teacher
     return tuple(l2_normalize(t.detach()) for t in teacher)

@@ -51,7 +51,7 @@ def arguments(*passed_on: str) -> Callable[[F], F]:
         def named(*args: Any, **keywords: Any) -> Any:
             if len(args) > by_place:
                 value = args[by_place]
-                shown = value if isinstance(value, int | float) else type(value).__name__
+                shown = value if isinstance(value, (int, float)) else type(value).__name__
                 raise TypeError(f"scale: expected by keyword (scale = 1 / temperature), got {shown} by position")
             for name in keywords:
                 if name not in known:
@@ -369,7 +369,7 @@ def _asks_for_more(option: tuple[str, Any]) -> bool:
     if name == "normalize":
         return not isinstance(value, bool)
     if name == "prefixes":
-        return not isinstance(value, tuple | list) or not value
+        return not isinstance(value, (tuple, list)) or not value
     return not (name in ("backend", "prefix_weights") or value is None)
 
 

@@ -69,7 +69,7 @@ class Variant:
         self._check_together()
 
     def _check_sets(self) -> None:
-        if not isinstance(self.joint, tuple | list):
+        if not isinstance(self.joint, (tuple, list)):
             raise TypeError(f"joint: expected a tuple of {DIRECTIONS}, got {self.joint!r}")
         object.__setattr__(self, "joint", tuple(self.joint))
         for direction in self.joint:
@@ -86,22 +86,22 @@ class Variant:
             raise ValueError(f"in_batch: expected True {need}, got False")
         if self.guide is None:
             return
-        if not isinstance(self.guide, tuple | list) or not 2 <= len(self.guide) <= 4:
-            got = len(self.guide) if isinstance(self.guide, tuple | list) else type(self.guide).__name__
+        if not isinstance(self.guide, (tuple, list)) or not 2 <= len(self.guide) <= 4:
+            got = len(self.guide) if isinstance(self.guide, (tuple, list)) else type(self.guide).__name__
             raise TypeError(
                 "guide: expected a tuple of its features of x, of y and, if given, of negatives and hard_negatives, "
                 f"got {got}"
             )
 
     def _check_prefixes(self) -> None:
-        if isinstance(self.prefixes, tuple | list) and not self.prefixes:
+        if isinstance(self.prefixes, (tuple, list)) and not self.prefixes:
             if self.prefix_weights is not None:
                 raise ValueError("prefixes: expected numbers of dimensions because prefix_weights is given, got none")
             return
         object.__setattr__(self, "prefixes", checked_prefixes(self.prefixes))
         if self.prefix_weights is None:
             return
-        if not isinstance(self.prefix_weights, tuple | list) or len(self.prefix_weights) != len(self.prefixes):
+        if not isinstance(self.prefix_weights, (tuple, list)) or len(self.prefix_weights) != len(self.prefixes):
             wanted = f"a number for each of the {len(self.prefixes)} prefixes"
             raise TypeError(f"prefix_weights: expected {wanted}, got {self.prefix_weights!r}")
         weights = tuple(check.number("prefix_weights", weight) for weight in self.prefix_weights)
@@ -129,7 +129,7 @@ def without_defaults(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         default = _DEFAULTS.get(name, _DEFAULTS)
         # Arrays and tensors are not compared, which would give one of them.
-        if value is not default and not (isinstance(value, int | float | str | tuple | list) and value == default):
+        if value is not default and not (isinstance(value, (int, float, str, tuple, list)) and value == default):
             asked[name] = value
     if "positives" in asked and all(asked.get(name) is None for name in _KEYS):
         check.one_of("positives", asked.pop("positives"), POSITIVES)  # of one positive all forms are the same

@@ -367,7 +367,7 @@ def _is_similarity(function: Any, name: str) -> bool:
 
 def _are_columns(embeddings: Any) -> bool:
     """Two or more matrices of one shape on one device."""
-    if not isinstance(embeddings, list | tuple) or len(embeddings) < 2 or not are_plain(*embeddings):
+    if not isinstance(embeddings, (list, tuple)) or len(embeddings) < 2 or not are_plain(*embeddings):
         return False
     first = embeddings[0]
     return (
@@ -383,11 +383,11 @@ def _are_batches(reps: Any) -> bool:
 
     def fit(column: Any) -> bool:
         return (
-            isinstance(column, list | tuple)
+            isinstance(column, (list, tuple))
             and len(column) > 0
             and are_plain(*column)
             and len({(b.shape[1:], b.dtype, b.device) for b in column}) == 1
             and column[0].ndim == 2
         )
 
-    return isinstance(reps, list | tuple) and len(reps) > 1 and all(map(fit, reps))
+    return isinstance(reps, (list, tuple)) and len(reps) > 1 and all(map(fit, reps))

@@ -81,7 +81,7 @@ def site(module: Any, inside: Sequence[type]) -> Site:
     def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
         call = arguments(original, args, kwargs)
         self, features, labels = call.pop("self"), call.pop("sentence_features"), call.pop("labels")
-        if call or torch.compiler.is_compiling() or not isinstance(features, list | tuple):
+        if call or torch.compiler.is_compiling() or not isinstance(features, (list, tuple)):
             return NotImplemented
         prefixes = _prefixes(self, module) if type(self.loss) in inside and _is_usual(self, module) else None
         if prefixes is None:
@@ -120,7 +120,7 @@ def _is_usual(matryoshka: Any, module: Any) -> bool:
 def _prefixes(matryoshka: Any, module: Any) -> Prefixes | None:
     """None where the library would not just add up the losses of all dimensions."""
     dims, weights = matryoshka.matryoshka_dims, matryoshka.matryoshka_weights
-    fits = isinstance(dims, tuple | list) and isinstance(weights, tuple | list) and len(dims) == len(weights) > 0
+    fits = isinstance(dims, (tuple, list)) and isinstance(weights, (tuple, list)) and len(dims) == len(weights) > 0
     if not fits or any(type(d) is not int for d in dims) or any(type(w) not in (int, float) for w in weights):
         return None
     if not all(map(math.isfinite, weights)):

@@ -212,7 +212,7 @@ def is_one_number(value: Any, like: Tensor) -> bool:
         one = are_plain(value) and value.numel() == 1 and value.ndim <= 2 and value.is_floating_point()
         same_dtype = value.ndim == 0 or torch.promote_types(like.dtype, value.dtype) == like.dtype
         return one and same_dtype and value.device == like.device
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def cross_entropy_dtype(logits: Tensor) -> torch.dtype:

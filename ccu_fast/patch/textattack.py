@@ -23,7 +23,7 @@ def sites() -> list[Site]:
 
     def replacements(original: Any, self: Any, attacked_text: Any, indices_to_replace: Any) -> Any:
         weight = self.model.get_input_embeddings().weight
-        if not isinstance(indices_to_replace, list | tuple | set) or not indices_to_replace or not are_plain(weight):
+        if not isinstance(indices_to_replace, (list, tuple, set)) or not indices_to_replace or not are_plain(weight):
             return NotImplemented
         found = self.model_wrapper.get_grad(attacked_text.tokenizer_input)
         words = _best_words(self, utils, weight.detach(), found, list(indices_to_replace))

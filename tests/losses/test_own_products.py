@@ -95,7 +95,8 @@ def test_never_whole_in_fp32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     with Largest() as seen:
         step(x, others, weights)
     assert seen.bytes == 4 * others.numel()  # what the line above would see
-    saved = products_of_own(x, others).grad_fn.saved_tensors  # type: ignore[union-attr]
+    products = products_of_own(x, others)  # held: torch 2.8 frees what a dropped result saved
+    saved = products.grad_fn.saved_tensors  # type: ignore[union-attr]
     assert [t.data_ptr() for t in saved] == [x.data_ptr(), others.data_ptr()]
 
 

@@ -129,7 +129,7 @@ def reduce_prefixes(
 
 def checked_prefixes(prefixes: Any) -> tuple[int, ...]:
     """Ascending numbers of dimensions."""
-    if not isinstance(prefixes, tuple | list) or not prefixes:
+    if not isinstance(prefixes, (tuple, list)) or not prefixes:
         raise TypeError(f"prefixes: expected ascending numbers of dimensions such as (64, 128, 256), got {prefixes!r}")
     checked = tuple(check.integer("prefixes", d, low=1) for d in prefixes)
     if any(a >= b for a, b in itertools.pairwise(checked)):

@@ -154,8 +154,8 @@ def checked_guide(
     guide: Any, lead: tuple[int, ...], n: int, m: int, x: Tensor, called: str = "guide"
 ) -> tuple[Tensor, Tensor]:
     """Both sides of a guide, or of what else ``called`` names, as given, of shapes that fit."""
-    if not isinstance(guide, tuple | list) or len(guide) != 2:
-        came = f"{len(guide)} of them" if isinstance(guide, tuple | list) else type(guide).__name__
+    if not isinstance(guide, (tuple, list)) or len(guide) != 2:
+        came = f"{len(guide)} of them" if isinstance(guide, (tuple, list)) else type(guide).__name__
         raise TypeError(f"{called}: expected a pair of tensors, for the rows of x and of y, got {came}")
     for place, (t, items) in enumerate(zip(guide, (n, m), strict=True)):
         name = f"{called}[{place}]"
