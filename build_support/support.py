@@ -127,7 +127,7 @@ def run_tests(words: Sequence[str]) -> dict[str, Any]:
     """
     import pytest
 
-    before = {"system": platform.platform(terse=True), "commit": commit(), "kernels": kernels()}
+    before = {"system": f"{platform.system()} {platform.machine()}", "commit": commit(), "kernels": kernels()}
     tally = Tally()
     status = int(pytest.main([*words], plugins=[tally]))
     if status not in RAN:
