@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from build_support import wheels
+from tests.support.makefile import planned
 from tests.support.paths import ROOT
 from tests.support.presence import absent
 
@@ -50,11 +50,8 @@ def test_the_command_ends_in_one_sentence() -> None:
 
 
 def test_make_passes_the_interpreters_on() -> None:
-    if shutil.which("make") is None:
-        absent("make", "it is not on PATH")
-    command = ["make", "-n", "wheels", "PYTHONS=python3.10 python3.14"]
-    assert "--pythons 'python3.10 python3.14'" in subprocess.check_output(command, cwd=ROOT, text=True)
-    assert "--pythons" not in subprocess.check_output(["make", "-n", "wheels"], cwd=ROOT, text=True)
+    assert "--pythons 'python3.10 python3.14'" in planned("wheels", "PYTHONS=python3.10 python3.14")
+    assert "--pythons" not in planned("wheels")
 
 
 def test_symbols_that_a_newer_glibc_alone_has_are_found() -> None:
