@@ -1,4 +1,7 @@
-"""README, CONTRIBUTING and docs: their code runs, their links lead somewhere (conventions: tests/support/pages.py)."""
+"""README, CONTRIBUTING and docs: their code runs, their links lead somewhere.
+
+build_support/docs/blocks.py has the conventions.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import pytest
 import torch
 
 from benchmarks import bars, results
+from build_support.docs.blocks import anchors, blocks, links, name_of, pages, prose
 from ccu_fast import patch
 from tests.support.page_run import MODULE, Run, exists, of_the_tests
-from tests.support.pages import anchors, blocks, links, name_of, pages, prose
 from tests.support.paths import ROOT
 from tests.support.presence import absent
 

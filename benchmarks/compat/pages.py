@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.summary import splice
+from build_support.docs.blocks import blocks
 from ccu_fast import patch
 from ccu_fast.files import write_whole
 
@@ -28,8 +28,6 @@ END = "<!-- end of compat -->"
 
 Rows = dict[str, dict[str, Any]]
 
-_EXAMPLE = re.compile(r"^```python\n(.*?)^```$|^<!-- setup\n(.*?)^-->$", re.MULTILINE | re.DOTALL)
-
 
 def page(target: str) -> Path:
     """Where a library's page is."""
@@ -38,8 +36,7 @@ def page(target: str) -> Path:
 
 def examples(text: str) -> list[tuple[int, str]]:
     """The Python of a page, hidden setup included: the line where each block begins, and the block."""
-    found = _EXAMPLE.finditer(text)
-    return [(text.count("\n", 0, m.start()) + 2, m[1] if m[1] is not None else m[2]) for m in found]
+    return [(block.line, block.text) for block in blocks(text) if block.language in ("python", "setup")]
 
 
 def digest(text: str) -> str:
