@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from build_support import wheels
+from ccu_fast import info
 from tests.support.makefile import planned
 from tests.support.paths import ROOT
 from tests.support.presence import absent
@@ -75,8 +76,7 @@ def test_old_pythons_and_new_ones_are_those_that_the_project_names() -> None:
 
 
 def test_recorded_wheels_are_portable_and_hold_every_kernel() -> None:
-    """The file that the page on installing takes its sizes from."""
-    record = json.loads((ROOT / "docs" / "wheels.json").read_text())
+    record, page = json.loads((ROOT / "docs" / "wheels.json").read_text()), (ROOT / "docs" / "install.md").read_text()
     for build in record["builds"]:
         assert {row["python"] for row in build["wheels"]} <= {name.removeprefix("python") for name in wheels.PYTHONS}
         for row in build["wheels"]:
@@ -84,4 +84,17 @@ def test_recorded_wheels_are_portable_and_hold_every_kernel() -> None:
             assert row["isas"] == ["base", "avx2", "avx512"]
             assert tuple(map(int, row["glibc"].split("."))) <= (2, 28)
             assert bool(row["cuda"]) == build["cuda"]
-            assert f"{row['bytes'] / 1e6:.1f} MB" in (ROOT / "docs" / "install.md").read_text()
+            tried = row["tried"]["torch"].partition("+")[0] if "tried" in row else "not tried"
+            sizes = f"{row['bytes'] / 1e6:.1f} MB | {row['module_bytes'] / 1e6:.1f} MB"
+            assert f"\n| {row['python']} | {sizes} | {row['glibc']} | {tried} |\n" in page
+        assert f"(the source distribution has {build['sdist']['bytes'] / 1e6:.1f} MB)" in page
+
+
+def test_what_ran_elsewhere_is_on_the_page_and_bounds_what_info_calls_tested() -> None:
+    runs = json.loads((ROOT / "docs" / "support.json").read_text())["runs"]
+    page = (ROOT / "docs" / "install.md").read_text()
+    for run in runs:
+        counts = f"{run['passed']} | {len(run['failed'])} | {run['skipped']}"
+        assert f"\n| {run['python']} | {run['torch']} | {run['triton']} | {run['what']} | {counts} |\n" in page
+    for name, ends in info.TESTED.items():
+        assert set(ends) <= {".".join(run[name].split(".")[:2]) for run in runs}
