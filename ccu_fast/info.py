@@ -197,11 +197,11 @@ def _packages(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _tested() -> dict[str, dict[str, Any]]:
     """By name what is installed, and whether it lies between the oldest and the newest version of the tests."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "triton": installed("triton")}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": installed("triton")}
+    ends = ((name, versions[name], *TESTED[name]) for name in TESTED)
     return {
         name: {"from": low, "to": high, "installed": version, "inside": version and inside(version, low, high)}
-        for name, (low, high) in TESTED.items()
-        for version in (found[name],)
+        for name, version, low, high in ends
     }
 
 
