@@ -110,7 +110,7 @@ def find_interpreters(names: Sequence[str], strict: bool) -> list[Interpreter]:
         if path is None:
             missing.append(f"{name} (not found)")
             continue
-        version, include = run([path, "-c", asked], env={"PYTHONPATH": ""}).split()
+        version, include = run([path, "-c", asked], env={"PYTHONPATH": ""}).strip().split(maxsplit=1)
         if not Path(include, "Python.h").exists():
             missing.append(f"{name} (no {include}/Python.h: install its development package)")
             continue

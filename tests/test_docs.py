@@ -73,12 +73,6 @@ def test_a_page_says_something_and_its_links_lead_somewhere(name: str) -> None:
             assert anchor in anchors(target.read_text(encoding="utf-8")), f"{link}: there is no such heading"
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_does_not_tell_to_install_what_is_not_released(name: str) -> None:
-    told = [line for line in PAGES[name].read_text(encoding="utf-8").splitlines() if "pip install" in line]
-    assert not [line for line in told if "install ccu-fast" in line or "install 'ccu-fast" in line]
-
-
 WRONG = {
     "an unknown language": "```fortran\nend\n```",
     "no language": "```\nend\n```",

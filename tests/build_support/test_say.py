@@ -85,12 +85,12 @@ sys.exit(1)
         os.kill(child, 0)
 
 
-@pytest.mark.parametrize("target", ["demo", "lint", "test-quick"])
+@pytest.mark.parametrize("target", ["demo", "lint", "test-quick", "docs", "compat", "wheels"])
 def test_every_step_that_may_take_long_says_what_it_does(target: str) -> None:
     steps = planned(target, FRESH).replace("\\\n", " ").splitlines()
-    silent = ("touch", "rm", "case", "python3 -c", "[ -x")
+    silent = ("touch", "rm", "case", "echo")
     told = [step for step in steps if "build_support/say.py" in step or "-m ccu_fast" in step or "-m pytest" in step]
-    assert len(told) >= 4 and all(step in told or step.strip().startswith(silent) for step in steps), steps
+    assert told and all(step in told or step.strip().startswith(silent) for step in steps), steps
 
 
 def test_torch_for_cpus_comes_from_the_index_of_cpu_builds(monkeypatch: pytest.MonkeyPatch) -> None:
