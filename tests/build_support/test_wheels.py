@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from build_support import wheels
+from build_support import wheel_record, wheels
 from tests.support.paths import ROOT
 from tests.support.presence import absent
 
@@ -77,14 +78,50 @@ def test_old_pythons_and_new_ones_are_those_that_the_project_names() -> None:
     ]
 
 
-def test_recorded_wheels_are_portable_and_hold_every_kernel() -> None:
-    """The file that the page on installing takes its sizes from."""
-    record = json.loads((ROOT / "docs" / "wheels.json").read_text())
-    for build in record["builds"]:
-        assert {row["python"] for row in build["wheels"]} <= {name.removeprefix("python") for name in wheels.PYTHONS}
-        for row in build["wheels"]:
-            assert row["file"].endswith(f"-{wheels.POLICY}.whl")
-            assert row["isas"] == ["base", "avx2", "avx512"]
-            assert tuple(map(int, row["glibc"].split("."))) <= (2, 28)
-            assert bool(row["cuda"]) == build["cuda"]
-            assert f"{row['bytes'] / 1e6:.1f} MB" in (ROOT / "docs" / "install.md").read_text()
+def build_of(cuda: list[str] | None, torch: str | None) -> dict[str, Any]:
+    wheel = {"python": "3.11", "bytes": 2_800_000, "module_bytes": 5_100_000, "glibc": "2.27"}
+    return {
+        "command": "make wheels",
+        "compiler": "c++ 12",
+        "cuda": cuda,
+        "nvcc": cuda and "13.0",
+        "sdist": {"file": "ccu_fast-0.tar.gz", "bytes": 1_900_000},
+        "wheels": [{**wheel, "tried": {"torch": torch}}],
+    }
+
+
+def test_a_record_takes_the_place_of_the_one_of_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, page = tmp_path / "wheels.json", tmp_path / "install.md"
+    monkeypatch.setattr(wheel_record, "RECORD", record)
+    monkeypatch.setattr(wheel_record, "PAGE", page)
+    record.write_text('{"builds": []}')
+    page.write_text(f"before\n\n{wheel_record.BEGIN}\n{wheel_record.END}\n\nafter\n")
+    wheel_record.keep(build_of(["80", "90"], "2.13.0"))
+    wheel_record.keep(build_of(None, "2.8.0"))
+    wheel_record.keep(build_of(None, None))
+    assert wheel_record.read() == [build_of(None, None), build_of(["80", "90"], "2.13.0")]
+    text = page.read_text()
+    assert text == f"before\n\n{wheel_record.page(wheel_record.read())}\n\nafter\n"
+    assert "2.8.0" not in text and text.count("| 3.11 | 2.8 MB | 5.1 MB | 2.27 | ") == 2
+    assert "Without CUDA kernels, by c++ 12. The source distribution has 1.9 MB." in text
+    assert "With CUDA kernels for sm_80, sm_90, by c++ 12 and nvcc 13.0." in text
+
+
+def test_a_wheel_whose_info_tells_of_another_build_is_refused(tmp_path: Path) -> None:
+    wheel = tmp_path / "ccu_fast-0.9-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("ccu_fast/_build_info.json", '{"cuda": null}')
+    wheels.check_info({"ccu_fast": {"version": "0.9"}, "build": {"cuda": None}}, wheel)
+    for version, cuda in (("0.8", None), ("0.9", {"archs": ["80"]})):
+        with pytest.raises(wheels.Failed, match=r"`ccu-fast info` of ccu_fast-0\.9-.* tells of "):
+            wheels.check_info({"ccu_fast": {"version": version}, "build": {"cuda": cuda}}, wheel)
+
+
+def test_what_a_long_command_prints_is_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(wheels.Failed, match="failed with status 3, for the reason above"):
+        wheels.progress([sys.executable, "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"])
+    assert capfd.readouterr().out == "why\n"
+
+
+def test_the_page_on_installing_shows_what_is_on_record() -> None:
+    assert wheel_record.page(wheel_record.read()) in wheel_record.PAGE.read_text(encoding="utf-8")
