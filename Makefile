@@ -120,7 +120,7 @@ endif
 wheels:
 	@$(SAY) --only '^wheels: ' 'wheels for each Python, from source to a trial' -- \
 	  $(PYTHON) -m build_support.wheels --torch '$(TORCH)' $(if $(PYTHONS),--pythons '$(PYTHONS)') \
-	  $(if $(SYSTEM_SITE),--try-with installed) $(ARGS)
+	  $(if $(TORCH_INDEX),--torch-index '$(TORCH_INDEX)') $(if $(SYSTEM_SITE),--try-with installed) $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-docs .venv-compat .venv-wheels site build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json

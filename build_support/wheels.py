@@ -300,11 +300,12 @@ def check_info(info: Mapping[str, Any], wheel: Path) -> None:
         raise Failed(f"`ccu-fast info` of {wheel.name} tells of {told}, in it is {held}")
 
 
-def try_wheel(python: Interpreter, wheel: Path, torch: Sequence[str], installed: bool) -> dict[str, Any]:
+def try_wheel(python: Interpreter, wheel: Path, torch: Sequence[str], index: str, installed: bool) -> dict[str, Any]:
     """Install into a fresh environment, import, ``ccu-fast info``, a loss against plain torch, uninstall.
 
     Args:
         torch: what to install as torch, first.
+        index: the package index that torch itself comes from; empty: the usual one.
         installed: use the torch and numpy that the interpreter has, and install nothing else; if it has no torch, the
             compiled module is loaded alone and no loss computed.
 
@@ -325,6 +326,8 @@ def try_wheel(python: Interpreter, wheel: Path, torch: Sequence[str], installed:
             asked = "import importlib.util; print(importlib.util.find_spec('torch') is not None)"
             has_torch = run([inside, "-c", asked]).strip() == "True"
         else:
+            if index:
+                progress([*fresh, "--index-url", index, *(name for name in torch if name.startswith("torch"))])
             progress([*fresh, *torch])
             progress([*fresh, "numpy"])
         before = files_below(folder)
@@ -360,6 +363,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pythons", help=f"interpreters, each of which must be there (default: {' '.join(PYTHONS)})")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder to write to (default: dist)")
     parser.add_argument("--torch", default="torch", help="what to install as torch where a wheel is tried")
+    parser.add_argument("--torch-index", default="", help="the package index for it (default: the usual one)")
     how = "try each wheel with a fresh torch, with the interpreter's own, or not at all"
     parser.add_argument("--try-with", choices=["fresh", "installed", "nothing"], default="fresh", help=how)
     parser.add_argument(
@@ -413,7 +417,9 @@ def main(words: Sequence[str] | None = None) -> int:
             say(f"Python {python.version}: CPU kernels {', '.join(row['isas'])}; CUDA kernels {kernels}")
             if asked.try_with != "nothing":
                 say(f"Python {python.version}: trying the wheel in a fresh environment")
-                row["tried"] = try_wheel(python, wheel, asked.torch.split(), asked.try_with == "installed")
+                row["tried"] = try_wheel(
+                    python, wheel, asked.torch.split(), asked.torch_index, asked.try_with == "installed"
+                )
                 did = f"imported, a loss computed with torch {row['tried']['torch']}"
                 did = did if row["tried"]["torch"] else "its module loaded (no torch here, so no loss)"
                 say(f"Python {python.version}: installed, {did}, uninstalled")

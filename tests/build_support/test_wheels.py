@@ -50,12 +50,15 @@ def test_the_command_ends_in_one_sentence() -> None:
     assert done.stderr == "wheels: PYTHONS names interpreters that cannot be built for: python9.9 (not found)\n"
 
 
-def test_make_passes_the_interpreters_on() -> None:
+def test_make_passes_the_interpreters_and_the_index_of_torch_on() -> None:
     if shutil.which("make") is None:
         absent("make", "it is not on PATH")
     command = ["make", "-n", "wheels", "PYTHONS=python3.10 python3.14"]
     assert "--pythons 'python3.10 python3.14'" in subprocess.check_output(command, cwd=ROOT, text=True)
-    assert "--pythons" not in subprocess.check_output(["make", "-n", "wheels"], cwd=ROOT, text=True)
+    plain = subprocess.check_output(["make", "-n", "wheels"], cwd=ROOT, text=True)
+    assert "--pythons" not in plain and "--torch-index" not in plain
+    cpu = subprocess.check_output(["make", "-n", "wheels", "CPU=1"], cwd=ROOT, text=True)
+    assert "--torch-index 'https://download.pytorch.org/whl/cpu'" in cpu
 
 
 def test_symbols_that_a_newer_glibc_alone_has_are_found() -> None:
