@@ -209,6 +209,8 @@ def source_distribution(tools: Path, out: Path) -> tuple[Path, Path]:
             opened.extractall(unpacked)
     [source] = unpacked.iterdir()
     source = source.rename(unpacked / "ccu_fast")
+    if unknown := sorted(files_below(source) - known_files(ROOT)) if (ROOT / ".git").exists() else []:
+        say(f"{archive.name} holds {len(unknown)} files that git does not know: {', '.join(unknown[:3])}")
     return archive, source
 
 
@@ -281,6 +283,13 @@ def auditwheel_tag(tools: Path, wheel: Path) -> str:
     if found is None:
         raise Failed(f"`auditwheel show {wheel.name}` names no platform tag: {shown}")
     return found[1]
+
+
+def known_files(root: Path) -> set[str]:
+    """The files of a checkout that git knows, and those that setuptools adds to an archive of them."""
+    added = ("PKG-INFO", "SOURCES.txt", "dependency_links.txt", "entry_points.txt", "requires.txt", "top_level.txt")
+    tracked = run(["git", "-C", root, "ls-files", "-z"]).split("\0")
+    return {*tracked, "PKG-INFO", "setup.cfg", *(f"ccu_fast.egg-info/{name}" for name in added)}
 
 
 def files_below(folder: Path) -> set[str]:
@@ -382,6 +391,24 @@ def command_of(interpreters: Sequence[Interpreter], try_with: str) -> str:
     return " ".join(words)
 
 
+def make_wheel(
+    python: Interpreter, source: Path, variables: Mapping[str, str], tools: Path, out: Path
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """Build, check and repair: the wheel, its row of the record, and what setup.py recorded."""
+    raw = build_wheel(python, source, variables)
+    row: dict[str, Any] = {"python": python.version, **check_module(raw)}
+    wheel = repair(tools, raw, out)
+    built = read_build_info(wheel)
+    row |= {"file": wheel.name, "bytes": wheel.stat().st_size, "auditwheel": auditwheel_tag(tools, wheel)}
+    row["isas"] = built["native"]["isas"]
+    say(f"{wheel.name}: {row['bytes']:,} bytes")
+    say(f"Python {python.version}: CPU kernels for {', '.join(row['isas'])}")
+    cuda = built["cuda"]
+    kernels = f"CUDA kernels for sm_{', sm_'.join(cuda['archs'])}" if cuda else "no CUDA kernels: "
+    say(f"Python {python.version}: {kernels}{'' if cuda else built['skipped']['cuda']}")
+    return wheel, row, built
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Build, repair, check and try; the record of it is ``wheels.json`` beside the wheels."""
     asked = arguments(words)
@@ -405,25 +432,16 @@ def main(words: Sequence[str] | None = None) -> int:
         rows = []
         for number, python in enumerate(interpreters, 1):
             say(f"Python {python.version}, {number} of {len(interpreters)}: compiling")
-            raw = build_wheel(python, source, variables)
-            row: dict[str, Any] = {"python": python.version, **check_module(raw)}
-            wheel = repair(tools, raw, out)
-            built = read_build_info(wheel)
-            row |= {"file": wheel.name, "bytes": wheel.stat().st_size, "auditwheel": auditwheel_tag(tools, wheel)}
-            row["isas"] = built["native"]["isas"]
-            say(f"{wheel.name}: {row['bytes']:,} bytes")
-            cuda = built["cuda"]
-            kernels = f"for sm_{', sm_'.join(cuda['archs'])}" if cuda else f"not in it, {built['skipped']['cuda']}"
-            say(f"Python {python.version}: CPU kernels {', '.join(row['isas'])}; CUDA kernels {kernels}")
+            wheel, row, built = make_wheel(python, source, variables, tools, out)
             if asked.try_with != "nothing":
                 say(f"Python {python.version}: trying the wheel in a fresh environment")
-                row["tried"] = try_wheel(
-                    python, wheel, asked.torch.split(), asked.torch_index, asked.try_with == "installed"
-                )
-                did = f"imported, a loss computed with torch {row['tried']['torch']}"
-                did = did if row["tried"]["torch"] else "its module loaded (no torch here, so no loss)"
+                installed = asked.try_with == "installed"
+                row["tried"] = try_wheel(python, wheel, asked.torch.split(), asked.torch_index, installed)
+                torch = row["tried"]["torch"]
+                did = f"a loss computed with torch {torch}" if torch else "loaded (no torch here, so no loss)"
                 say(f"Python {python.version}: installed, {did}, uninstalled")
             rows.append(row)
+        cuda = built["cuda"]
         record: dict[str, Any] = {
             "command": command_of(interpreters, asked.try_with),
             "commit": commit.get("CCU_FAST_GIT_SHA"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -128,3 +129,26 @@ def test_what_a_long_command_prints_is_passed_on(capfd: pytest.CaptureFixture[st
 
 def test_the_page_on_installing_shows_what_is_on_record() -> None:
     assert wheel_record.page(wheel_record.read()) in wheel_record.PAGE.read_text(encoding="utf-8")
+
+
+def test_recorded_wheels_are_portable_and_hold_every_kernel() -> None:
+    plain, cuda = wheel_record.read()
+    assert [f"python{row['python']}" for row in plain["wheels"]] == list(wheels.PYTHONS)
+    assert plain["cuda"] is None and plain["nvcc"] is None
+    assert cuda["cuda"] == ["80", "86", "89", "90", "100", "120"] and cuda["nvcc"]
+    for build in (plain, cuda):
+        assert re.fullmatch(r"[0-9a-f]{40}", build["commit"])  # no changes beside it
+        for row in build["wheels"]:
+            assert row["file"].endswith(f"-{wheels.POLICY}.whl")
+            assert row["auditwheel"].startswith("manylinux_2_")
+            assert row["isas"] == ["base", "avx2", "avx512"]
+            assert tuple(map(int, row["glibc"].split("."))) <= (2, 28)
+            assert row["tried"]["isa"] in row["isas"]
+
+
+def test_files_that_are_not_of_the_checkout_are_told_from_those_that_are() -> None:
+    if not (ROOT / ".git").exists():
+        absent("the history", "this is no checkout")
+    known = wheels.known_files(ROOT)
+    assert {"setup.py", "ccu_fast/__init__.py", "csrc/bindings/module.cpp", "PKG-INFO"} <= known
+    assert not any(name.startswith((".venv", "dist/", "site/", "build/")) for name in known)
