@@ -118,9 +118,9 @@ endif
 
 # With CUDA kernels where nvcc is found; CCU_FAST_CUDA=0 leaves them out, CCU_FAST_CUDA=1 fails without nvcc.
 wheels:
-	@$(SAY) 'the source distribution and the wheels; minutes for the first one' -- \
+	@$(SAY) --only '^wheels: ' 'wheels for each Python, from source to a trial' -- \
 	  $(PYTHON) -m build_support.wheels --torch '$(TORCH)' $(if $(PYTHONS),--pythons '$(PYTHONS)') \
-	  $(if $(SYSTEM_SITE),--try-with installed) $(ARGS)
+	  $(if $(TORCH_INDEX),--torch-index '$(TORCH_INDEX)') $(if $(SYSTEM_SITE),--try-with installed) $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-docs .venv-compat .venv-wheels site build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json
