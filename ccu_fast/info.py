@@ -23,7 +23,7 @@ from ccu_fast.ops.backend import OPERATIONS, has_kernel, pick, unavailable
 
 SCHEMA = 1  # of collect's data: raised when a key goes or changes its meaning, not when one is added
 WIDTH = 100
-# The oldest and the newest minor version that tests have run with; docs/install.md says which, and what failed.
+# The oldest and the newest minor version that tests have run with, without a failure: docs/support.json.
 TESTED = {"python": ("3.10", "3.14"), "torch": ("2.8", "2.15"), "triton": ("3.4", "3.9")}
 # The backends as a report calls them.
 NAMES = {"triton": "Triton", "native": "C++", "reference": "plain torch"}
