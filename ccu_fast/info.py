@@ -23,7 +23,7 @@ from ccu_fast.ops.backend import OPERATIONS, has_kernel, pick, unavailable
 
 SCHEMA = 1  # of collect's data: raised when a key goes or changes its meaning, not when one is added
 WIDTH = 100
-# The oldest and the newest minor version that the whole test suite has passed with.
+# The oldest and the newest minor version that tests have been run with; docs/support.json has which, and what failed.
 TESTED = {"python": ("3.10", "3.14"), "torch": ("2.8", "2.15"), "triton": ("3.4", "3.9")}
 # The backends as a report calls them.
 NAMES = {"triton": "Triton", "native": "C++", "reference": "plain torch"}
@@ -55,9 +55,8 @@ def collect() -> dict[str, Any]:
         A dictionary that can be written as JSON. Paths below the home folder begin with ``~``, and the machine's name
         is left out, so that it can be published. "schema" is :data:`SCHEMA`.
 
-    Example:
-        >>> ccu_fast.info.collect()["operations"]["topk_flips"]["cpu"]["backend"]
-        'native'
+    >>> ccu_fast.info.collect()["operations"]["topk_flips"]["cpu"]["backend"]
+    'native'
     """
     devices = _devices()
     gpus = [f"cuda:{index}" for index in range(len(devices))]
@@ -208,9 +207,8 @@ def _tested() -> dict[str, dict[str, Any]]:
 def inside(version: str, low: str, high: str) -> bool:
     """Whether a version is one of the minor versions from ``low`` to ``high``.
 
-    Example:
-        >>> inside("3.9.1", "3.10", "3.14"), inside("3.14.0rc1", "3.10", "3.14")
-        (False, True)
+    >>> inside("3.9.1", "3.10", "3.14"), inside("3.14.0rc1", "3.10", "3.14")
+    (False, True)
     """
     first, minor, last = (tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (low, version, high))
     return first <= minor <= last
