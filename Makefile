@@ -118,7 +118,8 @@ endif
 
 # With CUDA kernels where nvcc is found; CCU_FAST_CUDA=0 leaves them out, CCU_FAST_CUDA=1 fails without nvcc.
 wheels:
-	$(PYTHON) -m build_support.wheels --torch '$(TORCH)' $(if $(PYTHONS),--pythons '$(PYTHONS)') \
+	@$(SAY) 'a source distribution and wheels in dist, each compiled, checked and tried' -- \
+	  $(PYTHON) -m build_support.wheels --torch '$(TORCH)' $(if $(PYTHONS),--pythons '$(PYTHONS)') \
 	  $(if $(SYSTEM_SITE),--try-with installed) $(ARGS)
 
 clean:

@@ -49,12 +49,14 @@ def test_the_command_ends_in_one_sentence() -> None:
     assert done.stderr == "wheels: PYTHONS names interpreters that cannot be built for: python9.9 (not found)\n"
 
 
-def test_make_passes_the_interpreters_on() -> None:
+def test_make_passes_the_interpreters_on_and_is_never_silent() -> None:
     if shutil.which("make") is None:
         absent("make", "it is not on PATH")
     command = ["make", "-n", "wheels", "PYTHONS=python3.10 python3.14"]
     assert "--pythons 'python3.10 python3.14'" in subprocess.check_output(command, cwd=ROOT, text=True)
-    assert "--pythons" not in subprocess.check_output(["make", "-n", "wheels"], cwd=ROOT, text=True)
+    plain = subprocess.check_output(["make", "-n", "wheels"], cwd=ROOT, text=True)
+    assert "--pythons" not in plain
+    assert "build_support/say.py" in plain  # a Python takes minutes of compiling, in which nothing else is said
 
 
 def test_symbols_that_a_newer_glibc_alone_has_are_found() -> None:
