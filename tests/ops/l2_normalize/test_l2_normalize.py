@@ -248,7 +248,7 @@ def test_one_bank_is_normalised_once(native: str, monkeypatch: pytest.MonkeyPatc
 # --- the kernels of a GPU, compiled ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 @pytest.mark.parametrize(("dtype", "d"), [("bf16", 512), ("bf16", 130), ("fp16", 1024), ("fp32", 768)])
 def test_resources(capability: int, dtype: str, d: int, tmp_path: Path) -> None:
     try:
