@@ -45,7 +45,7 @@ VARIABLES = (
     "TORCH",
     "TRITON_",
 )
-SECRET = re.compile("TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY")
+SECRET = re.compile("TOKEN|SECRET|PASS|PWD|AUTH|CREDENTIAL|_KEY")
 
 
 def collect() -> dict[str, Any]:
@@ -215,9 +215,10 @@ def inside(version: str, low: str, high: str) -> bool:
 
 
 def _public(text: Any) -> Any:
-    """A text without the home folder and the machine's name."""
+    """A text without the home folder, the machine's name, and who logs in where an address says it."""
     if not isinstance(text, str):
         return text
+    text = re.sub(r"(?<=://)[^/@\s]+@", "", text)
     home, node = str(Path.home()), platform.node()
     if len(home) > 1:
         text = re.sub(rf"{re.escape(home)}(?=/|$|[\s:;,'\")])", "~", text)
