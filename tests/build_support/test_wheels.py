@@ -56,6 +56,26 @@ def test_make_passes_the_interpreters_and_the_index_of_torch_on() -> None:
     plain = planned("wheels")
     assert "--pythons" not in plain and "--torch-index" not in plain
     assert "--torch-index 'https://download.pytorch.org/whl/cpu'" in planned("wheels", "CPU=1")
+    assert "build_support/say.py" in plain  # a Python takes minutes of compiling
+
+
+def test_an_interpreter_without_torch_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
+    script = tmp_path / "python9.9"
+    script.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'torch'\"; exit 1\n")
+    script.chmod(0o755)
+    with pytest.raises(
+        wheels.Failed, match=r"python9\.9 has no torch to try its wheel with \(ModuleNotFoundError: .*--try-with"
+    ):
+        wheels.need_torch([wheels.Interpreter(str(script), "9.9")])
+
+
+def test_archives_of_others_stay_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("photos.tar.gz", "ccu_fast-0.1.0.tar.gz"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(wheels, "progress", lambda *_: pytest.fail("stop"))
+    with pytest.raises(pytest.fail.Exception):
+        wheels.source_distribution(tmp_path, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["photos.tar.gz"]
 
 
 def test_symbols_that_a_newer_glibc_alone_has_are_found() -> None:
