@@ -119,8 +119,9 @@ endif
 
 # With CUDA kernels where nvcc is found; CCU_FAST_CUDA=0 leaves them out, CCU_FAST_CUDA=1 fails without nvcc.
 wheels:
-	$(PYTHON) -m build_support.wheels --torch '$(TORCH)' $(if $(PYTHONS),--pythons '$(PYTHONS)') \
-	  $(if $(SYSTEM_SITE),--try-with installed) $(ARGS)
+	@$(SAY) --only '^wheels: ' 'wheels for each Python, from source to a trial' -- \
+	  $(PYTHON) -m build_support.wheels --torch '$(TORCH)' $(if $(PYTHONS),--pythons '$(PYTHONS)') \
+	  $(if $(TORCH_INDEX),--torch-index '$(TORCH_INDEX)') $(if $(SYSTEM_SITE),--try-with installed) $(ARGS)
 
 # An environment for each pair. The kernels are compiled into this checkout, beside those for other Pythons.
 MATRIX := .venv-matrix/$(notdir $(PYTHON))-$(subst =,,$(firstword $(TORCH)))
