@@ -149,7 +149,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         registry.forget()
 
     def properties(of: tuple[str, tuple[int, int]]) -> SimpleNamespace:
-        return SimpleNamespace(name=of[0], major=of[1][0], minor=of[1][1], total_memory=80 << 30)
+        return SimpleNamespace(
+            name=of[0], major=of[1][0], minor=of[1][1], total_memory=80 << 30, multi_processor_count=108
+        )
 
     def install(triton: str | Exception | None) -> None:
         for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
@@ -292,13 +294,13 @@ def test_report_tells_each_device_apart(
     assert list(flips["cuda:2"]["why_not"]) == ["native"]
     assert list(similarity["cuda:1"]["why_not"]) == ["triton"]
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    at = lines.index("cuda:0 Triton: reduce_similarity, l2_normalize")
+    at = lines.index("cuda:0 tensors Triton: reduce_similarity, l2_normalize")
     assert lines[at + 1] == "CUDA C++: candidate_losses, noise_store, pgd_step_, topk_flips"
-    assert lines[at + 2] == "cuda:1 plain torch: reduce_similarity, l2_normalize"
+    assert lines[at + 2] == "cuda:1 tensors plain torch: reduce_similarity, l2_normalize"
     assert lines[at + 3] == "not Triton its kernels need compute capability 8.0 or later, GPU 1 has 7.5"
     assert lines[at + 4] == "plain torch: candidate_losses, noise_store, pgd_step_, topk_flips"
     assert lines[at + 5].startswith("not CUDA C++ the kernels are built for sm_80, ")
-    assert lines[at + 6] == "cuda:2 Triton: reduce_similarity, l2_normalize"
+    assert lines.index("cuda:2 tensors Triton: reduce_similarity, l2_normalize") > at + 5
     assert not recwarn.list
 
 
