@@ -57,7 +57,8 @@ def _answer(stored: Stored) -> str:
 
 On two threads of a CPU, CLIP's loss with all its gradients is {min(fast):.1f} to {max(fast):.1f} times as fast as
 open_clip's from 128 to 8192 pairs in fp32, and with products in bf16 {min(allowed):.1f} to {max(allowed):.1f} times as
-fast as open_clip's under autocast from 1024 pairs on. Beyond its inputs it takes {own:.0f} MB instead of {theirs:.0f} at 8192 pairs, and
+fast as open_clip's under autocast from 1024 pairs on. Beyond its inputs it takes {own:.0f} MB instead of
+{theirs:.0f} at 8192 pairs, and
 with a workspace of 64 MiB {small:.0f} MB instead of {large:.0f} at 16,384. One line of `ccu_fast.patch` makes the
 losses and token searches of {_count(len(stored.libraries))} libraries {least:.1f} to {most:.0f} times as fast;
 **nothing has been timed on a GPU yet**, and [some code is faster or takes less
