@@ -252,12 +252,15 @@ class _Figures:
         """Print the table."""
         from rich.console import Console
 
+        from ccu_fast.cli.report.findings import nothing_learned
         from ccu_fast.cli.report.tables import evaluation_table
         from ccu_fast.cli.report.terminal import show
 
         # A cut table loses figures: where the width is not known (a file, a pipe), it is as wide as it needs.
         console = Console()
         show(evaluation_table(self.found), console if console.is_terminal else Console(width=160))
+        if (said := nothing_learned(self.found)) is not None:
+            Console(highlight=False).print(said)
         self._shown = True
 
     def tell(self) -> str:
