@@ -23,7 +23,7 @@ from ccu_fast.ops.backend import OPERATIONS, has_kernel, pick, unavailable
 
 SCHEMA = 1  # of collect's data: raised when a key goes or changes its meaning, not when one is added
 WIDTH = 100
-# The oldest and the newest minor version that tests have been run with; docs/support.json has which, and what failed.
+# The oldest and the newest minor version that tests have run with, without a failure: docs/support.json.
 TESTED = {"python": ("3.10", "3.14"), "torch": ("2.8", "2.15"), "triton": ("3.4", "3.9")}
 # The backends as a report calls them.
 NAMES = {"triton": "Triton", "native": "C++", "reference": "plain torch"}
@@ -196,11 +196,11 @@ def _packages(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _tested() -> dict[str, dict[str, Any]]:
     """By name what is installed, and whether it lies between the oldest and the newest version of the tests."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "triton": installed("triton")}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": installed("triton")}
+    ends = ((name, versions[name], *TESTED[name]) for name in TESTED)
     return {
         name: {"from": low, "to": high, "installed": version, "inside": version and inside(version, low, high)}
-        for name, (low, high) in TESTED.items()
-        for version in (found[name],)
+        for name, version, low, high in ends
     }
 
 

@@ -18,8 +18,8 @@ from ccu_fast.losses.contrast import Contrast
 from ccu_fast.losses.distillation import PASSED_ON as DISTILLING
 from ccu_fast.losses.distillation import unit_teacher
 from ccu_fast.losses.formulas import INVERSE_KINDS, POSITIVES, Side
-from ccu_fast.losses.functional import REDUCTIONS, SIMILARITY, VARIED, arguments
-from ccu_fast.losses.variant import VARIANT, name_ids, without_defaults
+from ccu_fast.losses.functional import REDUCTIONS, SIMILARITY, arguments
+from ccu_fast.losses.variant import VARIANT, VARIED, name_ids, without_defaults
 
 GRADIENTS = ("mean", "sum")
 PASSED_ON = (*SIMILARITY, "group", "mode", "equal")
@@ -89,7 +89,7 @@ def info_nce_sides(
 ) -> list[Side]:
     """InfoNCE, of which every rank hears if one is asked for what cannot be."""
     options = without_defaults(options)
-    if VARIED.isdisjoint(options):
+    if all(name not in VARIED for name in options):
         return formulas.info_nce(reduce, x, y, scale=scale, bias=bias, symmetric=symmetric, **options)
 
     def prepare() -> tuple[Contrast, list[int]]:

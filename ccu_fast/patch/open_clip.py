@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -88,17 +87,13 @@ def equal_texts(images: Tensor, texts: Tensor) -> Tensor:
 
     A sum of 64 mixed bits of every feature (the finaliser of MurmurHash3), modulo 2^64.
     """
-    mixed = texts.contiguous().view(_INTEGERS[texts.element_size()]).long() + _places(texts.shape[1], texts.device)
+    # Every place adds its multiple of 2^64 / the golden ratio, so that an order counts; a table of random numbers would
+    # do as well, but torch.compile cannot make one.
+    places = torch.arange(texts.shape[1], device=texts.device) * -0x61C8864680B583EB
+    mixed = texts.contiguous().view(_INTEGERS[texts.element_size()]).long() + places
     for factor in (-0x00AE502812AA7333, -0x3B314601E57A13AD):
         mixed = (mixed ^ (mixed >> 33)) * factor
     return (mixed ^ (mixed >> 33)).sum(1)
-
-
-@lru_cache(maxsize=8)
-def _places(features: int, device: torch.device) -> Tensor:
-    """A random number for the place of every feature."""
-    generator = torch.Generator("cpu").manual_seed(0)  # whatever the default device is
-    return torch.randint(-(2**63), 2**63 - 1, (features,), generator=generator, device="cpu").to(device)
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -276,9 +276,12 @@ def _stranger(layers: list[Any], package: str) -> str | None:
     return next((name for name in names if name.partition(".")[0] not in (package, "torch")), None)
 
 
-@functools.lru_cache(maxsize=64)
+_cached_signature = functools.lru_cache(maxsize=64)(inspect.signature)
+
+
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(function)
+    # torch.compile traces what a cache wraps, and warns the user that this might be wrong.
+    return inspect.signature(function) if torch.compiler.is_compiling() else _cached_signature(function)
 
 
 def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,10 +292,11 @@ def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
     Raises:
         DoesNotBind: an argument is missing, or there are too many.
     """
-    parameters = _signature(function).parameters
+    signature = _signature(function)
+    parameters = signature.parameters
     extra = {name: value for name, value in kwargs.items() if name not in parameters}
     try:
-        bound = _signature(function).bind(*args, **{name: kwargs[name] for name in kwargs if name not in extra})
+        bound = signature.bind(*args, **{name: kwargs[name] for name in kwargs if name not in extra})
     except TypeError as error:
         raise DoesNotBind(str(error)) from None
     bound.apply_defaults()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ccu_fast
-from ccu_fast.patch.open_clip import _places, equal_texts
+from ccu_fast.patch.open_clip import equal_texts
 from tests.support import torchvision_stub
 from tests.support.drop_in import counted, left_alone, library, same_numbers, same_training, speed, train_towers, unit
 from tests.support.forked import on_ranks
@@ -341,7 +342,9 @@ def test_a_compiled_loss_is_served_in_one_graph(loss_py) -> None:  # type: ignor
             return graph
 
         torch._dynamo.reset()
-        with ccu_fast.patch.applied("open_clip"):
+        torch._dynamo.utils.warn_once_cache.clear()
+        with ccu_fast.patch.applied("open_clip"), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Dynamo detected")  # of a cache, and fears wrong numbers
             ours = torch.compile(loss, fullgraph=True, backend=keep)(*leaves)
         assert "ccu_fast.reduce_similarity" in graphs[0]
         torch.testing.assert_close(ours, theirs)
@@ -539,10 +542,19 @@ def test_texts_are_equal_where_all_their_bits_are(dtype: torch.dtype) -> None:
     other[:, 7] = torch.nextafter(other[:, 7].float(), torch.tensor(9.0)).to(dtype) if dtype == torch.float32 else 3
     ids = equal_texts(texts, torch.cat([texts, texts.flip(0), other]))
     assert torch.equal(ids[:64], ids[64:128].flip(0))
-    _places.cache_clear()
     with torch.device("meta"):  # a default device is not that of the features
         assert torch.equal(equal_texts(texts, texts), ids[:64])
     assert len(ids.unique()) == 128
+    swapped = texts[:, [1, 0, *range(2, 24)]]
+    assert len(equal_texts(texts, torch.cat([texts, swapped])).unique()) == 128, "an order counts"
+
+
+def test_a_compiled_loss_leaves_out_equal_texts(loss_py) -> None:  # type: ignore[no-untyped-def]
+    leaves = captioned()
+    torch._dynamo.reset()
+    with ccu_fast.patch.applied("open_clip", same="texts"):
+        compiled = torch.compile(loss_py.ClipLoss(), fullgraph=True, backend="eager")(*leaves)
+        torch.testing.assert_close(compiled, loss_py.ClipLoss()(*leaves))
 
 
 def test_with_same_nothing_goes_to_another_loss(loss_py) -> None:  # type: ignore[no-untyped-def]
