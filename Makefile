@@ -4,6 +4,7 @@
 # make test-newest  the Triton kernels with the newest Triton, which make test does at its end
 # make docs   the pages under docs/ as a site, written to ./site; make test does this at its end too
 # make wheels manylinux wheels and a source distribution in dist, each tried (PYTHONS='python3.10 python3.14')
+# make matrix the tests with other versions, on record in docs/support.json (PYTHON=… TORCH='torch==… triton==…')
 # make compat the patches against the real libraries, an environment for each in .venv-compat
 # make kernel-hub  the losses as a package of Hugging Face's Kernel Hub, in dist/hub
 #
@@ -39,7 +40,7 @@ INSTALL := install --no-compile --progress-bar off
 BUILD := setup.py pyproject.toml $(wildcard build_support/*.py) $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-quick test-newest lint demo bench compat docs kernel-hub wheels clean
+.PHONY: test test-quick test-newest lint demo bench compat docs kernel-hub wheels matrix clean
 .DELETE_ON_ERROR:
 
 # Without bytecode on disk every process compiles torch's Python again, which takes most of its start-up time.
@@ -118,11 +119,18 @@ endif
 
 # With CUDA kernels where nvcc is found; CCU_FAST_CUDA=0 leaves them out, CCU_FAST_CUDA=1 fails without nvcc.
 wheels:
-	$(PYTHON) -m build_support.wheels --torch '$(TORCH)' $(if $(PYTHONS),--pythons '$(PYTHONS)') \
-	  $(if $(SYSTEM_SITE),--try-with installed) $(ARGS)
+	@$(SAY) --only '^wheels: ' 'wheels for each Python, from source to a trial' -- \
+	  $(PYTHON) -m build_support.wheels --torch '$(TORCH)' $(if $(PYTHONS),--pythons '$(PYTHONS)') \
+	  $(if $(TORCH_INDEX),--torch-index '$(TORCH_INDEX)') $(if $(SYSTEM_SITE),--try-with installed) $(ARGS)
+
+# An environment for each pair. The kernels are compiled into this checkout, beside those for other Pythons.
+MATRIX := .venv-matrix/$(notdir $(PYTHON))-$(subst =,,$(firstword $(TORCH)))
+matrix:
+	@$(MAKE) --no-print-directory VENV='$(MATRIX)' '$(MATRIX)/.test'
+	OMP_NUM_THREADS=1 $(MATRIX)/bin/python -m build_support.support $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-docs .venv-compat .venv-wheels site build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-docs .venv-compat .venv-matrix .venv-wheels site build dist *.egg-info ccu_fast/_C.*.so ccu_fast/_build_info.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Without network a tool may be missing, which is reported.

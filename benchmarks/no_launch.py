@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 PROCESSORS = 132
 
 
 class TargetOnly:
-    """The driver for a compute capability written as 80, 89, 90 or 100, for ``triton.runtime.driver.set_active``.
+    """The driver for a compute capability written as 80, 89, 90, 100 or 120, for ``triton.runtime.driver.set_active``.
 
     Attributes:
         launched: names of the kernels, in the order they were launched in.

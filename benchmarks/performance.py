@@ -263,7 +263,7 @@ def _gpu(stored: Stored) -> str:
     return f"""
 ## On a GPU
 
-No kernel of this version has run on a GPU, and no GPU speed is claimed. They compile for sm_80, sm_90 and sm_100,
+No kernel of this version has run on a GPU, and no GPU speed is claimed. They compile for sm_80 to sm_120,
 and their arithmetic is tested on a CPU: [Limits](limits.md). `python -m benchmarks --check --device cuda` lists
 every figure that is missing; `python -m benchmarks.visit --out DIR` measures them in under ten minutes
 ([how]({ROOT}/benchmarks/visit/README.md))."""

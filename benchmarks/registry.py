@@ -1,8 +1,8 @@
 """What is measured: an operation, its shapes, and the providers that compete on them.
 
 To add an operation write ``benchmarks/ops/<op>.py`` with one :class:`Op` and name it in ``benchmarks/ops/__init__.py``;
-its bars go into ``bars.json``, its line of docs/performance.md into ``summary.py``. To add a competitor append a
-:class:`Provider` to the Op.
+its bars go into ``bars.json``. The tables of results have it then; what docs/performance.md says beside them is in
+``performance.py``. To add a competitor append a :class:`Provider` to the Op.
 """
 
 from __future__ import annotations

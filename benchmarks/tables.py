@@ -45,9 +45,9 @@ def _head_and_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return [f"× {baseline}" if h == "speed" else h for h in HEAD], [cells(row, baseline) for row in rows]
 
 
-def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table in Markdown without its caption."""
-    head = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: int = 0) -> list[str]:
+    """A table in Markdown without its caption; the last ``right`` columns have their text on the right."""
+    head = ["| " + " | ".join(columns) + " |", "|---" * (len(columns) - right) + "|--:" * right + "|"]
     return head + ["| " + " | ".join(row) + " |" for row in rows]
 
 
@@ -98,8 +98,8 @@ def write_readme(folder: Path) -> None:
 
 def _markdown(rows: list[Row]) -> list[str]:
     head, cells_of_rows = _head_and_lines(rows)
-    lines = [f"### {title(rows)}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += ["| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in cells_of_rows]
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in cells_of_rows)
+    lines = [f"### {title(rows)}", "", *table_lines(head, escaped)]
     where = rows[0].environment
     rounds = max((row.rounds for row in rows if row.rounds), default=0)
     reference = next((row.reference for row in rows if row.reference), "nothing")

@@ -93,7 +93,7 @@ class Plan:
 
 
 # libstdc++ stays a shared library, as in every other extension module: manylinux allows it, torch has already loaded
-# it, and two copies in one process do not share exceptions.
+# it, and two copies in one process do not share exceptions. `make wheels` links it in and hides it: see wheels.py.
 _LINK_FLAGS = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-lpthread", "-ldl"]
 
 

@@ -51,9 +51,8 @@ def installed(name: str) -> str | None:
 def command(extra: str, *wanted: str) -> str:
     """The command that brings the packages of an extra that are not installed, and those that are wanted anyhow.
 
-    Example:
-        >>> command("denoise", "opencv-python-headless")
-        'pip install opencv-python-headless'
+    >>> command("denoise", "opencv-python-headless")
+    'pip install opencv-python-headless'
     """
     asked = EXTRAS[extra].values()
     names = [name for name in asked if name in wanted or installed(distribution(name)) is None]

@@ -23,7 +23,7 @@ from ccu_fast.ops.backend import OPERATIONS, has_kernel, pick, unavailable
 
 SCHEMA = 1  # of collect's data: raised when a key goes or changes its meaning, not when one is added
 WIDTH = 100
-# The oldest and the newest minor version that the whole test suite has passed with.
+# The oldest and the newest minor version that tests have run with, without a failure: docs/support.json.
 TESTED = {"python": ("3.10", "3.14"), "torch": ("2.8", "2.15"), "triton": ("3.4", "3.9")}
 # The backends as a report calls them.
 NAMES = {"triton": "Triton", "native": "C++", "reference": "plain torch"}
@@ -45,7 +45,7 @@ VARIABLES = (
     "TORCH",
     "TRITON_",
 )
-SECRET = re.compile("TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY")
+SECRET = re.compile("TOKEN|SECRET|PASS|PWD|AUTH|CREDENTIAL|_KEY")
 
 
 def collect() -> dict[str, Any]:
@@ -55,9 +55,8 @@ def collect() -> dict[str, Any]:
         A dictionary that can be written as JSON. Paths below the home folder begin with ``~``, and the machine's name
         is left out, so that it can be published. "schema" is :data:`SCHEMA`.
 
-    Example:
-        >>> ccu_fast.info.collect()["operations"]["topk_flips"]["cpu"]["backend"]
-        'native'
+    >>> ccu_fast.info.collect()["operations"]["topk_flips"]["cpu"]["backend"]
+    'native'
     """
     devices = _devices()
     gpus = [f"cuda:{index}" for index in range(len(devices))]
@@ -197,29 +196,29 @@ def _packages(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _tested() -> dict[str, dict[str, Any]]:
     """By name what is installed, and whether it lies between the oldest and the newest version of the tests."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "triton": installed("triton")}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": installed("triton")}
+    ends = ((name, versions[name], *TESTED[name]) for name in TESTED)
     return {
         name: {"from": low, "to": high, "installed": version, "inside": version and inside(version, low, high)}
-        for name, (low, high) in TESTED.items()
-        for version in (found[name],)
+        for name, version, low, high in ends
     }
 
 
 def inside(version: str, low: str, high: str) -> bool:
     """Whether a version is one of the minor versions from ``low`` to ``high``.
 
-    Example:
-        >>> inside("3.9.1", "3.10", "3.14"), inside("3.14.0rc1", "3.10", "3.14")
-        (False, True)
+    >>> inside("3.9.1", "3.10", "3.14"), inside("3.14.0rc1", "3.10", "3.14")
+    (False, True)
     """
     first, minor, last = (tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (low, version, high))
     return first <= minor <= last
 
 
 def _public(text: Any) -> Any:
-    """A text without the home folder and the machine's name."""
+    """A text without the home folder, the machine's name, and who logs in where an address says it."""
     if not isinstance(text, str):
         return text
+    text = re.sub(r"(?<=://)[^/@\s]+@", "", text)
     home, node = str(Path.home()), platform.node()
     if len(home) > 1:
         text = re.sub(rf"{re.escape(home)}(?=/|$|[\s:;,'\")])", "~", text)

@@ -26,6 +26,7 @@ FIRST = (
     "benchmarks/visit/test_visit.py",
     "benchmarks/test_machinery.py",
     "unlearn/test_ccu_options.py",
+    "test_examples.py",
     "cli/test_demo.py",
 )
 # Folders, files and tests that --quick leaves out: compilers, separate processes, long training runs.

@@ -1,4 +1,7 @@
-"""README, CONTRIBUTING and docs: their code runs, their links lead somewhere (conventions: tests/support/pages.py)."""
+"""README, CONTRIBUTING and docs: their code runs, their links lead somewhere.
+
+build_support/docs/blocks.py has the conventions.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import pytest
 import torch
 
 from benchmarks import bars, results
+from build_support.docs.blocks import anchors, blocks, links, name_of, pages, prose
 from ccu_fast import patch
 from tests.support.page_run import MODULE, Run, exists, of_the_tests
-from tests.support.pages import anchors, blocks, links, name_of, pages, prose
 from tests.support.paths import ROOT
 from tests.support.presence import absent
 
@@ -68,12 +71,6 @@ def test_a_page_says_something_and_its_links_lead_somewhere(name: str) -> None:
         assert target.exists() and target.is_relative_to(ROOT), f"{link}: there is no such file"
         if anchor:
             assert anchor in anchors(target.read_text(encoding="utf-8")), f"{link}: there is no such heading"
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_does_not_tell_to_install_what_is_not_released(name: str) -> None:
-    told = [line for line in PAGES[name].read_text(encoding="utf-8").splitlines() if "pip install" in line]
-    assert not [line for line in told if "install ccu-fast" in line or "install 'ccu-fast" in line]
 
 
 WRONG = {

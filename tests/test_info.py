@@ -111,6 +111,8 @@ def test_what_nobody_wants_to_publish_is_left_out(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/home/somebodyelse/cache")
     monkeypatch.setenv("NCCL_HOSTID", "somebodys-machine")
     monkeypatch.setenv("TORCH_HUB_TOKEN", "hidden")
+    monkeypatch.setenv("CCU_FAST_PASSPHRASE", "hidden")
+    monkeypatch.setenv("TORCH_PROXY", "http://me:hidden@proxy:3128/a@b")
     monkeypatch.setenv("UNRELATED", "hidden")
     monkeypatch.setenv("CCU_FAST_CUDA", "0")
     failed = "not built: nvcc of /home/somebody/cuda failed on somebodys-machine"
@@ -123,6 +125,7 @@ def test_what_nobody_wants_to_publish_is_left_out(monkeypatch: pytest.MonkeyPatc
             "TORCH_HOME": "~/cache",
             "TORCH_EXTENSIONS_DIR": "/home/somebodyelse/cache",
             "NCCL_HOSTID": "<host>",
+            "TORCH_PROXY": "http://proxy:3128/a@b",
             "CCU_FAST_CUDA": "0",
         }.items()
     )

@@ -23,6 +23,7 @@ import torch
 from benchmarks import results
 from benchmarks.compat import pages
 from benchmarks.compat.environments import ENVIRONMENTS, Environment, build
+from benchmarks.tables import table_lines
 from ccu_fast import patch
 from ccu_fast.files import write_whole
 
@@ -119,14 +120,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "are chosen. *Speed*: the library's time over the patched one's, median of rounds in turns, on a CPU; "
         "behind it what one call takes beyond its inputs, with the library and patched.",
         "",
-        "| library | version | replaced | numbers | training | speed and memory |",
-        "|---|---|---|---|---|---|",
     ]
+    found = []
     for _, row in sorted(rows.items()):
         speed = "<br>".join(map(_speed, row.get("speed", []))) or "–"
         training = "–" if row.get("training") is None else f"{row['training']:.1e}"
         numbers = f"{row.get('numbers', 0)} equal" if row["outcome"] == "passed" else row["outcome"]
-        lines.append(f"| {row['target']} | {row['version']} | {row['replaces']} | {numbers} | {training} | {speed} |")
+        found.append([row["target"], str(row["version"]), row["replaces"], numbers, training, speed])
+    lines += table_lines(("library", "version", "replaced", "numbers", "training", "speed and memory"), found)
     some = next(iter(rows.values()), {})
     lines += ["", f"torch {some.get('torch')}, Python {some.get('python')}, {some.get('threads')} threads.", ""]
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import ccu_fast
 from benchmarks.results import store
+from benchmarks.tables import table_lines
 
 RESULTS = Path(__file__).with_name("results.json")
 SCALES = (1, 10, 100, 1000)
@@ -120,16 +121,14 @@ def measure(backends: Sequence[str], items: Sequence[int], device: torch.device)
 
 def table(results: dict[str, dict[str, list[float]]]) -> str:
     """The table of docs/numerics.md: the worst of all backends beside torch."""
-    lines = [
-        "| scale | torch: loss | its gradients | `info_nce`: loss | its gradients of x and y | of scale |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for scale in map(str, SCALES):
         ours = [max(errors) for errors in zip(*(v[scale] for k, v in results.items() if k != EAGER), strict=True)]
         torchs = results[EAGER][scale]
         cells = (torchs[0], max(torchs[1:]), ours[0], max(ours[1:3]), ours[3])
-        lines.append(f"| {scale} | " + " | ".join(f"{cell:.0e}".replace("e-0", "e-") for cell in cells) + " |")
-    return "\n".join(lines)
+        rows.append([scale, *(f"{cell:.0e}".replace("e-0", "e-") for cell in cells)])
+    head = ("scale", "torch: loss", "its gradients", "`info_nce`: loss", "its gradients of x and y", "of scale")
+    return "\n".join(table_lines(head, rows))
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ import torch
 from benchmarks import environment, results, summary
 from benchmarks.charts import FIGURES
 from benchmarks.protection import frontier
+from benchmarks.tables import table_lines
 from ccu_fast.mem import Method, Recipe, Settings, strength
 from ccu_fast.mem.config import STRENGTHS
 from ccu_fast.mem.job.treatments import OF_CAPTIONS, OF_PICTURES, OF_TRIGGERS
@@ -292,10 +293,7 @@ def strengths() -> str:
     """The table of the manual: R@1 that is left of pictograms, the mean of both directions, for each strength."""
     study = STUDIES["pictograms"]
     stored = json.loads((PAGE.parent / "pictograms.json").read_text())
-    lines = [
-        "| `--strength` | stands for | R@1 left | first words cut off | frequent words left out | CPU ms a picture |"
-    ]
-    lines.append("|---|---|---|---|---|---|")
+    rows = []
     names = {"none": ("clean", "clean pairs")}
     for name in STRENGTHS:
         values = strength(name)
@@ -306,8 +304,12 @@ def strengths() -> str:
         cells = [frontier.left(stored["parts"], method, victim) for victim in ("", "no-trigger", "no-common")]
         shown = ["–" if value is None else f"{value:.4f}" for value in cells]
         cost = f"{stored['costs'][method]:.1f}" if method in stored["costs"] else "–"
-        lines.append(f"| {' | '.join([label, options, *shown, cost])} |")
-    return "\n".join(lines) + "\n"
+        rows.append([label, options, *shown, cost])
+    head = (
+        *("`--strength`", "stands for", "R@1 left"),
+        *("first words cut off", "frequent words left out", "CPU ms a picture"),
+    )
+    return "\n".join(table_lines(head, rows)) + "\n"
 
 
 def table(parts: dict[str, Any]) -> str:
@@ -317,12 +319,12 @@ def table(parts: dict[str, Any]) -> str:
     for name, part in sorted(parts.items(), key=lambda item: order.index(frontier.split(item[0])[0])):
         rows.setdefault(", ".join(filter(None, frontier.split(name))), []).append(part)
     keys = ("i2t_r1", "t2i_r1", "i2t_r10", "t2i_r10")
-    lines = ["| victim trained on | seeds | image→text R@1 | text→image R@1 | image→text R@10 | text→image R@10 |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for label, values in rows.items():
-        cells = [_spread([value["best"][key] for value in values]) for key in keys]
-        lines.append(f"| {' | '.join([label, str(len(values)), *cells])} |")
-    return "\n".join(lines)
+    head = ("victim trained on", "seeds", "image→text R@1", "text→image R@1", "image→text R@10", "text→image R@10")
+    cells = (
+        [label, str(len(values)), *(_spread([value["best"][key] for value in values]) for key in keys)]
+        for label, values in rows.items()
+    )
+    return "\n".join(table_lines(head, cells))
 
 
 def _spread(values: list[float]) -> str:

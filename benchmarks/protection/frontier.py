@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.charts import Bar, Group, Line, Scale, bars, lines, powers
+from benchmarks.tables import table_lines
 from ccu_fast.mem import Method, Settings, protect
 from ccu_fast.mem.study import Task
 
@@ -28,8 +29,8 @@ def cost(make: Callable[[], Task], method: str, settings: Settings) -> float:
 
 def table(costs: dict[str, float]) -> str:
     """The costs, in Markdown."""
-    lines = ["| method | CPU ms a picture |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {value:.2f} |" for name, value in costs.items()])
+    rows = [[name, f"{value:.2f}"] for name, value in costs.items()]
+    return "\n".join(table_lines(("method", "CPU ms a picture"), rows))
 
 
 def left(parts: dict[str, Any], method: str, victim: str = "") -> float | None:

@@ -164,6 +164,7 @@ class Live:
         self._stages: dict[str, TaskID] = {}
         self._clock, self._logs, self._told = clock, not quiet and not console.is_interactive, clock()
         self._every, self._newest, self._heard = every, "", clock()
+        self._telling = threading.Lock()  # the work tells, and so does the watch
         self._began: dict[str, tuple[float, int]] = {}  # by stage: when it was first heard of, and what was done then
 
     def __call__(self, stage: str, done: int, total: int, note: str) -> None:
@@ -191,10 +192,11 @@ class Live:
         self._tell(now)
 
     def _tell(self, now: float) -> None:
-        if now - self._told >= self._every and self._newest:
-            self._told = now
-            silent = f", for {now - self._heard:.0f} s" if now >= self._heard + 1 else ""
-            print(f"{self._newest}{silent}", file=sys.stderr, flush=True)
+        with self._telling:
+            if now - self._told >= self._every and self._newest:
+                self._told = now
+                silent = f", for {now - self._heard:.0f} s" if now >= self._heard + 1 else ""
+                print(f"{self._newest}{silent}", file=sys.stderr, flush=True)
 
     @contextmanager
     def logged(self) -> Iterator[None]:
@@ -205,12 +207,15 @@ class Live:
             while not over.wait(max(0.1, self._told + self._every - self._clock())):
                 self._tell(self._clock())
 
+        watching = threading.Thread(target=watch, daemon=True)
         if self._logs:
-            threading.Thread(target=watch, daemon=True).start()
+            watching.start()
         try:
             yield
         finally:
             over.set()
+            if self._logs:
+                watching.join()  # a line of it would stand below what follows the block
 
     @contextmanager
     def paused(self) -> Iterator[None]:

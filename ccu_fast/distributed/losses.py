@@ -18,8 +18,8 @@ from ccu_fast.losses.contrast import Contrast
 from ccu_fast.losses.distillation import PASSED_ON as DISTILLING
 from ccu_fast.losses.distillation import unit_teacher
 from ccu_fast.losses.formulas import INVERSE_KINDS, POSITIVES, Side
-from ccu_fast.losses.functional import REDUCTIONS, SIMILARITY, VARIED, arguments
-from ccu_fast.losses.variant import VARIANT, name_ids, without_defaults
+from ccu_fast.losses.functional import REDUCTIONS, SIMILARITY, arguments
+from ccu_fast.losses.variant import VARIANT, VARIED, name_ids, without_defaults
 
 GRADIENTS = ("mean", "sum")
 PASSED_ON = (*SIMILARITY, "group", "mode", "equal")
@@ -74,8 +74,9 @@ def info_nce(
     Source: van den Oord et al. 2018 (arXiv 1807.03748), eq. 4; Radford et al. 2021 (arXiv 2103.00020), fig. 3.
 
     Example, of one process alone:
-        >>> ccu_fast.distributed.info_nce(torch.eye(4), torch.eye(4), scale=2.0)
-        tensor(0.3408)
+
+    >>> ccu_fast.distributed.info_nce(torch.eye(4), torch.eye(4), scale=2.0)
+    tensor(0.3408)
     """
     ending = _heard(x, reduction, gradients, similarity, lambda: check.boolean("symmetric", symmetric))
     reduce = partial(PAIRS_OR_IDS, ending=ending)
@@ -88,7 +89,7 @@ def info_nce_sides(
 ) -> list[Side]:
     """InfoNCE, of which every rank hears if one is asked for what cannot be."""
     options = without_defaults(options)
-    if VARIED.isdisjoint(options):
+    if all(name not in VARIED for name in options):
         return formulas.info_nce(reduce, x, y, scale=scale, bias=bias, symmetric=symmetric, **options)
 
     def prepare() -> tuple[Contrast, list[int]]:
@@ -124,8 +125,9 @@ def inverse_info_nce(
     Source: that of :func:`ccu_fast.inverse_info_nce`.
 
     Example, of one process alone:
-        >>> ccu_fast.distributed.inverse_info_nce(torch.eye(4), torch.eye(4), scale=2.0)
-        tensor(1.2421)
+
+    >>> ccu_fast.distributed.inverse_info_nce(torch.eye(4), torch.eye(4), scale=2.0)
+    tensor(1.2421)
     """
     ending = _heard(x, reduction, gradients, similarity, lambda: check.one_of("kind", kind, INVERSE_KINDS))
     reduces: dict[str, formulas.Reduce] = {
@@ -163,9 +165,10 @@ def sup_con(
     Source: Khosla et al. 2020 (arXiv 2004.11362), eq. 2, and eq. 3 for "lse".
 
     Example, of one process alone:
-        >>> z, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
-        >>> ccu_fast.distributed.sup_con(z, z, scale=2.0, row_labels=labels)
-        tensor(1.0986)
+
+    >>> z, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
+    >>> ccu_fast.distributed.sup_con(z, z, scale=2.0, row_labels=labels)
+    tensor(1.0986)
     """
     ending = _heard(x, reduction, gradients, similarity, lambda: check.one_of("positives", positives, POSITIVES))
     side = formulas.sup_con(
@@ -201,8 +204,9 @@ def sigmoid_loss(
     Source: Zhai et al. 2023 (arXiv 2303.15343), algorithm 1.
 
     Example, of one process alone:
-        >>> ccu_fast.distributed.sigmoid_loss(torch.eye(4), torch.eye(4), scale=2.0)
-        tensor(2.2064)
+
+    >>> ccu_fast.distributed.sigmoid_loss(torch.eye(4), torch.eye(4), scale=2.0)
+    tensor(2.2064)
     """
     ending = _heard(x, reduction, gradients, similarity, lambda: name_ids(similarity))
     reduce = partial(reduce_similarity if similarity.get("paired") is False else PAIRS_OR_IDS, ending=ending)
@@ -235,9 +239,10 @@ def distill(
     Source: that of :func:`ccu_fast.distill`.
 
     Example, of one process alone:
-        >>> x = torch.eye(4)
-        >>> ccu_fast.distributed.distill(x, x, scale=2.0, teacher=(x, x), teacher_scale=2.0)
-        tensor(0.9183)
+
+    >>> x = torch.eye(4)
+    >>> ccu_fast.distributed.distill(x, x, scale=2.0, teacher=(x, x), teacher_scale=2.0)
+    tensor(0.9183)
     """
     options = {"symmetric": symmetric, "normalize": similarity.get("normalize", False)}
     ending = _heard(x, reduction, gradients, similarity, lambda: [check.boolean(*option) for option in options.items()])

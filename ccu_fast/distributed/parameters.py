@@ -33,11 +33,12 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
             time.
 
     Example, of one process alone:
-        >>> scale = torch.nn.Parameter(torch.tensor(2.0))
-        >>> scale.square().backward()
-        >>> ccu_fast.distributed.average_gradients([scale])
-        >>> scale.grad
-        tensor(4.)
+
+    >>> scale = torch.nn.Parameter(torch.tensor(2.0))
+    >>> scale.square().backward()
+    >>> ccu_fast.distributed.average_gradients([scale])
+    >>> scale.grad
+    tensor(4.)
     """
     parameters = [p for p in parameters if not isinstance(p, Tensor) or p.requires_grad]
     for p in parameters:

@@ -119,9 +119,10 @@ def reduce_similarity(
     Source: this project's definition, as :func:`ccu_fast.reduce_similarity`.
 
     Example, of one process alone:
-        >>> (lse,), _ = ccu_fast.distributed.reduce_similarity(torch.eye(3), torch.eye(3), rows=[("lse", ccu_fast.ALL)])
-        >>> lse
-        tensor([1.5514, 1.5514, 1.5514])
+
+    >>> (lse,), _ = ccu_fast.distributed.reduce_similarity(torch.eye(3), torch.eye(3), rows=[("lse", ccu_fast.ALL)])
+    >>> lse
+    tensor([1.5514, 1.5514, 1.5514])
     """
     ranks = Ranks(group)
     keyed = row_ids is not None or ("labels" in (positives or "") and row_labels is not None)

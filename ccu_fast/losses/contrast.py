@@ -190,8 +190,8 @@ class Contrast:
         v, counts = self.variant, None if positives.number is None else positives.number > 0
         lse = rest.lse
         if v.debiased:
-            lse = self._debiased(positives.mean, rest)
-        goal = positives.inside if v.positives == "lse" else positives.mean
+            lse = self._debiased(positives.mean(), rest)
+        goal = positives.inside if v.positives == "lse" else positives.mean()
         if v.decoupled:
             some = lse > -torch.inf
             counts = some if counts is None else counts & some

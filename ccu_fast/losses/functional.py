@@ -15,7 +15,7 @@ from ccu_fast import check
 from ccu_fast.losses import formulas
 from ccu_fast.losses.contrast import Contrast
 from ccu_fast.losses.formulas import INVERSE_KINDS, POSITIVES
-from ccu_fast.losses.variant import VARIANT, name_ids, of_prefixes, without_defaults
+from ccu_fast.losses.variant import PREFIXED, VARIANT, VARIED, name_ids, of_prefixes, without_defaults
 from ccu_fast.ops.backend import KERNEL_DTYPES, autocast_dtype, choose, fp32_precision
 from ccu_fast.ops.reduce_similarity import operator
 from ccu_fast.ops.reduce_similarity.api import reduce_similarity
@@ -28,8 +28,6 @@ SIMILARITY = (
     *("row_labels", "col_labels", "row_ids", "col_ids", "paired", "row_limits", "col_limits", "guide"),
     *("normalize", "backend", "workspace", "nan_policy"),
 )
-VARIED = frozenset(("ids", *VARIANT))
-PREFIXED = frozenset(("prefixes", "prefix_weights"))
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -155,7 +153,7 @@ def info_nce(
     check.one_of("reduction", reduction, REDUCTIONS)
     if symmetric is not True and symmetric is not False:  # a call would be felt by a small batch
         check.boolean("symmetric", symmetric)
-    if not VARIED.isdisjoint(options):
+    if options and any(name in VARIED for name in options):
         options = without_defaults(options)
     if bias is None and reduction != "none":
         loss = at_once(x, y, scale, options, symmetric=symmetric, mean=reduction == "mean")
@@ -163,7 +161,7 @@ def info_nce(
             return loss
     _require_positives(x, y, options)
     pair: dict[str, Any] = {"scale": scale, "bias": bias, "symmetric": symmetric}
-    if VARIED.isdisjoint(options):
+    if not options or all(name not in VARIED for name in options):
         sides = formulas.info_nce(reduce_similarity, x, y, **pair, **options)
     else:
         sides = Contrast(x, y, **pair, **options).sides(reduce_similarity, reduce_similarity)
@@ -353,7 +351,7 @@ def served_by(x: Any, y: Any, options: dict[str, Any]) -> str | None:
     if cast not in (None, dtype) and not (dtype == torch.float32 and cast in operator.HALF):
         return None
     backend = choose(options.get("backend", "auto"), "reduce_similarity", device, dtype)
-    if options and not PREFIXED.isdisjoint(options):
+    if options and any(name in PREFIXED for name in options):
         few = items * items < operator.FEW_PAIRS and dtype == torch.float32 and cast is None
         if not few or backend != "native" or "prefixes" not in options:
             return None

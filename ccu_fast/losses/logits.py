@@ -27,8 +27,7 @@ class Positives(NamedTuple):
     inside: Tensor
     number: Tensor | None
 
-    @property
-    def mean(self) -> Tensor:
+    def mean(self) -> Tensor:  # no property: torch 2.8 does not trace one of a NamedTuple
         return self.total if self.number is None else self.total / self.number.clamp(min=1)
 
 

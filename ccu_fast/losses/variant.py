@@ -119,6 +119,8 @@ def _is_share(values: Tensor) -> bool:
 
 
 VARIANT = tuple(item.name for item in fields(Variant))
+VARIED = ("ids", *VARIANT)  # no frozenset: torch 2.8 does not compile a method of a global one
+PREFIXED = ("prefixes", "prefix_weights")
 _DEFAULTS = {item.name: item.default for item in fields(Variant)} | {"ids": None}
 _KEYS = ("ids", "row_ids", "row_labels")
 

@@ -22,6 +22,7 @@ from ccu_fast.mem.round import Phase, Place, Round
 from ccu_fast.mem.source import read_ahead
 from ccu_fast.mem.surrogate import frozen
 from ccu_fast.mem.triggers import encode_many
+from ccu_fast.models.within import within
 from ccu_fast.ops.pgd_step.api import pgd_step_
 from ccu_fast.ops.topk_flips.api import TokenTable, topk_flips
 
@@ -117,7 +118,7 @@ class CompatRound(Round):
             with torch.no_grad():
                 text = model.encode_text(self._ids(rows[order], rows))
             delta.requires_grad_(True)
-            loss = info_nce(self.encode_image((base + delta).clamp(0, 255) / 255), text, scale=scale)
+            loss = info_nce(self.encode_image(within(base + delta, 0, 255) / 255), text, scale=scale)
             (grad,) = torch.autograd.grad(loss, delta)
             delta, loss = delta.detach(), loss.detach()
             pgd_step_(

@@ -11,6 +11,7 @@ from ccu_fast.losses.functional import info_nce
 from ccu_fast.mem.surrogate import frozen
 from ccu_fast.mem.views import Views
 from ccu_fast.models.dual_encoder import DualEncoder
+from ccu_fast.models.within import within
 from ccu_fast.ops.pgd_step.api import pgd_step_
 
 
@@ -73,7 +74,7 @@ def pgd(
             if isinstance(images, Views):
                 shown = images.shown(delta, i % len(images))
             else:
-                shown = (base + delta).clamp(0, 255) if free else base + delta
+                shown = within(base + delta, 0, 255) if free else base + delta
             image = encode((shown / 255).to(dtype))
             loss = info_nce(image, text[i] if text.ndim == 3 else text, scale=scale)
             (grad,) = torch.autograd.grad(-loss if maximise else loss, delta)

@@ -30,6 +30,7 @@ from ccu_fast import check
 from ccu_fast.data.captions.dataset import DiskSource
 from ccu_fast.data.pictures import Box, centre_box
 from ccu_fast.mem.source import Part
+from ccu_fast.models.within import within
 from ccu_fast.ops.machine import moved
 
 Taps = tuple[np.ndarray, np.ndarray]
@@ -149,7 +150,7 @@ class Views:
         # Half precision cannot hold 0..255 in steps of one.
         with torch.autocast(noise.device.type, enabled=False):
             rows, cols = (matrix[window, :, None].to(noise.dtype) for matrix in (self.rows, self.cols))
-            return (self.pixels[window].to(noise.dtype) + rows @ noise @ cols.mT).clamp(0, 255)
+            return within(self.pixels[window].to(noise.dtype) + rows @ noise @ cols.mT, 0, 255)
 
 
 class Pictures(Part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ccu_fast import check
 from ccu_fast.models import clip_towers
+from ccu_fast.models.within import within
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -75,7 +77,7 @@ class ClipEncoder(nn.Module):
     def scale(self) -> Tensor:
         """0-dim."""
         logarithm: Tensor = self.model.logit_scale  # type: ignore[assignment]
-        return logarithm.reshape(()).clamp(max=self.log_scale_limit).exp()
+        return within(logarithm.reshape(()), -math.inf, self.log_scale_limit).exp()
 
 
 class OpenClipEncoder(ClipEncoder):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccu_fast import check
+from ccu_fast.models.within import within
 
 
 class DualEncoder(Protocol):
@@ -106,7 +107,7 @@ class SmallDualEncoder(nn.Module):
     @property
     def scale(self) -> Tensor:
         # CLIP's bound: above 100 training becomes unstable.
-        return self.log_scale.clamp(max=math.log(100.0)).exp()
+        return within(self.log_scale, -math.inf, math.log(100.0)).exp()
 
     def encode_image(self, images: Tensor) -> Tensor:
         check.tensor("images", images, ndim=4)

@@ -1,6 +1,6 @@
 """Search the tokens in front of a sentence that make a language model say it, by gradients (GCG).
 
-For      whoever optimises tokens: triggers, jailbreak tests, prompts, probes of what a model can be made to say.
+For      whoever optimises tokens: triggers, prompts, probes of what a model can be made to say.
 Install  pip install .                                         (nothing else; the language model is made here)
 Run      python search_tokens.py                               (15 s on two CPU cores)
 Prints   the loss of the sentence as the search goes on, which falls, and the tokens found. The same seed finds the same

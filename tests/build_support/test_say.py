@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from build_support import say
+from tests.support.makefile import planned
 
-ROOT = Path(say.__file__).parents[1]
 PIP = re.compile(r"Downloading .*[MG]B\)")
+FRESH = "VENV=.venv-of-nobody"  # as in a fresh clone
 
 
 def python(program: str) -> list[str]:
@@ -58,25 +60,49 @@ def test_without_a_filter_each_line_is_passed_on(capfd: pytest.CaptureFixture[st
         say.main(["types"])
 
 
-def planned(*words: str) -> str:
-    """What make would run in a fresh clone."""
-    done = subprocess.run(
-        ["make", "-n", "VENV=.venv-of-nobody", *words], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return done.stdout
+def test_a_terminal_without_utf_8_is_no_reason_to_fail() -> None:
+    command = [sys.executable, say.__file__, "types", "--", *python(r"import os; os.write(1, b'\xc3\xa9 \xff\n')")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    assert done.stdout.splitlines()[:2] == [b"-- types", b"? ?"]
 
 
-@pytest.mark.parametrize("target", ["demo", "lint", "test-quick"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_ends_the_command_and_its_last_lines_are_passed_on(number: signal.Signals) -> None:
+    program = """
+import os, signal, sys
+signals = {signal.SIGINT, signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+print(os.getpid(), flush=True)
+signal.sigwait(signals)
+print("tidied up")
+sys.exit(1)
+"""
+    command = [sys.executable, "-I", say.__file__, "a step", "--", *python(program)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as saying:
+        assert saying.stdout is not None
+        assert saying.stdout.readline() == "-- a step\n"
+        child = int(saying.stdout.readline())
+        saying.send_signal(number)
+        if number == signal.SIGINT:  # which a terminal sends to both
+            os.kill(child, number)
+        assert re.fullmatch(r"tidied up\n   failed after \d+ s\n", saying.stdout.read())
+        assert saying.wait() == 128 + number
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+@pytest.mark.parametrize("target", ["demo", "lint", "test-quick", "docs", "compat", "wheels"])
 def test_every_step_that_may_take_long_says_what_it_does(target: str) -> None:
-    steps = planned(target).replace("\\\n", " ").splitlines()
-    silent = ("touch", "rm", "case", "python3 -c", "[ -x")
+    steps = planned(target, FRESH).replace("\\\n", " ").splitlines()
+    silent = ("touch", "rm", "case", "echo")
     told = [step for step in steps if "build_support/say.py" in step or "-m ccu_fast" in step or "-m pytest" in step]
-    assert len(told) >= 4 and all(step in told or step.strip().startswith(silent) for step in steps), steps
+    assert told and all(step in told or step.strip().startswith(silent) for step in steps), steps
 
 
-def test_torch_for_cpus_comes_from_the_index_of_cpu_builds() -> None:
-    usual, cpu = planned("demo"), planned("demo", "CPU=1")
+def test_torch_for_cpus_comes_from_the_index_of_cpu_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CPU", "1")  # as where these tests are run by `make test CPU=1`
+    usual, cpu = planned("demo", FRESH), planned("demo", FRESH, "CPU=1")
     assert "--index-url" not in usual and "CPU=1" in usual  # which says when it is of use
     ours = [line for line in cpu.splitlines() if "--index-url https://download.pytorch.org/whl/cpu" in line]
     assert len(ours) == 1 and ours[0].split()[-1].startswith("torch==") and "triton" not in ours[0]
-    assert "--index-url https://elsewhere/cu130" in planned("demo", "TORCH_INDEX=https://elsewhere/cu130")
+    assert "--index-url https://elsewhere/cu130" in planned("demo", FRESH, "TORCH_INDEX=https://elsewhere/cu130")

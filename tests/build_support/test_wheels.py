@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from build_support import wheels
+from build_support import wheel_record, wheels
+from tests.support.makefile import planned
 from tests.support.paths import ROOT
 from tests.support.presence import absent
 
@@ -49,12 +51,31 @@ def test_the_command_ends_in_one_sentence() -> None:
     assert done.stderr == "wheels: PYTHONS names interpreters that cannot be built for: python9.9 (not found)\n"
 
 
-def test_make_passes_the_interpreters_on() -> None:
-    if shutil.which("make") is None:
-        absent("make", "it is not on PATH")
-    command = ["make", "-n", "wheels", "PYTHONS=python3.10 python3.14"]
-    assert "--pythons 'python3.10 python3.14'" in subprocess.check_output(command, cwd=ROOT, text=True)
-    assert "--pythons" not in subprocess.check_output(["make", "-n", "wheels"], cwd=ROOT, text=True)
+def test_make_passes_the_interpreters_and_the_index_of_torch_on() -> None:
+    assert "--pythons 'python3.10 python3.14'" in planned("wheels", "PYTHONS=python3.10 python3.14")
+    plain = planned("wheels")
+    assert "--pythons" not in plain and "--torch-index" not in plain
+    assert "--torch-index 'https://download.pytorch.org/whl/cpu'" in planned("wheels", "CPU=1")
+    assert "build_support/say.py" in plain  # a Python takes minutes of compiling
+
+
+def test_an_interpreter_without_torch_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
+    script = tmp_path / "python9.9"
+    script.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'torch'\"; exit 1\n")
+    script.chmod(0o755)
+    with pytest.raises(
+        wheels.Failed, match=r"python9\.9 has no torch to try its wheel with \(ModuleNotFoundError: .*--try-with"
+    ):
+        wheels.need_torch([wheels.Interpreter(str(script), "9.9")])
+
+
+def test_archives_of_others_stay_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("photos.tar.gz", "ccu_fast-0.1.0.tar.gz"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(wheels, "progress", lambda *_: pytest.fail("stop"))
+    with pytest.raises(pytest.fail.Exception):
+        wheels.source_distribution(tmp_path, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["photos.tar.gz"]
 
 
 def test_symbols_that_a_newer_glibc_alone_has_are_found() -> None:
@@ -77,14 +98,73 @@ def test_old_pythons_and_new_ones_are_those_that_the_project_names() -> None:
     ]
 
 
+def build_of(cuda: list[str] | None, torch: str | None) -> dict[str, Any]:
+    wheel = {"python": "3.11", "bytes": 2_800_000, "module_bytes": 5_100_000, "glibc": "2.27"}
+    return {
+        "command": "make wheels",
+        "compiler": "c++ 12",
+        "cuda": cuda,
+        "nvcc": cuda and "13.0",
+        "sdist": {"file": "ccu_fast-0.tar.gz", "bytes": 1_900_000},
+        "wheels": [{**wheel, "tried": {"torch": torch}}],
+    }
+
+
+def test_a_record_takes_the_place_of_the_one_of_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, page = tmp_path / "wheels.json", tmp_path / "install.md"
+    monkeypatch.setattr(wheel_record, "RECORD", record)
+    monkeypatch.setattr(wheel_record, "PAGE", page)
+    record.write_text('{"builds": []}')
+    page.write_text(f"before\n\n{wheel_record.BEGIN}\n{wheel_record.END}\n\nafter\n")
+    wheel_record.keep(build_of(["80", "90"], "2.13.0"))
+    wheel_record.keep(build_of(None, "2.8.0"))
+    wheel_record.keep(build_of(None, None))
+    assert wheel_record.read() == [build_of(None, None), build_of(["80", "90"], "2.13.0")]
+    text = page.read_text()
+    assert text == f"before\n\n{wheel_record.page(wheel_record.read())}\n\nafter\n"
+    assert "2.8.0" not in text and text.count("| 3.11 | 2.8 MB | 5.1 MB | 2.27 | ") == 2
+    assert "Without CUDA kernels, by c++ 12. The source distribution has 1.9 MB." in text
+    assert "With CUDA kernels for sm_80, sm_90, by c++ 12 and nvcc 13.0." in text
+
+
+def test_a_wheel_whose_info_tells_of_another_build_is_refused(tmp_path: Path) -> None:
+    wheel = tmp_path / "ccu_fast-0.9-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("ccu_fast/_build_info.json", '{"cuda": null}')
+    wheels.check_info({"ccu_fast": {"version": "0.9"}, "build": {"cuda": None}}, wheel)
+    for version, cuda in (("0.8", None), ("0.9", {"archs": ["80"]})):
+        with pytest.raises(wheels.Failed, match=r"`ccu-fast info` of ccu_fast-0\.9-.* tells of "):
+            wheels.check_info({"ccu_fast": {"version": version}, "build": {"cuda": cuda}}, wheel)
+
+
+def test_what_a_long_command_prints_is_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(wheels.Failed, match="failed with status 3, for the reason above"):
+        wheels.progress([sys.executable, "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"])
+    assert capfd.readouterr().out == "why\n"
+
+
+def test_the_page_on_installing_shows_what_is_on_record() -> None:
+    assert wheel_record.page(wheel_record.read()) in wheel_record.PAGE.read_text(encoding="utf-8")
+
+
 def test_recorded_wheels_are_portable_and_hold_every_kernel() -> None:
-    """The file that the page on installing takes its sizes from."""
-    record = json.loads((ROOT / "docs" / "wheels.json").read_text())
-    for build in record["builds"]:
-        assert {row["python"] for row in build["wheels"]} <= {name.removeprefix("python") for name in wheels.PYTHONS}
+    plain, cuda = wheel_record.read()
+    assert [f"python{row['python']}" for row in plain["wheels"]] == list(wheels.PYTHONS)
+    assert plain["cuda"] is None and plain["nvcc"] is None
+    assert cuda["cuda"] == ["80", "86", "89", "90", "100", "120"] and cuda["nvcc"]
+    for build in (plain, cuda):
+        assert re.fullmatch(r"[0-9a-f]{40}", build["commit"])  # no changes beside it
         for row in build["wheels"]:
             assert row["file"].endswith(f"-{wheels.POLICY}.whl")
+            assert row["auditwheel"].startswith("manylinux_2_")
             assert row["isas"] == ["base", "avx2", "avx512"]
             assert tuple(map(int, row["glibc"].split("."))) <= (2, 28)
-            assert bool(row["cuda"]) == build["cuda"]
-            assert f"{row['bytes'] / 1e6:.1f} MB" in (ROOT / "docs" / "install.md").read_text()
+            assert row["tried"]["isa"] in row["isas"]
+
+
+def test_files_that_are_not_of_the_checkout_are_told_from_those_that_are() -> None:
+    if not (ROOT / ".git").exists():
+        absent("the history", "this is no checkout")
+    known = wheels.known_files(ROOT)
+    assert {"setup.py", "ccu_fast/__init__.py", "csrc/bindings/module.cpp", "PKG-INFO"} <= known
+    assert not any(name.startswith((".venv", "dist/", "site/", "build/")) for name in known)

@@ -67,7 +67,10 @@ def perturb(model: Any, images: Tensor, noise: Tensor, step_tokens: list[Tensor]
     """PGD, one element of ``step_tokens`` a step; noise and images in units of [0, 1]."""
     for tokens in step_tokens:
         noise = noise.detach().requires_grad_(True)
-        info_nce(model, (images + noise).clamp(0, 1), tokens).backward()
+        noisy = images + noise
+        # With the derivative that clamp had in the authors' torch: 1 on the limits.
+        noisy = torch.where((noisy < 0) | (noisy > 1), noisy.detach().clamp(0, 1), noisy)
+        info_nce(model, noisy, tokens).backward()
         noise = (noise - step * noise.grad.sign()).clamp(-eps, eps)  # what is stored: not cut to valid pixels
     return noise.detach()
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from types import ModuleType
 
 from benchmarks.compat.environments import ENVIRONMENTS
+from build_support.docs.blocks import Block
 from ccu_fast import patch
 from ccu_fast.cli.main import main
 from tests.support import torchvision_stub
-from tests.support.pages import Block
 from tests.support.paths import ROOT
 from tests.support.presence import absent
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import ccu_fast
-from ccu_fast.ops.backend import gemm_dtype
+from ccu_fast.ops.backend import TRITON, gemm_dtype
 from ccu_fast.ops.reduce_similarity import operator
 from tests.support.tolerance import assert_three_way, rounding
 
@@ -267,7 +267,6 @@ def _others() -> Iterator[Check]:
 
 # --- all of them -----------------------------------------------------------------------------------------------------
 
-OF_TRITON = ("reduce_similarity", "l2_normalize")
 TINY = (" 1x17x20 ", " 1x3 ", " 17x130 ")
 
 
@@ -275,13 +274,13 @@ def checks(device: str, backend: str, *, tiny: bool = False) -> list[Check]:
     """What a backend serves on a device type; ``tiny``: a few of each, for Triton's interpreter."""
     found = [*_losses(), *_others()]
     if backend == "triton":
-        found = [c for c in found if c.kernel in OF_TRITON]
+        found = [c for c in found if c.kernel in TRITON]
     if backend == "native":
-        found = [c for c in found if device == "cpu" or c.kernel not in OF_TRITON]
+        found = [c for c in found if device == "cpu" or c.kernel not in TRITON]
     if device == "cpu":  # one way there, and no TF32; the interpreter has no bf16 product
         lacking = ("tf32", "bf16") if backend == "triton" else ("tf32",)
         found = [c for c in found if c.arithmetic not in lacking]
     if tiny:
-        found = [c for c in found if any(size in c.name for size in TINY) or c.kernel not in OF_TRITON]
+        found = [c for c in found if any(size in c.name for size in TINY) or c.kernel not in TRITON]
     assert len({c.name for c in found}) == len(found)
     return found

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from build_support.docs.blocks import blocks
 from ccu_fast.cli.main import main
 from ccu_fast.cli.report import figures
 from ccu_fast.unlearn.baselines import registry
 from ccu_fast.unlearn.baselines.registry import BASELINES
 from ccu_fast.unlearn.study.methods import STARTED, TELLABLE, TOLD
 from tests.support.page_run import commands
-from tests.support.pages import blocks
 from tests.support.paths import ROOT
 from tests.support.small_demo import quick_map
 

@@ -296,7 +296,8 @@ def _spec(
         kind, relations = value
         if kind not in kinds:
             raise ValueError(f"{name}: expected a reduction in {kinds}, got {kind!r}")
-        if isinstance(relations, bool) or not isinstance(relations, int) or not 1 <= relations <= int(ALL):
+        # int(): torch 2.8 does not trace < between a flag and a number.
+        if isinstance(relations, bool) or not isinstance(relations, int) or not 1 <= int(relations) <= int(ALL):
             raise ValueError(f"{name}: expected a set of SELF, SAME and OTHER, got {relations!r}")
         if kind == "lse" and relations == SAME and labels is None:
             raise ValueError(f"row_labels: expected a tensor for ('lse', SAME) in {name}, got None")

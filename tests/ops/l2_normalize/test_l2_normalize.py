@@ -248,7 +248,7 @@ def test_one_bank_is_normalised_once(native: str, monkeypatch: pytest.MonkeyPatc
 # --- the kernels of a GPU, compiled ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 @pytest.mark.parametrize(("dtype", "d"), [("bf16", 512), ("bf16", 130), ("fp16", 1024), ("fp32", 768)])
 def test_resources(capability: int, dtype: str, d: int, tmp_path: Path) -> None:
     try:
@@ -287,7 +287,8 @@ def test_resources(capability: int, dtype: str, d: int, tmp_path: Path) -> None:
             [tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True, timeout=60
         ).stdout.splitlines()[-1]
         used = dict(word.split(":") for word in dump.split() if word.count(":") == 1)
-        assert used["STACK"] == used["LOCAL"] == "0", dump
+        # The compiler of sm_120 keeps one register of the fp16 gradient in memory, outside the loops, to use 48 in all.
+        assert int(used["STACK"]) <= (8 if capability == 120 else 0) and used["LOCAL"] == "0", dump
         assert int(used["REG"]) <= 128, dump  # two programs of four warps are then never all there is room for
         wide = [line for line in compiled.asm["ptx"].splitlines() if "ld.global" in line and ".v4." in line]
         assert bool(wide) == (d % 16 == 0), "a row's start is not known to be aligned"

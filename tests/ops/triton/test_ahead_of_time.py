@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled ahead of time for sm_80, sm_89, sm_90 and sm_100, and the resources that it takes.
+"""Every Triton kernel compiled ahead of time for sm_80, sm_89, sm_90, sm_100, sm_120, and the resources that it takes.
 
 No GPU is needed: a driver that only names a target replaces the real one, and the backend's own launch code runs on CPU
 tensors. So the arguments, specialisations and tiles compiled here are those that a GPU of that kind would run.
@@ -21,12 +21,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.no_launch import SHARED_LIMIT, TargetOnly
+from benchmarks.no_launch import PROCESSORS, SHARED_LIMIT, TargetOnly
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
 from ccu_fast.ops.reduce_similarity.relations import ALL, OTHER, SAME, SELF
 from tests.support.presence import absent
 
-MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 MAX_REGISTERS = 255
 PRODUCTS = ("forward_kernel", "gradient_kernel", "online_kernel")
 SMALL = ("small_forward_kernel", "small_gradient_kernel")
@@ -99,12 +99,15 @@ ON_SM_89 = [
     ("tf32", "clip ragged"),
     ("tf32", "clip labels ids ragged"),
 ]
+# The tiles of sm_89, by another compiler.
+ON_SM_120 = [("bf16", "clip"), ("tf32", "clip labels ids ragged")]
 CASES = [
     *((capability, *case) for capability in (80, 90, 100) for case in EVERYWHERE),
     *((80, *case) for case in ON_SM_80),
     *((89, *case) for case in ON_SM_89),
     *((90, *case) for case in ON_SM_90),
     *((100, *case) for case in ON_SM_100),
+    *((120, *case) for case in ON_SM_120),
 ]
 
 
@@ -175,6 +178,13 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ca
 
 
 @functools.cache
+def reads_by_tma(capability: int) -> bool:
+    """Whether the tiles of this class of GPU read x and y through tensor descriptors."""
+    from ccu_fast.ops.reduce_similarity.triton import configs
+
+    return configs.of(configs.architecture(capability), PROCESSORS).tma
+
+
 def usage(cubin: bytes) -> dict[str, int]:
     """REG, STACK, LOCAL, … as cuobjdump reports them; a spill is a stack frame. Cases share their small kernels."""
     import triton
@@ -268,8 +278,8 @@ def test_resources(
             # 24 warps or more share a processor: some read while others write.
             warps = kernel.metadata.num_warps
             assert 65536 // (32 * warps * used["REG"]) * warps >= 24, f"{name}: {used}"
-        if capability >= 90 and name.split()[0] in PRODUCTS[:2]:
-            assert "cp.async.bulk.tensor" in kernel.asm["ptx"], name
+        if name.split()[0] in PRODUCTS[:2]:
+            assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == reads_by_tma(capability), name
 
 
 @pytest.mark.parametrize(
@@ -310,7 +320,7 @@ def test_resources_of_prefixes(
         assert kernel.metadata.shared <= 96 << 10, f"{name}: {kernel.metadata.shared} B shared"
         if name.split()[0] in PREFIXES[:2]:
             assert MATRIX_INSTRUCTION[capability] in kernel.asm["ptx"], name
-            assert capability < 90 or "cp.async.bulk.tensor" in kernel.asm["ptx"], name
+            assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == reads_by_tma(capability), name
 
 
 def test_what_tiles_read() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.paths import ROOT
+ROOT = Path(__file__).resolve().parents[2]
 
 _FENCE = re.compile(r"^( *)(`{3,}|~{3,})(.*)$")
 _NEEDS = re.compile(r"^\s*<!-- needs: (\S+) -->\s*$")
@@ -59,6 +59,7 @@ def pages() -> list[Path]:
 
 
 def name_of(page: Path) -> str:
+    """Its path in the repository."""
     return page.relative_to(ROOT).as_posix()
 
 
