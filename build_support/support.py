@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from build_support.wheels import Failed, commit_of, run
+from build_support.wheels import Failed, run
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "docs" / "support.json"
@@ -86,6 +86,15 @@ def versions() -> dict[str, str]:
     return found | {name: importlib.metadata.version(name).partition("+")[0] for name in VERSIONS[1:]}
 
 
+def commit() -> str:
+    """The commit that runs, with ``+changes`` if files other than the record and its page differ from it."""
+    if not (ROOT / ".git").exists():
+        return "unknown"
+    others = [f":!{path.relative_to(ROOT)}" for path in (RECORD, PAGE)]
+    changed = run(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *others]).strip()
+    return run(["git", "rev-parse", "HEAD"]).strip() + ("+changes" if changed else "")
+
+
 def kernels() -> dict[str, str]:
     """The instruction set of the compiled kernels, and the commit they are from.
 
@@ -118,15 +127,12 @@ def run_tests(words: Sequence[str]) -> dict[str, Any]:
     """
     import pytest
 
-    commit = commit_of(ROOT).get("CCU_FAST_GIT_SHA", "unknown")
-    compiled = kernels()
+    before = {"system": f"{platform.system()} {platform.machine()}", "commit": commit(), "kernels": kernels()}
     tally = Tally()
     status = int(pytest.main([*words], plugins=[tally]))
     if status not in RAN:
         raise Failed(f"pytest ended with status {status}; nothing is recorded")
-    command = f"python -m pytest {shlex.join(words)}"
-    about = {"system": platform.platform(terse=True), "commit": commit, "kernels": compiled, "command": command}
-    return {**versions(), **about, **tally.result()}
+    return {**versions(), **before, "command": f"python -m pytest {shlex.join(words)}", **tally.result()}
 
 
 def merged(runs: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:

@@ -260,6 +260,7 @@ def test_choice_is_a_constant_of_a_graph(pretend: Callable[[Machine], None], mon
     # Where torch sees a GPU, the compiler restores the random number state.
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # a torch for CUDA asks the driver
 
     def step(x: torch.Tensor) -> torch.Tensor:
         name = registry.choose("auto", "reduce_similarity", device, torch.float32)
