@@ -37,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(line: str) -> None:
-    """A line that is there at once, also where it goes into a pipe."""
-    sys.stdout.write(f"{line}\n")  # in one piece: two threads write
+    """A line that is there at once, also where it goes into a pipe, with what the terminal cannot show replaced."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(f"{line}\n".encode(encoding, "replace").decode(encoding))  # in one piece: two threads write
     sys.stdout.flush()
 
 

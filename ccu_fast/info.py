@@ -19,7 +19,7 @@ from ccu_fast import patch
 from ccu_fast._version import __version__
 from ccu_fast.extras import EXTRAS, command, distribution, installed
 from ccu_fast.ops import machine
-from ccu_fast.ops.backend import OPERATIONS, has_kernel, pick, unavailable
+from ccu_fast.ops.backend import OPERATIONS, has_bf16, has_kernel, pick, unavailable
 
 SCHEMA = 1  # of collect's data: raised when a key goes or changes its meaning, not when one is added
 WIDTH = 100
@@ -71,7 +71,13 @@ def collect() -> dict[str, Any]:
         "numpy": installed("numpy"),
         "tested": _tested(),
         "build": _published(machine.build_info()),
-        "cpu": {**_cpu(), "isa": _cpu_isa(), "threads": torch.get_num_threads(), "why_not": _why_not_native()},
+        "cpu": {
+            **_cpu(),
+            "isa": _cpu_isa(),
+            "bf16": torch.backends.mkldnn.is_available() and has_bf16(),
+            "threads": torch.get_num_threads(),
+            "why_not": _why_not_native(),
+        },
         "cuda": {
             "torch": torch.version.cuda,
             "cudnn": _cudnn(),
@@ -163,6 +169,7 @@ def _kernels(report: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("cuda kernels", f"CUDA {cuda['version']} for {', '.join('sm_' + arch for arch in cuda['archs'])}"))
     if report["cuda"]["why_no_kernels"]:
         rows.append(("  unusable" if cuda else "cuda kernels", report["cuda"]["why_no_kernels"]))
+    rows.append(("bf16 on a CPU", "products in bf16" if cpu["bf16"] else "products in fp32: this CPU has none in bf16"))
     rows.append(("what runs", "for fp32, fp16 and bf16; fp64 runs in plain torch everywhere"))
     for device in next(iter(report["operations"].values())):
         rows += _serving(device, {op: choices[device] for op, choices in report["operations"].items()})

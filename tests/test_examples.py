@@ -147,7 +147,7 @@ def test_two_processes_have_the_loss_of_one(tmp_path: Path) -> None:
     assert len(both) == 2
     for ours, expected in both:
         assert float(ours) == pytest.approx(float(expected), abs=1e-5)
-    assert float(re.findall(r"largest difference of a weight after 10 steps: (\S+)", done.stdout)[0]) < 1e-5
+    assert float(re.findall(r"largest difference of a weight after any of 10 steps: (\S+)", done.stdout)[0]) < 1e-5
 
 
 class TestProtectPhotos:

@@ -84,6 +84,9 @@ def test_report_is_json_and_text_with_the_same_facts(capsys: pytest.CaptureFixtu
     text = one_line_a_row(capsys.readouterr().out)
     for fact in (ccu_fast.__version__, torch.__version__, report["python"]):
         assert fact in text
+    for has, products in ((True, "products in bf16"), (False, "products in fp32")):
+        shown = info.render({**report, "cpu": {**report["cpu"], "bf16": has}})
+        assert products in shown and (shown == info.render(report)) == (has == backend.has_bf16())
     for op, choices in report["operations"].items():
         chosen = backend.choose("auto", op, torch.device("cpu"), torch.float32)
         assert choices["cpu"]["backend"] == chosen

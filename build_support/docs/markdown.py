@@ -29,7 +29,7 @@ def from_docstring(text: str, link: Callable[[str], str], returns: str = "") -> 
     text = SECTION.sub(lambda found: found[1] + ITEM.sub(_item, found[2]), text)
     if returns:  # else what stands before a colon in the first line would be taken for it
         text = re.sub(r"^(Returns:\n +)(?=\S)", lambda found: f"{found[1]}{returns}: ", text, flags=re.MULTILINE)
-    text = re.sub(r"^Source:", "**Source:**", text, flags=re.MULTILINE)
+    text = re.sub(r"^Source:|^(?:Args|Returns|Raises):(?= )", _heading, text, flags=re.MULTILINE)
     return ROLE.sub(lambda found: link(found[1]), text).rstrip()
 
 
@@ -72,6 +72,11 @@ def links(markdown: str) -> Iterator[str]:
 def _item(found: re.Match[str]) -> str:
     """As griffe reads it: a space would end the name, of which there may be several, and > begins no quotation."""
     return found[1].replace(", ", ",\N{EN SPACE}") + ": " + ("\\>" if found[2] else "")
+
+
+def _heading(found: re.Match[str]) -> str:
+    """What stands on the line of its heading is no section to griffe; it gets the heading that a section has."""
+    return f"**{found[0].replace('Args', 'Parameters')}**"
 
 
 def _fenced(found: re.Match[str]) -> str:

@@ -91,7 +91,7 @@ def protect(
     extras.require("rich", "PIL")
     import torch
 
-    from ccu_fast.mem.job.models import choose
+    from ccu_fast.mem.job.models import choose_model
 
     if size is not None and input_size is not None:
         raise ValueError(f"input_size: expected without size, which says what the surrogate sees, got {input_size!r}")
@@ -103,7 +103,7 @@ def protect(
     job = Job(
         input,
         out,
-        choose(model, size=size, input_size=input_size, grey=grey, checkpoint=checkpoint),
+        choose_model(model, size=size, input_size=input_size, grey=grey, checkpoint=checkpoint),
         Method.parse(method),
         Settings(**settings),
         options=Options(**options),
@@ -161,7 +161,7 @@ def evaluate(
     test pairs after the last and after the best epoch.
     """
     extras.require("rich", "PIL", *(["matplotlib", "jinja2"] if report else []))
-    from ccu_fast.mem.job.models import choose
+    from ccu_fast.mem.job.models import choose_model
     from ccu_fast.mem.job.victims import evaluate_datasets
 
     named = {}
@@ -205,7 +205,7 @@ def evaluate(
             result = evaluate_datasets(
                 named,
                 test,
-                choose(model, size=size, grey=grey),
+                choose_model(model, size=size, grey=grey),
                 recipe=Recipe(**recipe),
                 seeds=range(seeds),
                 treatments=treatment or (),
@@ -252,12 +252,15 @@ class _Figures:
         """Print the table."""
         from rich.console import Console
 
+        from ccu_fast.cli.report.findings import nothing_learned
         from ccu_fast.cli.report.tables import evaluation_table
         from ccu_fast.cli.report.terminal import show
 
         # A cut table loses figures: where the width is not known (a file, a pipe), it is as wide as it needs.
         console = Console()
         show(evaluation_table(self.found), console if console.is_terminal else Console(width=160))
+        if (said := nothing_learned(self.found)) is not None:
+            Console(highlight=False).print(said)
         self._shown = True
 
     def tell(self) -> str:

@@ -53,7 +53,7 @@ def arguments(*passed_on: str) -> Callable[[F], F]:
                 raise TypeError(f"scale: expected by keyword (scale = 1 / temperature), got {shown} by position")
             for name in keywords:
                 if name not in known:
-                    likely = "scale (1 / temperature)" if name == "temperature" else _likely(name, known)
+                    likely = "scale (1 / temperature)" if name in ("tau", "temperature") else _likely(name, known)
                     raise TypeError(f"{name}: expected {likely}, got an unknown keyword")
             return function(*args, **keywords)
 

@@ -51,6 +51,8 @@ class _SimilarityLoss(nn.Module):
         self.normalize = check.boolean("normalize", normalize)
         self.backend = backend
         self.workspace = workspace
+        if isinstance(scale, Tensor):
+            raise TypeError("scale: expected a number, with learnable=True to train it, got a tensor")
         if scale is not None:
             scale = check.number("scale", scale)
         if not learnable:

@@ -1,6 +1,8 @@
 """MEM: publish image-caption pairs that teach a model less (Liu et al. 2024, arXiv 2407.16307)."""
 
 from ccu_fast.mem.config import Execution, Method, Settings, strength
+from ccu_fast.mem.job.job import Job
+from ccu_fast.mem.job.models import choose_model
 from ccu_fast.mem.job.protect import protect_dataset
 from ccu_fast.mem.job.victims import evaluate_datasets
 from ccu_fast.mem.protection import Protected, Protection, protect
@@ -14,6 +16,7 @@ from ccu_fast.models.tokenizer import Tokenizer
 
 __all__ = [
     "Execution",
+    "Job",
     "Method",
     "Protected",
     "Protection",
@@ -22,6 +25,7 @@ __all__ = [
     "Tokenizer",
     "Victim",
     "WordTokenizer",
+    "choose_model",
     "evaluate_datasets",
     "export",
     "protect",

@@ -9,7 +9,7 @@ from torch import Tensor
 def within(values: Tensor, low: float, high: float) -> Tensor:
     """``values.clamp(low, high)``, whose derivative is 1 on the limits too.
 
-    torch's own is 1 there up to 2.13 and 0 in 2.15, with which a black pixel would get no noise, and a scale that
+    torch's own is 1 there up to 2.13 and 0 since 2.14, with which a black pixel would get no noise, and a scale that
     starts at its limit would stay there.
 
     Args:

@@ -9,6 +9,12 @@ from typing import Any
 from ccu_fast.unlearn.audit.text_questions import TITLES, heading
 
 HEAD = "# A model that was made to forget"
+HOW_TO_READ = (
+    "Forget is what was to be forgotten, retain the rest of the training data; unseen and test are items that the "
+    "model was not trained on. A membership AUC of 0.5 tells nothing of who was trained on. Not measured here: what a "
+    "probe still finds below the heads, and how soon training brings it back; the comparison of methods (--compare) "
+    "does that."
+)
 LOADING = {
     "open_clip": 'import open_clip\nmodel = open_clip.create_model("{rest}", pretrained=None)',
     "hf": 'import transformers\nmodel = transformers.CLIPModel.from_pretrained("{rest}")',
@@ -52,6 +58,7 @@ def card(result: Mapping[str, Any]) -> str:
         ),
         "## Figures",
         _table(("", "before", "after"), [(name, f"{old:.4g}", f"{new:.4g}") for name, old, new in result["rows"]]),
+        HOW_TO_READ,
         *_by_text(result.get("text_membership")),
         "## Settings",
         _table(

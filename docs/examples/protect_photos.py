@@ -26,9 +26,17 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from ccu_fast.data.strips import load_strips
-from ccu_fast.mem import Method, Recipe, Settings, evaluate_datasets, protect_dataset, strength, verify
-from ccu_fast.mem.job import Job
-from ccu_fast.mem.job.models import choose
+from ccu_fast.mem import (
+    Job,
+    Method,
+    Recipe,
+    Settings,
+    choose_model,
+    evaluate_datasets,
+    protect_dataset,
+    strength,
+    verify,
+)
 
 PHOTOS = {"china.jpg": "a temple in china", "flower.jpg": "an orange flower"}
 ROWS, COLUMNS = ("top", "upper", "middle", "lower", "bottom"), ("far left", "left", "centre", "right", "far right")
@@ -62,7 +70,7 @@ def protect_and_look(args: argparse.Namespace) -> dict[str, Any]:
     chosen = strength(args.strength)  # a method by its name, and what differs from the defaults
     method = Method.parse(chosen.pop("method"))
     settings = Settings(**chosen, rounds=args.rounds, surrogate_steps=args.surrogate_steps)
-    job = Job(photos, protected, choose("small:32", input_size=SEEN), method, settings)
+    job = Job(photos, protected, choose_model("small:32", input_size=SEEN), method, settings)
     manifest = protect_dataset(job)
     measured = manifest["measured"]
     print(f"{manifest['images']} pictures with {manifest['rows']} captions in {protected}/ ({args.strength})")
@@ -77,7 +85,7 @@ def protect_and_look(args: argparse.Namespace) -> dict[str, Any]:
     figures = evaluate_datasets(
         {"clean": photos, "protected": protected},
         test,
-        choose("small:64", size=SEEN),
+        choose_model("small:64", size=SEEN),
         recipe=Recipe(epochs=args.epochs),
     )
     print(f"\nR@1 among {figures['test']['images']} clean pictures, a model trained on")

@@ -102,6 +102,13 @@ def test_the_sections_of_a_docstring_are_as_griffe_reads_them() -> None:
     )
 
 
+def test_a_section_of_one_line_has_the_heading_of_a_section() -> None:
+    text = "Do.\n\nArgs: as there.\n\nReturns: x.\n\nRaises: A.\n\nSource: them."
+    assert from_docstring(text, str, "Tensor") == (
+        "Do.\n\n**Parameters:** as there.\n\n**Returns:** x.\n\n**Raises:** A.\n\n**Source:** them."
+    )
+
+
 def test_no_docstring_of_the_reference_keeps_other_markup() -> None:
     for name in LISTED:
         value = found(name)

@@ -60,6 +60,12 @@ def test_without_a_filter_each_line_is_passed_on(capfd: pytest.CaptureFixture[st
         say.main(["types"])
 
 
+def test_a_terminal_without_utf_8_is_no_reason_to_fail() -> None:
+    command = [sys.executable, say.__file__, "types", "--", *python(r"import os; os.write(1, b'\xc3\xa9 \xff\n')")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    assert done.stdout.splitlines()[:2] == [b"-- types", b"? ?"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_ends_the_command_and_its_last_lines_are_passed_on(number: signal.Signals) -> None:
     program = """

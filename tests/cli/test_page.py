@@ -111,6 +111,10 @@ def test_a_demo_page_begins_with_the_gap(tmp_path: Path) -> None:
     html = written(tmp_path, page.write_report, results(1))
     assert faults(html) == []
     told = re.findall(r"<li>(.*)</li>", html[: html.index("<h2>")])
+    assert told.pop(0) == (
+        "Forgetting a class: by the visual half alone the model recognises 80.0 % of the forgotten items before, 51.2 "
+        "% after CCU; retrained without them, 50.0 %. Of new items that stay: 90.0 %, 90.0 % and 90.0 %."
+    )
     assert told[0].startswith(
         "Forgetting a class: CCU ends 1.25 points from retraining; before, the model was 30.00 away; "
         "retraining again from other weights differs by 0.90; the nearest of 9 other methods, method &lt;0&gt;, "
@@ -149,6 +153,7 @@ def test_without_a_retrained_model_no_gap_is_told() -> None:
         del metrics["average_gap"]
     assert findings.gap_chart({"0": seed}) is None and findings.part_chart({"0": seed}) is None
     assert findings.gap_sentence("class", {"0": seed}) is None
+    assert findings.forgotten_sentence("class", {"0": seed}) is None
 
 
 def test_an_alarm_of_rank_is_told_as_it_is() -> None:
@@ -156,6 +161,21 @@ def test_an_alarm_of_rank_is_told_as_it_is() -> None:
     worse = {**GAPS, "ccu": ("CCU", 5.5)}
     said = findings.gap_sentence("class", {"0": of_seed(0, worse)})
     assert said is not None and "4 of 9 other methods end nearer, first method <0> with 2.00" in said
+
+
+@pytest.mark.parametrize(("last", "told"), [(0.1, True), (0.2, True), (0.3, False)])
+def test_victims_that_guess_are_no_sign_of_protection(last: float, told: bool) -> None:
+    """With 25 pictures and guessing at .1 an R@1 of up to .22 may be chance. The best epoch is chosen: no witness."""
+    run = {"last": {**EPOCH, "i2t_r1": last, "t2i_r1": 0.1}, "best": EPOCH}
+    result = {
+        "guessing": {key: 0.1 for key in EPOCH},
+        "test": {"images": 25, "captions": 25},
+        "datasets": {
+            "clean": {"seeds": {"0": run}},
+            "protected": {"seeds": {"0": {**run, "last": {**run["last"], "i2t_r1": 0.1}}}},
+        },
+    }
+    assert (findings.nothing_learned(result) is not None) is told
 
 
 def test_pages_of_unlearn_evaluate_and_verify_are_as_good(tmp_path: Path) -> None:
@@ -172,6 +192,7 @@ def test_pages_of_unlearn_evaluate_and_verify_are_as_good(tmp_path: Path) -> Non
     html = written(tmp_path, page.write_run, run)
     assert faults(html) == [] and html.count("<svg") == 3
     assert "from 2 at the first to 1 at the last of 3 steps" in html
+    assert "Not measured here: what a probe still finds below" in html
     victims = {"curve": [EPOCH, EPOCH], "train_loss": [2.0, 1.0], "last": EPOCH, "best": EPOCH}
     evaluated = {
         "model": {"width": 1},

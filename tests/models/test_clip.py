@@ -17,7 +17,7 @@ from ccu_fast.cli import main as cli
 from ccu_fast.data.paired import PairedData
 from ccu_fast.data.strips import load_strips, write_strips
 from ccu_fast.mem import Method, Protection, Settings
-from ccu_fast.mem.job.models import choose
+from ccu_fast.mem.job.models import choose_model
 from ccu_fast.mem.source import TensorSource
 from ccu_fast.models import clip_towers
 from ccu_fast.models.clip import MEAN, STD, OpenClipEncoder, TransformersClipEncoder
@@ -527,7 +527,7 @@ def test_a_folder_whose_weights_are_not_all_there(folder: Path) -> None:
     ):
         file.write_bytes(changed if isinstance(changed, bytes) else save(changed, {"format": "pt"}))
         with pytest.raises(ValueError, match=message):
-            choose(f"hf:{folder}")(["a caption"]).factory()
+            choose_model(f"hf:{folder}")(["a caption"]).factory()
 
 
 @pytest.mark.parametrize(
@@ -542,11 +542,11 @@ def test_a_folder_whose_weights_are_not_all_there(folder: Path) -> None:
 )
 def test_models_that_cannot_be(open_clip: Any, spec: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        choose(spec, **options)(["a caption"])
+        choose_model(spec, **options)(["a caption"])
 
 
 def test_open_clip_by_name(open_clip: Any) -> None:
-    model = choose("open_clip:RN50")(["a caption"])
+    model = choose_model("open_clip:RN50")(["a caption"])
     assert model.image_shape == (3, 224, 224)
     assert model.about["model"] == "open_clip:RN50"
     assert len(model.tokenizer) == 49408

@@ -228,6 +228,8 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (call("info_nce", X, X, scale=1.0, normalise=True), TypeError, "normalise: expected normalize, got an unknown key"),
     (call("info_nce", X, X, temperature=0.07), TypeError, "temperature: expected scale (1 / temperature), got an"),
+    (call("info_nce", X, X, tau=0.07), TypeError, "tau: expected scale (1 / temperature), got an unknown keyword"),
+    (call("InfoNCE", scale=X), TypeError, "scale: expected a number, with learnable=True to train it, got a tensor"),
     (call("sup_con", X, labels=LABELS), TypeError, "labels: expected row_labels or col_labels, got an unknown keyword"),
     (
         call("sup_con", X, X, labels=LABELS, scale=1.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from statistics import mean
 from typing import Any
 
@@ -11,6 +12,7 @@ from ccu_fast.cli.report.tables import GOLDS, PROTECT_LABELS, judged, runs_of, s
 
 OURS = "ccu"
 AGAIN = "gold_again"  # retrained as gold is, from other initial weights
+FORGOTTEN = {"class": "a class", "instances": "random instances", "pairs": "pairs"}
 NEAREST = 5  # so many of the other methods are drawn
 ONE_SEED = "One seed, so noisy: how far a figure moves from seed to seed is not seen."
 
@@ -42,6 +44,33 @@ class Chart:
     band: float | None = None
 
 
+def forgotten_sentence(scenario: str, by_seed: Mapping[str, Any]) -> str | None:
+    """How often the visual head is right before, after and retrained; None where one of these or the head is missing.
+
+    Args:
+        scenario: "class", "instances" or "pairs".
+        by_seed: the results of a comparison by seed.
+    """
+    metrics = [value["metrics"] for value in by_seed.values()]
+    gold = next((name for name in GOLDS if name in metrics[0]), None)
+    models = ("original", OURS, gold)
+    if gold is None or any("visual" not in found.get(name, {}) for found in metrics for name in models):
+        return None
+
+    def right(part: str) -> list[str] | None:
+        values = [[found[name]["visual"].get(part) for found in metrics] for name in models]
+        return None if any(None in each for each in values) else [f"{100 * mean(each):.1f} %" for each in values]
+
+    gone, stay = right("forget_train"), right("retain_test")
+    if gone is None or stay is None:
+        return None
+    return (
+        f"Forgetting {FORGOTTEN[scenario]}: by the visual half alone the model recognises {gone[0]} of the forgotten "
+        f"items before, {gone[1]} after CCU; retrained without them, {gone[2]}. Of new items that stay: {stay[0]}, "
+        f"{stay[1]} and {stay[2]}."
+    )
+
+
 def gap_sentence(scenario: str, by_seed: Mapping[str, Any]) -> str | None:
     """How far this project's method ends from retraining, beside the others; None where either is missing.
 
@@ -53,9 +82,8 @@ def gap_sentence(scenario: str, by_seed: Mapping[str, Any]) -> str | None:
     if OURS not in gaps:
         return None
     others = _others(gaps)
-    what = {"class": "a class", "instances": "random instances", "pairs": "pairs"}[scenario]
     parts = [
-        f"Forgetting {what}: CCU ends {gaps[OURS]:.2f} points from retraining; before, the model was "
+        f"Forgetting {FORGOTTEN[scenario]}: CCU ends {gaps[OURS]:.2f} points from retraining; before, the model was "
         f"{gaps['original']:.2f} away"
     ]
     if AGAIN in gaps:
@@ -92,11 +120,34 @@ def protection_sentence(results: Mapping[str, Any]) -> str | None:
 
 def findings(results: Mapping[str, Any]) -> list[str]:
     """The sentences that a demo's page and its terminal begin with."""
-    said = [gap_sentence(scenario, by_seed) for scenario, by_seed in results["unlearn"].items()]
+    said = [
+        sentence(scenario, by_seed)
+        for scenario, by_seed in results["unlearn"].items()
+        for sentence in (forgotten_sentence, gap_sentence)
+    ]
     said.append(protection_sentence(results["protect"]) if results["protect"] else None)
     if results["seeds"] == 1:
         said.append(f"{ONE_SEED} --seeds 3 shows it.")
     return [sentence for sentence in said if sentence]
+
+
+def nothing_learned(result: Mapping[str, Any]) -> str | None:
+    """Said where no victim is better than chance: then the figures of an evaluation are no sign of protection.
+
+    Args:
+        result: what :func:`ccu_fast.mem.job.victims.evaluate_datasets` returns, also while it is at work.
+    """
+    items = {"i2t_r1": result["test"]["images"], "t2i_r1": result["test"]["captions"]}
+    for dataset in result["datasets"].values():
+        for key, count in items.items():
+            guessing = result["guessing"][key]
+            chance = guessing + 2 * sqrt(guessing * (1 - guessing) / count)
+            if mean(run["last"][key] for run in dataset["seeds"].values()) > chance:
+                return None
+    return (
+        "No model ends better than chance, within two standard errors, so these figures cannot tell whether anything "
+        "is protected. More pairs to learn from and to test with, or more epochs, may."
+    )
 
 
 def gap_chart(by_seed: Mapping[str, Any]) -> Chart | None:

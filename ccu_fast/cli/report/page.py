@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ccu_fast.cli.report import figures, findings, tables
 from ccu_fast.files import write_whole
 from ccu_fast.mem.verification.shown import Shown
+from ccu_fast.unlearn.card import HOW_TO_READ
 from ccu_fast.unlearn.study.tasks import TASKS
 
 # By what a retrained model has not seen.
@@ -73,7 +74,7 @@ def write_run(result: dict[str, Any], path: Path) -> None:
         path,
         f"Unlearned: {alarm['name']}" if alarm else "Unlearned",
         f"{alarm['text'] + ' ' if alarm else ''}{tables.told(result['verdict'])} The CCU losses are this project's "
-        "definition; arXiv 2509.23895 publishes no formulas.",
+        f"definition; arXiv 2509.23895 publishes no formulas. {HOW_TO_READ}",
         {**result["sizes"], **result["cost"], "weights sha256": result["provenance"]["weights_sha256"]},
         rows=tables.before_after_table(result["rows"]),
         by_text=tables.text_table(result),
@@ -98,8 +99,10 @@ def write_evaluation(result: dict[str, Any], path: Path) -> None:
         "What was learned",
         "Models trained from scratch on each dataset retrieve among clean test pairs after every epoch. The best epoch "
         "is the protector's worst case: somebody who notices stops there. Lower is better protected; guessing is the "
-        "floor.",
+        "floor. R@1 is the share whose right partner comes first, medR the median place of the right partner; i→t asks "
+        "with a picture for its caption, t→i with a caption for its picture.",
         {**result["model"], **{f"victim's {k}": v for k, v in result["recipe"].items()}},
+        findings=[sentence for sentence in (findings.nothing_learned(result),) if sentence],
         rows=tables.evaluation_table(result),
         drawings_by_title={"Epoch by epoch": figures.victim_curves(victims)},
         samples=result["samples"],
@@ -127,10 +130,10 @@ def _gaps_told(results: dict[str, Any]) -> list[str]:
     told: list[str] = []
     for task, by_scenario in results.items():
         for scenario, by_seed in by_scenario.items():
-            sentence = findings.gap_sentence(scenario, by_seed)
-            if sentence is not None:
-                told += [sentence if len(results) == 1 else f"{task}. {sentence}"]
-                told += [findings.ONE_SEED] if len(by_seed) == 1 else []
+            said = [find(scenario, by_seed) for find in (findings.forgotten_sentence, findings.gap_sentence)]
+            found = [sentence for sentence in said if sentence is not None]
+            told += [sentence if len(results) == 1 else f"{task}. {sentence}" for sentence in found]
+            told += [findings.ONE_SEED] if found and len(by_seed) == 1 else []
     return list(dict.fromkeys(told))
 
 

@@ -58,8 +58,8 @@ def estimate(job: Job, progress: Progress = silent) -> dict[str, Any]:
 
     >>> from pathlib import Path
     >>> from ccu_fast.mem.job import Job, estimate
-    >>> from ccu_fast.mem.job.models import choose
-    >>> job = Job(Path("train.csv"), Path("protected"), choose("small"))  # doctest: +SKIP
+    >>> from ccu_fast.mem import choose_model
+    >>> job = Job(Path("train.csv"), Path("protected"), choose_model("small"))  # doctest: +SKIP
     >>> estimate(job)["seconds"]["total"]  # doctest: +SKIP
     5400.0
     """

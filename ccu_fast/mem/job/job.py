@@ -36,6 +36,12 @@ class Job:
         max_pixels: larger pictures are bad.
         device: of the surrogate.
         execution: autocast, memory order, compilation. A run goes on with the same.
+
+    >>> from pathlib import Path
+    >>> from ccu_fast.mem import Job, Method, choose_model
+    >>> job = Job(Path("photos"), Path("protected"), choose_model("small"), Method.parse("mem-3"))
+    >>> job.settings.eps
+    8
     """
 
     input: Path

@@ -44,7 +44,7 @@ def small(
     return _hashed(Model(loaded, tokenizer, image_shape, about, () if checkpoint is None else (checkpoint,)))
 
 
-def choose(
+def choose_model(
     spec: str,
     *,
     size: str | None = None,
@@ -62,9 +62,16 @@ def choose(
         grey: one channel instead of three; "small" alone.
         checkpoint: weights to start from.
 
+    Returns:
+        What :class:`ccu_fast.mem.Job` and :func:`ccu_fast.mem.evaluate_datasets` take as ``model``.
+
     Raises:
         ValueError: an unknown spec or size.
         FileNotFoundError: no checkpoint.
+
+    >>> from ccu_fast.mem import choose_model
+    >>> choose_model("small:64", size="32x32")(["a cat", "a dog"]).image_shape
+    (3, 32, 32)
     """
     kind, _, rest = spec.partition(":")
     if kind not in ("small", *KINDS) or (kind != "small" and not rest):

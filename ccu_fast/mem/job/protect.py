@@ -69,8 +69,8 @@ def protect_dataset(job: Job, progress: Progress = silent) -> dict[str, Any]:
 
     >>> from pathlib import Path
     >>> from ccu_fast.mem.job import Job
-    >>> from ccu_fast.mem.job.models import choose
-    >>> job = Job(Path("train.csv"), Path("protected"), choose("small"))  # doctest: +SKIP
+    >>> from ccu_fast.mem import choose_model
+    >>> job = Job(Path("train.csv"), Path("protected"), choose_model("small"))  # doctest: +SKIP
     >>> ccu_fast.mem.protect_dataset(job)["measured"]["eps_255"]  # doctest: +SKIP
     8
     """

@@ -92,9 +92,9 @@ def evaluate_datasets(
     Source: Liu et al. 2024 (arXiv 2407.16307).
 
     >>> from pathlib import Path
-    >>> from ccu_fast.mem.job.models import choose
+    >>> from ccu_fast.mem import choose_model
     >>> train = {"clean": Path("train.csv"), "mem": Path("protected")}
-    >>> found = ccu_fast.mem.evaluate_datasets(train, Path("test.csv"), choose("small"))  # doctest: +SKIP
+    >>> found = ccu_fast.mem.evaluate_datasets(train, Path("test.csv"), choose_model("small"))  # doctest: +SKIP
     """
     recipe = recipe or Recipe()
     asked = [Treatment.parse(treatment) for treatment in dict.fromkeys(treatments)]

@@ -17,7 +17,7 @@ import torch
 from ccu_fast.cli import main as cli
 from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.job import Job, generation, protect_dataset
-from ccu_fast.mem.job.models import choose
+from ccu_fast.mem.job.models import choose_model
 from ccu_fast.mem.protection import Protection
 from tests.support import mem_datasets as made
 from tests.support import torchvision_stub
@@ -128,7 +128,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     settings = Settings(rounds=2, surrogate_steps=2, pgd_steps=1, batch=4, restart=1, trigger_words=4, words="everyday")
 
     def protect(out: Path) -> None:
-        protect_dataset(Job(pictures, out, choose(model), Method.parse("mem-3"), settings, threads=2))
+        protect_dataset(Job(pictures, out, choose_model(model), Method.parse("mem-3"), settings, threads=2))
 
     protect(tmp_path / "whole")
     calls = iter(range(4))
@@ -164,14 +164,14 @@ def test_other_models_of_open_clip_are_refused_before_anything_is_made_or_downlo
     monkeypatch.setattr(socket, "getaddrinfo", refused)
     monkeypatch.setattr(libraries[0], "create_model", refused)
     with pytest.raises(ValueError, match=f"model: expected an open_clip.CLIP, .*{why}"):
-        choose(f"open_clip:{name}")(["a caption"])
+        choose_model(f"open_clip:{name}")(["a caption"])
 
 
 def test_the_fast_tokenizer_alone_and_the_length_of_the_text_tower(libraries: tuple[Any, Any], tmp_path: Path) -> None:
     folder = folder_of(libraries, tmp_path / "clip")
     (folder / "tokenizer_config.json").unlink()
     assert not (folder / "vocab.json").exists()
-    model = choose(f"hf:{folder}")(["a caption"])
+    model = choose_model(f"hf:{folder}")(["a caption"])
     assert (model.tokenizer.context, model.tokenizer.sot, model.tokenizer.eot) == (32, 598, 599)
     rows = model.tokenizer.encode(["cat", "the dog " * 90])
     assert rows.shape == (2, 32) and rows[1, -1] == 599
@@ -190,9 +190,9 @@ def test_folders_whose_captions_would_be_equal_or_fail(libraries: tuple[Any, Any
     }
     for other, message in others.items():
         with pytest.raises(ValueError, match=f"model: {message}"):
-            choose(f"hf:{other}")(["a caption"])
+            choose_model(f"hf:{other}")(["a caption"])
     folder_of(libraries, tmp_path / "old", eos_token_id=2, vocab_size=600)
-    assert choose(f"hf:{tmp_path / 'old'}")(["a caption"]).tokenizer.eot == 599  # 2: the highest id
+    assert choose_model(f"hf:{tmp_path / 'old'}")(["a caption"]).tokenizer.eot == 599  # 2: the highest id
 
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
@@ -200,7 +200,7 @@ def test_pictures_are_normalised_as_the_folder_says(libraries: tuple[Any, Any], 
     folder = folder_of(libraries, tmp_path / "clip")
     said: dict[str, Any] = {"image_mean": [0.5, 0.25, 0.75], "image_std": [0.5, 0.5, 0.5]}
     (folder / name).write_text(json.dumps(said if name.startswith("pre") else {"image_processor": said}))
-    model: Any = choose(f"hf:{folder}")(["a caption"]).factory()
+    model: Any = choose_model(f"hf:{folder}")(["a caption"]).factory()
     assert model.mean.flatten().tolist() == said["image_mean"] and model.std.flatten().tolist() == said["image_std"]
 
 
@@ -209,7 +209,7 @@ def test_the_weights_of_a_folder_make_the_run(libraries: tuple[Any, Any], tmp_pa
     folder = folder_of(libraries, tmp_path / "clip")
 
     def told() -> Any:
-        return choose(f"hf:{folder}")([]).about["checkpoint"]
+        return choose_model(f"hf:{folder}")([]).about["checkpoint"]
 
     assert told() is None
     model = transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(folder))

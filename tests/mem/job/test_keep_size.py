@@ -19,7 +19,7 @@ from ccu_fast.data.captions import DiskSource, list_pairs
 from ccu_fast.mem.config import Method, Settings
 from ccu_fast.mem.job import Job, inspection, protect_dataset
 from ccu_fast.mem.job import protect as job_module
-from ccu_fast.mem.job.models import choose, small
+from ccu_fast.mem.job.models import choose_model, small
 from ccu_fast.mem.publish import writer as writer_module
 from ccu_fast.mem.publish.whole import with_noise
 from ccu_fast.ops.noise_store.api import NoiseStore
@@ -235,6 +235,6 @@ def test_a_model_with_an_input_of_its_own_takes_that_size_alone(monkeypatch: pyt
 
     made_of = small(["a photo"], (3, 32, 48))
     monkeypatch.setattr(models, "named_model", lambda spec, checkpoint: made_of)
-    assert choose("open_clip:RN50", size="32x48")(["a photo"]).image_shape == (3, 32, 48)
+    assert choose_model("open_clip:RN50", size="32x48")(["a photo"]).image_shape == (3, 32, 48)
     with pytest.raises(ValueError, match="size: expected 32x48, the input of 'open_clip:RN50', got 48x32"):
-        choose("open_clip:RN50", size="48x32")(["a photo"])
+        choose_model("open_clip:RN50", size="48x32")(["a photo"])
