@@ -259,10 +259,11 @@ def test_choice_is_a_constant_of_a_graph(pretend: Callable[[Machine], None], mon
     device = torch.device("cuda", 0)
     torch.compile(torch.neg, backend="eager")(torch.zeros(()))  # the compiler's own imports, on this machine
     pretend(Machine((T4,)))
-    # Where torch sees a GPU, the compiler restores the random number state.
+    # Where torch sees a GPU, the compiler restores the random number state, and asks the driver for streams.
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # a torch for CUDA asks the driver
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
 
     def step(x: torch.Tensor) -> torch.Tensor:
         name = registry.choose("auto", "reduce_similarity", device, torch.float32)
