@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ BAD += ["\u22121", "NaN", "NaT", "<NA>", "None", "NULL", "1\0"]
 @pytest.mark.parametrize("bad", BAD)
 def test_a_label_that_is_none_is_refused_by_its_row(tmp_path: Path, bad: str) -> None:
     told = said(labelled(tmp_path, "3", bad, "4"))
-    assert f"got {bad!r} in row 2 of" in told
+    refused_by_csv = "\0" in bad and sys.version_info < (3, 11)  # whose module takes no such line
+    assert ("expected CSV, got line contains NUL" if refused_by_csv else f"got {bad!r} in row 2 of") in told
 
 
 @pytest.mark.parametrize("bad", ["", "None", "<NA>", "1e5", "1.5"])
