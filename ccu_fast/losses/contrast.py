@@ -388,7 +388,7 @@ class Contrast:
             sides = reduce(x, y, rows=spec, cols=cols, **self.keys, paired=self.paired, **self.options)
             rounding = _ROUNDING.get(autocast_dtype(x.device.type) or x.dtype, 1e-6)
             limits = []
-            for total, count in filter(None, sides):
+            for total, count in [side for side in sides if side]:
                 own = total / count.clamp(min=1)
                 limit = own * (1 + v.margin) if v.relative else own + v.margin
                 limit = limit + own.abs() * rounding

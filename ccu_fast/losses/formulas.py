@@ -83,7 +83,7 @@ def info_nce(
         spec.append(("count", SELF))
     rows, cols = reduce(x, y, scale=scale, bias=bias, rows=spec, cols=spec if symmetric else (), **similarity)
     sides = []
-    for rest, own, *several in filter(None, (rows, cols)):
+    for rest, own, *several in [side for side in (rows, cols) if side]:  # torch 2.8 does not trace filter(None, …)
         counts = several[-1] > 0 if several else None  # without keys every row has its one positive
         sides.append(
             Side(attract(rest, several[0], own, several[1]) if len(several) > 1 else softplus(rest - own), counts)
@@ -156,7 +156,7 @@ def distill(
     spec = [("lse", rest), ("sum", SELF), ("expected", rest), ("mass", rest), ("count", SELF)]
     found = reduce(x, y, scale=scale, rows=spec, cols=spec if symmetric else (), **similarity)
     sides = []
-    for lse, own, expected, mass, count in filter(None, found):
+    for lse, own, expected, mass, count in [side for side in found if side]:
         paired = count > 0
         contrast = softplus(lse - own)
         # Both sums are over the very probabilities that the kernel made: what rounding adds to all of them cancels.

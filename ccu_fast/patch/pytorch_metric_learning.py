@@ -144,7 +144,7 @@ def sites(*, exact: bool = False) -> list[Site]:
             len(call) > len(PARAMETERS)
             or not is_usual(loss, losses.NTXentLoss, "pair_based_loss", *NT_XENT_METHODS)
             or not averages(loss)
-            or not isinstance(indices, Listed | None)
+            or not (indices is None or isinstance(indices, Listed))
             or not (isinstance(x, Tensor) and isinstance(labels, Tensor))
         ):
             return NotImplemented
@@ -172,7 +172,7 @@ def sites(*, exact: bool = False) -> list[Site]:
         if (
             len(call) > len(PARAMETERS)
             or not is_usual(loss, losses.SupConLoss, "mat_based_loss", *SUP_CON_METHODS)
-            or not isinstance(indices, Listed | None)
+            or not (indices is None or isinstance(indices, Listed))
         ):
             return NotImplemented
         p = _problem(loss, x, labels, y, others, indices)

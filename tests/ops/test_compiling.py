@@ -260,7 +260,7 @@ def test_modules_compile_whole(name: str, backend: str) -> None:
     module = MODULES[name](backend)
 
     def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        if isinstance(module, InfoNCE | SigmoidLoss):
+        if isinstance(module, (InfoNCE, SigmoidLoss)):
             return module(scale * x, y)
         return module(x, y, scale, torch.tensor(-1.0))
 
