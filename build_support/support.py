@@ -76,8 +76,9 @@ class Tally:
 
 def public(text: str) -> str:
     """One line, without this machine's folders."""
-    for folder, name in ((str(ROOT), "."), (sys.prefix, "<prefix>"), (str(Path.home()), "~")):
-        text = text.replace(folder, name) if len(folder) > 1 else text
+    folders = {str(Path.home()): "~", str(ROOT): ".", sys.prefix: "<prefix>"}
+    for folder in sorted(folders, key=len, reverse=True):  # one may lie in another
+        text = text.replace(folder, folders[folder]) if len(folder) > 1 else text
     return " ".join(text.split())
 
 
