@@ -4,7 +4,8 @@
     python -m benchmarks.example_times                 # all, some minutes; with names, only those
 
 The time of processors is that of the program with all that it starts, torch's import included. It depends less on what
-else a machine does than the time on the clock, which is stored beside it.
+else a machine does than the time on the clock, which is stored beside it. Waiting threads do not spin: on a busy
+machine the spinning would be most of it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from benchmarks.environment import REPOSITORY
 FILE = Path(__file__).resolve().parent / "example_times.json"
 DEPTH = 2
 EXAMPLES = REPOSITORY / "docs" / "examples"
+ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "passive"}
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
@@ -54,7 +56,7 @@ def measure(name: str) -> dict[str, Any]:
     words = started + [str(EXAMPLES / word) if word == f"{name}.py" else word for word in arguments]
     with tempfile.TemporaryDirectory() as folder:
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        subprocess.run(words, cwd=folder, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=True)
+        subprocess.run(words, cwd=folder, env=os.environ | ENVIRONMENT, check=True)
         wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"command": command(name), "cpu s": round(cpu, 1), "wall s": round(wall, 1)}

@@ -69,7 +69,8 @@ memory](#where-other-code-is-faster).
 *Logarithmic; right of 1× is faster, or less memory beyond the inputs. open_clip and nanogcg:
 {_where(stored.row("clip_loss", OURS, B=8192))}, [clip_loss]({_file("clip_loss")}) and
 [topk_flips]({_file("topk_flips")}), `python -m benchmarks`. The others through the patch, 2 threads of a CPU:
-[results.json]({ROOT}/benchmarks/compat/results.json), `make compat`. [Which version that was](#which-code-was-measured).*"""
+[results.json]({ROOT}/benchmarks/compat/results.json), `make compat`.
+[Which version that was](#which-code-was-measured).*"""
 
 
 def _batches(stored: Stored) -> str:

@@ -5,6 +5,7 @@ build_support/docs/blocks.py has the conventions.
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import sys
 from collections.abc import Iterator
@@ -175,6 +176,31 @@ def test_the_readme_s_figures_are_those_of_a_committed_file() -> None:
     assert start.index("![") < start.index("**There are no GPU figures yet:**") < start.index("## Install")
 
 
+def test_the_comparison_says_what_the_packages_say_of_themselves() -> None:
+    page = PAGES["docs/compare.md"].read_text(encoding="utf-8")
+    rows = {row[0].split("]")[0].strip("| ["): "|".join(row) for row in table_rows(page)}
+    pinned = dict(
+        re.findall(r"'(open_clip_torch|memeff|siglip-kernel|inf_cl)==([\d.]+)'", (ROOT / "Makefile").read_text())
+    )
+    assert len(pinned) == 4
+    for package, version in pinned.items():
+        row = rows[package.removesuffix("_torch")]
+        assert f") {version}," in row, f"{package} {version} is what the tests have: read it anew"
+        try:
+            facts = importlib.metadata.metadata(package)
+        except importlib.metadata.PackageNotFoundError:
+            absent(package, "not installed")
+        assert facts["Version"] == version and facts["License"] in row
+        assert f"Python {facts['Requires-Python'].removeprefix('>=')}" in row
+    ours = importlib.metadata.metadata("ccu_fast")
+    assert f"Python {ours['Requires-Python'].removeprefix('>=')}" in rows["ccu_fast"]
+
+
+def table_rows(page: str) -> list[list[str]]:
+    """The cells of the rows of a page's tables."""
+    return [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+
+
 def test_the_limits_name_every_aim_of_a_cpu_that_was_not_reached() -> None:
     page = PAGES["docs/limits.md"].read_text(encoding="utf-8")
     missed = []
@@ -201,4 +227,3 @@ def test_the_limits_compare_bf16_with_bf16_too() -> None:
     (amd, amd_met), (intel, intel_met) = found["amd"], found["intel"]
     assert f"the loss is {amd} (AMD) and {intel} (Intel) times as fast; the aim of {bar.bar:g}" in page
     assert amd_met and intel_met, "the page says that the aim is reached"
-
