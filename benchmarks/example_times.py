@@ -65,8 +65,10 @@ def measure(name: str) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Measure, and store what was measured beside what is there."""
     parser = argparse.ArgumentParser(description="Time the examples, each once.")
-    parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="by default all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"by default all: {', '.join(NAMES)}")
     names = parser.parse_args(argv).names or NAMES
+    if unknown := sorted(set(names) - set(NAMES)):
+        parser.error(f"NAME: expected some of {', '.join(NAMES)}; got {', '.join(unknown)}")
     stored: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
     for name in names:
         facts = environment.describe(torch.device("cpu"))
