@@ -5,8 +5,9 @@
 ``registry`` defines operations, shapes and providers; ``ops`` lists them; ``gate`` decides which may be timed;
 ``timer`` and ``memory`` measure; ``runner`` runs a case; ``results``, ``tables``, ``plots`` and ``summary`` store and
 show the rows; ``performance`` and ``figures`` make docs/performance.md; ``bars`` compares them with the project's
-targets. ``visit`` does everything that needs a GPU, ``exercise`` calls our kernels on small shapes. FACTS.md says what
-the measurements decided.
+targets; ``measured_code`` knows which rows are of kernels that have changed since. ``visit`` does everything that needs
+a GPU, ``exercise`` calls our kernels on small shapes, ``example_times`` runs the examples. FACTS.md says what the
+measurements decided.
 """
 
 import os

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, results, summary
+from benchmarks import figures, measured_code, results, summary
 from benchmarks.environment import REPOSITORY
 from benchmarks.figures import DEVICE, NAMES, OURS, Stored, times
 from benchmarks.registry import label
@@ -32,7 +32,7 @@ def write(path: Path = PAGE) -> Path:
 
 def page(stored: Stored) -> str:
     """All of it, in Markdown."""
-    parts = [_answer, _batches, _small, _banks, _tokens, _libraries, _exactness, _slower, _all, _gpu, _yourself]
+    parts = [_answer, _batches, _small, _banks, _tokens, _libraries, _exactness, _slower, _all, _code, _gpu, _yourself]
     return "\n\n".join(map(_wrapped, "\n\n".join(part(stored).strip() for part in parts).split("\n\n"))) + "\n"
 
 
@@ -69,7 +69,8 @@ memory](#where-other-code-is-faster).
 *Logarithmic; right of 1× is faster, or less memory beyond the inputs. open_clip and nanogcg:
 {_where(stored.row("clip_loss", OURS, B=8192))}, [clip_loss]({_file("clip_loss")}) and
 [topk_flips]({_file("topk_flips")}), `python -m benchmarks`. The others through the patch, 2 threads of a CPU:
-[results.json]({ROOT}/benchmarks/compat/results.json), `make compat`.*"""
+[results.json]({ROOT}/benchmarks/compat/results.json), `make compat`.
+[Which version that was](#which-code-was-measured).*"""
 
 
 def _batches(stored: Stored) -> str:
@@ -257,6 +258,42 @@ machines: a ratio to eager code varies from run to run.
 
 [Unlearning](results_unlearning.md) and [protection](results_protection.md) have pages of their own; what several
 processes send and compute is in [Distributed](distributed.md)."""
+
+
+def _code(stored: Stored) -> str:
+    now, then = measured_code.here(), measured_code.load()
+    rows = []
+    for folder in sorted(results.FOLDER.glob("cpu-*")):
+        for commit, of_commit in groupby(results.read(folder), key=lambda row: row.environment["git_sha"]):
+            found = list(of_commit)
+            kinds = sorted({measured_code.kernels_of(row.op) for row in found})
+            same = [kind for kind in kinds if then[commit][kind] == now[kind]]
+            facts = found[0].environment
+            rows.append(
+                [
+                    facts["device"],
+                    facts["measured"][:10],
+                    commit[:9],
+                    facts["ccu_fast"],
+                    ", ".join(same) or "–",
+                    ", ".join(kind for kind in kinds if kind not in same) or "–",
+                ]
+            )
+    small = stored.small["environment"]
+    changes = ", with changes that were committed later" if small["dirty"] else ""
+    head = ["machine", "measured", "commit", "version", "these kernels are as they were", "these have changed since"]
+    return f"""
+## Which code was measured
+
+Rows are not measured anew for every version. Whether a kernel has changed since its row is computed from its C++,
+comments aside ([hashes]({ROOT}/benchmarks/measured_code.json), `python -m benchmarks.measured_code`); the Python code
+that calls it, and what all kernels share, are not compared. "losses" are all operations that the table does not name.
+
+{_table(head, rows)}
+
+A row of kernels that have changed says what that commit did, not what this version does: measure [your
+own machine](#on-your-machine) where it matters. The [small batches](#small-batches) were measured on
+{small["measured"][:10]} at {small["git_sha"][:9]}{changes}."""
 
 
 def _gpu(stored: Stored) -> str:

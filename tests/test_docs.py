@@ -5,6 +5,7 @@ build_support/docs/blocks.py has the conventions.
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from tests.support.paths import ROOT
 from tests.support.presence import absent
 
 PAGES = {name_of(page): page for page in pages()}
+SCHEMES = ("gh-light-mode-only", "gh-dark-mode-only")  # of a picture: GitHub and the site show the one that fits
 
 
 @pytest.fixture
@@ -69,7 +71,9 @@ def test_a_page_says_something_and_its_links_lead_somewhere(name: str) -> None:
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
         assert target.exists() and target.is_relative_to(ROOT), f"{link}: there is no such file"
-        if anchor:
+        if anchor in SCHEMES:
+            assert target.suffix == ".svg"
+        elif anchor:
             assert anchor in anchors(target.read_text(encoding="utf-8")), f"{link}: there is no such heading"
 
 
@@ -162,10 +166,39 @@ def test_the_readme_s_figures_are_those_of_a_committed_file() -> None:
     assert f"takes {seconds[ours]} instead of open_clip's {seconds[theirs]}, and {megabytes[ours]} instead of" in page
     assert f"instead of {megabytes[theirs]}; in bf16 {seconds['ccu_fast_bf16']} instead of" in page
     assert f"instead of {seconds['open_clip_autocast']} under autocast." in page
-    # The picture's alternative text says what the picture does.
+    # The picture's alternative text says what the picture does, here and on the start page of the site.
     (alt,) = re.findall(r'<img src="docs/figures/speed-light.svg" alt="(.*?)">', page)
     (title,) = re.findall(r"<title>(.*?)</title>", (ROOT / "docs/figures/speed-light.svg").read_text(encoding="utf-8"))
     assert re.findall(r"[\d.]+×", alt) == re.findall(r"[\d.]+×", title)
+    start = PAGES["docs/index.md"].read_text(encoding="utf-8")
+    shown = [(alt, f"figures/speed-{scheme}.svg#gh-{scheme}-mode-only") for scheme in ("light", "dark")]
+    assert re.findall(r"!\[(.*?)\]\((.*?)\)", start) == shown
+    assert start.index("![") < start.index("**There are no GPU figures yet:**") < start.index("## Install")
+
+
+def test_the_comparison_says_what_the_packages_say_of_themselves() -> None:
+    page = PAGES["docs/compare.md"].read_text(encoding="utf-8")
+    rows = {row[0].split("]")[0].strip("| ["): "|".join(row) for row in table_rows(page)}
+    pinned = dict(
+        re.findall(r"'(open_clip_torch|memeff|siglip-kernel|inf_cl)==([\d.]+)'", (ROOT / "Makefile").read_text())
+    )
+    assert len(pinned) == 4
+    for package, version in pinned.items():
+        row = rows[package.removesuffix("_torch")]
+        assert f") {version}," in row, f"{package} {version} is what the tests have: read it anew"
+        try:
+            facts = importlib.metadata.metadata(package)
+        except importlib.metadata.PackageNotFoundError:
+            absent(package, "not installed")
+        assert facts["Version"] == version and facts["License"] in row
+        assert f"Python {facts['Requires-Python'].removeprefix('>=')}" in row
+    ours = importlib.metadata.metadata("ccu_fast")
+    assert f"Python {ours['Requires-Python'].removeprefix('>=')}" in rows["ccu_fast"]
+
+
+def table_rows(page: str) -> list[list[str]]:
+    """The cells of the rows of a page's tables."""
+    return [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
 
 
 def test_the_limits_name_every_aim_of_a_cpu_that_was_not_reached() -> None:
@@ -181,3 +214,16 @@ def test_the_limits_name_every_aim_of_a_cpu_that_was_not_reached() -> None:
     for bar, value in missed:
         assert re.search(rf"^\|.*\| {bar.bar:g} \|.*\b{value:.2f} \(", page, re.MULTILINE), bar.said(value)
     assert not list(results.FOLDER.glob("cuda-*")), "pages say that there are no GPU figures"
+
+
+def test_the_limits_compare_bf16_with_bf16_too() -> None:
+    page = " ".join(PAGES["docs/limits.md"].read_text(encoding="utf-8").split())
+    (bar,) = (bar for bar in bars.load() if bar.device == "cpu" and bar.peer == "open_clip_autocast")
+    found = {}
+    for folder in sorted(results.FOLDER.glob("cpu-*")):
+        value = bar.measured(results.read(folder))
+        if value is not None:
+            found[folder.name.split("-")[1]] = (f"{value:.2f}", bar.met(value))
+    (amd, amd_met), (intel, intel_met) = found["amd"], found["intel"]
+    assert f"the loss is {amd} (AMD) and {intel} (Intel) times as fast; the aim of {bar.bar:g}" in page
+    assert amd_met and intel_met, "the page says that the aim is reached"

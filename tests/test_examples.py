@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from build_support.notebooks import EXAMPLES, NOTEBOOKS, RUN, code_cells
+from benchmarks import example_times
+from build_support.notebooks import EXAMPLES, NOTEBOOKS, RUN, code_cells, notebook
 from ccu_fast.cli.main import main
 from ccu_fast.cli.report import figures
 from ccu_fast.patch import sentence_transformers as patched
@@ -55,6 +56,37 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line.split("  writes ")[0]) for line in lines]
 
 
+class TestTimes:
+    def test_every_example_has_been_timed(self) -> None:
+        stored = json.loads(example_times.FILE.read_text(encoding="utf-8"))
+        assert sorted(stored) == example_times.NAMES, "run python -m benchmarks.example_times"
+        for name, row in stored.items():
+            assert row["command"] == example_times.command(name)
+            assert min(row["cpu s"], row["wall s"]) > 0
+
+    @pytest.mark.parametrize("name", example_times.NAMES)
+    def test_the_head_and_the_page_say_what_was_measured(self, name: str) -> None:
+        told = example_times.told(json.loads(example_times.FILE.read_text(encoding="utf-8"))[name]["cpu s"])
+        head = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
+        assert re.search(rf"^Run .*\({told}(?: on two cores|; gloo on CPUs)", head, re.MULTILINE)
+        assert len(re.findall(r"\bminutes?\b|\d s\b|\bseconds\b", head)) == 1, "no other time"
+        (row,) = re.findall(rf"^\| \[{name}\.py\].*\| (\d+) \|$", (EXAMPLES / "index.md").read_text(), re.MULTILINE)
+        assert f"about {row} CPU seconds" == told
+
+    @pytest.mark.parametrize(("seconds", "words"), [(0.3, 5), (11.8, 10), (58.0, 60), (81.6, 80), (185.9, 190)])
+    def test_the_words_for_a_time(self, seconds: float, words: int) -> None:
+        assert example_times.told(seconds) == f"about {words} CPU seconds"
+
+    def test_a_program_is_run_in_an_empty_folder_and_timed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        work = "import os, time\nassert os.listdir() == []\nwhile time.process_time() < 0.5:\n    pass\n"
+        (tmp_path / "a.py").write_text(f'"""Work.\n\nRun      python a.py      (no time)\n"""\n{work}')
+        monkeypatch.setattr(example_times, "EXAMPLES", tmp_path)
+        found = example_times.measure("a")
+        assert found["command"] == "python a.py" and 0.5 <= found["cpu s"] <= 10
+
+
 class TestNotebooks:
     @pytest.mark.parametrize("name", NOTEBOOKS)
     def test_the_code_is_the_example_s(self, name: str) -> None:
@@ -62,6 +94,7 @@ class TestNotebooks:
         cells = ["".join(cell["source"]) for cell in made["cells"] if cell["cell_type"] == "code"]
         source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
         assert cells == code_cells(source), "run python -m build_support.notebooks"
+        assert "".join(made["cells"][0]["source"]) == notebook(name)["cells"][0]["source"]
         assert cells[-1].startswith(RUN)
         code = [
             line for line in source.partition("\nfrom __future__")[2].partition("\nif __name__")[0].split("\n") if line

@@ -222,7 +222,7 @@ def read_job(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = Non
 def _model(
     table: dict[str, Any], model: str | None = None, weights: Path | None = None, dtype: str | None = None
 ) -> dict[str, Any]:
-    """The table [model] with what was given in its place, whose paths are relative to where one stands."""
+    """The table [model] with what was given in its place, whose paths are relative to the current folder."""
     table = dict(table)
     if model is not None:
         kind, _, rest = model.partition(":")

@@ -2,7 +2,7 @@
 
 For      whoever trains embedding models with sentence-transformers and wants its ranking losses without a score matrix.
 Install  pip install . 'sentence-transformers[train]>=6'       in a checkout of ccu_fast
-Run      python finetune_sentence_transformers.py              (20 s on two CPU cores)
+Run      python finetune_sentence_transformers.py              (about 10 CPU seconds on two cores)
          python finetune_sentence_transformers.py --model FOLDER   (a model of your own, saved by sentence-transformers)
 Prints   the losses of two equal runs, one with the patch and one without, which agree to rounding, and how often the
          model finds the documentation of a function that it has not been trained on, before and after.

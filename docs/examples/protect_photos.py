@@ -2,7 +2,7 @@
 
 For      whoever publishes pictures with captions and does not want models to be trained on them.
 Install  pip install '.[apps]' in a checkout of ccu_fast
-Run      python protect_photos.py                              (a minute or two on two CPU cores)
+Run      python protect_photos.py                              (about 80 CPU seconds on two cores)
          python protect_photos.py --strength light --out light (words only, no pixel changes; faster)
 Writes   photos/ and test/, which stand for a folder of your own and for clean pairs that nobody has trained on;
          protected/, the copy to publish; the same commands for the terminal are printed at the end.

@@ -2,7 +2,7 @@
 
 For      whoever optimises tokens: triggers, prompts, probes of what a model can be made to say.
 Install  pip install .                                         (nothing else; the language model is made here)
-Run      python search_tokens.py                               (15 s on two CPU cores)
+Run      python search_tokens.py                               (about 15 CPU seconds on two cores)
 Prints   the loss of the sentence as the search goes on, which falls, and the tokens found. The same seed finds the same
          tokens again: `topk_flips` is exact, with any number of threads.
 

@@ -2,7 +2,7 @@
 
 For      whoever trains a CLIP-like model in a loop of their own and wants large batches.
 Install  pip install '.[apps]' in a checkout of ccu_fast
-Run      python train_clip.py                          (about 20 s on two CPU cores)
+Run      python train_clip.py                          (about 20 CPU seconds on two cores)
          python train_clip.py --batch 1024 --chunk 128 (large batch, activations of 128 pairs at a time)
 Prints   time and memory of the loss beside two lines of torch; then, for each epoch, the loss, the logit scale and how
          well the model reads handwriting that it has never seen, zero-shot among all 10,000 captions: 95 % of

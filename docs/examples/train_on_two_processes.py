@@ -3,7 +3,7 @@
 For      whoever trains on several GPUs or machines: every pair is to be a negative of every other one, not only of
          those on its own GPU.
 Install  pip install '.[apps]' in a checkout of ccu_fast
-Run      torchrun --nproc-per-node 2 train_on_two_processes.py     (10 s; gloo on CPUs, NCCL where there are GPUs)
+Run      torchrun --nproc-per-node 2 train_on_two_processes.py     (about 15 CPU seconds; gloo on CPUs, NCCL with GPUs)
 Prints   the loss over the processes and that of one process, which takes each step from the same weights on the whole
          batch; at the end how far apart a step ever left them. In fp32 that is rounding. NCCL has not been tried yet.
 """

@@ -3,7 +3,7 @@
 For      whoever has trained a model on pairs of pictures and texts and must remove what it knows of some people's
          pictures, while it keeps the texts and everybody else.
 Install  pip install '.[apps]' in a checkout of ccu_fast
-Run      python unlearn_people.py                              (10 s on two CPU cores)
+Run      python unlearn_people.py                              (about 10 CPU seconds on two cores)
          ccu-fast unlearn settings.toml --out clean            (the same from the files that it has written)
 Writes   pairs.npz, unseen.npz, test.npz, trained.pt, settings.toml, all in the form that your own would have; the
          command then writes clean/ with model.safetensors, card.md and report.html.
