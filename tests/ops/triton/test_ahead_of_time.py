@@ -137,12 +137,27 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ca
     if os.environ.get("TRITON_INTERPRET") == "1":
         absent("ahead-of-time compilation", "TRITON_INTERPRET=1 is set")
     import triton
+    from triton.compiler.code_generator import CodeGenerator
 
     from ccu_fast.ops.l2_normalize import triton as normalize
     from ccu_fast.ops.reduce_similarity.triton import backward_pass, configs, forward_pass, prefixes
     from ccu_fast.ops.reduce_similarity.triton import small as small_batch
     from ccu_fast.ops.small_info_nce import triton as small_info_nce
 
+    # Whatever this release allows: up to Triton 3.6 a function of a kernel cannot return None in a tuple.
+    inlined = CodeGenerator.call_JitFunction
+
+    def none_in(found: Any) -> bool:
+        if isinstance(found, triton.language.tuple):
+            return any(map(none_in, found.values))
+        return found is None or (isinstance(found, triton.language.constexpr) and found.value is None)
+
+    def without_none(self: Any, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        found = inlined(self, fn, *args, **kwargs)
+        assert not isinstance(found, triton.language.tuple) or not none_in(found), f"{fn.__name__} returns None"
+        return found
+
+    monkeypatch.setattr(CodeGenerator, "call_JitFunction", without_none)
     # So that a launch that leaves the choice to Triton is detected, whatever this release would choose.
     monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
     # Nobody reads the lines of what is compiled here, and they take a sixth of the compiler's time.
