@@ -365,7 +365,7 @@ def test_autocast_gives_half_precision_products() -> None:
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_what_equals_the_positive_stays_whatever_products_are_rounded_to(precision: str, native: str) -> None:
-    """At margin 0: a positive is multiplied alone, in fp32, and what equals it in a tile, whose operands are rounded."""
+    """At margin 0: a positive is multiplied alone, in fp32, what equals it in a tile, whose operands are rounded."""
     x, y = (t.float().repeat_interleave(2, 0) for t in (unit(64, 256), unit(64, 256)))
     y = F.normalize(x + 0.3 * y, dim=-1)
     before = torch.get_float32_matmul_precision()
