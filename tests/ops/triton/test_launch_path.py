@@ -41,10 +41,8 @@ def test_every_launch_and_descriptor_is_one_that_cuda_takes(tmp_path: Path) -> N
     here = {"TRITON_LIBCUDA_PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path)}
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | here
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ops.triton.test_launch_path"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "tests.ops.triton.test_launch_path"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     said = done.stdout.split("\n")
     # own, bound, forward, merge and online, whose plan is kept: the first call binds, the others launch at once.
