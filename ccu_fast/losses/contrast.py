@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ccu_fast import check
 from ccu_fast.losses.formulas import Reduce, Side, attract, logsumexp, softplus
-from ccu_fast.losses.logits import Negatives, Positives, difference, log_of_number, products_of_own, wide
+from ccu_fast.losses.logits import Negatives, Positives, difference, log_of_number, products_of_own, rounding, wide
 from ccu_fast.losses.variant import VARIANT, Variant, as_labels, name_ids
 from ccu_fast.ops.backend import autocast_dtype
 from ccu_fast.ops.l2_normalize.api import l2_normalize
@@ -26,8 +26,6 @@ from ccu_fast.ops.reduce_similarity.prefixes import fit, of_each_prefix, reduce_
 from ccu_fast.ops.reduce_similarity.problem import checked_guide, without_ignored
 from ccu_fast.ops.reduce_similarity.relations import OTHER, SAME, SELF
 
-# By how much the similarities of two equal items may differ, relative to one: what half precision rounds a product to.
-_ROUNDING = {torch.bfloat16: 2**-7, torch.float64: 1e-14}
 _KEYS = ("labels", "ids")
 
 
@@ -386,12 +384,12 @@ class Contrast:
             cols = spec if self.two_sides else []
             reduce = self.reduce if v.guide is None else self.of_guide
             sides = reduce(x, y, rows=spec, cols=cols, **self.keys, paired=self.paired, **self.options)
-            rounding = _ROUNDING.get(autocast_dtype(x.device.type) or x.dtype, 1e-6)
+            uncertain = rounding(autocast_dtype(x.device.type) or x.dtype, x.device.type)
             limits = []
             for total, count in [side for side in sides if side]:
                 own = total / count.clamp(min=1)
                 limit = own * (1 + v.margin) if v.relative else own + v.margin
-                limit = limit + own.abs() * rounding
+                limit = limit + own.abs() * uncertain
                 if v.threshold is not None:
                     limit = limit.clamp(max=v.threshold)
                 limits.append(torch.where(count > 0, limit, torch.inf))

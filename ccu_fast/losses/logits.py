@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ccu_fast.losses.formulas import logsumexp
-from ccu_fast.ops.backend import transformed, without_autocast
+from ccu_fast.ops.backend import fp32_precision, fp32_sums, transformed, without_autocast
+from ccu_fast.ops.operator import constant
 
 # The most bytes of hard negatives that are in fp32 at a time; a GPU's cache holds about as many.
 WIDENED = 32 << 20
@@ -72,8 +73,9 @@ class _Own(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, others: Tensor) -> Tensor:
         ctx.save_for_backward(x, others)
         if _multiplied_in_half(x, others):
-            products: Tensor = torch.bmm(others.flatten(0, -3), x.reshape(-1, x.shape[-1], 1), out_dtype=torch.float32)
-            return products.view(others.shape[:-1])
+            with fp32_sums():
+                own = torch.bmm(others.flatten(0, -3), x.reshape(-1, x.shape[-1], 1), out_dtype=torch.float32)
+            return own.view(others.shape[:-1])
         parts = [_products(x[..., rows, :], others[..., rows, :, :]) for rows in _parts(others)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
@@ -129,6 +131,22 @@ def _multiplied_in_half(x: Tensor, others: Tensor) -> bool:
     """Whether a GEMM takes both as they are and sums in fp32: of CUDA alone."""
     half = x.dtype == others.dtype and x.dtype in (torch.float16, torch.bfloat16)
     return half and x.is_cuda and torch.version.hip is None and others.numel() > 0 and not torch.compiler.is_compiling()
+
+
+# The precision is a constant of a graph, as it is for torch's own GEMMs.
+@constant
+def rounding(dtype: torch.dtype, device_type: str) -> float:
+    """By how much the similarities of two equal items may differ, relative to one.
+
+    A product of a pair alone is exact where that of a tile has its operands rounded, or the result: to bf16, or fp32 to
+    what its precision allows, which is bf16 on a CPU and TF32 on a GPU.
+    """
+    if dtype == torch.float64:
+        return 1e-14
+    precision = fp32_precision(device_type) if dtype == torch.float32 else "highest"
+    if device_type == "cuda" and precision != "highest":
+        return 2**-8
+    return 2**-7 if dtype == torch.bfloat16 or precision == "medium" else 1e-6
 
 
 def wide(t: Tensor) -> torch.dtype:

@@ -102,17 +102,24 @@ def test_never_whole_in_fp32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 
 def test_a_gpu_multiplies_half_precision_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the GEMM that sums in fp32, which a CPU lacks: its arguments, and that nothing is widened."""
-    asked = []
+    asked, sums_in_half = [], []
 
     def bmm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
         asked.append((a.dtype, b.dtype, a.shape, b.shape, out_dtype, a.data_ptr()))
+        sums_in_half.append(torch.backends.cuda.matmul.allow_fp16_accumulation)
         return torch.matmul(a.to(out_dtype), b.to(out_dtype))
 
     x, others = features(torch.bfloat16, 2)
     want = products_of_own(x, others)
+    matmul = torch.backends.cuda.matmul
     monkeypatch.setattr(torch, "bmm", bmm)
     monkeypatch.setattr(logits, "_multiplied_in_half", lambda x, others: True)
-    got = products_of_own(x, others)
+    before, matmul.allow_fp16_accumulation = matmul.allow_fp16_accumulation, True
+    try:
+        got = products_of_own(x, others)
+        assert sums_in_half == [False] and matmul.allow_fp16_accumulation  # which is the user's again
+    finally:
+        matmul.allow_fp16_accumulation = before
     half = torch.bfloat16
     assert asked == [(half, half, (2 * N, K, D), (2 * N, D, 1), torch.float32, others.data_ptr())]
     torch.testing.assert_close(got, want)

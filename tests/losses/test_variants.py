@@ -13,6 +13,7 @@ from torch import Tensor
 import ccu_fast
 from ccu_fast import info_nce, sigmoid_loss, sup_con
 from ccu_fast.losses import functional
+from ccu_fast.losses.logits import rounding
 from ccu_fast.losses.variant import VARIANT, Variant
 from tests.support.losses import compare, features
 from tests.support.oracle import unit
@@ -360,6 +361,24 @@ def test_autocast_gives_half_precision_products() -> None:
         loss = info_nce(**data, **options)
     assert loss.dtype == torch.float32
     assert 0 < abs(float(loss - exact)) < 0.05
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_what_equals_the_positive_stays_whatever_products_are_rounded_to(precision: str, native: str) -> None:
+    """At margin 0: a positive is multiplied alone, in fp32, what equals it in a tile, whose operands are rounded."""
+    x, y = (t.float().repeat_interleave(2, 0) for t in (unit(64, 256), unit(64, 256)))
+    y = F.normalize(x + 0.3 * y, dim=-1)
+    before = torch.get_float32_matmul_precision()
+    exact = info_nce(x.double(), y.double(), scale=20.0, margin=0.0)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        loss = info_nce(x, y, scale=20.0, margin=0.0, backend=native)
+        certain = rounding(torch.float32, "cuda")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert abs(float(loss - exact)) < 0.01
+    # TF32 keeps ten bits of either operand and drops the others.
+    assert certain >= 2**-9 if precision != "highest" else certain <= 1e-6
 
 
 def test_autocast_takes_negatives_in_another_dtype() -> None:

@@ -178,14 +178,14 @@ def forward_kernel(
         rows = row + tl.arange(0, BLOCK_M)
         row_ok = rows < N
         row_names = load_keys(row_keys, bank, rows, row_ok)
-        row_limit = load_limits(row_limits, bank, row_limit_bank, rows, row_ok, teacher)
+        row_limit = row_limits, load_limits(row_limits, bank, row_limit_bank, rows, row_ok), teacher
         state = empty_state(ROWS, BLOCK_M)
         for col_tile in range(first_col_tile, last_col_tile):
             col = col_tile * BLOCK_N
             cols = col + tl.arange(0, BLOCK_N)
             col_ok = cols < M
             col_names = load_keys(col_keys, bank, cols, col_ok)
-            col_limit = load_limits(col_limits, bank, col_limit_bank, cols, col_ok, teacher)
+            col_limit = col_limits, load_limits(col_limits, bank, col_limit_bank, cols, col_ok), teacher
             if guide_x is not None:
                 similar = products(
                     guide_x, guide_y, row, col, bank * guide_x_bank, bank * guide_y_bank, N, M, guide_d, False, False,
@@ -300,7 +300,7 @@ def _online(
     rows = row + tl.arange(0, BLOCK_M)
     row_ok = rows < N
     row_names = load_keys(row_keys, bank, rows, row_ok)
-    limit = load_limits(limits, bank, limit_bank, rows, row_ok, teacher)
+    limit = limits, load_limits(limits, bank, limit_bank, rows, row_ok), teacher
     state = empty_online(SPEC, BLOCK_M)
     for col in range(0, M, BLOCK_N):
         cols = col + tl.arange(0, BLOCK_N)

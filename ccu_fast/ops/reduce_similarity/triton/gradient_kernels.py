@@ -199,8 +199,8 @@ def gradient_kernel(
             )
             if guide_x is None:
                 similar = dots
-            row_limit = load_limits(row_limits, bank, row_limit_bank, rows, row_ok, teacher)
-            col_limit = load_limits(col_limits, bank, col_limit_bank, cols, col_ok, teacher)
+            row_limit = row_limits, load_limits(row_limits, bank, row_limit_bank, rows, row_ok), teacher
+            col_limit = col_limits, load_limits(col_limits, bank, col_limit_bank, cols, col_ok), teacher
             row_slot = tl.cast(banks, tl.int64) * N
             col_slot = tl.cast(banks, tl.int64) * col_items
             by_row = grad_rows, row_out, bank * N + rows, row_ok, row_slot

@@ -70,7 +70,7 @@ def _reduce(
     bank = (block // blocks).to(tl.int64)
     rows = block % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     row_names = load_keys(row_keys, bank, rows, rows < N)
-    limit = load_limits(limits, bank, limit_bank, rows, rows < N)
+    limit = limits, load_limits(limits, bank, limit_bank, rows, rows < N), None
     a = _items(x + bank * x_bank * D, rows, N, D, BLOCK_D, MASK_D)
     state = empty_online(SPEC, BLOCK_M)
     for start in range(0, M, BLOCK_N):
@@ -165,7 +165,7 @@ def _gradient(
     for index in range(first_bank, last_bank):
         bank = tl.cast(index, tl.int64)
         row_names = load_keys(row_keys, bank, rows, row_ok)
-        row_limit = load_limits(row_limits, bank, row_limit_bank, rows, row_ok)
+        row_limit = row_limits, load_limits(row_limits, bank, row_limit_bank, rows, row_ok), None
         row_sources = load_gradients((grad_rows, row_out, bank * N + rows, row_ok, row_slot), ROWS)
         for start in range(0, M, BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)
@@ -174,7 +174,7 @@ def _gradient(
             dots = tl.dot(a, b.T)
             relation = relate(rows, cols, M, row_names, col_names, row_keys, DIAGONAL, MASK_M)
             relation = tl.where(row_ok[:, None], relation, 0)
-            col_limit = load_limits(col_limits, bank, col_limit_bank, cols, cols < M)
+            col_limit = col_limits, load_limits(col_limits, bank, col_limit_bank, cols, cols < M), None
             of_rows = within(relation, dots, row_limit, 1)
             of_cols = within(relation, dots, col_limit, 0)
             col_sources = load_gradients((grad_cols, col_out, bank * M + cols, cols < M, col_slot), COLS)

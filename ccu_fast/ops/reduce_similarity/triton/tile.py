@@ -138,20 +138,23 @@ def load_keys(keys, bank, index, in_range):
 
 
 @triton.jit
-def load_limits(limits, bank, limit_bank, index, in_range, teacher=None):
-    """``limits``, those of some rows or columns, and ``teacher``, its scale's address; None for what there is not.
+def load_limits(limits, bank, limit_bank, index, in_range):
+    """The limits of some rows or columns; any number where there are none.
 
     Out of range a limit leaves nothing out. With a teacher they are its log-sum-exps: there its probabilities are 0.
+
+    What the functions below get is a tuple: (``limits`` as here, what this returns, the address of a teacher's scale),
+    with None for what there is not. It is made by the caller, because up to Triton 3.6 no function can return None.
     """
     limit = index
     if limits is not None:
         limit = tl.load(limits + bank * limit_bank + index, mask=in_range, other=float("inf"))
-    return limits, limit, teacher
+    return limit
 
 
 @triton.jit
 def probability(similar, limits, AXIS: tl.constexpr):
-    """The teacher's of every pair of a tile, from its products and what ``load_limits`` returned.
+    """The teacher's of every pair of a tile, from its products and the tuple that ``load_limits`` speaks of.
 
     Where an item takes part in nothing its log-sum-exp is −inf and this is inf: the caller leaves such pairs out.
     """
@@ -161,7 +164,7 @@ def probability(similar, limits, AXIS: tl.constexpr):
 
 @triton.jit
 def within(relation, similar, limits, AXIS: tl.constexpr):
-    """The relations that reductions over AXIS see: 0 for OTHER pairs above the limits that ``load_limits`` returned.
+    """The relations that reductions over AXIS see: 0 for OTHER pairs above the limits of ``load_limits``.
 
     A comparison with NaN leaves nothing out.
     """
