@@ -59,8 +59,8 @@ def run(target: str, python: Path) -> dict[str, Any]:
 
 def execute(path: Path) -> None:
     """Run a page's examples in a folder that is deleted afterwards."""
-    here = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder, Session(path.resolve()) as session:
+    here, path = Path.cwd(), path.resolve()
+    with tempfile.TemporaryDirectory() as folder, Session(path) as session:
         os.chdir(folder)
         try:
             for block in examples(path.read_text()):
