@@ -16,7 +16,7 @@ from benchmarks.environment import REPOSITORY
 from benchmarks.figures import DEVICE, NAMES, OURS, Stored, times
 from benchmarks.registry import label
 from benchmarks.results import Row
-from benchmarks.tables import table_lines
+from build_support.docs.generated import table_lines
 
 PAGE = REPOSITORY / "docs" / "performance.md"
 ROOT = ".."  # from the page to the repository

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 from benchmarks.ops import OPS
 from benchmarks.registry import label
 from benchmarks.results import Row, read, replace
+from build_support.docs.generated import table_lines
 
 HEAD = ("provider", "p20 ms", "p50 ms", "p80 ms", "speed", "of floor", "rate", "extra MB", "gate error")
 
@@ -43,12 +44,6 @@ def cells(row: Row, baseline: str) -> list[str]:
 def _head_and_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     baseline = OPS[rows[0].op].baseline if rows[0].op in OPS else rows[0].provider
     return [f"× {baseline}" if h == "speed" else h for h in HEAD], [cells(row, baseline) for row in rows]
-
-
-def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: int = 0) -> list[str]:
-    """A table in Markdown without its caption; the last ``right`` columns have their text on the right."""
-    head = ["| " + " | ".join(columns) + " |", "|---" * (len(columns) - right) + "|--:" * right + "|"]
-    return head + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def show(rows: Sequence[Row]) -> None:

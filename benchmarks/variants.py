@@ -28,6 +28,7 @@ import ccu_fast
 from benchmarks import memory, timer
 from benchmarks.environment import describe
 from benchmarks.results import store
+from build_support.docs.generated import splice, table_lines
 
 RESULTS = Path(__file__).resolve().with_suffix(".json")
 PAGE = RESULTS.parents[1] / "docs" / "losses.md"
@@ -216,19 +217,19 @@ def table() -> str:
     """The stored rows for people."""
     *rows, last = json.loads(RESULTS.read_text())
     facts = last["environment"]
-    lines = ["| | ms | torch, ms | times torch | over `info_nce` | MB | torch, MB |", "|---|---|---|---|---|---|---|"]
+    lines = []
     for row in rows:
         cells = [row["loss"], f"{row['ours ms']:.0f}", f"{row['torch ms']:.0f}", f"{row['times torch']:.2f}"]
-        cells += [str(row.get("over info_nce", "")), str(row["MB"]), str(row["torch's MB"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}."])
+        lines.append([*cells, row.get("over info_nce", ""), row["MB"], row["torch's MB"]])
+    head = ("", "ms", "torch, ms", "times torch", "over `info_nce`", "MB", "torch, MB")
+    return "\n".join(
+        [*table_lines(head, lines), "", f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}."]
+    )
 
 
 def write_table() -> None:
     """Put the table between its two marks in docs/losses.md."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    PAGE.write_text(splice(PAGE.read_text(), table(), BEGIN, END))
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""What setup.py needs to find out about the machine, and the compile graph it writes."""
+"""What setup.py needs to know of the machine, the compile graph it writes, and what else is made of this repository."""

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from build_support.docs.generated import splice, table_lines
 from build_support.wheels import Failed, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,20 +150,21 @@ def merged(runs: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, An
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """The runs as a page shows them."""
     commands = sorted({r["command"] for r in runs})
-    lines = ["| Python | torch | Triton | tests | passed | failed | skipped |", "|---|---|---|---|---|---|---|"]
-    for r in runs:
-        cells = [*(r[key] for key in VERSIONS), "ABCDEFGH"[commands.index(r["command"])]]
-        lines.append(f"| {' | '.join(cells)} | {r['passed']} | {len(r['failed'])} | {r['skipped']} |")
+    rows = [
+        [
+            *(r[key] for key in VERSIONS),
+            "ABCDEFGH"[commands.index(r["command"])],
+            r["passed"],
+            len(r["failed"]),
+            r["skipped"],
+        ]
+        for r in runs
+    ]
+    lines = table_lines(("Python", "torch", "Triton", "tests", "passed", "failed", "skipped"), rows)
     lines += ["", *(f"- {'ABCDEFGH'[i]}: `{command}`" for i, command in enumerate(commands))]
     for r in runs:
         lines += [f"- failed with Python {r['python']} and torch {r['torch']}: `{name}`" for name in r["failed"]]
     return "\n".join(lines)
-
-
-def spliced(page: str, runs: Sequence[dict[str, Any]]) -> str:
-    """The page with the table of these runs between its marker lines."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table(runs)}\n\n{END}{rest.split(END)[1]}"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -183,7 +185,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 return 1
             runs, failed = merged(runs, new), failed or bool(new["failed"])
             RECORD.write_text(json.dumps({"runs": runs}, indent=1, ensure_ascii=False) + "\n")
-    PAGE.write_text(spliced(PAGE.read_text(), runs))
+    PAGE.write_text(splice(PAGE.read_text(), table(runs), BEGIN, END))
     return int(failed)
 
 

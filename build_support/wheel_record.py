@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from build_support.docs.generated import splice, table_lines
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 RECORD = DOCS / "wheels.json"
 PAGE = DOCS / "install.md"
@@ -26,13 +28,13 @@ def keep(build: dict[str, Any]) -> None:
     others = [old for old in read() if bool(old["cuda"]) != bool(build["cuda"])]
     builds = sorted([*others, build], key=lambda one: bool(one["cuda"]))
     RECORD.write_text(json.dumps({"builds": builds}, indent=1) + "\n", encoding="utf-8")
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(before + page(builds) + rest.split(END)[1], encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(splice(text, tables(builds), BEGIN, END), encoding="utf-8")
 
 
-def page(builds: list[dict[str, Any]]) -> str:
-    """The part of docs/install.md that these builds give, with its markers."""
-    return "\n\n".join([BEGIN, *(text for build in builds for text in _section(build)), END])
+def tables(builds: list[dict[str, Any]]) -> str:
+    """What docs/install.md says of these builds."""
+    return "\n\n".join(text for build in builds for text in _section(build))
 
 
 def _section(build: dict[str, Any]) -> list[str]:
@@ -42,14 +44,14 @@ def _section(build: dict[str, Any]) -> list[str]:
         kernels = "With CUDA kernels for " + ", ".join(f"sm_{arch}" for arch in build["cuda"])
         compilers += f" and nvcc {build['nvcc']}"
     head = ("Python", "wheel", "compiled module in it", "newest glibc symbol", "tried with")
-    rows = [head, ["---"] * len(head)]
+    rows = []
     for wheel in build["wheels"]:
         sizes = [f"{wheel[key] / 1e6:.1f} MB" for key in ("bytes", "module_bytes")]
         rows.append([wheel["python"], *sizes, wheel["glibc"], _tried(wheel.get("tried"))])
     return [
         f"{kernels}, by {compilers}. The source distribution has {build['sdist']['bytes'] / 1e6:.1f} MB.",
         f"```bash\n{build['command']}\n```",
-        "\n".join(f"| {' | '.join(row)} |" for row in rows),
+        "\n".join(table_lines(head, rows)),
     ]
 
 

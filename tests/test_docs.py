@@ -17,7 +17,7 @@ import torch
 from benchmarks import bars, results
 from build_support.docs.blocks import anchors, blocks, links, name_of, pages, prose
 from ccu_fast import patch
-from tests.support.page_run import MODULE, Run, exists, of_the_tests
+from tests.support.page_run import Run, exists, of_the_tests
 from tests.support.paths import ROOT
 from tests.support.presence import absent
 
@@ -43,22 +43,21 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "reader")
 @pytest.mark.parametrize("name", PAGES)
-def test_the_blocks_of_a_page_run(name: str, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(PAGES[name])
-    monkeypatch.setitem(sys.modules, MODULE, run.module)
-    for block in blocks(PAGES[name].read_text(encoding="utf-8")):
-        try:
-            run.block(block)
-        except ModuleNotFoundError as error:
-            if not of_the_tests(str(error.name)):
+def test_the_blocks_of_a_page_run(name: str) -> None:
+    with Run(PAGES[name]) as run:
+        for block in blocks(PAGES[name].read_text(encoding="utf-8")):
+            try:
+                run.block(block)
+            except ModuleNotFoundError as error:
+                if not of_the_tests(str(error.name)):
+                    raise
+                absent(str(error.name), "not installed")
+            except BaseException as error:
+                if sys.version_info >= (3, 11):
+                    error.add_note(f"{name}, line {block.line}")
                 raise
-            absent(str(error.name), "not installed")
-        except BaseException as error:
-            if sys.version_info >= (3, 11):
-                error.add_note(f"{name}, line {block.line}")
-            raise
     run.done()
 
 
@@ -100,8 +99,7 @@ WRONG = {
 @pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("kind", WRONG)
 def test_what_is_wrong_in_a_page_fails(kind: str) -> None:
-    run = Run(ROOT / "README.md")
-    with pytest.raises((AssertionError, ValueError, ZeroDivisionError)):
+    with Run(ROOT / "README.md") as run, pytest.raises((AssertionError, ValueError, ZeroDivisionError)):
         for block in blocks(WRONG[kind]):
             run.block(block)
         run.done()
@@ -130,9 +128,9 @@ ccu-fast info --json && python made.py      # a comment
 make test ARGS='tests/losses'
 ```
 """
-    run = Run(ROOT / "README.md")
-    for block in blocks(page):
-        run.block(block)
+    with Run(ROOT / "README.md") as run:
+        for block in blocks(page):
+            run.block(block)
     run.done()
     assert Path("written").read_text() == "x"
     assert exists("tests/test_docs.py::test_what_is_right_in_a_page_runs")
@@ -143,9 +141,9 @@ make test ARGS='tests/losses'
 def test_links_and_anchors_are_found() -> None:
     page = (
         '# One `two` (three)\n[a](b.md#c) `[no](code)` <img src="d.svg"> [e](https://f) ![g](h.png "i")\n'
-        "```text\n[j](k)\n```"
+        "[`l`](m)`[no](code)\n[no](code)` [n](<o>)\n```text\n[j](k)\n```"
     )
-    assert links(page) == ["b.md#c", "d.svg", "h.png"]
+    assert links(page) == ["b.md#c", "d.svg", "h.png", "m", "o"]
     assert anchors(page) == {"one-two-three"}
 
 

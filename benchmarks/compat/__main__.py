@@ -23,7 +23,7 @@ import torch
 from benchmarks import results
 from benchmarks.compat import pages
 from benchmarks.compat.environments import ENVIRONMENTS, Environment, build
-from benchmarks.tables import table_lines
+from build_support.docs.generated import table_lines
 from ccu_fast import patch
 from ccu_fast.files import write_whole
 

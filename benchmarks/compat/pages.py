@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.summary import splice
-from benchmarks.tables import table_lines
-from build_support.docs.blocks import blocks
+from build_support.docs.blocks import Block, blocks
+from build_support.docs.generated import splice, table_lines
+from build_support.docs.session import Session
 from ccu_fast import patch
 from ccu_fast.files import write_whole
 
@@ -36,14 +36,14 @@ def page(target: str) -> Path:
     return FOLDER / f"{target}.md"
 
 
-def examples(text: str) -> list[tuple[int, str]]:
-    """The Python of a page, hidden setup included: the line where each block begins, and the block."""
-    return [(block.line, block.text) for block in blocks(text) if block.language in ("python", "setup")]
+def examples(text: str) -> list[Block]:
+    """The Python of a page, hidden setup included."""
+    return [block for block in blocks(text) if block.language in ("python", "setup")]
 
 
 def digest(text: str) -> str:
     """What tells one state of a page's examples from another."""
-    return hashlib.sha256("\n".join(code for _, code in examples(text)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(block.text for block in examples(text)).encode()).hexdigest()[:16]
 
 
 def run(target: str, python: Path) -> dict[str, Any]:
@@ -58,15 +58,13 @@ def run(target: str, python: Path) -> dict[str, Any]:
 
 
 def execute(path: Path) -> None:
-    """Run a page's examples in order, in one namespace, in a folder that is deleted afterwards."""
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    text = path.read_text()
-    here = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
+    """Run a page's examples in a folder that is deleted afterwards."""
+    here, path = Path.cwd(), path.resolve()
+    with tempfile.TemporaryDirectory() as folder, Session(path) as session:
         os.chdir(folder)
         try:
-            for line, code in examples(text):
-                exec(compile("\n" * (line - 1) + code, str(path), "exec"), namespace)
+            for block in examples(path.read_text()):
+                session.python(block)
         finally:
             os.chdir(here)
 
@@ -122,7 +120,7 @@ def with_tables(rows: Rows) -> dict[Path, str]:
     """The text of every page as the results make it."""
     made = {page(target): figures(target, rows) for target in patch.TARGETS}
     made[page(INDEX)] = overview(rows)
-    return {path: splice(path.read_text(), text + "\n", BEGIN, END) for path, text in made.items()}
+    return {path: splice(path.read_text(), text, BEGIN, END) for path, text in made.items()}
 
 
 def write_tables(rows: Rows) -> None:

@@ -26,6 +26,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.compat import stand_ins
+from build_support.docs.generated import table_lines
 from ccu_fast.files import write_whole
 
 HERE = Path(__file__).parent
@@ -172,13 +173,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "without the patch either: they ask for downloads, a GPU or another version. *Ours* counts the calls of "
         "patched functions that ccu_fast answered, *theirs* those that it handed over.",
         "",
-        "| library | version | passed without | passed with | passed without only | others | ours | theirs |",
-        "|---|---|---|---|---|---|---|---|",
     ]
+    head = ("library", "version", "passed without", "passed with", "passed without only", "others", "ours", "theirs")
+    found = []
     for _, row in sorted(rows.items()):
         others = ", ".join(f"{count} {outcome}" for outcome, count in row["not passed without"].items()) or "–"
-        passed = f"{row['passed without']} | {row['passed with']} | {'<br>'.join(row['worse']) or 'none'}"
-        lines.append(f"| {row['target']} | {row['version']} | {passed} | {others} | {row['ours']} | {row['theirs']} |")
+        passed = [row["passed without"], row["passed with"], "<br>".join(row["worse"]) or "none"]
+        found.append([row["target"], row["version"], *passed, others, row["ours"], row["theirs"]])
+    lines += table_lines(head, found)
     some = next(iter(rows.values()), {})
     lines += ["", f"torch {some.get('torch')}, Python {some.get('python')}.", ""]
     return "\n".join(lines)

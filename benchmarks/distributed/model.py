@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from build_support.docs.generated import table_lines
+
 # Assumptions: an H100-like GPU and cluster.
 GEMM = 600e12  # FLOP/s of a large bf16 GEMM
 NODE = 8  # GPUs that NVLink joins
@@ -96,15 +98,11 @@ PROVIDERS = {
 def markdown() -> str:
     """The table, with its assumptions."""
     lines = ["# The losses over many GPUs, on paper", "", f"{__doc__}", "", ASSUMPTIONS, ""]
-    lines += [
-        "| GPUs | B | | TFLOP per GPU | MB sent per GPU | GB held per GPU | ms |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for gpus, batch in SHAPES:
         for name, cost in PROVIDERS.items():
             c = cost(gpus, batch)
-            lines.append(
-                f"| {gpus} | {batch} | {name} | {c.flops / 1e12:.2f} | {c.sent / 1e6:.0f} | {c.held / 1e9:.2f} "
-                f"| {c.seconds * 1e3:.1f} |"
-            )
+            figures = (f"{c.flops / 1e12:.2f}", f"{c.sent / 1e6:.0f}", f"{c.held / 1e9:.2f}", f"{c.seconds * 1e3:.1f}")
+            rows.append((gpus, batch, name, *figures))
+    lines += table_lines(("GPUs", "B", "", "TFLOP per GPU", "MB sent per GPU", "GB held per GPU", "ms"), rows)
     return "\n".join(lines) + "\n"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import ccu_fast
 from benchmarks.results import store
-from benchmarks.tables import table_lines
+from build_support.docs.generated import table_lines
 
 RESULTS = Path(__file__).with_name("results.json")
 SCALES = (1, 10, 100, 1000)

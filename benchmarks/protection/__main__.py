@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, results, summary
+from benchmarks import environment, results
 from benchmarks.charts import FIGURES
 from benchmarks.protection import frontier
-from benchmarks.tables import table_lines
+from build_support.docs.generated import splice, table_lines
 from ccu_fast.mem import Method, Recipe, Settings, strength
 from ccu_fast.mem.config import STRENGTHS
 from ccu_fast.mem.job.treatments import OF_CAPTIONS, OF_PICTURES, OF_TRIGGERS
@@ -164,8 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "costs" in there:
                 for name, text in frontier.pictures(there, task).items():
                     results.replace(FIGURES / name, text)
-        FRONT.write_text(summary.splice(FRONT.read_text(), fragment(), BEGIN, END))
-        MANUAL.write_text(summary.splice(MANUAL.read_text(), strengths(), BEGIN, END))
+        FRONT.write_text(splice(FRONT.read_text(), fragment(), BEGIN, END))
+        MANUAL.write_text(splice(MANUAL.read_text(), strengths(), BEGIN, END))
         return 0
     study = STUDIES[arguments.task]
     stored: dict[str, Any] = {

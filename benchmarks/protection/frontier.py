@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.charts import Bar, Group, Line, Scale, bars, lines, powers
-from benchmarks.tables import table_lines
+from build_support.docs.generated import table_lines
 from ccu_fast.mem import Method, Settings, protect
 from ccu_fast.mem.study import Task
 

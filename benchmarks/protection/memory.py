@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from benchmarks import environment, memory, results
 from benchmarks.protection.scale import fit
+from build_support.docs.generated import table_lines
 from ccu_fast.mem import triggers
 from ccu_fast.mem.config import Execution, Method, Settings
 from ccu_fast.mem.protection import Protection
@@ -315,20 +316,21 @@ def fits(lines: dict[str, Any], gigabytes: float) -> int:
 def table(stored: dict[str, Any]) -> str:
     """The tables of a page, in Markdown."""
     models = stored["models"]
-    sizes = " | ".join(f"{size} GB" for size in GPUS)
+    sizes = [f"{size} GB" for size in GPUS]
+    head = ("surrogate", "parameters, M", "fixed, GB", "MB a pair", *sizes, f"GB for the default batch of {DEFAULT}")
     lines = [
         f"Largest batch of pairs, with {RESERVE:.0f} GB (of 10⁹ bytes) left to CUDA's context and to fragmentation:",
         "",
-        f"| surrogate | parameters, M | fixed, GB | MB a pair | {sizes} | GB for the default batch of {DEFAULT} |",
-        f"|---|---|---|---|{'---|' * len(GPUS)}---|",
     ]
+    rows = []
     for name, row in models.items():
         line = row["lines"]["surrogate"]
         cells = [f"{name} ({row['library']})", f"{row['parameters'] / 1e6:.0f}"]
         cells += [f"{line['start'] / 1e9:.1f}", f"{line['each'] / 1e6:.0f}"]
         cells += [f"{fits(row['lines'], size):,}" for size in GPUS]
         cells += [f"{peak_of(row['lines'], DEFAULT) / 1e9:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
+    lines += table_lines(head, rows)
     name, first = next(iter(models.items()))
     if stored["device"] == "cpu":
         lines += [
@@ -337,14 +339,15 @@ def table(stored: dict[str, Any]) -> str:
             f"{(first['start'] + peak_of(first['lines'], DEFAULT)) / 1e9:.1f} GB with the default batch.",
         ]
     lines += ["", "What was measured, GB by batch, and the slopes of the passes:", ""]
-    lines += ["| surrogate | its step | trigger pass | noise pass | triggers, MB a pair | noise, MB a pair |"]
-    lines += ["|---|---|---|---|---|---|"]
+    rows = []
     for name, row in models.items():
         cells = [
             ", ".join(f"{count}: {peak / 1e9:.2f}" for count, _, peak in found) for found in row["batches"].values()
         ]
         cells += [f"{row['lines'][phase]['each'] / 1e6:.0f}" for phase in ("triggers", "noise")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        rows.append([name, *cells])
+    head = ("surrogate", "its step", "trigger pass", "noise pass", "triggers, MB a pair", "noise, MB a pair")
+    lines += table_lines(head, rows)
     checks = [
         f"of {name} at a batch of {held['batch']}, which its line was not drawn through, takes "
         f"{held['peak'] / 1e9:.2f} GB, and the line says {held['line'] / 1e9:.2f} GB "

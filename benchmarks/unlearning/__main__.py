@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import summary
 from benchmarks.console import say_ends
 from benchmarks.results import store
 from benchmarks.unlearning import associations, winners
 from benchmarks.unlearning.stored import alone, by_seed, in_rows, merged
 from benchmarks.unlearning.tasks import pictogram_tasks, refuse_others
 from benchmarks.unlearning.winners import markdown
+from build_support.docs.generated import splice
 from ccu_fast.cli.report.tables import depth_table, unlearn_tables
 from ccu_fast.files import write_whole
 from ccu_fast.unlearn.study.compare import compare
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out is None:
         found = by_seed(json.loads(RESULTS.read_text()))
         write_whole(PAGE, page(found))
-        write_whole(FRONT, summary.splice(FRONT.read_text(), winners.front(found["unlearn"]), BEGIN, END))
+        write_whole(FRONT, splice(FRONT.read_text(), winners.front(found["unlearn"]), BEGIN, END))
     return 0
 
 

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.tables import table_lines
 from benchmarks.unlearning.association_methods import BEFORE, CCU, CHOICES, CLEAN, GIVEN, LABELS, LEFT_OUT, SAME, best
 from benchmarks.unlearning.salmubench import (
     AIM,
@@ -23,6 +22,7 @@ from benchmarks.unlearning.salmubench import (
     judged,
 )
 from benchmarks.unlearning.winners import markdown
+from build_support.docs.generated import table_lines
 from ccu_fast.cli.report.tables import Table
 from ccu_fast.unlearn.baselines.registry import BASELINES
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import environment, results
+from build_support.docs.generated import table_lines
 from ccu_fast.files import write_whole
 from ccu_fast.models.dual_encoder import SmallDualEncoder
 from ccu_fast.runs import cache
@@ -326,15 +327,14 @@ thread of {device}, a process for each run. Other processes shared the machine, 
 
 def page(stored: dict[str, Any]) -> str:
     """SCALE.md."""
-    lines = [
-        "| pairs | of them to forget | data, MB | steps | peak memory, MB | CPU s | " + " | ".join(STAGES) + " |",
-        "|" + "---|" * (6 + len(STAGES)),
-    ]
+    rows = []
     for row in stored["runs"].values():
         cells = [f"{row['pairs']:,}", f"{row['forget']:,}", f"{row['pairs'] * stored['bytes_of_a_pair'] / 1e6:,.0f}"]
         cells += [f"{row['steps']}", f"{row['peak_bytes'] / 1e6:,.0f}", f"{row['cpu_seconds']:.1f}"]
         cells += [f"{row['stages'][stage]:.1f}" for stage in STAGES]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
+    head = ("pairs", "of them to forget", "data, MB", "steps", "peak memory, MB", "CPU s", *STAGES)
+    lines = table_lines(head, rows)
     killed = stored["killed"]
     again = killed["resumed"]
     lines += [

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from benchmarks.tables import table_lines
+from build_support.docs.generated import table_lines
 from ccu_fast.cli.report.tables import GOLD, Table, figure_title, signed, spread
 from ccu_fast.unlearn.audit import gaps, mean_figures, worst_gap
 from ccu_fast.unlearn.study.methods import METHODS, TOLD

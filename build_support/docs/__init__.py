@@ -1,1 +1,1 @@
-"""How the pages under docs/ become a site: what mkdocs and mkdocstrings are told beyond mkdocs.yml."""
+"""The pages under docs/: taken apart, run, given their generated parts, and made into a site by mkdocs."""

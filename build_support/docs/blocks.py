@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,10 @@ _NEEDS = re.compile(r"^\s*<!-- needs: (\S+) -->\s*$")
 _RUN_BY = re.compile(r"^\s*<!-- run by: (.+?) -->\s*$")
 _SETUP = re.compile(r"^\s*<!-- setup\s*$")
 _FILE = re.compile(r"\A# ([\w./-]+\.(?:py|toml|json))\n")
-_LINK = re.compile(r"""\]\(<?([^()\s>]+)>?(?:\s+"[^"]*")?\)|(?:src|href|srcset)="([^"]+)\"""")
+# Code in a line may go on in the next one of its paragraph.
+_CODE = r"(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\s*\n)[\s\S])+?(?<!`)(?P=ticks)(?!`)"
+_LINK = r"""(?P<before>\]\(<?|\b(?:src|srcset|href)=")(?P<link>[^()\s<>"]+)(?=>?(?:\s+"[^"]*")?\)|")"""
+_CODE_OR_LINK = re.compile(f"{_CODE}|{_LINK}")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Block:
         language: the first word after the fence; ``"setup"`` of hidden code.
         text: the lines in it.
         line: the number of its first line in the page.
+        source: its lines as they stand in the page, with the fence or the marks of the comment.
         needs: the library without which it cannot run.
         run_by: the tests that run its commands.
     """
@@ -43,6 +47,7 @@ class Block:
     language: str
     text: str
     line: int
+    source: str
     needs: str | None = None
     run_by: tuple[str, ...] = ()
 
@@ -69,59 +74,77 @@ def blocks(page: str) -> list[Block]:
     Raises:
         ValueError: a fence or a comment that does not end, or a remark to a block that does not follow.
     """
-    return _taken_apart(page)[0]
+    return [part for part in taken_apart(page) if isinstance(part, Block)]
 
 
 def prose(page: str) -> str:
     """A page without its blocks, hidden setup and code in a line."""
-    return re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "`code`", _taken_apart(page)[1])
+    return re.sub(_CODE, "`code`", _text(page))
 
 
-def _taken_apart(page: str) -> tuple[list[Block], str]:
-    found: list[Block] = []
-    rest: list[str] = []
+def taken_apart(page: str) -> Iterator[Block | str]:
+    """A page in its order: blocks, and the text between them without remarks to blocks.
+
+    Raises:
+        ValueError: as :func:`blocks`.
+    """
+    text = ""
     needs, run_by = None, ()
-    lines = iter(enumerate(page.splitlines(), 1))
+    lines = iter(enumerate(page.splitlines(keepends=True), 1))
     for number, line in lines:
         if told := _NEEDS.match(line):
             needs = told[1]
         elif told := _RUN_BY.match(line):
             run_by = tuple(told[1].split())
         elif _SETUP.match(line):
-            text = _until(lines, r"-->", number, "")
-            found.append(Block("setup", text, number + 1, needs))
-        elif fence := _FENCE.match(line):
+            yield text
+            text = ""
+            taken = _until(lines, r"-->", number)
+            yield Block("setup", "".join(taken[:-1]), number + 1, line + "".join(taken), needs)
+        elif fence := _FENCE.match(line.rstrip("\n")):
+            yield text
+            text = ""
             indent, ticks, info = fence.groups()
-            text = _until(lines, rf"{ticks[0]}{{{len(ticks)},}}", number, indent)
-            found.append(Block((info.split() or [""])[0], text, number + 1, needs, run_by))
+            taken = _until(lines, rf"{ticks[0]}{{{len(ticks)},}}", number)
+            code = "".join(inside.removeprefix(indent) for inside in taken[:-1])
+            yield Block((info.split() or [""])[0], code, number + 1, line + "".join(taken), needs, run_by)
             needs, run_by = None, ()
         else:
-            rest.append(line)
+            text += line
     if needs or run_by:
         raise ValueError(f"a remark to a block that does not follow: {needs or run_by}")
-    return found, "\n".join(rest)
+    yield text
 
 
-def _until(lines: Iterator[tuple[int, str]], end: str, start: int, indent: str) -> str:
-    """The lines before the one that is ``end``, without their common indent."""
+def _text(page: str) -> str:
+    return "".join(part for part in taken_apart(page) if isinstance(part, str))
+
+
+def _until(lines: Iterator[tuple[int, str]], end: str, start: int) -> list[str]:
+    """The lines up to the one that is ``end``, with it."""
     taken: list[str] = []
     for _, line in lines:
+        taken.append(line)
         if re.fullmatch(end, line.strip()):
-            return "".join(f"{one}\n" for one in taken)
-        taken.append(line.removeprefix(indent))
+            return taken
     raise ValueError(f"line {start}: what begins here does not end")
 
 
 def links(page: str) -> list[str]:
     """Where the links and pictures of a page point, apart from other sites."""
-    found = [plain or attribute for plain, attribute in _LINK.findall(prose(page))]
+    found = [mark["link"] for mark in _CODE_OR_LINK.finditer(_text(page)) if mark["link"]]
     return [link for link in found if not re.match(r"[a-z]+:", link)]
+
+
+def with_links(text: str, moved: Callable[[str], str]) -> str:
+    """A text without blocks, each of its links and pictures pointing where ``moved`` says."""
+    return _CODE_OR_LINK.sub(lambda m: m["before"] + moved(m["link"]) if m["link"] else m[0], text)
 
 
 def anchors(page: str) -> set[str]:
     """What can be linked to in a page, where GitHub and the site agree on the name."""
     found: set[str] = set()
-    text = re.sub(r"<!--.*?-->", "", _taken_apart(page)[1], flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", _text(page), flags=re.DOTALL)
     for heading in re.findall(r"^#{1,6} +(.+?)(?: +#+)? *$", text, re.MULTILINE):
         plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")
         github = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")

@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 from typer.models import ArgumentInfo, CommandInfo, OptionInfo
 
+from build_support.docs.generated import table_lines
 from ccu_fast.cli import app, console, options
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "commands.md"
@@ -42,13 +43,7 @@ VALUES = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
 def page() -> str:
     """The page as it should be."""
     commands = [line for info in app.app.registered_commands for line in _command(info)]
-    status = [
-        "## Exit status",
-        "",
-        "| status | meaning |",
-        "|---|---|",
-        *(f"| {code} | {why} |" for code, why in STATUS.items()),
-    ]
+    status = ["## Exit status", "", *table_lines(("status", "meaning"), STATUS.items())]
     return "\n".join([HEAD, *commands, *status]) + "\n"
 
 
@@ -73,7 +68,7 @@ def _command(info: CommandInfo) -> Iterator[str]:
             typed += "" if kind is bool else f" {_value(get_args(kind)[0] if repeated else kind)}"
             if required:
                 usage.append(typed)
-        rows.append(f"| `{typed}` | {_meaning(kind, parameter.default, told, repeated=repeated)} |")
+        rows.append((f"`{typed}`", _meaning(kind, parameter.default, told, repeated=repeated)))
     if len(rows) > sum(word != name for word in usage):
         usage.append("[OPTIONS]")
     yield f"## {name}\n"
@@ -81,7 +76,7 @@ def _command(info: CommandInfo) -> Iterator[str]:
         yield _prose(paragraph) + "\n"
     yield f"```text\n{' '.join(usage)}\n```\n"
     if rows:
-        yield "\n".join(["| argument or option | meaning |", "|---|---|", *rows, ""])
+        yield "\n".join([*table_lines(("argument or option", "meaning"), rows), ""])
     examples = [line.strip().removeprefix("Example: ") for line in (info.epilog or "").splitlines()]
     yield "\n".join(["```console", *(f"$ {line}" for line in examples if line.startswith("ccu-fast ")), "```\n"])
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
+
+from build_support.docs.blocks import taken_apart, with_links
 
 ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):`~?([\w.]+)`")
 LITERAL = re.compile(r"^(?P<indent> *)(?P<said>.*)::\n\n(?P<code>(?:(?P=indent) +.*\n|\n)+)", re.MULTILINE)
 DOCTEST = re.compile(r"^>>> .*\n(?:.+\n)*", re.MULTILINE)
 SECTION = re.compile(r"^((?:Args|Attributes|Raises):\n)((?: +.*\n|\n(?= ))+)", re.MULTILINE)
 ITEM = re.compile(r"^( {4}[\w*]+(?:, [\w*]+)*): (>?)", re.MULTILINE)
-FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"""(?<=\]\()[^()\s]+(?=\))|(?<=\ssrc=")[^"]+|(?<=\ssrcset=")[^"]+""")
-COMMENT = re.compile(r"<!-- *(?:setup|needs|run by)\b.*?-->\n*", re.DOTALL)
 
 
 def from_docstring(text: str, link: Callable[[str], str], returns: str = "") -> str:
@@ -54,19 +53,13 @@ def from_notebook(notebook: dict[str, Any]) -> str:
 
 def from_page(markdown: str, link: Callable[[str], str]) -> str:
     """A page without what only tests read; ``link`` moves its links, and code with prompts is a session."""
-    parts, end = [], 0
-    markdown = COMMENT.sub("", markdown)
-    for fence in FENCE.finditer(markdown):
-        parts.append(LINK.sub(lambda found: link(found[0]), markdown[end : fence.start()]))
-        parts.append(fence[0].replace("```python\n>>>", "```pycon\n>>>", 1))
-        end = fence.end()
-    return "".join([*parts, LINK.sub(lambda found: link(found[0]), markdown[end:])])
-
-
-def links(markdown: str) -> Iterator[str]:
-    """What a page links to, code aside."""
-    for found in LINK.finditer(FENCE.sub("", markdown)):
-        yield found[0]
+    parts = []
+    for part in taken_apart(markdown):
+        if isinstance(part, str):
+            parts.append(with_links(part, link))
+        elif part.language != "setup":
+            parts.append(part.source.replace("```python\n>>>", "```pycon\n>>>", 1))
+    return "".join(parts)
 
 
 def _item(found: re.Match[str]) -> str:

@@ -15,7 +15,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
-from build_support.docs.markdown import from_notebook, from_page, links
+from build_support.docs.blocks import links
+from build_support.docs.markdown import from_notebook, from_page
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIES = "repository/"

@@ -5,14 +5,14 @@ SALMUBench (Selvas-Sala, Kang and Gomez, CVPR 2026, arXiv 2603.26316) publishes 
 the sensitive associations (``cvc-mmu/clip-vit-b-16-salmu-compromised``), one without (``…-salmu-clean``).
 Nothing is downloaded here. A folder with the data set has::
 
-    data/SPLIT-*.parquet                   columns image (struct of bytes and path), text, identity_id, file_name
-    sensitive_set_captions_metadata.json   file_name → {"data_field": what kind of attribute the caption tells, …}
+    data/SPLIT-*.parquet   columns image (struct of bytes and path), text, identity_id, file_name
 
 SPLIT is one of :data:`SPLITS`. The two held-out ones are for evaluation alone. Rows of ``retain_synth`` without an
 identity show nobody of the sensitive set; of those with one the portrait is described, and nothing private told.
 
 The data set's card could not be seen when this was written. The layout is as public code reads the released files; what
-is not there (``forget_target``, captions without attributes, the list of fragile knowledge) is not read.
+is not there (``forget_target``, captions without attributes, the list of fragile knowledge) is not read, nor is
+``sensitive_set_captions_metadata.json``, which tells what kind of attribute each caption has.
 """
 
 from __future__ import annotations
@@ -27,11 +27,9 @@ from torch import Tensor
 
 from ccu_fast import check, extras
 from ccu_fast.data.pictures import BadPicture, decode
-from ccu_fast.files import read_json
 
 SPLITS = ("forget", "retain_synth", "holdout_identity", "holdout_association")
 COLUMNS = ("image", "text", "identity_id", "file_name")
-METADATA = "sensitive_set_captions_metadata.json"
 _ROWS = 64  # of a file, in memory at a time, encoded
 
 
@@ -111,24 +109,6 @@ def read_split(
                 named.append(name)
         first += _rows(file)
     return Split(torch.stack(pictures), told, who, named)
-
-
-def read_fields(folder: str | Path) -> dict[str, str]:
-    """What kind of attribute the association of each file tells, such as "phone".
-
-    Raises:
-        FileNotFoundError: the metadata is not there.
-        ValueError: it has another form.
-    """
-    path = Path(folder) / METADATA
-    if not path.is_file():
-        raise FileNotFoundError(f"folder: expected {METADATA} in {folder}, got none")
-    found = read_json(path, "folder")
-    if not isinstance(found, dict) or not all(
-        isinstance(about, dict) and isinstance(about.get("data_field"), str) for about in found.values()
-    ):
-        raise ValueError(f"folder: expected an object of file names with their data_field in {path}, got another form")
-    return {name: about["data_field"] for name, about in found.items()}
 
 
 def _rows(file: Path) -> int:

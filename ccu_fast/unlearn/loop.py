@@ -284,11 +284,6 @@ def answers(model: TwoModalityModel, data: PairedData, embedded: tuple[Tensor, .
     return Answers(data, visual, other, logits)
 
 
-def accuracies(model: TwoModalityModel, data: PairedData) -> dict[str, float]:
-    """:func:`right_shares` of all items, among themselves."""
-    return right_shares(answers(model, data))[0]
-
-
 def right_shares(*parts: Answers, thing: Tensor | None = None) -> list[dict[str, float]]:
     """The share of items that each head names right, ``{"visual": …, "other": …, "fused": …}`` in [0, 1] for each part.
 

@@ -68,8 +68,8 @@ def test_examples_ran_with_their_library_as_they_are_now(environment: str) -> No
 
 def test_examples_are_python_and_setup_with_their_lines() -> None:
     found = pages.examples(PAGE)
-    assert [line for line, _ in found] == [3, 8, 17]
-    assert [code.splitlines()[0] for _, code in found] == [
+    assert [block.line for block in found] == [3, 8, 17]
+    assert [block.text.splitlines()[0] for block in found] == [
         "x = 2",
         'with open("written", "w") as file:',
         "assert x == 2",

@@ -43,6 +43,7 @@ from benchmarks.unlearning import __main__ as unlearning
 from benchmarks.unlearning import association_choices, associations, figure, text_membership, winners
 from benchmarks.unlearning import scale as unlearning_scale
 from benchmarks.unlearning.stored import by_seed, in_rows
+from build_support.docs.generated import splice
 from ccu_fast.cli.report.tables import independent, unlearn_tables
 
 DEVICES = sorted(path for path in results.FOLDER.glob("*") if path.is_dir())
@@ -170,16 +171,6 @@ def test_the_fastest_peer_is_the_one_that_makes_us_look_slowest(tmp_path: Path) 
     rows = results.read(measured(tmp_path, sizes=1))
     next(r for r in rows if r.provider == "ccu_fast").speedup_over = {"open_clip": 4.0, "one_gemm": 0.5}
     assert summary.lines(rows)[0][3:5] == ["4.00 open_clip", "0.50 one_gemm"]
-
-
-def test_a_page_gets_the_table_between_its_markers_and_nowhere_else() -> None:
-    assert summary.splice("no markers\n", "text", "<!-- a -->", "<!-- b -->") == "no markers\n"
-    page = "before\n<!-- a -->\nold\n<!-- b -->\nafter\n"
-    spliced = summary.splice(page, "new", "<!-- a -->", "<!-- b -->")
-    assert spliced == "before\n<!-- a -->\n\nnew\n<!-- b -->\nafter\n"
-    assert summary.splice(spliced, "new", "<!-- a -->", "<!-- b -->") == spliced
-    with pytest.raises(ValueError, match="page: expected the line"):
-        summary.splice("<!-- a -->", "text", "<!-- a -->", "<!-- b -->")
 
 
 @pytest.mark.parametrize("sizes", [3, 1])
@@ -389,7 +380,7 @@ def test_the_committed_page_of_unlearning_is_what_its_files_make() -> None:
     assert in_rows(found) == stored
     assert unlearning.page(found) == unlearning.PAGE.read_text()
     front = unlearning.FRONT.read_text()
-    assert summary.splice(front, winners.front(found["unlearn"]), unlearning.BEGIN, unlearning.END) == front
+    assert splice(front, winners.front(found["unlearn"]), unlearning.BEGIN, unlearning.END) == front
 
 
 def test_the_manual_shows_the_figures_of_ccu_s_losses() -> None:
@@ -524,9 +515,9 @@ def test_views_of_one_thing_count_once() -> None:
 def test_the_committed_page_of_protection_is_what_its_files_make() -> None:
     assert protection.page() == protection.PAGE.read_text()
     front = protection.FRONT.read_text()
-    assert summary.splice(front, protection.fragment(), protection.BEGIN, protection.END) == front
+    assert splice(front, protection.fragment(), protection.BEGIN, protection.END) == front
     manual = protection.MANUAL.read_text()
-    assert summary.splice(manual, protection.strengths(), protection.BEGIN, protection.END) == manual
+    assert splice(manual, protection.strengths(), protection.BEGIN, protection.END) == manual
     assert protection.BEGIN in front and protection.BEGIN in manual
 
 

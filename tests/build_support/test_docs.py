@@ -13,7 +13,9 @@ import pytest
 import typer
 
 from build_support.docs import commands
-from build_support.docs.markdown import FENCE, from_docstring, from_notebook, from_page, links
+from build_support.docs.blocks import links, prose
+from build_support.docs.generated import splice, table_lines
+from build_support.docs.markdown import from_docstring, from_notebook, from_page
 from ccu_fast.cli import app
 from tests.support.paths import ROOT
 from tests.test_docstrings import MODULES
@@ -116,8 +118,8 @@ def test_no_docstring_of_the_reference_keeps_other_markup() -> None:
         texts += [inspect.getdoc(v) or "" for v in vars(value).values()] if inspect.isclass(value) else []
         for text in texts:
             # An example outside a block of code is prose to Markdown: ["a"]["b"] in it is a link that leads nowhere.
-            prose = FENCE.sub("", from_docstring(text, str))
-            assert not re.search(r"::$|:\w+:`|^Source:|^ *>>>", prose, re.MULTILINE), name
+            seen = prose(from_docstring(text, str))
+            assert not re.search(r"::$|:\w+:`|^Source:|^ *>>>", seen, re.MULTILINE), name
 
 
 def test_a_notebook_becomes_markdown() -> None:
@@ -137,12 +139,33 @@ def test_a_notebook_becomes_markdown() -> None:
     )
 
 
+def test_a_table_has_its_last_columns_on_the_right() -> None:
+    assert table_lines(("a", "b", "c"), [("x", 1, 2.5)], right=1) == [
+        "| a | b | c |",
+        "|---|---|--:|",
+        "| x | 1 | 2.5 |",
+    ]
+
+
+def test_a_page_gets_a_text_between_its_marks_and_nowhere_else() -> None:
+    page = "before\n<!-- a -->\nold\n<!-- b -->\nafter\n"
+    spliced = splice(page, "new\n", "<!-- a -->", "<!-- b -->")
+    assert spliced == "before\n<!-- a -->\n\nnew\n\n<!-- b -->\nafter\n"
+    assert splice(spliced, "new", "<!-- a -->", "<!-- b -->") == spliced
+    for lacking in ("no marks\n", "<!-- a -->", "<!-- b --> <!-- a -->"):
+        with pytest.raises(ValueError, match="page: expected the line"):
+            splice(lacking, "text", "<!-- a -->", "<!-- b -->")
+
+
 def test_a_page_loses_what_only_tests_read_and_its_links_move() -> None:
     read = "<!-- setup\nx = 1\n\n-->\n<!-- run by: a::b -->\n"
-    kept = "See [a]({}).\n\n```{}\n>>> f[0](../b)\n```\n\n<!-- k -->\n[c]({})\n\n<img alt='' src=\"{}\">\n"
+    kept = (
+        "See [a]({}), `[b](b)` and `<!-- setup -->`.\n\n```{}\n>>> f[0](../b)\n```\n\n<!-- k -->\n[c]({})\n\n"
+        "<img alt='' src=\"{}\">\n"
+    )
     text = read + kept.format("../a.py", "python", "c.md#d", "e.svg")
     assert from_page(text, str.upper) == kept.format("../A.PY", "pycon", "C.MD#D", "E.SVG")
-    assert list(links(text)) == ["../a.py", "c.md#d", "e.svg"]
+    assert links(text) == ["../a.py", "c.md#d", "e.svg"]
 
 
 def test_the_environment_of_the_site_is_pinned_to_ranges() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from build_support import support
+from build_support.docs.generated import splice
 from ccu_fast import info
 
 
@@ -19,7 +20,7 @@ def runs() -> list[dict[str, Any]]:
 
 def test_the_page_shows_the_record() -> None:
     page = support.PAGE.read_text()
-    assert support.spliced(page, runs()) == page
+    assert splice(page, support.table(runs()), support.BEGIN, support.END) == page
 
 
 @pytest.mark.parametrize("name", support.VERSIONS)

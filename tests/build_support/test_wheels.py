@@ -121,7 +121,8 @@ def test_a_record_takes_the_place_of_the_one_of_its_kind(tmp_path: Path, monkeyp
     wheel_record.keep(build_of(None, None))
     assert wheel_record.read() == [build_of(None, None), build_of(["80", "90"], "2.13.0")]
     text = page.read_text()
-    assert text == f"before\n\n{wheel_record.page(wheel_record.read())}\n\nafter\n"
+    tables = wheel_record.tables(wheel_record.read())
+    assert text == f"before\n\n{wheel_record.BEGIN}\n\n{tables}\n\n{wheel_record.END}\n\nafter\n"
     assert "2.8.0" not in text and text.count("| 3.11 | 2.8 MB | 5.1 MB | 2.27 | ") == 2
     assert "Without CUDA kernels, by c++ 12. The source distribution has 1.9 MB." in text
     assert "With CUDA kernels for sm_80, sm_90, by c++ 12 and nvcc 13.0." in text
@@ -144,7 +145,7 @@ def test_what_a_long_command_prints_is_passed_on(capfd: pytest.CaptureFixture[st
 
 
 def test_the_page_on_installing_shows_what_is_on_record() -> None:
-    assert wheel_record.page(wheel_record.read()) in wheel_record.PAGE.read_text(encoding="utf-8")
+    assert wheel_record.tables(wheel_record.read()) in wheel_record.PAGE.read_text(encoding="utf-8")
 
 
 def test_recorded_wheels_are_portable_and_hold_every_kernel() -> None:

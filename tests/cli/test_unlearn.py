@@ -29,7 +29,6 @@ from ccu_fast.runs.provenance import items_hash, load_model, save_model
 from ccu_fast.unlearn import unlearn
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
 from ccu_fast.unlearn.job import load, load_user_model, run_job, split
-from ccu_fast.unlearn.loop import accuracies
 from ccu_fast.unlearn.settings import read_job
 from ccu_fast.unlearn.study import compare as comparing
 from ccu_fast.unlearn.study.methods import METHODS
@@ -38,7 +37,7 @@ from tests.support import toy_unlearn
 from tests.support.forked import fork
 from tests.support.html_page import faults
 from tests.support.small_demo import quick_map
-from tests.support.toy_unlearn import toy, weights
+from tests.support.toy_unlearn import accuracies, toy, weights
 
 TOML = f"""{toy_unlearn.SETTINGS}[forget]
 classes = [1]

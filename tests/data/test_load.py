@@ -150,6 +150,15 @@ def test_tables_that_are_none(tmp_path: Path) -> None:
     assert "expected UTF-8" in said(tmp_path / "pairs.csv")
 
 
+@pytest.mark.parametrize("memory", [None, 0], ids=["at_once", "file_by_file"])
+def test_files_of_another_shape_are_refused(tmp_path: Path, memory: int | None) -> None:
+    """Also one whose numbers would fill the others' shape: 1 beside 3."""
+    path = table(tmp_path, "visual,other\nv.npy,o.npy\none.npy,o.npy\n")
+    np.save(tmp_path / "one.npy", np.zeros(1))
+    with pytest.raises(ValueError, match=r"path: expected shape \[3\] \(that of v.npy\) .* got \[1\] in one.npy"):
+        load_pairs(path, memory=memory)
+
+
 def test_arrays_come_in_a_type_that_torch_computes_in(tmp_path: Path) -> None:
     wide = np.array([[1, 65535]], dtype=np.uint16)
     data, _ = load_pairs(arrays(tmp_path, visual=wide, other=wide.astype(">f8")))

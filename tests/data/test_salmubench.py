@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ccu_fast.data.salmubench import METADATA, SPLITS, read_fields, read_split
+from ccu_fast.data.salmubench import SPLITS, read_split
 from tests.support.salmubench_files import SIZES, write_salmubench
 
 SHAPE = (3, 8, 8)
@@ -29,11 +28,9 @@ def test_every_row_of_every_shard_is_read_in_order(folder: Path) -> None:
         colours = [(40 * i + 9 * len(split)) % 256 for i in range(size)]
         assert found.pictures[:, 0, 0, 0].tolist() == colours
         assert [name.rpartition("_")[2] for name in found.files] == [f"{i}.png" for i in range(size)]
-    forget, retain = read_split(folder, "forget", SHAPE), read_split(folder, "retain_synth", SHAPE)
+    retain = read_split(folder, "retain_synth", SHAPE)
     assert retain.identities == ["forget0", None] * 3
     assert retain.where(lambda who: who is None).captions == [f"A plain picture {i}" for i in (1, 3, 5)]
-    fields = read_fields(folder)
-    assert [fields[name] for name in forget.files] == ["phone", "city"] * 3
 
 
 def test_some_rows_are_drawn(folder: Path) -> None:
@@ -62,9 +59,3 @@ def test_what_is_no_such_folder_is_refused(folder: Path) -> None:
     shard.write_bytes(b"no table")
     with pytest.raises(ValueError, match=r"00000-of-00002.parquet: expected Parquet, got "):
         read_split(folder, "forget", SHAPE)
-    (folder / METADATA).write_text(json.dumps({"a.png": {}}))
-    with pytest.raises(ValueError, match="folder: expected an object of file names with their data_field"):
-        read_fields(folder)
-    (folder / METADATA).unlink()
-    with pytest.raises(FileNotFoundError, match=f"folder: expected {METADATA} in .*, got none"):
-        read_fields(folder)

@@ -17,9 +17,9 @@ import ccu_fast
 from tests.support.drop_in import (
     counted,
     left_alone,
-    record,
     require,
     same_numbers,
+    same_on_ranks,
     same_training,
     speed,
     train_towers,
@@ -131,17 +131,7 @@ def test_negatives_of_all_devices(kind: str, tmp_path: Path) -> None:
         value = loss_of(make(kind, negatives_cross_device=True), *leaves)
         return [value.detach(), *torch.autograd.grad(value, leaves)]
 
-    def work(rank: int) -> Any:
-        theirs, exact = evaluated(rank, torch.float32), evaluated(rank, torch.float64)
-        with counted(TARGET) as calls:
-            ours = evaluated(rank, torch.float32)
-        return calls.kernels, ours, theirs, exact
-
-    for kernels, *found in on_ranks(WORLD, tmp_path, work):
-        assert kernels > 0
-        for ours, theirs, exact in zip(*found, strict=True):
-            assert_three_way(kind, ours, theirs, exact)
-    record(TARGET, check="numbers")
+    same_on_ranks(TARGET, tmp_path, evaluated, WORLD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

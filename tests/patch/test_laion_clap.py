@@ -17,18 +17,15 @@ from torch import Tensor
 import ccu_fast
 from tests.support import torchvision_stub
 from tests.support.drop_in import (
-    counted,
     left_alone,
-    record,
     require,
     same_numbers,
+    same_on_ranks,
     same_training,
     speed,
     train_towers,
     unit,
 )
-from tests.support.forked import on_ranks
-from tests.support.tolerance import assert_three_way
 
 TARGET, WIDTH, WORLD = "laion_clap", 12, 2
 
@@ -86,17 +83,7 @@ def test_several_processes(module: Any, local_loss: bool, gather_with_grad: bool
         value = loss_of(loss, leaves)
         return [value.detach(), *torch.autograd.grad(value, leaves)]
 
-    def work(rank: int) -> Any:
-        theirs, exact = evaluated(rank, torch.float32), evaluated(rank, torch.float64)
-        with counted(TARGET) as calls:
-            ours = evaluated(rank, torch.float32)
-        return calls.kernels, ours, theirs, exact
-
-    for kernels, *found in on_ranks(WORLD, tmp_path, work):
-        assert kernels > 0
-        for i, (ours, theirs, exact) in enumerate(zip(*found, strict=True)):
-            assert_three_way(f"value {i}", ours, theirs, exact)
-    record(TARGET, check="numbers")
+    same_on_ranks(TARGET, tmp_path, evaluated, WORLD)
 
 
 def test_training_is_the_same(module: Any) -> None:

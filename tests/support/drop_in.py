@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import ccu_fast
 from benchmarks import memory
+from tests.support.forked import on_ranks
 from tests.support.tolerance import assert_three_way
 
 RECORD = os.environ.get("CCU_FAST_COMPAT_RECORD")
@@ -51,6 +52,29 @@ def same_numbers(target: str, problem: Problem, *, magnitude: float | None = Non
     assert calls.kernels > 0, f"{target}: no ccu_fast operation ran"
     for name, o, t, e in zip(("loss", *(f"gradient {i}" for i in range(9))), ours, theirs, exact, strict=False):
         assert_three_way(f"{target} {name}", o.float(), t, e.double(), ulps=ulps, magnitude=magnitude)
+    record(target, check="numbers")
+
+
+def same_on_ranks(target: str, folder: Path, evaluated: Callable[[int, torch.dtype], list[Tensor]], world: int) -> None:
+    """What each of several processes gets from its items is the library's, judged by the library in float64.
+
+    Args:
+        target: the library.
+        folder: an empty one.
+        evaluated: from a rank and a dtype to loss and gradients.
+        world: how many processes.
+    """
+
+    def work(rank: int) -> Any:
+        theirs, exact = evaluated(rank, torch.float32), evaluated(rank, torch.float64)
+        with counted(target) as calls:
+            ours = evaluated(rank, torch.float32)
+        return calls.kernels, ours, theirs, exact
+
+    for kernels, *found in on_ranks(world, folder, work):
+        assert kernels > 0
+        for i, values in enumerate(zip(*found, strict=True)):
+            assert_three_way(f"value {i}", *values)
     record(target, check="numbers")
 
 

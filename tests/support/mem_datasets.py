@@ -79,6 +79,9 @@ def write_shards(folder: Path, n: int = 6, shard: int = 3, kind: str = "png") ->
     return folder
 
 
+WRITERS = {"csv": write_csv, "folder": write_folder, "imagefolder": write_imagefolder, "webdataset": write_shards}
+
+
 def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)

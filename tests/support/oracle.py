@@ -179,6 +179,14 @@ def by_us(case: Case, dtype: torch.dtype, backend: str, **options: Any) -> dict[
     return _named(case, leaves, outputs, _gradients(outputs, _live(leaves)))
 
 
+def assert_same_bits(*runs: dict[str, Tensor]) -> None:
+    """Every value of every run is that of the first."""
+    first, *others = runs
+    for other in others:
+        for name, value in first.items():
+            assert torch.equal(value, other[name]), name
+
+
 def check(case: Case, backend: str, dtype: torch.dtype, *, ulps: float = 8, **options: Any) -> dict[str, Tensor]:
     """Values and all gradients of the case on ``backend`` by the three-way rule."""
     case = case.with_dtype(dtype)

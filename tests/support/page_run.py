@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import ast
-import doctest
 import importlib.util
 import json
-import linecache
 import re
 import runpy
 import shlex
 import sys
 from pathlib import Path
-from types import ModuleType
 
 from benchmarks.compat.environments import ENVIRONMENTS
 from build_support.docs.blocks import Block
+from build_support.docs.session import Session
 from ccu_fast import patch
 from ccu_fast.cli.main import main
 from tests.support import torchvision_stub
@@ -30,19 +28,17 @@ else:
 SHOWN = ("text", "console", "mermaid")
 # Programs of which a page may tell; what they are given is checked as far as it is ours.
 TOLD = ("cd", "docker", "git", "make", "npm", "pip", "pre-commit", "source", "torchrun")
-MODULE = "__page__"
 
 
-class Run:
-    """A page being run: its namespace, and what of it is yet to be run.
+class Run(Session):
+    """A page being run, with its commands and settings; what of it is yet to be run.
 
     Args:
         page: the file.
     """
 
     def __init__(self, page: Path) -> None:
-        self.page = page
-        self.module = ModuleType(MODULE)
+        super().__init__(page)
         self.scripts: dict[str, bool] = {}  # Python files of the page, and whether something runs them
 
     def block(self, block: Block) -> None:
@@ -57,8 +53,7 @@ class Run:
             assert exists(test), f"no test {test}"
         if block.file:
             assert block.language in ("python", "toml", "json"), f"{block.file} is {block.language}"
-            Path(block.file).parent.mkdir(parents=True, exist_ok=True)
-            Path(block.file).write_text(block.text, encoding="utf-8")
+            self.write(block)
         if block.language == "toml":
             tomllib.loads(block.text)
         elif block.language == "json":
@@ -68,6 +63,8 @@ class Run:
                 self.command(command, block)
         elif block.language in ("python", "setup"):
             self.python(block)
+            if block.file:
+                self.scripts[block.file] = bool(block.run_by)
         else:
             assert block.language in SHOWN, f"a block of an unknown language: {block.language!r}"
 
@@ -80,22 +77,6 @@ class Run:
         if not found and not of_compat:
             absent(target, "not installed")
         return found
-
-    def python(self, block: Block) -> None:
-        name = f"<{self.page.name}, line {block.line}>"
-        if block.file:
-            compile(block.text, block.file, "exec")
-            self.scripts[block.file] = bool(block.run_by)
-            return
-        linecache.cache[name] = (len(block.text), None, block.text.splitlines(keepends=True), name)
-        if not block.text.startswith(">>>"):
-            exec(compile(block.text, name, "exec", dont_inherit=True), vars(self.module))
-            return
-        test = doctest.DocTestParser().get_doctest(block.text, vars(self.module), name, name, block.line - 1)
-        said: list[str] = []
-        result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append, clear_globs=False)
-        assert result.failed == 0, "".join(said)
-        vars(self.module).update(test.globs)
 
     def command(self, words: list[str], block: Block) -> None:
         """Run a command line, or check what it tells of where another test runs it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,13 +11,11 @@ from pyarrow import parquet
 from ccu_fast.data.pictures import encode_png
 
 SIZES = {"forget": 6, "holdout_identity": 4, "holdout_association": 4, "retain_synth": 6}
-FIELDS = ("phone", "city")
 
 
 def write_salmubench(folder: Path) -> Path:
     """Each split in two shards; of retain_synth every other row shows nobody, the rest persons of forget."""
     (folder / "data").mkdir(parents=True)
-    fields = {}
     for split, size in SIZES.items():
         rows = []
         for i in range(size):
@@ -30,8 +27,6 @@ def write_salmubench(folder: Path) -> Path:
             identity = person
             if split == "retain_synth":
                 identity = None if i % 2 else "forget0"
-            else:
-                fields[name] = {"data_field": FIELDS[i % 2], "caption": caption}
             image = {"bytes": encode_png(picture), "path": name}
             rows.append({"image": image, "text": caption, "identity_id": identity, "file_name": name, "more": i})
         kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -47,5 +42,4 @@ def write_salmubench(folder: Path) -> Path:
         for shard, part in enumerate((rows[: size // 2], rows[size // 2 :])):
             path = folder / "data" / f"{split}-{shard:05d}-of-00002.parquet"
             parquet.write_table(pa.Table.from_pylist(part, schema), path)
-    (folder / "sensitive_set_captions_metadata.json").write_text(json.dumps(fields))
     return folder

@@ -29,13 +29,13 @@ from ccu_fast.unlearn.audit import auc, embedding_map
 from ccu_fast.unlearn.baselines.contrastive_unlearning import unlearning_loss
 from ccu_fast.unlearn.baselines.plain_losses import fine_tune, gradient_ascent
 from ccu_fast.unlearn.baselines.random_label import wrong_labels
-from ccu_fast.unlearn.loop import Batch, accuracies, run
+from ccu_fast.unlearn.loop import Batch, run
 from ccu_fast.unlearn.study.methods import METHODS
 from ccu_fast.unlearn.study.run import run_task
 from ccu_fast.unlearn.study.tasks import TASKS, TrainConfig
 from ccu_fast.unlearn.study.train import train
 from tests.support import toy_unlearn
-from tests.support.toy_unlearn import CLASSES, DIM, INPUTS, make_model, toy, weights
+from tests.support.toy_unlearn import CLASSES, DIM, INPUTS, accuracies, make_model, toy, weights
 
 N_U, N_R = 9, 14
 SCALE = 5.0

@@ -18,7 +18,7 @@ from ccu_fast.data.paired import PairedData
 from ccu_fast.models.fusion import ConvFusionModel, FusionModel
 from ccu_fast.unlearn import Budget, Checkpoint, HeldOut, KeyBank, UnlearnConfig, unlearn
 from ccu_fast.unlearn.baselines.ssd import dampen
-from ccu_fast.unlearn.loop import accuracies, run
+from ccu_fast.unlearn.loop import run
 from ccu_fast.unlearn.method import CcuStep, Frozen, check_run, damage, run_ccu
 from ccu_fast.unlearn.objective import (
     anchor_loss,
@@ -31,7 +31,7 @@ from ccu_fast.unlearn.objective import (
 from ccu_fast.unlearn.parameters import parameters_of_other, salient
 from tests.support import toy_unlearn
 from tests.support.forked import fork, kill_when
-from tests.support.toy_unlearn import TwoTowers, make_model, toy, weights
+from tests.support.toy_unlearn import TwoTowers, accuracies, make_model, toy, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

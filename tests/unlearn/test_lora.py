@@ -15,11 +15,10 @@ from ccu_fast.runs.provenance import load_model, save_model
 from ccu_fast.unlearn import Budget, Checkpoint, UnlearnConfig, unlearn
 from ccu_fast.unlearn.alarms import NothingTrainable
 from ccu_fast.unlearn.job import run_job
-from ccu_fast.unlearn.loop import accuracies
 from ccu_fast.unlearn.lora import LowRank, attach
 from ccu_fast.unlearn.settings import read_job
 from tests.support import toy_unlearn
-from tests.support.toy_unlearn import TiedTowers, double, toy, weights
+from tests.support.toy_unlearn import TiedTowers, accuracies, double, toy, weights
 from tests.unlearn.test_stopping import write
 
 pytestmark = pytest.mark.usefixtures("one_thread")

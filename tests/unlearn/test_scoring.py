@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from ccu_fast.data.paired import PairedData
 from ccu_fast.unlearn.audit import audit
 from ccu_fast.unlearn.config import Budget, HeldOut
-from ccu_fast.unlearn.loop import accuracies, answers, chances, right_shares, run
+from ccu_fast.unlearn.loop import answers, chances, right_shares, run
 from tests.support import toy_unlearn
+from tests.support.toy_unlearn import accuracies
 
 
 class AsGiven(nn.Module):

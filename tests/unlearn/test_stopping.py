@@ -14,11 +14,10 @@ from ccu_fast.cli.main import main
 from ccu_fast.runs.provenance import load_model, save_model
 from ccu_fast.unlearn import HeldOut
 from ccu_fast.unlearn.job import load, run_job
-from ccu_fast.unlearn.loop import accuracies
 from ccu_fast.unlearn.settings import Stop, read_job
 from ccu_fast.unlearn.stopping import held_out_of
 from tests.support import toy_unlearn
-from tests.support.toy_unlearn import GONE, pairs, toy
+from tests.support.toy_unlearn import GONE, accuracies, pairs, toy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

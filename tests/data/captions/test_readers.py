@@ -23,14 +23,9 @@ from ccu_fast.data.captions.tables import read_records, rewrite
 from ccu_fast.data.load import load_captions
 from ccu_fast.data.pictures import BadPicture, decode
 from tests.support import mem_datasets as made
+from tests.support.mem_datasets import WRITERS
 
 SHAPE = (3, 16, 16)
-WRITERS = {
-    "csv": made.write_csv,
-    "folder": made.write_folder,
-    "imagefolder": made.write_imagefolder,
-    "webdataset": made.write_shards,
-}
 
 
 def why(path: Path, **options: Any) -> list[str]:

@@ -23,9 +23,10 @@ from ccu_fast.mem.job.models import choose_model, small
 from ccu_fast.mem.publish import writer as writer_module
 from ccu_fast.mem.publish.whole import with_noise
 from ccu_fast.ops.noise_store.api import NoiseStore
-from tests.mem.job.test_protect import WRITERS, captured, kill_at
+from tests.mem.job.test_protect import captured, kill_at
 from tests.support import mem_datasets as made
 from tests.support.forked import in_child, on_ranks
+from tests.support.mem_datasets import WRITERS
 from tests.support.mem_jobs import SHAPE, TINY, tree
 from tests.support.mem_jobs import job as thumbnails
 from tests.support.peak import printed_bytes

@@ -33,14 +33,9 @@ from ccu_fast.mem.publish import writer as writer_module
 from ccu_fast.ops.noise_store.api import NoiseStore
 from tests.support import mem_datasets as made
 from tests.support.forked import in_child, on_ranks
+from tests.support.mem_datasets import WRITERS
 from tests.support.mem_jobs import SHAPE, TINY, job, tree
 
-WRITERS = {
-    "csv": made.write_csv,
-    "folder": made.write_folder,
-    "imagefolder": made.write_imagefolder,
-    "webdataset": made.write_shards,
-}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -25,14 +25,9 @@ from ccu_fast.mem.verification.originals import Distance, similarity
 from ccu_fast.mem.verification.shown import choose
 from ccu_fast.runs.provenance import file_hash
 from tests.support import mem_datasets as made
+from tests.support.mem_datasets import WRITERS
 from tests.support.mem_jobs import job
 
-WRITERS = {
-    "csv": made.write_csv,
-    "folder": made.write_folder,
-    "imagefolder": made.write_imagefolder,
-    "webdataset": made.write_shards,
-}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -14,7 +14,18 @@ from ccu_fast import ALL, OTHER, SAME, SELF, info_nce, reduce_similarity
 from ccu_fast.ops.reduce_similarity.api import build_problem
 from ccu_fast.ops.reduce_similarity.operator import specialised
 from ccu_fast.ops.reduce_similarity.problem import KINDS
-from tests.support.oracle import SETS, Case, by_us, check, gap, in_reach, relations, similarities, unit
+from tests.support.oracle import (
+    SETS,
+    Case,
+    assert_same_bits,
+    by_us,
+    check,
+    gap,
+    in_reach,
+    relations,
+    similarities,
+    unit,
+)
 from tests.support.tolerance import assert_three_way
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -284,9 +295,7 @@ def test_second_derivatives_honour_limits(native: str) -> None:
 def test_same_inputs_same_bits(dtype: torch.dtype, workspace: int | None, backend: str) -> None:
     guide = unit(150, 9).float(), unit(150, 9).float()
     case = limited(Case(unit(150, 33), unit(150, 33), 20.0, 0.5, {}, MIX, MIX), guide=guide)
-    first, second = (by_us(case, dtype, backend, workspace=workspace) for _ in range(2))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    assert_same_bits(*(by_us(case, dtype, backend, workspace=workspace) for _ in range(2)))
 
 
 def test_one_thread_or_two_same_bits(native: str) -> None:
@@ -295,9 +304,7 @@ def test_one_thread_or_two_same_bits(native: str) -> None:
     for count in (1, 2, 3):  # the fixture puts the number back
         torch.set_num_threads(count)
         runs.append(by_us(case, torch.float32, native, workspace=0))
-    for name, value in runs[0].items():
-        assert torch.equal(value, runs[1][name]), name
-        assert torch.equal(value, runs[2][name]), name
+    assert_same_bits(*runs)
 
 
 def test_autocast_casts_the_guide_too(backend: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ccu_fast import ALL, OTHER, SAME, SELF, info_nce, reduce_similarity
 from ccu_fast.ops.reduce_similarity.problem import KINDS, MAX_REDUCTIONS, SimilarityProblem, encode
-from tests.support.oracle import SET_NAMES, SETS, Case, by_us, check, unit
+from tests.support.oracle import SET_NAMES, SETS, Case, assert_same_bits, by_us, check, unit
 from tests.support.peak import printed_bytes
 from tests.support.tolerance import assert_three_way
 
@@ -382,9 +382,7 @@ def test_workspace_changes_memory_not_values(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_same_inputs_same_bits(dtype: torch.dtype, workspace: int | None, backend: str) -> None:
     case = Case(unit(150, 33), unit(260, 33), 20.0, 0.5, KEYS["labels"](150, 260), MIX, MIX)
-    first, second = (by_us(case, dtype, backend, workspace=workspace) for _ in range(2))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    assert_same_bits(*(by_us(case, dtype, backend, workspace=workspace) for _ in range(2)))
 
 
 @pytest.fixture
@@ -401,9 +399,7 @@ def test_one_thread_or_two_same_bits(workspace: int | None, native: str, threads
     for count in (1, 2, 3):
         threads(count)
         runs.append(by_us(case, torch.float32, native, workspace=workspace))
-    for name, value in runs[0].items():
-        assert torch.equal(value, runs[1][name]), name
-        assert torch.equal(value, runs[2][name]), name
+    assert_same_bits(*runs)
 
 
 @pytest.mark.parametrize("workspace", [0, 1 << 17, None])

@@ -15,7 +15,7 @@ from ccu_fast.ops.reduce_similarity.api import build_problem
 from ccu_fast.ops.reduce_similarity.native import chunks
 from ccu_fast.ops.reduce_similarity.operator import specialised
 from tests.support.multiplications import Multiplications
-from tests.support.oracle import SETS, Case, by_us, check, unit
+from tests.support.oracle import SETS, Case, assert_same_bits, by_us, check, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -220,9 +220,7 @@ def test_second_derivatives(native: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_same_inputs_same_bits(dtype: torch.dtype, workspace: int | None, backend: str) -> None:
     case = taught(150, 150, d=33)
-    first, second = (by_us(case, dtype, backend, workspace=workspace) for _ in range(2))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    assert_same_bits(*(by_us(case, dtype, backend, workspace=workspace) for _ in range(2)))
 
 
 def test_one_thread_or_two_same_bits(native: str) -> None:
@@ -231,9 +229,7 @@ def test_one_thread_or_two_same_bits(native: str) -> None:
     for count in (1, 2, 3):  # the fixture puts the number back
         torch.set_num_threads(count)
         runs.append(by_us(case, torch.float32, native, workspace=0))
-    for name, value in runs[0].items():
-        assert torch.equal(value, runs[1][name]), name
-        assert torch.equal(value, runs[2][name]), name
+    assert_same_bits(*runs)
 
 
 def test_autocast_casts_the_teacher_too(backend: str) -> None:

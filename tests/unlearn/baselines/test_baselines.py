@@ -25,12 +25,13 @@ from ccu_fast.unlearn.baselines.registry import BASELINES, keeping_other
 from ccu_fast.unlearn.baselines.scrub import scrub
 from ccu_fast.unlearn.baselines.ssd import dampening, ssd
 from ccu_fast.unlearn.config import Budget
-from ccu_fast.unlearn.loop import Batch, Prepare, accuracies
+from ccu_fast.unlearn.loop import Batch, Prepare
 from ccu_fast.unlearn.model import loss_on
 from tests.support.toy_unlearn import (
     CLASSES,
     DIM,
     TwoTowers,
+    accuracies,
     double,
     one_batch,
     split,

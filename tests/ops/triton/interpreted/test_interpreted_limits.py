@@ -27,7 +27,7 @@ from tests.ops.reduce_similarity.test_limits import (  # noqa: F401 - collected 
 )
 from tests.ops.reduce_similarity.test_limits import test_banks as whole_numbers_in_banks
 from tests.ops.reduce_similarity.test_limits import test_losses_pass_limits_on as losses_pass_limits_on
-from tests.support.oracle import SETS, Case, by_us, check, unit
+from tests.support.oracle import SETS, Case, assert_same_bits, by_us, check, unit
 
 FP32, FP16 = torch.float32, torch.float16
 
@@ -97,9 +97,7 @@ def test_rows_that_need_their_own_maximum(workspace: int) -> None:
 def test_same_inputs_same_bits(engine: tuple[str, torch.dtype]) -> None:
     guide = unit(50, 9).float(), unit(50, 9).float()
     case = limited(Case(unit(50, 33), unit(50, 33), 20.0, None, {}, MIX, CLIP), guide=guide)
-    first, second = (by_us(case, engine[1], "triton") for _ in range(2))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    assert_same_bits(*(by_us(case, engine[1], "triton") for _ in range(2)))
 
 
 def test_nothing_is_kept_and_the_diagonal_is_told_apart() -> None:

@@ -23,7 +23,7 @@ from tests.ops.reduce_similarity.test_teacher import (  # noqa: F401 - collected
     test_probabilities_add_up,
 )
 from tests.ops.reduce_similarity.test_teacher import test_banks as whole_numbers_in_banks
-from tests.support.oracle import SETS, by_us, check, unit
+from tests.support.oracle import SETS, assert_same_bits, by_us, check, unit
 
 FP32, FP16 = torch.float32, torch.float16
 
@@ -80,9 +80,7 @@ def test_rows_that_need_their_own_maximum(workspace: int) -> None:
 
 def test_same_inputs_same_bits(engine: tuple[str, torch.dtype]) -> None:
     case = taught(50, 50, d=33)
-    first, second = (by_us(case, engine[1], "triton") for _ in range(2))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    assert_same_bits(*(by_us(case, engine[1], "triton") for _ in range(2)))
 
 
 def test_nothing_is_kept_and_large_kernels_serve() -> None:
