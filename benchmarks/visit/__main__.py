@@ -79,6 +79,7 @@ def unpack(file: Path) -> int:
     commits = sorted({str(row.environment.get("git_sha")) for row in rows})
     code = bench(["--report"])
     print(f"measured at {', '.join(commits)}\ngit add {folder.name}/results {folder.name}/visits docs")
+    print("then, for the sentences that say that no GPU has run this: pytest tests/benchmarks/visit/test_home.py")
     return code
 
 

@@ -311,6 +311,8 @@ def _commands(now: Visit, plan: Plan) -> list[Step]:
     if not plan.tiny:  # a CPU's are stored already, and take minutes
         out = now.work / "memory.json"
         memory: Command = [plan.python, "-m", "benchmarks.protection.memory", "--device", plan.device, "--out", out]
+        # open_clip last, which needs packages that a GPU's machine may lack.
+        memory += ["--models", "ViT-B/32", "ViT-B/16", "ViT-L/14", "RN50"]
         steps.append(Step("memory of surrogates", [memory], most=most, least=25))
     return steps
 
