@@ -221,8 +221,6 @@ SIGMOID_LOSS = Op(
             Provider(
                 f"siglip_kernel_{name}",
                 partial(build_siglip_kernel, **setting),
-                # It compiles all tiles that it tries at its first call, so the visit's first steps call it.
-                compiled=name == "epilogue",
                 serves=on_cuda,
                 note=siglip_kernel_note,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
@@ -13,13 +14,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import bars, results
 from benchmarks.__main__ import main as benchmark
 from benchmarks.ops import OPS
-from benchmarks.registry import label, select
+from benchmarks.registry import Case, Provider, label, select
 from benchmarks.visit import __main__ as command
-from benchmarks.visit import archive, program, steps
+from benchmarks.visit import archive, program, steps, warm
 from benchmarks.visit.steps import ROOT, Done, Step, Visit
 from tests.benchmarks.visit import made_up
 
@@ -333,6 +335,21 @@ def test_a_group_of_which_ours_is_wrong_has_failed(tmp_path: Path) -> None:
     assert program.judge_rows(now, ["clip_loss"], ["B=128"], []) == ("ok", "clip_loss B=128,D=512 1 ms, 1.50 × b")
     status, said = program.judge_rows(now, ["clip_loss"], [], [])
     assert status == "failed" and said.startswith("ccu_fast B=256,D=512 wrong: dx is off; ")
+
+
+def test_kernels_of_others_are_compiled_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called: list[str] = []
+    others = Provider("memeff", lambda inputs, shape: lambda: called.append("memeff") or {})
+    ours = Provider("ccu_fast", lambda inputs, shape: lambda: called.append("ours") or {}, role="ours")
+    op = dataclasses.replace(OPS["pgd_step"], providers=[others, ours])
+    case = Case(op, op.quick[0], torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(warm.program, "cases", lambda *_, **__: [case, case])
+    monkeypatch.setattr(warm.os, "nice", lambda _: 0)
+    assert warm.main(["bench", "--device", "cpu"]) == 0
+    assert called == ["ours", "ours", "memeff", "memeff"]
+    assert capsys.readouterr().out.endswith("2 of 2 cases called\n")
 
 
 def test_peers_come_from_wheels_without_pip(tmp_path: Path) -> None:
