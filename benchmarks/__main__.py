@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="small shapes; nothing is stored without --out")
     parser.add_argument("--no-compiled", action="store_true", help="leave out what torch.compile has to compile")
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="no providers whose names begin so")
     parser.add_argument("--seconds", type=float, help="timing budget of a case (3; quick 0.2); at least 2 rounds")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no case later than this")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {results.FOLDER.name}/ beside this file")
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 def _cases(arguments: argparse.Namespace, device: torch.device) -> list[Case]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cases = [
-        Case(_chosen(OPS[name], arguments.no_compiled), shape, dtype, device)
+        Case(_chosen(OPS[name], arguments.no_compiled, arguments.without), shape, dtype, device)
         for name in arguments.ops
         for shape in select(OPS[name], arguments.shapes, device.type, arguments.quick)
     ]
@@ -109,8 +110,9 @@ def _cases(arguments: argparse.Namespace, device: torch.device) -> list[Case]:
     return cases
 
 
-def _chosen(op: Op, no_compiled: bool) -> Op:
-    return replace(op, providers=[p for p in op.providers if not p.compiled]) if no_compiled else op
+def _chosen(op: Op, no_compiled: bool, without: Sequence[str]) -> Op:
+    left = [p for p in op.providers if not (no_compiled and p.compiled) and not p.name.startswith(tuple(without))]
+    return replace(op, providers=left)
 
 
 def _report(out: Path) -> int:

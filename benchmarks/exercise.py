@@ -23,7 +23,7 @@ from ccu_fast.ops.reduce_similarity import operator
 
 CALLS = 3
 # Ops without a matrix of pairs, and thus without separate kernels for small batches.
-NO_PAIRS = ("topk_flips", "topk_flips_minilm", "candidate_losses", "pgd_step", "noise_add")
+NO_PAIRS = ("topk_flips", "topk_flips_minilm", "candidate_losses", "pgd_step", "noise_add", "noise_update")
 
 
 def exercise(case: Case, provider: Provider, gate: Gate, calls: int) -> str | None:

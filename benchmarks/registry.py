@@ -32,6 +32,11 @@ def on_cuda(shape: Shape, device: str) -> bool:
     return device == "cuda"
 
 
+def on_cpu(shape: Shape, device: str) -> bool:
+    """Those for CPUs alone."""
+    return device == "cpu"
+
+
 @dataclass(frozen=True)
 class Provider:
     """One way to compute an operation.

@@ -50,6 +50,7 @@ def run(case: Case, environment: dict[str, Any], *, seconds: float, say: Say, wi
         _times(case, provider, timed, samples, rows[provider.name])
     if case.device.type == "cuda":
         short = [p for p in timed if samples[p.name].quantile(0.5) < GRAPH_BELOW]
+        short.sort(key=lambda p: p.role == "peer")  # last: a call that cannot be captured may spoil later captures
         _replay(case, gate, {p: calls[p.name] for p in short}, rows, seconds)
     return list(rows.values())
 

@@ -7,6 +7,7 @@ from benchmarks.ops import (
     labelled,
     minilm,
     noise_add,
+    noise_update,
     options,
     other_losses,
     pgd_step,
@@ -35,5 +36,6 @@ OPS: dict[str, Op] = {
         ccu_objective.CCU_OBJECTIVE,
         pgd_step.PGD_STEP,
         noise_add.NOISE_ADD,
+        noise_update.NOISE_UPDATE,
     )
 }

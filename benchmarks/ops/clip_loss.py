@@ -28,6 +28,7 @@ from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors, on
 
 SCALE = 100.0  # where CLIP's learned temperature is clamped
 COSINE = 0.15  # of a pair: positives are neither lost among the negatives nor already learned
+TILE = 256  # pairs along either side of our largest tile
 CHECKED_ROWS = 512  # gradient rows compared with fp64; loss and dscale cover everything
 
 
@@ -110,6 +111,26 @@ def build_ours(
     return (build_medium if medium else build)(inputs, shape, loss=loss)
 
 
+def even(shape: Shape) -> int:
+    """The largest number of pairs not above B whose matrix fits whole tiles."""
+    return shape["B"] // TILE * TILE
+
+
+def _evenly(inputs: Tensors, shape: Shape) -> tuple[Tensors, Shape]:
+    whole = {k: inputs[k][: even(shape)].detach().requires_grad_() for k in ("x", "y")}
+    return {**whole, "scale": inputs["scale"]}, {**shape, "B": even(shape)}
+
+
+def build_even(inputs: Tensors, shape: Shape) -> Call:
+    """Our loss of the pairs that fit whole tiles: what edges cost beside it."""
+    return build_ours(*_evenly(inputs, shape))
+
+
+def expect_even(inputs: Tensors, shape: Shape) -> Expected:
+    """Its right answer."""
+    return expect(*_evenly(inputs, shape))
+
+
 def build_ceiling(inputs: Tensors, shape: Shape, *, dtype: torch.dtype | None = None) -> Call:
     """The three unavoidable GEMMs of 6·B²D FLOPs, into preallocated buffers."""
     x, y = (inputs[k].detach().to(dtype or inputs[k].dtype) for k in ("x", "y"))
@@ -147,6 +168,15 @@ def _reference(shape: Shape, device: str) -> bool:
     return shape["B"] <= (8192 if device == "cuda" else 2048)
 
 
+def _ragged_cuda(shape: Shape, device: str) -> bool:
+    return device == "cuda" and even(shape) not in (0, shape["B"])
+
+
+def _inf_cl(shape: Shape, device: str) -> bool:
+    # Its kernels take so long that larger batches would have no time beside them.
+    return inf_cl_serves(shape, device) and shape["B"] <= 32768
+
+
 def _large_cuda(shape: Shape, device: str) -> bool:
     # Where the default workspace does not hold all of E.
     return device == "cuda" and shape["B"] >= 32768
@@ -168,7 +198,7 @@ PROVIDERS = (
     Provider(
         "open_clip_compiled", partial(OPEN_CLIP, how=build_compiled), compiled=True, serves=_cuda, note=open_clip_note
     ),
-    Provider("inf_cl", build_inf_cl, serves=inf_cl_serves, note=inf_cl_note),
+    Provider("inf_cl", build_inf_cl, serves=_inf_cl, note=inf_cl_note),
     Provider("memeff", build_memeff, serves=on_cuda, note=memeff_note, expect=expect_without_scale),
     Provider("ccu_fast", build_ours, role="ours", serves=_ours),
     Provider("ccu_fast_1gib", partial(build_ours, workspace=1 << 30), role="ours", serves=_large_cuda),
@@ -180,6 +210,7 @@ PROVIDERS = (
         backend="reference",
     ),
     Provider("ccu_fast_64mib", partial(build_ours, workspace=64 << 20), role="ours"),
+    Provider("even", build_even, role="yardstick", serves=_ragged_cuda, expect=expect_even),
     Provider("gemm_ceiling", build_ceiling, role="ceiling", serves=_stored),
     Provider(
         "open_clip_autocast",
@@ -215,7 +246,7 @@ CLIP_LOSS = Op(
     providers=PROVIDERS,
     shapes={
         "cpu": [{"B": b, "D": 512} for b in (128, 1024, 2048, 8192, 16384)],
-        "cuda": [{"B": b, "D": 512} for b in (128, 256, 1024, 4096, 8192, 16384, 32768, 262144)]
+        "cuda": [{"B": b, "D": 512} for b in (128, 256, 1024, 4096, 8192, 10000, 16384, 32768, 65536, 262144)]
         + [{"B": 32768, "D": d} for d in (768, 1024)],
     },
     quick=[{"B": 96, "D": 64}, {"B": 640, "D": 48}],

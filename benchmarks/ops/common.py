@@ -33,6 +33,18 @@ def build(inputs: Tensors, shape: Shape, *, loss: Loss) -> Call:
     return functools.partial(step, loss, inputs)
 
 
+def build_copy(inputs: Tensors, shape: Shape, *, of: str, work: Callable[..., tuple[float, float]]) -> Call:
+    """A copy of as many bytes as the work with inputs like ``of`` moves, half of them read and half written."""
+    _, moved = work(shape, inputs[of].dtype)
+    source = torch.zeros(int(moved) // 2, dtype=torch.uint8, device=inputs[of].device)
+    return functools.partial(_copy, source, torch.empty_like(source))
+
+
+def _copy(source: Tensor, out: Tensor) -> Tensors:
+    out.copy_(source)
+    return {}
+
+
 def build_compiled(inputs: Tensors, shape: Shape, *, loss: Loss) -> Call:
     """The loss under torch.compile, specialised to the shape."""
     return functools.partial(step, torch.compile(loss, dynamic=False), inputs)

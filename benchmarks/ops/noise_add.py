@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gate import relative_errors
-from benchmarks.ops.common import our_backend
-from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors
+from benchmarks.ops.common import build_copy, our_backend
+from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors, on_cpu, on_cuda
 
 
 def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
@@ -125,7 +125,9 @@ NOISE_ADD = Op(
         Provider("ccu_fast", partial(build_ours, dtype=torch.int8), role="ours"),
         Provider("ccu_fast_out", partial(build_ours, dtype=torch.int8, kept=True), role="ours"),
         Provider("ccu_fast_fp32", partial(build_ours, dtype=torch.float32), role="ours"),
-        Provider("copy_ceiling", build_ceiling, role="ceiling"),
+        Provider("copy_ceiling", build_ceiling, role="ceiling", serves=on_cpu),
+        # What the aim of a GPU compares with: the bytes of the noise too.
+        Provider("same_bytes_ceiling", partial(build_copy, of="images", work=work), role="ceiling", serves=on_cuda),
     ),
     shapes={device: [{"B": 128, "H": 224, "R": 512}] for device in ("cpu", "cuda")},
     quick=[{"B": 3, "H": 17, "R": 5}],

@@ -1,8 +1,9 @@
-"""What options of InfoNCE cost, from rows to columns: margin, guide, hard negatives, prefixes, beside plain InfoNCE."""
+"""What options of InfoNCE cost beside plain InfoNCE: margin, guide and hard negatives one way, prefixes both ways."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,8 @@ import ccu_fast
 from benchmarks.gate import relative_errors
 from benchmarks.ops import clip_loss
 from benchmarks.ops.common import Loss, build, build_ours, leaf, scale_terms, step, unit
-from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors
+from benchmarks.ops.peers import build_memeff_prefixes, memeff_note
+from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors, on_cuda
 
 SCALE, COSINE = 20.0, 0.6
 NEAR = 0.95  # the cosine of two texts that say the same
@@ -23,6 +25,7 @@ GUIDE = 256  # features of the other model
 OWN = 4  # hard negatives of a row
 BLOCK = 1024  # rows
 PLAIN = ("x", "y", "scale")
+BOTH_WAYS = ("prefixes",)
 
 
 def _pairs(items: int, dim: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -92,18 +95,41 @@ def prefixes_of(x: Tensor) -> tuple[int, ...]:
     return tuple(sorted({max(16, x.shape[-1] >> halvings) for halvings in range(4)}))
 
 
-def eager_prefixes(x: Tensor, y: Tensor, scale: Tensor, *, first: int = 0) -> Tensor:
-    """The sum over prefixes, each made unit vectors: Matryoshka."""
+def eager_prefixes(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """The sum over prefixes, each made unit vectors, in both directions: Matryoshka."""
     pairs = ([F.normalize(t[:, :d], dim=-1) for t in (x, y)] for d in prefixes_of(x))
-    return torch.stack([_entropy(scale * u @ v.T, first) for u, v in pairs]).sum()
+    return torch.stack([clip_loss.one_gemm(u, v, scale) for u, v in pairs]).sum()
+
+
+def expect_prefixes(inputs: Tensors, shape: Shape) -> Expected:
+    """The same in fp64: clip_loss's answer for each prefix, its gradients taken on through the normalisation."""
+    exact = {name: inputs[name].detach().double() for name in ("x", "y")}
+    values: dict[str, Tensor] = {}
+    terms, rows, said = 0.0, None, ""
+    for d in prefixes_of(exact["x"]):
+        unit_of = {name: F.normalize(t[:, :d], dim=-1) for name, t in exact.items()}
+        of = clip_loss.expect({**unit_of, "scale": inputs["scale"]}, shape)
+        rows, said = of.rows, of.said
+        pick = slice(None) if rows is None else rows
+        found = {name: of.values[name] for name in ("loss", "dscale")}
+        for name, u in unit_of.items():
+            g, u, length = of.values[f"d{name}"], u[pick], exact[name][pick, :d].norm(dim=-1, keepdim=True)
+            along = (g - (g * u).sum(-1, keepdim=True) * u) / length
+            found[f"d{name}"] = F.pad(along, (0, exact[name].shape[1] - d))
+        values = {name: value + values.get(name, 0) for name, value in found.items()}
+        terms += of.terms["dscale"]
+    return Expected(values, {"dscale": terms}, rows, said)
+
+
+def expect_prefixes_without_scale(inputs: Tensors, shape: Shape) -> Expected:
+    """The same for a provider to which scale is a number."""
+    right = expect_prefixes(inputs, shape)
+    return replace(right, values={k: v for k, v in right.values.items() if k != "dscale"})
 
 
 def one_by_one(x: Tensor, y: Tensor, scale: Tensor, *, backend: str) -> Tensor:
     """The same sum by a loss of ours for each prefix."""
-    each = [
-        ccu_fast.info_nce(x[:, :d], y[:, :d], scale=scale, symmetric=False, normalize=True, backend=backend)
-        for d in prefixes_of(x)
-    ]
+    each = [ccu_fast.info_nce(x[:, :d], y[:, :d], scale=scale, normalize=True, backend=backend) for d in prefixes_of(x)]
     return torch.stack(each).sum()
 
 
@@ -118,12 +144,17 @@ def ours(x: Tensor, y: Tensor, scale: Tensor, *extra: Tensor, kind: str = "", ba
         options["guide"] = extra
     if kind == "hard":
         (options["hard_negatives"],) = extra
-    return ccu_fast.info_nce(x, y, scale=scale, symmetric=False, backend=backend, **options)
+    return ccu_fast.info_nce(x, y, scale=scale, symmetric=kind in BOTH_WAYS, backend=backend, **options)
 
 
-def build_plain(inputs: Tensors, shape: Shape) -> Call:
-    """Plain InfoNCE of ours, of the same rows and columns."""
-    return build_ours({name: inputs[name] for name in PLAIN}, shape, loss=ours)
+def build_plain(inputs: Tensors, shape: Shape, *, kind: str) -> Call:
+    """Plain InfoNCE of ours, of the same rows and columns and in the same directions."""
+    return build_ours({name: inputs[name] for name in PLAIN}, shape, loss=plain_both if kind in BOTH_WAYS else ours)
+
+
+def plain_both(x: Tensor, y: Tensor, scale: Tensor, *, backend: str) -> Tensor:
+    """Plain InfoNCE of ours in both directions."""
+    return ccu_fast.info_nce(x, y, scale=scale, backend=backend)
 
 
 def expect(inputs: Tensors, shape: Shape, *, loss: Loss, names: tuple[str, ...] | None = None) -> Expected:
@@ -156,19 +187,20 @@ def work(shape: Shape, dtype: torch.dtype, *, features: int = 0) -> tuple[float,
 
 
 def _op(kind: str, title: str, eager: Loss, extra: str = "", more: Sequence[Provider] = ()) -> Op:
-    plain = partial(expect, loss=eager_plain, names=PLAIN)
+    both = kind in BOTH_WAYS
+    plain = clip_loss.expect if both else partial(expect, loss=eager_plain, names=PLAIN)
     return Op(
         name=f"info_nce_{kind}",
         kernel="reduce_similarity",
-        title=f"one-way InfoNCE {title}: loss and all gradients",
+        title=f"{'symmetric' if both else 'one-way'} InfoNCE {title}: loss and all gradients",
         make=partial(make, extra=extra),
-        expect=partial(expect, loss=eager),
+        expect=expect_prefixes if both else partial(expect, loss=eager),
         errors=relative_errors,
         providers=(
             Provider("eager", partial(build, loss=eager)),
             Provider("ccu_fast", partial(build_ours, loss=partial(ours, kind=kind)), role="ours"),
             *more,
-            Provider("info_nce", build_plain, role="yardstick", expect=plain),
+            Provider("info_nce", partial(build_plain, kind=kind), role="yardstick", expect=plain),
             Provider("gemm_ceiling", clip_loss.build_ceiling, role="ceiling"),
         ),
         # benchmarks.variants has the CPU's figures.
@@ -186,5 +218,14 @@ INFO_NCE_PREFIXES = _op(
     "prefixes",
     "of prefixes of the features",
     eager_prefixes,
-    more=[Provider("one_by_one", partial(build_ours, loss=one_by_one), role="ours")],
+    more=[
+        Provider("one_by_one", partial(build_ours, loss=one_by_one), role="ours"),
+        Provider(
+            "memeff",
+            partial(build_memeff_prefixes, prefixes=prefixes_of),
+            serves=on_cuda,
+            note=memeff_note,
+            expect=expect_prefixes_without_scale,
+        ),
+    ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,6 +18,8 @@ from benchmarks.ops.common import build
 from benchmarks.registry import Call, Shape, Tensors, Unavailable
 
 INF_CL, SIGLIP_KERNEL, MEMEFF = "inf_cl", "siglip-kernel", "memeff"
+# What they are called among the providers: a kernel of theirs may end the process in which ours is measured.
+NAMES = ("inf_cl", "memeff", "siglip_kernel")
 _FEWEST, _MOST = 16, 256  # inf_cl's head_dim, a power of two that divides D
 
 
@@ -39,9 +42,17 @@ def inf_cl_serves(shape: Shape, device: str) -> bool:
     return _head(shape["D"]) >= _FEWEST
 
 
-def siglip_kernel_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *, variant: str = "auto") -> Tensor:
-    """siglip-kernel, by default with the variant that it picks itself; its temperature is a logarithm."""
-    return importlib.import_module("siglip_kernel").fused_siglip_loss(x, y, scale.log(), bias, backend=variant)
+def siglip_kernel_loss(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *, variant: str = "auto", chunk: int = 0
+) -> Tensor:
+    """siglip-kernel, by default with the variant and the chunk of rows that it picks; its temperature is a logarithm.
+
+    "auto" is "chunked_bf16" in half precision, the only variant whose rows of a chunk can be chosen.
+    """
+    package = importlib.import_module("siglip_kernel")
+    if chunk:
+        return package.fused_chunked_bf16_siglip_loss(x, y, scale.log(), bias, chunk_size=chunk)
+    return package.fused_siglip_loss(x, y, scale.log(), bias, backend=variant)
 
 
 def memeff_loss(x: Tensor, y: Tensor, scale: float) -> Tensor:
@@ -50,16 +61,22 @@ def memeff_loss(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return module(temperature=1 / scale, normalized_inputs=True, stable=False)(x, y)
 
 
+def memeff_prefixes_loss(x: Tensor, y: Tensor, scale: float, prefixes: tuple[int, ...]) -> Tensor:
+    """memeff's fused Matryoshka CLIP loss, with the same settings; it normalises every prefix itself."""
+    module = importlib.import_module("memeff").MemoryEfficientMatryoshkaCLIPLoss
+    return module(prefixes, temperature=1 / scale, normalized_inputs=True, stable=False)(x, y)
+
+
 def build_inf_cl(inputs: Tensors, shape: Shape) -> Call:
     """inf_cl's loss and gradients."""
     _require(INF_CL, inputs["x"].device)
     return build(inputs, shape, loss=inf_cl_loss)
 
 
-def build_siglip_kernel(inputs: Tensors, shape: Shape, *, variant: str = "auto") -> Call:
+def build_siglip_kernel(inputs: Tensors, shape: Shape, *, variant: str = "auto", chunk: int = 0) -> Call:
     """siglip-kernel's loss and gradients."""
     _require(SIGLIP_KERNEL, inputs["x"].device)
-    return build(inputs, shape, loss=partial(siglip_kernel_loss, variant=variant))
+    return build(inputs, shape, loss=partial(siglip_kernel_loss, variant=variant, chunk=chunk))
 
 
 def build_memeff(inputs: Tensors, shape: Shape) -> Call:
@@ -67,6 +84,14 @@ def build_memeff(inputs: Tensors, shape: Shape) -> Call:
     _require(MEMEFF, inputs["x"].device)
     banks = {k: inputs[k] for k in ("x", "y")}
     return build(banks, shape, loss=partial(memeff_loss, scale=float(inputs["scale"].detach())))
+
+
+def build_memeff_prefixes(inputs: Tensors, shape: Shape, *, prefixes: Callable[[Tensor], tuple[int, ...]]) -> Call:
+    """memeff's Matryoshka loss and the gradients of x and y."""
+    _require(MEMEFF, inputs["x"].device)
+    banks = {k: inputs[k] for k in ("x", "y")}
+    scale = float(inputs["scale"].detach())
+    return build(banks, shape, loss=partial(memeff_prefixes_loss, scale=scale, prefixes=prefixes(banks["x"])))
 
 
 def _require(package: str, device: torch.device) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gate import relative_errors
-from benchmarks.ops.common import our_backend
-from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors
+from benchmarks.ops.common import build_copy, our_backend
+from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors, on_cpu, on_cuda
 
 STEP, EPS = 1 / 255, 8 / 255
 
@@ -101,7 +101,9 @@ PGD_STEP = Op(
         Provider("eager", build_eager),
         Provider("eager_compiled", build_compiled, compiled=True),
         Provider("ccu_fast", build_ours, role="ours"),
-        Provider("stream_ceiling", build_ceiling, role="ceiling"),
+        Provider("stream_ceiling", build_ceiling, role="ceiling", serves=on_cpu),
+        # What the aim of a GPU compares with.
+        Provider("copy_ceiling", partial(build_copy, of="image", work=work), role="ceiling", serves=on_cuda),
     ),
     shapes={device: [{"B": 128, "H": 224}] for device in ("cpu", "cuda")},
     quick=[{"B": 3, "H": 17}],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.gate import spread_rows
 from benchmarks.ops.common import our_backend
-from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors, Unavailable, on_cuda
+from benchmarks.registry import Call, Expected, Op, Provider, Shape, Tensors, Unavailable, on_cpu, on_cuda
 
 CHECKED_ROWS = 256
 
@@ -115,10 +115,6 @@ def build_flashinfer(inputs: Tensors, shape: Shape) -> Call:
     return lambda: {"ids": top_k((grad @ table.T).float(), k, sorted=True)[1].long()}
 
 
-def _on_cpu(shape: Shape, device: str) -> bool:
-    return device == "cpu"
-
-
 def build_ours(inputs: Tensors, shape: Shape) -> Call:
     """ccu_fast.topk_flips; the TokenTable is made once, as its users do."""
     from ccu_fast.ops.topk_flips.api import TokenTable, topk_flips
@@ -175,7 +171,7 @@ PROVIDERS = (
     Provider("naive_compiled", build_compiled, compiled=True),
     Provider("mem_reference", build_mem),
     Provider("nanogcg", build_gcg),
-    Provider("faiss", build_faiss, serves=_on_cpu),
+    Provider("faiss", build_faiss, serves=on_cpu),
     Provider("gemm_flashinfer", build_flashinfer, serves=on_cuda),
     Provider("ccu_fast", build_ours, role="ours", note=_prepared),
     Provider("stream_ceiling", build_stream, role="ceiling", serves=_skinny),

@@ -21,9 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import environment, results
-from benchmarks.visit import archive, program
+from benchmarks.visit import archive, program, steps
 from benchmarks.visit.steps import Done, Visit
 
+SHOWN = 200  # characters of a step's line
 PRINTED = 10_000  # characters at the end; where the end is all one gets to see, all of it should fit
 
 
@@ -56,9 +57,10 @@ def visit(
 
 
 def ending(now: Visit) -> str:
-    """What is printed last: the summary, the benchmark's table, the answers of tuning, as much as fits."""
-    text = now.table()
-    pages = [now.work / "results" / "SUMMARY.md", now.work / "tune" / "tune.md"]
+    """What is printed last: the aims, the steps, the answers of tuning, the benchmark's table, as much as fits."""
+    aims, *pages = (now.work / name for name in (program.AIMS, "tune/tune.md", "results/SUMMARY.md"))
+    text = f"{aims.read_text()}\n" if aims.is_file() else ""
+    text += "\n".join(line[:SHOWN] for line in now.table().splitlines()) + "\n"
     for page in pages:
         text += "\n" + page.read_text() if page.is_file() else ""
     return (
@@ -76,7 +78,8 @@ def unpack(file: Path) -> int:
     rows = [row for path in written if path.parent.parent == results.FOLDER for row in results.read(path.parent)]
     commits = sorted({str(row.environment.get("git_sha")) for row in rows})
     code = bench(["--report"])
-    print(f"measured at {', '.join(commits)}\ngit add {folder.name}/results {folder.name}/visits README.md")
+    print(f"measured at {', '.join(commits)}\ngit add {folder.name}/results {folder.name}/visits docs")
+    print("then, for the sentences that say that no GPU has run this: pytest tests/benchmarks/visit/test_home.py")
     return code
 
 
@@ -97,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", metavar="SHA", help="of this copy, where it has no .git; or in a file COMMIT")
     arguments = vars(parser.parse_args(argv))
     file = arguments.pop("unpack")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends too
+    signal.signal(signal.SIGTERM, steps.end)  # so that what was started ends too
     try:
         if file is not None:
             return unpack(file)

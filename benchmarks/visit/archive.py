@@ -19,7 +19,7 @@ HEAD, TAIL = 40 << 10, 160 << 10  # bytes of a log that are kept
 LEFT_OUT = "left_out.txt"
 
 _ROWS = re.compile(r"results/([A-Za-z0-9-]+)/([a-z0-9_]+)\.json")
-_NOTES = re.compile(r"(?:tune/)?((?:summary|tune)\.(?:json|md))|logs/(info|tests)\.log")
+_NOTES = re.compile(r"(?:tune/)?((?:summary|tune|memory)\.(?:json|md)|aims\.md)|logs/(info|tests|commands\.\d+)\.log")
 
 
 def pack(work: Path, target: Path, limit: int = LIMIT) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +19,12 @@ from benchmarks.visit import archive
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESERVE = 10.0  # seconds, for the pages that are made at the end
+GRACE = 10.0  # seconds that a killed process has to go
 LEAST = 3.0  # seconds; nothing starts with less
 # The line of a test, with one process and with several; the list at the end of pytest's output has another form.
 _WORD = "(PASSED|FAILED|ERROR|SKIPPED)"
 _TEST = re.compile(rf"^\S+::.* {_WORD}(?: \(.*\))? +\[ *\d+%\]$|^\[gw\d+\] \[ *\d+%\] {_WORD} ", re.MULTILINE)
+_told_to_end: list[int] = []
 Judge = Callable[[Sequence[Path]], tuple[str, str]]
 
 
@@ -101,12 +105,15 @@ class Visit:
         try:
             while any(running.done is None for running in started):
                 time.sleep(0.05)
+                if _told_to_end:
+                    sys.exit(_told_to_end[0])
                 for running in started:
                     if running.done is None and running.ended():
                         self.note(running.finish())
         finally:  # also where the visit itself is told to end
             for running in started:
-                running.stop()
+                if running.done is None:
+                    running.stop()
         return len(started) == len(together) and all(r.done and r.done.status == "ok" for r in started)
 
     def note(self, done: Done) -> None:
@@ -126,6 +133,13 @@ class Visit:
         lines = ["| step | status | s | said |", "|---|---|---|---|"]
         lines += [f"| {d.step} | {d.status} | {d.seconds:.0f} | {d.said.replace('|', '/')} |" for d in self.done]
         return "\n".join(lines) + "\n"
+
+
+def end(number: int, frame: object) -> None:
+    """Handle a signal: end what was started, and leave."""
+    # Python ignores what is raised while it forks, so the loop that waits looks at the list as well.
+    _told_to_end.append(128 + number)
+    sys.exit(128 + number)
 
 
 class _Started:
@@ -163,7 +177,9 @@ class _Started:
         for process in self.processes:
             if process is not None and process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    # One that hangs in the driver may never go, and the next step must not wait for that.
+                    process.wait(GRACE)
 
 
 def _start(command: Sequence[str | Path], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes] | None:

@@ -11,12 +11,13 @@ import gc
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from benchmarks.ops.peers import NAMES
 from benchmarks.registry import Case, Provider, label
 from benchmarks.visit import program, questions
 
@@ -29,11 +30,16 @@ def compiles(provider: Provider) -> bool:
     return provider.compiled or provider.role in ("ours", "yardstick")
 
 
-def call_once(case: Case) -> list[str]:
-    """Build and call every provider that compiles; what went wrong is left for the measurement to say."""
+def of_others(provider: Provider) -> bool:
+    """Whether its kernels are another project's: called last, because one that dies takes its process along."""
+    return provider.name.startswith(NAMES)
+
+
+def call_once(case: Case, chosen: Callable[[Provider], bool]) -> list[str]:
+    """Build and call the chosen providers; what went wrong is left for the measurement to say."""
     said = []
     inputs = case.inputs()
-    for provider in filter(compiles, case.providers()):
+    for provider in filter(chosen, case.providers()):
         try:
             provider.build(inputs, case.shape)()
         except Exception as error:
@@ -71,13 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The tiles of one question are split over several processes, because they take longest.
         cases = [alone for case in cases for alone in questions.one_by_one(case)]
     chosen = cases[first - 1 :: step]
-    for case in chosen:
-        with _turn(case):
-            said = call_once(case)
-            gc.collect()
-            if case.device.type == "cuda":
-                torch.cuda.empty_cache()
-        print(f"{case.op.name} {label(case.shape)} {'; '.join(said)}", flush=True)
+    for whose in (compiles, of_others):
+        for case in chosen:
+            if not any(map(whose, case.providers())):
+                continue
+            with _turn(case):
+                said = call_once(case, whose)
+                gc.collect()
+                if case.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            print(f"{case.op.name} {label(case.shape)} {'; '.join(said)}", flush=True)
     print(f"{len(chosen)} of {len(cases)} cases called")
     return 0
 

@@ -33,12 +33,19 @@ def interpreted() -> dict[str, dict[str, float]]:
     return errors
 
 
-@pytest.mark.parametrize("package", [peers.INF_CL, peers.SIGLIP_KERNEL, peers.MEMEFF])
-def test_a_peer_computes_our_loss_and_its_gradients(package: str) -> None:
+SETTINGS = [
+    *(f"{peers.SIGLIP_KERNEL} {name}" for name in other_losses.SIGLIP_KERNEL_SETTINGS),
+    f"{peers.MEMEFF} prefixes",
+]
+
+
+@pytest.mark.parametrize("name", [peers.INF_CL, peers.SIGLIP_KERNEL, peers.MEMEFF, *SETTINGS])
+def test_a_peer_computes_our_loss_and_its_gradients(name: str) -> None:
+    package = name.partition(" ")[0]
     for needed in ("triton", package):
         if peers.version(needed) is None:
             absent(needed, f"not installed (pip install --no-deps {needed})")
-    errors = interpreted()[package]
+    errors = interpreted()[name]
     scalars = {peers.INF_CL: {"dscale"}, peers.SIGLIP_KERNEL: {"dscale", "dbias"}, peers.MEMEFF: set()}
     assert errors.keys() == {"loss", "dx", "dy"} | scalars[package]
     assert max(errors.values()) < 1e-5, errors

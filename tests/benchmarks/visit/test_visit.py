@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
@@ -13,13 +14,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import results
+from benchmarks import __main__ as bench
+from benchmarks import bars, results
 from benchmarks.ops import OPS
-from benchmarks.registry import label, select
+from benchmarks.registry import Case, Provider, label, select
 from benchmarks.visit import __main__ as command
-from benchmarks.visit import archive, program, steps
+from benchmarks.visit import archive, program, steps, warm
 from benchmarks.visit.steps import ROOT, Done, Step, Visit
+from tests.benchmarks.visit import made_up
 
 MIB = 1 << 20
 PYTHON = [sys.executable, "-c"]
@@ -61,7 +65,8 @@ def test_a_tiny_visit_comes_back_as_two_files_and_goes_into_the_repository(tmp_p
     assert sorted(path.name for path in out.iterdir()) == ["summary.md", "visit.tgz"]
     found = members(out / "visit.tgz")
     said = {line["step"]: line for line in json.loads(found["summary.json"])}
-    assert list(said) == ["commit", "peers", "info", "build", "warm bench", "bench 1", "report"]
+    assert set(list(said)[:5]) == {"commit", "peers", "info", "build", "warm bench"}
+    assert list(said)[5:] == ["bench 1", "report"]
     assert said["warm bench"]["said"] == "1 of 1 cases called"
     assert "info_nce_margin B=96,D=64" in said["bench 1"]["said"] and said["bench 1"]["status"] == "ok"
     assert (out / "summary.md").read_text() in done.stdout and len(done.stdout) < 12_000
@@ -79,7 +84,7 @@ def test_a_tiny_visit_comes_back_as_two_files_and_goes_into_the_repository(tmp_p
 def recorder(tmp_path: Path) -> Path:
     """A stand-in for Python that reports success and records how it was called."""
     script = tmp_path / "python"
-    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho "3 right, 0 wrong, 0 not run"\n')
+    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho stored in\necho "3 right, 0 wrong, 0 not run"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return script
 
@@ -95,24 +100,25 @@ def test_what_matters_most_comes_first(tmp_path: Path, recorder: Path, monkeypat
     monkeypatch.setattr(program.shutil, "which", lambda *_, **__: None)
     done, calls = run_recorded(tmp_path, recorder)
     names = [d.step for d in done]
-    first = names.index("smoke native")
-    assert names[0] == "info" and set(names[1:first]) == {"build", "smoke triton", "warm bench"}
+    first = names.index("bench 1")
+    assert set(names[:first]) == {"info", "build", "smoke triton", "warm bench"}
     benches = [name for name in names if name.startswith("bench")]
-    assert names[first + 1 :] == [
-        *benches[:4],
+    main, last = len(program.MAIN), names[-4:-2]
+    assert names[first:-4] == [
+        *benches[:main],
+        "smoke native",
         "info built",
         "tests",
         "sanitizer",
         "exercise",
-        *benches[4:],
-        "tune",
-        "report",
+        *benches[main:],
     ]
-    assert len(benches) == len(program.MAIN) + len(program.LABELS) + len(program.REST) + 1
+    assert set(last) == {"commands", "memory of surrogates"} and names[-2:] == ["tune", "report"]
+    assert benches == [f"bench {number}" for number in range(1, main + len(program.REST) + 2)]
     assert sum("tests.support.smoke --backend triton" in call for call in calls) == max(1, (os.cpu_count() or 2) // 2)
     assert sum("build_ext --inplace" in call for call in calls) == 1
     measured = [call for call in calls if "--seconds" in call]
-    assert "--shapes B=32768,D=512 --ops clip_loss" in measured[0] and "bounded_inverse" in measured[3]
+    assert "--shapes B=32768,D=512 --ops clip_loss" in measured[0] and "--shapes B=65536 --ops clip_loss" in measured[1]
     assert not any(word in call.split() for call in calls for word in ("make", "pip"))
 
 
@@ -121,7 +127,8 @@ def test_what_matters_most_comes_first(tmp_path: Path, recorder: Path, monkeypat
     [
         ("smoke", {"smoke triton", "smoke native"}, {"warm bench", "tests", "bench 1", "tune", "report"}),
         ("bench", {"warm bench", "bench 1", "report"}, {"smoke triton", "tests", "tune"}),
-        ("tests", {"tests", "sanitizer", "exercise"}, {"smoke native", "bench 1", "tune", "warm bench"}),
+        ("tests", {"tests", "sanitizer", "exercise"}, {"smoke native", "bench 1", "tune", "warm bench", "commands"}),
+        ("commands", {"commands", "memory of surrogates"}, {"smoke native", "bench 1", "tests", "tune", "warm bench"}),
         ("tune", {"warm tune", "tune"}, {"smoke native", "bench 1", "tests", "report", "warm bench"}),
     ],
 )
@@ -148,6 +155,66 @@ def test_what_does_not_fit_says_so(tmp_path: Path, recorder: Path) -> None:
     assert late["tests"].startswith("needs 30 s, ") and late["tune"].startswith("needs 60 s, ")
     assert not any("pytest" in call for call in calls)
     assert [d.step for d in done][-1] == "report" and done[-1].status == "ok"
+
+
+def test_every_aim_is_measured_before_anything_else() -> None:
+    planned = {
+        (op, label(shape))
+        for ops, patterns in program.MAIN
+        for op in ops
+        for shape in select(OPS[op], patterns, "cuda", quick=False)
+    }
+    aims = {(bar.op, bar.shape) for bar in bars.load() if bar.source == bars.GPU}
+    assert planned == aims | {("clip_loss_banks", "K=17,B=128,D=1024")}
+
+
+@pytest.fixture
+def dying(tmp_path: Path) -> Path:
+    """A stand-in for Python that measures a group's first case only without other projects' kernels."""
+    script = tmp_path / "python"
+    script.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
+        'case "$*" in *--without*|*N=2560,*) echo stored in; exit 0;; *--seconds*) exit 139;; esac\n'
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return script
+
+
+def test_a_group_that_died_is_measured_without_what_may_have_killed_it(tmp_path: Path, dying: Path) -> None:
+    _, calls = run_recorded(tmp_path, dying, only="bench", ops=("topk_flips", "sigmoid_loss"))
+    measured = [call.partition("--shapes ")[2] for call in calls if "--seconds" in call]
+    others = "--without inf_cl memeff siglip_kernel --ops"
+    assert measured[:5] == [
+        "B=65536 --ops sigmoid_loss",
+        f"B=65536,D=512 {others} sigmoid_loss",
+        "N=5 N=2560 --ops topk_flips",
+        f"N=5,V=49408,D=512,k=16 {others} topk_flips",
+        "N=2560,V=49408,D=512,k=16 --ops topk_flips",
+    ]
+
+
+def test_a_run_can_leave_providers_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def run(case: Case, *_: object, **__: object) -> list[results.Row]:
+        names.extend(provider.name for provider in case.providers())
+        return [row()]
+
+    monkeypatch.setattr(bench, "run", run)
+    words = ["--ops", "noise_add", "--quick", "--no-compiled", "--device", "cpu"]
+    assert bench.main([*words, "--without", "mem_", "ccu_fast_fp32"]) == 0
+    assert names == ["eager", "ccu_fast", "ccu_fast_out", "copy_ceiling"]
+
+
+def test_the_aims_are_first_in_what_is_printed(tmp_path: Path) -> None:
+    now = Visit(tmp_path, 60)
+    results.write(now.work / "results" / made_up.DEVICE, made_up.rows())
+    program.judge_rows(now, ["clip_loss"], ["B=128"], [])
+    now.note(Done("long", "failed", said="x" * 1000))
+    said = command.ending(now)
+    assert said.startswith("| what | aim | measured |") and "29 aims: " in said and "x" * 200 not in said
+    assert "| clip_loss B=10000,D=512 | ≤ 1.15 times the time of even per pair | 0.997 | met |" in said
+    assert program.AIMS in members(tmp_path / archive.NAME)
 
 
 def test_the_end_of_the_output_fits_where_only_the_end_comes_back(tmp_path: Path) -> None:
@@ -275,6 +342,21 @@ def test_a_group_of_which_ours_is_wrong_has_failed(tmp_path: Path) -> None:
     assert status == "failed" and said.startswith("ccu_fast B=256,D=512 wrong: dx is off; ")
 
 
+def test_kernels_of_others_are_compiled_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called: list[str] = []
+    others = Provider("memeff", lambda inputs, shape: lambda: called.append("memeff") or {})
+    ours = Provider("ccu_fast", lambda inputs, shape: lambda: called.append("ours") or {}, role="ours")
+    op = dataclasses.replace(OPS["pgd_step"], providers=[others, ours])
+    case = Case(op, op.quick[0], torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(warm.program, "cases", lambda *_, **__: [case, case])
+    monkeypatch.setattr(warm.os, "nice", lambda _: 0)
+    assert warm.main(["bench", "--device", "cpu"]) == 0
+    assert called == ["ours", "ours", "memeff", "memeff"]
+    assert capsys.readouterr().out.endswith("2 of 2 cases called\n")
+
+
 def test_peers_come_from_wheels_without_pip(tmp_path: Path) -> None:
     wheels, now = tmp_path / "wheels", Visit(tmp_path / "out", 60)
     wheels.mkdir()
@@ -291,7 +373,7 @@ def test_peers_come_from_wheels_without_pip(tmp_path: Path) -> None:
 
 
 def test_every_case_of_a_gpu_is_measured_and_warmed_once() -> None:
-    groups = [*program.MAIN, *program.LABELS, *program.REST, *program.others()]
+    groups = [*program.MAIN, *program.REST, *program.others()]
     planned = [
         (op, label(shape))
         for ops, patterns in program.chosen(groups, ())
