@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +20,8 @@ from ccu_fast.cli.main import main
 from ccu_fast.cli.report import figures
 from ccu_fast.patch import sentence_transformers as patched
 from tests.support.drop_in import library
-from tests.support.paths import ROOT
 from tests.support.small_demo import quick_map
+from tests.support.torchrun import torchrun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,22 +130,12 @@ class TestFineTune:
 
 
 def test_two_processes_have_the_loss_of_one(tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(EXAMPLES / "train_on_two_processes.py"), "--small", "--device", "cpu"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    both = re.findall(r"loss ([\d.]+)  of one process ([\d.]+)", done.stdout)
+    said = torchrun(2, str(EXAMPLES / "train_on_two_processes.py"), "--small", "--device", "cpu", cwd=tmp_path)
+    both = re.findall(r"loss ([\d.]+)  of one process ([\d.]+)", said)
     assert len(both) == 2
     for ours, expected in both:
         assert float(ours) == pytest.approx(float(expected), abs=1e-5)
-    assert float(re.findall(r"largest difference of a weight after any of 10 steps: (\S+)", done.stdout)[0]) < 1e-5
+    assert float(re.findall(r"largest difference of a weight after any of 10 steps: (\S+)", said)[0]) < 1e-5
 
 
 class TestProtectPhotos:

@@ -28,13 +28,7 @@ from tests.support import mem_datasets as made
 from tests.support import toy_unlearn
 from tests.support.paths import ROOT
 
-SETTINGS = """
-[model]
-make = "tests.support.toy_unlearn:make_model"
-weights = "weights.safetensors"
-[data]
-path = "pairs.npz"
-[forget]
+SETTINGS = f"""{toy_unlearn.SETTINGS}[forget]
 classes = [1]
 [budget]
 steps = 2

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +22,7 @@ from ccu_fast.files import write_whole
 from tests.support.distributed_cases import cases_on, run_cases
 from tests.support.forked import fork, on_ranks
 from tests.support.open_clip_loss import open_clip_loss
-from tests.support.paths import ROOT
+from tests.support.torchrun import torchrun
 
 WORLDS = (2, 4)
 
@@ -51,16 +49,7 @@ def test_case(world: int, name: str, results: dict[int, list[dict[str, str]]]) -
 @pytest.mark.gpu
 def test_on_as_many_gpus_as_there_are(tmp_path: Path) -> None:
     world = torch.cuda.device_count()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "tests.support.distributed_cases", str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun(world, "-m", "tests.support.distributed_cases", str(tmp_path))
     for rank in range(world):
         for name, text in json.loads((tmp_path / f"rank{rank}.json").read_text()).items():
             assert not text, f"{name}, rank {rank}: {text}"

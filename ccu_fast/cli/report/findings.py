@@ -99,8 +99,10 @@ def gap_sentence(scenario: str, by_seed: Mapping[str, Any]) -> str | None:
             parts.append(f"the nearest of {len(others)} other methods, {label}, ends {gaps[first]:.2f} away")
     gold = next(name for name in GOLDS if name in gaps)
     kind = judged(by_seed, OURS, gold).kind
-    ratio = mean(run["ratio"] for run in runs_of(by_seed, OURS))
-    return "; ".join(parts) + f". Verdict: {kind}; {ratio:.2f} of the CPU time of retraining."
+    ratios = [run["ratio"] for run in runs_of(by_seed, OURS)]
+    # A retrained model that somebody brings has no time.
+    time = "" if None in ratios else f"; {mean(ratios):.2f} of the CPU time of retraining"
+    return "; ".join(parts) + f". Verdict: {kind}{time}."
 
 
 def protection_sentence(results: Mapping[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def test_members_are_found_in_the_model_and_none_after_retraining(folder: tuple[
     told = value["text_membership"]["text"]
     assert "Outside it: before unlearning (" in told and "retrained (" not in told
     page = (into / "audit" / "report.html").read_text()
-    assert told in page and "<th>AUC of similarity</th>" in page
+    assert told in page and re.search(r"<th[^>]*>AUC of similarity</th>", page)
     # A single run says of the model before what the comparison says.
     alone = unlearned(into, "clean", status=3)["text_membership"]  # two small steps forget nothing
     assert alone["before"] == before and "after unlearning too" in alone["text"]
