@@ -124,7 +124,7 @@ wheels:
 	  $(if $(TORCH_INDEX),--torch-index '$(TORCH_INDEX)') $(if $(SYSTEM_SITE),--try-with installed) $(ARGS)
 
 # An environment for each pair. The kernels are compiled into this checkout, beside those for other Pythons.
-MATRIX := .venv-matrix/$(notdir $(PYTHON))-$(subst =,,$(firstword $(TORCH)))
+MATRIX = .venv-matrix/$(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')-$(subst =,,$(firstword $(TORCH)))
 matrix:
 	@$(MAKE) --no-print-directory VENV='$(MATRIX)' '$(MATRIX)/.test'
 	OMP_NUM_THREADS=1 $(MATRIX)/bin/python -m build_support.support $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -160,6 +161,8 @@ def _why_no_triton_package() -> str | None:
         found = _two(triton.__version__)
         if found < TRITON_AT_LEAST:
             return f"it needs Triton {_dotted(TRITON_AT_LEAST)} or later, {triton.__version__} is installed"
+        if interpreting() and (why_not := why_no_interpreter(triton.__version__)) is not None:
+            return why_not
         probe = _probe()
     except ModuleNotFoundError as error:
         if error.name == "triton":
@@ -179,6 +182,17 @@ def _probe() -> Any:
 def interpreting() -> bool:
     """Whether Triton's interpreter takes the place of a GPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_no_interpreter(triton: str) -> str | None:
+    """Why the interpreter of this release of Triton cannot run here; None if it can.
+
+    Before 3.7 it makes an int of an array with one element, which NumPy refuses from 2.4 on.
+    """
+    numpy = importlib.metadata.version("numpy")
+    if _two(triton) >= (3, 7) or _two(numpy) < (2, 4):
+        return None
+    return f"the interpreter of Triton {triton} fails with NumPy {numpy}: pip install 'numpy<2.4'"
 
 
 def _two(version: str) -> tuple[int, int]:

@@ -12,3 +12,8 @@ unsigned int arc4random(void) {
   }
   return word;
 }
+
+/* glibc 2.38: strtoul that also reads C23's 0b101, behind GLIBCXX_TUNABLES. Declared here since the header of a newer
+   glibc may give strtoul that very name. */
+extern unsigned long strtoul(const char* text, char** end, int base);
+unsigned long __isoc23_strtoul(const char* text, char** end, int base) { return strtoul(text, end, base); }

@@ -27,7 +27,7 @@ from tests.support.losses import compare, features, logits
 from tests.support.open_clip_loss import open_clip_loss
 from tests.support.oracle import unit
 from tests.support.paths import ROOT
-from tests.support.presence import absent
+from tests.support.presence import absent, require_interpreter
 
 
 def library() -> ModuleType:
@@ -314,8 +314,7 @@ print(json.dumps([kernel.__name__, sorted({n for n in Seen.names if "ccu" in n})
 
 def test_without_ccu_fast_the_triton_kernels_run_interpreted_and_in_one_graph(folder: Path, tmp_path: Path) -> None:
     library()
-    if importlib.util.find_spec("triton") is None:
-        absent("triton", "not installed")
+    require_interpreter()
     environment = {**os.environ, "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(folder)],

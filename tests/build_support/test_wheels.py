@@ -91,6 +91,28 @@ def test_symbols_that_a_newer_glibc_alone_has_are_found() -> None:
     assert wheels.unexplained_symbols(listing) == ["arc4random", "__isoc23_strtol"]
 
 
+def test_what_a_newer_libstdcxx_takes_from_a_newer_glibc_is_linked_in(tmp_path: Path) -> None:
+    """eh_alloc.o of GCC 13 and later, in every wheel, asks for C23's strtoul on a system with glibc 2.38 or later."""
+    lacking = tmp_path / "lacking.o"
+    source = ROOT / "csrc" / "portable" / "glibc_2_28.c"
+    wheels.run(["c++", "-x", "c", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-c", source, "-o", lacking])
+    caller = tmp_path / "caller.c"
+    caller.write_text(
+        """#include <stdio.h>
+        unsigned long __isoc23_strtoul(const char*, char**, int);
+        unsigned int arc4random(void);
+        extern char __libc_single_threaded;
+        int main(void) {
+          char text[] = "4096:rest", *end = 0;
+          unsigned long number = __isoc23_strtoul(text, &end, 0);
+          printf("%lu %s %d", number, end, arc4random() != arc4random());
+          return __libc_single_threaded > 1;
+        }"""
+    )
+    wheels.run(["c++", "-x", "c", caller, "-x", "none", lacking, "-o", tmp_path / "caller"])
+    assert wheels.run([tmp_path / "caller"]) == "4096 :rest 1"
+
+
 def test_old_pythons_and_new_ones_are_those_that_the_project_names() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     assert [name.removeprefix("python") for name in wheels.PYTHONS] == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -193,6 +194,21 @@ def test_automatic_choice_serves_and_a_named_one_says_why_it_cannot(
                 assert registry.choose("auto", op, device, torch.float64) == "reference"
                 assert registry.choose("reference", op, device, dtype) == "reference"
                 assert registry.choose("auto", op, torch.device("cpu"), torch.float32) == "native"
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "fails"), [("3.6.0", "2.4.0", True), ("3.6.0", "2.3.5", False), ("3.7.1", "2.5.5", False)]
+)
+def test_an_interpreter_that_numpy_is_too_new_for_is_not_used(
+    triton: str, numpy: str, fails: bool, pretend: Callable[[Machine], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton makes an int of an array with one element, up to 3.6; NumPy refuses from 2.4 on."""
+    pretend(Machine((), triton=triton))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(importlib.metadata, "version", {"numpy": numpy}.__getitem__)
+    reason = f"the interpreter of Triton {triton} fails with NumPy {numpy}: pip install 'numpy<2.4'"
+    assert registry.unavailable("triton") == (reason if fails else None)
+    assert registry.choose("auto", "l2_normalize", torch.device("cpu"), torch.float32) == "native"
 
 
 @pytest.mark.parametrize("device", ["xpu:0", "mps", "meta", "cuda:3", "cuda"])

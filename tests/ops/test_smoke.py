@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import torch
 
 from tests.support import smoke
 from tests.support.paths import ROOT
-from tests.support.presence import absent, require_backend
+from tests.support.presence import require_backend, require_interpreter
 from tests.support.smoke_cases import LOSSES, Cast, Check, Tensors, checks
 
 CPU = torch.device("cpu")
@@ -32,8 +31,7 @@ def test_on_a_cpu(native: str, one_thread: None) -> None:
 
 
 def test_in_the_interpreter() -> None:
-    if importlib.util.find_spec("triton") is None:
-        absent("the Triton interpreter", "the package triton is not installed")
+    require_interpreter()
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.smoke", "--device", "cpu", "--backend", "triton", "--tiny"],
         env={

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 
 import pytest
 
 from ccu_fast import extras
 from ccu_fast.data.espeak import PACKAGE
+from ccu_fast.ops import machine
 from ccu_fast.ops.backend import unavailable
 
 CI = os.environ.get("CI", "").lower() in ("1", "true")
@@ -25,6 +28,14 @@ def require_backend(name: str) -> str:
     if reason is not None:
         absent(f"the {name} backend", reason)
     return name
+
+
+def require_interpreter() -> None:
+    if importlib.util.find_spec("triton") is None:
+        absent("the Triton interpreter", "the package triton is not installed")
+    reason = machine.why_no_interpreter(importlib.metadata.version("triton"))
+    if reason is not None:
+        absent("the Triton interpreter", reason)
 
 
 def require_espeak() -> None:

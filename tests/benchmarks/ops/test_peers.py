@@ -14,7 +14,7 @@ import torch
 from benchmarks.ops import other_losses, peers
 from benchmarks.registry import Unavailable
 from tests.support.paths import ROOT
-from tests.support.presence import absent
+from tests.support.presence import absent, require_interpreter
 
 
 @functools.cache
@@ -45,6 +45,7 @@ def test_a_peer_computes_our_loss_and_its_gradients(name: str) -> None:
     for needed in ("triton", package):
         if peers.version(needed) is None:
             absent(needed, f"not installed (pip install --no-deps {needed})")
+    require_interpreter()
     errors = interpreted()[name]
     scalars = {peers.INF_CL: {"dscale"}, peers.SIGLIP_KERNEL: {"dscale", "dbias"}, peers.MEMEFF: set()}
     assert errors.keys() == {"loss", "dx", "dy"} | scalars[package]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,12 +15,11 @@ from benchmarks.registry import Call, Shape, Tensors
 from benchmarks.results import Row
 from benchmarks.visit import questions, tune
 from benchmarks.visit.steps import ROOT
-from tests.support.presence import absent
+from tests.support.presence import require_interpreter
 
 
 def test_tuning_in_the_interpreter(tmp_path: Path) -> None:
-    if importlib.util.find_spec("triton") is None:
-        absent("the Triton interpreter", "the package triton is not installed")
+    require_interpreter()
     asked = "import sys; from benchmarks.visit import questions, tune; ask = questions.questions\n"
     asked += "tune.questions = lambda *a, **k: [q for q in ask(*a, **k) if q.about in sys.argv[1].split(',')]\n"
     asked += "sys.exit(tune.main(sys.argv[2:]))"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,15 +9,14 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from tests.support.paths import ROOT
-from tests.support.presence import absent
+from tests.support.presence import require_interpreter
 
 INTERPRETED = Path(__file__).parent / "interpreted"
 AT_LEAST = 160  # about as many as there are today; a collection that lost some must not pass
 
 
 def test_kernels_in_the_interpreter(tmp_path: Path) -> None:
-    if importlib.util.find_spec("triton") is None:
-        absent("the Triton interpreter", "the package triton is not installed")
+    require_interpreter()
     report = tmp_path / "report.xml"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(INTERPRETED)],
