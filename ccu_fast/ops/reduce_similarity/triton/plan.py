@@ -19,6 +19,9 @@ RECTANGLES_PER_PROCESSOR = 8
 HEADER = 16
 # A smaller part of E saves less time than the smaller chunks beside it cost.
 SMALLEST_KEPT_PART = 16
+# What part of the workspace is left for fp32 sums of the gradients where a part of E is kept: E is given up for them,
+# since fewer rows in a chunk of G would leave processors without a tile.
+SUMS_PART = 16
 # Of the sum of dX: the most parts, the fewest columns of a part, and the tile of the library's GEMM.
 MOST_PARTS, SHORTEST_PART, GEMM_TILE = 8, 4096, (128, 256)
 _SELF, _SAME, _OTHER, _ALL = int(SELF), int(SAME), int(OTHER), int(ALL)
@@ -115,7 +118,7 @@ def kept(p: SimilarityProblem, stash: Tensor) -> Tensor:
 
 
 def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, ...]:
-    """fp32 words of what forward keeps: the header, and E of as many rows as three quarters of the workspace hold.
+    """fp32 words of what forward keeps: the header, and E of as many rows as eleven sixteenths of the workspace hold.
 
     Nothing of E if that is less than a sixteenth of it; if there is a bias, whose gradient is the sum of G, in which
     terms cancel that bf16 does not hold; if there is a softplus or logsigmoid, whose derivative e / (e + 1) needs e
@@ -126,7 +129,7 @@ def stash_shape(p: SimilarityProblem, workspace: int, keep: bool) -> tuple[int, 
     if not keep or p.bias is not None or from_logits or p.limited or p.teacher_scale is not None:
         return (HEADER,)
     words = (p.banks * p.n * row_stride(p.m) * kept_dtype(p).itemsize + 3) // 4
-    room = (workspace - workspace // 4) // 4
+    room = (workspace - workspace // 4 - workspace // SUMS_PART) // 4
     worth = torch.sym_min(1, SMALLEST_KEPT_PART * room // torch.sym_max(words, 1))
     return (HEADER + torch.sym_min(words, room) * worth,)
 
@@ -154,12 +157,15 @@ class Chunk:
 def chunks(p: SimilarityProblem, block_m: int, workspace: int, stash_words: int) -> list[Chunk]:
     """The pieces that G is made in: several whole banks, or some rows of one bank; the kept ones first.
 
-    A chunk of G takes what the stash leaves of the workspace.
+    One chunk of G may take all that the stash leaves of the workspace; several leave room for sums where E did.
     """
     stride = row_stride(p.m)
-    scratch = max(workspace - (stash_words - HEADER) * 4, workspace // 4)
+    left = max(workspace - (stash_words - HEADER) * 4, workspace // 4)
     kept_rows = (stash_words - HEADER) * 4 // (stride * kept_dtype(p).itemsize)
-    fit = scratch // (stride * p.x.element_size())
+    row = stride * p.x.element_size()
+    fit = left // row
+    if fit < p.banks * p.n and stash_words > HEADER:
+        fit = max(left - workspace // SUMS_PART, workspace // 4) // row
     if fit >= p.n:
         whole = fit // p.n
         pieces = [(bank, min(bank + whole, p.banks), 0, p.n) for bank in range(0, p.banks, whole)]

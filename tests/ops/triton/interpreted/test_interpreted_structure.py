@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ccu_fast import ALL, SELF
 from ccu_fast.ops.l2_normalize import triton as normalize
 from ccu_fast.ops.reduce_similarity import triton as similarity
+from ccu_fast.ops.reduce_similarity.api import DEFAULT_WORKSPACE
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
 from ccu_fast.ops.reduce_similarity.triton import (
     backward_pass,
@@ -154,6 +155,13 @@ def test_memory_does_not_grow_with_the_matrix(
     assert watch.peak <= megabytes * 1e6
     rest = watch.peak - workspace
     assert rest <= 2 * n * d * 2 + n * d * 4 + 600 * n * 4 + (8 << 20), f"{rest / 1e6:.0f} MB beside the workspace"
+
+
+def test_the_default_workspace_of_a_gpu_is_nearly_all_that_is_taken(launches: Counter[str]) -> None:
+    """The fp32 sums of the gradients have their place in it, so that a batch of 65536 takes 4 GiB beside them."""
+    n, d = 65536, 512
+    watch = run(problem(n, d), DEFAULT_WORKSPACE["cuda"])
+    assert watch.peak - 2 * n * d * 2 <= 4 * GIB
 
 
 def test_more_workspace_means_less_recomputation(launches: Counter[str]) -> None:
