@@ -217,11 +217,12 @@ def evaluate(
                 progress=bars,
                 keep=keep,
             )
-        figures.keep(result, complete=True)
-        if report is not None:
-            from ccu_fast.cli.report.page import write_evaluation
+            figures.keep(result, complete=True)
+            if report is not None:
+                from ccu_fast.cli.report.page import write_evaluation
 
-            write_evaluation(result, report)
+                bars("writing the report", 0, 1, "")
+                write_evaluation(result, report)
     except BaseException:
         if not figures.found:
             raise

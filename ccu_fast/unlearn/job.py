@@ -86,7 +86,9 @@ def run_job(
         ValueError, TypeError, FloatingPointError, ImportError: see :func:`ccu_fast.unlearn.unlearn`, ``read_job`` and
             ``load_pairs``.
     """
-    given = opened(job, progress or silent)
+    heard = progress or silent
+    given = opened(job, heard)
+    heard("checking the settings on the model", 0, 1, "")
     job, model, forget, retain = given.job, given.model, given.forget, given.retain
     unseen, test, config, kind = given.unseen, given.test, given.job.config, given.job.config.forget
     levels = None if kind == "class" else unseen
@@ -127,11 +129,13 @@ def run_job(
         result: dict[str, Any] = {}
 
         def finish() -> Any:
+            heard("writing the model", 0, 1, "")
             with after_the_work(f"the finished run is in {checkpoint.path}"):
                 sets = {"forget": forget, "retain": retain, "unseen": unseen, "test": test}
                 made = save_model(library_model(done.model), written, _provenance(job, model, sets, world, hashes))
             with after_the_work(f"the unlearned model is in {written}"):
                 cost = {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)}
+                heard("measuring before and after", 0, 1, "")
                 judged = retain if job.judged is None else sample(retain, job.judged, config.seed)
                 new = ("unseen", unseen) if test is None else ("test", test)
                 figures = figures_of(model, done.model, forget, judged, new[1], kind, kept, len(retain), new[0])
@@ -139,7 +143,7 @@ def run_job(
                     figures["sizes"]["retain items not judged"] = len(retain) - len(judged)
                 if questions is not None:
                     weights = made["weights_sha256"]
-                    told = text_figures(questions, model, done.model, kept, weights, progress or silent)
+                    told = text_figures(questions, model, done.model, kept, weights, heard)
                     figures["text_membership"] = told
                 result.update(**figures, provenance=made, cost=cost, losses=done.losses)
                 write_whole(out / "results.json", json_of(result))
@@ -213,6 +217,7 @@ def opened(job: Job, progress: Progress = silent) -> Opened:
         OSError, ValueError, TypeError, ImportError: see :func:`load`, :func:`split` and
             :func:`ccu_fast.unlearn.model.check_problem`.
     """
+    progress("reading the model and the data", 0, 1, "")
     model, data, names, unseen, test = load(job)
     config = replace(job.config, trainable=in_own_names(model, job.config.trainable))
     model = under_autocast(model, job.dtype).to(job.device)

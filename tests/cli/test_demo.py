@@ -200,7 +200,7 @@ def test_tables_are_whole_in_a_narrow_terminal(width: int, whole: tuple[Path, di
 
 def test_the_longest_verdict_is_not_cut() -> None:
     console = Console(width=80, file=io.StringIO())
-    row = ["gold: visual masked", ".000", ".497", "+91.9 vis. U test", "28.38", "38.406", "over-generalised"]
+    row = ["retrained, visual hidden", ".000", ".497", "+91.9 vis. U test", "28.38", "38.406", "over-generalised"]
     columns = ["method", "visual U", "MIA", "worst gap", "gap", "time", "verdict"]
     show(Table("caption", columns, [row], words=("worst gap", "verdict")), console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]

@@ -226,7 +226,7 @@ def test_a_run_that_goes_on_does_not_do_what_is_done(tmp_path: Path, monkeypatch
     )
     monkeypatch.setattr(inspection, "scan", lambda *_: looked.append(1))
     protect_dataset(task, lambda stage, done, total, note: rounds.append((stage, done)))
-    assert [done for stage, done in rounds if stage.startswith("generate")] == [10]
+    assert [done for stage, done in rounds if stage.startswith("protecting")] == [10]
     assert len(chunks) == 1 and not looked and len(seen) == 1
     before = tree(tmp_path / "out")
     assert protect_dataset(task)["rows"] == 7, "a finished run is told, not repeated"
