@@ -105,9 +105,10 @@ def page(results: dict[str, Any]) -> str:
         "",
         "Made by `python -m benchmarks.unlearning` from [results.json](results.json). Mean ± sample deviation over the "
         "seeds. All are compared with a model retrained with the visual half of the forget set hidden: the average gap "
-        "is the distance to it, in points, over the accuracies of each modality and the membership attack. Most of these figures hardly "
-        "move, so a small average can hide a large difference: the worst gap is the largest single one, of the means "
-        "over the seeds. The verdict counts a difference of the means if it is larger than 2 points and than two "
+        "is the distance to it, in points, over the accuracies of each modality and the membership attack. Most of "
+        "these figures hardly move, so a small average can hide a large difference: the worst gap is the largest "
+        "single one, of the means over the seeds. The verdict counts a difference of the means if it is larger than 2 "
+        "points and than two "
         "standard errors of independent items; its words are those of SALMUBench (arXiv 2603.26316): catastrophic "
         "(retained knowledge collapses), ineffective (what was to be forgotten is still known), over-generalised (more "
         'is forgotten than was asked). "Retrained, another seed" has other initial weights and '

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -239,6 +240,11 @@ def live(quiet: bool, *, every: float = LOGGED_EVERY) -> Iterator[Live]:
     shown = Live(quiet, every=every)
     with shown.bars, shown.logged():
         yield shown
+
+
+def to_copy(*words: object) -> str:
+    """A command line that a shell reads as these words, whatever is in them."""
+    return " ".join(shlex.quote(str(word)) for word in words)
 
 
 def printable(text: str) -> str:

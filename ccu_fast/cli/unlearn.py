@@ -5,12 +5,12 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from ccu_fast import check, extras
-from ccu_fast.cli.console import ALARMED, live, loading, one_sentence, tell
+from ccu_fast.cli.console import ALARMED, FLAGS, live, loading, one_sentence, printable, tell, to_copy
 from ccu_fast.cli.options import Fields, with_fields
 from ccu_fast.distributed.ranks import own_device
 from ccu_fast.files import after_the_work
@@ -107,10 +107,34 @@ def unlearn(
     elif compare:
         _compare_own(job, out, seeds, quiet)
     else:
-        _run(job, out, fresh, quiet)
+        _run(job, out, fresh, quiet, _audit(cast(Path, settings), overrides, device, out))
 
 
-def _run(job: Job, out: Path, fresh: bool, quiet: bool) -> None:
+def _audit(settings: Path, overrides: dict[str, dict[str, Any]], device: str, out: Path) -> str:
+    """The command that compares a run with other methods, with the options that the run had."""
+    words: list[object] = ["ccu-fast", "unlearn", settings, "--compare", "--out", f"{out}-audit"]
+    given = {name: value for table in overrides.values() for name, value in table.items()}
+    for name, value in (given | ({"device": device} if device != "cpu" else {})).items():
+        flag = FLAGS["unlearn"][name]
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            words += [flag] if one is True else [flag, one]
+    return to_copy(*words)
+
+
+def _tell_next(job: Job, out: Path, audit: str) -> None:
+    """What to do with the model, as Python and a command to copy."""
+    from ccu_fast.unlearn.card import loading as python
+
+    print("\nnext, load it:")
+    for line in python(job.model, str(out / "model.safetensors")).splitlines():
+        print(printable(f"  {line}"))
+    needs = "" if job.test is not None else "; it needs test pairs: test in [data] of the settings"
+    print(f"audit it beside other methods and, where there is one, a retrained model{needs}:")
+    print(printable(f"  {audit}"))
+    print(printable(f"give {out / 'card.md'} along with the model"))
+
+
+def _run(job: Job, out: Path, fresh: bool, quiet: bool, audit: str) -> None:
     from rich.console import Console
 
     from ccu_fast.cli.report.page import write_failure, write_run
@@ -136,6 +160,8 @@ def _run(job: Job, out: Path, fresh: bool, quiet: bool) -> None:
                     for table in filter(None, [before_after_table(result["rows"]), text_table(result, brief=True)]):
                         show(table, Console())
                 print(f"{out / 'model.safetensors'}  {out / 'report.html'}", flush=True)
+                if not quiet and not result["alarm"]:
+                    _tell_next(job, out, audit)
 
         alarm = run_job(job, out, fresh=fresh, progress=progress, report=report)["alarm"]
     if alarm:

@@ -55,7 +55,7 @@ def ends(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, 
 
 
 # What a log is told of; later lines of a stage have other counts.
-STAGES = ["reading the dataset", "hashing files", "reading pictures", "reading with datasets"]
+STAGES = ["reading the dataset", "hashing files", "reading pictures"]
 
 
 def stages(err: str) -> list[str]:

@@ -35,6 +35,7 @@ from ccu_fast.mem.job.job import Job
 from ccu_fast.mem.job.share import WholeNumbers, average_surrogate, check_complete, share
 from ccu_fast.mem.protection import Protection
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
+from ccu_fast.mem.publish.card import CARD
 from ccu_fast.mem.publish.writer import write_metadata
 from ccu_fast.mem.source import Part
 from ccu_fast.models.named import Model
@@ -271,6 +272,6 @@ class _Run:
                 skipped=source.listing.bad,
                 notes=self.notes,
             )
-            check_complete(place.publish, {MANIFEST, *hashes})
+            check_complete(place.publish, {MANIFEST, CARD, *hashes})
         barrier()
         return dict(read_json(place.publish / MANIFEST))

@@ -155,7 +155,8 @@ class _Verification:
                 among = bool(triggers) and manifest["settings"].get("place") == "among"
                 checks["triggers"] = paired.check_triggers(None if compat else triggers, among=among)
             library = library_of(manifest["format"])
-            self.progress(f"reading with {library}", 0, 1, "")
+            if manifest["format"] != "folder":  # which no library reads
+                self.progress(f"reading with {library}", 0, 1, "")
             checks[library] = check_library(folder, manifest, listing)
             if paired is None:
                 return []

@@ -27,7 +27,8 @@ from ccu_fast.runs.progress import Progress, renamed, silent
 from ccu_fast.runs.provenance import Hashes, json_hash, saved_state, versions
 from ccu_fast.unlearn.audit import verdict_without_gold
 from ccu_fast.unlearn.audit.text_questions import FIGURES, TextQuestions, compared
-from ccu_fast.unlearn.job import library_model, opened, questions_of
+from ccu_fast.unlearn.described import library_model
+from ccu_fast.unlearn.job import opened, questions_of
 from ccu_fast.unlearn.method import KEPT_FILES, check_run
 from ccu_fast.unlearn.model import heads
 from ccu_fast.unlearn.settings import Job

@@ -438,7 +438,7 @@ class TestResumed:
         monkeypatch.setattr(own, "unlearned", lambda name, *r, **o: (ran.append(name), plain(name, *r, **o))[1])
         steps: list[int] = []
         results = compare_own(
-            of, folder / "out", progress=lambda stage, done, *_: steps.append(done) if stage == "seed 0: ccu" else None
+            of, folder / "out", progress=lambda stage, done, *_: steps.append(done) if stage == "seed 0: CCU" else None
         )
         assert ran == ["ccu"] and steps == [25] and not state.exists() and not [*parts.glob("*.pt")]
         assert there == [True]
