@@ -100,7 +100,11 @@ def test_writes_a_report_with_everything_in_it(whole: tuple[Path, dict[str, Any]
 def test_progress_and_tables_have_the_words_of_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo.run(tmp_path)
     told = capsys.readouterr()
-    stages = list(dict.fromkeys(re.sub(r" \d+/\d+.*|, (at it|loss|train loss|surrogate).*", "", line) for line in told.err.splitlines()))
+    stages = list(
+        dict.fromkeys(
+            re.sub(r" \d+/\d+.*|, (at it|loss|train loss|surrogate).*", "", line) for line in told.err.splitlines()
+        )
+    )
     parts = ["forgetting a class", "forgetting random instances"]
     models = ["before unlearning", "retrained, visual hidden", "CCU"]
     learning = [f"victim of {label}" for label in tables.PROTECT_LABELS.values()]
