@@ -30,6 +30,7 @@ from ccu_fast.mem.job.checkpoint import Workplace, workplace
 from ccu_fast.mem.job.models import small
 from ccu_fast.mem.job.share import average_surrogate, share
 from ccu_fast.mem.publish import writer as writer_module
+from ccu_fast.mem.publish.card import dataset_card
 from ccu_fast.ops.noise_store.api import NoiseStore
 from tests.support import mem_datasets as made
 from tests.support.forked import in_child, on_ranks
@@ -87,6 +88,7 @@ def test_the_manifest_names_every_file_and_what_was_done(tmp_path: Path) -> None
     manifest = protect_dataset(job(source, tmp_path / "out", seed=5))
     files = tree(tmp_path / "out")
     assert json.loads(files.pop("manifest.json")) == manifest
+    assert files.pop("README.md").decode() == dataset_card(manifest)
     assert {name: hashlib.sha256(data).hexdigest() for name, data in files.items()} == manifest["sha256"]
     assert (manifest["images"], manifest["rows"], manifest["seed"]) == (6, 7, 5)
     assert manifest["method"]["name"] == "mem" and manifest["settings"]["eps"] == 8
