@@ -200,7 +200,7 @@ def read(line: str, seen: Seen) -> None:
         seen.peak = 1024 * int(line.split()[1])
         return
     cpu, stage, done, total, note = line.rstrip("\n").split("\t")
-    phase = note.rpartition(", ")[2] if stage.startswith("generate") else ""
+    phase = note.rpartition(", ")[2] if stage.startswith("protecting") else ""
     if phase.startswith("surrogate loss"):
         phase = "end"
     seen.marks.append((float(cpu), phase or stage, int(done), int(total)))
@@ -343,7 +343,7 @@ def killed(source: Path, out: Path, whole: Seen, kills: int, seed: int) -> dict[
         # What the next process did before it told of the first batch, picture or chunk that is not done, and what of
         # the work before the kill it did again.
         same = [mark for mark in then.marks if before.marks and mark[1:3] == before.marks[-1][1:3]]
-        mark = same[0] if same and same[0][1] == "writing" else then.marks[0]
+        mark = same[0] if same and same[0][1] == "writing pictures" else then.marks[0]
         rows.append(
             {
                 "at_share": moment / whole.cpu,

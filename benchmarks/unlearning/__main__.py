@@ -104,13 +104,14 @@ def page(results: dict[str, Any]) -> str:
         f"# Unlearning: {len(results['unlearn'])} tasks, all methods",
         "",
         "Made by `python -m benchmarks.unlearning` from [results.json](results.json). Mean ± sample deviation over the "
-        "seeds. Gold is a model retrained with the visual half of the forget set masked; the average gap compares with "
-        "it, in points, over the accuracies of each modality and the membership attack. Most of these figures hardly "
-        "move, so a small average can hide a large difference: the worst gap is the largest single one, of the means "
-        "over the seeds. The verdict counts a difference of the means if it is larger than 2 points and than two "
+        "seeds. All are compared with a model retrained with the visual half of the forget set hidden: the average gap "
+        "is the distance to it, in points, over the accuracies of each modality and the membership attack. Most of "
+        "these figures hardly move, so a small average can hide a large difference: the worst gap is the largest "
+        "single one, of the means over the seeds. The verdict counts a difference of the means if it is larger than 2 "
+        "points and than two "
         "standard errors of independent items; its words are those of SALMUBench (arXiv 2603.26316): catastrophic "
         "(retained knowledge collapses), ineffective (what was to be forgotten is still known), over-generalised (more "
-        'is forgotten than was asked). "Gold, another seed" is retrained as gold is, with other initial weights and '
+        'is forgotten than was asked). "Retrained, another seed" has other initial weights and '
         "batches: its gaps are what chance alone makes. As published, no baseline is told to keep the other half of a "
         'forgotten item; "told" ones have the cross-entropy of the other head on the forget set added '
         "(`keep_other=1.0`). Seconds are CPU time of one thread, which excludes other work on the machine. Where "

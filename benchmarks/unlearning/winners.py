@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 from build_support.docs.generated import table_lines
-from ccu_fast.cli.report.tables import GOLD, Table, figure_title, signed, spread
+from ccu_fast.cli.report.tables import GOLD, Table, figure_title, label, signed, spread
 from ccu_fast.unlearn.audit import gaps, mean_figures, worst_gap
 from ccu_fast.unlearn.study.methods import METHODS, TOLD
 
@@ -181,8 +181,7 @@ def _measured(name: str, by_seed: dict[str, Any]) -> Contestant:
     means, gold = (mean_figures([value["metrics"][key] for value in seeds]) for key in (name, GOLD))
     average = spread([value["metrics"][name]["average_gap"] for value in seeds], digits=2)
     time = spread([value["cost"][name]["ratio"] for value in seeds], digits=2)
-    label = seeds[0]["metrics"][name].get("label", METHODS.get(name, name))
-    return _contestant(name, label, means, gold, average, time)
+    return _contestant(name, label(name, seeds[0]["metrics"][name]), means, gold, average, time)
 
 
 def _contestant(

@@ -14,7 +14,7 @@ from ccu_fast._version import __version__
 from ccu_fast.cli import mem
 from ccu_fast.cli import unlearn as commands_unlearn
 from ccu_fast.cli import verify as commands_verify
-from ccu_fast.cli.console import one_sentence
+from ccu_fast.cli.console import loading, one_sentence
 from ccu_fast.cli.usage import Command, Group
 from ccu_fast.ops import machine
 
@@ -66,8 +66,7 @@ def demo(
     quiet: Annotated[bool, typer.Option("--quiet", help="No live progress.")] = False,
 ) -> None:
     """Unlearn a class and protect a data set, on real digits, and write a report with the figures."""
-    if not quiet:  # the libraries take a while where nothing of them is in memory
-        print("ccu-fast demo: loading its libraries", file=sys.stderr, flush=True)
+    loading("demo", quiet)
     extras.require("rich", "sklearn", "matplotlib", "jinja2", "PIL")
     run = importlib.import_module("ccu_fast.cli.demo").run
     run(out, seeds=seeds, only=only.value if only else None, quiet=quiet)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -26,7 +28,7 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 # The checks of this package name the argument first; an error without a name is a bug.
 NAMED = re.compile(r"[\w\[\], ./-]+: ")
 SHOWN = 12
-LOGGED_EVERY = 60.0  # seconds between two lines of progress where there is no terminal
+LOGGED_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
 TERMINATED = 143  # for one that SIGTERM ended
 READER_GONE = 141  # what a shell reports for a program that wrote to a closed pipe
 # Command → each option's name in Python, and as it is typed; the decorator ``options.with_fields`` knows them.
@@ -84,13 +86,19 @@ def tidied() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def loading(command: str, quiet: bool) -> None:
+    """Say that a command has begun, before its libraries are there, which takes a while."""
+    if not quiet:
+        _print(command, "loading its libraries")
+
+
 def tell(command: str, said: str) -> None:
     """One line of a command on stderr, with options named as on the command line."""
     _print(command, _as_typed(said, FLAGS.get(command, {})))
 
 
 def _print(command: str, said: str) -> None:
-    print(f"{f'ccu-fast {command}'.strip()}: {' '.join(said.split())}", file=sys.stderr)
+    print(f"{f'ccu-fast {command}'.strip()}: {' '.join(said.split())}", file=sys.stderr, flush=True)
 
 
 def nobody_reads() -> None:
@@ -139,7 +147,8 @@ def _sentence(error: BaseException, goes_on: bool) -> str | None:
 class Live:
     """A bar for each of the last stages, with the time that is left and a note; gone when the work ends.
 
-    Where stderr is no terminal, such as in a log, a line of the same now and then.
+    Where stderr is no terminal, such as in a log, lines of the same: one when a stage begins, the first at once, and
+    one at least every few seconds. A stage of one step has no counts.
 
     Args:
         quiet: show nothing.
@@ -162,7 +171,7 @@ class Live:
         console.quiet = quiet or not console.is_interactive  # a log is not full of bars
         self.bars = Bars(*columns, console=console, transient=True, get_time=clock)
         self._stages: dict[str, TaskID] = {}
-        self._clock, self._logs, self._told = clock, not quiet and not console.is_interactive, clock()
+        self._clock, self._logs, self._told = clock, not quiet and not console.is_interactive, -math.inf
         self._every, self._newest, self._heard = every, "", clock()
         self._telling = threading.Lock()  # the work tells, and so does the watch
         self._began: dict[str, tuple[float, int]] = {}  # by stage: when it was first heard of, and what was done then
@@ -172,7 +181,7 @@ class Live:
         bars, stages = self.bars, self._stages
         if stage not in stages:
             stages[stage] = bars.add_task(stage, total=total, note=note)
-            for old in bars.task_ids[:-SHOWN]:
+            for old in bars.task_ids[1 : 1 - SHOWN]:  # the first may be of the whole
                 bars.update(old, visible=False)
         elif done < bars.tasks[stages[stage]].completed:
             bars.reset(stages[stage])  # the next part has a stage of the same name
@@ -182,20 +191,20 @@ class Live:
             self._log(stage, done, total, note)
 
     def _log(self, stage: str, done: int, total: int, note: str) -> None:
-        now = self._clock()
+        now, begins = self._clock(), stage not in self._began
         start, before = self._began.setdefault(stage, (now, done))
-        parts = [f"{stage} {done}/{total}"]
-        if done > before:  # what was done before this process began says nothing about its pace
+        parts = [stage if total <= 1 else f"{stage} {done}/{total}"]
+        if before < done < total:  # what was done before this process began says nothing about its pace
             left = timedelta(seconds=round((now - start) / (done - before) * (total - done)))
             parts.append(f"{left} left")
         self._newest, self._heard = ", ".join(filter(None, [*parts, note])), now
-        self._tell(now)
+        self._tell(now, 0.0 if begins else self._every)
 
-    def _tell(self, now: float) -> None:
+    def _tell(self, now: float, after: float) -> None:
         with self._telling:
-            if now - self._told >= self._every and self._newest:
+            if now - self._told >= after and self._newest:
                 self._told = now
-                silent = f", for {now - self._heard:.0f} s" if now >= self._heard + 1 else ""
+                silent = f", at it for {now - self._heard:.0f} s" if now >= self._heard + 1 else ""
                 print(f"{self._newest}{silent}", file=sys.stderr, flush=True)
 
     @contextmanager
@@ -205,7 +214,7 @@ class Live:
 
         def watch() -> None:
             while not over.wait(max(0.1, self._told + self._every - self._clock())):
-                self._tell(self._clock())
+                self._tell(self._clock(), self._every)
 
         watching = threading.Thread(target=watch, daemon=True)
         if self._logs:
@@ -231,6 +240,11 @@ def live(quiet: bool, *, every: float = LOGGED_EVERY) -> Iterator[Live]:
     shown = Live(quiet, every=every)
     with shown.bars, shown.logged():
         yield shown
+
+
+def to_copy(*words: object) -> str:
+    """A command line that a shell reads as these words, whatever is in them."""
+    return " ".join(shlex.quote(str(word)) for word in words)
 
 
 def printable(text: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ccu_fast import check
 from ccu_fast.cli.console import live
+from ccu_fast.cli.report.findings import FORGOTTEN, findings
 from ccu_fast.cli.report.tables import PROTECT_LABELS, all_tables
 from ccu_fast.cli.report.terminal import show
 from ccu_fast.data.captions.listing import MANIFEST
@@ -33,8 +34,7 @@ from ccu_fast.unlearn.study.tasks import SCENARIOS, TASKS
 
 VARIANTS = {"unlearn": SCENARIOS, "protect": tuple(PROTECT_LABELS)}
 # Of the kept parts. Raise it whenever the same settings and versions give other figures, or figures of another form.
-FORMAT = 5
-EVERY = 8.0  # seconds at most between two lines where there is no terminal
+FORMAT = 6
 SECONDS = 180  # of one seed of both halves on two idle cores, to be told at the start
 COMPARED = (*ONCE, "gold_again")  # the second retraining tells how far two of them are apart
 # The threads too: how many of them add up decides the last bits of the protection.
@@ -53,6 +53,12 @@ class Part:
     def name(self) -> str:
         """Also its file's."""
         return f"{self.half}-{self.variant}-seed{self.seed}"
+
+    @property
+    def title(self) -> str:
+        """In the words of the report."""
+        what = f"forgetting {FORGOTTEN[self.variant]}" if self.half == "unlearn" else PROTECT_LABELS[self.variant]
+        return what if self.seed == 0 else f"{what}, seed {self.seed}"
 
 
 def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool = False) -> dict[str, Any]:
@@ -77,7 +83,6 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
     from rich.markup import escape
     from rich.text import Text
 
-    from ccu_fast.cli.report.findings import findings
     from ccu_fast.cli.report.page import write_report
 
     check.integer("seeds", seeds, low=1)
@@ -96,15 +101,15 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
     started = time.perf_counter()
     minutes = SECONDS * seeds / 60 / (1 if only is None else 2)
     console.print(f"{len(parts)} parts, up to {minutes:.2g} min on two idle cores; what is finished is kept")
-    with live(quiet, every=EVERY) as progress:
+    with live(quiet) as progress:
         progress("demo", 0, len(parts), "")
         for done, part in enumerate(parts):
-            progress("demo", done, len(parts), part.name)
+            progress("demo", done, len(parts), part.title)
             path = out / "parts" / f"{part.name}.json"
             value = cache.part(path, _key(part), partial(_compute, part, out, progress))
             results[part.half].setdefault(part.variant, {})[str(part.seed)] = value
         write_whole(out / "results.json", json.dumps(cache.without(results, "embeddings", "examples"), indent=1) + "\n")
-        progress("demo", len(parts), len(parts), "the page")
+        progress("writing the page", 0, 1, "")
         write_report(results, out / "report.html")
     if not quiet:
         shown = Console()
@@ -119,15 +124,18 @@ def run(out: str | Path, *, seeds: int = 1, only: str | None = None, quiet: bool
 def _compute(part: Part, out: Path, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
     if part.half == "unlearn":
-        value = run_task(TASKS["digits-halves"], part.seed, part.variant, methods=COMPARED, progress=progress)
+
+        def heard(stage: str, *rest: Any) -> None:
+            progress(f"{part.title}: {stage}", *rest)
+
+        value = run_task(TASKS["digits-halves"], part.seed, part.variant, methods=COMPARED, progress=heard)
     else:
         published = out / "protected"
         if part.seed == 0 and (published / part.variant / MANIFEST).is_file():
             # Left by a run that was killed after the export and before its part was written.
             shutil.rmtree(published / part.variant)
-        value = run_digit_strips(
-            part.seed, (part.variant,), progress=progress, out=published if part.seed == 0 else None
-        )
+        own = published if part.seed == 0 else None
+        value = run_digit_strips(part.seed, (part.variant,), progress, own, labels={part.variant: part.title})
     value["seconds"] = time.perf_counter() - started
     return value
 

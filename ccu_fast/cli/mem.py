@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ccu_fast import check, extras
-from ccu_fast.cli.console import live, one_sentence, printable, tidied
+from ccu_fast.cli.console import live, one_sentence, printable, tidied, to_copy
 from ccu_fast.cli.options import Config, Fields, with_fields
 from ccu_fast.data.captions import Options
 from ccu_fast.data.captions.listing import MANIFEST, is_text
@@ -126,6 +126,7 @@ def protect(
     if not quiet:
         with after_the_work(f"the protected dataset is whole in {out}"):
             _tell(out, manifest, already)
+            _tell_next(input, out, manifest, grey=grey)
 
 
 @one_sentence("evaluate", goes_on=False)
@@ -217,11 +218,12 @@ def evaluate(
                 progress=bars,
                 keep=keep,
             )
-        figures.keep(result, complete=True)
-        if report is not None:
-            from ccu_fast.cli.report.page import write_evaluation
+            figures.keep(result, complete=True)
+            if report is not None:
+                from ccu_fast.cli.report.page import write_evaluation
 
-            write_evaluation(result, report)
+                bars("writing the report", 0, 1, "")
+                write_evaluation(result, report)
     except BaseException:
         if not figures.found:
             raise
@@ -309,6 +311,21 @@ def _tell(out: Path, manifest: dict[str, Any], already: bool) -> None:
     if found["kept"]:
         fields = _fields(found["kept"])
         console.print(f"clean captions stay as parts of other fields: {fields}; check them before you publish")
+
+
+def _tell_next(input: Path, out: Path, manifest: dict[str, Any], *, grey: bool) -> None:
+    """What to do before the dataset is published, as commands to copy."""
+    size = manifest["thumbnails"]
+    seen = [] if size is None else ["--size", f"{size[0]}x{size[1]}"]
+    seen += ["--grey"] if grey else []
+    preview = f"{out}-preview.html"
+    verified = to_copy("ccu-fast", "verify", out, "--original", input, "--preview", preview)
+    compared = to_copy("ccu-fast", "evaluate", f"clean={input}", f"protected={out}", *seen, "--test", "PAIRS")
+    print("\nnext, check what you publish and look at it:")
+    print(printable(f"  {verified}"))
+    print("measure what a model learns from it; PAIRS are clean pairs that are not in it:")
+    print(printable(f"  {compared}"))
+    print(printable(f"publish {out} alone: README.md in it tells its readers what was done, the originals undo it"))
 
 
 def _tell_estimate(found: dict[str, Any], skip_bad: bool) -> None:

@@ -5,17 +5,17 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-import torch
 import typer
 
 from ccu_fast import check, extras
-from ccu_fast.cli.console import ALARMED, live, one_sentence, tell
+from ccu_fast.cli.console import ALARMED, FLAGS, live, loading, one_sentence, printable, tell, to_copy
 from ccu_fast.cli.options import Fields, with_fields
 from ccu_fast.distributed.ranks import own_device
 from ccu_fast.files import after_the_work
 from ccu_fast.unlearn.config import Budget, UnlearnConfig
+from ccu_fast.unlearn.settings import Job, read_job
 
 EXAMPLE = (  # an empty line between two: they would be run together otherwise
     "Examples:\n\n"
@@ -96,34 +96,60 @@ def unlearn(
         typed = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         print(f"ccu-fast unlearn: expected {typed} only {goes}", file=sys.stderr)
         raise SystemExit(2)
+    job = None
+    if settings is not None:
+        job = replace(read_job(settings, overrides), device=check.device("device", own_device(device)))
+    quiet = quiet or int(os.environ.get("RANK", "0")) > 0
+    loading("unlearn", quiet)
     extras.require("rich", "safetensors", "sklearn", "matplotlib", "jinja2")
-    if settings is None:
+    if job is None:
         _compare(out, task, scenario, seeds or 3, quiet)
     elif compare:
-        _compare_own(settings, overrides, check.device("device", own_device(device)), out, seeds, quiet)
+        _compare_own(job, out, seeds, quiet)
     else:
-        _run(settings, overrides, check.device("device", own_device(device)), out, fresh, quiet)
+        _run(job, out, fresh, quiet, _audit(cast(Path, settings), overrides, device, out))
 
 
-def _run(
-    settings: Path, overrides: dict[str, dict[str, Any]], device: torch.device, out: Path, fresh: bool, quiet: bool
-) -> None:
+def _audit(settings: Path, overrides: dict[str, dict[str, Any]], device: str, out: Path) -> str:
+    """The command that compares a run with other methods, with the options that the run had."""
+    words: list[object] = ["ccu-fast", "unlearn", settings, "--compare", "--out", f"{out}-audit"]
+    given = {name: value for table in overrides.values() for name, value in table.items()}
+    for name, value in (given | ({"device": device} if device != "cpu" else {})).items():
+        flag = FLAGS["unlearn"][name]
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            words += [flag] if one is True else [flag, one]
+    return to_copy(*words)
+
+
+def _tell_next(job: Job, out: Path, audit: str) -> None:
+    """What to do with the model, as Python and a command to copy."""
+    from ccu_fast.unlearn.card import loading as python
+
+    print("\nnext, load it:")
+    for line in python(job.model, str(out / "model.safetensors")).splitlines():
+        print(printable(f"  {line}"))
+    needs = "" if job.test is not None else "; it needs test pairs: test in [data] of the settings"
+    print(f"audit it beside other methods and, where there is one, a retrained model{needs}:")
+    print(printable(f"  {audit}"))
+    print(printable(f"give {out / 'card.md'} along with the model"))
+
+
+def _run(job: Job, out: Path, fresh: bool, quiet: bool, audit: str) -> None:
     from rich.console import Console
 
     from ccu_fast.cli.report.page import write_failure, write_run
     from ccu_fast.cli.report.tables import before_after_table, text_table, told
     from ccu_fast.cli.report.terminal import show
     from ccu_fast.unlearn.job import run_job
-    from ccu_fast.unlearn.settings import read_job
 
-    job = replace(read_job(settings, overrides), device=device)
-    with live(quiet or int(os.environ.get("RANK", "0")) > 0) as progress:
+    with live(quiet) as progress:
 
         def report(result: dict[str, Any]) -> None:
             with after_the_work(f"the unlearned model and results.json are in {out}"), progress.paused():
                 if "rows" not in result:  # the error is told where it ends the command
                     write_failure(result["alarm"], out / "report.html")
                     return
+                progress("writing the report", 0, 1, "")
                 write_run(result, out / "report.html")
                 if result["alarm"]:
                     tell("unlearn", result["alarm"]["text"])
@@ -134,35 +160,30 @@ def _run(
                     for table in filter(None, [before_after_table(result["rows"]), text_table(result, brief=True)]):
                         show(table, Console())
                 print(f"{out / 'model.safetensors'}  {out / 'report.html'}", flush=True)
+                if not quiet and not result["alarm"]:
+                    _tell_next(job, out, audit)
 
         alarm = run_job(job, out, fresh=fresh, progress=progress, report=report)["alarm"]
     if alarm:
         raise SystemExit(ALARMED)
 
 
-def _compare_own(
-    settings: Path,
-    overrides: dict[str, dict[str, Any]],
-    device: torch.device,
-    out: Path,
-    seeds: int | None,
-    quiet: bool,
-) -> None:
+def _compare_own(job: Job, out: Path, seeds: int | None, quiet: bool) -> None:
     from rich.console import Console
 
     from ccu_fast.cli.report.page import write_own_comparison
     from ccu_fast.cli.report.tables import depth_table, left_out_table, unlearn_tables
     from ccu_fast.cli.report.terminal import show
-    from ccu_fast.unlearn.settings import read_job
     from ccu_fast.unlearn.study.own import compare_own
 
-    job = replace(read_job(settings, overrides), device=device)
     if seeds is not None:
         job = replace(job, compare=replace(job.compare, seeds=seeds))
     with live(quiet) as progress:
         results = compare_own(job, out, progress=progress)
+        with after_the_work(f"the figures are in {out / 'results.json'}"):
+            progress("writing the report", 0, 1, "")
+            write_own_comparison(results, out / "report.html")
     with after_the_work(f"the figures are in {out / 'results.json'}"):
-        write_own_comparison(results, out / "report.html")
         if not quiet:
             by_seed = results["unlearn"][job.data.name][job.config.forget]
             tables = [*unlearn_tables(job.config.forget, by_seed, brief=True), depth_table(by_seed, brief=True)]
@@ -184,8 +205,10 @@ def _compare(out: Path, tasks: list[str] | None, scenarios: list[str] | None, se
         results = compare(
             out, tasks=tasks or tuple(TASKS), scenarios=scenarios or SCENARIOS, seeds=range(seeds), progress=progress
         )
+        with after_the_work(f"the figures are in {out / 'results.json'}"):
+            progress("writing the report", 0, 1, "")
+            write_comparison(results, out / "report.html")
     with after_the_work(f"the figures are in {out / 'results.json'}"):
-        write_comparison(results, out / "report.html")
         if not quiet:
             for by_scenario in results["unlearn"].values():
                 for name, by_seed in by_scenario.items():

@@ -56,7 +56,8 @@ def verify(
     if preview is not None and shown:
         from ccu_fast.cli.report.page import write_preview
 
-        with after_the_work("what was found is above"):
+        with after_the_work("what was found is above"), live(quiet or as_json) as progress:
+            progress("writing the page", 0, 1, "")
             write_preview(found, shown, preview)
     if not found["passed"]:
         raise typer.Exit(1)

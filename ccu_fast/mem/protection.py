@@ -145,6 +145,8 @@ class Protection:
         self.store = NoiseStore(rows, shape, device=self.device) if noise_store is None else noise_store
         if (self.store.rows, self.store.item_shape, self.store.dtype) != (rows, shape, torch.int8):
             raise ValueError(f"noise_store: expected int8 with {rows} rows of {list(shape)}, got {self.store}")
+        if method.triggers or method.generates:
+            progress("preparing captions and words", 0, 1, "")
         self.tokens = tokenizer.encode(source.captions)
         every = self.tokens if captions is None else tokenizer.encode(captions)
         self.alphabet = alphabet(tokenizer, every, method, settings, seed)
@@ -333,6 +335,7 @@ def protect(
     method: Method,
     settings: Settings | None = None,
     seed: int = 0,
+    stage: str = "protecting",
     progress: Progress = silent,
 ) -> Protected:
     """Make image-caption pairs in memory that teach a model less: a whole :class:`Protection`.
@@ -341,6 +344,7 @@ def protect(
         images: uint8 ``[N, C, H, W]``.
         captions: N strings.
         tokenizer, factory, method, settings, seed: see :class:`Protection`.
+        stage: what progress is told first.
         progress: called as ``progress(stage, done, total, note)``.
 
     Returns:
@@ -361,11 +365,11 @@ def protect(
     run = Protection(TensorSource(images, captions), tokenizer, factory, method=method, settings=settings, seed=seed)
     note = ""
     for i in range(run.rounds):
-        progress(f"generate {method.name}", i, run.rounds, note)
+        progress(stage, i, run.rounds, note)
         run.round(i)
         note = f"surrogate loss {run.losses['noise'][-1]:.3f}"
     if run.rounds:
-        progress(f"generate {method.name}", run.rounds, run.rounds, note)
+        progress(stage, run.rounds, run.rounds, note)
     everything = torch.arange(len(images))
     published = run.published_images(everything)
     noise = (published.short() - images.short()).to(torch.int8)

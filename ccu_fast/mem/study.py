@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -163,6 +163,7 @@ def run_task(
     recipe: Recipe | None = None,
     transfer: Sequence[str] = (),
     treatments: Sequence[str] = (),
+    labels: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Protect a task with each method, train a fresh victim on what is published, evaluate it on clean test pairs.
 
@@ -180,6 +181,7 @@ def run_task(
         transfer: of :data:`STRANGERS`: for each a victim of that kind is trained, too.
         treatments: see :class:`ccu_fast.mem.job.treatments.Treatment`; for each a victim is trained on what it leaves,
             for those of trigger words only where there are some.
+        labels: what progress calls methods, where that is not their name.
 
     Returns:
         A dict that ``json.dumps`` takes. ``guessing``: R@k of a random order. ``methods[name]``:
@@ -217,7 +219,7 @@ def run_task(
     if out is not None:
         for method in parsed:
             new_folder(Path(out) / method.name)
-    progress = silent if progress is None else progress
+    progress, labels = silent if progress is None else progress, labels or {}
     settings = Settings() if settings is None else settings
     recipe = Recipe() if recipe is None else recipe
     task = make()
@@ -235,6 +237,7 @@ def run_task(
     }
     victims = _Victims(task, recipe, seed, progress)
     for method in parsed:
+        label = labels.get(method.name, method.name)
         protected = protect(
             task.images,
             task.captions,
@@ -243,12 +246,13 @@ def run_task(
             method=method,
             settings=settings,
             seed=seed,
+            stage=f"protecting, {label}",
             progress=progress,
         )
         if out is not None:
             export(protected, Path(out) / method.name, seed=seed)
         published = (protected.images, protected.captions)
-        victim = victims.train(method.name, *published)
+        victim = victims.train(label, *published)
         robustness = {}
         for name in treatments:
             treatment = Treatment.parse(name)
@@ -258,7 +262,7 @@ def run_task(
                 treatment.of_images(protected.images, seed),
                 treatment.of_captions(protected.captions, method.triggers, seed),
             )
-            robustness[name] = victims.train(f"{method.name}, {name}", *left).last_and_best()
+            robustness[name] = victims.train(f"{label}, {name}", *left).last_and_best()
         result["methods"][method.name] = {
             **victim.last_and_best(),
             "reading": exam.reading(victim.model),
@@ -278,8 +282,7 @@ def run_task(
                 for i in range(min(EXAMPLES, len(task.images)))
             ],
             "transfer": {
-                name: victims.train(f"{method.name}, {name}", *published, stranger=name).last_and_best()
-                for name in transfer
+                name: victims.train(f"{label}, {name}", *published, stranger=name).last_and_best() for name in transfer
             },
             "robustness": robustness,
         }
@@ -303,7 +306,7 @@ class _Victims:
             eot=tokenizer.eot,
             recipe=self._recipe,
             seed=self._seed,
-            stage=f"victim {name}",
+            stage=f"victim of {name}",
             progress=self._progress,
         )
 

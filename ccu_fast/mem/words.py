@@ -101,6 +101,7 @@ def words_of_the_look(
         progress("looking at pictures", int(part[0]), n_images, "")
         found.append(coarse(read(part)))
     progress("looking at pictures", n_images, n_images, "")
+    progress("choosing trigger words", 0, 1, "")
     features = torch.cat(found)
     parts = [features] if gather is None else gather(features[:SAMPLE])
     some = torch.cat([part[: SAMPLE // len(parts)] for part in parts])

@@ -13,6 +13,11 @@ def silent(stage: str, done: int, total: int, note: str) -> None:
     """The progress callback that says nothing."""
 
 
+def renamed(progress: Progress, stage: str) -> Progress:
+    """The same callback for work whose stage is to be called otherwise."""
+    return lambda _, done, total, note: progress(stage, done, total, note)
+
+
 class Clock:
     """Wall time and CPU time since it was made."""
 

@@ -74,7 +74,7 @@ def items_hash(data: PairedData, progress: Progress = silent) -> str:
         def told(rows: int) -> None:
             nonlocal done
             done += rows
-            progress("read the data", done, total, "")
+            progress("reading the data", done, total, "")
 
         known = data.__dict__["hash"] = tensors_hash(tensors, told)
     return known

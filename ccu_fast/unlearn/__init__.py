@@ -21,6 +21,7 @@ from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.progress import Progress
 from ccu_fast.unlearn.audit import audit, membership_auc
 from ccu_fast.unlearn.config import Budget, HeldOut, UnlearnConfig
+from ccu_fast.unlearn.described import MADE, Made, model_card
 from ccu_fast.unlearn.method import run_ccu
 from ccu_fast.unlearn.model import Model, TwoModalityModel, TwoTowerModel, check_held_out, check_problem
 from ccu_fast.unlearn.objective import (
@@ -51,6 +52,7 @@ __all__ = [
     "forgetting_loss",
     "level_loss",
     "membership_auc",
+    "model_card",
     "neighbour_loss",
     "retention_loss",
     "separation_loss",
@@ -136,6 +138,7 @@ def unlearn(
         progress=progress,
         group=group,
     )
+    MADE[done.model] = Made(config, done.steps, 1 if group is None else group.size())
     return cast("Model", done.model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -40,7 +41,6 @@ def card(result: Mapping[str, Any]) -> str:
         rest = PurePath(rest).name  # where it lies says nothing to others
     classes = len(made["forgotten_classes"])
     what = f"{classes} class{'es' * (classes != 1)}" if kind == "class" else kind
-    loading = LOADING.get(kind_of_model, LOADING[""]).format(kind=kind_of_model, rest=rest)
     parts = [
         HEAD,
         f"**{alarm['text']}**" if alarm else "",
@@ -68,13 +68,24 @@ def card(result: Mapping[str, Any]) -> str:
         "## Versions",
         _table(("", ""), list(made["versions"].items())),
         "## Loading",
-        f"```python\n{loading}\nfrom safetensors.torch import load_file\n"
-        'model.load_state_dict(load_file("model.safetensors"))\n```',
+        f"```python\n{loading(f'{kind_of_model}:{rest}')}\n```",
         f"sha256 of the weights: {made['weights_sha256']}; of the original's: {made['original_sha256']}. "
         '`ccu_fast.runs.provenance.load_model("model.safetensors")` reads the weights, compares them with theirs and '
         "returns what made them.",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def loading(model: str, weights: str = "model.safetensors") -> str:
+    """Python that loads the weights of a run.
+
+    Args:
+        model: as the settings name it: "open_clip:NAME", "hf:FOLDER" or "module:function".
+        weights: the file.
+    """
+    kind, _, rest = model.partition(":")
+    make = LOADING.get(kind, LOADING[""]).format(kind=kind, rest=rest)
+    return f"{make}\nfrom safetensors.torch import load_file\nmodel.load_state_dict(load_file({json.dumps(weights)}))"
 
 
 def _by_text(found: Mapping[str, Any] | None) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -32,6 +32,7 @@ from ccu_fast.runs.provenance import Hashes, items_hash, save_model, saved_state
 from ccu_fast.unlearn.alarms import NotFinite
 from ccu_fast.unlearn.audit.text_questions import TextQuestions
 from ccu_fast.unlearn.card import card
+from ccu_fast.unlearn.described import library_model, provenance
 from ccu_fast.unlearn.figures import figures_of, pictured, text_figures
 from ccu_fast.unlearn.loop import CHUNK
 from ccu_fast.unlearn.method import KEPT_FILES, check_run, keep_embeddings, run_ccu
@@ -86,7 +87,9 @@ def run_job(
         ValueError, TypeError, FloatingPointError, ImportError: see :func:`ccu_fast.unlearn.unlearn`, ``read_job`` and
             ``load_pairs``.
     """
-    given = opened(job, progress or silent)
+    heard = progress or silent
+    given = opened(job, heard)
+    heard("checking the settings on the model", 0, 1, "")
     job, model, forget, retain = given.job, given.model, given.forget, given.retain
     unseen, test, config, kind = given.unseen, given.test, given.job.config, given.job.config.forget
     levels = None if kind == "class" else unseen
@@ -127,11 +130,17 @@ def run_job(
         result: dict[str, Any] = {}
 
         def finish() -> Any:
+            heard("writing the model", 0, 1, "")
             with after_the_work(f"the finished run is in {checkpoint.path}"):
                 sets = {"forget": forget, "retain": retain, "unseen": unseen, "test": test}
-                made = save_model(library_model(done.model), written, _provenance(job, model, sets, world, hashes))
+                made = save_model(
+                    library_model(done.model),
+                    written,
+                    provenance(job.config, model, sets, hashes, job.model, job.classes, job.dtype, world),
+                )
             with after_the_work(f"the unlearned model is in {written}"):
                 cost = {"steps": done.steps, "items": done.items, "seconds": round(done.seconds, 2)}
+                heard("measuring before and after", 0, 1, "")
                 judged = retain if job.judged is None else sample(retain, job.judged, config.seed)
                 new = ("unseen", unseen) if test is None else ("test", test)
                 figures = figures_of(model, done.model, forget, judged, new[1], kind, kept, len(retain), new[0])
@@ -139,7 +148,7 @@ def run_job(
                     figures["sizes"]["retain items not judged"] = len(retain) - len(judged)
                 if questions is not None:
                     weights = made["weights_sha256"]
-                    told = text_figures(questions, model, done.model, kept, weights, progress or silent)
+                    told = text_figures(questions, model, done.model, kept, weights, heard)
                     figures["text_membership"] = told
                 result.update(**figures, provenance=made, cost=cost, losses=done.losses)
                 write_whole(out / "results.json", json_of(result))
@@ -166,23 +175,6 @@ def _own_folder(
     with locked(out / f"lock-{rank}"):
         of_first(partial(take, out, job, fresh))
         yield of_first
-
-
-def _provenance(
-    job: Job, model: Any, sets: Mapping[str, PairedData | None], world: int, hashes: Hashes
-) -> dict[str, Any]:
-    return {
-        "method": "CCU as defined in ccu_fast.unlearn.method",
-        "seed": job.config.seed,
-        "config": asdict(job.config),
-        "forgotten_classes": list(job.classes),
-        "processes": world,
-        "model": job.model,
-        "dtype": job.dtype,
-        "original_sha256": hashes.of(library_model(model)),
-        **{f"{name}_items": None if part is None else len(part) for name, part in sets.items()},
-        **{f"{name}_sha256": None if part is None else hashes.of(part) for name, part in sets.items()},
-    }
 
 
 @dataclass(frozen=True)
@@ -213,6 +205,7 @@ def opened(job: Job, progress: Progress = silent) -> Opened:
         OSError, ValueError, TypeError, ImportError: see :func:`load`, :func:`split` and
             :func:`ccu_fast.unlearn.model.check_problem`.
     """
+    progress("reading the model and the data", 0, 1, "")
     model, data, names, unseen, test = load(job)
     config = replace(job.config, trainable=in_own_names(model, job.config.trainable))
     model = under_autocast(model, job.dtype).to(job.device)
@@ -381,8 +374,3 @@ def in_own_names(model: Any, patterns: Sequence[str]) -> tuple[str, ...]:
     names = [name for name, _ in model.named_parameters()]
     wrapped = isinstance(model, ClipEncoder)
     return tuple(p if not wrapped or any(matches(name, [p]) for name in names) else f"model.{p}" for p in patterns)
-
-
-def library_model(model: Any) -> Any:
-    """What is written: of a named model the library's own, so that the library reads it."""
-    return model.model if isinstance(model, ClipEncoder) else model

@@ -474,7 +474,7 @@ def test_what_a_part_is_there_for_is_the_figure_that_suffers_most_without_it() -
     # Another retraining says how much is chance.
     again = {seed: unlearned(0.0, gold_again=0.47, ccu=0.44, ccu_without_b=0.6) for seed in "01"}
     assert winners.lines({"a task": {"class": of_class, "instances": again}})[-4:] == [
-        "| task | without (a) | without dampening | without (b) | gold, another seed |",
+        "| task | without (a) | without dampening | without (b) | retrained, another seed |",
         "|---|---|---|---|---|",
         "| a task, class | 20.0 MIA AUC | – |  |  |",
         "| a task, instances |  |  | 4.0 visual U train | 3.0 visual U train |",
@@ -496,7 +496,8 @@ def test_tables_of_unlearning_lead_with_what_moved() -> None:
             found[modality] = {"forget_test": None, "retain_train": 1.0, "forget_train": 1.0} | found[modality]
         cost["cpu_seconds"] = 1.0
     moved, stayed = unlearn_tables("instances", {"0": part})
-    assert [row[0] for row in moved.rows] == ["original", "gold_mask", "salun"]  # what the rest is read against
+    # What the rest is read against comes first.
+    assert [row[0] for row in moved.rows] == ["before unlearning", "retrained, visual hidden", "SalUn"]
     assert moved.columns[1:4] == ["visual U train", "MIA AUC", "worst gap"] and moved.columns[-1] == "verdict"
     assert moved.rows[1][1:4] == ["0.500", "0.500", "–"]
     assert moved.rows[2][1:4] == ["0.750 (+25.0)", "0.500 (0.0)", "+25.0 visual U train"]

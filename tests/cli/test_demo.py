@@ -17,7 +17,7 @@ from rich.console import Console
 
 import ccu_fast
 from ccu_fast.cli import demo
-from ccu_fast.cli.report import page
+from ccu_fast.cli.report import page, tables
 from ccu_fast.cli.report.tables import Table, all_tables, spread
 from ccu_fast.cli.report.terminal import show
 from ccu_fast.files import write_whole
@@ -94,6 +94,29 @@ def test_writes_a_report_with_everything_in_it(whole: tuple[Path, dict[str, Any]
     images, captions = read_export(folder / "protected" / "mem")
     assert len(images) == len(captions) == 64
     assert half_written(folder.parent) == []
+
+
+@pytest.mark.usefixtures("small", "no_report")
+def test_progress_and_tables_have_the_words_of_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo.run(tmp_path)
+    told = capsys.readouterr()
+    stages = list(
+        dict.fromkeys(
+            re.sub(r" \d+/\d+.*|, (at it|loss|train loss|surrogate).*", "", line) for line in told.err.splitlines()
+        )
+    )
+    parts = ["forgetting a class", "forgetting random instances"]
+    models = ["before unlearning", "retrained, visual hidden", "CCU"]
+    learning = [f"victim of {label}" for label in tables.PROTECT_LABELS.values()]
+    expected = ["demo", *(f"{part}: {stage}" for part in parts for stage in [*models, "audit"]), *learning]
+    shown = [stage for stage in stages if stage in expected]
+    assert shown == expected and "writing the page" in stages
+    assert [stage for stage in stages if stage.startswith("protecting, ")] == [
+        f"protecting, {tables.PROTECT_LABELS[method]}" for method in ("em", "mem")
+    ]
+    assert all(name in told.out for name in (*models, *tables.PROTECT_LABELS.values()))
+    # No name of a method, a part or a file of the program.
+    assert not re.search(r"\w_\w|seed0|random-3|\bem\b|\bmem\b|gold", told.err.partition("Report:")[0])
 
 
 @pytest.mark.usefixtures("small", "no_report")
@@ -200,7 +223,7 @@ def test_tables_are_whole_in_a_narrow_terminal(width: int, whole: tuple[Path, di
 
 def test_the_longest_verdict_is_not_cut() -> None:
     console = Console(width=80, file=io.StringIO())
-    row = ["gold: visual masked", ".000", ".497", "+91.9 vis. U test", "28.38", "38.406", "over-generalised"]
+    row = ["retrained, visual hidden", ".000", ".497", "+91.9 vis. U test", "28.38", "38.406", "over-generalised"]
     columns = ["method", "visual U", "MIA", "worst gap", "gap", "time", "verdict"]
     show(Table("caption", columns, [row], words=("worst gap", "verdict")), console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]

@@ -92,17 +92,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ends(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Ends]:
-    """Runs a command line and returns its one sentence."""
+    """Runs a command line and returns its one sentence, which ends what it says; stages of progress may come before."""
     monkeypatch.syspath_prepend(str(ROOT))  # the benchmarks of this checkout
     monkeypatch.chdir(place)
 
     def run(words: list[str], out: Path | None = None, status: int = 1) -> str:
         assert cli.main([word.replace("{out}", str(out or tmp_path / "out")) for word in words]) == status
         told = capsys.readouterr().err
-        assert told.count("\n") == 1 and "Traceback" not in told, told
-        command = words[0]
-        assert told.startswith(f"ccu-fast {command}: "), told
-        return told.strip()
+        assert told.endswith("\n") and "Traceback" not in told, told
+        *before, said = told.splitlines()
+        begins = f"ccu-fast {words[0]}: "
+        assert said.startswith(begins), told
+        assert all(f"{begins}loading its libraries" == line or ": " not in line for line in before), told
+        return said
 
     yield run
 
@@ -509,29 +511,35 @@ def test_the_display_takes_stages_that_come_again_and_many_of_them(capsys: pytes
         for stage in range(2 * console.SHOWN):
             for done in (0, 2, 1, 2):
                 progress(f"stage {stage}", done, 2, "note")
-    assert capsys.readouterr().err == ""
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"stage {stage} {done}/2, note" for stage in range(2 * console.SHOWN) for done in (0, 1)]
 
 
 class TestTimeLeft:
-    def test_in_a_log_a_line_a_minute(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_in_a_log_a_line_for_each_stage_and_one_every_ten_seconds(self, capsys: pytest.CaptureFixture[str]) -> None:
         now = 100.0
         live = console.Live(False, clock=lambda: now)
-        for done in range(20, 60, 2):  # resumed at step 20 of 80, two steps in eleven seconds
+        for done in range(20, 50, 2):  # resumed at step 20 of 80, two steps in three seconds
             live("unlearn", done, 80, f"loss {done}")
-            now += 11
+            now += 3
         assert capsys.readouterr().err.splitlines() == [
-            "unlearn 32/80, 0:04:24 left, loss 32",
-            "unlearn 44/80, 0:03:18 left, loss 44",
-            "unlearn 56/80, 0:02:12 left, loss 56",
+            "unlearn 20/80, loss 20",
+            "unlearn 28/80, 0:01:18 left, loss 28",
+            "unlearn 36/80, 0:01:06 left, loss 36",
+            "unlearn 44/80, 0:00:54 left, loss 44",
         ]
         # The next part has a stage of the same name and another pace.
         for done, seconds in ((0, 30), (1, 60), (2, 60)):
             live("unlearn", done, 10, "")
             now += seconds
-        assert capsys.readouterr().err.splitlines() == ["unlearn 2/10, 0:06:00 left"]
-        now += 60
+        assert capsys.readouterr().err.splitlines() == [
+            "unlearn 0/10",
+            "unlearn 1/10, 0:04:30 left",
+            "unlearn 2/10, 0:06:00 left",
+        ]
         live("another", 5, 6, "")  # nothing is known of its pace yet
-        assert capsys.readouterr().err == "another 5/6\n"
+        live("reading", 0, 1, "")  # at once, though a line has just come
+        assert capsys.readouterr().err == "another 5/6\nreading\n"
 
     def test_a_log_is_not_silent_where_the_work_is(self, capsys: pytest.CaptureFixture[str]) -> None:
         lines: list[str] = []

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from PIL import Image
 from benchmarks.protection.__main__ import STUDIES
 from ccu_fast.cli import main as cli
 from ccu_fast.cli.app import app
+from ccu_fast.cli.console import to_copy
 from ccu_fast.data.captions import DiskSource, Options, list_pairs
 from ccu_fast.data.strips import write_strips
 from ccu_fast.mem.config import STRENGTHS, Execution, Settings, strength
@@ -104,6 +106,71 @@ def test_protect_and_evaluate_real_digits(tmp_path: Path, capsys: pytest.Capture
             dataset["mean"]["last"]["i2t_r1"] + dataset["mean"]["last"]["t2i_r1"]
         )
     assert result["guessing"]["i2t_r1"] == pytest.approx(1 / 20, rel=0.3)
+
+
+def test_what_to_do_next_can_be_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = made.write_folder(tmp_path / "it's \u2013 mine")
+    out = tmp_path / "my copy"
+    assert cli.main(["protect", str(source), "--out", str(out), *TINY]) == 0
+    told = capsys.readouterr()
+    # A log has the stages in their order, from the reading on.
+    seen = list(dict.fromkeys(line.partition(",")[0].rstrip("0123456789/ ") for line in told.err.splitlines()))
+    assert seen == [
+        "reading the dataset",
+        "preparing the surrogate",
+        "checking pictures",
+        "preparing captions and words",
+        "looking at pictures",
+        "choosing trigger words",
+        "protecting",
+        "writing pictures",
+        "writing captions and the manifest",
+    ]
+    verify, evaluate = (shlex.split(line) for line in told.out.splitlines() if line.startswith("  ccu-fast "))
+    assert verify[1:] == ["verify", str(out), "--original", str(source), "--preview", f"{out}-preview.html"]
+    assert cli.main(verify[1:]) == 0 and Path(f"{out}-preview.html").is_file()
+    assert evaluate[1:4] == ["evaluate", f"clean={source}", f"protected={out}"]
+    words = [str(source) if word == "PAIRS" else word for word in evaluate[1:]]
+    capsys.readouterr()
+    assert cli.main([*words, "--model", "small:32", "--epochs", "1", "--batch", "4"]) == 0
+    begun = [line for line in capsys.readouterr().err.splitlines() if "/" not in line]
+    assert begun[:3] == ["reading the datasets", "reading the test pictures", "reading the pictures of clean"]
+    assert cli.main(["protect", str(source), "--out", str(out), *TINY, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_command_to_copy_is_one_word_for_each_argument() -> None:
+    words = ["ccu-fast", "a b", "it's", "$HOME", "clean=x y", ""]
+    assert shlex.split(to_copy(*words)) == words
+
+
+@pytest.mark.parametrize(
+    ("flags", "says", "never"),
+    [
+        ([], ["3 words were put in front of each", "cuts the first 3 words off", "8/255 (PSNR"], []),
+        (["--method", "mem-1"], ["1 word was put in front", "cuts the first word off"], []),
+        (["--method", "mem-3", "--place", "among", "--trigger-rounds", "0"], ["among the words"], ["cuts the first"]),
+        (["--method", "em"], ["captions are those of the originals", "Noise of up to"], ["do not describe"]),
+        (["--method", "trigger-2"], ["pixels of the pictures are those of the originals"], ["Noise was added"]),
+    ],
+)
+def test_a_protected_dataset_tells_its_readers(
+    tmp_path: Path, flags: list[str], says: list[str], never: list[str]
+) -> None:
+    source, out = made.write_csv(tmp_path / "in"), tmp_path / "out"
+    tiny = [*TINY, "--rounds", "1", "--seed", "987654", *flags]
+    assert cli.main(["protect", str(source), "--out", str(out), *tiny, "--quiet"]) == 0
+    card = " ".join((out / "README.md").read_text().split())
+    assert all(words in card for words in [*says, "6 pictures with 7 captions", "ccu-fast verify .", "not a guarantee"])
+    assert not any(words in card for words in never)
+    # What would help to undo it is not there.
+    published, plain = list_pairs(out).captions, list_pairs(source).captions
+    assert "987654" not in card and not any(text in card for text in [*published, *plain])
+    # Its owner may write more into it, or remove it, and it is no other file of the dataset.
+    (out / "README.md").write_text("mine")
+    assert cli.main(["verify", str(out), "--original", str(source), "--quiet"]) == 0
+    (out / "README.md").unlink()
+    assert cli.main(["verify", str(out), "--quiet"]) == 0
 
 
 def test_a_config_file_gives_defaults_and_flags_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,8 +54,8 @@ def of_seed(seed: int, gaps: dict[str, tuple[str, float]]) -> dict[str, Any]:
 
 GAPS = {
     "original": ("before unlearning", 30.0),
-    "gold_mask": ("gold: visual masked", 0.0),
-    "gold_again": ("gold, another seed", 0.9),
+    "gold_mask": ("retrained, visual hidden", 0.0),
+    "gold_again": ("retrained, another seed", 0.9),
     **{f"other_{i}": (f"method <{i}>", 2.0 + i) for i in range(9)},
     "ccu": ("CCU", 1.25),
     "ccu_without_a": ("CCU without (a)", 3.0),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import shlex
 import socket
 from dataclasses import replace
 from functools import partial
@@ -90,6 +92,36 @@ class TestCommand:
         # A second call finds the run finished; other settings are not mixed in.
         assert run(str(folder / "settings.toml"), "--out", str(out), "--seed", "3", "--quiet").startswith("0 ")
         assert "other settings" in run(str(folder / "settings.toml"), "--out", str(out), "--quiet")
+
+    def test_what_to_do_next_can_be_copied(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = folder / "the clean one"
+        words = ["unlearn", str(folder / "settings.toml"), "--out", str(out), "--classes", "1", "--classes", "2"]
+        assert main([*words, "--steps", "40"]) == 0
+        told = capsys.readouterr()
+        stages = list(dict.fromkeys(line.partition(",")[0].rstrip("0123456789/ ") for line in told.err.splitlines()))
+        assert stages == [
+            "ccu-fast unlearn: loading its libraries",
+            "reading the model and the data",
+            "checking the settings on the model",
+            "unlearn",
+            "writing the model",
+            "measuring before and after",
+            "writing the report",
+        ]
+        python, _, rest = told.out.partition("next, load it:\n")[2].partition("audit it")
+        known: dict[str, Any] = {}
+        exec(inspect.cleandoc(python), known)
+        state, _ = load_model(out / "model.safetensors")
+        assert all(torch.equal(value, state[name]) for name, value in known["model"].state_dict().items())
+        assert "it needs test pairs: test in [data] of the settings" in rest
+        command = next(line for line in rest.splitlines() if line.startswith("  ccu-fast "))
+        audit = ["unlearn", str(folder / "settings.toml"), "--compare", "--out", f"{out}-audit"]
+        assert shlex.split(command)[1 : 1 + len(audit)] == audit
+        flags = shlex.split(command)[1 + len(audit) :]
+        pairs = sorted(zip(flags[::2], flags[1::2], strict=True))
+        assert pairs == [("--classes", "1"), ("--classes", "2"), ("--steps", "40")]
+        assert main(shlex.split(command)[1:]) == 1  # a command that is understood, and wants test pairs
+        assert "test: expected pairs in [data]" in capsys.readouterr().err
 
     def test_fresh_removes_what_an_earlier_run_wrote_and_no_more(self, folder: Path) -> None:
         (folder / "settings.toml").write_text(TOML.replace("steps = 30", "steps = 1"))

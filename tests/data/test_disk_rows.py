@@ -160,7 +160,7 @@ def test_each_row_is_read_once_for_all_hashes_of_a_set(tmp_path: Path, monkeypat
     monkeypatch.setattr(ArrayRows, "rows", lambda self, index: (read.append(len(index)), rows(self, index))[1])
     seen: list[tuple[str, int, int]] = []
     first = items_hash(data, lambda stage, done, total, note: seen.append((stage, done, total)))
-    assert items_hash(data) == first and sum(read) == 2 * N and seen[-1] == ("read the data", 2 * N, 2 * N)
+    assert items_hash(data) == first and sum(read) == 2 * N and seen[-1] == ("reading the data", 2 * N, 2 * N)
     assert isinstance(data.visual, DiskRows)
     assert data.visual.digests().shape == (N, 32) and data.visual.select(SOME).digests().any(1).all()
     assert sum(read) == 2 * N

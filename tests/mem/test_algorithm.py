@@ -366,12 +366,12 @@ def test_the_experiment_twice_is_the_same_and_is_json(tmp_path: Any) -> None:
         assert (tmp_path / "out" / name / "captions.csv").exists()
     stages = dict.fromkeys(call[0] for call in calls)
     assert list(stages) == [
-        "victim clean",
-        "victim random",
-        "generate em",
-        "victim em",
-        "generate mem-2",
-        "victim mem-2",
+        "victim of clean",
+        "victim of random",
+        "protecting, em",
+        "victim of em",
+        "protecting, mem-2",
+        "victim of mem-2",
     ]
     for stage in stages:
         done = [(d, t) for s, d, t, _ in calls if s == stage]

@@ -184,7 +184,12 @@ def test_a_resumed_run_does_not_look_again() -> None:
 
     first = make(progress=lambda stage, done, total, _: stages.append((stage, done, total)))
     assert first.rounds == 0 and seen == [12]
-    assert stages == [("looking at pictures", 0, 12), ("looking at pictures", 12, 12)]
+    assert stages == [
+        ("preparing captions and words", 0, 1),
+        ("looking at pictures", 0, 12),
+        ("looking at pictures", 12, 12),
+        ("choosing trigger words", 0, 1),
+    ]
     again = make(resumed=True)
     again.load_state_dict(first.state_dict())
     assert seen == [12] and torch.equal(again.triggers, first.triggers)

@@ -514,7 +514,7 @@ class TestDigitsHalves:
             np.testing.assert_array_equal(value, second["embeddings"][key])
         # CCU without what this configuration does not have would be CCU again.
         chosen = set(METHODS) - {"ccu_without_neighbours", "ccu_without_damage"}
-        assert heard == {*chosen, "audit"} and set(first["metrics"]) == chosen
+        assert heard == {*(METHODS[name] for name in chosen), "audit"} and set(first["metrics"]) == chosen
         another = run_task(short, 4, "instances", methods=["ccu"])["metrics"]
         assert all(another[name] != first["metrics"][name] for name in ("original", "gold_mask", "ccu"))
 

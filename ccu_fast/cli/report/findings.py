@@ -8,7 +8,7 @@ from math import sqrt
 from statistics import mean
 from typing import Any
 
-from ccu_fast.cli.report.tables import GOLDS, PROTECT_LABELS, judged, runs_of, spread
+from ccu_fast.cli.report.tables import GOLDS, PROTECT_LABELS, judged, label, runs_of, spread
 
 OURS = "ccu"
 AGAIN = "gold_again"  # retrained as gold is, from other initial weights
@@ -90,13 +90,13 @@ def gap_sentence(scenario: str, by_seed: Mapping[str, Any]) -> str | None:
         parts.append(f"retraining again from other weights differs by {gaps[AGAIN]:.2f}")
     if others:
         first = others[0]
-        label = next(iter(by_seed.values()))["metrics"][first]["label"]
+        named = label(first, next(iter(by_seed.values()))["metrics"][first])
         nearer = sum(gaps[name] < gaps[OURS] for name in others)
         if nearer:
             count = f"{nearer} of {len(others)} other methods"
-            parts.append(f"{count} end nearer, first {label} with {gaps[first]:.2f}")
+            parts.append(f"{count} end nearer, first {named} with {gaps[first]:.2f}")
         else:
-            parts.append(f"the nearest of {len(others)} other methods, {label}, ends {gaps[first]:.2f} away")
+            parts.append(f"the nearest of {len(others)} other methods, {named}, ends {gaps[first]:.2f} away")
     gold = next(name for name in GOLDS if name in gaps)
     kind = judged(by_seed, OURS, gold).kind
     ratios = [run["ratio"] for run in runs_of(by_seed, OURS)]
@@ -201,7 +201,7 @@ def _chart(title: str, says: str, by_seed: Mapping[str, Any], names: Sequence[st
     bars = []
     for name in names:
         values = [found[name]["average_gap"] for found in metrics]
-        bars.append(Bar(metrics[0][name]["label"], mean(values), spread([*values], digits=2), name == OURS))
+        bars.append(Bar(label(name, metrics[0][name]), mean(values), spread([*values], digits=2), name == OURS))
     bars.sort(key=lambda bar: bar.value)
     return Chart(title, says, tuple(bars), max([bar.value for bar in bars] + [band or 0.0]) or 1.0, band)
 

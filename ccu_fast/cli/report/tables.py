@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ccu_fast.unlearn.audit import gaps, mean_figures, verdict, verdict_without_gold
 from ccu_fast.unlearn.audit.text_questions import TITLES, heading, meaning
+from ccu_fast.unlearn.study.methods import METHODS
 
 if TYPE_CHECKING:
     from ccu_fast.unlearn.audit import Verdict
@@ -84,7 +85,7 @@ def unlearn_tables(scenario: str, by_seed: dict[str, Any], *, brief: bool = Fals
         scenario: "class", "instances" or "pairs".
         by_seed: what :func:`ccu_fast.unlearn.study.run.run_task` or, of own data,
             :func:`ccu_fast.unlearn.study.own.compare_own` gives, by seed.
-        brief: for 80 columns: means without spread and without their difference from gold, of the verdict its kind.
+        brief: for 80 columns: means without spread and difference from retraining, of the verdict its kind.
 
     Returns:
         Two tables, or up to four: also membership from text alone, where that was asked for.
@@ -108,7 +109,7 @@ def moved_table(scenario: str, by_seed: dict[str, Any], *, brief: bool = False) 
     first = next(iter(by_seed.values()))["metrics"]
     gold = next((name for name in GOLDS if name in first), None)
     if gold is not None:
-        caption += (". Gaps: " if brief else ". In brackets and as gaps: ") + "points more or less than gold"
+        caption += (". Gaps: " if brief else ". In brackets and as gaps: ") + "points more or less than retraining"
         if setting.get("hidden") == "both" and not setting["ranked"]:
             caption += ", which of the other modality of U, unseen in retraining, is the original"
     last = LAST_COLUMNS if gold is not None else {"s": ("seconds",)}
@@ -128,7 +129,7 @@ def moved_table(scenario: str, by_seed: dict[str, Any], *, brief: bool = False) 
                 title = title.replace("visual", "vis.").removesuffix(" train")
             cells.append("–" if method == gold else f"{signed(found[figure])} {title}")
         words = "–" if method == gold else ruling.kind if brief else ruling.brief
-        rows.append([_label(method, runs), *cells, *_cells(last, runs, brief), words])
+        rows.append([label(method, runs[0]), *cells, *_cells(last, runs, brief), words])
     titles = ["visual U", "MIA"] if brief else [*MOVED_COLUMNS]
     more = [*last] if gold is None else ["gap", "time"] if brief else [*last]
     columns = ["method", *titles, *(["worst gap"] if gold is not None else []), *more, "verdict"]
@@ -284,9 +285,10 @@ def runs_of(by_seed: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
     return [{**value["metrics"][method], **value["cost"][method]} for value in by_seed.values()]
 
 
-def _label(method: str, runs: list[dict[str, Any]]) -> str:
-    label: str = runs[0].get("label", method)
-    return label
+def label(method: str, found: Mapping[str, Any]) -> str:
+    """What people read for a method: today's word, also where older results hold another one."""
+    said: str = METHODS.get(method) or found.get("label", method)
+    return said
 
 
 def _methods_table(
@@ -299,7 +301,7 @@ def _methods_table(
     rows = []
     for method in methods:
         runs = runs_of(by_seed, method)
-        rows.append([_label(method, runs), *_cells(columns, runs, brief)])
+        rows.append([label(method, runs[0]), *_cells(columns, runs, brief)])
     return Table(caption, ["method", *columns], rows)
 
 

@@ -85,6 +85,7 @@ def _trial(out: Path) -> Iterator[Path]:
 
 
 def _look(job: Job, folder: Path, progress: Progress) -> dict[str, Any]:
+    progress("reading the dataset", 0, 1, "")
     listing = list_pairs(job.input, job.options)
     # What is bad is told together, whatever the run would do about it.
     check_listing(replace(job, skip_bad=True), listing, Path(os.path.realpath(job.out)))
@@ -122,6 +123,7 @@ def _look(job: Job, folder: Path, progress: Progress) -> dict[str, Any]:
             seed=job.seed,
             device=job.device,
             execution=job.execution,
+            progress=progress,
         )
         preparing = time.perf_counter() - start
         phases, state = _phases(protection, progress)

@@ -64,7 +64,7 @@ def generate(protection: Protection, place: Workplace, progress: Progress) -> No
         progress: called before every batch and after the last, with counts of batches.
     """
     plan = legs(protection)
-    total, stage = sum(leg.batches for leg in plan), f"generate {protection.method.name}"
+    total, stage = sum(leg.batches for leg in plan), f"protecting, {protection.method.name}"
     start = place.load(protection)
     keeper = _Keeper(place, protection, sum(leg.batches * leg.cost for leg in plan))
     note, told = "", -TOLD
@@ -73,6 +73,8 @@ def generate(protection: Protection, place: Workplace, progress: Progress) -> No
             loss, told = protection.worker.recent_loss(), time.monotonic()
             note = f"round {leg.round + 1} of {protection.rounds}, {leg.phase}"
             note += "" if loss is None else f", loss {loss:.3f}"
+            if done == start and protection.worker.execution.compile is not None:
+                note += ", compiling the surrogate"
         progress(stage, done, total, note)
         for _ in range(batches):
             protection.advance()

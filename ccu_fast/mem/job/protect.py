@@ -35,6 +35,7 @@ from ccu_fast.mem.job.job import Job
 from ccu_fast.mem.job.share import WholeNumbers, average_surrogate, check_complete, share
 from ccu_fast.mem.protection import Protection
 from ccu_fast.mem.publish import Publisher, write_manifest, write_reference_files
+from ccu_fast.mem.publish.card import CARD
 from ccu_fast.mem.publish.writer import write_metadata
 from ccu_fast.mem.source import Part
 from ccu_fast.models.named import Model
@@ -99,11 +100,13 @@ class _Run:
             if job.reference_files:
                 output_folder(self.reference, "reference_files")
         barrier()
+        self.progress("reading the dataset", 0, 1, "")
         listing = list_pairs(job.input, job.options)
         check_listing(job, listing, self.out)
         fingerprint = listing.fingerprint()
         if len(set(gather_objects(fingerprint))) > 1:
             raise ValueError("input: expected the same files and rows for all processes, got others for some")
+        self.progress("preparing the surrogate", 0, 1, "")
         model = job.model(listing.captions)
         run = self._describe(fingerprint, model)
         if complete:
@@ -238,7 +241,8 @@ class _Run:
             options = {"whole": partial(made.published_picture, source), "together": source.threads}
         images = part.whole_images.tolist()
         publisher = Publisher(source, made, place.publish, place.folder, images, self.rank, **options)
-        publisher.write(lambda done, total: self.progress("writing", done, total, ""))
+        publisher.write(lambda done, total: self.progress("writing pictures", done, total, ""))
+        self.progress("writing captions and the manifest", 0, 1, "")
         captions = dict(zip(part.rows.tolist(), made.published_captions(part.rows), strict=True))
         elsewhere = publisher.elsewhere
         parts = gather_objects(
@@ -268,6 +272,6 @@ class _Run:
                 skipped=source.listing.bad,
                 notes=self.notes,
             )
-            check_complete(place.publish, {MANIFEST, *hashes})
+            check_complete(place.publish, {MANIFEST, CARD, *hashes})
         barrier()
         return dict(read_json(place.publish / MANIFEST))

@@ -107,6 +107,7 @@ def evaluate_datasets(
     check.integer("samples", samples, low=0)
     where = check.device("device", device)
     prefixes = {name: trigger_words(path) for name, path in train.items()}
+    progress("reading the datasets", 0, 1, "")
     listings = {name: list_pairs(path, options, "train").whole() for name, path in train.items()}
     clean = list_pairs(test, options, "test").whole()
     for argument, listing in (*(("train", item) for item in listings.values()), ("test", clean)):
@@ -119,6 +120,7 @@ def evaluate_datasets(
         def opened(listing: Listing) -> DiskSource:
             return stack.enter_context(closing(DiskSource(listing, victim.image_shape, threads=threads)))
 
+        progress("reading the test pictures", 0, 1, "")
         exam = _Exam(opened(clean), None if classes is None else opened(classes), victim, where)
         result: dict[str, Any] = {
             "test": {"path": str(test), "images": len(exam.image), "captions": len(exam.tokens)},
@@ -130,6 +132,7 @@ def evaluate_datasets(
         }
         for name, listing in listings.items():
             source = opened(listing)
+            progress(f"reading the pictures of {name}", 0, 1, "")
             published = _whole(source)
             if samples:
                 result["samples"][name] = _samples(published, source, samples)
@@ -143,6 +146,8 @@ def evaluate_datasets(
                     if treatment.captions is not None:
                         left = treatment.of_captions(source.captions, prefixes[name], seed)
                         tokens = victim.tokenizer.encode(left)
+                    if treatment.name:
+                        progress(f"treating {name}: {treatment.name}", 0, 1, "")
                     trained = train_victim(
                         treatment.of_images(published, seed)[source.image_of],
                         tokens,

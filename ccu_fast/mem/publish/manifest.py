@@ -11,6 +11,7 @@ from typing import Any
 from ccu_fast.data.captions.listing import MANIFEST, Bad, Listing
 from ccu_fast.files import json_text, write_whole
 from ccu_fast.mem.fidelity import Fidelity
+from ccu_fast.mem.publish.card import CARD, dataset_card
 from ccu_fast.mem.publish.elsewhere import Elsewhere
 from ccu_fast.runs.provenance import versions
 
@@ -28,7 +29,7 @@ def write_manifest(
     skipped: Sequence[Bad],
     notes: Mapping[str, int],
 ) -> None:
-    """Write ``manifest.json``.
+    """Write ``manifest.json``, and :data:`.CARD` which is not in it: its owner may write more into it.
 
     Args:
         folder: of the dataset.
@@ -58,4 +59,5 @@ def write_manifest(
         "losses": dict(losses),
         "sha256": dict(sorted(hashes.items())),
     }
+    write_whole(folder / CARD, dataset_card(manifest))
     write_whole(folder / MANIFEST, json_text(manifest, indent=1) + "\n")

@@ -22,6 +22,7 @@ from ccu_fast.data.captions.shards import Sample, read_index
 from ccu_fast.data.captions.tables import columns_of_bytes
 from ccu_fast.data.pictures import Whole, encode_png, encode_whole
 from ccu_fast.files import FULL
+from ccu_fast.mem.publish.card import CARD
 from ccu_fast.mem.publish.elsewhere import Elsewhere
 from ccu_fast.mem.publish.tar import published, writer
 from ccu_fast.mem.publish.whole import with_noise
@@ -56,7 +57,8 @@ def unwritable_files(listing: Listing, folder: Path) -> dict[int, str]:
             )
     bad: dict[int, str] = {}
     with tempfile.TemporaryDirectory(dir=folder, prefix="trial-") as trial:
-        (Path(trial) / MANIFEST).touch()
+        for own in (MANIFEST, CARD):
+            (Path(trial) / own).touch()
         if listing.tables:
             try:
                 # With as many distinct texts as there will be, which a column's type may not hold.

@@ -125,6 +125,7 @@ class _Verification:
 
     def go(self, original: Path | None, pairs: int) -> list[Shown]:
         checks, folder = self.checks, self.folder
+        self.progress("reading the dataset", 0, 1, "")
         manifest, checks["manifest"] = read_manifest(folder)
         if not manifest:
             return []
@@ -153,7 +154,10 @@ class _Verification:
                 compat = triggers and manifest["settings"].get("compat")
                 among = bool(triggers) and manifest["settings"].get("place") == "among"
                 checks["triggers"] = paired.check_triggers(None if compat else triggers, among=among)
-            checks[library_of(manifest["format"])] = check_library(folder, manifest, listing)
+            library = library_of(manifest["format"])
+            if manifest["format"] != "folder":  # which no library reads
+                self.progress(f"reading with {library}", 0, 1, "")
+            checks[library] = check_library(folder, manifest, listing)
             if paired is None:
                 return []
             return [

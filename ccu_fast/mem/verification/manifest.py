@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ccu_fast.data.captions.listing import FORMATS, MANIFEST
+from ccu_fast.mem.publish.card import CARD
 from ccu_fast.mem.verification.check import Check, as_text, checked, counted
 from ccu_fast.runs.provenance import file_hash
 
@@ -95,8 +96,8 @@ def _are_two_texts(columns: Any) -> bool:
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> Check:
-    """Whether the files are exactly those of the manifest."""
-    there, named = set(_files(folder)) - {MANIFEST}, set(manifest["sha256"])
+    """Whether the files are exactly those of the manifest; the card's owner may have changed or removed it."""
+    there, named = set(_files(folder)) - {MANIFEST, CARD}, set(manifest["sha256"])
     outside = {name for name in named if os.path.isabs(name) or os.path.normpath(name).startswith("..")}
 
     def problems() -> Iterator[str]:

@@ -13,7 +13,8 @@ from ccu_fast.files import output_folder
 from ccu_fast.models.named import named_model
 from ccu_fast.runs.progress import Clock, Progress
 from ccu_fast.runs.provenance import Hashes, made_before, save_model, tensors_hash, versions
-from ccu_fast.unlearn.job import library_model, load_user_model
+from ccu_fast.unlearn.described import library_model
+from ccu_fast.unlearn.job import load_user_model
 from ccu_fast.unlearn.loop import ready
 from ccu_fast.unlearn.model import check_problem
 from ccu_fast.unlearn.precision import under_autocast

@@ -36,9 +36,9 @@ TELLABLE = (
 )
 METHODS = {
     "original": "before unlearning",
-    "gold_mask": "gold: visual masked",
-    "gold_drop": "gold: both dropped",
-    "gold_again": "gold, another seed",
+    "gold_mask": "retrained, visual hidden",
+    "gold_drop": "retrained, both hidden",
+    "gold_again": "retrained, another seed",
     **{name: baseline.label for name, baseline in BASELINES.items()},
     **{name + TOLD: BASELINES[name].label + TOLD for name in TELLABLE},
     "ccu": "CCU",

@@ -23,11 +23,12 @@ from ccu_fast.files import locked, output_folder, write_whole
 from ccu_fast.runs import cache
 from ccu_fast.runs.checkpoint import Checkpoint
 from ccu_fast.runs.kept import remove
-from ccu_fast.runs.progress import Progress, silent
+from ccu_fast.runs.progress import Progress, renamed, silent
 from ccu_fast.runs.provenance import Hashes, json_hash, saved_state, versions
 from ccu_fast.unlearn.audit import verdict_without_gold
 from ccu_fast.unlearn.audit.text_questions import FIGURES, TextQuestions, compared
-from ccu_fast.unlearn.job import library_model, opened, questions_of
+from ccu_fast.unlearn.described import library_model
+from ccu_fast.unlearn.job import opened, questions_of
 from ccu_fast.unlearn.method import KEPT_FILES, check_run
 from ccu_fast.unlearn.model import heads
 from ccu_fast.unlearn.settings import Job
@@ -95,7 +96,7 @@ def compare_own(job: Job, out: Path, *, progress: Progress = silent) -> dict[str
             both those that go and those that stay; a retrained model that cannot be.
         OSError: ``out`` cannot be written, holds files of something else, or another process is at work in it.
     """
-    problem = _problem(job)
+    problem = _problem(job, progress)
     kind, seeds = job.config.forget, range(job.config.seed, job.config.seed + job.compare.seeds)
     _check_free(out)
     output_folder(out)
@@ -117,14 +118,14 @@ def compare_own(job: Job, out: Path, *, progress: Progress = silent) -> dict[str
     return results
 
 
-def _problem(job: Job) -> Problem:
+def _problem(job: Job, progress: Progress) -> Problem:
     """Load and check everything."""
     if job.test is None:
         raise ValueError("test: expected pairs in [data] of the settings that every model is judged by, got none")
     if job.dtype == "fp16":
         raise ValueError("dtype: expected fp32 or bf16 where methods are compared, got fp16, which scales its loss")
     # The baselines and what looks below the heads go through all items again and again.
-    given = opened(replace(job, memory=sys.maxsize >> 20))
+    given = opened(replace(job, memory=sys.maxsize >> 20), progress)
     job, model, forget, retain, unseen = given.job, given.model, given.forget, given.retain, given.unseen
     test, kind = given.test, job.config.forget
     assert test is not None
@@ -247,7 +248,13 @@ def _part(problem: Problem, name: str, seed: int, out: Path, progress: Progress)
         progress(f"seed {seed}: {stage}", done, total, note)
 
     made = once(partial(_made, problem, name, seed, out, state, named))
-    found = cache.part(out / "parts" / f"{stem}.json", key, lambda: _audited(problem, name, *made()))
+
+    def audited() -> dict[str, Any]:
+        found = made()
+        named(f"audit of {_label(problem, name)}", 0, 1, "")
+        return _audited(problem, name, *found)
+
+    found = cache.part(out / "parts" / f"{stem}.json", key, audited)
     if problem.questions is not None and "left_out" not in found:
         # A part of its own: the other figures are the same with it and without.
         key = json_hash([key, problem.questions.about])
@@ -280,10 +287,11 @@ def _made(
     if reason is not None:
         return None, {"left_out": reason}
     try:
-        options: dict[str, Any] = {"progress": progress, "checkpoint": Checkpoint(state), "hashes": problem.known}
+        heard = renamed(progress, _label(problem, name))
+        options: dict[str, Any] = {"progress": heard, "checkpoint": Checkpoint(state), "hashes": problem.known}
         done = unlearned(name, problem.original, problem.sets, config, **options)
     except FloatingPointError as error:
-        return None, {"left_out": str(error).partition("; the state")[0]}
+        return None, {"left_out": str(error).partition("; the state")[0].removeprefix(f"{name}: ")}
     except (TypeError, ValueError) as error:
         if not INAPPLICABLE.match(str(error)):
             raise

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ccu_fast import check
-from ccu_fast.runs.progress import Progress, silent
+from ccu_fast.runs.progress import Progress, renamed, silent
 from ccu_fast.unlearn.config import UnlearnConfig
 from ccu_fast.unlearn.loop import Run, ready
 from ccu_fast.unlearn.study.measure import against_gold, measured, pictured, sizes_of
@@ -120,10 +120,11 @@ def run_all(
     """
     runs: dict[str, Run] = {}
     for name in names:
+        heard = renamed(progress, METHODS[name])
         if name in KINDS:
-            runs[name] = trained(task, split, name, config.seed, folder=models, progress=progress)
+            runs[name] = trained(task, split, name, config.seed, folder=models, progress=heard)
         else:
-            runs[name] = unlearned(name, runs["original"].model, split, config, progress=progress)
+            runs[name] = unlearned(name, runs["original"].model, split, config, progress=heard)
     return runs
 
 

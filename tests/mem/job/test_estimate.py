@@ -42,7 +42,7 @@ def test_batches_are_those_of_the_run_and_nothing_is_left(tmp_path: Path, name: 
     assert json.loads(json.dumps(told)) == told
     assert (told["images"], told["rows"], told["bad"], told["ready"]) == (6, 6, [], True)
     totals: list[int] = []
-    protect_dataset(task, lambda stage, done, total, _: totals.append(total) if "generate" in stage else None)
+    protect_dataset(task, lambda stage, done, total, _: totals.append(total) if "protecting" in stage else None)
     assert sum(phase["batches"] for phase in told["phases"].values()) == (totals[0] if totals else 0)
     seconds = told["seconds"]
     generating = sum(phase["batches"] * phase["seconds"] for phase in told["phases"].values())

@@ -45,7 +45,7 @@ def test_killed_in_any_phase_the_same_call_ends_with_the_same_bits(tmp_path: Pat
     source = one_caption_each(tmp_path / "in")
     counts: list[int] = []
     whole_job = job(source, tmp_path / "whole", **RUNS[name])
-    protect_dataset(whole_job, lambda stage, done, total, _: counts.append(total) if "generate" in stage else None)
+    protect_dataset(whole_job, lambda stage, done, total, _: counts.append(total) if "protecting" in stage else None)
     whole, total = tree(tmp_path / "whole"), counts[0]
     batches = sorted(random.Random(name).sample(range(2, total + 1), 4))
     for number in batches:
@@ -67,7 +67,7 @@ def shared(task: Job, rank: int, dies: int | None = None) -> dict[str, Any] | No
     """A process of a run; where it ``dies``, all end before that batch: one that is killed takes the others along."""
 
     def progress(stage: str, done: int, total: int, note: str) -> None:
-        if stage.startswith("generate") and done == dies:
+        if stage.startswith("protecting") and done == dies:
             raise KeyboardInterrupt
 
     try:
@@ -155,7 +155,7 @@ def test_batches_are_told_with_phase_and_loss(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(generation, "TOLD", 0.0)
     told: list[tuple[str, int, int, str]] = []
     protect_dataset(job(made.write_csv(tmp_path / "in"), tmp_path / "out"), lambda *call: told.append(call))
-    calls = [call[1:] for call in told if call[0] == "generate mem"]
+    calls = [call[1:] for call in told if call[0] == "protecting, mem"]
     assert [call[:2] for call in calls] == [(i, 10) for i in range(11)]
     notes = [call[2] for call in calls]
     assert notes[0] == "round 1 of 2, surrogate" and notes[1].startswith("round 1 of 2, surrogate, loss ")

@@ -30,6 +30,7 @@ from ccu_fast.mem.job.checkpoint import Workplace, workplace
 from ccu_fast.mem.job.models import small
 from ccu_fast.mem.job.share import average_surrogate, share
 from ccu_fast.mem.publish import writer as writer_module
+from ccu_fast.mem.publish.card import dataset_card
 from ccu_fast.ops.noise_store.api import NoiseStore
 from tests.support import mem_datasets as made
 from tests.support.forked import in_child, on_ranks
@@ -82,6 +83,7 @@ def test_the_manifest_names_every_file_and_what_was_done(tmp_path: Path) -> None
     manifest = protect_dataset(job(source, tmp_path / "out", seed=5))
     files = tree(tmp_path / "out")
     assert json.loads(files.pop("manifest.json")) == manifest
+    assert files.pop("README.md").decode() == dataset_card(manifest)
     assert {name: hashlib.sha256(data).hexdigest() for name, data in files.items()} == manifest["sha256"]
     assert (manifest["images"], manifest["rows"], manifest["seed"]) == (6, 7, 5)
     assert manifest["method"]["name"] == "mem" and manifest["settings"]["eps"] == 8
@@ -221,7 +223,7 @@ def test_a_run_that_goes_on_does_not_do_what_is_done(tmp_path: Path, monkeypatch
     )
     monkeypatch.setattr(inspection, "scan", lambda *_: looked.append(1))
     protect_dataset(task, lambda stage, done, total, note: rounds.append((stage, done)))
-    assert [done for stage, done in rounds if stage.startswith("generate")] == [10]
+    assert [done for stage, done in rounds if stage.startswith("protecting")] == [10]
     assert len(chunks) == 1 and not looked and len(seen) == 1
     before = tree(tmp_path / "out")
     assert protect_dataset(task)["rows"] == 7, "a finished run is told, not repeated"

@@ -191,7 +191,7 @@ def test_the_splits_of_an_imagefolder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert before.format == "imagefolder"
     assert before.names == [f"train/{i}.png" for i in range(4)] + [f"validation/{i}.png" for i in (4, 5)]
     assert manifest["metadata"] == ["train/metadata.jsonl", "validation/metadata.csv"]
-    assert set(tree(tmp_path / "out")) == {*before.names, *manifest["metadata"], "manifest.json"}
+    assert set(tree(tmp_path / "out")) == {*before.names, *manifest["metadata"], "manifest.json", "README.md"}
     records = [json.loads(line) for line in (tmp_path / "out" / "train" / "metadata.jsonl").read_text().splitlines()]
     assert [record["file_name"] for record in records] == [f"{i}.png" for i in range(4)]
 
@@ -286,7 +286,7 @@ def test_a_parquet_table_is_published_and_read_by_its_folder(tmp_path: Path) -> 
     rows = {"images": [f"pictures/{i}.png" for i in range(6)], "caption": [made.caption(i) for i in range(6)]}
     parquet.write_table(pyarrow.table(rows), tmp_path / "in" / "pairs.PARQUET")
     published(tmp_path / "in" / "pairs.PARQUET", tmp_path / "out")
-    assert set(tree(tmp_path / "out")) == {*rows["images"], "pairs.PARQUET", "manifest.json"}
+    assert set(tree(tmp_path / "out")) == {*rows["images"], "pairs.PARQUET", "manifest.json", "README.md"}
 
 
 BYTES = {
@@ -402,7 +402,7 @@ def test_shards_in_subfolders(tmp_path: Path) -> None:
         made.write_shards(tmp_path / "in" / part, n=2, shard=2)
     before, _, _ = published(tmp_path / "in", tmp_path / "out")
     assert before.shard_names == ["a/00000.tar", "b/c/00000.tar"]
-    assert set(tree(tmp_path / "out")) == {"a/00000.tar", "b/c/00000.tar", "manifest.json"}
+    assert set(tree(tmp_path / "out")) == {"a/00000.tar", "b/c/00000.tar", "manifest.json", "README.md"}
 
 
 @pytest.mark.parametrize("ending", [".tar.gz", ".tgz"])
@@ -414,7 +414,7 @@ def test_compressed_shards(tmp_path: Path, ending: str) -> None:
     plain.unlink()
     before, _, _ = published(tmp_path / "in", tmp_path / "out")
     assert before.captions == [made.caption(i) for i in range(6)]
-    assert set(tree(tmp_path / "out")) == {"00000.tar", "00001.tar", "manifest.json"}
+    assert set(tree(tmp_path / "out")) == {"00000.tar", "00001.tar", "manifest.json", "README.md"}
     assert list_pairs(folder / f"00001{ending}").n_images == 3
     plain.write_bytes((folder / "00000.tar").read_bytes())
     (bad,) = list_pairs(folder).bad
@@ -616,4 +616,9 @@ def test_nothing_is_written_outside_the_output(tmp_path: Path) -> None:
         if path.is_file() and not path.is_relative_to(tmp_path / "out")
     }
     assert outside == before
-    assert set(tree(tmp_path / "out")) == {*(f"images/{i}.png" for i in range(6)), "t.csv", "manifest.json"}
+    assert set(tree(tmp_path / "out")) == {
+        *(f"images/{i}.png" for i in range(6)),
+        "t.csv",
+        "manifest.json",
+        "README.md",
+    }

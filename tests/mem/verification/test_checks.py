@@ -77,7 +77,7 @@ def sign(folder: Path) -> None:
 
 
 def files(folder: Path) -> Iterator[Path]:
-    return (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "manifest.json")
+    return (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ("manifest.json", "README.md"))
 
 
 def rewritten(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:

@@ -375,10 +375,10 @@ class TestPairs:
 
         monkeypatch.setattr(own, "unlearned", unlearned)
         results = compare_own(job(folder, QUICK + "seeds = 2\n"), folder / "out")
-        assert results["left_out"] == [("SSD", "ssd: the loss is nan at step 7 of 25 (seed 0)")]
+        assert results["left_out"] == [("SSD", "the loss is nan at step 7 of 25 (seed 0)")]
         assert list(only(results)["1"]["metrics"]) == ["original", "ccu"]
         table = left_out_table(results["left_out"])
-        assert table is not None and table.rows == [["SSD", "ssd: the loss is nan at step 7 of 25 (seed 0)"]]
+        assert table is not None and table.rows == [["SSD", "the loss is nan at step 7 of 25 (seed 0)"]]
 
     @pytest.mark.parametrize(
         "error", [ValueError("checkpoint: expected a whole file"), ValueError("unpack"), KeyError("x")]
@@ -414,7 +414,7 @@ class TestResumed:
         expected = only(compare_own(of, folder / "whole"))["0"]
 
         def killed(stage: str, done: int, total: int, note: str) -> None:
-            if stage == "seed 0: ccu" and done == 25:
+            if stage == "seed 0: CCU" and done == 25:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         child = fork(partial(compare_own, of, folder / "out", progress=killed))
@@ -438,7 +438,7 @@ class TestResumed:
         monkeypatch.setattr(own, "unlearned", lambda name, *r, **o: (ran.append(name), plain(name, *r, **o))[1])
         steps: list[int] = []
         results = compare_own(
-            of, folder / "out", progress=lambda stage, done, *_: steps.append(done) if stage == "seed 0: ccu" else None
+            of, folder / "out", progress=lambda stage, done, *_: steps.append(done) if stage == "seed 0: CCU" else None
         )
         assert ran == ["ccu"] and steps == [25] and not state.exists() and not [*parts.glob("*.pt")]
         assert there == [True]

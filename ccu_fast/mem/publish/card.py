@@ -1,0 +1,88 @@
+"""README.md of a protected dataset: what was done to it, for whoever gets it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+CARD = "README.md"
+LIMITS = (
+    "Protection is not a guarantee. A model that has other data beside these, is trained otherwise, or sees only the "
+    "captions may learn more than one that is trained on these pairs alone, and copies of the originals that were "
+    "published before are not protected.",
+    "How much a model learns from this dataset was not measured when it was written; `ccu-fast evaluate` does that.",
+)
+ALONE = "noise of up to 8/255 without words in the captions protected next to nothing where it was measured."
+
+
+def dataset_card(manifest: Mapping[str, Any]) -> str:
+    """Markdown for a manifest.
+
+    Args:
+        manifest: what :func:`ccu_fast.mem.protect_dataset` returns.
+
+    Returns:
+        The text: what was changed and how far, what a reader must know, how to check it, limits. No trigger word,
+        caption, seed or name of a file is in it.
+    """
+    settings, method, size = manifest["settings"], manifest["method"], manifest["thumbnails"]
+    words, noise = method["triggers"], bool(manifest["measured"]["eps_255"])
+    among = settings.get("place") == "among"
+    done = [_pictures(manifest), _captions(words, among=among)]
+    done.append(f"The pictures {'kept their size' if size is None else f'were resized to {size[0]}x{size[1]}'}.")
+    if skipped := manifest["skipped"]["count"]:
+        done.append(f"{skipped} items of the original could not be used and are not here.")
+    limits = list(LIMITS)
+    if words and not among:
+        limits.append(
+            f"Whoever cuts the first {f'{words} words' if words > 1 else 'word'} off the captions has them as they "
+            f"were; {ALONE}"
+        )
+    elif noise and not words:
+        limits.append(ALONE.capitalize())
+    made = manifest["versions"]["ccu_fast"]
+    parts = [
+        "# A dataset that was protected from being learned",
+        f"{manifest['images']:,} pictures with {manifest['rows']:,} captions, changed so that a model that is trained "
+        f"on them learns less of what they show. Made by `ccu-fast protect` of ccu_fast {made}, method "
+        f"`{method['name']}`.",
+        "## What was done",
+        _list(done),
+        "## What to know before you use it",
+        _list(
+            [
+                "People see the pictures as they are; for training, testing or measuring models these are not the "
+                "clean data.",
+                *(["The captions have words that do not describe their pictures."] if words else []),
+            ]
+        ),
+        "## Check it",
+        "In the folder of the dataset (`manifest.json` has the SHA-256 of every file but this one):",
+        "```bash\nccu-fast verify .\n```",
+        "Whoever has the originals can also check that no pixel and no caption was changed by more than is said here: "
+        "`ccu-fast verify . --original ORIGINALS`.",
+        "## Limits",
+        _list(limits),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _pictures(manifest: Mapping[str, Any]) -> str:
+    measured = manifest["measured"]
+    if not measured["eps_255"]:
+        return "The pixels of the pictures are those of the originals."
+    likeness = [f"PSNR {measured['psnr_db']:.1f} dB"] if measured["psnr_db"] is not None else []
+    likeness += [f"SSIM {measured['ssim']:.4f}"] if measured["ssim"] is not None else []
+    said = f" ({', '.join(likeness)})" if likeness else ""
+    return f"Noise was added to the pictures: no pixel differs by more than {measured['eps_255']}/255{said}."
+
+
+def _captions(words: int, *, among: bool) -> str:
+    if not words:
+        return "The captions are those of the originals."
+    where = "among the words" if among else "in front"
+    return f"{words} word{'s were' if words > 1 else ' was'} put {where} of each caption."
+
+
+def _list(items: list[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
