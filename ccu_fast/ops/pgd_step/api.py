@@ -126,7 +126,7 @@ def pgd_step_(
         check.shape("out", out, delta.shape)
         if not out.is_contiguous() or out.requires_grad:
             raise ValueError("out: expected contiguous memory that does not require grad")
-        if out.untyped_storage().data_ptr() == delta.untyped_storage().data_ptr():
+        if delta.numel() and out.untyped_storage().data_ptr() == delta.untyped_storage().data_ptr():
             raise ValueError("out: expected memory of its own, got that of delta")
     outside_transforms("pgd_step_", delta, grad, image, channels, out)
     name = choose(backend, "pgd_step_", delta.device, torch.float64 if wide else delta.dtype)

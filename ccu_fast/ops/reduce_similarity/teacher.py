@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccu_fast.ops.backend import choose, without_autocast
+from ccu_fast.ops.backend import choose, reverse_mode_alone, without_autocast
 from ccu_fast.ops.reduce_similarity import reference
 from ccu_fast.ops.reduce_similarity.operator import SimilarityReduction, flat, specialised
 from ccu_fast.ops.reduce_similarity.problem import TAUGHT, SimilarityProblem, decode, encode
@@ -62,5 +62,6 @@ def normalised(p: SimilarityProblem, backend: str, workspace: int) -> Similarity
         if name == "reference" or not (t.x.numel() and t.y.numel()):
             rows, cols = reference.reduce(t)
         else:
+            reverse_mode_alone("reduce_similarity", t.x, t.y)
             rows, cols = SimilarityReduction.apply(*flat(t), specialised(t, name, False), workspace, False)
     return replace(p, row_limits=rows[0] if t.rows else None, col_limits=cols[0] if t.cols else None)
