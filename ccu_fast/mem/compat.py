@@ -3,8 +3,8 @@
 Kept: noise and triggers for each row; rows in their order, the remainder of a pass left out; the surrogate on shuffled
 full batches; in a pass, for each batch first the triggers, then the noise; all trigger positions scored by one
 gradient, over the whole vocabulary; candidate k of every row tried together and accepted on the batch's mean; captions
-permuted at every PGD step while triggers stay. A model sees noisy pixels cut to valid ones. A PGD step is the gradient by
-those, starts from them, and its noise is limited before it is cut again, so what the store holds may be beyond them.
+permuted at every PGD step while triggers stay. A model sees noisy pixels cut to valid ones. A PGD step starts from
+those and takes the gradient by them; its noise is limited before it is cut again, so stored noise may lead beyond them.
 
 Not kept, because no decision depends on it: the image tower is run once for all candidates, positions after the last
 EOT are left out, weights get no gradient in a pass. Rows are images here: the noise store has one row for each.

@@ -156,7 +156,7 @@ def test_a_graph_that_needs_the_old_values_raises(backend: str, change: str) -> 
         store.add_to(torch.rand(1, 4), index, out=out)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    with pytest.raises(ValueError, match="^out: expected contiguous memory that does not require grad"):
+    with pytest.raises(ValueError, match=r"^out: expected contiguous memory that does not require grad"):
         store.add_to(torch.rand(1, 4), index, out=torch.rand(1, 4, requires_grad=True))
 
 
