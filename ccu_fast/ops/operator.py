@@ -91,6 +91,9 @@ class _TwiceDifferentiable(torch.autograd.Function):
             for i, tensor in zip(places, inputs, strict=True):
                 args[i] = tensor
             pairs = [(own, g) for own, g in zip(ctx.again(*args), grads, strict=True) if own is not None]
+            pairs = [(own, g) for own, g in pairs if own.requires_grad]  # that of a bias in a sum is a constant
+            if not pairs:
+                return None, None, *[None] * len(args)
             firsts, seconds = zip(*pairs, strict=True)
             found = torch.autograd.grad(firsts, inputs, seconds, create_graph=third, allow_unused=True)
         by_place = dict(zip(places, found, strict=True))
