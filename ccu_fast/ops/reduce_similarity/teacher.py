@@ -37,7 +37,7 @@ def of_teacher(p: SimilarityProblem) -> SimilarityProblem:
     rows, cols = (_LSE if any(decode(code)[0] in TAUGHT for code in codes) else () for codes in (p.rows, p.cols))
     x = p.guide_x
     keys = [key.shape[0] for key in (p.row_labels, p.col_labels, p.row_ids, p.col_ids) if key is not None]
-    if x.shape[0] == p.guide_y.shape[0] == 1 and max(keys, default=1) > 1:
+    if x.shape[0] == p.guide_y.shape[0] == 1 and any(banks != 1 for banks in keys):
         x = x.expand(p.banks, -1, -1).contiguous()  # the features are those of all banks, the keys are not
     return replace(
         p,
