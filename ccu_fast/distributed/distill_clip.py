@@ -91,7 +91,7 @@ class DistillClipLoss(ClipLoss):
         options: dict[str, Any] = {"scale": logit_scale, "teacher": teacher, "teacher_scale": dist_logit_scale}
         options |= {"normalize": self.normalize, "backend": self.backend, "workspace": self.workspace}
         if self.normalize:
-            options["teacher"] = unit_teacher(teacher)
+            options["teacher"] = unit_teacher(teacher, self.backend)
         try:
             contrastive, distilled = self._both(image_features, text_features, options)
         except (TypeError, ValueError) as error:

@@ -247,7 +247,7 @@ def distill(
     options = {"symmetric": symmetric, "normalize": similarity.get("normalize", False)}
     ending = _heard(x, reduction, gradients, similarity, lambda: [check.boolean(*option) for option in options.items()])
     if options["normalize"]:
-        teacher = unit_teacher(teacher)
+        teacher = unit_teacher(teacher, similarity.get("backend"))
     reduce = partial(reduce_similarity, ending=ending)
     taught: dict[str, Any] = {"scale": scale, "teacher": teacher, "teacher_scale": teacher_scale}
     sides = formulas.distill(reduce, x, y, symmetric=symmetric, **taught, **similarity)

@@ -191,7 +191,7 @@ class Contrast:
             lse = self._debiased(positives.mean(), rest)
         goal = positives.inside if v.positives == "lse" else positives.mean()
         if v.decoupled:
-            some = lse > -torch.inf
+            some = lse != -torch.inf  # NaN is passed on
             counts = some if counts is None else counts & some
             raw = torch.where(some, lse, 0) - goal
         elif positives.number is None or v.positives == "lse":
@@ -220,7 +220,7 @@ class Contrast:
         if self.bias is not None:
             floor = floor + self.bias.detach()
         gap = share.log() + several + own - rest.lse
-        below = gap < 0
+        below = ~(gap >= 0)  # and NaN, which is passed on
         value = torch.where(below, rest.lse, 0) + torch.log(-torch.expm1(torch.where(below, gap, -1)))
         value = torch.where(below, torch.maximum(value - torch.log1p(-share), floor), floor)
         return torch.where(rest.lse == -torch.inf, -torch.inf, value)

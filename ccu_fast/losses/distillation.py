@@ -73,15 +73,16 @@ def distill(
     check.one_of("reduction", reduction, REDUCTIONS)
     check.boolean("symmetric", symmetric)
     if check.boolean("normalize", similarity.get("normalize", False)):
-        teacher = unit_teacher(teacher)
+        teacher = unit_teacher(teacher, similarity.get("backend"))
     options: dict[str, Any] = {"scale": scale, "teacher": teacher, "teacher_scale": teacher_scale, **similarity}
     sides = formulas.distill(reduce_similarity, x, y, symmetric=symmetric, **options)
     return formulas.average([reduced(side.distilled, reduction) for side in sides])
 
 
-def unit_teacher(teacher: Any) -> Any:
+def unit_teacher(teacher: Any, backend: Any = None) -> Any:
     """A teacher's rows as unit vectors; what is no pair of tensors, or no backend, is refused later, on every rank."""
     pair = isinstance(teacher, (tuple, list))
     if not pair or not all(check.readable(t) and t.dtype in check.FLOATS and t.ndim > 1 for t in teacher):
         return teacher
-    return tuple(l2_normalize(t.detach()) for t in teacher)
+    named = "reference" if backend == "reference" else "auto"
+    return tuple(l2_normalize(t.detach(), backend=named) for t in teacher)

@@ -162,7 +162,8 @@ def distill(
         # Both sums are over the very probabilities that the kernel made: what rounding adds to all of them cancels.
         anchored = contrast + (own * mass - expected)
         raw = torch.where(paired, anchored, lse - expected / torch.where(mass > 0, mass, 1))
-        sides.append(Taught(Side(contrast, paired), Side(raw, paired | (lse > -torch.inf))))
+        # NaN counts, or it would not be passed on.
+        sides.append(Taught(Side(contrast, paired), Side(raw, paired | (lse != -torch.inf))))
     return sides
 
 

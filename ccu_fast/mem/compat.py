@@ -3,7 +3,8 @@
 Kept: noise and triggers for each row; rows in their order, the remainder of a pass left out; the surrogate on shuffled
 full batches; in a pass, for each batch first the triggers, then the noise; all trigger positions scored by one
 gradient, over the whole vocabulary; candidate k of every row tried together and accepted on the batch's mean; captions
-permuted at every PGD step while triggers stay; noise limited before it is cut to valid pixels and added without a cut.
+permuted at every PGD step while triggers stay. A model sees noisy pixels cut to valid ones. A PGD step starts from
+those and takes the gradient by them; its noise is limited before it is cut again, so stored noise may lead beyond them.
 
 Not kept, because no decision depends on it: the image tower is run once for all candidates, positions after the last
 EOT are left out, weights get no gradient in a pass. Rows are images here: the noise store has one row for each.
@@ -22,7 +23,6 @@ from ccu_fast.mem.round import Phase, Place, Round
 from ccu_fast.mem.source import read_ahead
 from ccu_fast.mem.surrogate import frozen
 from ccu_fast.mem.triggers import encode_many
-from ccu_fast.models.within import within
 from ccu_fast.ops.pgd_step.api import pgd_step_
 from ccu_fast.ops.topk_flips.api import TokenTable, topk_flips
 
@@ -71,7 +71,7 @@ class CompatRound(Round):
         return [part for part in order.split(self.settings.batch) if len(part) == self.settings.batch]
 
     def _shown(self, images: Any, rows: Tensor) -> Tensor:
-        return (self._levels(images) + self._steps(rows)) / 255
+        return self._cut(self._levels(images), self._steps(rows)) / 255
 
     def _text(self, rows: Tensor) -> Tensor:
         return self._ids(rows, rows)
@@ -84,12 +84,16 @@ class CompatRound(Round):
         """The rows' noise in 1/255."""
         return self.store.gather(rows, dtype=torch.int8).to(self.surrogate.embedding_matrix.dtype)
 
+    @staticmethod
+    def _cut(base: Tensor, delta: Tensor) -> Tensor:
+        return (base + delta).clamp(0, 255)
+
     def _triggers(self, base: Tensor, rows: Tensor, table: TokenTable) -> Tensor:
         model, length, k = self.surrogate, self.method.triggers, self.settings.candidates
         tokens = self._text(rows)
         scale = model.scale.detach()
         with torch.no_grad():
-            image = self.encode_image((base + self._steps(rows)) / 255)
+            image = self.encode_image(self._cut(base, self._steps(rows)) / 255)
         embeddings = model.embedding_matrix[tokens].detach().requires_grad_(True)
         loss = info_nce(image, model.encode_text(tokens, embeddings), scale=scale)
         (grad,) = torch.autograd.grad(loss, embeddings)
@@ -117,10 +121,10 @@ class CompatRound(Round):
             order = torch.randperm(len(rows), generator=self.rng)
             with torch.no_grad():
                 text = model.encode_text(self._ids(rows[order], rows))
-            delta.requires_grad_(True)
-            loss = info_nce(self.encode_image(within(base + delta, 0, 255) / 255), text, scale=scale)
-            (grad,) = torch.autograd.grad(loss, delta)
-            delta, loss = delta.detach(), loss.detach()
+            noisy = self._cut(base, delta).requires_grad_(True)
+            loss = info_nce(self.encode_image(noisy / 255), text, scale=scale)
+            (grad,) = torch.autograd.grad(loss, noisy)
+            delta, loss = noisy.detach() - base, loss.detach()
             pgd_step_(
                 delta, grad, free, step=float(s.step), eps=float(s.eps), lower=-255.0, upper=255.0, nan_policy="zero"
             )

@@ -49,6 +49,17 @@ def in_place(*_: Any) -> None:
     """The ``fake`` of an operator that returns nothing."""
 
 
+def changed(*tensors: Tensor | None) -> None:
+    """Have torch count what a kernel wrote to as changed, so that a graph that needs the old values raises.
+
+    In a graph the operator's schema says what it changes.
+    """
+    if not torch.compiler.is_compiling():
+        for t in tensors:
+            if t is not None:
+                torch.autograd.graph.increment_version(t)
+
+
 def twice_differentiable(gradient: Callable[..., Any], again: Callable[..., Any]) -> Callable[..., Any]:
     """``gradient``, for create_graph=True: it can be differentiated, and what it returns has the gradient of ``again``.
 
@@ -80,6 +91,9 @@ class _TwiceDifferentiable(torch.autograd.Function):
             for i, tensor in zip(places, inputs, strict=True):
                 args[i] = tensor
             pairs = [(own, g) for own, g in zip(ctx.again(*args), grads, strict=True) if own is not None]
+            pairs = [(own, g) for own, g in pairs if own.requires_grad]  # that of a bias in a sum is a constant
+            if not pairs:
+                return None, None, *[None] * len(args)
             firsts, seconds = zip(*pairs, strict=True)
             found = torch.autograd.grad(firsts, inputs, seconds, create_graph=third, allow_unused=True)
         by_place = dict(zip(places, found, strict=True))

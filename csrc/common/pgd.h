@@ -35,10 +35,12 @@ CCU_HD float pgd_linf(float delta, float grad, const PgdParameters& p) {
 
 CCU_HD float finite_or_zero(float x) { return x >= -3.4028235e38f && x <= 3.4028235e38f ? x : 0.0f; }
 
-// delta - rate * grad; a rate is step / |grad| of the sample, 0 for a gradient of zeros.
+// delta - rate * grad; a rate is step / |grad| of the sample, 0 for a gradient of zeros. Where that is beyond fp32 the
+// largest number takes its place: the step is shorter then, and not NaN.
 CCU_HD float pgd_l2(float delta, float grad, float rate) { return delta - rate * finite_or_zero(grad); }
 CCU_HD float pgd_rate(double grad_squares, float step) {
-  return grad_squares > 0.0 ? static_cast<float>(step / sqrt(grad_squares)) : 0.0f;
+  const double rate = grad_squares > 0.0 ? step / sqrt(grad_squares) : 0.0;
+  return rate < 3.4028234e38 ? static_cast<float>(rate) : 3.4028234e38f;
 }
 // The factor that projects a sample's noise back onto its ball.
 CCU_HD float pgd_shrink(double squares, float eps) {

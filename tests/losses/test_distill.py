@@ -302,3 +302,13 @@ def test_open_clips_class_names_its_own_arguments() -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=said):
             loss(*args)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_passed_on(value: float, paired: bool, backend: str) -> None:
+    x, y, labels = unit(5, 8).float(), unit(5, 8).float(), torch.arange(5)
+    x[1, 2] = value
+    options: dict[str, Any] = {"paired": paired, "row_labels": labels, "col_labels": labels, "backend": backend}
+    loss = distill(x, y, scale=5.0, teacher=(unit(5, 3), unit(5, 3)), teacher_scale=5.0, **options)
+    assert not loss.isfinite()

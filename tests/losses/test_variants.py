@@ -677,3 +677,16 @@ def test_the_module_has_the_options_and_forward_may_change_them() -> None:
         ccu_fast.InfoNCE(scale=5.0, negatives=own)
     assert set(ccu_fast.losses.modules.FIXED) < set(VARIANT)
     assert Variant().filtered is False
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"decoupled": True}, {"debias": 0.1}, {"hardness": 1.0}, {"focal": 2.0}], ids=str
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_passed_on(options: dict[str, Any], value: float, backend: str) -> None:
+    x, y, keys = (unit(*shape).float() for shape in ((4, 8), (4, 8), (3, 8)))
+    keys[1, 2] = value
+    x.requires_grad_()
+    loss = info_nce(x, y, scale=5.0, symmetric=False, negatives=keys, backend=backend, **options)
+    (grad,) = torch.autograd.grad(loss, x)
+    assert not loss.isfinite() and not grad.isfinite().all()

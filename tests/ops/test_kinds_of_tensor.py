@@ -273,6 +273,9 @@ DIFFERENTIABLE: dict[str, Callable[[Tensor, str], Tensor]] = {
     ),
     "sup_con": lambda x, backend: ccu_fast.sup_con(x, Y, scale=2.0, row_labels=LABELS - 1, backend=backend),
     "sigmoid_loss": lambda x, backend: ccu_fast.sigmoid_loss(x, Y, scale=2.0, row_ids=ROWS, backend=backend),
+    "distill": lambda x, backend: ccu_fast.distill(
+        x, Y, scale=2.0, teacher=(Y, Y), teacher_scale=3.0, normalize=True, backend=backend
+    ),
     "ClipLoss, scale": lambda x, backend: ccu_fast.ClipLoss(backend=backend)(Y, Y.flip(0), x.sum().exp()),
     "SigLipLoss": lambda x, backend: ccu_fast.SigLipLoss(backend=backend)(x, Y, 2.0, -1.0),
     "l2_normalize": lambda x, backend: ccu_fast.l2_normalize(x, backend=backend)[:, 0].sum(),

@@ -65,14 +65,13 @@ def search(model: Any, pixels: Tensor, tokens: Tensor, length: int, k: int) -> T
 
 def perturb(model: Any, images: Tensor, noise: Tensor, step_tokens: list[Tensor], step: float, eps: float) -> Tensor:
     """PGD, one element of ``step_tokens`` a step; noise and images in units of [0, 1]."""
+    noisy = (images + noise).clamp(0, 1)
     for tokens in step_tokens:
-        noise = noise.detach().requires_grad_(True)
-        noisy = images + noise
-        # With the derivative that clamp had in the authors' torch: 1 on the limits.
-        noisy = torch.where((noisy < 0) | (noisy > 1), noisy.detach().clamp(0, 1), noisy)
-        info_nce(model, noisy, tokens).backward()
-        noise = (noise - step * noise.grad.sign()).clamp(-eps, eps)  # what is stored: not cut to valid pixels
-    return noise.detach()
+        leaf = noisy.requires_grad_(True)  # the gradient is by valid pixels, with no clamp in between
+        info_nce(model, leaf, tokens).backward()
+        noise = (leaf.detach() - step * leaf.grad.sign() - images).clamp(-eps, eps)  # what is stored: not cut
+        noisy = (images + noise).clamp(0, 1)
+    return noise
 
 
 def protect(
@@ -106,13 +105,15 @@ def protect(
                 shuffled = torch.randperm(rows, generator=rng)
                 order = [shuffled[i : i + size] for i in range(0, rows - size + 1, size)]  # drop_last
             batch = order.pop(0)
-            train(model, optimizer, images[batch] + noise[batch], put(tokens[batch], triggers[batch], context, eot))
+            shown = (images[batch] + noise[batch]).clamp(0, 1)
+            train(model, optimizer, shown, put(tokens[batch], triggers[batch], context, eot))
         model.eval()
         for start in range(0, rows - size + 1, size):  # drop_last
             batch = torch.arange(start, start + size)
             if round_index < settings.search_rounds and length:
                 text = put(tokens[batch], triggers[batch], context, eot)
-                found = search(model, images[batch] + noise[batch], text, length, settings.candidates)
+                shown = (images[batch] + noise[batch]).clamp(0, 1)
+                found = search(model, shown, text, length, settings.candidates)
                 triggers[batch] = found[:, 1 : length + 1]
             step_tokens = []
             for _ in range(settings.pgd_steps):

@@ -16,6 +16,8 @@ def forward(x: Tensor, dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor]:
     """Unit rows ``[R, D]`` of ``dtype``, and the inverse norms fp32 ``[R]``."""
     out = torch.empty(x.shape, dtype=dtype, device="cpu")
     inverse = torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
+    if not x.numel():
+        return out, inverse.fill_(1 / eps)
     _call(x, None, out, dtype, inverse, eps)
     return out, inverse
 
@@ -23,14 +25,12 @@ def forward(x: Tensor, dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor]:
 def backward(grad: Tensor, x: Tensor, inverse: Tensor, eps: float) -> Tensor:
     """The gradient of ``x``, in its dtype."""
     out = torch.empty_like(x)
-    _call(x, grad, out, grad.dtype, inverse, eps)
+    if x.numel():
+        _call(x, grad, out, grad.dtype, inverse, eps)
     return out
 
 
 def _call(x: Tensor, grad: Tensor | None, out: Tensor, dtype: torch.dtype, inverse: Tensor, eps: float) -> None:
-    if not x.numel():
-        inverse.fill_(1 / eps)
-        return
     _C.l2_normalize(
         x=x.data_ptr(),
         dtype=DTYPES[x.dtype],

@@ -16,6 +16,7 @@ from ccu_fast.ops.machine import check_range, moved
 from ccu_fast.ops.noise_store.file import NoiseFile
 from ccu_fast.ops.noise_store.operator import add_out, update
 from ccu_fast.ops.noise_store.problem import STEPS, steps_of
+from ccu_fast.ops.operator import changed
 from ccu_fast.ops.pgd_step.api import by_channel, per_channel
 
 DTYPES = (torch.int8, torch.float16, torch.float32)
@@ -250,8 +251,8 @@ class NoiseStore:
             check.tensor("out", out, dtypes=None)
             check.same("out", out, "images", images)
             check.shape("out", out, images.shape)
-            if not out.is_contiguous():
-                raise ValueError("out: expected contiguous memory")
+            if not out.is_contiguous() or out.requires_grad:
+                raise ValueError("out: expected contiguous memory that does not require grad")
         noise = self._matrix(self.data)
         where: Tensor | None = index
         if images.device != self.device:
@@ -268,6 +269,7 @@ class NoiseStore:
         call = torch.ops.ccu_fast.noise_add_out if check.by_operator(images) else add_out
         with torch.no_grad():
             call(source, noise, where, low, high, limits, self._matrix(out.detach()), backend)
+        changed(out)
         return out
 
     def scatter_(self, index: Tensor, values: Tensor, *, checked: bool = True) -> None:
@@ -313,6 +315,7 @@ class NoiseStore:
             size = math.prod(self.item_shape)
             call = torch.ops.ccu_fast.noise_update_ if check.by_operator(delta) else update
             call(self.data.view(self.rows, size), index, delta.reshape(len(index), size), eps, self._backend)
+        changed(self.data)
 
     def _check_index(self, index: Tensor) -> None:
         check.tensor("index", index, dtypes=(torch.int64,), ndim=1)

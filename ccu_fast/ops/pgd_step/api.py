@@ -12,7 +12,7 @@ from torch import Tensor
 from ccu_fast import check
 from ccu_fast.ops import machine
 from ccu_fast.ops.backend import choose, load, outside_transforms, unavailable
-from ccu_fast.ops.operator import in_place, operator
+from ccu_fast.ops.operator import changed, in_place, operator
 
 _NAMES = ("step", "eps", "lower", "upper")
 
@@ -126,17 +126,14 @@ def pgd_step_(
         check.shape("out", out, delta.shape)
         if not out.is_contiguous() or out.requires_grad:
             raise ValueError("out: expected contiguous memory that does not require grad")
-        if out.untyped_storage().data_ptr() == delta.untyped_storage().data_ptr():
+        if delta.numel() and out.untyped_storage().data_ptr() == delta.untyped_storage().data_ptr():
             raise ValueError("out: expected memory of its own, got that of delta")
     outside_transforms("pgd_step_", delta, grad, image, channels, out)
     name = choose(backend, "pgd_step_", delta.device, torch.float64 if wide else delta.dtype)
     rest: tuple[Any, ...] = (*numbers, channels, norm == "l2", nan_policy == "raise", name, out)
     call = torch.ops.ccu_fast.pgd_step_ if check.by_operator(delta) else _step
     call(delta.detach(), grad.detach(), image.detach(), *rest)
-    if not torch.compiler.is_compiling():  # in a graph the operator's schema says what it changes
-        torch.autograd.graph.increment_version(delta)
-        if out is not None:
-            torch.autograd.graph.increment_version(out)
+    changed(delta, out)
     return delta
 
 

@@ -18,7 +18,9 @@ def step(p: NoiseStep) -> None:
     grad = torch.where(usable, p.grad, 0).to(compute)
     if p.l2:
         rate = p.numbers[0] / _norms(grad)
-        delta = delta - torch.where(rate.isfinite(), rate, 0).to(compute) * grad
+        # Of a gradient so short that the rate is beyond the dtype the step is shorter, and not NaN.
+        rate = torch.where(rate.isfinite(), rate, 0).clamp(max=torch.finfo(compute).max)
+        delta = delta - rate.to(compute) * grad
         delta = delta * (p.numbers[1] / _norms(delta)).clamp(max=1).nan_to_num(1).to(compute)
     else:
         delta = (delta - size * grad.sign()).clamp(-up, up)

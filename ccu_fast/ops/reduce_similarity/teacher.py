@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccu_fast.ops.backend import choose, without_autocast
+from ccu_fast.ops.backend import choose, reverse_mode_alone, without_autocast
 from ccu_fast.ops.reduce_similarity import reference
 from ccu_fast.ops.reduce_similarity.operator import SimilarityReduction, flat, specialised
 from ccu_fast.ops.reduce_similarity.problem import TAUGHT, SimilarityProblem, decode, encode
@@ -37,7 +37,7 @@ def of_teacher(p: SimilarityProblem) -> SimilarityProblem:
     rows, cols = (_LSE if any(decode(code)[0] in TAUGHT for code in codes) else () for codes in (p.rows, p.cols))
     x = p.guide_x
     keys = [key.shape[0] for key in (p.row_labels, p.col_labels, p.row_ids, p.col_ids) if key is not None]
-    if x.shape[0] == p.guide_y.shape[0] == 1 and max(keys, default=1) > 1:
+    if x.shape[0] == p.guide_y.shape[0] == 1 and any(banks != 1 for banks in keys):
         x = x.expand(p.banks, -1, -1).contiguous()  # the features are those of all banks, the keys are not
     return replace(
         p,
@@ -62,5 +62,6 @@ def normalised(p: SimilarityProblem, backend: str, workspace: int) -> Similarity
         if name == "reference" or not (t.x.numel() and t.y.numel()):
             rows, cols = reference.reduce(t)
         else:
+            reverse_mode_alone("reduce_similarity", t.x, t.y)
             rows, cols = SimilarityReduction.apply(*flat(t), specialised(t, name, False), workspace, False)
     return replace(p, row_limits=rows[0] if t.rows else None, col_limits=cols[0] if t.cols else None)

@@ -107,6 +107,14 @@ def test_nothing_to_do(shape: tuple[int, ...], backend: str) -> None:
     assert run(lambda t: l2_normalize(t, backend=backend), torch.randn(shape), torch.randn(shape))["dx"].shape == shape
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (3, 8)], ids=str)
+def test_a_second_backward_pass(shape: tuple[int, ...], backend: str) -> None:
+    x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    out = l2_normalize(x, backend=backend)
+    (first,) = torch.autograd.grad(out, x, grad, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(out, x, grad)[0], first)
+
+
 def test_any_strides_and_the_same_bits(native: str) -> None:
     x = torch.randn(64, 200)
     wanted = l2_normalize(x, backend=native)

@@ -143,6 +143,23 @@ def test_images_of_any_layout(backend: str) -> None:
     assert not store.add_to(images.requires_grad_(), index).requires_grad
 
 
+@pytest.mark.parametrize("change", ["scatter_", "scatter_add_clamp_", "add_to"])
+def test_a_graph_that_needs_the_old_values_raises(backend: str, change: str) -> None:
+    store, index, out = NoiseStore(2, (4,), dtype=torch.float32, backend=backend), torch.tensor([1]), torch.rand(1, 4)
+    weight, kept = torch.ones(4, requires_grad=True), out if change == "add_to" else store.data
+    loss = (weight * kept).sum()
+    if change == "scatter_":
+        store.scatter_(index, torch.rand(1, 4))
+    elif change == "scatter_add_clamp_":
+        store.scatter_add_clamp_(index, torch.rand(1, 4), 1.0)
+    else:
+        store.add_to(torch.rand(1, 4), index, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(ValueError, match=r"^out: expected contiguous memory that does not require grad"):
+        store.add_to(torch.rand(1, 4), index, out=torch.rand(1, 4, requires_grad=True))
+
+
 def test_the_last_value_of_a_row_stays(backend: str) -> None:
     store, values = NoiseStore(3, (4,), backend=backend), steps(6, 4)
     store.scatter_(torch.tensor([1, 2, 1, 0, 2, 1]), values)

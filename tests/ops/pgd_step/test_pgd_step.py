@@ -173,9 +173,21 @@ def test_the_image_comes_along(backend: str, norm: str, dtype: torch.dtype) -> N
 def test_nothing_to_do(backend: str) -> None:
     empty = torch.zeros(0, 3, 4, 4)
     assert pgd_step_(empty, empty.clone(), empty.clone(), step=STEP, eps=EPS, backend=backend) is empty
+    out = torch.empty_like(empty)  # all empty memory is at one address
+    assert pgd_step_(empty, empty.clone(), empty.clone(), step=STEP, eps=EPS, backend=backend, out=out) is empty
     delta, grad, image = problem(2, 3, 4)
     expected = linf(delta, torch.zeros_like(grad), image, STEP, EPS)
     assert torch.equal(pgd_step_(delta, 0 * grad, image, step=STEP, eps=EPS, backend=backend), expected)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-38, 1e-43])
+def test_a_short_gradient_makes_a_step_and_no_nan(backend: str, size: float) -> None:
+    delta, _, image = problem(2, 3, 4)
+    delta, grad = torch.zeros_like(delta), torch.full_like(delta, size)
+    pgd_step_(delta, grad, image, step=STEP, eps=EPS, lower=-1.0, upper=2.0, norm="l2", backend=backend)
+    assert (delta < 0).all()
+    if size > 1e-40:
+        torch.testing.assert_close(delta.flatten(1).norm(dim=1), torch.full((2,), min(STEP, EPS)), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("where", [0, 12345, -1])

@@ -220,6 +220,13 @@ def test_nan_stays_where_it_came_from(backend: str) -> None:
     assert all(c.isnan().all() for c in cols)
 
 
+def test_second_derivatives_of_a_sum(native: str) -> None:
+    x, y, scale = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4), torch.tensor(2.0, requires_grad=True)
+    (total,), _ = reduce_similarity(x, y, scale=scale, rows=[("sum", ALL)], backend=native)
+    dx, dscale = torch.autograd.grad(total.sum(), (x, scale), create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(dx.sum() + dscale, scale)[0], 5 * y.sum())
+
+
 def test_nan_reaches_the_gradient(backend: str) -> None:
     x, y = torch.randn(8, 5), torch.randn(8, 5, requires_grad=True)
     x[3, 2] = torch.nan

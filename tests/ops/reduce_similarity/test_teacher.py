@@ -309,3 +309,11 @@ def test_many_frozen_keys_have_no_way_of_their_own(native: str) -> None:
     )[0]
     assert specialised(p, native, True) == native
     check(case, native, torch.float32)
+
+
+def test_no_bank_of_keys_beside_a_shared_teacher(backend: str) -> None:
+    x, y, ids = torch.randn(0, 5, 8), torch.randn(3, 8), torch.zeros(0, 3, dtype=torch.int64)
+    keys = {"row_ids": torch.arange(5), "col_ids": ids, "backend": backend}
+    wanted, teacher = [("mass", OTHER)], (torch.randn(5, 2), torch.randn(3, 2))
+    rows, cols = reduce_similarity(x, y, rows=wanted, cols=wanted, teacher=teacher, **keys)
+    assert rows[0].shape == (0, 5) and cols[0].shape == (0, 3)
