@@ -1,6 +1,6 @@
 """A whole visit to a GPU: smoke test, benchmarks, tests, sanitizer, tuning; everything it finds in one archive.
 
-    python -m benchmarks.visit --out visit --minutes 9           everything; 4 minutes: smoke test and main rows
+    python -m benchmarks.visit --out visit --minutes 9           everything; 4 minutes: smoke test, most main rows
     python -m benchmarks.visit --out visit --only tune           what decides the constants: smoke, bench, tests or tune
     python -m benchmarks.visit --out visit --wheels wheels       peers from: pip download --no-deps -d wheels inf_cl …
     python -m benchmarks.visit --out visit --tiny --python .venv/bin/python     the same steps anywhere, small shapes
@@ -42,11 +42,13 @@ def visit(
     """All steps in order; see the module's docstring."""
     if commit:
         os.environ[environment.COMMIT] = commit
-    now = Visit(out.resolve(), 60 * minutes)
     sha, dirty = environment.source()
-    now.note(
-        Done("commit", "ok" if sha else "not run", said=f"{sha or 'unknown: pass --commit'}{'+changes' * bool(dirty)}")
-    )
+    source = f"{sha}{'+changes' * bool(dirty)}" if sha else "unknown: pass --commit"
+    if sha:
+        # Every step is told: what the visit itself writes into a checkout is no change of what is measured.
+        os.environ[environment.COMMIT] = source
+    now = Visit(out.resolve(), 60 * minutes)
+    now.note(Done("commit", "ok" if sha else "not run", said=source))
     if wheels is None:
         now.note(Done("peers", "not run", said="no --wheels; what is installed already is measured"))
     else:
@@ -88,8 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmarks.visit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--out", type=Path, metavar="DIR", help="gets visit.tgz and summary.md")
+    way = parser.add_mutually_exclusive_group()
+    # A visit that ends at a forgotten option costs the start of a machine.
+    folder = Path(os.environ.get("OUT") or "out")
+    help_out = "gets visit.tgz and summary.md; by default the folder that the variable OUT names, or out"
+    way.add_argument("--out", type=Path, metavar="DIR", default=folder, help=help_out)
     way.add_argument("--unpack", type=Path, metavar="FILE", help="of an earlier visit; nothing is run")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything (9)")
     parser.add_argument("--only", choices=program.PARTS, help="one part, and what it needs")

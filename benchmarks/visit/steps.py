@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ LEAST = 3.0  # seconds; nothing starts with less
 _WORD = "(PASSED|FAILED|ERROR|SKIPPED)"
 _TEST = re.compile(rf"^\S+::.* {_WORD}(?: \(.*\))? +\[ *\d+%\]$|^\[gw\d+\] \[ *\d+%\] {_WORD} ", re.MULTILINE)
 _told_to_end: list[int] = []
+_starting: list[bool] = []
 Judge = Callable[[Sequence[Path]], tuple[str, str]]
 
 
@@ -92,21 +93,19 @@ class Visit:
 
     def run(self, *together: Step, reserve: float = RESERVE) -> bool:
         """Run steps at the same time, each until its limit or the deadline; whether all were ok."""
-        started = []
-        for step in together:
-            limit = min(step.most, self.left - reserve)
-            if limit < step.least:
-                self.note(
-                    Done(step.name, "not run", said=f"needs {step.least:.0f} s, {max(0.0, limit):.0f} s are left")
-                )
-                continue
-            print(f"{step.name} …", flush=True)
-            started.append(_Started(self, step, time.monotonic() + limit))
+        started: list[_Started] = []
         try:
+            with _undisturbed():
+                for step in together:
+                    limit = min(step.most, self.left - reserve)
+                    if limit < step.least:
+                        said = f"needs {step.least:.0f} s, {max(0.0, limit):.0f} s are left"
+                        self.note(Done(step.name, "not run", said=said))
+                        continue
+                    print(f"{step.name} …", flush=True)
+                    started.append(_Started(self, step, time.monotonic() + limit))
             while any(running.done is None for running in started):
                 time.sleep(0.05)
-                if _told_to_end:
-                    sys.exit(_told_to_end[0])
                 for running in started:
                     if running.done is None and running.ended():
                         self.note(running.finish())
@@ -137,9 +136,21 @@ class Visit:
 
 def end(number: int, frame: object) -> None:
     """Handle a signal: end what was started, and leave."""
-    # Python ignores what is raised while it forks, so the loop that waits looks at the list as well.
     _told_to_end.append(128 + number)
-    sys.exit(128 + number)
+    if not _starting:
+        sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put a signal off: a process that is just being started is known to nobody yet who could end it."""
+    _starting.append(True)
+    try:
+        yield
+    finally:
+        _starting.pop()
+    if _told_to_end:
+        sys.exit(_told_to_end[0])
 
 
 class _Started:

@@ -12,12 +12,13 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import __main__ as bench
-from benchmarks import bars, results
+from benchmarks import bars, environment, results
 from benchmarks.ops import OPS
 from benchmarks.registry import Case, Provider, label, select
 from benchmarks.visit import __main__ as command
@@ -78,6 +79,33 @@ def test_a_tiny_visit_comes_back_as_two_files_and_goes_into_the_repository(tmp_p
     assert home / "results" / device / "info_nce_margin.json" in written
     assert {path.name for path in (home / "visits" / device).iterdir()} == {"info.txt", "summary.json", "summary.md"}
     assert any(r.role == "ours" and r.p50_ms for r in results.read(home / "results" / device))
+
+
+def test_what_a_visit_writes_is_no_change_of_what_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "REPOSITORY", tmp_path)
+    monkeypatch.setenv(environment.COMMIT, "")  # put back at the end, as the visit sets it
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(program, "execute", lambda now, plan: None)
+    now = command.visit(tmp_path / "gets it", minutes=1)
+    assert (tmp_path / "gets it" / "summary.md").is_file() and "+changes" not in now.done[0].said
+    assert environment.source() == (now.done[0].said, False)
+
+
+def test_without_a_folder_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def stand_in(out: Path, **more: object) -> Visit:
+        asked.append(out)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(command, "visit", stand_in)
+    monkeypatch.setattr(command.signal, "signal", lambda *a: None)
+    for out in ("", "/some/where"):
+        monkeypatch.setenv("OUT", out)
+        assert command.main(["--minutes", "4"]) == 2
+    assert asked == [Path("out"), Path("/some/where")]
 
 
 @pytest.fixture
@@ -274,6 +302,23 @@ def test_a_visit_that_is_told_to_end_leaves_nothing_running(tmp_path: Path) -> N
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
     assert (tmp_path / "out" / archive.NAME).exists()
+
+
+def test_told_to_end_while_it_starts_it_ends_what_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "_told_to_end", [])
+    begun: list[Any] = []
+    start = steps._start
+
+    def interrupted(*words: Any) -> Any:
+        begun.append(start(*words))
+        steps.end(15, None)
+        return begun[-1]
+
+    monkeypatch.setattr(steps, "_start", interrupted)
+    with pytest.raises(SystemExit) as left:
+        Visit(tmp_path / "out", 60).run(*(Step(name, [["sleep", "100"], ["sleep", "100"]]) for name in ("one", "two")))
+    assert left.value.code == 143 and len(begun) == 4
+    assert all(process is not None and process.poll() is not None for process in begun)
 
 
 def test_steps_side_by_side_wait_for_each_other(tmp_path: Path) -> None:
