@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,29 @@ def test_every_run_has_the_parts_that_the_command_has() -> None:
     for run in runs():
         assert run["command"] in commands
         assert sum(run["why_skipped"].values()) == run["skipped"]
+
+
+@pytest.mark.parametrize("file", ["test_ahead_of_time", "test_launch_path"])
+def test_a_part_takes_the_triton_kernels_through_the_compiler_and_up_to_a_launch(file: str) -> None:
+    """Nothing else that runs without a GPU does; --quick would leave them out."""
+    path = f"tests/ops/triton/{file}.py"
+    assert (support.ROOT / path).is_file()
+    assert any(path in shlex.split(part) and "--quick" not in part for part in support.PARTS)
+
+
+def test_what_is_recorded_as_compiled_is_compiled_by_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = []
+
+    def main(words: list[str], plugins: list[support.Tally]) -> int:
+        caches.append(Path(os.environ["TRITON_CACHE_DIR"]))
+        assert not any(caches[-1].iterdir())
+        return 0
+
+    monkeypatch.setattr(support, "kernels", dict)
+    monkeypatch.setattr(pytest, "main", main)
+    commands = [support.run_tests(shlex.split(part))["command"] for part in support.PARTS]
+    assert commands == [f"python -m pytest {part}" for part in support.PARTS]
+    assert len({*caches}) == len(caches) and not any(cache.exists() for cache in caches)
 
 
 def test_a_run_is_counted_by_its_results(tmp_path: Path) -> None:
