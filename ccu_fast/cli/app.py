@@ -66,9 +66,9 @@ def demo(
     quiet: Annotated[bool, typer.Option("--quiet", help="No live progress.")] = False,
 ) -> None:
     """Unlearn a class and protect a data set, on real digits, and write a report with the figures."""
-    loading("demo", quiet)
-    extras.require("rich", "sklearn", "matplotlib", "jinja2", "PIL")
-    run = importlib.import_module("ccu_fast.cli.demo").run
+    with loading("demo", quiet):
+        extras.require("rich", "sklearn", "matplotlib", "jinja2", "PIL")
+        run = importlib.import_module("ccu_fast.cli.demo").run
     run(out, seeds=seeds, only=only.value if only else None, quiet=quiet)
 
 

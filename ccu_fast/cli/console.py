@@ -86,12 +86,6 @@ def tidied() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def loading(command: str, quiet: bool) -> None:
-    """Say that a command has begun, before its libraries are there, which takes a while."""
-    if not quiet:
-        _print(command, "loading its libraries")
-
-
 def tell(command: str, said: str) -> None:
     """One line of a command on stderr, with options named as on the command line."""
     _print(command, _as_typed(said, FLAGS.get(command, {})))
@@ -240,6 +234,15 @@ def live(quiet: bool, *, every: float = LOGGED_EVERY) -> Iterator[Live]:
     shown = Live(quiet, every=every)
     with shown.bars, shown.logged():
         yield shown
+
+
+@contextmanager
+def loading(command: str, quiet: bool, *, every: float = LOGGED_EVERY) -> Iterator[None]:
+    """Say that a command has begun, for a block that imports its libraries, which may take a while."""
+    extras.require("rich")
+    with live(quiet, every=every) as shown:
+        shown(f"ccu-fast {command}: loading its libraries", 0, 1, "")
+        yield
 
 
 def to_copy(*words: object) -> str:

@@ -286,31 +286,26 @@ class _Figures:
 
 
 def _tell(out: Path, manifest: dict[str, Any], already: bool) -> None:
-    from rich.console import Console
-
     measured, skipped = manifest["measured"], manifest["skipped"]["count"]
     quality = f"largest change {measured['eps_255']}/255"
     if measured["psnr_db"] is not None:
         quality += f", PSNR {measured['psnr_db']:.1f} dB"
     if measured["ssim"] is not None:
         quality += f", SSIM {measured['ssim']:.4f}"
-    console = Console(highlight=False, markup=False, emoji=False)
     place = os.fsencode(out).decode(errors="backslashreplace")
     if already:
-        console.print("complete already, nothing was done; pictures that have changed since need another --out")
-    console.print(f"{manifest['images']} images, {manifest['rows']} captions in {place}: {quality}")
+        print("complete already, nothing was done; pictures that have changed since need another --out")
+    print(printable(f"{manifest['images']} images, {manifest['rows']} captions in {place}: {quality}"))
     size = manifest["thumbnails"]
-    console.print(
-        "pictures kept their size" if size is None else f"pictures were resized to {size[0]}x{size[1]} (--size)"
-    )
+    print("pictures kept their size" if size is None else f"pictures were resized to {size[0]}x{size[1]} (--size)")
     if skipped:
-        console.print(f"{skipped} items left out; manifest.json lists them")
+        print(f"{skipped} items left out; manifest.json lists them")
     found = manifest["captions_elsewhere"]
     if found["replaced"]:
-        console.print(f"clean captions replaced in other fields: {_fields(found['replaced'])}")
+        print(f"clean captions replaced in other fields: {_fields(found['replaced'])}")
     if found["kept"]:
         fields = _fields(found["kept"])
-        console.print(f"clean captions stay as parts of other fields: {fields}; check them before you publish")
+        print(f"clean captions stay as parts of other fields: {fields}; check them before you publish")
 
 
 def _tell_next(input: Path, out: Path, manifest: dict[str, Any], *, grey: bool) -> None:

@@ -1,6 +1,7 @@
 """``ccu-fast unlearn``: a run on one's own model and data, or a comparison of methods on these or on embedded tasks."""
 
 # No `from __future__ import annotations`: typer reads the annotations.
+import importlib
 import os
 import sys
 from dataclasses import replace
@@ -100,8 +101,9 @@ def unlearn(
     if settings is not None:
         job = replace(read_job(settings, overrides), device=check.device("device", own_device(device)))
     quiet = quiet or int(os.environ.get("RANK", "0")) > 0
-    loading("unlearn", quiet)
-    extras.require("rich", "safetensors", "sklearn", "matplotlib", "jinja2")
+    with loading("unlearn", quiet):
+        extras.require("rich", "safetensors", "sklearn", "matplotlib", "jinja2")
+        importlib.import_module("ccu_fast.cli.report.page")  # what the rest imports takes no time then
     if job is None:
         _compare(out, task, scenario, seeds or 3, quiet)
     elif compare:

@@ -541,6 +541,16 @@ class TestTimeLeft:
         live("reading", 0, 1, "")  # at once, though a line has just come
         assert capsys.readouterr().err == "another 5/6\nreading\n"
 
+    def test_loading_libraries_is_not_silent_either(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with console.loading("demo", False, every=0.05):
+            time.sleep(1.3)
+        first, *rest = capsys.readouterr().err.splitlines()
+        assert first == "ccu-fast demo: loading its libraries"
+        assert rest and rest[-1] == f"{first}, at it for 1 s", rest
+        with console.loading("demo", True):
+            pass
+        assert capsys.readouterr().err == ""
+
     def test_a_log_is_not_silent_where_the_work_is(self, capsys: pytest.CaptureFixture[str]) -> None:
         lines: list[str] = []
         with console.live(False, every=0.05) as progress:

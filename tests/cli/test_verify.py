@@ -143,6 +143,7 @@ def test_the_page_of_pairs(data: Path, tmp_path: Path, capsys: pytest.CaptureFix
     page = Page(text)
     assert not {"script", "link", "iframe"} & set(page.tags), "nothing runs, nothing is loaded"
     assert "://" not in text.replace("arxiv.org", "")
+    assert "This page holds originals: do not publish it." in text
     assert {len(shown) for shown in page.pictures.values()} == {6}
     before = [page.captions[i] for i in range(0, 12, 2)]
     assert sorted(before) == sorted(ODD.values())

@@ -118,7 +118,7 @@ def write_preview(found: dict[str, Any], shown: Sequence[Shown], path: Path) -> 
         "What will be published",
         "Original, protected picture and ten times their difference (grey is none), with the captions of each: from "
         "the picture that is least similar to its original (SSIM) to the most similar one. Large pictures are "
-        "thumbnails.",
+        "thumbnails. This page holds originals: do not publish it.",
         {"dataset": found["folder"], "original": found["original"], **checks},
         contact=shown,
         raw={"Checks": json.dumps(found["checks"], indent=1)} if not found["passed"] else {},
