@@ -50,7 +50,8 @@ def cached_step(
             every chunk. The callable returns embeddings ``[chunk, D]``, or a nest of tensors ``[chunk, ...]``, which
             ``loss_fn`` gets with N_t items; a tensor without dimensions in it (a scale) must be the same for every
             chunk. Both passes must give the same: random numbers may be those of torch, of numpy's global generator, of
-            ``random``, and of generators of all three among the inputs.
+            ``random``, and of generators of all three among the inputs. Where N_t is 0, as on a rank that got no items,
+            the callable is called with none.
         chunk: items at a time.
         backward: what to do with the loss instead of ``loss.backward()``: ``lambda loss:
             scaler.scale(loss).backward()``, ``accelerator.backward``.
@@ -62,7 +63,7 @@ def cached_step(
         The loss, detached.
 
     Raises:
-        TypeError, ValueError: no towers, inputs without items, of unlike lengths or computed from what needs a
+        TypeError, ValueError: no towers, inputs not to be cut, of unlike lengths or computed from what needs a
             gradient, sparse or nested, chunk below 1; a tower that returns something else than a tensor for each of its
             items, a loss that is no number. No gradient is written before.
         RuntimeError: the second pass of a tower gives other results than the first, because it draws random numbers of
@@ -140,13 +141,12 @@ class _Chunks:
             raise TypeError(
                 f"{name}: expected inputs with tensors or lists of items in them, got {type(inputs).__name__}"
             )
-        if len(lengths) > 1 or 0 in lengths:
-            raise ValueError(
-                f"{name}: expected tensors and lists with the same number of items, at least 1, got {sorted(lengths)}"
-            )
+        if len(lengths) > 1:
+            raise ValueError(f"{name}: expected tensors and lists with the same number of items, got {sorted(lengths)}")
         (items,) = lengths
         self._inputs = inputs
-        self.spans = [slice(start, min(start + chunk, items)) for start in range(0, items, chunk)]
+        # A rank without items still takes part in what the loss and the towers exchange: a chunk of none.
+        self.spans = [slice(start, min(start + chunk, items)) for start in range(0, max(items, 1), chunk)]
 
     def inputs(self, span: slice) -> Any:
         """Of some items; their own at each call: what a tower writes into them is not seen by the second pass."""
@@ -332,6 +332,8 @@ class _Embedded:
 
 def _differ(now: Tensor, before: Tensor) -> Tensor:
     """Whether an item has another result, but for the rounding of sums whose order a GPU leaves open."""
+    if not now.numel():
+        return torch.zeros((), dtype=torch.bool, device=now.device)
     kind = now.device.type
     narrow = [now.dtype] if not torch.is_autocast_enabled(kind) else [now.dtype, torch.get_autocast_dtype(kind)]
     share = max(_SAME, *(4 * torch.finfo(dtype).eps for dtype in narrow))

@@ -624,11 +624,10 @@ def test_a_tower_the_loss_does_not_use() -> None:
         (([(nn.Linear(3, 2), torch.randn(4, 3))], 0), "chunk: expected an int at least 1, got 0"),
         (
             ([(nn.Linear(3, 2), [torch.randn(4, 3), torch.randn(5, 3)])], 2),
-            r"towers\[0\]: expected tensors and lists with the same number of items, at least 1, got \[4, 5\]",
+            r"towers\[0\]: expected tensors and lists with the same number of items, got \[4, 5\]",
         ),
-        (([(nn.Linear(3, 2), torch.randn(0, 3))], 2), r"towers\[0\]: expected .* at least 1, got \[0\]"),
         (([(nn.Linear(3, 2), "text")], 2), r"towers\[0\]: expected inputs with tensors or lists"),
-        (([(nn.Linear(3, 2), {"a": torch.randn(4, 3), "names": ["a", "b"]})], 2), r"at least 1, got \[2, 4\]"),
+        (([(nn.Linear(3, 2), {"a": torch.randn(4, 3), "names": ["a", "b"]})], 2), r"items, got \[2, 4\]"),
         (([(nn.Linear(3, 2), pack_sequence([torch.ones(2), torch.ones(1)]))], 2), "got a PackedSequence"),
         (([(nn.Linear(3, 2), nn.Parameter(torch.ones(4, 3)) * 2)], 2), r"towers\[0\]: expected inputs without a graph"),
         (([(nn.Linear(3, 2), (torch.ones(4, 3), nn.Parameter(torch.ones(())).exp()))], 2), "inputs without a graph"),

@@ -626,6 +626,25 @@ def cached_gradients_under_distributed_data_parallel() -> None:
         same_gradients(tower.module[0], {k.split(".")[1]: v for k, v in expected.items() if k.startswith(name)})
 
 
+@case
+def cached_gradients_with_a_rank_that_has_no_items() -> None:
+    module, _, image, text = full_batch()
+    expected = one_process(module, image, text)
+    module.zero_grad()
+    n = [len(image), *[0] * (world() - 1)]
+    scale = nn.Parameter(module.log_scale.detach().clone())
+    towers = [nn.parallel.DistributedDataParallel(nn.Sequential(t, Unit())) for t in (module.image, module.text)]
+    over.cached_step(
+        lambda x, y: over.info_nce(x, y, scale=scale.exp()),
+        list(zip(towers, (shard(image, n), shard(text, n)), strict=True)),
+        chunk=2,
+    )
+    over.average_gradients([scale])
+    torch.testing.assert_close(scale.grad, expected.pop("log_scale"))
+    for tower, name in zip(towers, ("image", "text"), strict=True):
+        same_gradients(tower.module[0], {k.split(".")[1]: v for k, v in expected.items() if k.startswith(name)})
+
+
 @case_on_two
 def cached_gradients_with_fully_shard_and_a_frozen_tower() -> None:
     """LiT on several processes: the text tower is sharded, the image tower comes last and learns nothing."""

@@ -80,7 +80,7 @@ def pgd_step_(
         grad: gradient of the loss by the noise, shape of ``delta``, any floating dtype.
         image: shape, dtype of ``delta``: the clean images, in the units of ``lower`` and ``upper``.
         step: step length >= 0. A number, or a tensor per channel: one value along dimension 1 of ``delta``, such as
-            ``[C, 1, 1]``, for images in normalised units.
+            ``[C, 1, 1]``, for images in normalised units. One element on the CPU is taken as a number.
         eps: radius >= 0, a number or per channel. For "l2" step and eps are numbers.
         lower: least valid value of image + delta, a number or per channel.
         upper: largest, not below ``lower``.
@@ -141,6 +141,8 @@ def _parameters(delta: Tensor, norm: str, values: tuple[Any, ...]) -> tuple[list
     """Four numbers, and where one of them is per channel, all four as ``[4, C]``."""
     numbers, given = [0.0] * 4, list(values)
     for i, (name, value) in enumerate(zip(_NAMES, values, strict=True)):
+        if isinstance(value, Tensor) and not (norm == "l2" and i < 2):
+            value = as_number(name, value, delta)
         if not isinstance(value, Tensor):
             given[i] = numbers[i] = check.number(name, value, low=0.0 if i < 2 else -torch.inf)
         elif norm == "l2" and i < 2:
@@ -151,6 +153,14 @@ def _parameters(delta: Tensor, norm: str, values: tuple[Any, ...]) -> tuple[list
         _check_range(numbers[2], numbers[3])
         return numbers, None
     return numbers, by_channel(given, delta, torch.float64 if delta.dtype == torch.float64 else torch.float32)
+
+
+def as_number(name: str, value: Tensor, delta: Tensor) -> float | Tensor:
+    """A tensor of one element on the host, beside noise elsewhere, as a number: a copy of it would wait for a GPU."""
+    check.tensor(name, value)
+    if value.numel() != 1 or not value.is_cpu or delta.is_cpu or torch.compiler.is_compiling():
+        return value
+    return float(value.item())
 
 
 def per_channel(name: str, value: Tensor, delta: Tensor) -> Tensor:

@@ -150,9 +150,10 @@ def reduce_similarity(
         x, y, scale, bias, row_labels, col_labels, row_ids, col_ids, paired, rows, cols, nan_policy,
         row_limits, col_limits, guide, teacher, teacher_scale,
     )  # fmt: skip
-    n, m = p.x.shape[1], p.y.shape[1]
-    workspace = workspace_bytes(workspace, p.x.device)
+    n, m, workspace = p.x.shape[1], p.y.shape[1], workspace_bytes(workspace, p.x.device)
     name = choose(backend, "reduce_similarity", p.x.device, p.x.dtype)
+    if name == "triton" and p.guide_x is not None and p.guide_x.dtype == torch.bfloat16:  # not in the interpreter
+        choose(name, "reduce_similarity", p.x.device, torch.bfloat16)
     if teacher is not None:
         p = normalised(p, backend, workspace)
     if not p.rows and not p.cols:  # nothing but counts

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccu_fast import check_pgd_steps, pgd_step_
 from ccu_fast.ops.backend import cannot_serve
@@ -462,3 +463,21 @@ def test_a_cuda_graph_holds_the_step(native: str, norm: str, policy: str) -> Non
         with pytest.raises(ValueError, match=r"^grad: "):
             check_pgd_steps()
         assert torch.equal(delta, expected)
+
+
+def test_one_element_on_the_host_is_a_number_beside_noise_on_a_device() -> None:
+    """A copy of it to a GPU would wait, and could not be captured."""
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.overloadpacket.__name__
+            assert name not in ("_to_copy", "copy_"), name
+            return func(*args, **(kwargs or {}))
+
+    delta = torch.zeros(2, 3, 4, device="meta")
+    one, some = torch.tensor([0.5]), torch.zeros(3, 1, device="meta")
+    with Copies():
+        pgd_step_(delta, delta + 1, delta + 1, step=one, eps=one[0], upper=one, nan_policy="zero")
+        pgd_step_(delta, delta + 1, delta + 1, step=one, eps=one[0], lower=some, nan_policy="zero")
+    with pytest.raises(ValueError, match="step: expected a finite number"):
+        pgd_step_(delta, delta + 1, delta + 1, step=-one, eps=one)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ccu_fast import ALL, OTHER, SELF
+from ccu_fast import ALL, OTHER, SELF, reduce_similarity
 from ccu_fast.ops.reduce_similarity.problem import SimilarityProblem, encode
 from ccu_fast.ops.reduce_similarity.triton import plan
 from tests.ops.reduce_similarity.test_limits import (  # noqa: F401 - collected again
@@ -114,3 +114,13 @@ def test_nothing_is_kept_and_the_diagonal_is_told_apart() -> None:
         assert [entry[1] for entry in always] == [everywhere, 0]
         assert [entry[1] for entry in near] == [7 - everywhere, 1]
         assert [entry[1] for entry in far] == [7 - everywhere, 0]
+
+
+def test_a_guide_in_bf16_is_refused() -> None:
+    """The interpreter's dot of bf16 is wrong, whatever x is in."""
+    x, guide = torch.randn(8, 16), torch.randn(8, 16, dtype=torch.bfloat16)
+    limits = torch.zeros(8)
+    with pytest.raises(ValueError, match="no correct bf16 dot"):
+        reduce_similarity(
+            x, x, scale=1.0, rows=[("lse", ALL)], row_limits=limits, guide=(guide, guide), backend="triton"
+        )
