@@ -309,7 +309,7 @@ def test_missing_extra_comes_with_the_command_that_brings_it(monkeypatch: pytest
 
 WORDS = r"pip install (?:'([^'\n]+)'|((?:[-\w.=*/\[\]]+(?: (?=[-\w]))?)+))"
 # What a page or a message may tell to install without being one of the extras' packages.
-ALSO_ON_PYPI = {"ninja", "pybind11", "pre-commit", "triton"} | {
+ALSO_ON_PYPI = {"ninja", "numpy", "pybind11", "pre-commit", "triton"} | {
     target.distribution for target in patch.TARGETS.values() if target.distribution
 }
 
@@ -329,7 +329,7 @@ def test_every_command_of_pip_that_is_told_works() -> None:
                 if extra is not None:
                     assert set(extra[1].split(",")) <= {*extras.EXTRAS, "bench", "test"}, (path, word)
                     continue
-                name = re.split(r"[=<>.]", word)[0].lower()
+                name = re.split(r"[=<>.\[]", word)[0].lower()
                 from_here = word in (".", "-e", "-r") or word.endswith((".whl", ".tar.gz")) or word.startswith("dist/")
                 assert from_here or word.startswith("-") or name in {k.lower() for k in known}, (path, word)
     assert told > 8

@@ -130,9 +130,10 @@ def _tell_next(job: Job, out: Path, audit: str) -> None:
     print("\nnext, load it:")
     for line in python(job.model, str(out / "model.safetensors")).splitlines():
         print(printable(f"  {line}"))
-    needs = "" if job.test is not None else "; it needs test pairs: test in [data] of the settings"
-    print(f"audit it beside other methods and, where there is one, a retrained model{needs}:")
+    print("audit it beside other methods and, where there is one, a retrained model:")
     print(printable(f"  {audit}"))
+    if job.test is None:
+        print("  (it needs test pairs: test in [data] of the settings)")
     print(printable(f"give {out / 'card.md'} along with the model"))
 
 

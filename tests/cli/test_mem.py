@@ -147,10 +147,10 @@ def test_a_command_to_copy_is_one_word_for_each_argument() -> None:
 @pytest.mark.parametrize(
     ("flags", "says", "never"),
     [
-        ([], ["3 words were put in front of each", "cuts the first 3 words off", "8/255 (PSNR"], []),
-        (["--method", "mem-1"], ["1 word was put in front", "cuts the first word off"], []),
-        (["--method", "mem-3", "--place", "among", "--trigger-rounds", "0"], ["among the words"], ["cuts the first"]),
-        (["--method", "em"], ["captions are those of the originals", "Noise of up to"], ["do not describe"]),
+        ([], ["3 words were put in front of each", "do not describe", "8/255 (PSNR"], []),
+        (["--method", "mem-1"], ["1 word was put in front"], []),
+        (["--method", "mem-3", "--place", "among", "--trigger-rounds", "0"], ["among the words"], ["in front"]),
+        (["--method", "em"], ["captions are those of the originals", "Noise was added"], ["do not describe"]),
         (["--method", "trigger-2"], ["pixels of the pictures are those of the originals"], ["Noise was added"]),
     ],
 )
@@ -211,6 +211,7 @@ def test_flags_and_a_settings_file_ask_for_the_same(tmp_path: Path, monkeypatch:
     asked: list[Job] = []
     monkeypatch.setattr("ccu_fast.cli.mem.protect_dataset", lambda job, _: asked.append(job))
     monkeypatch.setattr("ccu_fast.cli.mem._tell", lambda *_: None)
+    monkeypatch.setattr("ccu_fast.cli.mem._tell_next", lambda *_, **__: None)
     values: dict[str, Any] = {
         field.name: field.default + 1 if type(field.default) is int else field.default / 2
         for field in dataclasses.fields(Settings)
@@ -241,6 +242,7 @@ def test_a_strength_gives_defaults_the_file_and_flags_win(
     asked: list[Job] = []
     monkeypatch.setattr("ccu_fast.cli.mem.protect_dataset", lambda job, _: asked.append(job))
     monkeypatch.setattr("ccu_fast.cli.mem._tell", lambda *_: None)
+    monkeypatch.setattr("ccu_fast.cli.mem._tell_next", lambda *_, **__: None)
     config = tmp_path / "run.toml"
     config.write_text("eps = 5\nplace = 'front'\nrounds = 7\n")
     both = ["--strength", "strong", "--config", str(config)]
@@ -418,7 +420,7 @@ def test_figures_are_kept_after_each_dataset(
     command = list(map(str, [*command, "--treatment", "resize+grey"]))
     assert cli.main(command) == 130
     told = capsys.readouterr()
-    assert told.err == f"ccu-fast evaluate: interrupted; the figures are above and in {figures}\n"
+    assert told.err.endswith(f"\nccu-fast evaluate: interrupted; the figures are above and in {figures}\n")
     assert told.out.count("guessing") == 1 and "a, resize+grey" in told.out
     kept = json.loads(figures.read_text())
     assert list(kept["datasets"]) == ["a", "a, resize+grey"] and kept["complete"] is False

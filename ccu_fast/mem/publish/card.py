@@ -11,8 +11,8 @@ LIMITS = (
     "captions may learn more than one that is trained on these pairs alone, and copies of the originals that were "
     "published before are not protected.",
     "How much a model learns from this dataset was not measured when it was written; `ccu-fast evaluate` does that.",
+    "What has been measured elsewhere, and what undoes it, is in the documentation of ccu_fast, under limits.",
 )
-ALONE = "noise of up to 8/255 without words in the captions protected next to nothing where it was measured."
 
 
 def dataset_card(manifest: Mapping[str, Any]) -> str:
@@ -26,20 +26,12 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
         caption, seed or name of a file is in it.
     """
     settings, method, size = manifest["settings"], manifest["method"], manifest["thumbnails"]
-    words, noise = method["triggers"], bool(manifest["measured"]["eps_255"])
+    words = method["triggers"]
     among = settings.get("place") == "among"
     done = [_pictures(manifest), _captions(words, among=among)]
     done.append(f"The pictures {'kept their size' if size is None else f'were resized to {size[0]}x{size[1]}'}.")
     if skipped := manifest["skipped"]["count"]:
         done.append(f"{skipped} items of the original could not be used and are not here.")
-    limits = list(LIMITS)
-    if words and not among:
-        limits.append(
-            f"Whoever cuts the first {f'{words} words' if words > 1 else 'word'} off the captions has them as they "
-            f"were; {ALONE}"
-        )
-    elif noise and not words:
-        limits.append(ALONE.capitalize())
     made = manifest["versions"]["ccu_fast"]
     parts = [
         "# A dataset that was protected from being learned",
@@ -62,7 +54,7 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
         "Whoever has the originals can also check that no pixel and no caption was changed by more than is said here: "
         "`ccu-fast verify . --original ORIGINALS`.",
         "## Limits",
-        _list(limits),
+        _list(LIMITS),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -106,6 +106,7 @@ def test_of_pictures_of_the_models_size_the_centre_crop_is_all(tmp_path: Path, m
         protect_dataset(make(source, tmp_path / name, settings=settings))
     kept, cut = (tree(tmp_path / name) for name in ("kept", "thumbnails"))
     assert json.loads(cut.pop("manifest.json"))["thumbnails"] == [16, 16] and kept.pop("manifest.json")
+    assert b"16" in cut.pop("README.md") and kept.pop("README.md")
     assert kept == cut
 
 
