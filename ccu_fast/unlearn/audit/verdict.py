@@ -117,8 +117,9 @@ def verdict_without_gold(
         sizes, tolerance: as of :func:`verdict`.
 
     Returns:
-        The verdict; "undecided" when instances or pairs were forgotten, the retained data is kept and no figure of
-        unseen items is there.
+        The verdict; "undecided" where nothing is wrong but the figures tell nothing: instances or pairs were
+        forgotten and no figure of unseen items is there; the class was not known before either; the retained data is
+        known more than twice as well as before, so that the model was hardly measured as it is used.
 
     Raises:
         ValueError: an unknown kind of forgetting; the two have no figure in common; tolerance below 0.
@@ -144,10 +145,32 @@ def verdict_without_gold(
             parts |= {"forget_train": unseen, "forget_test": unseen}
     expected["mia_auc"] = CHANCE
     found = _findings(values, expected, sizes or {}, tolerance, ("expected", "was asked", "chance would have it"))
+    strange = _strange_before(values, before, forget, sizes or {}, tolerance)
+    if strange is not None:
+        return _told(found, Verdict(UNDECIDED, strange))
     known = gaps(values, expected).keys() & {"visual forget_train", "visual forget_test", "mia_auc"}
     if known:
         return _told(found, Verdict(PASSED, "forgets what was asked and keeps the rest"))
     return _told(found, Verdict(UNDECIDED, "keeps the rest; only unseen items can tell whether it forgets"))
+
+
+def _strange_before(
+    values: Mapping[str, Any], before: Mapping[str, Any], forget: str, sizes: Mapping[str, int], tolerance: float
+) -> str | None:
+    """Why figures of the model before leave nothing to say of what was forgotten; None if they do."""
+    after, own = values.get("visual") or {}, before.get("visual") or {}
+    kept, was = after.get("retain_train"), own.get("retain_train")
+    if kept is not None and was is not None and kept > 2 * was:
+        return (
+            f"visual accuracy on the retain set was {_short(was)} before and is {_short(kept)}: look at whether the "
+            "heads of the model are given what they take"
+        )
+    known = own.get("forget_train")
+    if forget != "class" or known is None:
+        return None
+    if 100 * known > max(tolerance, _two_errors(known, 0.0, sizes.get("forget_train"))):
+        return None
+    return f"there was nothing to forget: visual accuracy on the forget set was {_short(known)} before"
 
 
 def with_lost_places(verdict: Verdict, kept: float, least: float) -> Verdict:

@@ -207,3 +207,22 @@ class TestWithoutGold:
         assert verdict_without_gold(before, before, forget=forget).kind == "undecided"
         lost = {**before, "visual": {"forget_train": 0.5, "retain_train": 0.5}}
         assert verdict_without_gold(lost, before, forget=forget).kind == "catastrophic"
+
+    def test_a_class_that_was_not_known_cannot_be_forgotten(self) -> None:
+        before, after = figures("class"), figures("class")
+        found = verdict_without_gold(after, before)
+        assert found.kind == "undecided" and found.text.startswith("there was nothing to forget")
+        before["visual"]["forget_train"] = 0.05
+        assert verdict_without_gold(after, before).kind == "passed"
+        assert verdict_without_gold(after, before, sizes={"forget_train": 20}).kind == "undecided"  # may be chance
+
+    @pytest.mark.parametrize("forget", ["class", "instances"])
+    def test_a_model_that_knew_nothing_was_not_measured_as_it_is_used(self, forget: str) -> None:
+        """Heads that take something else, or the labels of another dataset: any verdict would be of noise."""
+        before, after = figures(forget), figures(forget)
+        before["visual"] |= {"forget_train": 0.2, "retain_train": 0.06, "retain_test": 0.06}
+        after["visual"] |= {"forget_train": 0.0 if forget == "class" else 0.06, "retain_test": 0.06}
+        found = verdict_without_gold(after, before, forget=forget)
+        assert found.kind == "undecided" and "given what they take" in found.text
+        before["visual"]["retain_train"] = 0.6
+        assert "given what they take" not in verdict_without_gold(after, before, forget=forget).text
