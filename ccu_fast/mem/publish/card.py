@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 CARD = "README.md"
@@ -76,5 +76,5 @@ def _captions(words: int, *, among: bool) -> str:
     return f"{words} word{'s were' if words > 1 else ' was'} put {where} of each caption."
 
 
-def _list(items: list[str]) -> str:
+def _list(items: Sequence[str]) -> str:
     return "\n".join(f"- {item}" for item in items)
