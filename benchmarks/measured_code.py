@@ -32,6 +32,7 @@ KERNELS = {
     "candidate_losses": (f"{CPU}candidates.cpp",),
     "pgd_step": (f"{CPU}pgd_step.cpp", f"{COMMON}pgd.h"),
     "noise_add": (f"{CPU}noise_add.cpp", f"{COMMON}noise.h"),
+    "noise_update": (f"{CPU}noise_update.cpp", f"{COMMON}noise.h"),
 }
 _OF = {"topk_flips_minilm": "topk_flips"}
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
@@ -60,14 +61,14 @@ def here() -> dict[str, str]:
     return hashes(files, lambda name: (REPOSITORY / name).read_text(encoding="utf-8"))
 
 
-def at(commit: str) -> dict[str, str]:
+def at(sha: str) -> dict[str, str]:
     """The hashes of a commit.
 
     Raises:
         subprocess.CalledProcessError: git does not have it.
     """
-    files = _git("ls-tree", "-r", "--name-only", commit, "--", CPU, COMMON).splitlines()
-    return hashes(files, lambda name: _git("show", f"{commit}:{name}"))
+    files = _git("ls-tree", "-r", "--name-only", sha, "--", CPU, COMMON).splitlines()
+    return hashes(files, lambda name: _git("show", f"{sha}:{name}"))
 
 
 def rows() -> list[Row]:
@@ -75,9 +76,15 @@ def rows() -> list[Row]:
     return [row for folder in sorted(results.FOLDER.glob("cpu-*")) for row in results.read(folder)]
 
 
+def commit(row: Row) -> str:
+    """The commit that a row names."""
+    sha: str = row.environment["git_sha"]
+    return sha
+
+
 def commits(stored: Sequence[Row]) -> list[str]:
-    """The commits that they name."""
-    return sorted({row.environment["git_sha"] for row in stored})
+    """The commits that rows name."""
+    return sorted(set(map(commit, stored)))
 
 
 def load() -> dict[str, dict[str, str]]:
@@ -93,7 +100,7 @@ def _git(*arguments: str) -> str:
 
 def main() -> None:
     """Write the file anew."""
-    results.store(FILE, {commit: at(commit) for commit in commits(rows())}, DEPTH)
+    results.store(FILE, {sha: at(sha) for sha in commits(rows())}, DEPTH)
 
 
 if __name__ == "__main__":

@@ -264,7 +264,8 @@ def _code(stored: Stored) -> str:
     now, then = measured_code.here(), measured_code.load()
     rows = []
     for folder in sorted(results.FOLDER.glob("cpu-*")):
-        for commit, of_commit in groupby(results.read(folder), key=lambda row: row.environment["git_sha"]):
+        by_commit = sorted(results.read(folder), key=measured_code.commit)
+        for commit, of_commit in groupby(by_commit, key=measured_code.commit):
             found = list(of_commit)
             kinds = sorted({measured_code.kernels_of(row.op) for row in found})
             same = [kind for kind in kinds if then[commit][kind] == now[kind]]

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.visit.steps import last_line
 
-CLOSE = 0.1  # of a CPU's figure, or 0.1 beside none: runs differ in the last digits, and go apart from there
+CLOSE = 0.1  # of a CPU's figure above 1, else of 1: runs differ in the last digits, and go apart from there
 UNLEARN = "[forget]\nclasses = [1]\n[budget]\nsteps = 30\nlearning_rate = 5e-3\nbatch = 20\n"
 PROTECT = (
     "--size 16x64 --grey --model small:32 --rounds 2 --pgd-steps 2 --step 4 --surrogate-steps 2 --trigger-rounds 1 "

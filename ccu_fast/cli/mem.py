@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: typer reads the annotations.
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,7 +127,7 @@ def protect(
     if not quiet:
         with after_the_work(f"the protected dataset is whole in {out}"):
             _tell(out, manifest, already)
-            _tell_next(input, out, manifest, grey=grey)
+            _tell_next(job, manifest, grey=grey)
 
 
 @one_sentence("evaluate", goes_on=False)
@@ -299,7 +300,7 @@ def _tell(out: Path, manifest: dict[str, Any], already: bool) -> None:
     size = manifest["thumbnails"]
     print("pictures kept their size" if size is None else f"pictures were resized to {size[0]}x{size[1]} (--size)")
     if skipped:
-        print(f"{skipped} items left out; manifest.json lists them")
+        print(f"{skipped} item{'s' * (skipped != 1)} left out; manifest.json lists them")
     found = manifest["captions_elsewhere"]
     if found["replaced"]:
         print(f"clean captions replaced in other fields: {_fields(found['replaced'])}")
@@ -308,14 +309,17 @@ def _tell(out: Path, manifest: dict[str, Any], already: bool) -> None:
         print(f"clean captions stay as parts of other fields: {fields}; check them before you publish")
 
 
-def _tell_next(input: Path, out: Path, manifest: dict[str, Any], *, grey: bool) -> None:
+def _tell_next(job: Job, manifest: dict[str, Any], *, grey: bool) -> None:
     """What to do before the dataset is published, as commands to copy."""
+    out = job.out
     size = manifest["thumbnails"]
     seen = [] if size is None else ["--size", f"{size[0]}x{size[1]}"]
     seen += ["--grey"] if grey else []
+    for name, value in asdict(job.options).items():
+        seen += [] if value is None else ["--" + name.replace("_", "-"), value]
     preview = f"{out}-preview.html"
-    verified = to_copy("ccu-fast", "verify", out, "--original", input, "--preview", preview)
-    compared = to_copy("ccu-fast", "evaluate", f"clean={input}", f"protected={out}", *seen, "--test", "PAIRS")
+    verified = to_copy("ccu-fast", "verify", out, "--original", job.input, "--preview", preview)
+    compared = to_copy("ccu-fast", "evaluate", f"clean={job.input}", f"protected={out}", *seen, "--test", "PAIRS")
     print("\nnext, check what you publish and look at it:")
     print(printable(f"  {verified}"))
     print("measure what a model learns from it; PAIRS are clean pairs that are not in it:")

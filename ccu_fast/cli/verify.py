@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ccu_fast import extras
-from ccu_fast.cli.console import live, one_sentence, printable
+from ccu_fast.cli.console import live, one_sentence, printable, tell
 from ccu_fast.cli.options import Config, with_fields
 from ccu_fast.files import after_the_work, output_file
 
@@ -59,6 +59,8 @@ def verify(
         with after_the_work("what was found is above"), live(quiet or as_json) as progress:
             progress("writing the page", 0, 1, "")
             write_preview(found, shown, preview)
+    elif preview is not None:
+        tell("verify", f"{preview} was not written, because there is no picture with its original to show")
     if not found["passed"]:
         raise typer.Exit(1)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import subprocess
+from dataclasses import replace
 
 import pytest
 
-from benchmarks import measured_code, performance
+from benchmarks import measured_code, performance, results
 from benchmarks.environment import REPOSITORY
 from benchmarks.ops import OPS
 from tests.support.paths import ROOT
@@ -34,7 +35,7 @@ def test_every_pattern_names_files_and_every_kernel_s_file_belongs_to_one() -> N
     patterns = [pattern for of_kind in measured_code.KERNELS.values() for pattern in of_kind]
     assert [pattern for pattern in patterns if not fnmatch.filter(files, pattern)] == []
     shared = {"csrc/cpu/simd.h", "csrc/cpu/parallel.h", "csrc/cpu/dispatch.cpp", "csrc/common/half.h"}
-    not_timed = {"csrc/cpu/l2_normalize.cpp", "csrc/cpu/noise_update.cpp", "csrc/common/topk_row.h"}
+    not_timed = {"csrc/cpu/l2_normalize.cpp", "csrc/common/topk_row.h"}
     left = {name for name in files if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
     assert left == shared | not_timed
 
@@ -43,6 +44,7 @@ def test_operations_run_the_kernels_of_their_name() -> None:
     kinds = {op: measured_code.kernels_of(op) for op in OPS}
     assert {kinds[op] for op in ("clip_loss", "sup_con_keys", "ccu_objective", "sigmoid_loss")} == {"losses"}
     assert kinds["topk_flips_minilm"] == kinds["topk_flips"] == "topk_flips"
+    assert kinds["noise_update"] == "noise_update"
     assert set(kinds.values()) == set(measured_code.KERNELS)
 
 
@@ -63,3 +65,14 @@ def test_the_page_tells_what_has_changed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(measured_code, "here", lambda: {**now, "losses": "other"})
     rows = [line for line in performance._code(performance.Stored()).splitlines() if "0.1.0" in line]
     assert len(rows) == len(COMMITS) and all(line.endswith("| losses |") for line in rows)
+
+
+def test_commits_that_alternate_in_a_folder_have_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {folder: results.read(folder) for folder in results.FOLDER.glob("cpu-*")}
+    for rows in folders.values():
+        for i, row in enumerate(rows):
+            rows[i] = replace(row, environment={**row.environment, "git_sha": COMMITS[i % 2]})
+    stored = performance.Stored()
+    monkeypatch.setattr(results, "read", folders.__getitem__)
+    lines = [line for line in performance._code(stored).splitlines() if "0.1.0" in line]
+    assert len(lines) == sum(min(2, len(rows)) for rows in folders.values())

@@ -139,6 +139,19 @@ def test_what_to_do_next_can_be_copied(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr() == ("", "")
 
 
+def test_what_to_do_next_reads_the_columns_that_were_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = made.write_csv(tmp_path / "in")
+    head, _, rows = table.read_text().partition("\n")
+    table.write_text("\n".join([head.replace("images", "photo").replace("caption", "said"), rows]))
+    given = ["--format", "csv", "--image-column", "photo", "--caption-column", "said"]
+    assert cli.main(["protect", str(table), "--out", str(tmp_path / "out"), *TINY, *given]) == 0
+    told = capsys.readouterr().out.splitlines()
+    evaluate = next(shlex.split(line) for line in told if line.startswith("  ccu-fast evaluate"))
+    words = [str(table) if word == "PAIRS" else word for word in evaluate[1:]]
+    assert cli.main([*words, "--model", "small:32", "--epochs", "1", "--batch", "4", "--quiet"]) == 0
+    assert all(word in words for word in given)
+
+
 def test_a_command_to_copy_is_one_word_for_each_argument() -> None:
     words = ["ccu-fast", "a b", "it's", "$HOME", "clean=x y", ""]
     assert shlex.split(to_copy(*words)) == words
@@ -151,7 +164,7 @@ def test_a_command_to_copy_is_one_word_for_each_argument() -> None:
         (["--method", "mem-1"], ["1 word was put in front"], []),
         (["--method", "mem-3", "--place", "among", "--trigger-rounds", "0"], ["among the words"], ["in front"]),
         (["--method", "em"], ["captions are those of the originals", "Noise was added"], ["do not describe"]),
-        (["--method", "trigger-2"], ["pixels of the pictures are those of the originals"], ["Noise was added"]),
+        (["--method", "trigger-2"], ["No noise was added", "were resized"], ["pixels of the pictures are those"]),
     ],
 )
 def test_a_protected_dataset_tells_its_readers(
@@ -362,7 +375,7 @@ def test_bad_items_are_listed_and_skipped(tmp_path: Path, capsys: pytest.Capture
     assert cli.main(command) == 1
     assert "2.png: not a picture" in capsys.readouterr().err
     assert cli.main([*command, "--skip-bad"]) == 0
-    assert "1 items left out" in capsys.readouterr().out
+    assert "\n1 item left out; " in capsys.readouterr().out
     assert not (tmp_path / "out" / "2.png").exists() and not (tmp_path / "out" / "2.txt").exists()
 
 

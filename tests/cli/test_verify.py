@@ -82,6 +82,19 @@ def test_json(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["checks"]["captions"] == {"passed": True, "told": "6 captions", "problems": [], "count": 0}
 
 
+def test_the_wrong_original_is_compared_with_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, page = made.write_folder(tmp_path / "other"), tmp_path / "page.html"
+    for path in [path for path in other.rglob("*") if path.is_file()]:
+        path.rename(path.with_name(f"new-{path.name}"))
+    status, out, err = ends(capsys, data / "out", "--original", other, "--preview", page)
+    said = {line.split()[0]: line.split(maxsplit=1)[1] for line in out.splitlines() if not line.startswith(" ")}
+    assert status == 1 and said["pairs"].startswith("FAILED")
+    assert all(said[name].startswith("not done  no published picture") for name in ("noise", "triggers"))
+    assert f"{page} was not written, because" in err and not page.exists()
+
+
 def test_damage_is_told_and_is_status_1(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in [f"{i}.png" for i in range(12)] + ["caf\udce9\x1b[31m"]:
         (data / "out" / "more").mkdir(exist_ok=True)
@@ -202,7 +215,10 @@ def test_pictures_too_small_for_ssim(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_what_can_be_mended_is_one_message(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, out, source = tmp_path / "page.html", data / "out", data / "in"
     for words, message in (
-        ([tmp_path / "nowhere"], "folder: expected the folder of a published dataset, got"),
+        *(
+            ([path], f"folder: expected the folder of a published dataset, got {path}, which {why}\n")
+            for path, why in ((tmp_path / "nowhere", "does not exist"), (out / "manifest.json", "is not a folder"))
+        ),
         ([out, "--original", tmp_path / "nowhere"], "--original: expected a file or folder, got"),
         ([out, "--preview", page], "--preview: expected with --original"),
         ([out, "--original", source, "--preview", out / "page.html"], "--preview: expected a file outside the data"),

@@ -22,7 +22,16 @@ from ccu_fast.data.captions.dataset import bad_pictures
 from ccu_fast.data.pictures import encode_png
 from ccu_fast.files import new_folder
 from ccu_fast.mem.fidelity import Fidelity
-from ccu_fast.mem.job.inspection import check_compat, check_listing, inspect, part_of, room, source_of, usable
+from ccu_fast.mem.job.inspection import (
+    check_compat,
+    check_listing,
+    check_places,
+    inspect,
+    part_of,
+    room,
+    source_of,
+    usable,
+)
 from ccu_fast.mem.job.job import Job
 from ccu_fast.mem.job.share import WholeNumbers
 from ccu_fast.mem.protection import Protection
@@ -65,6 +74,7 @@ def estimate(job: Job, progress: Progress = silent) -> dict[str, Any]:
     """
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ValueError(f"dry_run: expected one process, got {processes}")
+    check_places(job)
     with _trial(job.out) as folder:
         return _look(job, folder, progress)
 
@@ -88,7 +98,7 @@ def _look(job: Job, folder: Path, progress: Progress) -> dict[str, Any]:
     progress("reading the dataset", 0, 1, "")
     listing = list_pairs(job.input, job.options)
     # What is bad is told together, whatever the run would do about it.
-    check_listing(replace(job, skip_bad=True), listing, Path(os.path.realpath(job.out)))
+    check_listing(replace(job, skip_bad=True), listing)
     model = job.model(listing.captions)
     start = time.perf_counter()
     found: dict[str, Any] = {"bad": {}}

@@ -26,16 +26,24 @@ from ccu_fast.runs.progress import Progress
 SKIP = "skip_bad leaves them out"
 
 
-def check_listing(job: Job, listing: Listing, out: Path) -> None:
-    """The output lies outside the input, and there is something in that.
+def check_places(job: Job) -> None:
+    """The output lies outside the folder that is the input.
+
+    Raises:
+        ValueError: it does not.
+    """
+    folder = os.path.realpath(job.input)
+    if os.path.isdir(folder) and Path(os.path.realpath(job.out)).is_relative_to(folder):
+        raise ValueError(f"out: expected a folder outside the input {job.input}, which stays as it is, got {job.out}")
+
+
+def check_listing(job: Job, listing: Listing) -> None:
+    """There is something in the input that can be published.
 
     Raises:
         BadData: all of it is bad.
         ImportError: of shards, without the package that writes them.
-        ValueError: it does not.
     """
-    if listing.format == "folder" and out.is_relative_to(os.path.realpath(listing.root)):
-        raise ValueError(f"out: expected a folder outside the input, all of which is read, got {job.out}")
     if listing.spans is not None:
         extras.require("webdataset")
     if not job.skip_bad and not listing.n_images:

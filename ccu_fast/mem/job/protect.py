@@ -25,6 +25,7 @@ from ccu_fast.mem.job.inspection import (
     all_bad,
     check_compat,
     check_listing,
+    check_places,
     inspect,
     part_of,
     room,
@@ -94,6 +95,7 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         job = self.job
+        check_places(job)
         complete = (self.out / MANIFEST).is_file()
         if self.rank == 0 and not complete:
             new_folder(job.out)
@@ -102,7 +104,7 @@ class _Run:
         barrier()
         self.progress("reading the dataset", 0, 1, "")
         listing = list_pairs(job.input, job.options)
-        check_listing(job, listing, self.out)
+        check_listing(job, listing)
         fingerprint = listing.fingerprint()
         if len(set(gather_objects(fingerprint))) > 1:
             raise ValueError("input: expected the same files and rows for all processes, got others for some")
@@ -147,8 +149,13 @@ class _Run:
     def _finished(self, run: dict[str, Any]) -> dict[str, Any]:
         """The manifest, if this very run is complete."""
         manifest = read_json(self.out / MANIFEST)
-        if not isinstance(manifest, dict) or manifest.get("run") != json_hash(run):
+        if not isinstance(manifest, dict) or "run" not in manifest:
             raise FileExistsError(f"out: expected a new or empty folder, got {self.job.out}")
+        if manifest["run"] != json_hash(run):
+            raise FileExistsError(
+                f"out: expected a new or empty folder, got {self.job.out}, which holds a dataset of other settings, "
+                "another input or another version; choose another folder, or remove this one to make the dataset anew"
+            )
         if self.rank == 0 and self.partial.is_dir():  # killed between the last two steps
             with locked(self.partial / "lock-0"):
                 remove_run(self.partial)

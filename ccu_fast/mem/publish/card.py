@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 CARD = "README.md"
@@ -31,7 +31,7 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
     done = [_pictures(manifest), _captions(words, among=among)]
     done.append(f"The pictures {'kept their size' if size is None else f'were resized to {size[0]}x{size[1]}'}.")
     if skipped := manifest["skipped"]["count"]:
-        done.append(f"{skipped} items of the original could not be used and are not here.")
+        done.append(f"{skipped} item{'s' * (skipped != 1)} of the original could not be used and had to be left out.")
     made = manifest["versions"]["ccu_fast"]
     parts = [
         "# A dataset that was protected from being learned",
@@ -62,7 +62,7 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
 def _pictures(manifest: Mapping[str, Any]) -> str:
     measured = manifest["measured"]
     if not measured["eps_255"]:
-        return "The pixels of the pictures are those of the originals."
+        return "No noise was added to the pictures."
     likeness = [f"PSNR {measured['psnr_db']:.1f} dB"] if measured["psnr_db"] is not None else []
     likeness += [f"SSIM {measured['ssim']:.4f}"] if measured["ssim"] is not None else []
     said = f" ({', '.join(likeness)})" if likeness else ""
@@ -76,5 +76,5 @@ def _captions(words: int, *, among: bool) -> str:
     return f"{words} word{'s were' if words > 1 else ' was'} put {where} of each caption."
 
 
-def _list(items: list[str]) -> str:
+def _list(items: Sequence[str]) -> str:
     return "\n".join(f"- {item}" for item in items)

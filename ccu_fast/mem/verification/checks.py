@@ -102,7 +102,8 @@ def verify_and_show(
     check.integer("threads", threads, low=1)
     check.integer("pairs", pairs, low=0)
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder: expected the folder of a published dataset, got {folder}, which is none")
+        why = "is not a folder" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"folder: expected the folder of a published dataset, got {folder}, which {why}")
     if pairs and original is None:
         raise ValueError("original: expected the dataset that was protected, to show pairs of, got none")
     if original is not None and not Path(original).exists():

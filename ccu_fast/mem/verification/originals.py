@@ -16,7 +16,7 @@ from ccu_fast.data.captions import Listing, Options, list_pairs
 from ccu_fast.data.pictures import BadPicture, decode, decode_whole
 from ccu_fast.mem.fidelity import WINDOW, ssim_of_whole
 from ccu_fast.mem.placing import stands_among
-from ccu_fast.mem.verification.check import Check, as_text, checked, counted
+from ccu_fast.mem.verification.check import Check, as_text, checked, counted, skipped
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,16 @@ class Pairs:
             triggers: how many words; None: any number of them.
             among: they stand between the caption's words instead of in front of it.
         """
-        rows = sum(len(after) for after, partner in zip(self.after, self.partner, strict=True) if partner is not None)
+        rows = sum(len(after) for _, _, after in self._comparable())
+        if not rows:
+            return skipped("no published picture has its original there, with as many captions")
         words = "some words" if triggers is None else counted(triggers, "word")
         where = "among the words of" if among else "in front of"
         return checked(f"{words} {where} {counted(rows, 'original caption')}", self._changed(triggers, among))
 
     def _changed(self, triggers: int | None, among: bool) -> Iterator[str]:
-        for name, after, partner in zip(published_names(self.published), self.after, self.partner, strict=True):
-            # What has another number of captions is told already.
-            if partner is None or len(self.before[partner]) != len(after):
-                continue
-            for clean, published in zip(self.before[partner], after, strict=True):
+        for name, before, after in self._comparable():
+            for clean, published in zip(before, after, strict=True):
                 kept = (
                     stands_among(published, clean, triggers or 0)
                     if among
@@ -92,6 +91,12 @@ class Pairs:
                 if not kept:
                     words = "" if triggers == 0 else f"{triggers or 'some'} trigger words and "
                     yield f"{name}: expected {words}{clean!r}, got {published!r}"
+
+    def _comparable(self) -> Iterator[tuple[str, list[str], list[str]]]:
+        """Names of pictures, original captions and published ones; another number of captions is told by `check`."""
+        for name, after, partner in zip(published_names(self.published), self.after, self.partner, strict=True):
+            if partner is not None and len(self.before[partner]) == len(after):
+                yield name, self.before[partner], after
 
 
 def _is_behind_words(published: str, clean: str, triggers: int | None) -> bool:
@@ -204,6 +209,8 @@ def largest_change(manifest: dict[str, Any]) -> int:
 
 def check_noise(names: list[str], distances: dict[int, Distance], allowed: int, unread: list[str]) -> Check:
     """Whether no pixel was changed by more than is allowed; ``unread`` says which originals cannot be read."""
+    if not distances and not unread:
+        return skipped("no published picture that can be read has its original there")
     worst = sorted(distances, key=lambda image: (-distances[image].largest, image))
     told = "no picture compared"
     if worst:

@@ -23,7 +23,7 @@ from torch import nn
 from ccu_fast.data.captions import DiskSource, list_pairs
 from ccu_fast.data.captions import dataset as dataset_module
 from ccu_fast.mem.config import Method
-from ccu_fast.mem.job import BadData, Job, inspection, protect_dataset
+from ccu_fast.mem.job import BadData, Job, estimate, inspection, protect_dataset
 from ccu_fast.mem.job import checkpoint as checkpoint_module
 from ccu_fast.mem.job import protect as job_module
 from ccu_fast.mem.job.checkpoint import Workplace, workplace
@@ -376,6 +376,30 @@ def test_a_full_disk_leaves_no_output_and_the_run_goes_on_later(
     assert not (tmp_path / "out").exists() and len(written) == 3
     protect_dataset(job(source, tmp_path / "out"))
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("format", WRITERS)
+@pytest.mark.parametrize("place", ["", "out", "deep/out"])
+def test_the_originals_are_no_place_for_the_output(tmp_path: Path, format: str, place: str) -> None:
+    WRITERS[format](tmp_path / "in")
+    (tmp_path / "link").symlink_to("in")
+    before = tree(tmp_path)
+    for start in (protect_dataset, estimate):
+        with pytest.raises(ValueError, match="out: expected a folder outside the input"):
+            start(job(tmp_path / "in", tmp_path / "link" / place))
+    assert tree(tmp_path) == before and not (tmp_path / "in" / "out").exists()
+
+
+def test_a_finished_dataset_of_other_settings_is_told_as_one(tmp_path: Path) -> None:
+    source = made.write_folder(tmp_path / "in")
+    protect_dataset(job(source, tmp_path / "out"))
+    before = tree(tmp_path / "out")
+    with pytest.raises(FileExistsError, match=r"out: .*holds a dataset of other settings.*choose another folder"):
+        protect_dataset(job(source, tmp_path / "out", settings=replace(TINY, eps=4)))
+    assert tree(tmp_path / "out") == before
+    (tmp_path / "out" / "manifest.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"expected a new or empty folder, got [^,]*out$"):
+        protect_dataset(job(source, tmp_path / "out"))
 
 
 def test_outputs_that_are_taken(tmp_path: Path) -> None:

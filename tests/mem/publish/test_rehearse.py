@@ -289,6 +289,7 @@ def test_places_that_cannot_be(tmp_path: Path, idle: None, monkeypatch: pytest.M
     source = made.write_folder(tmp_path / "in")
     with pytest.raises(ValueError, match="out: expected a folder outside the input"):
         protect_dataset(job(source, source / "deep" / "out"))
+    assert not (source / "deep" / "out").exists()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileExistsError, match="out: expected a new or empty folder"):
         protect_dataset(job(source, Path()))
