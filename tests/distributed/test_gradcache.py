@@ -290,7 +290,7 @@ def test_arrays_in_a_nest_are_cut() -> None:
 
     expected = tower({"x": x, "w": w}).square().sum()
     torch.testing.assert_close(cached_step(lambda z: z.square().sum(), [(tower, {"x": x, "w": w})], 2), expected)
-    with pytest.raises(ValueError, match=r"the same number of items, at least 1, got \[5, 6\]"):
+    with pytest.raises(ValueError, match=r"the same number of items, got \[5, 6\]"):
         cached_step(lambda z: z.sum(), [(tower, {"x": x, "w": np.arange(6)})], 2)
 
 
