@@ -33,6 +33,7 @@ from ccu_fast.ops import machine
 from tests.support import mem_datasets as made
 from tests.support import threads_left
 from tests.support.forked import fork, in_child, kill_when
+from tests.support.log_lines import stages
 from tests.support.mem_jobs import tree
 
 TINY = ["--size", "16x16", "--model", "small:32", "--rounds", "2", "--pgd-steps", "2", "--step", "4"]
@@ -114,8 +115,7 @@ def test_what_to_do_next_can_be_copied(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main(["protect", str(source), "--out", str(out), *TINY]) == 0
     told = capsys.readouterr()
     # A log has the stages in their order, from the reading on.
-    seen = list(dict.fromkeys(line.partition(",")[0].rstrip("0123456789/ ") for line in told.err.splitlines()))
-    assert seen == [
+    assert stages(told.err) == [
         "reading the dataset",
         "preparing the surrogate",
         "checking pictures",

@@ -38,6 +38,7 @@ from ccu_fast.unlearn.study.tasks import TASKS, TrainConfig, make_scenario
 from tests.support import toy_unlearn
 from tests.support.forked import fork
 from tests.support.html_page import faults
+from tests.support.log_lines import stages
 from tests.support.small_demo import quick_map
 from tests.support.toy_unlearn import accuracies, toy, weights
 
@@ -98,8 +99,7 @@ class TestCommand:
         words = ["unlearn", str(folder / "settings.toml"), "--out", str(out), "--classes", "1", "--classes", "2"]
         assert main([*words, "--steps", "40"]) == 0
         told = capsys.readouterr()
-        stages = list(dict.fromkeys(line.partition(",")[0].rstrip("0123456789/ ") for line in told.err.splitlines()))
-        assert stages == [
+        assert stages(told.err) == [
             "ccu-fast unlearn: loading its libraries",
             "reading the model and the data",
             "checking the settings on the model",
