@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.registry import label, parse
 from benchmarks.results import Row
-from benchmarks.tables import table_lines
+from build_support.docs.generated import table_lines
 
 FILE = Path(__file__).resolve().parent / "bars.json"
 GPU = "GPU aims"  # the source of those that a visit to a GPU answers line by line

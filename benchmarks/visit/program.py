@@ -234,18 +234,17 @@ def judge_rows(now: Visit, ops: Sequence[str], shapes: Sequence[str], logs: Sequ
     """Our own line of each shape; not ok if one of ours is wrong, and if there is none. Also writes aims.md."""
     said, bad = [], False
     write_aims(now)
-    for folder in sorted((now.work / "results").glob("*/")):
-        for row in results.read(folder):
-            if row.op not in ops or row.role != "ours" or not any(_named(pattern, row) for pattern in shapes or ("",)):
-                continue
-            if row.status in ("wrong", "error"):
-                bad = True
-                said.append(f"{row.provider} {label(row.shape)} {row.status}: {row.reason}")
-            elif row.provider == "ccu_fast" and row.p50_ms is not None:
-                others = {name: x for name, x in row.speedup_over.items() if x}
-                closest = min(others, key=lambda name: others[name], default=None)
-                than = f", {others[closest]:.2f} × {closest}" if closest else ""
-                said.append(f"{row.op} {label(row.shape)} {row.p50_ms:.4g} ms{than}")
+    for row in _rows(now):
+        if row.op not in ops or row.role != "ours" or not any(_named(pattern, row) for pattern in shapes or ("",)):
+            continue
+        if row.status in ("wrong", "error"):
+            bad = True
+            said.append(f"{row.provider} {label(row.shape)} {row.status}: {row.reason}")
+        elif row.provider == "ccu_fast" and row.p50_ms is not None:
+            others = {name: x for name, x in row.speedup_over.items() if x}
+            closest = min(others, key=lambda name: others[name], default=None)
+            than = f", {others[closest]:.2f} × {closest}" if closest else ""
+            said.append(f"{row.op} {label(row.shape)} {row.p50_ms:.4g} ms{than}")
     said.sort(key=lambda text: "ms" in text)
     return ("failed" if bad or not said else "ok"), "; ".join(said) or "nothing of ours was measured"
 
@@ -254,10 +253,14 @@ def without_rows(now: Visit, ops: Sequence[str], shapes: Sequence[str], device: 
     """The cases of a group that left no row, in their order."""
     from benchmarks.ops import OPS
 
-    rows = [row for folder in (now.work / "results").glob("*/") for row in results.read(folder)]
-    there = {(row.op, label(row.shape)) for row in rows}
+    there = {(row.op, label(row.shape)) for row in _rows(now)}
     planned = [(op, label(shape)) for op in ops for shape in select(OPS[op], shapes, device, quick=False)]
     return [case for case in planned if case not in there]
+
+
+def _rows(now: Visit) -> list[results.Row]:
+    """What has been measured so far."""
+    return [row for folder in sorted((now.work / "results").glob("*/")) for row in results.read(folder)]
 
 
 def _named(pattern: str, row: results.Row) -> bool:
@@ -293,7 +296,7 @@ def cases(device: str, ops: Sequence[str], *, quick: bool) -> Iterator[Case]:
 
 def write_aims(now: Visit) -> None:
     """The aims of a GPU beside what has been measured so far."""
-    rows = [row for folder in sorted((now.work / "results").glob("*/")) for row in results.read(folder)]
+    rows = _rows(now)
     if any(row.device == "cuda" for row in rows):
         results.replace(now.work / AIMS, bars.page(rows))
 
